@@ -1,0 +1,28 @@
+"""The networks, their kernels and their published weights. Importing this is cheap: torch is imported with the first model, timm never."""
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Model name -> the module that has a function of this name. Kept here so that the list needs no torch.
+_MODELS = {name: "catmodel.cat" for name in ("cat_tiny", "cat_small", "cat_base", "cat_nano")}
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` takes."""
+    return sorted(_MODELS)
+
+
+def create_model(name: str, **overrides: Any) -> "nn.Module":
+    """A freshly initialised network. Overrides are the arguments of its class, e.g. num_classes, drop_path_rate, features_only.
+
+    Raises ValueError, naming what would be right, for an unknown name or override and for settings that do not fit together.
+    """
+    if name not in _MODELS:
+        close = difflib.get_close_matches(name, _MODELS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"unknown model {name!r}: {hint}Models: {', '.join(list_models())}")
+    return getattr(importlib.import_module(_MODELS[name]), name)(**overrides)

@@ -1,0 +1,391 @@
+"""CAT: Cross Attention in Vision Transformer (arXiv 2106.05786). Read from top to bottom: layers, blocks, stages, the model, its variants.
+
+Parameter names are those of the released checkpoints. Shape letters as in `attention.py`.
+"""
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from catmodel.attention import CrossPatchAttention, InnerPatchAttention, Patches
+
+# ---------------------------------------------------------------------------------------------------------------------- layers
+
+
+class PatchEmbed(nn.Module):
+    """Image [B, 3, H, W] -> tokens [B, H/p, W/p, C]: one token per p x p pixels, then LayerNorm. Images are padded with zeros to a multiple of p.
+
+    method "conv": a convolution (the published models). "slice": pixels are moved to channels in the order of `PatchProjection`, then projected
+    (the paper's ablation). Both are linear maps of the same pixels; they differ in the order of the weights and in their initialisation.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, method: Literal["conv", "slice"] = "conv"):
+        super().__init__()
+        self.patch_size = patch_size
+        if method == "conv":
+            self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        elif method == "slice":
+            self.proj = nn.Linear(in_chans * patch_size**2, embed_dim)
+        else:
+            raise ValueError(f"patch_embed {method!r}: must be 'conv' or 'slice'")
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        p = self.patch_size
+        rows, columns = -image.shape[2] % p, -image.shape[3] % p
+        if rows or columns:
+            image = F.pad(image, (0, columns, 0, rows))
+        if isinstance(self.proj, nn.Conv2d):
+            # As a matrix product the result comes out with channels last, as the norm wants it: the convolution's would have to be transposed.
+            pixels = rearrange(image, "B c (H dy) (W dx) -> B H W (c dy dx)", dy=p, dx=p)
+            x_BHWC = F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
+        else:
+            x_BHWC = self.proj(rearrange(image, "B c (H dy) (W dx) -> B H W (dx dy c)", dy=p, dx=p))
+        return self.norm(x_BHWC)
+
+
+class PatchProjection(nn.Module):
+    """Between stages: every 2 x 2 tokens become one of twice the channels. [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 2C]."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
+        self.norm = nn.LayerNorm(4 * channels)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        rows, columns = x_BHWC.shape[1] % 2, x_BHWC.shape[2] % 2
+        if rows or columns:
+            x_BHWC = F.pad(x_BHWC, (0, 0, 0, columns, 0, rows))
+        return self.reduction(self.norm(rearrange(x_BHWC, "B (H dy) (W dx) C -> B H W (dx dy C)", dy=2, dx=2)))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them, on the last dimension."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class DropPathAdd(nn.Module):
+    """A residual sum with drop-path (stochastic depth, arXiv 1603.09382): x + branch, each sample's branch dropped at `rate` in training.
+
+    Branches that stay are scaled by 1 / (1 - rate). Draws from torch's default generator of the tensors' device.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x_BNC: Tensor, branch_BNC: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x_BNC + branch_BNC
+        keep = 1.0 - self.rate
+        mask_B11 = branch_BNC.new_empty(len(branch_BNC), 1, 1).bernoulli_(keep).div_(keep)
+        return torch.addcmul(x_BNC, branch_BNC, mask_B11)  # one pass over memory instead of two
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------- blocks
+
+
+class Block(nn.Module):
+    """Attention, then MLP; each with a norm before it and a residual around it. `attn` is an IPSA or a CPSA."""
+
+    def __init__(self, channels: int, attn: nn.Module, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(channels)
+        self.mlp = Mlp(channels, int(channels * mlp_ratio))
+        self.add = DropPathAdd(drop_path)
+
+    def forward(self, x_BNC: Tensor, patches: Patches) -> Tensor:
+        x_BNC = self.add(x_BNC, self.attn(self.norm1(x_BNC), patches))
+        return self.add(x_BNC, self.mlp(self.norm2(x_BNC)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- stages
+
+
+class Stage(nn.Module):
+    """A row of Cross Attention Blocks (CABs; section 3.2, figure 3) at one resolution. [B, H, W, C] -> [B, H, W, C].
+
+    A CAB is an IPSA block, a CPSA block and another IPSA block, here element i of three lists: so the released checkpoints name them.
+    drop_path: one rate per CAB, shared by its three blocks. `downsample`, where there is a next stage, is left to the model to call:
+    dense features are taken before it.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        patch_size: int,
+        mlp_ratio: float,
+        drop_path: Sequence[float],
+        cpsa_drop: float,
+        cpsa_num_heads: int,
+        shifted_windows: bool,
+        downsample: bool,
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        self.grad_checkpointing = False
+
+        def ipsa(rate: float, shifted: bool) -> Block:
+            return Block(channels, InnerPatchAttention(channels, num_heads, patch_size, shifted), mlp_ratio, rate)
+
+        def cpsa(rate: float) -> Block:
+            return Block(channels, CrossPatchAttention(patch_size, cpsa_num_heads, cpsa_drop), mlp_ratio, rate)
+
+        self.pre_ipsa_blocks = nn.ModuleList(ipsa(rate, shifted=False) for rate in drop_path)
+        self.cpsa_blocks = nn.ModuleList(cpsa(rate) for rate in drop_path)
+        self.post_ipsa_blocks = nn.ModuleList(ipsa(rate, shifted=shifted_windows) for rate in drop_path)
+        self.downsample = PatchProjection(channels) if downsample else None
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        patches = Patches(x_BHWC.shape[1], x_BHWC.shape[2], self.patch_size)
+        x_BNC = patches.tokens_from_map(x_BHWC)
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
+        for cab in zip(self.pre_ipsa_blocks, self.cpsa_blocks, self.post_ipsa_blocks, strict=True):
+            for block in cab:
+                x_BNC = checkpoint(block, x_BNC, patches, use_reentrant=False) if recompute else block(x_BNC, patches)
+        return patches.map_from_tokens(x_BNC)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- model
+
+
+class CAT(nn.Module):
+    """CAT for classification, or with `features_only` as a backbone for dense prediction.
+
+    img_size: pixels, one number or (height, width). A classifier takes images of exactly this size; with features_only it only sets the grid of
+        the absolute position, which is resized to each image.
+    patch_size: side of an attention patch, in tokens. embed_patch_size: side of a token, in pixels.
+    in_chans, num_classes: input channels; outputs of the head (0: no head, pooled features).
+    embed_dim: channels of the first stage; they double from stage to stage. depths: CABs per stage; as many stages as numbers. num_heads: of IPSA, per stage.
+    mlp_ratio: hidden channels of the MLP / its channels. drop_path_rate: drop-path of the last CAB, growing linearly from 0.
+    cpsa_drop: attention dropout in CPSA. The paper's 0.2 (Table 6); the released configs have 0.
+    The paper's ablations: patch_embed "conv" or "slice"; cpsa_num_heads; shifted_windows in the second IPSA of every CAB; ape (absolute position) on or off.
+    features_only: `forward` returns the maps of the stages in out_indices (default all) for images of any size, each with its own LayerNorm.
+        Stages after the last one asked for are not built.
+
+    Raises ValueError for settings that do not fit together.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 7,
+        embed_patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (1, 1, 3, 1),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        cpsa_drop: float = 0.2,
+        patch_embed: Literal["conv", "slice"] = "conv",
+        cpsa_num_heads: int = 1,
+        shifted_windows: bool = False,
+        ape: bool = True,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        stages = len(depths)
+        if len(num_heads) != stages:
+            raise ValueError(f"depths {list(depths)} and num_heads {list(num_heads)} must have one number per stage each")
+        if out_indices is not None and not features_only:
+            raise ValueError("out_indices needs features_only=True")
+        if not (0.0 <= drop_path_rate < 1.0 and 0.0 <= cpsa_drop < 1.0):
+            raise ValueError(f"drop_path_rate {drop_path_rate} and cpsa_drop {cpsa_drop} must be in [0, 1)")
+        if not features_only:
+            check_img_size(self.img_size, embed_patch_size * patch_size, stages)
+        self.features_only = features_only
+        self.out_indices = self._check_out_indices(out_indices, stages) if features_only else ()
+        built = self.out_indices[-1] + 1 if features_only else stages
+
+        self.patch_embed = PatchEmbed(embed_patch_size, in_chans, embed_dim, patch_embed)
+        self.grid_size = tuple(-(-side // embed_patch_size) for side in self.img_size)
+        if not ape:
+            self.ape = None
+        elif features_only:
+            self.ape = nn.Parameter(torch.empty(1, embed_dim, *self.grid_size))  # as a map: it is resized to each image
+        else:
+            self.ape = nn.Parameter(torch.empty(1, math.prod(self.grid_size), embed_dim))
+
+        total = sum(depths)
+        rates = [drop_path_rate * i / max(total - 1, 1) for i in range(total)]
+        channels = [embed_dim * 2**i for i in range(built)]
+        self.layers = nn.ModuleList(
+            Stage(
+                channels=channels[i],
+                num_heads=num_heads[i],
+                patch_size=patch_size,
+                mlp_ratio=mlp_ratio,
+                drop_path=rates[sum(depths[:i]) : sum(depths[: i + 1])],
+                cpsa_drop=cpsa_drop,
+                cpsa_num_heads=cpsa_num_heads,
+                shifted_windows=shifted_windows,
+                downsample=i + 1 < built,
+            )
+            for i in range(built)
+        )
+        self.num_features = channels[-1]
+        self.feature_info = [{"num_chs": c, "reduction": embed_patch_size * 2**i, "module": f"layers.{i}"} for i, c in enumerate(channels)]
+        if features_only:
+            for i in self.out_indices:
+                self.add_module(f"norm{i}", nn.LayerNorm(channels[i]))
+        else:
+            self.norm = nn.LayerNorm(self.num_features)
+            self.reset_classifier(num_classes)
+        self._init_weights()
+
+    @staticmethod
+    def _check_out_indices(out_indices: Sequence[int] | None, stages: int) -> tuple[int, ...]:
+        indices = range(stages) if out_indices is None else sorted({i + stages if i < 0 else i for i in out_indices})
+        if not indices or indices[0] < 0 or indices[-1] >= stages:
+            raise ValueError(f"out_indices {out_indices}: must name stages of 0 to {stages - 1}")
+        return tuple(indices)
+
+    def _init_weights(self) -> None:
+        """Linear weights and positions: truncated normal of std 0.02; biases 0. Norms (1, 0) and the patch convolution keep PyTorch's default."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.ape is not None:
+            nn.init.trunc_normal_(self.ape, std=0.02)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the head by a new one, freshly initialised, for another number of classes (0: none)."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        if num_classes:
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters of two or more dimensions that the paper's recipe does not decay."""
+        return {name for name, _ in self.named_parameters() if name == "ape" or name.endswith("relative_position_bias_table")}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass instead of storing them. Random draws are replayed, so gradients are the same."""
+        for stage in self.layers:
+            stage.grad_checkpointing = enable
+
+    def embed(self, image: Tensor) -> Tensor:
+        """[B, in_chans, H, W] -> the first stage's input [B, H/p, W/p, C], with the absolute position."""
+        x_BHWC = self.patch_embed(image)
+        if self.ape is None:
+            return x_BHWC
+        if not self.features_only:
+            return x_BHWC + self.ape.unflatten(1, self.grid_size)
+        ape, size = self.ape, x_BHWC.shape[1:3]
+        if size != self.grid_size:
+            ape = F.interpolate(ape, size=size, mode="bicubic", align_corners=False)
+        return x_BHWC + ape.permute(0, 2, 3, 1)
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """[B, in_chans, H, W] of img_size -> normed map of the last stage [B, H/32, W/32, 8C] (for four stages of 4-pixel tokens)."""
+        if self.features_only:
+            raise RuntimeError("forward_features belongs to the classifier: call the features_only model itself")
+        if image.shape[2:] != self.img_size:
+            raise ValueError(
+                f"images are {tuple(image.shape[2:])}, the model was built for {self.img_size}: resize them, create the model with this img_size, "
+                "or use features_only=True, which takes any size"
+            )
+        x_BHWC = self.embed(image)
+        for stage in self.layers:
+            x_BHWC = stage(x_BHWC)
+            if stage.downsample is not None:
+                x_BHWC = stage.downsample(x_BHWC)
+        return self.norm(x_BHWC)
+
+    def forward_head(self, x_BHWC: Tensor, pre_logits: bool = False) -> Tensor:
+        """Normed map [B, H, W, C] -> logits [B, num_classes]; with pre_logits the mean over tokens [B, C]."""
+        x_BC = x_BHWC.mean(dim=(1, 2))
+        return x_BC if pre_logits else self.head(x_BC)
+
+    def forward_maps(self, image: Tensor) -> list[Tensor]:
+        """[B, in_chans, H, W] of any size -> per stage of out_indices a normed map [B, C_i, ~H/stride_i, ~W/stride_i], stored with channels last."""
+        maps = []
+        x_BHWC = self.embed(image)
+        for i, stage in enumerate(self.layers):
+            x_BHWC = stage(x_BHWC)
+            if i in self.out_indices:
+                maps.append(getattr(self, f"norm{i}")(x_BHWC).permute(0, 3, 1, 2))
+            if stage.downsample is not None:
+                x_BHWC = stage.downsample(x_BHWC)
+        return maps
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        """Images [B, in_chans, H, W] -> logits [B, num_classes]; with features_only the list of `forward_maps`."""
+        return self.forward_maps(image) if self.features_only else self.forward_head(self.forward_features(image))
+
+
+def check_img_size(img_size: tuple[int, int], patch_pixels: int, stages: int) -> None:
+    """A classifier has no padding: at every stage whole patches must tile the map. Raises ValueError with the sizes that do.
+
+    patch_pixels: side of an attention patch of the first stage, in pixels.
+    """
+    unit = patch_pixels * 2 ** (stages - 1)
+    if any(side <= 0 or side % unit for side in img_size):
+        nearest = tuple(max(round(side / unit), 1) * unit for side in img_size)
+        raise ValueError(
+            f"img_size {img_size} cannot be cut into whole patches: both sides must be multiples of {unit} (embed_patch_size * patch_size * 2 per further stage). "
+            f"Nearest: {nearest}; or change patch_size, embed_patch_size or the number of stages; or use features_only=True, which pads any size"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------- variants
+
+
+def cat_tiny(**overrides: Any) -> CAT:
+    """CAT-T: 16,870,996 parameters, 2.77 GMACs at 224 x 224 (paper, Table 1)."""
+    return _build(overrides, embed_dim=64, depths=(1, 1, 3, 1), num_heads=(2, 4, 8, 16), drop_path_rate=0.1)
+
+
+def cat_small(**overrides: Any) -> CAT:
+    """CAT-S: 37,294,258 parameters, 6.06 GMACs at 224 x 224."""
+    return _build(overrides, embed_dim=96, depths=(1, 1, 3, 1), num_heads=(3, 6, 12, 24), drop_path_rate=0.2)
+
+
+def cat_base(**overrides: Any) -> CAT:
+    """CAT-B: 51,531,922 parameters, 8.93 GMACs at 224 x 224."""
+    return _build(overrides, embed_dim=96, depths=(1, 1, 6, 1), num_heads=(3, 6, 12, 24), drop_path_rate=0.3)
+
+
+def cat_nano(**overrides: Any) -> CAT:
+    """Ours, not the paper's: three stages for 32 x 32 images (img_size=64 works too), small enough to train on a CPU. 1.3 million parameters."""
+    small = dict(img_size=32, patch_size=4, embed_patch_size=2, num_classes=10)
+    return _build(overrides, **small, embed_dim=32, depths=(1, 1, 2), num_heads=(2, 4, 8), drop_path_rate=0.05, cpsa_drop=0.0)
+
+
+def _build(overrides: dict[str, Any], **defaults: Any) -> CAT:
+    known = inspect.signature(CAT).parameters
+    unknown = [name for name in overrides if name not in known]
+    if unknown:
+        import difflib
+
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"CAT takes {', '.join(known)}"
+        raise ValueError(f"unknown model setting {unknown[0]!r}: {hint}")
+    return CAT(**{**defaults, **overrides})

@@ -1,0 +1,26 @@
+"""Backends: random access to the samples of a prepared split, decoded and cropped. They do nothing else, so the recipe exists once."""
+
+from typing import Protocol
+
+import numpy as np
+
+from ..manifest import Split
+
+
+class Backend(Protocol):
+    """What the loader needs of a backend. Called from several threads at once."""
+
+    def decode_batch(self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray) -> None:
+        """Samples `ids` (int64 [n]), cut at `windows` (int32 [n, 4]) and resized, into `out` (uint8 [n, size, size, 3], RGB).
+
+        Raises DataError that names the shard and the sample where one cannot be read.
+        """
+
+
+def open_backend(name: str, split: Split) -> Backend:
+    """The backend that DataConfig.backend names."""
+    if name == "webdataset":
+        from .webdataset import WebDatasetBackend
+
+        return WebDatasetBackend(split)
+    raise ValueError(f"no data backend {name!r}")

@@ -1,0 +1,76 @@
+"""Which window of an image is used. Pure functions of keys and sizes, in numpy: one for all backends.
+
+A window is (x, y, width, height) in pixels of the stored image, x to the right and y down from its top left corner. A padded
+window may stick out of the image; what lies outside is black.
+"""
+
+import math
+
+import numpy as np
+
+from .config import AugmentConfig
+from .randomness import integers, uniform
+
+ATTEMPTS = 10
+
+
+def training_windows(
+    keys: np.ndarray, widths: np.ndarray, heights: np.ndarray, config: AugmentConfig, eval_crop: float = 1.0
+) -> np.ndarray:
+    """Random windows, int32 [n, 4], for the int64 [n] keys of (seed, epoch, sample id) and the images' sizes [n].
+
+    `config.crop` chooses: "resized" (Inception's crop, as in torchvision's and timm's RandomResizedCrop), "padded" (the CIFAR
+    recipe: the full image, shifted), "none" (evaluation's windows, with `eval_crop`).
+    """
+    widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
+    if config.crop == "resized":
+        return _resized(keys, widths, heights, config)
+    if config.crop == "padded":
+        shifts = 2 * config.crop_padding + 1
+        x = integers(keys, shifts, 0) - config.crop_padding
+        y = integers(keys, shifts, 1) - config.crop_padding
+        return _windows(x, y, widths, heights)
+    return evaluation_windows(widths, heights, eval_crop)
+
+
+def evaluation_windows(widths: np.ndarray, heights: np.ndarray, eval_crop: float) -> np.ndarray:
+    """The centred squares of side eval_crop × the short side, int32 [n, 4].
+
+    Resizing such a square to S is, up to the rounding of sizes and offsets to whole pixels, the usual "resize the short side to
+    S / eval_crop, then cut the centre S × S", without computing the border that is thrown away.
+    """
+    widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
+    side = np.maximum(1, np.rint(eval_crop * np.minimum(widths, heights)).astype(np.int64))
+    return _windows((widths - side) // 2, (heights - side) // 2, side, side)
+
+
+def _resized(keys: np.ndarray, widths: np.ndarray, heights: np.ndarray, config: AugmentConfig) -> np.ndarray:
+    """The first of 10 random windows that fits in the image; where none does, the largest centred one within the ratio range."""
+    number = uniform(keys, 4 * ATTEMPTS).reshape(-1, 4, ATTEMPTS)
+    smallest, largest = config.crop_scale
+    low, high = config.crop_ratio
+    area = (widths * heights)[:, None] * (smallest + (largest - smallest) * number[:, 0])
+    ratio = np.exp(math.log(low) + (math.log(high) - math.log(low)) * number[:, 1])
+    width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (width > 0) & (width <= widths[:, None]) & (height > 0) & (height <= heights[:, None])
+
+    row = np.arange(len(keys))
+    first = fits.argmax(axis=1)
+    found = fits[row, first]
+    width, height = width[row, first], height[row, first]
+
+    shape = widths / heights
+    fallback_width = np.where(shape > high, np.rint(heights * high), widths).astype(np.int64)
+    fallback_height = np.where(shape < low, np.rint(widths / low), heights).astype(np.int64)
+    width = np.where(found, width, np.clip(fallback_width, 1, widths))
+    height = np.where(found, height, np.clip(fallback_height, 1, heights))
+
+    # Uniform over the positions that fit, both ends included; the centre for the fallback.
+    x = np.where(found, number[row, 2, first] * (widths - width + 1), (widths - width) // 2).astype(np.int64)
+    y = np.where(found, number[row, 3, first] * (heights - height + 1), (heights - height) // 2).astype(np.int64)
+    return _windows(x, y, width, height)
+
+
+def _windows(x: np.ndarray, y: np.ndarray, width: np.ndarray, height: np.ndarray) -> np.ndarray:
+    return np.stack([x, y, width, height], axis=1).astype(np.int32)

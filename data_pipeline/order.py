@@ -1,0 +1,106 @@
+"""Which samples a step uses: a pure function of (seed, step), in constant time and memory per position.
+
+An epoch's order is a keyed permutation of the ids 0 … samples-1, evaluated only where it is needed; it is never laid out in
+memory. Step s uses positions [s·G, (s+1)·G) of its epoch's order (G = global batch), split into M micro-batches of fixed size.
+Rank r of `world` takes the micro-batches r, r + world, …, so what a step computes does not depend on the number of ranks.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .randomness import Stream, bits, fold, integers, make_key
+
+# Rounds of the Feistel network. Luby and Rackoff (1988) need 4 for large domains; small ones mix more slowly, and rounds are cheap.
+ROUNDS = 12
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of `samples` samples under `seed`, in global batches of `global_batch`, each made of micro-batches of `micro_batch`.
+
+    Steps count from 0: step s is the one taken after s optimizer steps have finished. Raises ValueError for sizes that do not fit.
+    """
+
+    seed: int
+    samples: int
+    global_batch: int
+    micro_batch: int
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1 or self.global_batch < 1:
+            raise ValueError(f"global_batch {self.global_batch} and micro_batch {self.micro_batch} must be at least 1")
+        if self.global_batch % self.micro_batch:
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}")
+        if self.samples < self.global_batch:
+            raise ValueError(f"the dataset has {self.samples} samples, fewer than one global_batch of {self.global_batch}")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole global batches in an epoch; the rest of the order (another rest every epoch) is not used."""
+        return self.samples // self.global_batch
+
+    @property
+    def micro_batches(self) -> int:
+        """M, the micro-batches of one step, over all ranks."""
+        return self.global_batch // self.micro_batch
+
+    def epoch_of(self, step: int) -> int:
+        return step // self.steps_per_epoch
+
+    def ids(self, step: int) -> np.ndarray:
+        """The sample ids of a step, int64 [global_batch]."""
+        return self._ids(step, 0, self.global_batch)
+
+    def micro_batch_ids(self, step: int, index: int) -> np.ndarray:
+        """The sample ids of micro-batch `index` of a step, int64 [micro_batch]."""
+        if not 0 <= index < self.micro_batches:
+            raise ValueError(f"micro-batch {index} of a step of {self.micro_batches}")
+        return self._ids(step, index * self.micro_batch, self.micro_batch)
+
+    def share(self, rank: int, world: int) -> range:
+        """The indices of the micro-batches that `rank` takes in every step. ValueError where `world` does not divide M."""
+        total = self.micro_batches
+        if world < 1 or total % world:
+            fitting = ", ".join(str(size) for size in range(1, total + 1) if total % size == 0)
+            raise ValueError(
+                f"{world} ranks cannot share the {total} micro-batches of a step (global_batch {self.global_batch} / micro_batch "
+                f"{self.micro_batch}) evenly; world sizes that can: {fitting}"
+            )
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world}")
+        return range(rank, total, world)
+
+    def _ids(self, step: int, start: int, count: int) -> np.ndarray:
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        first = (step % self.steps_per_epoch) * self.global_batch + start
+        key = make_key(self.seed, Stream.ORDER, self.epoch_of(step))
+        return permute(key, self.samples, np.arange(first, first + count, dtype=np.int64))
+
+
+def permute(key: int, size: int, positions: np.ndarray) -> np.ndarray:
+    """A keyed permutation of 0 … size-1, evaluated at `positions` (int64 [n], each in [0, size)); returns int64 [n].
+
+    An alternating Feistel network on pairs (left, right) in Z_a × Z_b, with a·b the smallest such grid that covers `size`, and
+    cycle walking (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002): results outside 0 … size-1 are permuted
+    again until they fall inside. As a·b - size < a ≈ √size, hardly any do.
+    """
+    columns = math.isqrt(size - 1) + 1  # b = ceil(sqrt(size)); size 1 gives 1
+    rows = -(-size // columns)
+    round_keys = bits(np.array([key], np.int64), np.arange(ROUNDS, dtype=np.int64))
+    result = _feistel(round_keys, rows, columns, positions)
+    outside = np.flatnonzero(result >= size)
+    while outside.size:
+        result[outside] = _feistel(round_keys, rows, columns, result[outside])
+        outside = outside[result[outside] >= size]
+    return result
+
+
+def _feistel(round_keys: np.ndarray, rows: int, columns: int, values: np.ndarray) -> np.ndarray:
+    left, right = np.divmod(values, columns)
+    for number in range(0, ROUNDS, 2):
+        left = (left + integers(fold(round_keys[number : number + 1], right), rows)) % rows
+        right = (right + integers(fold(round_keys[number + 1 : number + 2], left), columns)) % columns
+    return left * columns + right

@@ -1,0 +1,121 @@
+"""Counter-based random numbers: pure functions of a key and a counter, with no generator state.
+
+The hash is SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014), whose n-th output for
+the state `key` is `mix64(key + n * GOLDEN)`. It is computed in wrap-around int64 arithmetic, so the same code serves numpy arrays
+and torch tensors, and gives the same bits on CPU and GPU.
+
+    key = make_key(seed, Stream.CROP, epoch)      # one number per purpose and position
+    keys = fold(key, ids)                         # one per sample
+    uniform(keys, 4)                              # four numbers per sample
+"""
+
+import math
+from enum import IntEnum
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+# Either kind, of dtype int64.
+Integers = TypeVar("Integers", np.ndarray, torch.Tensor)
+
+
+class Stream(IntEnum):
+    """What a random number is for. The values are part of what a seed means: never renumber them."""
+
+    ORDER = 1
+    CROP = 2
+    AUGMENT = 3
+    FLIP = 4
+    ERASE = 5
+    ERASE_NOISE = 6
+    MIX = 7
+    MODEL = 8
+    INIT = 9
+
+
+def make_key(seed: int, stream: Stream, *position: int) -> int:
+    """The key of (seed, purpose, position…), a python int in signed 64-bit range. Any ints are accepted, modulo 2^64."""
+    key = 0
+    for part in (seed, stream, *position):
+        key = _scalar(fold(key, np.array([_signed(part)], np.int64)))
+    return key
+
+
+def fold(key: int | Integers, values: int | Integers) -> Integers:
+    """Keys derived from `key` by `values`; they broadcast, and at least one of the two is an int64 array or tensor.
+
+    Both maps, key → result and value → result, are bijections: keys of different values never collide.
+    """
+    if isinstance(values, int):
+        hashed = _scalar(mix64(np.array([_signed(values + GOLDEN)], np.int64)))
+    else:
+        hashed = mix64(values + GOLDEN)
+    return mix64(hashed + (_signed(key) if isinstance(key, int) else key))
+
+
+def bits(keys: Integers, counter: int | Integers) -> Integers:
+    """64 random bits per key, as int64: SplitMix64's output number `counter` (from 0) for the state `keys`. They broadcast."""
+    if isinstance(counter, int):
+        return mix64(keys + _signed((counter + 1) * GOLDEN))
+    return mix64(keys + (counter + 1) * GOLDEN)
+
+
+def uniform(keys: Integers, count: int) -> Integers:
+    """[n] keys → [n, count] numbers in [0, 1).
+
+    numpy: float64 of the hash's top 53 bits. torch: float32 of its top 24 bits. Both conversions are exact, so torch's numbers are
+    numpy's cut to 24 bits, and 1 is never reached.
+    """
+    if isinstance(keys, torch.Tensor):
+        counter = torch.arange(count, device=keys.device)
+        return _shift(bits(keys[:, None], counter), 40).to(torch.float32) * 2.0**-24
+    return _shift(bits(keys[:, None], np.arange(count)), 11).astype(np.float64) * 2.0**-53
+
+
+def integers(keys: Integers, bound: int | Integers, counter: int = 0) -> Integers:
+    """One integer in [0, bound) per key, for 1 ≤ bound ≤ 2^31 (an int or one per key).
+
+    The top 32 bits times bound, over 2^32 (Lemire 2019, without rejection): the bias is below bound / 2^32.
+    """
+    return (_shift(bits(keys, counter), 32) * bound) >> 32
+
+
+def normal(keys: torch.Tensor, counter: int | torch.Tensor = 0) -> torch.Tensor:
+    """Standard normal float32 numbers, one per (key, counter) after broadcasting: Box–Muller (1958) on the two halves of one hash.
+
+    24 bits for the radius bound the numbers by 5.77. The hash is the same everywhere; log and cos may differ in the last bit
+    between CPU and GPU.
+    """
+    hashed = bits(keys, counter)
+    radius = (_shift(hashed, 40) + 1).to(torch.float32).mul_(2.0**-24).log_().mul_(-2).sqrt_()  # + 1: the logarithm of 0 is infinite
+    angle = (hashed & 0xFFFFFF).to(torch.float32).mul_(2 * math.pi * 2.0**-24)
+    return radius.mul_(angle.cos_())
+
+
+def mix64(z: Integers) -> Integers:
+    """SplitMix64's finaliser (variant 13 of Stafford's), a bijection of int64."""
+    z = (z ^ _shift(z, 30)) * _MULTIPLIER_1
+    z = (z ^ _shift(z, 27)) * _MULTIPLIER_2
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Integers, count: int) -> Integers:
+    """Logical right shift: int64's own is arithmetic, so the copies of the sign bit are masked away."""
+    return (z >> count) & ((1 << (64 - count)) - 1)
+
+
+def _signed(value: int) -> int:
+    """Any int modulo 2^64, in signed 64-bit range."""
+    value = int(value) & 0xFFFFFFFFFFFFFFFF
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _scalar(array: np.ndarray) -> int:
+    # Arrays of one element rather than numpy scalars: scalars warn when they wrap around.
+    return int(array[0])
+
+
+GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MULTIPLIER_1 = _signed(0xBF58476D1CE4E5B9)
+_MULTIPLIER_2 = _signed(0x94D049BB133111EB)

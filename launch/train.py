@@ -1,0 +1,72 @@
+#!/usr/bin/env python
+"""Train a model: deepspeed launch/train.py --config configs/cat_b.yaml [section.key=value …]"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+EXIT_DATA, EXIT_FAILED, EXIT_CONFIG = 65, 70, 78
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    # The light half first: a mistake in the config or a missing dataset is answered before torch is imported.
+    from data_pipeline.manifest import DataError, open_manifest
+    from data_pipeline.order import Order
+    from train.config import ConfigError, load_config
+
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        manifest = open_manifest(config.data.path)
+        train = config.train
+        try:
+            order = Order(train.seed, manifest.split("train").samples, train.global_batch, train.micro_batch)
+            order.share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        except ValueError as error:
+            raise ConfigError(f"{arguments.config}: {error}") from error
+        output = Path(arguments.output or Path("runs") / Path(arguments.config).stem)
+        output.mkdir(parents=True, exist_ok=True)
+
+        from train.trainer import TrainingFailed
+        from train.trainer import train as run
+
+        try:
+            run(config, manifest, order, output, resume=arguments.resume, with_changes=arguments.resume_with_changes)
+        except TrainingFailed as error:
+            return fail(EXIT_FAILED, error)
+    except ConfigError as error:
+        return fail(EXIT_CONFIG, error)
+    except DataError as error:
+        return fail(EXIT_DATA, error)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a model, under deepspeed, torchrun or plain python. A run that was stopped goes on when started again.",
+        epilog="exit codes: 0 finished, 65 bad data, 70 training failed, 75 stopped on request (start again), 78 bad configuration",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="recipe, e.g. configs/cat_b.yaml")
+    parser.add_argument("--output", metavar="DIR", help="the run's folder (default: runs/<config name>)")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT", help="where to start from (default: auto, the newest valid checkpoint in the run's folder)")
+    parser.add_argument("--resume-with-changes", action="store_true", help="resume though settings changed that alter what a step computes")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it; the environment says the same
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's, e.g. train.max_steps=10")
+    return parser.parse_intermixed_args()
+
+
+def fail(code: int, error: Exception) -> int:
+    """One sentence on stderr, from rank 0 where all ranks know the same; the others wait, as the first to leave ends the job."""
+    if code == EXIT_DATA or os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

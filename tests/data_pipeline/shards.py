@@ -1,0 +1,59 @@
+"""Tiny prepared datasets for the tests of the data path, written without `prepare`."""
+
+import io
+import tarfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+
+from data_pipeline.manifest import RECORD, Manifest, Shard, Split, sha256_of, write_manifest
+
+
+def picture(number: int, width: int, height: int) -> np.ndarray:
+    """A smooth RGB picture (JPEG likes those) that differs for every `number`, uint8 [height, width, 3]."""
+    y, x = np.mgrid[0:height, 0:width] / max(width, height)
+    phase = np.random.default_rng(number).uniform(0, 6, 6)
+    channels = [np.sin(6 * x + phase[c]) * np.cos(5 * y + phase[c + 3]) for c in range(3)]
+    return (127.5 + 120 * np.stack(channels, -1)).astype(np.uint8)
+
+
+def jpeg(number: int, width: int, height: int) -> bytes:
+    return simplejpeg.encode_jpeg(picture(number, width, height), quality=95, colorsubsampling="444")
+
+
+def write_split(
+    folder: Path, images: Sequence[bytes], *, labels: Sequence[int] | None = None, name: str = "train", per_shard: int = 16
+) -> Split:
+    """Write JPEGs as a split of WebDataset shards with index and manifest; labels default to id modulo 10."""
+    labels = [number % 10 for number in range(len(images))] if labels is None else labels
+    folder.mkdir(parents=True, exist_ok=True)
+    records = np.zeros(len(images), RECORD)
+    shards = []
+    for start in range(0, len(images), per_shard):
+        file = f"{name}-{len(shards):05d}.tar"
+        numbers = range(start, min(start + per_shard, len(images)))
+        with tarfile.open(folder / file, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number in numbers:
+                _add(tar, f"{number:08d}.cls", str(labels[number]).encode())
+                offset = _add(tar, f"{number:08d}.jpg", images[number])
+                height, width = simplejpeg.decode_jpeg_header(images[number])[:2]
+                checksum = zlib.crc32(images[number])
+                records[number] = (offset, len(images[number]), len(shards), labels[number], checksum, width, height)
+        shards.append(Shard(file, len(numbers), (folder / file).stat().st_size, sha256_of(folder / file)))
+    split = Split(folder, name, len(images), "", tuple(shards))
+    records.tofile(split.index_path)
+    split = Split(folder, name, len(images), sha256_of(split.index_path), tuple(shards))
+    write_manifest(Manifest(folder, tuple(f"class{number}" for number in range(max(labels) + 1)), {name: split}))
+    return split
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Append a member and return the offset of its data."""
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    offset = tar.fileobj.tell() + 512
+    tar.addfile(entry, io.BytesIO(data))
+    return offset

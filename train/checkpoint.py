@@ -1,0 +1,255 @@
+"""Checkpoints: a folder `step_%08d` of safetensors shards and a hashed manifest, committed by one rename.
+
+Every rank writes its share in `shard_%05d.safetensors`: flat pieces named `<kind>/<parameter>`, with the first element of each piece
+in the file's metadata. Kinds are `model` (fp32 weights), `ema`, the optimizer's moments (`exp_avg`, …) and `buffer`. Pieces carry
+their position, so nothing in the layout depends on world size or ZeRO stage. There is no random state to save: position is the state.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from train.ema import Ema
+from train.engine import Engine
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used; the message names it, says why, and gives the remedy."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint's manifest: where training was, what it was, and what its files must be."""
+
+    step: int
+    top1: float | None  # percent, of the evaluation at this very step: EMA's where there is one
+    dataset: str  # fingerprint of the training split
+    classes: list[str]
+    config: dict
+    optimizer_step: int
+    loss_scale: dict[str, float]
+    shapes: dict[str, list[int]]
+    versions: dict[str, str]
+    world_size: int
+    shards: dict[str, str] = field(default_factory=dict)  # file name → SHA-256
+    version: int = VERSION
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
+
+
+def save_checkpoint(folder: Path, info: CheckpointInfo, engine: Engine, ema: Ema | None) -> Path:
+    """Write `folder/step_%08d`; every rank calls this. It appears under its name only when all of it is on the disk."""
+    final = checkpoint_path(folder, info.step)
+    temporary = folder / f".{final.name}.tmp"
+    if engine.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)  # left behind by a run that was killed while writing
+        temporary.mkdir(parents=True)
+    dist.barrier()
+
+    tensors, starts = {}, {}
+    for index, fragment in enumerate(engine.fragments()):
+        pieces = {"model": fragment.master, **fragment.moments}
+        if ema is not None:
+            pieces["ema"] = ema.averages[index]
+        for kind, piece in pieces.items():
+            tensors[f"{kind}/{fragment.name}"] = piece
+            starts[f"{kind}/{fragment.name}"] = fragment.start
+    if engine.rank == 0:
+        for name, buffer in engine.module.named_buffers():
+            tensors[f"buffer/{name}"] = buffer
+    shard = temporary / f"shard_{engine.rank:05d}.safetensors"
+    # Views into one flat buffer share storage, which safetensors refuses: write copies.
+    copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    save_file(copies, shard, metadata={"starts": json.dumps(starts)})
+    _fsync(shard)
+
+    written = [None] * engine.world
+    dist.all_gather_object(written, (shard.name, _sha256(shard)))
+    if engine.rank == 0:
+        manifest = temporary / MANIFEST
+        manifest.write_text(json.dumps({**asdict(info), "shards": dict(written)}, indent=1))
+        _fsync(manifest)
+        _fsync(temporary)
+        if final.exists():  # the same step, taken again after resuming from an older checkpoint
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        _fsync(folder)
+    dist.barrier()
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints in `folder`, newest first; not yet validated."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def read_info(path: Path) -> CheckpointInfo:
+    """A checkpoint's manifest. Raises CheckpointError where it is missing or damaged."""
+    try:
+        document = json.loads((path / MANIFEST).read_text())
+        if document["version"] != VERSION:
+            raise CheckpointError(f"{path} has format version {document['version']}, this program reads version {VERSION}")
+        return CheckpointInfo(**document)
+    except OSError as error:
+        raise CheckpointError(f"{path} is not a checkpoint: {MANIFEST}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged ({error})") from error
+
+
+def validate(path: Path) -> CheckpointInfo:
+    """Read the manifest and compare every file with its hash. Raises CheckpointError."""
+    info = read_info(path)
+    for name, expected in info.shards.items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name} is missing")
+        if _sha256(path / name) != expected:
+            raise CheckpointError(f"{path / name} is damaged: its SHA-256 differs from the manifest's")
+    return info
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all sound, or None; and a sentence for each newer one that is not."""
+    skipped = []
+    for path in list_checkpoints(folder):
+        try:
+            validate(path)
+            return path, skipped
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def load_checkpoint(path: Path, info: CheckpointInfo, engine: Engine, ema: Ema | None) -> None:
+    """Fill this rank's weights, moments and averages, and publish the weights to the model.
+
+    Raises CheckpointError where the checkpoint is of another model, or lacks something (EMA, the optimizer's moments).
+    """
+    shapes = {name: tuple(shape) for name, shape in info.shapes.items()}
+    if shapes != engine.shapes:
+        differing = sorted(name for name in shapes.keys() | engine.shapes if shapes.get(name) != engine.shapes.get(name))
+        raise CheckpointError(
+            f"{path} is of another model: {differing[0]} is {shapes.get(differing[0])} there and {engine.shapes.get(differing[0])} here"
+            + (f" (and {len(differing) - 1} more)" if len(differing) > 1 else "")
+        )
+    with Pieces(path, info) as pieces:
+        for fragment in engine.fragments(everything=True):
+            for kind, target in {"model": fragment.master, **fragment.moments}.items():
+                pieces.fill(f"{kind}/{fragment.name}", fragment.start, target)
+        if ema is not None:
+            for fragment, average in zip(ema.fragments, ema.averages, strict=True):
+                pieces.fill(f"ema/{fragment.name}", fragment.start, average)
+        for name, buffer in engine.module.named_buffers():
+            buffer.copy_(pieces.whole(f"buffer/{name}"))
+    engine.set_optimizer_step_count(info.optimizer_step)
+    engine.set_loss_scale_state(info.loss_scale)
+    engine.publish()
+
+
+def read_weights(path: Path, kind: str) -> dict[str, torch.Tensor]:
+    """The whole state dict of a checkpoint, fp32, put together from its shards; `kind` is "ema" or "model". Needs no process group."""
+    info = read_info(path)
+    state = {}
+    with Pieces(path, info) as pieces:
+        for name, shape in info.shapes.items():
+            state[name] = torch.empty(shape)
+            pieces.fill(f"{kind}/{name}", 0, state[name].view(-1))
+        for key in pieces.keys("buffer/"):
+            state[key.removeprefix("buffer/")] = pieces.whole(key)
+    return state
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints and the one with the best top-1. One rank calls this, after a save."""
+    newest = list_checkpoints(folder)
+    infos = {path: read_info(path) for path in newest}
+    scored = [path for path in newest if infos[path].top1 is not None]
+    best = max(scored, key=lambda path: infos[path].top1, default=None)
+    for path in newest[keep:]:
+        if path != best:
+            shutil.rmtree(path)
+
+
+class Pieces:
+    """The shards of one checkpoint, opened: any range of any tensor, whoever wrote it."""
+
+    def __init__(self, path: Path, info: CheckpointInfo):
+        self.path = path
+        self._files = [safe_open(path / name, framework="pt") for name in sorted(info.shards)]
+        self._places: dict[str, list[tuple[int, int, object]]] = {}
+        for file in self._files:
+            starts = json.loads(file.metadata()["starts"])
+            for key in file.keys():
+                tensor = file.get_slice(key)
+                start = starts.get(key, 0)
+                self._places.setdefault(key, []).append((start, start + _numel(tensor.get_shape()), file))
+
+    def __enter__(self) -> "Pieces":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files:
+            file.__exit__(*error)
+
+    def keys(self, prefix: str) -> list[str]:
+        return [key for key in self._places if key.startswith(prefix)]
+
+    def whole(self, key: str) -> torch.Tensor:
+        """A tensor that was written in one piece (a buffer), in its own shape and type."""
+        return self._find(key)[0][2].get_tensor(key)
+
+    def fill(self, key: str, start: int, target: torch.Tensor) -> None:
+        """Copy elements [start, start + target.numel()) of the flattened tensor `key` into the 1-D `target`."""
+        stop, filled = start + target.numel(), 0
+        for low, high, file in self._find(key):
+            first, last = max(low, start), min(high, stop)
+            if first < last:
+                try:
+                    target[first - start : last - start].copy_(file.get_slice(key)[first - low : last - low])
+                except SafetensorError as error:
+                    raise CheckpointError(f"{self.path}: {key} cannot be read ({error})") from error
+                filled += last - first
+        if filled != target.numel():
+            raise CheckpointError(f"{self.path}: {key} has {filled} of the {target.numel()} elements from {start} on")
+
+    def _find(self, key: str) -> list[tuple[int, int, object]]:
+        if key not in self._places:
+            raise CheckpointError(f"{self.path} has no {key}; it was written with other settings (EMA, optimizer) than this run has")
+        return self._places[key]
+
+
+def _numel(shape: list[int]) -> int:
+    numel = 1
+    for side in shape:
+        numel *= side
+    return numel
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,235 @@
+"""The config tree: one frozen pydantic class a section; an unknown key is an error that suggests the right one.
+
+Light on purpose: a bad config is answered before torch is imported.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+import catmodel
+from data_pipeline.config import AugmentConfig, DataConfig, Fraction, Section
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message names the key or file, and the remedy. Exit code 78."""
+
+
+class ModelConfig(Section):
+    """What to build; a key left out keeps the named model's own default."""
+
+    name: str = Field(description="cat_nano, cat_tiny, cat_small, cat_base")
+    embed_dim: Positive | None = Field(None, description="channels of the first stage")
+    depths: tuple[Positive, ...] | None = Field(None, description="cross attention blocks per stage")
+    num_heads: tuple[Positive, ...] | None = Field(None, description="heads of inner-patch attention per stage")
+    embed_patch_size: Positive | None = Field(None, description="side of a token, in pixels")
+    patch_size: Positive | None = Field(None, description="side of an attention patch, in tokens")
+    drop_path_rate: Fraction | None = Field(None, description="stochastic depth at the deepest block")
+    cpsa_drop: Fraction | None = Field(None, description="attention dropout in cross-patch attention")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in catmodel.list_models():
+            close = difflib.get_close_matches(name, catmodel.list_models(), 1)
+            hint = f"; did you mean {close[0]}?" if close else f"; models: {', '.join(catmodel.list_models())}"
+            raise ValueError(f"model.name: there is no model {name!r}{hint}")
+        return name
+
+    def overrides(self) -> dict[str, Any]:
+        """The keys that were given, as arguments of `catmodel.create_model`."""
+        return {key: value for key, value in self.model_dump(exclude={"name"}).items() if value is not None}
+
+
+class TrainConfig(Section):
+    epochs: Positive = 300
+    global_batch: Positive = Field(1024, description="samples per optimizer step, over all ranks")
+    micro_batch: Positive = Field(128, description="samples per forward pass; mixup, cutmix and dropout act inside one")
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    seed: int = Field(0, ge=0)
+    log_every: Positive = Field(50, description="steps between lines of metrics")
+    max_steps: Positive | None = Field(None, description="end early after so many steps; the schedule still spans `epochs`")
+    evaluate_every: int = Field(1, ge=0, description="epochs between evaluations; 0 turns them off")
+    activation_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, about a third more time")
+
+    @model_validator(mode="after")
+    def _micro_batches(self) -> "TrainConfig":
+        if self.global_batch % self.micro_batch:
+            raise ValueError(f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}")
+        return self
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0, description="peak learning rate, for the whole global batch")
+    weight_decay: float = Field(0.05, ge=0, description="not applied to biases, norms and what the model names in no_weight_decay()")
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    momentum: Fraction = Field(0.9, description="sgd only")
+    clip_grad: float | None = Field(5.0, gt=0, description="largest norm of the whole gradient; null turns clipping off")
+
+
+class ScheduleConfig(Section):
+    warmup_epochs: float = Field(20, ge=0)
+    warmup_lr: float = Field(1e-6, ge=0, description="learning rate at step 0")
+    min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
+
+
+class EmaConfig(Section):
+    decay: Fraction = Field(0.9999, description="0 turns EMA off; warmed up as min(decay, (1 + step) / (10 + step))")
+
+
+class ZeroConfig(Section):
+    stage: Literal[0, 1, 2, 3] = 1
+    offload: bool = Field(False, description="keep optimizer states and fp32 weights in host memory (stages 1–3)")
+
+    @model_validator(mode="after")
+    def _offload(self) -> "ZeroConfig":
+        if self.offload and self.stage == 0:
+            raise ValueError("zero.offload needs zero.stage 1, 2 or 3: stage 0 does not partition what would be offloaded")
+        return self
+
+
+class CheckpointConfig(Section):
+    every_steps: Positive | None = Field(None, description="steps between checkpoints; null: at the end of every epoch")
+    keep: Positive = Field(3, description="newest checkpoints kept; the best evaluated one is kept beside them")
+
+
+class MonitorConfig(Section):
+    record_samples: bool = Field(False, description="write the sample ids of every step to samples/rank_*.jsonl")
+    images: int = Field(32, ge=0, description="images in TensorBoard's grid of augmented inputs; 0 turns it off")
+
+
+class Config(Section):
+    model: ModelConfig
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    ema: EmaConfig = EmaConfig()
+    zero: ZeroConfig = ZeroConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> "Config":
+        if self.schedule.warmup_epochs >= self.train.epochs:
+            raise ValueError(f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} leaves nothing of train.epochs {self.train.epochs}")
+        return self
+
+
+# Keys that do not change what a step computes: a resumed run may change them. All others are the run's identity.
+FREE_KEYS = (
+    "zero.",
+    "checkpoint.",
+    "monitor.",
+    "data.path",
+    "data.backend",
+    "data.workers",
+    "data.prefetch",
+    "train.log_every",
+    "train.max_steps",
+    "train.evaluate_every",
+    "train.activation_checkpointing",
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read `path`, its `base` files below it and `section.key=value` overrides above it. Raises ConfigError with one sentence."""
+    tree = _read(Path(path), seen=())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not YAML ({_first_line(error)})") from error
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = _merge(tree, value)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict, source: str) -> Config:
+    """Validate a tree of plain values; `source` names it in the error."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{"train": {"epochs": 3}} → {"train.epochs": 3}"""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def differences(old: dict, new: dict, *, free: bool) -> list[str]:
+    """Keys whose values differ between two dumped configs: the `free` ones, or those that are a run's identity."""
+    old, new = flatten(old), flatten(new)
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [f"{key} ({old.get(key)} → {new.get(key)})" for key in changed if key.startswith(FREE_KEYS) == free]
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path} is its own base; remove the circle")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"config {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {_first_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a mapping of sections ({', '.join(Config.model_fields)})")
+    base = tree.pop("base", None)
+    return tree if base is None else _merge(_read(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def _merge(below: dict, above: dict) -> dict:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _explain(error: dict) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _known_keys()
+        matches = difflib.get_close_matches(key, known, 1, 0.6) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+        return f"unknown key {key}" + (f"; did you mean {matches[0]}?" if matches else f"; known here: {', '.join(_siblings(key, known))}")
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    if error["type"] == "value_error":
+        return error["msg"].removeprefix("Value error, ")
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
+
+
+def _known_keys() -> list[str]:
+    sections = Config.model_fields.items()
+    return list(Config.model_fields) + [f"{name}.{key}" for name, field in sections for key in field.annotation.model_fields]
+
+
+def _siblings(key: str, known: list[str]) -> list[str]:
+    section = key.split(".")[0]
+    return [k for k in known if k.startswith(section + ".")] or list(Config.model_fields)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

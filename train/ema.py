@@ -1,0 +1,43 @@
+"""Exponential moving average of the weights, in fp32, each rank averaging only its own share."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from train.engine import Engine
+
+
+class Ema:
+    """Averages of the engine's fragments: `average = decay · average + (1 - decay) · master`, at any ZeRO stage without a gather.
+
+    `averages[i]` belongs to `engine.fragments()[i]`. They start as the weights are at construction.
+    """
+
+    def __init__(self, engine: Engine, decay: float):
+        self.engine = engine
+        self.decay = decay
+        self.fragments = engine.fragments()
+        self._masters = [fragment.master for fragment in self.fragments]
+        self.averages = [master.clone() for master in self._masters]
+
+    def update(self, step: int) -> None:
+        """Take in the weights after step `step` (counted from 0). Warmed up: early averages forget the initial weights quickly."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.averages, self._masters, 1 - decay)
+
+    @contextlib.contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The model has the averaged weights inside this block, on all ranks, and its own again after it, to the last bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for master, average in zip(self._masters, self.averages, strict=True):
+            kept = master.clone()
+            master.copy_(average)
+            average.copy_(kept)
+        self.engine.publish()

@@ -1,0 +1,251 @@
+"""DeepSpeed, and the only file that knows it.
+
+DeepSpeed keeps the fp32 weights (the *master*) and the optimizer's moments in a different place at every ZeRO stage. `Engine` shows
+them in one form: a list of `Fragment`s, flat pieces of named parameters. EMA and checkpoints work on fragments, and so are the same
+code at every stage. Facts about DeepSpeed 0.19 that this file relies on are in comments where they matter.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from train.config import Config
+from train.optimizer import build_optimizer, initial_state
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# DeepSpeed's default buckets of 5e8 elements would take gigabytes of a laptop's memory; these still hide a network's latency.
+BUCKET_ELEMENTS = 25_000_000
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + numel) of the flattened parameter `name`: views of its fp32 master and of the optimizer's moments."""
+
+    name: str
+    start: int
+    master: Tensor
+    moments: dict[str, Tensor]
+
+    @property
+    def numel(self) -> int:
+        return self.master.numel()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Norm of the whole gradient before clipping; `skipped` where fp16 overflowed and nothing was changed."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class Engine:
+    """A model under DeepSpeed: forward, backward, step, and its fp32 state as fragments.
+
+    `accumulation` is the number of micro-batches a rank takes per step. Weights are cast to `config.train.precision`; the process
+    group must exist.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, accumulation: int, device: torch.device):
+        deepspeed = _import_deepspeed()
+        self.stage, self.offload = config.zero.stage, config.zero.offload
+        self.dtype = DTYPES[config.train.precision]
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.clip_grad = config.optimizer.clip_grad
+        # ZeRO 0 in fp32 has no wrapper around the optimizer, and DeepSpeed then reports no gradient norm: we clip.
+        self._plain = self.stage == 0 and self.dtype == torch.float32
+        self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.shapes = {name: tuple(parameter.shape) for parameter, name in self.names.items()}
+
+        base = build_optimizer(model.to(device), config.optimizer)
+        self._groups = [list(group["params"]) for group in base.param_groups]
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=base, config=self._settings(config, accumulation))
+        self._optimizer = self._engine.optimizer
+        # Present from the start, so that loading needs no case of its own; it also undoes the dummy step with which DeepSpeed
+        # starts ZeRO 0 in half precision, and which would leave Adam's step count one too high.
+        self._moments = {master: initial_state(config.optimizer, master) for master in self._masters()}
+        base.state.update(self._moments)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself. Call the engine, not this: ZeRO 3 gathers weights in the engine's hooks."""
+        return self._engine.module
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits of normalised images [m, 3, S, S], any float type."""
+        return self._engine(images.to(self.dtype))
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one micro-batch's mean loss; the last of a step also averages it over ranks."""
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> StepResult:
+        """Finish a micro-batch; after the step's last one: clip, update the weights."""
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return StepResult(0.0, False)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        norm = None
+        if self._plain:
+            norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_grad or float("inf"))
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm() if norm is None else norm
+        return StepResult(float(norm), not self._engine.was_step_applied())
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, without gradients."""
+        self._engine.eval()
+        with torch.no_grad():
+            yield
+        self._engine.train()
+
+    def fragments(self, *, everything: bool = False) -> list[Fragment]:
+        """This rank's share of all weights: over all ranks every element exactly once, in a fixed order.
+
+        `everything` adds what this rank holds beyond its share (ZeRO 0 holds every weight on every rank): what loading must fill.
+        """
+        pieces = []
+        for group, master, offsets in self._layout():
+            share = range(master.numel())
+            if self.stage == 0 and not everything:
+                share = _share(master.numel(), self.rank, self.world)
+            for parameter, (start, offset, numel) in zip(group, offsets, strict=True):
+                low, high = max(offset, share.start), min(offset + numel, share.stop)
+                if low < high:
+                    flat = {key: value.view(-1)[low:high] for key, value in self._moments[master].items() if value.ndim}
+                    pieces.append(Fragment(self.names[parameter], start + low - offset, master.detach().view(-1)[low:high], flat))
+        return pieces
+
+    def publish(self) -> None:
+        """Make the model's weights, on all ranks, what the shares of the master say."""
+        if self.stage == 3:
+            for group in range(len(self._optimizer.fp16_groups)):
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if self._optimizer.persistent_parameters:  # small ones that every rank keeps whole
+                self._optimizer.persistent_parameters[0].all_gather(self._optimizer.persistent_parameters)
+        elif self.stage:
+            self._optimizer.update_lp_params()
+        else:
+            for (parameter,), master, _ in self._layout():
+                self._gather_shares(master)
+                parameter.data.copy_(master.detach().view(parameter.shape))
+
+    def optimizer_step_count(self) -> int:
+        """Steps the optimizer has taken (fp16's skipped ones not counted), or 0 where it does not count (SGD)."""
+        return max((int(state["step"]) for state in self._moments.values() if "step" in state), default=0)
+
+    def set_optimizer_step_count(self, count: int) -> None:
+        for state in self._moments.values():
+            if "step" in state:
+                state["step"].fill_(count)
+
+    def loss_scale_state(self) -> dict[str, float]:
+        """The dynamic loss scale's numbers (fp16); empty in other precisions."""
+        if self.dtype != torch.float16:
+            return {}
+        return {key: value for key, value in vars(self._scaler()).items() if isinstance(value, int | float)}
+
+    def set_loss_scale_state(self, state: dict[str, float]) -> None:
+        for key, value in state.items():
+            setattr(self._scaler(), key, value)
+
+    def destroy(self) -> None:
+        """Remove DeepSpeed's hooks; the model is of no use afterwards."""
+        self._engine.destroy()
+
+    def _settings(self, config: Config, accumulation: int) -> dict:
+        zero = {
+            "stage": self.stage,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+        }
+        if self.offload:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        return {
+            "train_micro_batch_size_per_gpu": config.train.micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": 0.0 if self._plain else (self.clip_grad or 0.0),
+            "bf16": {"enabled": self.dtype == torch.bfloat16},
+            "fp16": {"enabled": self.dtype == torch.float16},
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU too, and compiles nothing at start-up
+        }
+
+    def _masters(self) -> list[Tensor]:
+        return [master for _, master, _ in self._layout()]
+
+    def _layout(self) -> Iterator[tuple[list[nn.Parameter], Tensor, list[tuple[int, int, int]]]]:
+        """Per fp32 tensor of this rank: its parameters, itself, and for each parameter (first element held, its offset here, numel)."""
+        optimizer = self._optimizer
+        if self.stage == 3:
+            for group, master in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+                offset, places = 0, []
+                for parameter in group:
+                    part = parameter.ds_tensor.ds_numel  # the same on all ranks: the last one's may be padding in part
+                    start = min(self.rank * part, parameter.ds_numel)
+                    places.append((start, offset, min(part, parameter.ds_numel - start)))
+                    offset += part
+                yield group, master, places
+        elif self.stage:
+            for index, master in enumerate(optimizer.single_partition_of_fp32_groups):
+                group = optimizer.round_robin_bit16_groups[index]
+                first = self.rank * optimizer.partition_size[index]
+                places = []
+                for parameter, offset in zip(group, optimizer.round_robin_bit16_offsets[index], strict=True):
+                    low = min(max(offset, first), first + master.numel())
+                    high = min(max(offset + parameter.numel(), first), first + master.numel())
+                    places.append((low - offset, low - first, high - low))
+                yield group, master, places
+        else:
+            masters = self._groups if self._plain else optimizer.fp32_groups
+            for group, group_masters in zip(self._groups, masters, strict=True):
+                for parameter, master in zip(group, group_masters, strict=True):
+                    yield [parameter], master, [(0, 0, parameter.numel())]
+
+    def _gather_shares(self, master: Tensor) -> None:
+        """ZeRO 0: put every rank's share of `master` together again, in place."""
+        flat = master.detach().view(-1)
+        width = -(-flat.numel() // self.world)
+        mine = flat.new_zeros(width)
+        share = _share(flat.numel(), self.rank, self.world)
+        mine[: len(share)] = flat[share.start : share.stop]
+        whole = flat.new_empty(width * self.world)
+        dist.all_gather_into_tensor(whole, mine)
+        flat.copy_(whole[: flat.numel()])
+
+    def _scaler(self) -> object:
+        return self._optimizer.loss_scaler if self.stage else self._optimizer.loss_scale_config
+
+
+def _share(numel: int, rank: int, world: int) -> range:
+    width = -(-numel // world)
+    return range(min(rank * width, numel), min((rank + 1) * width, numel))
+
+
+def _import_deepspeed():
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Otherwise DeepSpeed compiles a C++ extension for most of a minute that only its inference uses.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def init_process_group(device: torch.device) -> None:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe: NCCL on GPUs, gloo on CPUs."""
+    deepspeed = _import_deepspeed()
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)

@@ -1,0 +1,170 @@
+"""What a person sees of a run: metrics.jsonl, TensorBoard, train.log, and a progress bar on a terminal. Rank 0 writes."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from train.config import Config, dump_config, flatten
+from train.evaluate import Scores
+
+# Peak dense half-precision throughput, FLOP/s, as the vendor states it; MFU is null on other devices.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L40": 181e12, "A10": 125e12, "T4": 65e12}
+
+
+class Clock:
+    """Time since the last reading, split into waiting for data and the rest; paused for evaluation and checkpoints."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    def waited(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def skip(self, seconds: float) -> None:
+        """Leave out `seconds` that were neither steps nor waiting for data."""
+        self._start += seconds
+
+    def finish_step(self) -> None:
+        self._steps += 1
+
+    def read(self) -> tuple[float, float]:
+        """(seconds per step, fraction of time waited for data) since the last reading; starts anew."""
+        elapsed = time.perf_counter() - self._start
+        result = elapsed / self._steps, self._waited / elapsed
+        self.restart()
+        return result
+
+
+class Monitor:
+    """Rank 0's voice; on other ranks every call does nothing, so the trainer need not ask who it is."""
+
+    def __init__(self, output: Path, config: Config, *, is_main: bool, first: int, last: int, flops_per_image: float | None):
+        self.active, self.config, self.last = is_main, config, last
+        if not is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._metrics = open(output / "metrics.jsonl", "a", buffering=1)
+        self._log_file = open(output / "train.log", "a", buffering=1)
+        # Curves of steps that are taken again after a resume replace the old ones.
+        self._board = SummaryWriter(output / "tensorboard", purge_step=first + 1)
+        self._board.add_text("config", "```yaml\n" + dump_config(config) + "```", first)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=last, initial=first, unit="step", disable=not terminal, dynamic_ncols=True, smoothing=0.05)
+        self._flops_per_step = None if flops_per_image is None else flops_per_image * config.train.global_batch
+        self._peak = _peak_flops()
+
+    def say(self, text: str) -> None:
+        """A line for people: in train.log, and on the terminal."""
+        if self.active:
+            self._log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._bar.write(text) if not self._bar.disable else print(text, flush=True)
+
+    def event(self, name: str, step: int, text: str, **fields: object) -> None:
+        """Something that happened: a line of metrics, and `text` for people."""
+        self._write({"kind": "event", "event": name, "step": step, **fields})
+        self.say(text)
+
+    def train(self, step: int, epoch: float, loss: float, lr: float, grad_norm: float, seconds: float, data_wait: float) -> None:
+        """Metrics of the finished step `step`; `seconds` per step and `data_wait` are means since the last line."""
+        if not self.active:
+            return
+        speed = self.config.train.global_batch / seconds
+        mfu = None
+        if self._flops_per_step and self._peak:
+            mfu = self._flops_per_step / seconds / self._peak / torch.distributed.get_world_size()
+        shown = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "images_per_second": speed, "data_wait": data_wait}
+        self._write({"kind": "train", "step": step, "epoch": round(epoch, 4), **shown, "step_ms": 1000 * seconds, "mfu": mfu})
+        groups = {"loss": "learning", "lr": "learning", "grad_norm": "learning", "images_per_second": "speed", "data_wait": "speed"}
+        for key, value in {**shown, **({"mfu": mfu} if mfu else {})}.items():
+            self._board.add_scalar(f"{groups.get(key, 'speed')}/{key}", value, step)
+        self._bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", img_s=f"{speed:.0f}", refresh=False)
+        if self._bar.disable:
+            self.say(
+                f"step {step}/{self.last}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  |grad| {grad_norm:.2f}"
+                f"  {speed:.0f} img/s  data wait {data_wait:.0%}"
+            )
+        else:
+            self._log_file.write(f"step {step}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  {speed:.0f} img/s\n")
+
+    def advance(self) -> None:
+        if self.active:
+            self._bar.update()
+
+    def evaluation(self, step: int, epoch: float, weights: str, scores: Scores) -> None:
+        fields = {"top1": scores.top1, "top5": scores.top5, "loss": scores.loss}
+        self._write({"kind": "eval", "step": step, "weights": weights, **fields, "count": scores.count})
+        if self.active:
+            for key, value in fields.items():
+                self._board.add_scalar(f"evaluation/{weights}_{key}", value, step)
+        name = "EMA" if weights == "ema" else "model"
+        self.say(f"epoch {epoch:.4g}  {name}: top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}  ({scores.count} images)")
+
+    def images(self, step: int, images: Tensor) -> None:
+        """A grid of normalised images [m, 3, S, S] as the model sees them."""
+        count = self.config.monitor.images
+        if not self.active or not count:
+            return
+        settings = self.config.augment
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
+        grid = _grid((images[:count].float().cpu() * std + mean).clamp(0, 1))
+        self._board.add_image("inputs", grid, step)
+
+    def finish(self, step: int, scores: dict[str, Scores]) -> None:
+        """Hyper-parameters with the final scores, for TensorBoard's comparison of runs."""
+        if self.active and scores:
+            plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in flatten(self.config.model_dump()).items()}
+            results = {f"final/{weights}_top1": result.top1 for weights, result in scores.items()}
+            self._board.add_hparams(plain, results, run_name=".", global_step=step)
+
+    def close(self) -> None:
+        if self.active:
+            self._bar.close()
+            self._board.close()
+            self._metrics.close()
+            self._log_file.close()
+
+    def _write(self, line: dict) -> None:
+        if self.active:
+            self._metrics.write(json.dumps(line) + "\n")
+
+
+class SampleRecord:
+    """`samples/rank_%d.jsonl`: the sample ids this rank took in every step (`monitor.record_samples`)."""
+
+    def __init__(self, output: Path, rank: int, enabled: bool):
+        self._file = None
+        if enabled:
+            (output / "samples").mkdir(exist_ok=True)
+            self._file = open(output / "samples" / f"rank_{rank}.jsonl", "a", buffering=1)
+
+    def write(self, step: int, ids: list[int]) -> None:
+        if self._file:
+            self._file.write(json.dumps({"step": step, "ids": ids}) + "\n")
+
+
+def _grid(images: Tensor, gap: int = 2) -> Tensor:
+    """Images [n, 3, S, S] side by side in rows of eight, as one [3, H, W]."""
+    columns = min(8, len(images))
+    rows = -(-len(images) // columns)
+    side = images.shape[-1] + gap
+    grid = images.new_ones(3, rows * side - gap, columns * side - gap)
+    for index, image in enumerate(images):
+        top, left = index // columns * side, index % columns * side
+        grid[:, top : top + side - gap, left : left + side - gap] = image
+    return grid
+
+
+def _peak_flops() -> float | None:
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in name), None)

@@ -1,0 +1,81 @@
+"""Image classification with soft targets (mixup, cutmix, label smoothing)."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+import catmodel
+from data_pipeline.augment import augment, normalise, sample_keys
+from data_pipeline.loader import Loader, MicroBatch, build_loader, evaluation_batches
+from data_pipeline.manifest import Manifest
+from data_pipeline.mix import mix
+from data_pipeline.order import Order
+from data_pipeline.randomness import Stream, make_key
+from train.config import Config, ConfigError
+from train.engine import Engine
+from train.evaluate import Scores, evaluate
+from train.runtime import Runtime
+
+
+class Classification:
+    """Classification of the dataset's classes. `has_validation` is false where the dataset has no `val` split: then nothing is evaluated."""
+
+    def __init__(self, config: Config, manifest: Manifest, order: Order, runtime: Runtime):
+        self.config, self.manifest, self.order, self.runtime = config, manifest, order, runtime
+        self.classes = len(manifest.classes)
+        self.has_validation = "val" in manifest.splits
+
+    def build_model(self) -> nn.Module:
+        """The model with its initial weights: a function of the seed alone. Raises ConfigError for arguments that do not fit."""
+        torch.manual_seed(make_key(self.config.train.seed, Stream.INIT))
+        return build_model(self.config, self.classes)
+
+    def batches(self, start_step: int) -> Loader:
+        """This rank's micro-batches from step `start_step` on, without end."""
+        split, runtime = self.manifest.split("train"), self.runtime
+        return build_loader(
+            self.config.data, self.config.augment, split, self.order, rank=runtime.rank, world=runtime.world, start_step=start_step
+        )
+
+    def inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """A micro-batch on the device, augmented and mixed: images float [m, 3, S, S], targets float [m, classes]."""
+        seed, settings, device = self.config.train.seed, self.config.augment, self.runtime.device
+        keys = sample_keys(seed, self.order.epoch_of(batch.step), batch.ids.to(device, non_blocking=True))
+        images = augment(batch.images.to(device, non_blocking=True), keys, settings)
+        labels = batch.labels.to(device, non_blocking=True)
+        return mix(images, labels, make_key(seed, Stream.MIX, batch.step, batch.index), self.classes, settings)
+
+    def loss(self, engine: Engine, batch: MicroBatch, images: Tensor, targets: Tensor) -> Tensor:
+        """Mean soft-target cross-entropy of one micro-batch. The model's dropout is a function of (seed, step, micro-batch index)."""
+        torch.manual_seed(make_key(self.config.train.seed, Stream.MODEL, batch.step, batch.index))
+        return nn.functional.cross_entropy(engine(images).float(), targets)
+
+    def evaluate(self, engine: Engine) -> Scores:
+        """Scores of the engine's present weights on the whole `val` split."""
+        with engine.evaluating():
+            return evaluate_split(engine, self.config, self.manifest, self.runtime)
+
+
+def build_model(config: Config, classes: int) -> nn.Module:
+    """The config's model for `classes` classes, with activation checkpointing set as the config says."""
+    try:
+        model = catmodel.create_model(
+            config.model.name, img_size=config.data.image_size, num_classes=classes, **config.model.overrides()
+        )
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+    model.set_grad_checkpointing(config.train.activation_checkpointing)
+    return model
+
+
+def evaluate_split(model, config: Config, manifest: Manifest, runtime: Runtime) -> Scores:
+    """Scores of `model` (normalised images → logits) on `manifest`'s `val` split; every rank calls."""
+    split, size, device = manifest.split("val"), config.train.micro_batch, runtime.device
+
+    def normalised() -> Iterator[tuple[int, Tensor, Tensor, bool]]:
+        for slot, batch in evaluation_batches(config.data, split, size, rank=runtime.rank, world=runtime.world):
+            images = normalise(batch.images.to(device, non_blocking=True), config.augment)
+            yield slot, images, batch.labels.to(device, non_blocking=True), batch.count
+
+    return evaluate(model, normalised(), -(-split.samples // size), device)
