@@ -4,8 +4,12 @@ import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from catmodel import timm_registry
+
 if TYPE_CHECKING:
     from torch import nn
+
+__all__ = ["create_model", "list_models", "load_published"]
 
 # Model name -> the module that has a function of this name. Kept here so that the list needs no torch.
 _MODELS = {name: "catmodel.cat" for name in ("cat_tiny", "cat_small", "cat_base", "cat_nano")}
@@ -26,3 +30,13 @@ def create_model(name: str, **overrides: Any) -> "nn.Module":
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"unknown model {name!r}: {hint}Models: {', '.join(list_models())}")
     return getattr(importlib.import_module(_MODELS[name]), name)(**overrides)
+
+
+def load_published(model: "nn.Module", source: Any, **options: Any) -> Any:
+    """Loads a released checkpoint (file or state dict) into `model`: see `catmodel.pretrained.load_published`."""
+    from catmodel import pretrained
+
+    return pretrained.load_published(model, source, **options)
+
+
+timm_registry.register(list_models())

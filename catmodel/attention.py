@@ -3,7 +3,7 @@
 A stage's tokens lie on an H x W map which is cut into n patches of P x P tokens.
 
 - Inner-patch self-attention (IPSA): inside each patch, its P*P tokens attend to each other over all channels.
-- Cross-patch self-attention (CPSA): inside each channel, the n patches attend to each other; a patch's features are that channel's P*P values.
+- Cross-patch self-attention (CPSA): inside each channel, the n patches attend to each other; a patch's features are its P*P values there.
 
 Shape letters: B images, H W map, N tokens, n patches, P tokens per patch (size * size), C channels, h heads, d channels per head.
 """
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 class Patches:
     """How the tokens of one stage are stored and grouped into patches.
 
-    Where the patches tile the map exactly, tokens are kept **patch by patch**: `split` and `join` are then views, and all that works on single tokens (norm, MLP, residual) does not care.
-    Otherwise tokens are kept row by row, and `split` pads the map with zeros on the right and at the bottom, so that padding is made after the norm and costs the MLP nothing.
+    Where the patches tile the map exactly, tokens are kept **patch by patch**: `split` and `join` are then views, and what works on
+    single tokens (norm, MLP, residual) does not care. Otherwise tokens are kept row by row, and `split` pads the map with zeros on the
+    right and at the bottom: so padding comes after the norm, as published, and costs the MLP nothing.
 
     height, width: of the map, in tokens. size: a patch's side, in tokens.
     """
@@ -55,7 +56,7 @@ class Patches:
         return x_BNC.unflatten(1, (self.height, self.width))
 
     def split(self, x_BNC: Tensor, shift: int = 0) -> Tensor:
-        """[B, N, C] -> patches [B, n, P, C]; with a shift, patches of the map rolled up and to the left by that many tokens."""
+        """[B, N, C] -> patches [B, n, P, C]; with a shift, of the map rolled up and to the left by that many tokens."""
         if self.exact and not shift:
             return x_BNC.unflatten(1, (-1, self.size**2))
         x_BHWC = self.map_from_tokens(x_BNC)
@@ -74,7 +75,10 @@ class Patches:
         return self.tokens_from_map(x_BHWC[:, : self.height, : self.width])
 
     def shift_mask(self, shift: int, device: torch.device) -> Tensor:
-        """[n, P, P], True where two tokens of a shifted patch were neighbours before the roll and so may attend (Swin, arXiv 2103.14030, section 3.2)."""
+        """[n, P, P], True where two tokens of a shifted patch lay together before the roll too, and so may attend.
+
+        (Swin, arXiv 2103.14030, section 3.2.)
+        """
 
         def region(length: int) -> Tensor:
             # After the roll the last patch of a side holds two pieces: its own end, and the start that came round.
@@ -136,7 +140,7 @@ class InnerPatchAttention(nn.Module):
 class CrossPatchAttention(nn.Module):
     """CPSA: self-attention among the n patches of the map, in every channel on its own with the same weights.
 
-    A patch's feature vector is the P*P values of the channel, so the weights depend on patch_size alone and any number of patches works.
+    A patch's features are the P*P values of the channel, so the weights depend on patch_size alone and any number of patches works.
     num_heads: 1 in the paper; more split the P*P features. dropout: of the attention weights, in training (0.2 in the paper, Table 6).
     """
 
@@ -163,10 +167,13 @@ class CrossPatchAttention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v, all [batch, h, tokens, d]; bias broadcasts to [batch, h, tokens, tokens]; dropout is that of the softmax.
+    """softmax(q k^T / sqrt(d) + bias) v, all [batch, h, tokens, d]; the bias broadcasts to [batch, h, tokens, tokens].
 
-    PyTorch's fused attention, which never holds tokens x tokens in memory (a dense 800x1280 image has 1,334 patches in each of 96 channels). But on a CPU
-    it is slower than the plain products where tokens are few, and with a trainable bias it is not fused at all.
+    dropout: of the softmax, always on: the caller knows whether it trains.
+
+    PyTorch's fused attention, which never holds tokens x tokens in memory: a dense 800x1280 image has 1,334 patches in each of 96 channels.
+    On a CPU, though, the plain products are faster where tokens are few, or where a trainable bias keeps PyTorch from fusing
+    (together 4 % of a training step of cat_tiny, 12 % of one of cat_nano).
     """
     tokens, d = q.shape[-2:]
     if q.device.type == "cpu" and (bias is not None or tokens <= 8):

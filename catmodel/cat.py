@@ -3,7 +3,6 @@
 Parameter names are those of the released checkpoints. Shape letters as in `attention.py`.
 """
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,40 +14,57 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from catmodel.attention import CrossPatchAttention, InnerPatchAttention, Patches
+from catmodel.variants import build
 
 # ---------------------------------------------------------------------------------------------------------------------- layers
 
 
-class PatchEmbed(nn.Module):
-    """Image [B, 3, H, W] -> tokens [B, H/p, W/p, C]: one token per p x p pixels, then LayerNorm. Images are padded with zeros to a multiple of p.
+class PatchConv(nn.Conv2d):
+    """A convolution whose stride is its kernel size, p: [B, c, H, W] -> [B, H/p, W/p, C], channels last as the norm after it wants them.
 
-    method "conv": a convolution (the published models). "slice": pixels are moved to channels in the order of `PatchProjection`, then projected
-    (the paper's ablation). Both are linear maps of the same pixels; they differ in the order of the weights and in their initialisation.
+    Computed as a matrix product: the result of PyTorch's own would have to be transposed in memory.
+    """
+
+    def forward(self, image: Tensor) -> Tensor:
+        pixels = rearrange(image, "B c (H dy) (W dx) -> B H W (c dy dx)", dy=self.kernel_size[0], dx=self.kernel_size[1])
+        return F.linear(pixels, self.weight.flatten(1), self.bias)
+
+
+class PatchSlice(nn.Linear):
+    """The same linear map of p x p pixels, but the pixels are moved to channels in the order of `PatchProjection`, then projected."""
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int):
+        super().__init__(in_chans * patch_size**2, embed_dim)
+        self.patch_size = patch_size
+
+    def forward(self, image: Tensor) -> Tensor:
+        p = self.patch_size
+        return super().forward(rearrange(image, "B c (H dy) (W dx) -> B H W (dx dy c)", dy=p, dx=p))
+
+
+class PatchEmbed(nn.Module):
+    """Image [B, 3, H, W] -> tokens [B, H/p, W/p, C]: one token per p x p pixels, then LayerNorm.
+
+    Images are padded with zeros on the right and at the bottom to a multiple of p.
+    method "conv": the published models. "slice": the paper's ablation; it differs in the order of the weights and in their initialisation.
     """
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int, method: Literal["conv", "slice"] = "conv"):
         super().__init__()
         self.patch_size = patch_size
         if method == "conv":
-            self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+            self.proj = PatchConv(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
         elif method == "slice":
-            self.proj = nn.Linear(in_chans * patch_size**2, embed_dim)
+            self.proj = PatchSlice(in_chans, embed_dim, patch_size)
         else:
             raise ValueError(f"patch_embed {method!r}: must be 'conv' or 'slice'")
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        p = self.patch_size
-        rows, columns = -image.shape[2] % p, -image.shape[3] % p
+        rows, columns = -image.shape[2] % self.patch_size, -image.shape[3] % self.patch_size
         if rows or columns:
             image = F.pad(image, (0, columns, 0, rows))
-        if isinstance(self.proj, nn.Conv2d):
-            # As a matrix product the result comes out with channels last, as the norm wants it: the convolution's would have to be transposed.
-            pixels = rearrange(image, "B c (H dy) (W dx) -> B H W (c dy dx)", dy=p, dx=p)
-            x_BHWC = F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
-        else:
-            x_BHWC = self.proj(rearrange(image, "B c (H dy) (W dx) -> B H W (dx dy c)", dy=p, dx=p))
-        return self.norm(x_BHWC)
+        return self.norm(self.proj(image))
 
 
 class PatchProjection(nn.Module):
@@ -172,16 +188,18 @@ class Stage(nn.Module):
 class CAT(nn.Module):
     """CAT for classification, or with `features_only` as a backbone for dense prediction.
 
-    img_size: pixels, one number or (height, width). A classifier takes images of exactly this size; with features_only it only sets the grid of
-        the absolute position, which is resized to each image.
+    img_size: pixels, one number or (height, width). A classifier takes images of exactly this size; with features_only it only sets the
+        grid of the absolute position, which is resized to each image.
     patch_size: side of an attention patch, in tokens. embed_patch_size: side of a token, in pixels.
     in_chans, num_classes: input channels; outputs of the head (0: no head, pooled features).
-    embed_dim: channels of the first stage; they double from stage to stage. depths: CABs per stage; as many stages as numbers. num_heads: of IPSA, per stage.
+    embed_dim: channels of the first stage; they double from stage to stage.
+    depths: CABs per stage; as many stages as numbers. num_heads: of IPSA, per stage.
     mlp_ratio: hidden channels of the MLP / its channels. drop_path_rate: drop-path of the last CAB, growing linearly from 0.
     cpsa_drop: attention dropout in CPSA. The paper's 0.2 (Table 6); the released configs have 0.
-    The paper's ablations: patch_embed "conv" or "slice"; cpsa_num_heads; shifted_windows in the second IPSA of every CAB; ape (absolute position) on or off.
-    features_only: `forward` returns the maps of the stages in out_indices (default all) for images of any size, each with its own LayerNorm.
-        Stages after the last one asked for are not built.
+    The paper's ablations: patch_embed "conv" or "slice"; cpsa_num_heads; shifted_windows in the second IPSA of every CAB; ape (absolute
+        position) on or off.
+    features_only: `forward` returns the maps of the stages in out_indices (default all) for images of any size, each with its own
+        LayerNorm. Stages after the last one asked for are not built.
 
     Raises ValueError for settings that do not fit together.
     """
@@ -265,7 +283,7 @@ class CAT(nn.Module):
         return tuple(indices)
 
     def _init_weights(self) -> None:
-        """Linear weights and positions: truncated normal of std 0.02; biases 0. Norms (1, 0) and the patch convolution keep PyTorch's default."""
+        """Linear weights and positions: truncated normal of std 0.02; biases 0. Norms and the patch convolution: PyTorch's default."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -287,7 +305,7 @@ class CAT(nn.Module):
         return {name for name, _ in self.named_parameters() if name == "ape" or name.endswith("relative_position_bias_table")}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass instead of storing them. Random draws are replayed, so gradients are the same."""
+        """Recompute each block's activations in the backward pass instead of storing them. Replays random draws: same gradients."""
         for stage in self.layers:
             stage.grad_checkpointing = enable
 
@@ -309,8 +327,8 @@ class CAT(nn.Module):
             raise RuntimeError("forward_features belongs to the classifier: call the features_only model itself")
         if image.shape[2:] != self.img_size:
             raise ValueError(
-                f"images are {tuple(image.shape[2:])}, the model was built for {self.img_size}: resize them, create the model with this img_size, "
-                "or use features_only=True, which takes any size"
+                f"images are {tuple(image.shape[2:])}, the model was built for {self.img_size}: resize them, create the model with "
+                "this img_size, or use features_only=True, which takes any size"
             )
         x_BHWC = self.embed(image)
         for stage in self.layers:
@@ -325,7 +343,7 @@ class CAT(nn.Module):
         return x_BC if pre_logits else self.head(x_BC)
 
     def forward_maps(self, image: Tensor) -> list[Tensor]:
-        """[B, in_chans, H, W] of any size -> per stage of out_indices a normed map [B, C_i, ~H/stride_i, ~W/stride_i], stored with channels last."""
+        """[B, in_chans, H, W] of any size -> for each stage i of out_indices a normed map [B, C_i, ceil(H/stride_i), ceil(W/stride_i)]."""
         maps = []
         x_BHWC = self.embed(image)
         for i, stage in enumerate(self.layers):
@@ -350,8 +368,9 @@ def check_img_size(img_size: tuple[int, int], patch_pixels: int, stages: int) ->
     if any(side <= 0 or side % unit for side in img_size):
         nearest = tuple(max(round(side / unit), 1) * unit for side in img_size)
         raise ValueError(
-            f"img_size {img_size} cannot be cut into whole patches: both sides must be multiples of {unit} (embed_patch_size * patch_size * 2 per further stage). "
-            f"Nearest: {nearest}; or change patch_size, embed_patch_size or the number of stages; or use features_only=True, which pads any size"
+            f"img_size {img_size} cannot be cut into whole patches: with {stages} stages both sides must be multiples of {unit} "
+            f"(embed_patch_size * patch_size, doubled per further stage). Nearest: {nearest}; or change patch_size, embed_patch_size or "
+            "the number of stages; or use features_only=True, which pads any size"
         )
 
 
@@ -360,32 +379,20 @@ def check_img_size(img_size: tuple[int, int], patch_pixels: int, stages: int) ->
 
 def cat_tiny(**overrides: Any) -> CAT:
     """CAT-T: 16,870,996 parameters, 2.77 GMACs at 224 x 224 (paper, Table 1)."""
-    return _build(overrides, embed_dim=64, depths=(1, 1, 3, 1), num_heads=(2, 4, 8, 16), drop_path_rate=0.1)
+    return build(CAT, overrides, embed_dim=64, depths=(1, 1, 3, 1), num_heads=(2, 4, 8, 16), drop_path_rate=0.1)
 
 
 def cat_small(**overrides: Any) -> CAT:
     """CAT-S: 37,294,258 parameters, 6.06 GMACs at 224 x 224."""
-    return _build(overrides, embed_dim=96, depths=(1, 1, 3, 1), num_heads=(3, 6, 12, 24), drop_path_rate=0.2)
+    return build(CAT, overrides, embed_dim=96, depths=(1, 1, 3, 1), num_heads=(3, 6, 12, 24), drop_path_rate=0.2)
 
 
 def cat_base(**overrides: Any) -> CAT:
     """CAT-B: 51,531,922 parameters, 8.93 GMACs at 224 x 224."""
-    return _build(overrides, embed_dim=96, depths=(1, 1, 6, 1), num_heads=(3, 6, 12, 24), drop_path_rate=0.3)
+    return build(CAT, overrides, embed_dim=96, depths=(1, 1, 6, 1), num_heads=(3, 6, 12, 24), drop_path_rate=0.3)
 
 
 def cat_nano(**overrides: Any) -> CAT:
-    """Ours, not the paper's: three stages for 32 x 32 images (img_size=64 works too), small enough to train on a CPU. 1.3 million parameters."""
+    """Ours, not the paper's: three stages for 32 x 32 images (img_size=64 works too), to be trained on a CPU. 1,283,190 parameters."""
     small = dict(img_size=32, patch_size=4, embed_patch_size=2, num_classes=10)
-    return _build(overrides, **small, embed_dim=32, depths=(1, 1, 2), num_heads=(2, 4, 8), drop_path_rate=0.05, cpsa_drop=0.0)
-
-
-def _build(overrides: dict[str, Any], **defaults: Any) -> CAT:
-    known = inspect.signature(CAT).parameters
-    unknown = [name for name in overrides if name not in known]
-    if unknown:
-        import difflib
-
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"CAT takes {', '.join(known)}"
-        raise ValueError(f"unknown model setting {unknown[0]!r}: {hint}")
-    return CAT(**{**defaults, **overrides})
+    return build(CAT, overrides, **small, embed_dim=32, depths=(1, 1, 2), num_heads=(2, 4, 8), drop_path_rate=0.05, cpsa_drop=0.0)

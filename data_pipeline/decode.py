@@ -4,20 +4,10 @@ Both release the GIL, so threads scale. Prepared shards hold only RGB and gray J
 raises ValueError, to which the backend adds the shard and the sample.
 """
 
-import threading
-
 import numpy as np
 import simplejpeg
 import torch
 from torch.nn.functional import interpolate
-
-
-class _Scratch(threading.local):
-    def __init__(self):
-        self.buffer = np.empty(20_000_000, np.uint8)
-
-
-_scratch = _Scratch()
 
 
 def decode(data: bytes, window: tuple[int, int, int, int], size: int, interpolation: str, out: np.ndarray) -> None:
@@ -26,11 +16,8 @@ def decode(data: bytes, window: tuple[int, int, int, int], size: int, interpolat
 
 
 def decode_rgb(data: bytes) -> np.ndarray:
-    """The whole image as RGB, uint8 [height, width, 3]. ValueError for damage of any kind, even where libjpeg would go on.
-
-    The result lies in memory that this thread's next call overwrites.
-    """
-    return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=_scratch.buffer)
+    """The whole image as RGB, uint8 [height, width, 3]. ValueError for damage of any kind, even where libjpeg would go on."""
+    return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
 
 
 def crop_and_resize(image: np.ndarray, window: tuple[int, int, int, int], size: int, interpolation: str, out: np.ndarray) -> None:

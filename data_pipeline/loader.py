@@ -178,13 +178,18 @@ class Loader(AbstractContextManager):
 def _start_threads(workers: int) -> ThreadPoolExecutor:
     """A pool whose threads are running and use one core each in torch.
 
-    torch.set_num_threads in a thread also changes what the process's other threads see, so the caller's number is put back after
-    the last of them has set its own (measured with torch 2.15: the caller then has its number again, and the threads keep 1).
+    torch.set_num_threads in a thread also changes the number that the rest of the process sees (torch 2.15), so the caller's is put
+    back once the last of them has set its own.
     """
     threads = torch.get_num_threads()
-    executor = ThreadPoolExecutor(workers, thread_name_prefix="decode", initializer=torch.set_num_threads, initargs=(1,))
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="decode", initializer=_use_one_core)
     everyone = Barrier(workers)  # no thread gets past it before all have started
     for future in [executor.submit(everyone.wait) for _ in range(workers)]:
         future.result()
     torch.set_num_threads(threads)
     return executor
+
+
+def _use_one_core() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # a thread takes over the process's number at its first use of torch: let that be now

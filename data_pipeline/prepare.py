@@ -35,6 +35,7 @@ from data_pipeline.manifest import (
     Manifest,
     Shard,
     Split,
+    open_manifest,
     publish,
     sha256_of,
     write_atomically,
@@ -81,6 +82,7 @@ def prepare(source_text: str, dest: Path, *, workers: int, shard_bytes: int, val
     work = dest / ".work"
     if (dest / FILE_NAME).exists():
         _refuse_other(dest, arguments, dest / REPORT_NAME)
+        open_manifest(dest)  # a file that has gone since is an error here, not a surprise in training
         shutil.rmtree(work, ignore_errors=True)  # the last run may have been killed just before this
         return False
     if dest.is_dir() and any(dest.iterdir()) and not work.is_dir():

@@ -9,15 +9,19 @@ and torch tensors, and gives the same bits on CPU and GPU.
     uniform(keys, 4)                              # four numbers per sample
 """
 
+from __future__ import annotations
+
 import math
 from enum import IntEnum
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # the order of samples is needed, and checked, before torch is imported
+    import torch
 
 # Either kind, of dtype int64.
-Integers = TypeVar("Integers", np.ndarray, torch.Tensor)
+Integers = TypeVar("Integers", np.ndarray, "torch.Tensor")
 
 
 class Stream(IntEnum):
@@ -67,10 +71,12 @@ def uniform(keys: Integers, count: int) -> Integers:
     numpy: float64 of the hash's top 53 bits. torch: float32 of its top 24 bits. Both conversions are exact, so torch's numbers are
     numpy's cut to 24 bits, and 1 is never reached.
     """
-    if isinstance(keys, torch.Tensor):
-        counter = torch.arange(count, device=keys.device)
-        return _shift(bits(keys[:, None], counter), 40).to(torch.float32) * 2.0**-24
-    return _shift(bits(keys[:, None], np.arange(count)), 11).astype(np.float64) * 2.0**-53
+    if isinstance(keys, np.ndarray):
+        return _shift(bits(keys[:, None], np.arange(count)), 11).astype(np.float64) * 2.0**-53
+    import torch
+
+    counter = torch.arange(count, device=keys.device)
+    return _shift(bits(keys[:, None], counter), 40).to(torch.float32) * 2.0**-24
 
 
 def integers(keys: Integers, bound: int | Integers, counter: int = 0) -> Integers:
@@ -88,8 +94,8 @@ def normal(keys: torch.Tensor, counter: int | torch.Tensor = 0) -> torch.Tensor:
     between CPU and GPU.
     """
     hashed = bits(keys, counter)
-    radius = (_shift(hashed, 40) + 1).to(torch.float32).mul_(2.0**-24).log_().mul_(-2).sqrt_()  # + 1: the logarithm of 0 is infinite
-    angle = (hashed & 0xFFFFFF).to(torch.float32).mul_(2 * math.pi * 2.0**-24)
+    radius = (_shift(hashed, 40) + 1).float().mul_(2.0**-24).log_().mul_(-2).sqrt_()  # + 1: the logarithm of 0 is infinite
+    angle = (hashed & 0xFFFFFF).float().mul_(2 * math.pi * 2.0**-24)
     return radius.mul_(angle.cos_())
 
 

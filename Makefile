@@ -1,0 +1,24 @@
+# Everything a newcomer needs. `make demo` and `make test` do their own set-up; done once, it costs nothing.
+.PHONY: setup demo test lint bench
+
+export DS_ACCELERATOR ?= $(shell test -e /dev/nvidia0 && echo cuda || echo cpu)
+BIN := .venv/bin
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt launch/setup.sh
+	bash launch/setup.sh
+
+demo: setup
+	bash launch/demo.sh
+
+test: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python launch/bench.py data
+	$(BIN)/python launch/bench.py train

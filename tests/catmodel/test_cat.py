@@ -1,0 +1,280 @@
+"""The CAT models as their user sees them: sizes, options, randomness, errors."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import catmodel
+from catmodel.cat import DropPathAdd
+
+PUBLISHED = {  # parameters, backbone parameters, GMACs, drop-path: shared facts from the paper and its code
+    "cat_tiny": (16_870_996, None, 2.7705, 0.1),
+    "cat_small": (37_294_258, 36_526_602, 6.0632, 0.2),
+    "cat_base": (51_531_922, 50_764_266, 8.9281, 0.3),
+}
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def nano(**overrides) -> nn.Module:
+    torch.manual_seed(0)
+    return catmodel.create_model("cat_nano", **overrides)
+
+
+def images(n: int = 2, size: int = 32) -> torch.Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def jitter(model: nn.Module) -> nn.Module:
+    """Weights far from the initial ones, which are so small that every attention is nearly uniform."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_size(name: str):
+    parameters, backbone, gmacs, drop_path = PUBLISHED[name]
+    with torch.device("meta"):
+        model = catmodel.create_model(name)
+        with FlopCounterMode(display=False) as counter:
+            assert model(torch.empty(1, 3, 224, 224)).shape == (1, 1000)
+        dense = catmodel.create_model(name, features_only=True)
+    assert count(model) == parameters
+    assert round(counter.get_total_flops() / 2e9, 4) == gmacs
+    assert backbone is None or count(dense) == backbone
+    assert model.layers[0].pre_ipsa_blocks[0].add.rate == 0.0
+    assert model.layers[-1].post_ipsa_blocks[-1].add.rate == pytest.approx(drop_path)
+    assert model.layers[0].cpsa_blocks[0].attn.dropout == 0.2
+
+
+def test_drop_path_grows_by_cab_and_is_shared_inside_one():
+    model = nano(depths=(1, 2, 1), drop_path_rate=0.3)
+    rates = [
+        [block.add.rate for block in cab]
+        for stage in model.layers
+        for cab in zip(stage.pre_ipsa_blocks, stage.cpsa_blocks, stage.post_ipsa_blocks, strict=True)
+    ]
+    assert rates == [pytest.approx([r] * 3) for r in (0.0, 0.1, 0.2, 0.3)]
+
+
+def test_nano_trains_and_has_the_promised_size():
+    model = nano()
+    assert 1_000_000 < count(model) < 2_000_000
+    x, y = images(8), torch.arange(8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(12):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_initial_weights_are_as_published():
+    torch.manual_seed(0)
+    model = catmodel.create_model("cat_tiny", depths=(1, 1, 1, 1))
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            assert torch.equal(p, torch.full_like(p, float(name.endswith("weight")))), name
+        elif name.startswith("patch_embed.proj"):
+            bound = (3 * 4 * 4) ** -0.5  # PyTorch's default: uniform within 1 / sqrt(fan-in)
+            assert p.abs().max() <= bound and p.abs().max() > 0.9 * bound, name
+        elif name.endswith(".bias"):
+            assert not p.any(), name
+        else:
+            assert abs(p.std().item() - 0.02) < 0.02 * 4 / (2 * p.numel()) ** 0.5, name
+            assert abs(p.mean().item()) < 0.02 * 5 / p.numel() ** 0.5, name
+
+
+def test_drop_path_is_drawn_per_sample_and_keeps_the_mean():
+    add = DropPathAdd(0.25).train()
+    x, branch = torch.zeros(4000, 3, 2), torch.ones(4000, 3, 2)
+    torch.manual_seed(0)
+    out = add(x, branch)
+    assert torch.equal(out, out[:, :1, :1].expand_as(out)), "a sample's branch is kept or dropped as a whole"
+    values = out[:, 0, 0]
+    assert torch.all((values == 0) | (values == 1 / 0.75))
+    assert abs((values == 0).float().mean().item() - 0.25) < 0.03
+    assert torch.equal(add.eval()(x, branch), branch)
+
+
+def test_drop_path_draws_attention_and_mlp_independently():
+    model = nano(depths=(1,), num_heads=(2,), drop_path_rate=0.0).train()
+    block = model.layers[0].pre_ipsa_blocks[0]
+    block.add.rate = 0.5
+    block.attn.forward = lambda x, patches: torch.ones_like(x)
+    block.mlp.forward = lambda x: torch.full_like(x, 10.0)
+    out = block(torch.zeros(400, 16, 32), None)[:, 0, 0]
+    assert set(out.tolist()) == {0.0, 2.0, 20.0, 22.0}
+
+
+def test_randomness_follows_the_default_generator_and_stops_in_eval():
+    model, x = jitter(nano(drop_path_rate=0.5, cpsa_drop=0.2)), images(4)
+    torch.manual_seed(3)
+    first, other = model(x), model(x)
+    torch.manual_seed(3)
+    assert torch.equal(first, model(x)) and not torch.equal(first, other)
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("overrides", [{}, {"drop_path_rate": 0.5, "cpsa_drop": 0.3}, {"features_only": True, "cpsa_drop": 0.3}])
+def test_activation_checkpointing_changes_no_gradient(overrides: dict):
+    model = jitter(nano(**overrides)).train()
+    x = images(3) if "features_only" not in overrides else images(1, 37)
+    grads, saved = [], []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(5)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            out = model(x)
+        sum(o.square().sum() for o in (out if isinstance(out, list) else [out])).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+        saved.append(sum(sizes))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert saved[1] < saved[0] / 3
+
+
+@pytest.mark.parametrize(
+    "overrides, changes_parameters",
+    [({"patch_embed": "slice"}, False), ({"cpsa_num_heads": 4}, False), ({"shifted_windows": True}, False), ({"ape": False}, True)],
+)
+def test_ablations_compute_something_else(overrides: dict, changes_parameters: bool):
+    plain, ablated = nano().eval(), nano(**overrides).eval()
+    assert (count(plain) != count(ablated)) == changes_parameters
+    jitter(plain)
+    state = {k: v.reshape(ablated.state_dict()[k].shape) for k, v in plain.state_dict().items() if k in ablated.state_dict()}
+    ablated.load_state_dict(state)
+    x = images()
+    assert not torch.allclose(plain(x), ablated(x), atol=1e-3)
+    ablated.train()(x).sum().backward()
+    assert all(p.grad is not None for p in ablated.parameters())
+
+
+def test_slicing_is_the_convolution_with_reordered_weights():
+    conv, slices = jitter(nano()).eval(), nano(patch_embed="slice").eval()
+    state = conv.state_dict()
+    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].permute(0, 3, 2, 1).flatten(1)  # [C, in, dy, dx] -> [C, (dx dy in)]
+    slices.load_state_dict(state)
+    torch.testing.assert_close(conv(images()), slices(images()))
+
+
+def test_shift_is_in_the_second_ipsa_alone():
+    stage = nano(shifted_windows=True).layers[0]
+    assert stage.pre_ipsa_blocks[0].attn.shift == 0
+    assert stage.post_ipsa_blocks[0].attn.shift == 2
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_runs_and_is_close(autocast: bool):
+    model, x = nano(drop_path_rate=0.1, cpsa_drop=0.1), images()
+    expected = model.eval()(x)
+    if not autocast:
+        model, x = model.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(x)
+        model.train()(x).float().square().sum().backward()
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (7, 90), (1, 1)])
+def test_dense_maps_at_any_size(size: tuple[int, int]):
+    model = nano(features_only=True)
+    maps = model(torch.randn(2, 3, *size))
+    h, w = -(-size[0] // 2), -(-size[1] // 2)
+    for i, out in enumerate(maps):
+        assert out.shape == (2, 32 * 2**i, h, w)
+        h, w = -(-h // 2), -(-w // 2)
+    sum(out.sum() for out in maps).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_dense_maps_at_the_training_size_are_the_classifiers():
+    classifier, dense = jitter(nano()).eval(), nano(features_only=True).eval()
+    catmodel.load_published(dense, classifier.state_dict())
+    dense.norm2.load_state_dict(classifier.norm.state_dict())
+    x = images()
+    torch.testing.assert_close(dense(x)[-1], classifier.forward_features(x).permute(0, 3, 1, 2), rtol=0, atol=1e-5)
+
+
+def test_padding_is_zeros_after_the_norm_so_a_padded_image_is_not_a_smaller_one():
+    """A map that needs padding differs from the same map extended by hand, whose padding the norm's bias would have reached."""
+    model = jitter(nano(features_only=True, depths=(1,), num_heads=(2,))).eval()
+    x = images(1)[..., :30]
+    assert not torch.allclose(model(x)[0], model(nn.functional.pad(x, (0, 2)))[0][..., :15], atol=1e-3)
+
+
+def test_out_indices_build_no_more_than_asked_for():
+    model = nano(features_only=True, out_indices=(1,))
+    maps = model(images(1, 50))
+    assert [tuple(m.shape) for m in maps] == [(1, 64, 13, 13)]
+    assert len(model.layers) == 2 and model.layers[1].downsample is None
+    assert [info["num_chs"] for info in model.feature_info] == [32, 64]
+    sum(m.sum() for m in maps).backward()
+    assert all(p.grad is not None for p in model.parameters()), "a parameter without gradient stops data-parallel training"
+    assert nano(features_only=True, out_indices=(-1, 0)).out_indices == (0, 2)
+
+
+def test_feature_info_names_modules_channels_and_strides():
+    with torch.device("meta"):
+        model = catmodel.create_model("cat_small", features_only=True)
+    assert model.feature_info == [{"num_chs": 96 * 2**i, "reduction": 4 * 2**i, "module": f"layers.{i}"} for i in range(4)]
+    assert dict(model.named_modules())["layers.3"] is model.layers[3]
+
+
+def test_no_weight_decay_names_positions_only():
+    model = nano()
+    names = model.no_weight_decay()
+    assert names <= dict(model.named_parameters()).keys()
+    assert "ape" in names and len(names) == 1 + 2 * sum((1, 1, 2))
+
+
+def test_head_can_be_replaced_or_left_out():
+    model = nano()
+    model.reset_classifier(4)
+    assert model(images()).shape == (2, 4)
+    assert nano(num_classes=0)(images()).shape == (2, 128)
+    assert model.forward_head(model.forward_features(images()), pre_logits=True).shape == (2, 128)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"img_size": 40}, r"multiples of 32.*Nearest: \(32, 32\).*features_only"),
+        ({"img_size": (32, 0)}, r"Nearest: \(32, 32\)"),
+        ({"num_heads": (2, 4)}, "one number per stage"),
+        ({"num_heads": (3, 4, 8)}, "num_heads 3 does not divide the 32 channels"),
+        ({"cpsa_num_heads": 3}, "cpsa_num_heads 3"),
+        ({"patch_embed": "fold"}, "must be 'conv' or 'slice'"),
+        ({"drop_path_rate": 1.0}, r"must be in \[0, 1\)"),
+        ({"out_indices": (0,)}, "needs features_only"),
+        ({"features_only": True, "out_indices": (5,)}, "stages of 0 to 2"),
+        ({"drop_pth_rate": 0.1}, "did you mean 'drop_path_rate'"),
+        ({"xyz": 1}, "CAT takes img_size"),
+    ],
+)
+def test_wrong_settings_are_named(overrides: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        nano(**overrides)
+
+
+def test_wrong_names_and_images_are_named():
+    with pytest.raises(ValueError, match="did you mean 'cat_tiny'.*cat_base"):
+        catmodel.create_model("cat_tny")
+    with pytest.raises(ValueError, match="built for .32, 32."):
+        nano()(images(1, 64))
+    assert nano(img_size=64)(images(1, 64)).shape == (1, 10)
+    assert {"cat_tiny", "cat_small", "cat_base", "cat_nano"} <= set(catmodel.list_models())

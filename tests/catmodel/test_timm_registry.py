@@ -1,0 +1,66 @@
+"""What `import catmodel` costs, and that timm knows our models in either order of imports. Each in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+USE = """
+import torch
+assert "cat_tiny" in timm.list_models("cat_*")
+model = timm.create_model("cat_nano", num_classes=7, drop_path_rate=0.2)
+assert type(model).__module__ == "catmodel.cat" and model(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+assert model.layers[-1].cpsa_blocks[-1].add.rate > 0.19
+dense = timm.create_model("cat_tiny", features_only=True, out_indices=(1, 2))
+assert dense.feature_info.channels() == [128, 256] and dense.feature_info.reduction() == [8, 16]
+try:
+    timm.create_model("cat_nano", pretrained=True)
+except ValueError as error:
+    assert "load_published" in str(error)
+else:
+    raise AssertionError("pretrained=True must not give untrained weights")
+assert timm.create_model("resnet18", num_classes=3).num_classes == 3
+"""
+
+
+def run(code: str) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Overwriting" not in result.stderr
+
+
+def test_importing_catmodel_imports_neither_torch_nor_timm():
+    run("import sys, catmodel; catmodel.list_models(); assert not {'torch', 'timm', 'torchvision', 'einops'} & set(sys.modules)")
+
+
+def test_without_timm_models_are_built_all_the_same_and_without_torchvision():
+    run(
+        "import sys, catmodel\n"
+        "class Hide:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'timm': raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(1, Hide())\n"
+        "try: import timm\n"
+        "except ModuleNotFoundError: pass\n"
+        "else: raise AssertionError\n"
+        "catmodel.create_model('cat_nano')\n"
+        "assert not {'timm', 'torchvision'} & set(sys.modules)"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import catmodel, timm",
+        "import timm, catmodel",
+        "import catmodel, importlib.util as u; u.find_spec('timm'); from timm.models import FeatureInfo; import timm",
+    ],
+)
+def test_timm_creates_our_models(imports: str):
+    run(imports + USE)

@@ -1,0 +1,117 @@
+import math
+
+import numpy as np
+import pytest
+
+from data_pipeline.config import AugmentConfig
+from data_pipeline.crop import evaluation_windows, training_windows
+from data_pipeline.randomness import Stream, fold, make_key
+
+
+def keys_of(count: int, epoch: int = 0) -> np.ndarray:
+    return fold(make_key(0, Stream.CROP, epoch), np.arange(count))
+
+
+def sizes(count: int, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.full(count, width, np.uint16), np.full(count, height, np.uint16)
+
+
+def test_resized_windows_lie_inside_images_of_all_sizes():
+    generator = np.random.default_rng(0)
+    widths = np.concatenate([np.array([1, 1, 65535, 65535, 2, 3]), generator.integers(1, 700, 20_000)]).astype(np.uint16)
+    heights = np.concatenate([np.array([1, 65535, 1, 65535, 3, 2]), generator.integers(1, 700, 20_000)]).astype(np.uint16)
+    windows = training_windows(keys_of(len(widths)), widths, heights, AugmentConfig())
+    assert windows.dtype == np.int32
+    x, y, width, height = windows.T
+    assert (width > 0).all()
+    assert (height > 0).all()
+    assert (x >= 0).all()
+    assert (y >= 0).all()
+    assert (x + width <= widths).all()
+    assert (y + height <= heights).all()
+
+
+def test_resized_areas_ratios_and_places_are_distributed_as_documented():
+    # On a square image with areas up to a half every first attempt fits, so area and log ratio stay uniform.
+    count = 50_000
+    config = AugmentConfig(crop_scale=(0.08, 0.5))
+    x, y, width, height = training_windows(keys_of(count), *sizes(count, 1000, 1000), config).T.astype(float)
+    area = width * height / 1e6
+    assert 0.079 < area.min() < 0.085
+    assert 0.495 < area.max() < 0.501
+    assert abs(area.mean() - 0.29) < 0.002
+    logs = np.log(width / height)
+    assert abs(logs.mean()) < 0.003
+    assert np.abs(logs).max() < math.log(4 / 3) + 0.01
+    assert abs(logs.std() - 2 * math.log(4 / 3) / math.sqrt(12)) < 0.002
+    for place in (x / (1000 - width), y / (1000 - height)):
+        assert place.min() < 0.01
+        assert place.max() > 0.99
+        assert abs(place.mean() - 0.5) < 0.005
+    assert abs(np.corrcoef(x / (1000 - width), y / (1000 - height))[0, 1]) < 0.02
+
+
+def test_resized_agrees_with_timm_in_distribution():
+    timm = pytest.importorskip("timm.data.transforms")
+    torch = pytest.importorskip("torch")
+    from PIL import Image
+
+    crop = timm.RandomResizedCropAndInterpolation(224, scale=(0.08, 1.0))
+    image = Image.new("RGB", (500, 375))
+    torch.manual_seed(0)
+    count = 10_000
+    theirs = np.array([crop.get_params(image, crop.scale, crop.ratio) for _ in range(count)], float)  # top, left, height, width
+    ours = training_windows(keys_of(count), *sizes(count, 500, 375), AugmentConfig()).astype(float)
+    for column, their_column in ((0, 1), (1, 0), (2, 3), (3, 2)):
+        for share in (5, 25, 50, 75, 95):
+            assert abs(np.percentile(ours[:, column], share) - np.percentile(theirs[:, their_column], share)) < 9
+
+
+def test_resized_falls_back_to_the_centre():
+    config = AugmentConfig(crop_scale=(1.0, 1.0))
+    windows = training_windows(keys_of(3), np.array([1000, 100, 400]), np.array([100, 1000, 399]), config)
+    assert windows[0].tolist() == [433, 0, 133, 100]  # wide: the height and 4/3 of it, centred
+    assert windows[1].tolist() == [0, 433, 100, 133]  # high: the width and 4/3 of it
+    assert (windows[2, 2:] >= 390).all()
+
+
+def test_resized_is_a_function_of_epoch_and_id_alone():
+    config = AugmentConfig()
+    whole = training_windows(keys_of(100), *sizes(100, 500, 375), config)
+    for number in (0, 57, 99):
+        alone = training_windows(keys_of(100)[number : number + 1], *sizes(1, 500, 375), config)
+        assert np.array_equal(alone[0], whole[number])
+    assert not np.array_equal(whole, training_windows(keys_of(100, epoch=1), *sizes(100, 500, 375), config))
+
+
+def test_padded_windows_are_every_shift_equally_often():
+    windows = training_windows(keys_of(81_000), *sizes(81_000, 32, 32), AugmentConfig(crop="padded", crop_padding=4))
+    assert (windows[:, 2:] == 32).all()
+    shifts, counts = np.unique(windows[:, :2], axis=0, return_counts=True)
+    assert shifts.tolist() == [[x, y] for x in range(-4, 5) for y in range(-4, 5)]
+    assert np.abs(counts - 1000).max() < 160
+
+
+def test_padding_of_zero_is_the_full_image():
+    windows = training_windows(keys_of(5), *sizes(5, 40, 30), AugmentConfig(crop="padded", crop_padding=0))
+    assert (windows == [0, 0, 40, 30]).all()
+
+
+def test_evaluation_windows():
+    windows = evaluation_windows(np.array([500, 375, 256, 1, 32]), np.array([375, 500, 256, 1, 32]), 0.875)
+    assert windows.tolist() == [[86, 23, 328, 328], [23, 86, 328, 328], [16, 16, 224, 224], [0, 0, 1, 1], [2, 2, 28, 28]]
+    assert evaluation_windows(np.array([500]), np.array([375]), 1.0).tolist() == [[62, 0, 375, 375]]
+
+
+def test_none_is_evaluations_crop():
+    widths, heights = sizes(4, 500, 375)
+    windows = training_windows(keys_of(4), widths, heights, AugmentConfig(crop="none"), 0.875)
+    assert np.array_equal(windows, evaluation_windows(widths, heights, 0.875))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"crop_scale": (0.5, 0.1)}, {"crop_ratio": (0.0, 1.0)}, {"crop_ratio": (2.0, 1.0)}, {"std": (0.0, 1.0, 1.0)}]
+)
+def test_ranges_that_cannot_be_are_refused(bad):
+    with pytest.raises(ValueError, match="must be"):
+        AugmentConfig(**bad)

@@ -1,0 +1,309 @@
+"""Preparing a dataset: what is in the shards, which sources are understood, what happens to bad images and to bad layouts."""
+
+import hashlib
+import io
+import json
+import shutil
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from data_pipeline.manifest import DataError, open_manifest
+from data_pipeline.prepare import prepare
+from data_pipeline.sources import UsageError
+from data_pipeline.verify import verify
+
+CLASSES = ("bird", "cat", "dog")
+SAMPLE = Path("/work/shared/data/imagenet_sample.tar")
+if not SAMPLE.exists():
+    SAMPLE = Path(__file__).resolve().parents[3] / "shared/data/imagenet_sample.tar"
+
+
+def picture(number: int, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
+    random = np.random.default_rng(number)
+    small = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def make_folder(root: Path, train: int = 5, val: int = 2) -> Path:
+    """An image folder of small JPEGs, `train` and `val` per class."""
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(CLASSES if count else ()):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                data = encoded(picture(1000 * label + 100 * len(split) + i), quality=90, progressive=i % 2 == 0)
+                (root / split / name / f"{i}.jpg").write_bytes(data)
+    return root
+
+
+def make_tar(folder: Path, path: Path, mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        tar.add(folder, arcname=folder.name)
+    return path
+
+
+def run(source, dest: Path, **changes) -> bool:
+    return prepare(str(source), dest, **{"workers": 2, "shard_bytes": 1 << 20, "val_fraction": 0.0, "seed": 0, **changes})
+
+
+def contents(dest: Path, leave_out: tuple[str, ...] = ()) -> dict[str, str]:
+    """SHA-256 of every file of a dataset."""
+    paths = (path for path in dest.rglob("*") if path.is_file() and path.name not in leave_out)
+    return {str(path.relative_to(dest)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def stored(dest: Path, split: str) -> list[tuple[bytes, int]]:
+    """(image bytes, label) of every sample by its id, through the index."""
+    split = open_manifest(dest).split(split)
+    shards = [(dest / shard.file).read_bytes() for shard in split.shards]
+    return [(shards[r["shard"]][int(r["offset"]) : int(r["offset"]) + int(r["size"])], int(r["label"])) for r in split.records]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("source") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def dataset(folder, tmp_path_factory):
+    """`folder`, prepared in several shards."""
+    dest = tmp_path_factory.mktemp("prepared") / "set"
+    assert run(folder, dest, shard_bytes=10_000)
+    return dest
+
+
+def originals(folder: Path, split: str) -> set[tuple[bytes, int]]:
+    return {(path.read_bytes(), label) for label, name in enumerate(CLASSES) for path in (folder / split / name).iterdir()}
+
+
+def test_any_webdataset_reader_gets_the_same_images_and_labels(folder, dataset):
+    for split in ("train", "val"):
+        shards = open_manifest(dataset).split(split).shards
+        assert len(shards) > 1
+        reader = webdataset.WebDataset([str(dataset / shard.file) for shard in shards], shardshuffle=False).to_tuple(
+            "jpg", "cls", "__key__"
+        )
+        samples = list(reader)
+        assert {(data, int(label)) for data, label, _ in samples} == originals(folder, split)
+        assert [(data, int(label)) for data, label, _ in samples] == stored(dataset, split)
+        keys = [key for *_, key in samples]
+        assert keys == [f"{i:09d}" for i in range(len(keys))]
+
+
+def test_the_index_gives_exact_bytes_sizes_and_checksums(folder, dataset):
+    split = open_manifest(dataset).split("train")
+    samples = stored(dataset, "train")
+    assert set(samples) == originals(folder, "train") and len(samples) == split.samples == 15
+    for (data, _), record in zip(samples, split.records, strict=True):
+        assert zlib.crc32(data) == record["checksum"]
+        assert (record["width"], record["height"]) == (40, 30)
+
+
+def test_classes_are_mixed_and_nothing_is_left_over(dataset):
+    labels = [label for _, label in stored(dataset, "train")]
+    assert labels != sorted(labels)
+    assert not (dataset / ".work").exists()
+    assert open_manifest(dataset).classes == CLASSES
+    assert verify(dataset) == []
+
+
+def test_the_seed_decides_the_order_and_the_workers_do_not(folder, dataset, tmp_path):
+    run(folder, tmp_path / "one", shard_bytes=10_000, workers=1)
+    assert contents(tmp_path / "one") == contents(dataset)
+    run(folder, tmp_path / "other", shard_bytes=10_000, seed=1)
+    assert stored(tmp_path / "other", "train") != stored(dataset, "train")
+    assert sorted(stored(tmp_path / "other", "train")) == sorted(stored(dataset, "train"))
+
+
+@pytest.mark.parametrize("ending", ["tar", "tar.xz", "tar.gz", "tar.bz2", "tar.zst"])
+def test_a_tar_makes_the_dataset_that_its_folder_makes(folder, dataset, tmp_path, ending):
+    if ending == "tar.zst":
+        if shutil.which("zstd") is None:
+            pytest.skip("no zstd program")
+        import subprocess
+
+        subprocess.run(["zstd", "-q", make_tar(folder, tmp_path / "pictures.tar"), "-o", tmp_path / "pictures.tar.zst"], check=True)
+    else:
+        make_tar(folder, tmp_path / f"pictures.{ending}", "w:" + ending.partition(".")[2])
+    run(tmp_path / f"pictures.{ending}", tmp_path / "set", shard_bytes=10_000)
+    # The report differs, for it names the source.
+    assert contents(tmp_path / "set", ("report.json",)) == contents(dataset, ("report.json",))
+
+
+def test_imagefolder_of_torchvision(folder, tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    run(f"imagefolder:{folder}/train", tmp_path / "set")
+    theirs = ImageFolder(str(folder / "train"))
+    assert open_manifest(tmp_path / "set").classes == tuple(theirs.classes)
+    assert set(stored(tmp_path / "set", "train")) == {(Path(path).read_bytes(), label) for path, label in theirs.samples}
+    with pytest.raises(DataError, match="has no split 'val'"):
+        open_manifest(tmp_path / "set").split("val")
+
+
+def test_a_torchvision_dataset_by_name(tmp_path):
+    """MNIST's raw files, made here: 40 train and 20 test images, each with a bar whose height is its digit."""
+    raw = tmp_path / "root/MNIST/raw"
+    raw.mkdir(parents=True)
+    for prefix, count in (("train", 40), ("t10k", 20)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = np.zeros((count, 28, 28), np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[: 2 * label + 2] = 255
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 2051, count, 28, 28) + images.tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 2049, count) + labels.tobytes())
+    run(f"mnist:{tmp_path / 'root'}", tmp_path / "set", workers=1)  # each worker imports torch
+    manifest = open_manifest(tmp_path / "set")
+    assert manifest.classes[:2] == ("0 - zero", "1 - one")
+    assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 40, "val": 20}
+    for data, label in stored(tmp_path / "set", "val"):
+        assert (np.asarray(Image.open(io.BytesIO(data)))[:, 5] > 127).sum() == 2 * label + 2
+
+
+def test_a_torchvision_dataset_that_cannot_be_had_is_one_sentence(tmp_path):
+    with pytest.raises(UsageError, match="FakeData has neither train= nor split="):
+        run("fakedata", tmp_path / "set")
+    with pytest.raises(DataError, match="torchvision cannot open or download ImageNet at"):
+        run(f"imagenet:{tmp_path}", tmp_path / "other")
+
+
+def test_bad_and_foreign_images(tmp_path):
+    """CMYK, PNG and others become RGB JPEGs; broken ones are left out and listed; gray and progressive JPEGs stay as they are."""
+    good, rotted = encoded(picture(1), quality=90), bytearray(encoded(picture(2, size=(200, 200)), quality=90))
+    rotted[len(rotted) // 2 : len(rotted) // 2 + 40] = b"\xff\x00\x13" * 13 + b"\xff"
+    files = {
+        "a_good.jpg": good,
+        "b_gray.jpg": encoded(picture(3, "L")),
+        "c_cmyk.jpg": encoded(picture(4, "CMYK")),
+        "d_png_in_disguise.JPEG": encoded(picture(5), "PNG"),
+        "e_transparent.png": encoded(picture(6, "RGBA"), "PNG"),
+        "f_palette.gif": encoded(picture(7), "GIF"),
+        "g_gray16.png": encoded(Image.fromarray(np.full((30, 40), 40000, np.uint16)), "PNG"),
+        "h_truncated.jpg": good[: len(good) // 2],
+        "i_garbage.jpg": b"no image at all",
+        "j_empty.jpg": b"",
+        "k_rotted.jpg": bytes(rotted),
+        "l_truncated.png": encoded(picture(8), "PNG")[:300],
+        "notes.txt": b"not an image",
+    }
+    (tmp_path / "source/thing").mkdir(parents=True)
+    for name, data in files.items():
+        (tmp_path / "source/thing" / name).write_bytes(data)
+    run(tmp_path / "source", tmp_path / "set")
+
+    samples = [data for data, _ in stored(tmp_path / "set", "train")]
+    assert len(samples) == 7 and {good, files["b_gray.jpg"]} <= set(samples)
+    for data in samples:
+        image = Image.open(io.BytesIO(data))
+        assert image.format == "JPEG" and image.mode in ("RGB", "L") and image.size == (40, 30)
+    report = json.loads((tmp_path / "set/report.json").read_text())
+    names = {kind: sorted(Path(name).name[0] for name, _ in report["splits"]["train"][kind]) for kind in ("transcoded", "excluded")}
+    assert names == {"transcoded": list("cdefg"), "excluded": list("hijkl")}
+    assert all(reason for _, reason in report["splits"]["train"]["excluded"])
+    assert report["ignored_files"] == 1 and verify(tmp_path / "set") == []
+    gray16 = [data for data in samples if Image.open(io.BytesIO(data)).mode == "L" and data != files["b_gray.jpg"]]
+    assert abs(int(np.asarray(Image.open(io.BytesIO(gray16[0])))[0, 0]) - 40000 // 256) <= 1
+
+
+def test_a_transcoded_image_looks_like_the_original(tmp_path):
+    (tmp_path / "source/thing").mkdir(parents=True)
+    (tmp_path / "source/thing/a.png").write_bytes(encoded(picture(5), "PNG"))
+    run(tmp_path / "source", tmp_path / "set")
+    [(data, _)] = stored(tmp_path / "set", "train")
+    difference = np.asarray(Image.open(io.BytesIO(data))).astype(int) - np.asarray(picture(5))
+    assert abs(difference).mean() < 3
+
+
+def test_a_split_without_one_good_image_is_an_error(tmp_path):
+    (tmp_path / "source/thing").mkdir(parents=True)
+    (tmp_path / "source/thing/a.jpg").write_bytes(b"no")
+    with pytest.raises(DataError, match=r"none of the 1 images of train can be read; the first is thing/a.jpg"):
+        run(tmp_path / "source", tmp_path / "set")
+
+
+def test_val_fraction_splits_the_same_way_each_time(folder, tmp_path):
+    for dest in ("one", "two"):
+        run(folder / "train", tmp_path / dest, val_fraction=0.2, workers=1)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    train, val = (set(stored(tmp_path / "one", split)) for split in ("train", "val"))
+    assert (len(train), len(val)) == (12, 3) and train | val == originals(folder, "train")
+    run(folder / "train", tmp_path / "three", val_fraction=0.2, seed=5)
+    assert set(stored(tmp_path / "three", "val")) != val
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/c/1.jpg"], "only train has b and only val has c"),
+        (["train/a/1.jpg", "test/a/1.jpg"], "folders test, train; expected train and val"),
+        (["a/1.jpg", "2.jpg"], "2.jpg in .* lies in no class folder"),
+        (["readme.txt"], "contains no images"),
+    ],
+)
+def test_a_layout_that_is_not_understood(tmp_path, names, message):
+    for name in names:
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / name).write_bytes(encoded(picture(1)))
+    with pytest.raises(DataError, match=message):
+        run(tmp_path / "source", tmp_path / "set")
+
+
+def test_classes_may_be_called_train_and_hold_folders(tmp_path):
+    for number, name in enumerate(["data/train/1.jpg", "data/bus/1.jpg", "data/bus/old/2.jpg"]):
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / name).write_bytes(encoded(picture(number)))
+    run(tmp_path / "source", tmp_path / "set")
+    manifest = open_manifest(tmp_path / "set")
+    assert manifest.classes == ("bus", "train") and list(manifest.splits) == ["train"]
+    assert sorted(label for _, label in stored(tmp_path / "set", "train")) == [0, 0, 1]
+
+
+def test_a_damaged_archive_is_one_sentence(folder, tmp_path):
+    path = make_tar(folder, tmp_path / "pictures.tar.xz", "w:xz")
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match="pictures.tar.xz cannot be decompressed"):
+        run(path, tmp_path / "set")
+    (tmp_path / "note.tar").write_text("this is no tar file" * 100)
+    with pytest.raises(DataError, match="note.tar is not a whole tar archive"):
+        run(tmp_path / "note.tar", tmp_path / "other")
+
+
+def test_other_arguments_or_another_source_are_refused(folder, tmp_path):
+    source = shutil.copytree(folder, tmp_path / "source")
+    run(source, tmp_path / "set")
+    assert run(source, tmp_path / "set") is False
+    with pytest.raises(UsageError, match="prepared with seed 0 and not 1"):
+        run(source, tmp_path / "set", seed=1)
+    with pytest.raises(UsageError, match="source .*source and not .*pictures"):
+        run(folder, tmp_path / "set")
+    with pytest.raises(UsageError, match="is not empty"):
+        run(folder, source)
+    with pytest.raises(UsageError, match="has a val split of its own"):
+        run(folder, tmp_path / "other", val_fraction=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SAMPLE.exists(), reason="imagenet_sample.tar is not at hand")
+def test_real_photographs_keep_their_bytes(tmp_path):
+    """200 photographs of ImageNet, in a tar of their own."""
+    with tarfile.open(SAMPLE) as tar, tarfile.open(tmp_path / "some.tar", "w") as some:
+        members = [member for member in tar if member.isreg()][:200]
+        data = {member.name: tar.extractfile(member).read() for member in members}
+        for member in members:
+            some.addfile(member, io.BytesIO(data[member.name]))
+    run(tmp_path / "some.tar", tmp_path / "set", shard_bytes=4 << 20)
+    assert sorted(image for image, _ in stored(tmp_path / "set", "train")) == sorted(data.values())
+    for (image, _), record in zip(stored(tmp_path / "set", "train"), open_manifest(tmp_path / "set").split("train").records, strict=True):
+        assert Image.open(io.BytesIO(image)).size == (record["width"], record["height"])

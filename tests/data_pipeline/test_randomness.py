@@ -1,0 +1,122 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.randomness import Stream, bits, fold, integers, make_key, mix64, normal, uniform
+
+MASK = (1 << 64) - 1
+
+
+def splitmix64(state: int, count: int) -> list[int]:
+    """The published algorithm in python integers."""
+    outputs = []
+    for _ in range(count):
+        state = (state + 0x9E3779B97F4A7C15) & MASK
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+        outputs.append(z ^ (z >> 31))
+    return outputs
+
+
+@pytest.mark.parametrize("state", [0, 1, 1234567, 2**63 - 1, -1, -(2**63)])
+def test_bits_are_splitmix64(state):
+    found = bits(np.array([state]), np.arange(20))
+    assert [int(value) & MASK for value in found] == splitmix64(state & MASK, 20)
+    assert [int(bits(np.array([state]), counter)[0]) & MASK for counter in range(20)] == splitmix64(state & MASK, 20)
+
+
+def test_known_value():
+    assert int(bits(np.array([0]), 0)[0]) & MASK == 0xE220A8397B1DCDAF  # first output of the reference implementation for seed 0
+
+
+def test_numpy_and_torch_give_the_same_bits():
+    values = np.concatenate([np.arange(-50, 50), np.array([2**63 - 1, -(2**63)])])
+    key = make_key(7, Stream.CROP, 3)
+    keys, torch_keys = fold(key, values), fold(key, torch.from_numpy(values))
+    assert np.array_equal(keys, torch_keys.numpy())
+    assert np.array_equal(fold(keys, 5), fold(torch_keys, 5).numpy())
+    assert np.array_equal(fold(keys, values), fold(torch_keys, torch.from_numpy(values)).numpy())
+    assert np.array_equal(bits(keys, 9), bits(torch_keys, 9).numpy())
+    assert np.array_equal(mix64(keys), mix64(torch_keys).numpy())
+    assert np.array_equal(integers(keys, 1000), integers(torch_keys, 1000).numpy())
+
+
+def test_torch_uniform_is_numpys_cut_to_24_bits():
+    keys = fold(make_key(0, Stream.FLIP), np.arange(1000))
+    wide, narrow = uniform(keys, 5), uniform(torch.from_numpy(keys), 5)
+    assert wide.dtype == np.float64
+    assert narrow.dtype == torch.float32
+    assert np.array_equal(np.floor(wide * 2**24) / 2**24, narrow.double().numpy())
+
+
+def test_keys_depend_on_every_part_and_its_place():
+    keys = {
+        make_key(seed, stream, *position)
+        for seed in (0, 1, -1)
+        for stream in Stream
+        for position in [(), (0,), (0, 0), (1,), (0, 1), (1, 0), (2**40,)]
+    }
+    assert len(keys) == 3 * len(Stream) * 7
+    assert all(-(2**63) <= key < 2**63 for key in keys)
+    assert make_key(5, Stream.MIX, 2) == make_key(5, Stream.MIX, 2)
+    assert make_key(2**70 + 5, Stream.MIX) == make_key(5 + 2**70 % 2**64, Stream.MIX)
+
+
+def test_nothing_warns_of_overflow():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_key(2**63, Stream.ORDER, -1)
+        integers(fold(make_key(1, Stream.CROP), np.arange(10)), 7)
+
+
+def chi_square(counts) -> float:
+    expected = sum(counts) / len(counts)
+    return sum((count - expected) ** 2 / expected for count in counts)
+
+
+@pytest.mark.parametrize("counter", [0, 1, 5])
+def test_uniform_over_consecutive_ids(counter):
+    keys = fold(make_key(3, Stream.CROP, 1), np.arange(100_000))
+    numbers = uniform(keys, counter + 1)[:, counter]
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert chi_square(np.bincount((numbers * 100).astype(int), minlength=100)) < 160  # 99 degrees of freedom: 1 in 10,000 above
+
+
+def test_uniform_over_epochs_and_independent_of_the_neighbouring_counter():
+    numbers = np.concatenate([uniform(fold(make_key(3, Stream.CROP, epoch), np.arange(1)), 2) for epoch in range(5000)])
+    cells = (numbers * 8).astype(int)
+    assert chi_square(np.bincount(cells[:, 0] * 8 + cells[:, 1], minlength=64)) < 115  # 63 degrees of freedom
+
+
+@pytest.mark.parametrize("bound", [1, 2, 7, 1000, 2**31])
+def test_integers_stay_below_their_bound(bound):
+    numbers = integers(fold(make_key(0, Stream.CROP), np.arange(20_000)), bound)
+    assert numbers.min() >= 0
+    assert numbers.max() < bound
+    cells = min(bound, 50)
+    assert chi_square(np.bincount(numbers * cells // bound, minlength=cells)) < 110
+
+
+def test_normal_numbers():
+    keys = fold(make_key(0, Stream.ERASE_NOISE), torch.arange(200_000))
+    numbers = normal(keys)
+    assert numbers.dtype == torch.float32
+    assert torch.isfinite(numbers).all()
+    assert abs(numbers.mean()) < 0.01
+    assert abs(numbers.std() - 1) < 0.01
+    assert abs((numbers**4).mean() - 3) < 0.1
+    assert abs((numbers.abs() < 1).float().mean() - 0.6827) < 0.005
+    assert normal(keys[:3, None], torch.arange(4)).shape == (3, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_gives_the_same_bits():
+    keys = fold(make_key(3, Stream.ERASE), torch.arange(-5000, 5000))
+    assert torch.equal(keys, fold(make_key(3, Stream.ERASE), torch.arange(-5000, 5000, device="cuda")).cpu())
+    assert torch.equal(uniform(keys, 5), uniform(keys.cuda(), 5).cpu())
+    assert torch.equal(integers(keys, 1000), integers(keys.cuda(), 1000).cpu())
+    torch.testing.assert_close(normal(keys.cuda()).cpu(), normal(keys), rtol=1e-4, atol=1e-5)

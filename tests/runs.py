@@ -1,0 +1,104 @@
+"""Training runs for tests: real processes, one a rank, over gloo.
+
+They are forked from a server that has imported torch and DeepSpeed already: a start costs a second instead of ten, and a run can be
+killed like any other process.
+"""
+
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_forkserver = multiprocessing.get_context("forkserver")
+_forkserver.set_forkserver_preload(["torch", "deepspeed", "safetensors.torch", "torch.utils.tensorboard"])
+
+
+@dataclass
+class RunningJob:
+    """The ranks of a job that has been started; `output` is its run folder."""
+
+    output: Path
+    processes: list
+
+    def wait(self, timeout: float = 240) -> list[int]:
+        """Exit codes of all ranks (negative: the signal that ended it)."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+        alive = [process for process in self.processes if process.exitcode is None]
+        self.kill()
+        assert not alive, f"{len(alive)} ranks still ran after {timeout} s:\n{self.text()}"
+        return [process.exitcode for process in self.processes]
+
+    def kill_at(self, step: int, timeout: float = 120) -> None:
+        """kill -9 all ranks as soon as metrics.jsonl has `step`."""
+        deadline = time.monotonic() + timeout
+        while not any(line["step"] >= step for line in metrics(self.output, "train", missing_ok=True)):
+            assert all(process.is_alive() for process in self.processes), f"ended before step {step}:\n{self.text()}"
+            assert time.monotonic() < deadline, f"step {step} did not come:\n{self.text()}"
+            time.sleep(0.005)
+        self.kill()
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.exitcode is None:
+                os.kill(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+    def text(self, rank: int = 0) -> str:
+        return (self.output / f"stdout_{rank}").read_text()
+
+
+def start(config: Path, output: Path, *arguments: str, world: int = 1) -> RunningJob:
+    """Start `launch/train.py --config … --output …` on `world` ranks; their output goes to `output/stdout_<rank>`."""
+    output.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["--config", str(config), "--output", str(output), *arguments]
+    processes = [_forkserver.Process(target=_rank, args=(rank, world, port, command, str(output))) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return RunningJob(output, processes)
+
+
+def run(config: Path, output: Path, *arguments: str, world: int = 1) -> RunningJob:
+    """Start a job and wait until it has finished with exit code 0."""
+    job = start(config, output, *arguments, world=world)
+    codes = job.wait()
+    assert codes == [0] * world, f"exit codes {codes}:\n{job.text()}"
+    return job
+
+
+def metrics(output: Path, kind: str, *, missing_ok: bool = False) -> list[dict]:
+    """Lines of metrics.jsonl of one kind; of lines with the same step, weights and event, the last one."""
+    path = output / "metrics.jsonl"
+    if missing_ok and not path.exists():
+        return []
+    complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in map(json.loads, complete) if line["kind"] == kind]
+    return list({(line["step"], line.get("weights"), line.get("event")): line for line in lines}.values())
+
+
+def losses(output: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in metrics(output, "train")}
+
+
+def _rank(rank: int, world: int, port: int, command: list[str], output: str) -> None:
+    """In the forked process: become rank `rank` as a launcher would have started it."""
+    stream = open(Path(output) / f"stdout_{rank}", "a", buffering=1)
+    os.dup2(stream.fileno(), 1)
+    os.dup2(stream.fileno(), 2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.argv = [str(ROOT / "launch" / "train.py"), *command]
+    runpy.run_path(sys.argv[0], run_name="__main__")

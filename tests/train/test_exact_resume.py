@@ -1,0 +1,133 @@
+"""The promise: whatever is killed, the run ends with the weights it would have had, to the last bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tests.runs import losses, metrics, run, start
+from train.checkpoint import Pieces, checkpoint_path, read_info
+
+
+def state(output, step) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole: weights, EMA, moments."""
+    path = checkpoint_path(output / "checkpoints", step)
+    info = read_info(path)
+    tensors = {"optimizer_step": torch.tensor(info.optimizer_step)}
+    with Pieces(path, info) as pieces:
+        for kind in ("model", "ema", "exp_avg", "exp_avg_sq"):
+            for name, shape in info.shapes.items():
+                tensors[f"{kind}/{name}"] = torch.empty(shape)
+                pieces.fill(f"{kind}/{name}", 0, tensors[f"{kind}/{name}"].view(-1))
+    return tensors
+
+
+def ids_by_step(output, world) -> dict[int, list[int]]:
+    """Sample ids of every step over all ranks; where a step was taken twice, the second time counts."""
+    steps: dict[int, list[int]] = {}
+    for rank in range(world):
+        lines = [json.loads(line) for line in (output / "samples" / f"rank_{rank}.jsonl").read_text().splitlines()]
+        for step, ids in {line["step"]: line["ids"] for line in lines}.items():
+            steps.setdefault(step, []).extend(ids)
+    return steps
+
+
+def assert_same_state(one, other):
+    assert one.keys() == other.keys()
+    different = [key for key in one if not torch.equal(one[key], other[key])]
+    assert not different, f"{len(different)} of {len(one)} tensors differ: {different[:5]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_killed_and_resumed_run_is_bitwise_equal(tiny_config, tmp_path, stage, precision):
+    """Two ranks, mixup, cutmix, erasing, drop-path and dropout on, killed mid-epoch twice; checkpoints every 3 of 8 steps an epoch."""
+    settings = [f"zero.stage={stage}", f"train.precision={precision}", "checkpoint.every_steps=3", "train.evaluate_every=0"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(tiny_config, whole, *settings, world=2)
+
+    for step in (5, 11):
+        start(tiny_config, broken, *settings, world=2).kill_at(step)
+    run(tiny_config, broken, *settings, world=2)
+
+    events = [line["event"] for line in metrics(broken, "event")]
+    assert events.count("resume") == 2, events
+    assert losses(broken) == losses(whole)
+    assert sorted(losses(broken)) == list(range(1, 17))
+    assert_same_state(state(broken, 16), state(whole, 16))
+    steps = ids_by_step(broken, world=2)
+    assert steps == ids_by_step(whole, world=2)
+    for epoch in (range(1, 9), range(9, 17)):
+        ids = [i for step in epoch for i in steps[step]]
+        assert len(ids) == len(set(ids)) == 256
+
+
+@pytest.mark.slow
+def test_fp16_resumes_its_loss_scale(tiny_config, tmp_path):
+    """The scale starts too high and overflows a few times: its state at the kill must come back."""
+    settings = ["zero.stage=1", "train.precision=fp16", "checkpoint.every_steps=3", "train.evaluate_every=0"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(tiny_config, whole, *settings, world=2)
+    start(tiny_config, broken, *settings, world=2).kill_at(7)
+    run(tiny_config, broken, *settings, world=2)
+    assert losses(broken) == losses(whole)
+    assert_same_state(state(broken, 16), state(whole, 16))
+    scales = [read_info(checkpoint_path(output / "checkpoints", 16)).loss_scale for output in (whole, broken)]
+    assert scales[0] == scales[1] and scales[0]["cur_scale"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_changes_nothing(tiny_config, tmp_path, stage):
+    settings = [f"zero.stage={stage}", "train.max_steps=6", "train.evaluate_every=0"]
+    run(tiny_config, tmp_path / "device", *settings, world=2)
+    run(tiny_config, tmp_path / "host", *settings, "zero.offload=true", world=2)
+    assert losses(tmp_path / "host") == pytest.approx(losses(tmp_path / "device"), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_sgd_resumes_bitwise(tiny_config, tmp_path):
+    settings = ["optimizer.name=sgd", "optimizer.lr=0.05", "checkpoint.every_steps=4", "train.evaluate_every=0"]
+    run(tiny_config, tmp_path / "whole", *settings)
+    start(tiny_config, tmp_path / "broken", *settings).kill_at(6)
+    run(tiny_config, tmp_path / "broken", *settings)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_max_steps_changes_nothing_else_and_a_larger_one_goes_on(tiny_config, tmp_path):
+    run(tiny_config, tmp_path / "whole")
+    run(tiny_config, tmp_path / "parts", "train.max_steps=6")
+    assert checkpoint_path(tmp_path / "parts" / "checkpoints", 6).is_dir()
+    run(tiny_config, tmp_path / "parts")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert metrics(tmp_path / "parts", "eval")[-2:] == metrics(tmp_path / "whole", "eval")[-2:]
+
+
+@pytest.mark.slow
+def test_damaged_checkpoint_is_skipped_and_named(tiny_config, tmp_path):
+    settings = ["checkpoint.every_steps=4", "train.max_steps=8", "train.evaluate_every=0"]
+    job = run(tiny_config, tmp_path / "run", *settings)
+    whole = losses(tmp_path / "run")
+    shard = checkpoint_path(tmp_path / "run" / "checkpoints", 8) / "shard_00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    job = run(tiny_config, tmp_path / "run", *settings)
+    assert "shard_00000.safetensors is damaged" in job.text()
+    assert "step_00000004" in job.text()
+    assert losses(tmp_path / "run") == whole
+
+
+@pytest.mark.slow
+def test_half_written_checkpoint_does_not_count(tiny_config, tmp_path):
+    settings = ["checkpoint.every_steps=4", "train.max_steps=8", "train.evaluate_every=0"]
+    run(tiny_config, tmp_path / "run", *settings)
+    folder = tmp_path / "run" / "checkpoints"
+    half = folder / ".step_00000012.tmp"
+    shutil.copytree(checkpoint_path(folder, 8), half)
+    (half / "manifest.json").unlink()
+    run(tiny_config, tmp_path / "run", "checkpoint.every_steps=4", "train.max_steps=12", "train.evaluate_every=0")
+    assert checkpoint_path(folder, 12).is_dir() and not half.exists()
