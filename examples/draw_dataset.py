@@ -2,9 +2,9 @@
 
     python examples/draw_dataset.py DEST [--train N] [--val N] [--size PIXELS] [--seed S]
 
-A class is named by its shape and its texture: `cross-checks`, `ring-stripes`. Colours, place, size, rotation, contrast, background,
-clutter and noise are drawn at random and alike for all classes, and both textures cover half of the shape: neither a colour nor a mean
-tells a class, shape and texture together do. Every image is a pure function of (seed, split, index).
+A class is named by its shape and its texture: `cross-checks`, `ring-stripes`. Colours, place, size, rotation, background, clutter and
+noise are drawn at random and alike for all classes, half of the images are inverted, and both textures cover half of the shape: neither a
+colour nor a mean tells a class, shape and texture together do. Every image is a pure function of (seed, split, index).
 """
 
 import argparse
@@ -19,7 +19,7 @@ SHAPES = ("cross", "disk", "ring", "square", "triangle")
 TEXTURES = ("checks", "stripes")
 CLASSES = tuple(f"{shape}-{texture}" for shape in SHAPES for texture in TEXTURES)
 SPLITS = ("train", "val")
-TURN = 0.35  # radians, either way: with every rotation allowed, a small transformer needs far more than a demo's minutes
+TURN = 0.2  # radians, either way: with every rotation allowed, a small transformer needs far more than a demo's minutes
 
 
 def draw(size: int, seed: int, split: int, index: int) -> tuple[np.ndarray, int]:
@@ -30,14 +30,14 @@ def draw(size: int, seed: int, split: int, index: int) -> tuple[np.ndarray, int]
 
     # Coordinates run from -1 to 1 over the image. The shape is found at twice the size, then averaged, so that its edges are smooth.
     axis = (np.arange(2 * size, dtype=np.float32) + 0.5) / size - 1
-    radius = random.uniform(0.6, 0.8)
-    centre = random.uniform(-1, 1, 2) * (0.95 - radius)
+    radius = random.uniform(0.7, 0.9)
+    centre = random.uniform(-1, 1, 2) * (1 - radius)
     x, y = _turned(axis, centre, random.uniform(-TURN, TURN))
     inside = _inside(shape, x / np.float32(radius), y / np.float32(radius))
 
     # The texture has a place and a direction of its own: its phase says nothing about the shape.
     u, v = _turned(axis, random.uniform(-1, 1, 2), random.uniform(-TURN, TURN))
-    frequency = np.float32(2 * np.pi / random.uniform(0.36, 0.46))
+    frequency = np.float32(2 * np.pi / random.uniform(0.42, 0.5))
     wave = np.sin(frequency * u)
     if texture == "checks":
         wave *= np.sin(frequency * v)
@@ -45,6 +45,8 @@ def draw(size: int, seed: int, split: int, index: int) -> tuple[np.ndarray, int]
     alpha, bright = _halved(inside), _halved(inside & (wave > 0))
 
     image = _background(axis[::2], random) * (1 - alpha) + bright * light + (alpha - bright) * dark
+    if random.random() < 0.5:
+        image = 255 - image  # a dark shape on a bright ground: brightness must not tell how much of the image is shape
     image += random.uniform(2, 10) * random.standard_normal(image.shape, dtype=np.float32)
     return image.clip(0, 255).round().astype(np.uint8), label
 
@@ -75,22 +77,20 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _two_colours(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours of any hue, the second clearly brighter or clearly darker than the first."""
-    middle = random.uniform(85, 170, 3)
-    step = random.uniform(50, 80) * random.choice([-1, 1]) * random.uniform(0.7, 1.3, 3)
-    return middle - step, middle + step
+    """The texture's two colours, of any hue, the second clearly brighter; both brighter than any background."""
+    return random.uniform(80, 130, 3), random.uniform(195, 255, 3)
 
 
 def _background(axis: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """A slope between two colours, with a few bars and blobs lying about, too small to be taken for the shape. [size, size, 3]"""
-    first = random.uniform(40, 215, 3).astype(np.float32)
-    second = first + random.uniform(-50, 50, 3).astype(np.float32)
+    first = random.uniform(0, 50, 3).astype(np.float32)
+    second = first + random.uniform(0, 40, 3).astype(np.float32)
     u, _ = _turned(axis, np.zeros(2), random.uniform(0, 2 * np.pi))
     image = first + (second - first) * (u[..., None] * 0.35 + 0.5)
-    for _ in range(random.integers(0, 4)):
+    for _ in range(random.integers(0, 3)):
         u, v = _turned(axis, random.uniform(-1, 1, 2), random.uniform(0, 2 * np.pi))
-        width, length = random.uniform(0.04, 0.12), random.uniform(0.1, 0.5)
-        image[(abs(u) < length) & (abs(v) < width)] = random.uniform(0, 255, 3)
+        width, length = random.uniform(0.04, 0.12), random.uniform(0.1, 0.3)
+        image[(abs(u) < length) & (abs(v) < width)] = random.uniform(0, 200, 3)
     return image
 
 

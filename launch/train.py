@@ -4,12 +4,10 @@
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-EXIT_DATA, EXIT_FAILED, EXIT_CONFIG = 65, 70, 78
+from launch.cli import EXIT_CONFIG, EXIT_DATA, EXIT_FAILED, fail
 
 
 def main() -> int:
@@ -57,15 +55,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it; the environment says the same
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's, e.g. train.max_steps=10")
     return parser.parse_intermixed_args()
-
-
-def fail(code: int, error: Exception) -> int:
-    """One sentence on stderr, from rank 0 where all ranks know the same; the others wait, as the first to leave ends the job."""
-    if code == EXIT_DATA or os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(2)
-    return code
 
 
 if __name__ == "__main__":

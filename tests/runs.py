@@ -60,12 +60,16 @@ class RunningJob:
 
 def start(config: Path, output: Path, *arguments: str, world: int = 1) -> RunningJob:
     """Start `launch/train.py --config … --output …` on `world` ranks; their output goes to `output/stdout_<rank>`."""
+    return start_command("train", output, "--config", str(config), "--output", str(output), *arguments, world=world)
+
+
+def start_command(name: str, output: Path, *arguments: str, world: int = 1) -> RunningJob:
+    """Start `launch/<name>.py` with `arguments` on `world` ranks."""
     output.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ["--config", str(config), "--output", str(output), *arguments]
-    processes = [_forkserver.Process(target=_rank, args=(rank, world, port, command, str(output))) for rank in range(world)]
+    processes = [_forkserver.Process(target=_rank, args=(rank, world, port, [name, *arguments], str(output))) for rank in range(world)]
     for process in processes:
         process.start()
     return RunningJob(output, processes)
@@ -100,5 +104,6 @@ def _rank(rank: int, world: int, port: int, command: list[str], output: str) -> 
     os.dup2(stream.fileno(), 2)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    sys.argv = [str(ROOT / "launch" / "train.py"), *command]
+    name, *arguments = command
+    sys.argv = [str(ROOT / "launch" / f"{name}.py"), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")

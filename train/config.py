@@ -211,9 +211,7 @@ def _merge(below: dict, above: dict) -> dict:
 def _explain(error: dict) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = _known_keys()
-        matches = difflib.get_close_matches(key, known, 1, 0.6) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-        return f"unknown key {key}" + (f"; did you mean {matches[0]}?" if matches else f"; known here: {', '.join(_siblings(key, known))}")
+        return f"unknown key {key}; {_suggestion(key)}"
     if error["type"] == "missing":
         return f"{key} is missing"
     if error["type"] == "value_error":
@@ -221,14 +219,14 @@ def _explain(error: dict) -> str:
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
 
 
-def _known_keys() -> list[str]:
-    sections = Config.model_fields.items()
-    return list(Config.model_fields) + [f"{name}.{key}" for name, field in sections for key in field.annotation.model_fields]
-
-
-def _siblings(key: str, known: list[str]) -> list[str]:
-    section = key.split(".")[0]
-    return [k for k in known if k.startswith(section + ".")] or list(Config.model_fields)
+def _suggestion(key: str) -> str:
+    sections = {name: list(section.annotation.model_fields) for name, section in Config.model_fields.items()}
+    section, _, leaf = key.rpartition(".")
+    siblings = sections.get(section, list(sections))
+    prefix = f"{section}." if section in sections else ""
+    close = [prefix + match for match in difflib.get_close_matches(leaf, siblings, 1)]
+    close += [f"{name}.{leaf}" for name, keys in sections.items() if leaf in keys]
+    return f"did you mean {close[0]}?" if close else f"known here: {', '.join(prefix + sibling for sibling in siblings)}"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,81 @@
+#!/usr/bin/env python
+"""Evaluate a run's newest checkpoint, or one checkpoint, on a dataset's `val` split: python launch/evaluate.py runs/cifar10"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch.cli import EXIT_CONFIG, EXIT_DATA, fail
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    from data_pipeline.manifest import DataError
+    from train.config import ConfigError
+
+    try:
+        return evaluate(arguments)
+    except ConfigError as error:
+        return fail(EXIT_CONFIG, error)
+    except DataError as error:
+        return fail(EXIT_DATA, error)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    from data_pipeline.manifest import open_manifest
+    from train.config import ConfigError, parse_config
+
+    target = Path(arguments.target)
+    if not target.is_dir():
+        raise ConfigError(f"{target} is neither a run's folder nor a checkpoint")
+
+    import torch
+
+    from train.checkpoint import CheckpointError, newest_valid, read_weights, validate
+    from train.runtime import start_runtime, stop_runtime
+    from train.tasks.classification import build_model, evaluate_split
+
+    try:
+        checkpoint = newest_valid(target / "checkpoints")[0] if (target / "checkpoints").is_dir() else target
+        if checkpoint is None:
+            raise ConfigError(f"{target / 'checkpoints'} has no sound checkpoint")
+        info = validate(checkpoint)
+        config = parse_config(info.config, source=str(checkpoint))
+        weights = arguments.weights or ("ema" if config.ema.decay else "model")
+        state = read_weights(checkpoint, weights)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    manifest = open_manifest(arguments.data or config.data.path)
+    if list(manifest.classes) != info.classes:
+        raise ConfigError(f"{manifest.folder} has other classes than {checkpoint} was trained on")
+
+    runtime = start_runtime()
+    model = build_model(config, len(info.classes))
+    model.load_state_dict(state)
+    model.to(runtime.device).eval()
+    with torch.no_grad():
+        scores = evaluate_split(model, config, manifest, runtime)
+    if runtime.is_main and arguments.json:
+        print(json.dumps({"checkpoint": str(checkpoint), "weights": weights, "data": str(manifest.folder), **asdict(scores)}))
+    elif runtime.is_main:
+        print(f"{checkpoint} ({weights}) on {manifest.folder}: top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %", end="  ")
+        print(f"loss {scores.loss:.4f}  ({scores.count} images)")
+    stop_runtime()
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Evaluate in fp32 on the val split, every sample once; several ranks share the work.")
+    parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest sound checkpoint) or a checkpoint's")
+    parser.add_argument("--weights", choices=["ema", "model"], help="which weights (default: ema where the run has it)")
+    parser.add_argument("--data", metavar="PATH", help="a prepared dataset (default: the run's own)")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON, unrounded")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The command as a user types it: mistakes, exit codes, and the deepspeed launcher."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import ROOT, metrics
+
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "train.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+
+
+def assert_one_sentence(result: subprocess.CompletedProcess, code: int, sentence: str) -> None:
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert sentence in result.stderr
+
+
+def test_help_names_the_exit_codes():
+    result = command("--help")
+    assert result.returncode == 0
+    assert "75 stopped on request" in result.stdout and "--resume-with-changes" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.epoch=3", "unknown key train.epoch; did you mean train.epochs?"),
+        ("train.epochs=three", "train.epochs: input should be a valid integer"),
+        ("train.micro_batch=7", "train.global_batch 32 is not a multiple of train.micro_batch 7"),
+    ],
+)
+def test_a_mistake_in_the_config(tiny_config, tmp_path, override, sentence):
+    assert_one_sentence(command("--config", str(tiny_config), "--output", str(tmp_path), override), 78, sentence)
+
+
+def test_a_missing_config(tmp_path):
+    assert_one_sentence(command("--config", str(tmp_path / "no.yaml")), 78, "no.yaml cannot be read: No such file or directory")
+
+
+def test_a_missing_dataset(tiny_config, tmp_path):
+    result = command("--config", str(tiny_config), "--output", str(tmp_path), f"data.path={tmp_path / 'nowhere'}")
+    assert_one_sentence(result, 65, "Make one with: python launch/prepare.py")
+
+
+def test_a_dataset_smaller_than_a_batch(tiny_config, tmp_path):
+    result = command("--config", str(tiny_config), "--output", str(tmp_path), "train.global_batch=512")
+    assert_one_sentence(result, 78, "260")
+
+
+def test_a_world_size_that_does_not_divide_lists_those_that_do(tiny_config, tmp_path):
+    result = command("--config", str(tiny_config), "--output", str(tmp_path), RANK="0", WORLD_SIZE="3")
+    assert_one_sentence(result, 78, "1, 2, 4")
+
+
+def test_a_damaged_manifest(tiny_config, tiny_dataset, tmp_path):
+    copy = tmp_path / "dataset"
+    shutil.copytree(tiny_dataset, copy)
+    (copy / "manifest.json").write_text((copy / "manifest.json").read_text()[:100])
+    assert_one_sentence(command("--config", str(tiny_config), "--output", str(tmp_path / "run"), f"data.path={copy}"), 65, "is damaged")
+
+
+def test_a_truncated_shard(tiny_config, tiny_dataset, tmp_path):
+    copy = tmp_path / "dataset"
+    shutil.copytree(tiny_dataset, copy)
+    shard = next(copy.glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1024])
+    assert_one_sentence(command("--config", str(tiny_config), "--output", str(tmp_path / "run"), f"data.path={copy}"), 65, shard.name)
+
+
+@pytest.mark.slow
+def test_model_settings_that_do_not_fit(tiny_config, tmp_path):
+    result = command("--config", str(tiny_config), "--output", str(tmp_path), "data.image_size=20")
+    assert result.returncode == 78 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: model: ")
+
+
+@pytest.mark.slow
+def test_under_the_deepspeed_launcher(tiny_config, tmp_path):
+    arguments = ["--config", str(tiny_config), "--output", str(tmp_path), "train.max_steps=3"]
+    result = subprocess.run([*DEEPSPEED, "launch/train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [line["step"] for line in metrics(tmp_path, "train")] == [1, 2, 3]
+    start = metrics(tmp_path, "event")[0]
+    assert (start["event"], start["world_size"]) == ("start", 2)
+    assert (tmp_path / "model.safetensors").is_file()
+    ids = [json.loads(line)["ids"] for rank in (0, 1) for line in (tmp_path / "samples" / f"rank_{rank}.jsonl").read_text().splitlines()]
+    assert sum(map(len, ids)) == 3 * 32
+
+
+@pytest.mark.slow
+def test_the_deepspeed_launcher_hands_the_exit_code_on(tiny_config, tmp_path):
+    arguments = ["--config", str(tiny_config), "--output", str(tmp_path), "train.epoch=3"]
+    result = subprocess.run([*DEEPSPEED, "launch/train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 78
+    assert result.stderr.count("error: ") == 1 and "did you mean train.epochs?" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_diverging_run_fails_with_its_own_code(tiny_config, tmp_path):
+    result = command("--config", str(tiny_config), "--output", str(tmp_path), "optimizer.name=sgd", "optimizer.lr=1e30", "optimizer.clip_grad=null")
+    assert result.returncode == 70
+    assert result.stderr.splitlines()[-1].startswith("error: the loss of step ")

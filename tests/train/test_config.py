@@ -1,0 +1,96 @@
+"""The config tree: what a user writes, and what they are told when it is wrong."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.runs import ROOT
+from train.config import Config, ConfigError, differences, dump_config, load_config
+
+SMALL = "model: {name: cat_nano}\ndata: {path: somewhere}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str, name: str = "config.yaml") -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_opens_with_its_command(path):
+    load_config(path)
+    comment = path.read_text().split("\n\n")[0]
+    assert comment.startswith("#") and f"--config configs/{path.name}" in path.read_text()
+
+
+def test_base_is_below_and_overrides_are_above(write):
+    write(SMALL + "train: {epochs: 7, seed: 5}\nschedule: {warmup_epochs: 1}\n", "base.yaml")
+    config = load_config(write("base: base.yaml\ntrain: {epochs: 9}\n"), ["train.micro_batch=32", "optimizer.betas=[0.8, 0.9]"])
+    assert (config.train.epochs, config.train.seed, config.train.micro_batch) == (9, 5, 32)
+    assert config.optimizer.betas == (0.8, 0.9)
+
+
+def test_resolved_config_reads_back_the_same(write):
+    config = load_config(write(SMALL), ["optimizer.lr=1e-3", "model.depths=[1,2]"])
+    assert load_config(write(dump_config(config), "resolved.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.epoch=3", "unknown key train.epoch; did you mean train.epochs?"),
+        ("trian.epochs=3", "unknown key trian; did you mean train?"),
+        ("optimizer.learning_rate=3", "unknown key optimizer.learning_rate; known here: optimizer.name"),
+        ("train.epochs=many", "train.epochs: input should be a valid integer"),
+        ("train.precision=fp8", "train.precision: input should be 'bf16', 'fp16' or 'fp32', not 'fp8'"),
+        ("zero.stage=4", "zero.stage: input should be 0, 1, 2 or 3"),
+        ("train.global_batch=100", "train.global_batch 100 is not a multiple of train.micro_batch 128"),
+        ("schedule.warmup_epochs=300", "schedule.warmup_epochs 300 leaves nothing of train.epochs 300"),
+        ("model.name=cat_nono", "there is no model 'cat_nono'; did you mean cat_nano?"),
+        ("train.epochs", "override 'train.epochs' is not of the form section.key=value"),
+        ("train.epochs=[", "the value is not YAML"),
+    ],
+)
+def test_mistakes_are_named_with_the_remedy(write, override, sentence):
+    with pytest.raises(ConfigError) as raised:
+        load_config(write(SMALL), [override])
+    assert sentence in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_offload_needs_a_partitioned_optimizer(write):
+    with pytest.raises(ConfigError, match=r"zero\.offload needs zero\.stage 1, 2 or 3"):
+        load_config(write(SMALL), ["zero.stage=0", "zero.offload=true"])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("model: {name: cat_nano}\n", "data is missing"),
+        ("- a list\n", "must be a mapping of sections"),
+        ("model: {name: [\n", "is not YAML"),
+        ("base: config.yaml\n", "is its own base"),
+        ("base: nowhere.yaml\n", "nowhere.yaml cannot be read"),
+        ("!!python/object/apply:os.system ['true']\n", "is not YAML"),
+    ],
+)
+def test_bad_files(write, text, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(write(text))
+
+
+def test_differences_tell_identity_from_free_keys(write):
+    config = load_config(write(SMALL))
+    other = load_config(write(SMALL), ["train.seed=1", "zero.stage=3", "data.workers=9", "augment.mixup=0.5"])
+    old, new = config.model_dump(mode="json"), other.model_dump(mode="json")
+    assert differences(old, new, free=False) == ["augment.mixup (0.0 → 0.5)", "train.seed (0 → 1)"]
+    assert differences(old, new, free=True) == ["data.workers (4 → 9)", "zero.stage (1 → 3)"]
+
+
+def test_sections_are_those_of_the_contract():
+    assert list(Config.model_fields) == "model data augment train optimizer schedule ema zero checkpoint monitor".split()
+    assert yaml.safe_load(dump_config(load_config(ROOT / "configs" / "cat_b.yaml")))["optimizer"]["lr"] == 1e-3
