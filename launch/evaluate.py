@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import EXIT_CONFIG, EXIT_DATA, fail
+from launch.cli import EXIT_CONFIG, EXIT_DATA, Parser, fail
 
 
 def main() -> int:
@@ -68,7 +68,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Evaluate in fp32 on the val split, every sample once; several ranks share the work.")
+    parser = Parser(description="Evaluate in fp32 on the val split, every sample once; several ranks share the work.")
     parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest sound checkpoint) or a checkpoint's")
     parser.add_argument("--weights", choices=["ema", "model"], help="which weights (default: ema where the run has it)")
     parser.add_argument("--data", metavar="PATH", help="a prepared dataset (default: the run's own)")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import EXIT_CONFIG, EXIT_DATA, EXIT_FAILED, fail
+from launch.cli import EXIT_CONFIG, EXIT_DATA, EXIT_FAILED, Parser, fail
 
 
 def main() -> int:
@@ -44,16 +44,23 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train a model, under deepspeed, torchrun or plain python. A run that was stopped goes on when started again.",
         epilog="exit codes: 0 finished, 65 bad data, 70 training failed, 75 stopped on request (start again), 78 bad configuration",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="recipe, e.g. configs/cat_b.yaml")
     parser.add_argument("--output", metavar="DIR", help="the run's folder (default: runs/<config name>)")
-    parser.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT", help="where to start from (default: auto, the newest valid checkpoint in the run's folder)")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|CHECKPOINT",
+        help="where to start from (default: auto, the newest valid checkpoint in the run's folder)",
+    )
     parser.add_argument("--resume-with-changes", action="store_true", help="resume though settings changed that alter what a step computes")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it; the environment says the same
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's, e.g. train.max_steps=10")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's, e.g. train.max_steps=10"
+    )
     return parser.parse_intermixed_args()
 
 

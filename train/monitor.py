@@ -106,7 +106,8 @@ class Monitor:
             for key, value in fields.items():
                 self._board.add_scalar(f"evaluation/{weights}_{key}", value, step)
         name = "EMA" if weights == "ema" else "model"
-        self.say(f"epoch {epoch:.4g}  {name}: top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}  ({scores.count} images)")
+        accuracy = f"top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}"
+        self.say(f"epoch {epoch:.4g}  {name}: {accuracy}  ({scores.count} images)")
 
     def images(self, step: int, images: Tensor) -> None:
         """A grid of normalised images [m, 3, S, S] as the model sees them."""
@@ -121,7 +122,10 @@ class Monitor:
     def finish(self, step: int, scores: dict[str, Scores]) -> None:
         """Hyper-parameters with the final scores, for TensorBoard's comparison of runs."""
         if self.active and scores:
-            plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in flatten(self.config.model_dump()).items()}
+            plain = {
+                key: value if isinstance(value, int | float | str) else str(value)
+                for key, value in flatten(self.config.model_dump()).items()
+            }
             results = {f"final/{weights}_top1": result.top1 for weights, result in scores.items()}
             self._board.add_hparams(plain, results, run_name=".", global_step=step)
 

@@ -46,9 +46,7 @@ def train(config: Config, manifest: Manifest, order: Order, output: Path, *, res
 class Run:
     """One process's part of a run. Everything random is a function of the seed and the step, so `step` is the only state of the loop."""
 
-    def __init__(
-        self, config: Config, manifest: Manifest, order: Order, output: Path, runtime: Runtime, resume: str, with_changes: bool
-    ):
+    def __init__(self, config: Config, manifest: Manifest, order: Order, output: Path, runtime: Runtime, resume: str, with_changes: bool):
         self.config, self.manifest, self.order, self.output, self.runtime = config, manifest, order, output, runtime
         self.checkpoints = output / "checkpoints"
         self.share = order.share(runtime.rank, runtime.world)
@@ -63,9 +61,7 @@ class Run:
         self.last = min(self.total, config.train.max_steps or self.total)
         if runtime.is_main:
             (output / "config.yaml").write_text(dump_config(config))
-        self.monitor = Monitor(
-            output, config, is_main=runtime.is_main, first=self.start, last=self.last, flops_per_image=flops
-        )
+        self.monitor = Monitor(output, config, is_main=runtime.is_main, first=self.start, last=self.last, flops_per_image=flops)
         self.samples = SampleRecord(output, runtime.rank, config.monitor.record_samples)
         for sentence in restored.notes:
             self.monitor.say(sentence)

@@ -40,7 +40,7 @@ def test_flip_is_per_sample_and_horizontal():
     images = images_of(2000, 4)
     plain, found = normalise(images, PLAIN), augment(images, keys_of(2000), AugmentConfig(flip=0.3))
     flipped = 0
-    for before, after in zip(plain, found):
+    for before, after in zip(plain, found, strict=False):
         mirrored = torch.equal(after, before.flip(-1))
         assert mirrored or torch.equal(after, before)
         flipped += mirrored
@@ -72,7 +72,7 @@ def erase_one(image: torch.Tensor, key: torch.Tensor, probability: float) -> tor
 def test_erasing_matches_the_loop(size, width, probability):
     images, keys = images_of(200, size, width), keys_of(200)
     found = augment(images, keys, AugmentConfig(flip=0, erasing=probability))
-    for before, key, after in zip(normalise(images, PLAIN), keys, found):
+    for before, key, after in zip(normalise(images, PLAIN), keys, found, strict=False):
         torch.testing.assert_close(after, erase_one(before, key, probability), rtol=1e-5, atol=1e-5)
 
 

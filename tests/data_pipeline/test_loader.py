@@ -72,7 +72,7 @@ def test_batches_hold_what_order_and_crop_say(split, images):
         assert np.array_equal(batch.labels.numpy(), ids % 10)
         keys = fold(make_key(5, Stream.CROP, batch.step // 4), ids)
         windows = training_windows(keys, split.records["width"][ids], split.records["height"][ids], AUGMENT)
-        for number, window, pixels in zip(ids, windows.tolist(), batch.images):
+        for number, window, pixels in zip(ids, windows.tolist(), batch.images, strict=False):
             expected = np.zeros((16, 16, 3), np.uint8)
             decode(images[number], window, 16, "bicubic", expected)
             assert np.array_equal(pixels.permute(1, 2, 0).numpy(), expected)

@@ -112,6 +112,8 @@ def test_the_deepspeed_launcher_hands_the_exit_code_on(tiny_config, tmp_path):
 
 @pytest.mark.slow
 def test_a_diverging_run_fails_with_its_own_code(tiny_config, tmp_path):
-    result = command("--config", str(tiny_config), "--output", str(tmp_path), "optimizer.name=sgd", "optimizer.lr=1e30", "optimizer.clip_grad=null")
+    result = command(
+        "--config", str(tiny_config), "--output", str(tmp_path), "optimizer.name=sgd", "optimizer.lr=1e30", "optimizer.clip_grad=null"
+    )
     assert result.returncode == 70
     assert result.stderr.splitlines()[-1].startswith("error: the loss of step ")

@@ -84,7 +84,10 @@ def test_running_a_finished_run_again_trains_nothing(finished, tiny_config, tmp_
     [
         (["train.epochs=4", "train.seed=1"], "trained with other settings: train.seed (0 → 1)"),
         (["train.epochs=4", "model.embed_dim=32"], "model.embed_dim (16 → 32)"),
-        (["train.epochs=4", "model.embed_dim=32", "--resume-with-changes"], "is of another model: ape is (1, 64, 16) there and (1, 64, 32) here"),
+        (
+            ["train.epochs=4", "model.embed_dim=32", "--resume-with-changes"],
+            "is of another model: ape is (1, 64, 16) there and (1, 64, 32) here",
+        ),
         (["train.epochs=4", "--resume", "never"], "already has checkpoints"),
         (["train.epochs=4", "--resume", "/nowhere"], "/nowhere is not a checkpoint"),
     ],

@@ -50,7 +50,9 @@ def test_evaluation_during_training_is_that_of_the_checkpoint(tiny_config, tmp_p
     assert scores["model"]["loss"] != scores["ema"]["loss"]
     for weights, line in scores.items():
         alone = _evaluate(tmp_path / "run", weights, tmp_path / f"alone_{weights}", world=1)
-        assert {key: line[key] for key in ("top1", "top5", "loss", "count")} == {key: alone[key] for key in ("top1", "top5", "loss", "count")}
+        assert {key: line[key] for key in ("top1", "top5", "loss", "count")} == {
+            key: alone[key] for key in ("top1", "top5", "loss", "count")
+        }
 
 
 @pytest.mark.slow

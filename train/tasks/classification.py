@@ -19,7 +19,7 @@ from train.runtime import Runtime
 
 
 class Classification:
-    """Classification of the dataset's classes. `has_validation` is false where the dataset has no `val` split: then nothing is evaluated."""
+    """Classification of the dataset's classes. `has_validation` is false where there is no `val` split: nothing is evaluated then."""
 
     def __init__(self, config: Config, manifest: Manifest, order: Order, runtime: Runtime):
         self.config, self.manifest, self.order, self.runtime = config, manifest, order, runtime
@@ -60,9 +60,7 @@ class Classification:
 def build_model(config: Config, classes: int) -> nn.Module:
     """The config's model for `classes` classes, with activation checkpointing set as the config says."""
     try:
-        model = catmodel.create_model(
-            config.model.name, img_size=config.data.image_size, num_classes=classes, **config.model.overrides()
-        )
+        model = catmodel.create_model(config.model.name, img_size=config.data.image_size, num_classes=classes, **config.model.overrides())
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
     model.set_grad_checkpointing(config.train.activation_checkpointing)
