@@ -196,6 +196,8 @@ class CAT(nn.Module):
     depths: CABs per stage; as many stages as numbers. num_heads: of IPSA, per stage.
     mlp_ratio: hidden channels of the MLP / its channels. drop_path_rate: drop-path of the last CAB, growing linearly from 0.
     cpsa_drop: attention dropout in CPSA. The paper's 0.2 (Table 6); the released configs have 0.
+    init_std: standard deviation of the initial linear weights, 0.02 as published; None: each layer's inputs ** -0.5 (LeCun), for narrow
+        networks, in which 0.02 starts every branch near zero.
     The paper's ablations: patch_embed "conv" or "slice"; cpsa_num_heads; shifted_windows in the second IPSA of every CAB; ape (absolute
         position) on or off.
     features_only: `forward` returns the maps of the stages in out_indices (default all) for images of any size, each with its own
@@ -217,6 +219,7 @@ class CAT(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
         cpsa_drop: float = 0.2,
+        init_std: float | None = 0.02,
         patch_embed: Literal["conv", "slice"] = "conv",
         cpsa_num_heads: int = 1,
         shifted_windows: bool = False,
@@ -273,7 +276,7 @@ class CAT(nn.Module):
         else:
             self.norm = nn.LayerNorm(self.num_features)
             self.reset_classifier(num_classes)
-        self._init_weights()
+        self._init_weights(init_std)
 
     @staticmethod
     def _check_out_indices(out_indices: Sequence[int] | None, stages: int) -> tuple[int, ...]:
@@ -282,11 +285,11 @@ class CAT(nn.Module):
             raise ValueError(f"out_indices {out_indices}: must name stages of 0 to {stages - 1}")
         return tuple(indices)
 
-    def _init_weights(self) -> None:
-        """Linear weights and positions: truncated normal of std 0.02; biases 0. Norms and the patch convolution: PyTorch's default."""
+    def _init_weights(self, linear_std: float | None) -> None:
+        """Truncated normals, of std 0.02 for positions and head; biases 0. Norms and the patch convolution: PyTorch's default."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module is not getattr(self, "head", None):
+                nn.init.trunc_normal_(module.weight, std=linear_std or module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         if self.ape is not None:
@@ -395,4 +398,6 @@ def cat_base(**overrides: Any) -> CAT:
 def cat_nano(**overrides: Any) -> CAT:
     """Ours, not the paper's: three stages for 32 x 32 images (img_size=64 works too), to be trained on a CPU. 1,283,190 parameters."""
     small = dict(img_size=32, patch_size=4, embed_patch_size=2, num_classes=10)
-    return build(CAT, overrides, **small, embed_dim=32, depths=(1, 1, 2), num_heads=(2, 4, 8), drop_path_rate=0.05, cpsa_drop=0.0)
+    return build(
+        CAT, overrides, **small, embed_dim=32, depths=(1, 1, 2), num_heads=(2, 4, 8), drop_path_rate=0.0, cpsa_drop=0.0, init_std=None
+    )

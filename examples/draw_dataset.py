@@ -3,7 +3,7 @@
     python examples/draw_dataset.py DEST [--train N] [--val N] [--size PIXELS] [--seed S]
 
 A class is named by its shape and its texture: `cross-checks`, `ring-stripes`. Colours, place, size, rotation, background, clutter and
-noise are drawn at random and alike for all classes, half of the images are inverted, and both textures cover half of the shape: neither a
+light and noise are drawn at random and alike for all classes, and both textures cover half of the shape: neither a
 colour nor a mean tells a class, shape and texture together do. Every image is a pure function of (seed, split, index).
 """
 
@@ -37,7 +37,7 @@ def draw(size: int, seed: int, split: int, index: int) -> tuple[np.ndarray, int]
 
     # The texture has a place and a direction of its own: its phase says nothing about the shape.
     u, v = _turned(axis, random.uniform(-1, 1, 2), random.uniform(-TURN, TURN))
-    frequency = np.float32(2 * np.pi / random.uniform(0.42, 0.5))
+    frequency = np.float32(2 * np.pi / random.uniform(0.38, 0.46))
     wave = np.sin(frequency * u)
     if texture == "checks":
         wave *= np.sin(frequency * v)
@@ -45,8 +45,8 @@ def draw(size: int, seed: int, split: int, index: int) -> tuple[np.ndarray, int]
     alpha, bright = _halved(inside), _halved(inside & (wave > 0))
 
     image = _background(axis[::2], random) * (1 - alpha) + bright * light + (alpha - bright) * dark
-    if random.random() < 0.5:
-        image = 255 - image  # a dark shape on a bright ground: brightness must not tell how much of the image is shape
+    # The image's mean colour is drawn at random, or brightness would tell how much of the image is shape.
+    image = (image - image.mean(axis=(0, 1))) * random.uniform(0.55, 0.85) + random.uniform(85, 130, 3)
     image += random.uniform(2, 10) * random.standard_normal(image.shape, dtype=np.float32)
     return image.clip(0, 255).round().astype(np.uint8), label
 
@@ -77,13 +77,13 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _two_colours(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The texture's two colours, of any hue, the second clearly brighter; both brighter than any background."""
-    return random.uniform(80, 130, 3), random.uniform(195, 255, 3)
+    """The texture's two colours, far apart in brightness; the dark one is often close to the background."""
+    return random.uniform(30, 90, 3), random.uniform(215, 255, 3)
 
 
 def _background(axis: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """A slope between two colours, with a few bars and blobs lying about, too small to be taken for the shape. [size, size, 3]"""
-    first = random.uniform(0, 50, 3).astype(np.float32)
+    first = random.uniform(0, 60, 3).astype(np.float32)
     second = first + random.uniform(0, 40, 3).astype(np.float32)
     u, _ = _turned(axis, np.zeros(2), random.uniform(0, 2 * np.pi))
     image = first + (second - first) * (u[..., None] * 0.35 + 0.5)
