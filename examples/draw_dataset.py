@@ -2,9 +2,9 @@
 
     python examples/draw_dataset.py DEST [--train N] [--val N] [--size PIXELS] [--seed S]
 
-A class is named by its shape and its texture: `cross-checks`, `ring-stripes`. Colours, place, size, rotation, background, clutter and
-light and noise are drawn at random and alike for all classes, and both textures cover half of the shape: neither a
-colour nor a mean tells a class, shape and texture together do. Every image is a pure function of (seed, split, index).
+A class is named by its shape and its texture: `cross-checks`, `ring-stripes`. Colours, place, size, rotation (a little), background,
+clutter and noise are drawn at random and alike for all classes, the image's mean colour too, and both textures cover half of the shape:
+no mean colour tells a class, shape and texture together do. Every image is a pure function of (seed, split, index).
 """
 
 import argparse

@@ -10,24 +10,18 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-OK, BAD_DATA, FAILED, BAD_ARGUMENTS, INTERRUPTED = 0, 65, 70, 78, 130
+from launch.cli import EXIT_CONFIG, EXIT_DATA, EXIT_FAILED, Parser, fail
+
+EXIT_INTERRUPTED = 130  # as a shell says it
 
 DESCRIPTION = "Pack images into WebDataset shards with an index; start it again to go on after an interruption."
 SOURCE_HELP = (
     "a folder [train|val/]<class>/<image>; a tar of one, compressed or not; imagefolder:PATH; "
     "or a torchvision dataset, NAME or NAME:ROOT, such as cifar10:downloads"
 )
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with this project's exit code for bad arguments."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(BAD_ARGUMENTS, f"error: {message} (see --help)\n")
 
 
 def main(arguments: list[str]) -> int:
@@ -43,15 +37,15 @@ def main(arguments: list[str]) -> int:
     try:
         return run_verify(options.dest) if verifying else run_prepare(options)
     except UsageError as error:
-        return _fail(BAD_ARGUMENTS, str(error))
+        return fail(EXIT_CONFIG, error)
     except DataError as error:
-        return _fail(BAD_DATA, str(error))
+        return fail(EXIT_DATA, error)
     except BrokenProcessPool:
-        return _fail(FAILED, "a worker process was killed (out of memory?): start the same command again, finished shards are kept.")
+        return fail(EXIT_FAILED, "a worker process was killed (out of memory?): start the same command again, finished shards are kept.")
     except OSError as error:
-        return _fail(FAILED, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+        return fail(EXIT_FAILED, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
     except KeyboardInterrupt:
-        return _fail(INTERRUPTED, "interrupted; the same command goes on from here.")
+        return fail(EXIT_INTERRUPTED, "interrupted; the same command goes on from here.")
 
 
 def run_prepare(options: argparse.Namespace) -> int:
@@ -76,7 +70,7 @@ def run_prepare(options: argparse.Namespace) -> int:
         print(f"  {options.dest / REPORT_NAME} lists the images that were transcoded or left out")
     if report["ignored_files"]:
         print(f"  {report['ignored_files']} files that are no images of these splits were ignored")
-    return OK
+    return 0
 
 
 def run_verify(dest: Path) -> int:
@@ -84,11 +78,11 @@ def run_verify(dest: Path) -> int:
 
     faults = verify(dest)
     for fault in faults:
-        _fail(BAD_DATA, fault)
+        fail(EXIT_DATA, fault)
     if faults:
-        return BAD_DATA
+        return EXIT_DATA
     print(f"{dest} is whole: every shard, index and image has its checksum.")
-    return OK
+    return 0
 
 
 def _prepare_parser() -> Parser:
@@ -137,11 +131,6 @@ def _seed(text: str) -> int:
 
 def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _fail(code: int, message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":
