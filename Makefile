@@ -20,5 +20,7 @@ lint: setup
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 bench: setup
+	$(BIN)/python examples/draw_dataset.py datasets/shapes-images
+	$(BIN)/python launch/prepare.py datasets/shapes-images datasets/shapes
 	$(BIN)/python launch/bench.py data
 	$(BIN)/python launch/bench.py train

@@ -18,7 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 _forkserver = multiprocessing.get_context("forkserver")
-_forkserver.set_forkserver_preload(["torch", "deepspeed", "safetensors.torch", "torch.utils.tensorboard"])
+# The last two are what DeepSpeed and torch's optimizers import only when an engine is built.
+_forkserver.set_forkserver_preload(
+    ["train.trainer", "deepspeed", "torch.utils.tensorboard", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
+)
 
 
 @dataclass
