@@ -238,7 +238,7 @@ class CAT(nn.Module):
             raise ValueError(f"drop_path_rate {drop_path_rate} and cpsa_drop {cpsa_drop} must be in [0, 1)")
         if not features_only:
             check_img_size(self.img_size, embed_patch_size * patch_size, stages)
-        self.features_only = features_only
+        self.features_only, self.init_std = features_only, init_std
         self.out_indices = self._check_out_indices(out_indices, stages) if features_only else ()
         built = self.out_indices[-1] + 1 if features_only else stages
 
@@ -276,7 +276,7 @@ class CAT(nn.Module):
         else:
             self.norm = nn.LayerNorm(self.num_features)
             self.reset_classifier(num_classes)
-        self._init_weights(init_std)
+        self._init_weights()
 
     @staticmethod
     def _check_out_indices(out_indices: Sequence[int] | None, stages: int) -> tuple[int, ...]:
@@ -285,23 +285,25 @@ class CAT(nn.Module):
             raise ValueError(f"out_indices {out_indices}: must name stages of 0 to {stages - 1}")
         return tuple(indices)
 
-    def _init_weights(self, linear_std: float | None) -> None:
-        """Truncated normals, of std 0.02 for positions and head; biases 0. Norms and the patch convolution: PyTorch's default."""
+    def _init_weights(self) -> None:
+        """Truncated normals for linear weights and positions; biases 0. Norms and the patch convolution: PyTorch's default."""
         for module in self.modules():
-            if isinstance(module, nn.Linear) and module is not getattr(self, "head", None):
-                nn.init.trunc_normal_(module.weight, std=linear_std or module.in_features**-0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Linear):
+                self._init_linear(module)
         if self.ape is not None:
             nn.init.trunc_normal_(self.ape, std=0.02)
+
+    def _init_linear(self, linear: nn.Linear) -> None:
+        nn.init.trunc_normal_(linear.weight, std=self.init_std or linear.in_features**-0.5)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replaces the head by a new one, freshly initialised, for another number of classes (0: none)."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         if num_classes:
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+            self._init_linear(self.head)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters of two or more dimensions that the paper's recipe does not decay."""
