@@ -331,9 +331,9 @@ class CAT(nn.Module):
         if self.features_only:
             raise RuntimeError("forward_features belongs to the classifier: call the features_only model itself")
         if image.shape[2:] != self.img_size:
+            found = tuple(image.shape[2:])
             raise ValueError(
-                f"images are {tuple(image.shape[2:])}, the model was built for {self.img_size}: resize them, create the model with "
-                "this img_size, or use features_only=True, which takes any size"
+                f"images are {found}, the model was built for {self.img_size}: resize them, or create it with img_size={found}"
             )
         x_BHWC = self.embed(image)
         for stage in self.layers:
