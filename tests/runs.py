@@ -61,26 +61,31 @@ class RunningJob:
         return (self.output / f"stdout_{rank}").read_text()
 
 
-def start(config: Path, output: Path, *arguments: str, world: int = 1) -> RunningJob:
+def start(config: Path, output: Path, *arguments: str, world: int = 1, **options: bool) -> RunningJob:
     """Start `launch/train.py --config … --output …` on `world` ranks; their output goes to `output/stdout_<rank>`."""
-    return start_command("train", output, "--config", str(config), "--output", str(output), *arguments, world=world)
+    return start_command("train", output, "--config", str(config), "--output", str(output), *arguments, world=world, **options)
 
 
-def start_command(name: str, output: Path, *arguments: str, world: int = 1) -> RunningJob:
-    """Start `launch/<name>.py` with `arguments` on `world` ranks."""
+def start_command(name: str, output: Path, *arguments: str, world: int = 1, allow_fp16: bool = False) -> RunningJob:
+    """Start `launch/<name>.py` with `arguments` on `world` ranks.
+
+    `allow_fp16`: have DeepSpeed accept fp16 on a CPU that is only slow in it, so that the whole of that path runs, loss scaling included.
+    """
     output.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = [_forkserver.Process(target=_rank, args=(rank, world, port, [name, *arguments], str(output))) for rank in range(world)]
+    processes = [
+        _forkserver.Process(target=_rank, args=(rank, world, port, [name, *arguments], str(output), allow_fp16)) for rank in range(world)
+    ]
     for process in processes:
         process.start()
     return RunningJob(output, processes)
 
 
-def run(config: Path, output: Path, *arguments: str, world: int = 1) -> RunningJob:
+def run(config: Path, output: Path, *arguments: str, world: int = 1, **options: bool) -> RunningJob:
     """Start a job and wait until it has finished with exit code 0."""
-    job = start(config, output, *arguments, world=world)
+    job = start(config, output, *arguments, world=world, **options)
     codes = job.wait()
     assert codes == [0] * world, f"exit codes {codes}:\n{job.text()}"
     return job
@@ -100,13 +105,17 @@ def losses(output: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in metrics(output, "train")}
 
 
-def _rank(rank: int, world: int, port: int, command: list[str], output: str) -> None:
+def _rank(rank: int, world: int, port: int, command: list[str], output: str, allow_fp16: bool) -> None:
     """In the forked process: become rank `rank` as a launcher would have started it."""
     stream = open(Path(output) / f"stdout_{rank}", "a", buffering=1)
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if allow_fp16:
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().is_fp16_supported = lambda: True
     name, *arguments = command
     sys.argv = [str(ROOT / "launch" / f"{name}.py"), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.config import Config
+from train.config import Config, ConfigError
 from train.optimizer import build_optimizer, initial_state
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -55,6 +55,8 @@ class Engine:
 
     def __init__(self, model: nn.Module, config: Config, accumulation: int, device: torch.device):
         deepspeed = _import_deepspeed()
+        if config.train.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+            raise ConfigError("train.precision=fp16 is not supported by this device; use bf16 or fp32")
         self.stage, self.offload = config.zero.stage, config.zero.offload
         self.dtype = DTYPES[config.train.precision]
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -128,6 +130,7 @@ class Engine:
     def publish(self) -> None:
         """Make the model's weights, on all ranks, what the shares of the master say."""
         if self.stage == 3:
+            self._optimizer._partition_all_parameters()  # or weights that are gathered at the moment would stay what they were
             for group in range(len(self._optimizer.fp16_groups)):
                 self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
             if self._optimizer.persistent_parameters:  # small ones that every rank keeps whole

@@ -90,6 +90,17 @@ def test_model_settings_that_do_not_fit(tiny_config, tmp_path):
 
 
 @pytest.mark.slow
+def test_fp16_where_the_device_has_none(tiny_config, tmp_path):
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().is_fp16_supported():
+        pytest.skip("this device has fp16")
+    result = command("--config", str(tiny_config), "--output", str(tmp_path), "train.precision=fp16")
+    assert result.returncode == 78
+    assert result.stderr.splitlines()[-1] == "error: train.precision=fp16 is not supported by this device; use bf16 or fp32"
+
+
+@pytest.mark.slow
 def test_under_the_deepspeed_launcher(tiny_config, tmp_path):
     arguments = ["--config", str(tiny_config), "--output", str(tmp_path), "train.max_steps=3"]
     result = subprocess.run([*DEEPSPEED, "launch/train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
