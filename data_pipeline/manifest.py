@@ -33,6 +33,8 @@ RECORD = np.dtype(
 class DataError(Exception):
     """The dataset is missing or damaged; the message names what, and the remedy."""
 
+    exit_code = 65
+
 
 @dataclass(frozen=True)
 class Shard:

@@ -28,6 +28,8 @@ SPLITS = ("train", "val")
 class UsageError(Exception):
     """The arguments cannot be carried out; the message is one sentence for the person who gave them."""
 
+    exit_code = 78
+
 
 @dataclass(frozen=True)
 class Source:

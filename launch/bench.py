@@ -6,35 +6,26 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import EXIT_CONFIG, EXIT_DATA, Parser, fail
+from launch.cli import Parser, run
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    from data_pipeline.manifest import DataError, open_manifest
-    from train.config import ConfigError, load_config
+def main(arguments: argparse.Namespace) -> None:
+    from data_pipeline.manifest import open_manifest
+    from train.config import load_config
 
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        manifest = open_manifest(config.data.path)
-        from train.bench import bench_data, bench_train, table
+    config = load_config(arguments.config, arguments.overrides)
+    manifest = open_manifest(config.data.path)
+    from train.bench import bench_data, bench_train, table
+    from train.runtime import start_runtime, stop_runtime
 
-        if arguments.what == "data":
-            rates = bench_data(manifest.split("train"), config.data.backend, config.data.image_size, arguments.images)
-            print(table(rates, "img/s/core"))
-            return 0
-        from train.runtime import start_runtime, stop_runtime
-
-        runtime = start_runtime()
-        rates = bench_train(config, len(manifest.classes), runtime, arguments.steps)
-        if runtime.is_main:
-            print(table(rates, "img/s"))
-        stop_runtime()
-    except ConfigError as error:
-        return fail(EXIT_CONFIG, error)
-    except DataError as error:
-        return fail(EXIT_DATA, error)
-    return 0
+    if arguments.what == "data":
+        print(table(bench_data(manifest.split("train"), config.data.backend, config.data.image_size, arguments.images), "img/s/core"))
+        return
+    runtime = start_runtime()
+    rates = bench_train(config, len(manifest.classes), runtime, arguments.steps)
+    if runtime.is_main:
+        print(table(rates, "img/s"))
+    stop_runtime()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,4 +41,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, parse_arguments()))

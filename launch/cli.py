@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 EXIT_DATA, EXIT_FAILED, EXIT_CONFIG = 65, 70, 78
@@ -14,6 +15,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         sys.exit(fail(EXIT_CONFIG, f"{message} (see --help)"))
+
+
+def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+    """The command's exit code: 0, or that of an error the user can mend, said in one sentence. Other errors keep their traceback."""
+    try:
+        command(arguments)
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        return fail(error.exit_code, error)
+    return 0
 
 
 def fail(code: int, error: Exception | str) -> int:

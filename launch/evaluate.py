@@ -8,23 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import EXIT_CONFIG, EXIT_DATA, Parser, fail
+from launch.cli import Parser, run
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    from data_pipeline.manifest import DataError
-    from train.config import ConfigError
-
-    try:
-        return evaluate(arguments)
-    except ConfigError as error:
-        return fail(EXIT_CONFIG, error)
-    except DataError as error:
-        return fail(EXIT_DATA, error)
-
-
-def evaluate(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> None:
     from data_pipeline.manifest import open_manifest
     from train.config import ConfigError, parse_config
 
@@ -34,20 +21,17 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from train.checkpoint import CheckpointError, newest_valid, read_weights, validate
+    from train.checkpoint import newest_valid, read_weights, validate
     from train.runtime import start_runtime, stop_runtime
     from train.tasks.classification import build_model, evaluate_split
 
-    try:
-        checkpoint = newest_valid(target / "checkpoints")[0] if (target / "checkpoints").is_dir() else target
-        if checkpoint is None:
-            raise ConfigError(f"{target / 'checkpoints'} has no sound checkpoint")
-        info = validate(checkpoint)
-        config = parse_config(info.config, source=str(checkpoint))
-        weights = arguments.weights or ("ema" if config.ema.decay else "model")
-        state = read_weights(checkpoint, weights)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
+    checkpoint = newest_valid(target / "checkpoints")[0] if (target / "checkpoints").is_dir() else target
+    if checkpoint is None:
+        raise ConfigError(f"{target / 'checkpoints'} has no sound checkpoint")
+    info = validate(checkpoint)
+    config = parse_config(info.config, source=str(checkpoint))
+    weights = arguments.weights or ("ema" if config.ema.decay else "model")
+    state = read_weights(checkpoint, weights)
     manifest = open_manifest(arguments.data or config.data.path)
     if list(manifest.classes) != info.classes:
         raise ConfigError(f"{manifest.folder} has other classes than {checkpoint} was trained on")
@@ -64,7 +48,6 @@ def evaluate(arguments: argparse.Namespace) -> int:
         print(f"{checkpoint} ({weights}) on {manifest.folder}: top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %", end="  ")
         print(f"loss {scores.loss:.4f}  ({scores.count} images)")
     stop_runtime()
-    return 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,4 +61,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, parse_arguments()))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.cli import EXIT_CONFIG, EXIT_DATA, EXIT_FAILED, Parser, fail
+from launch.cli import EXIT_DATA, EXIT_FAILED, Parser, fail
 
 EXIT_INTERRUPTED = 130  # as a shell says it
 
@@ -36,10 +36,8 @@ def main(arguments: list[str]) -> int:
 
     try:
         return run_verify(options.dest) if verifying else run_prepare(options)
-    except UsageError as error:
-        return fail(EXIT_CONFIG, error)
-    except DataError as error:
-        return fail(EXIT_DATA, error)
+    except (UsageError, DataError) as error:
+        return fail(error.exit_code, error)
     except BrokenProcessPool:
         return fail(EXIT_FAILED, "a worker process was killed (out of memory?): start the same command again, finished shards are kept.")
     except OSError as error:

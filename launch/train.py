@@ -7,40 +7,29 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import EXIT_CONFIG, EXIT_DATA, EXIT_FAILED, Parser, fail
+from launch.cli import Parser, run
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace) -> None:
     # The light half first: a mistake in the config or a missing dataset is answered before torch is imported.
-    from data_pipeline.manifest import DataError, open_manifest
+    from data_pipeline.manifest import open_manifest
     from data_pipeline.order import Order
     from train.config import ConfigError, load_config
 
+    config = load_config(arguments.config, arguments.overrides)
+    manifest = open_manifest(config.data.path)
+    samples = manifest.split("train").samples
     try:
-        config = load_config(arguments.config, arguments.overrides)
-        manifest = open_manifest(config.data.path)
-        train = config.train
-        try:
-            order = Order(train.seed, manifest.split("train").samples, train.global_batch, train.micro_batch)
-            order.share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-        except ValueError as error:
-            raise ConfigError(f"{arguments.config}: {error}") from error
-        output = Path(arguments.output or Path("runs") / Path(arguments.config).stem)
-        output.mkdir(parents=True, exist_ok=True)
+        order = Order(config.train.seed, samples, config.train.global_batch, config.train.micro_batch)
+        order.share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    except ValueError as error:
+        raise ConfigError(f"{arguments.config}: {error}") from error
+    output = Path(arguments.output or Path("runs") / Path(arguments.config).stem)
+    output.mkdir(parents=True, exist_ok=True)
 
-        from train.trainer import TrainingFailed
-        from train.trainer import train as run
+    from train.trainer import train
 
-        try:
-            run(config, manifest, order, output, resume=arguments.resume, with_changes=arguments.resume_with_changes)
-        except TrainingFailed as error:
-            return fail(EXIT_FAILED, error)
-    except ConfigError as error:
-        return fail(EXIT_CONFIG, error)
-    except DataError as error:
-        return fail(EXIT_DATA, error)
-    return 0
+    train(config, manifest, order, output, resume=arguments.resume, with_changes=arguments.resume_with_changes)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,4 +54,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, parse_arguments()))

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from train.config import ConfigError
 from train.ema import Ema
 from train.engine import Engine
 
@@ -25,8 +26,8 @@ MANIFEST = "manifest.json"
 VERSION = 1
 
 
-class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message names it, says why, and gives the remedy."""
+class CheckpointError(ConfigError):
+    """A checkpoint cannot be used; the message names it and says why."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used; the message names the key or file, and the remedy. Exit code 78."""
+    """The configuration cannot be used; the message names the key or file, and the remedy."""
+
+    exit_code = 78
 
 
 class ModelConfig(Section):

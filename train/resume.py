@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data_pipeline.manifest import Manifest
-from train.checkpoint import CheckpointError, CheckpointInfo, list_checkpoints, load_checkpoint, newest_valid, validate
+from train.checkpoint import CheckpointInfo, list_checkpoints, load_checkpoint, newest_valid, validate
 from train.config import Config, ConfigError, differences
 from train.ema import Ema
 from train.engine import Engine
@@ -33,18 +33,15 @@ def restore(
     if dist.get_rank() == 0:
         try:
             verdict[0] = _choose(checkpoints, config, manifest, resume, with_changes)
-        except (CheckpointError, ConfigError) as error:
-            verdict[0] = ConfigError(str(error))
+        except ConfigError as error:
+            verdict[0] = error
     dist.broadcast_object_list(verdict)
     if isinstance(verdict[0], ConfigError):
         raise verdict[0]
     path, info, notes = verdict[0]
     if path is None:
         return Restored(notes=notes)
-    try:
-        load_checkpoint(path, info, engine, ema)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
+    load_checkpoint(path, info, engine, ema)
     return Restored(info.step, path, notes)
 
 

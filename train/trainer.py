@@ -25,13 +25,15 @@ from train.tasks.classification import Classification
 
 
 class TrainingFailed(Exception):
-    """Training cannot go on (the loss is not finite). Exit code 70."""
+    """Training cannot go on: the loss is not finite."""
+
+    exit_code = 70
 
 
 def train(config: Config, manifest: Manifest, order: Order, output: Path, *, resume: str, with_changes: bool) -> None:
     """Train `config` in the folder `output` until `train.epochs` (or `train.max_steps`) are done; every rank calls this.
 
-    `resume` is "auto", "never" or a checkpoint's path. Raises ConfigError, DataError, CheckpointError or TrainingFailed.
+    `resume` is "auto", "never" or a checkpoint's path. Raises ConfigError, DataError or TrainingFailed.
     """
     runtime = start_runtime()
     run = Run(config, manifest, order, output, runtime, resume, with_changes)
