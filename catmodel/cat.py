@@ -186,7 +186,7 @@ class Stage(nn.Module):
 
 
 class CAT(nn.Module):
-    """CAT for classification, or with `features_only` as a backbone for dense prediction.
+    """CAT for classification, or with `features_only` as a backbone. Raises ValueError for settings that do not fit together.
 
     img_size: pixels, one number or (height, width). A classifier takes images of exactly this size; with features_only it only sets the
         grid of the absolute position, which is resized to each image.
@@ -203,7 +203,6 @@ class CAT(nn.Module):
     features_only: `forward` returns the maps of the stages in out_indices (default all) for images of any size, each with its own
         LayerNorm. Stages after the last one asked for are not built.
 
-    Raises ValueError for settings that do not fit together.
     """
 
     def __init__(
@@ -241,7 +240,6 @@ class CAT(nn.Module):
         self.features_only, self.init_std = features_only, init_std
         self.out_indices = self._check_out_indices(out_indices, stages) if features_only else ()
         built = self.out_indices[-1] + 1 if features_only else stages
-
         self.patch_embed = PatchEmbed(embed_patch_size, in_chans, embed_dim, patch_embed)
         self.grid_size = tuple(-(-side // embed_patch_size) for side in self.img_size)
         if not ape:
@@ -306,7 +304,7 @@ class CAT(nn.Module):
             self._init_linear(self.head)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters of two or more dimensions that the paper's recipe does not decay."""
+        """Names of the parameters of two or more dimensions that the paper does not decay."""
         return {name for name, _ in self.named_parameters() if name == "ape" or name.endswith("relative_position_bias_table")}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -365,10 +363,7 @@ class CAT(nn.Module):
 
 
 def check_img_size(img_size: tuple[int, int], patch_pixels: int, stages: int) -> None:
-    """A classifier has no padding: at every stage whole patches must tile the map. Raises ValueError with the sizes that do.
-
-    patch_pixels: side of an attention patch of the first stage, in pixels.
-    """
+    """Raises ValueError where attention patches, of side `patch_pixels` in the first stage, do not tile every stage's map exactly."""
     unit = patch_pixels * 2 ** (stages - 1)
     if any(side <= 0 or side % unit for side in img_size):
         nearest = tuple(max(round(side / unit), 1) * unit for side in img_size)
