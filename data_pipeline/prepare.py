@@ -195,8 +195,9 @@ def _pack_all(tasks: list[ShardTask], workers: int) -> None:
             queue, running = iter(todo), set()
             while True:
                 # A few at a time: every task that waits in the pool is a copy of its part of the listing.
-                while len(running) < 2 * workers and (task := next(queue, None)) is not None:
-                    running.add(pool.submit(_pack, task))
+                with _ctrl_c_held():
+                    while len(running) < 2 * workers and (task := next(queue, None)) is not None:
+                        running.add(pool.submit(_pack, task))
                 if not running:
                     break
                 finished, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -208,6 +209,16 @@ def _pack_all(tasks: list[ShardTask], workers: int) -> None:
             for child in set(multiprocessing.active_children()) - before:
                 child.kill()
             raise
+
+
+@contextlib.contextmanager
+def _ctrl_c_held():
+    """Ctrl-C waits until this block is over. Processes started in it never see one, not even before their first line of Python."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _is_done(task: ShardTask) -> bool:
@@ -280,7 +291,6 @@ _counts = None  # the table of images done per shard, shared with the parent
 def _start_worker(counts) -> None:
     global _counts
     _counts = counts
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
 
     def follow_parent() -> None:
         multiprocessing.parent_process().join()
