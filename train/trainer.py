@@ -60,7 +60,7 @@ class Run:
         restored = restore(self.checkpoints, config, manifest, self.engine, self.ema, resume, with_changes)
         self.start, self.scores = restored.step, {}
         self.total = config.train.epochs * order.steps_per_epoch
-        self.last = min(self.total, config.train.max_steps or self.total)
+        self.last = max(self.start, min(self.total, config.train.max_steps or self.total))
         if runtime.is_main:
             (output / "config.yaml").write_text(dump_config(config))
         self.monitor = Monitor(output, config, is_main=runtime.is_main, first=self.start, last=self.last, flops_per_image=flops)

@@ -99,6 +99,7 @@ def test_sgd_resumes_bitwise(tiny_config, tmp_path):
 def test_max_steps_changes_nothing_else_and_a_larger_one_goes_on(tiny_config, tmp_path):
     run(tiny_config, tmp_path / "whole")
     run(tiny_config, tmp_path / "parts", "train.max_steps=6")
+    run(tiny_config, tmp_path / "parts", "train.max_steps=5")  # is over already
     assert checkpoint_path(tmp_path / "parts" / "checkpoints", 6).is_dir()
     run(tiny_config, tmp_path / "parts")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
