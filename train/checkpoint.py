@@ -5,7 +5,7 @@ in the file's metadata. Kinds are `model` (fp32 weights), `ema`, the optimizer's
 their position, so nothing in the layout depends on world size or ZeRO stage. There is no random state to save: position is the state.
 """
 
-import hashlib
+import contextlib
 import json
 import os
 import re
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from data_pipeline.manifest import sha256_of
 from train.config import ConfigError
 from train.ema import Ema
 from train.engine import Engine
@@ -79,7 +80,7 @@ def save_checkpoint(folder: Path, info: CheckpointInfo, engine: Engine, ema: Ema
     _fsync(shard)
 
     written = [None] * engine.world
-    dist.all_gather_object(written, (shard.name, _sha256(shard)))
+    dist.all_gather_object(written, (shard.name, sha256_of(shard)))
     if engine.rank == 0:
         manifest = temporary / MANIFEST
         manifest.write_text(json.dumps({**asdict(info), "shards": dict(written)}, indent=1))
@@ -118,7 +119,7 @@ def validate(path: Path) -> CheckpointInfo:
     for name, expected in info.shards.items():
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name} is missing")
-        if _sha256(path / name) != expected:
+        if sha256_of(path / name) != expected:
             raise CheckpointError(f"{path / name} is damaged: its SHA-256 differs from the manifest's")
     return info
 
@@ -174,13 +175,19 @@ def read_weights(path: Path, kind: str) -> dict[str, torch.Tensor]:
     return state
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints and the one with the best top-1. One rank calls this, after a save."""
-    newest = list_checkpoints(folder)
-    infos = {path: read_info(path) for path in newest}
-    scored = [path for path in newest if infos[path].top1 is not None]
-    best = max(scored, key=lambda path: infos[path].top1, default=None)
-    for path in newest[keep:]:
+def prune(folder: Path, step: int, keep: int) -> None:
+    """After the save at `step`: remove all up to it but the `keep` newest and the one with the best top-1. One rank calls this.
+
+    Later checkpoints stay and do not count: this run passed them over as damaged, or went back behind them. Nor do unreadable ones.
+    """
+    top1 = {}
+    for path in list_checkpoints(folder):
+        with contextlib.suppress(CheckpointError):
+            info = read_info(path)
+            if info.step <= step:
+                top1[path] = info.top1
+    best = max((path for path in top1 if top1[path] is not None), key=top1.get, default=None)
+    for path in list(top1)[keep:]:
         if path != best:
             shutil.rmtree(path)
 
@@ -238,14 +245,6 @@ def _numel(shape: list[int]) -> int:
     for side in shape:
         numel *= side
     return numel
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _fsync(path: Path) -> None:

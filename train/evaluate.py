@@ -33,7 +33,8 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable, batch_count: 
         if counted:
             losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            sums[slot] = torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum(), losses.double().sum(), torch.tensor(len(labels))])
+            sums[slot, :3] = torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum(), losses.double().sum()])
+            sums[slot, 3] = len(labels)
     if dist.is_initialized():
         dist.all_reduce(sums)  # every slot is zero on all ranks but one: exact
     correct1, correct5, loss, count = (column.cpu().tolist() for column in sums.unbind(1))

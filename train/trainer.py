@@ -160,7 +160,7 @@ class Run:
         )
         path = save_checkpoint(self.checkpoints, info, self.engine, self.ema)
         if self.runtime.is_main:
-            prune(self.checkpoints, self.config.checkpoint.keep)
+            prune(self.checkpoints, done, self.config.checkpoint.keep)
         seconds = time.perf_counter() - began
         self.monitor.event("checkpoint", done, f"checkpoint {path} in {seconds:.1f} s", seconds=seconds)
 

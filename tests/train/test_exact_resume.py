@@ -122,6 +122,21 @@ def test_damaged_checkpoint_is_skipped_and_named(tiny_config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("file", ["manifest.json", "shard_00000.safetensors"])
+def test_a_damaged_newer_checkpoint_displaces_no_sound_one(tiny_config, tmp_path, file):
+    """Step 8 is damaged, the run goes on from 4: the save at 6 must stay although 8 is newer and only one is kept."""
+    settings = ["train.evaluate_every=0"]
+    run(tiny_config, tmp_path, *settings, "checkpoint.every_steps=4", "train.max_steps=8")
+    damaged = checkpoint_path(tmp_path / "checkpoints", 8) / file
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    run(tiny_config, tmp_path, *settings, "checkpoint.every_steps=2", "checkpoint.keep=1", "train.max_steps=6")
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_00000006", "step_00000008"}
+    job = run(tiny_config, tmp_path, *settings, "checkpoint.every_steps=2", "checkpoint.keep=1", "train.max_steps=10")
+    assert "step_00000006: step 6 of 10" in job.text()
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_00000010"}
+
+
+@pytest.mark.slow
 def test_half_written_checkpoint_does_not_count(tiny_config, tmp_path):
     settings = ["checkpoint.every_steps=4", "train.max_steps=8", "train.evaluate_every=0"]
     run(tiny_config, tmp_path / "run", *settings)
