@@ -7,6 +7,7 @@ batch, or the device. Make the keys of a micro-batch with `sample_keys`.
 import functools
 import math
 
+import numpy as np
 import torch
 
 from .config import AugmentConfig
@@ -18,19 +19,16 @@ ERASING_ASPECT = (0.3, 1 / 0.3)
 ERASING_ATTEMPTS = 10
 
 
-def sample_keys(seed: int, epoch: int, ids: torch.Tensor) -> torch.Tensor:
-    """The augmentation keys of the samples `ids` (int64 [m], on any device) in an epoch, int64 [m] on the same device."""
-    return fold(make_key(seed, Stream.AUGMENT, epoch), ids)
+def sample_keys(seed: int, epoch: int, draws: np.ndarray) -> np.ndarray:
+    """The augmentation keys of `draws` (MicroBatch.draws, int64 [m]) in an epoch, int64 [m]. On the host, as all that is chosen by them."""
+    return fold(make_key(seed, Stream.AUGMENT, epoch), draws)
 
 
-def augment(images: torch.Tensor, keys: torch.Tensor, config: AugmentConfig) -> torch.Tensor:
-    """uint8 [m, 3, S, S] and int64 keys [m] → float32 [m, 3, S, S]: flip, normalise, erase. What has probability 0 costs nothing."""
-    if config.flip > 0:
-        flipped = uniform(fold(keys, Stream.FLIP), 1) < config.flip  # [m, 1]
-        images = torch.where(flipped[:, :, None, None], images.flip(-1), images)
+def augment(images: torch.Tensor, keys: np.ndarray, config: AugmentConfig) -> torch.Tensor:
+    """uint8 [m, 3, S, S] on any device and int64 keys [m] on the host → float32 [m, 3, S, S] on the device: normalise, erase. What has probability 0 costs nothing."""
     images = normalise(images, config)
     if config.erasing > 0:
-        images = _erase(images, keys, config.erasing)
+        images = _erase(images, torch.from_numpy(keys).to(images.device, non_blocking=True), config.erasing)
     return images
 
 

@@ -1,7 +1,7 @@
-"""Which window of an image is used. Pure functions of keys and sizes, in numpy: one for all backends.
+"""Which window of an image is used, and whether it is mirrored. Pure functions of keys and sizes, in numpy: one for all backends.
 
-A window is (x, y, width, height) in pixels of the stored image, x to the right and y down from its top left corner. A padded
-window may stick out of the image; what lies outside is black.
+A window is (x, y, width, height, flip): x to the right and y down from the top left corner of the stored image, in its pixels; flip
+is 1 where the result is mirrored left to right, else 0. A padded window may stick out of the image; what lies outside is black.
 """
 
 import math
@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from .config import AugmentConfig
-from .randomness import integers, uniform
+from .randomness import Stream, fold, integers, uniform
 
 ATTEMPTS = 10
 
@@ -17,24 +17,27 @@ ATTEMPTS = 10
 def training_windows(
     keys: np.ndarray, widths: np.ndarray, heights: np.ndarray, config: AugmentConfig, eval_crop: float = 1.0
 ) -> np.ndarray:
-    """Random windows, int32 [n, 4], for the int64 [n] keys of (seed, epoch, sample id) and the images' sizes [n].
+    """Random windows, int32 [n, 5], for the int64 [n] keys of (seed, epoch, sample id) and the images' sizes [n].
 
     `config.crop` chooses: "resized" (Inception's crop, as in torchvision's and timm's RandomResizedCrop), "padded" (the CIFAR
     recipe: the full image, shifted), "none" (evaluation's windows, with `eval_crop`).
     """
     widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
     if config.crop == "resized":
-        return _resized(keys, widths, heights, config)
-    if config.crop == "padded":
+        windows = _resized(keys, widths, heights, config)
+    elif config.crop == "padded":
         shifts = 2 * config.crop_padding + 1
         x = integers(keys, shifts, 0) - config.crop_padding
         y = integers(keys, shifts, 1) - config.crop_padding
-        return _windows(x, y, widths, heights)
-    return evaluation_windows(widths, heights, eval_crop)
+        windows = _windows(x, y, widths, heights)
+    else:
+        windows = evaluation_windows(widths, heights, eval_crop)
+    windows[:, 4] = uniform(fold(keys, Stream.FLIP), 1)[:, 0] < config.flip
+    return windows
 
 
 def evaluation_windows(widths: np.ndarray, heights: np.ndarray, eval_crop: float) -> np.ndarray:
-    """The centred squares of side eval_crop × the short side, int32 [n, 4].
+    """The centred squares of side eval_crop × the short side, never mirrored, int32 [n, 5].
 
     Resizing such a square to S is, up to the rounding of sizes and offsets to whole pixels, the usual "resize the short side to
     S / eval_crop, then cut the centre S × S", without computing the border that is thrown away.
@@ -73,4 +76,4 @@ def _resized(keys: np.ndarray, widths: np.ndarray, heights: np.ndarray, config: 
 
 
 def _windows(x: np.ndarray, y: np.ndarray, width: np.ndarray, height: np.ndarray) -> np.ndarray:
-    return np.stack([x, y, width, height], axis=1).astype(np.int32)
+    return np.stack([x, y, width, height, np.zeros_like(width)], axis=1).astype(np.int32)

@@ -18,14 +18,14 @@ import torch
 from .backends import Backend, open_backend
 from .config import AugmentConfig, DataConfig
 from .crop import evaluation_windows, training_windows
-from .manifest import Split
+from .manifest import DataError, Split
 from .order import Order
 from .randomness import Stream, fold, make_key
 
 # A chunk of work is at most this many images, so that closing never waits for more than one such chunk per thread.
 LARGEST_CHUNK = 64
 
-# (ids [n], widths [n], heights [n]) → windows [n, 4]
+# (ids [n], widths [n], heights [n]) → windows [n, 5]
 Windows = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -33,13 +33,15 @@ Windows = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 class MicroBatch:
     """Micro-batch `index` of step `step`, on the host; in pinned memory where there is a GPU.
 
-    ids int64 [m]; images uint8 [m, 3, S, S], RGB, in channels-last memory; labels int64 [m]. `count` is False only for an
-    evaluation batch that is there to keep the ranks in step and must not be counted.
+    ids int64 [m]; images uint8 [m, 3, S, S], RGB, in channels-last memory; labels int64 [m]. draws (numpy int64 [m]): a number per use of
+    a sample in its epoch, from which the keys of its crop and augmentation are made. `count` is False only for an evaluation batch that is
+    there to keep the ranks in step and must not be counted.
     """
 
     step: int
     index: int
     ids: torch.Tensor
+    draws: np.ndarray
     images: torch.Tensor
     labels: torch.Tensor
     count: bool = True
@@ -166,13 +168,16 @@ class Loader(AbstractContextManager):
             self._executor.submit(self._fill, job, slice(start, start + length), pixels[start : start + length])
             for start in range(0, total, length)
         ]
-        self._pending.append((MicroBatch(job.step, job.index, ids, images.permute(0, 3, 1, 2), labels), chunks))
+        self._pending.append((MicroBatch(job.step, job.index, ids, job.ids, images.permute(0, 3, 1, 2), labels), chunks))
 
     def _fill(self, job: _Job, part: slice, pixels: np.ndarray) -> None:
         ids = job.ids[part]
         records = self._records[ids]
         windows = job.windows(ids, records["width"], records["height"])
-        self._backend.decode_batch(ids, windows, self._data.image_size, self._data.interpolation, pixels)
+        failures = self._backend.decode_batch(ids, windows, self._data.image_size, self._data.interpolation, pixels)
+        if failures:
+            first = failures[min(failures)]
+            raise DataError(f"{first} Check the dataset with: python launch/prepare.py verify {self._data.path}")
 
 
 def _start_threads(workers: int) -> ThreadPoolExecutor:

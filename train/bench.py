@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 
 from data_pipeline.backends import open_backend
 from data_pipeline.config import AugmentConfig
 from data_pipeline.crop import training_windows
-from data_pipeline.decode import decode_rgb
 from data_pipeline.manifest import Split
 from data_pipeline.randomness import Stream, fold, make_key
 from train.config import Config
@@ -38,13 +38,13 @@ def bench_data(split: Split, backend: str, size: int, images: int, rounds: int =
 
     def pillow() -> None:
         for row, record in enumerate(records):
-            x, y, width, height = windows[row].tolist()
+            x, y, width, height, _ = windows[row].tolist()
             image = Image.open(io.BytesIO(read(record))).convert("RGB")
             out[row] = image.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + width, y + height))
 
     def bare() -> None:
         for record in records:
-            decode_rgb(read(record))
+            simplejpeg.decode_jpeg(read(record), colorspace="RGB")
 
     ways = {
         f"{backend}: decode + crop + resize {size}": lambda: opened.decode_batch(ids, windows, size, "bicubic", out),

@@ -10,10 +10,10 @@ from ..manifest import Split
 class Backend(Protocol):
     """What the loader needs of a backend. Called from several threads at once."""
 
-    def decode_batch(self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray) -> None:
-        """Samples `ids` (int64 [n]), cut at `windows` (int32 [n, 4]) and resized, into `out` (uint8 [n, size, size, 3], RGB).
+    def decode_batch(self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray) -> dict[int, str]:
+        """Samples `ids` (int64 [n]), cut at `windows` (int32 [n, 5], crop.py) and resized, into `out` (uint8 [n, size, size, 3], RGB).
 
-        Raises DataError that names the shard and the sample where one cannot be read.
+        Returns {row: one sentence that names the file, the sample and what is wrong} of those that cannot be read.
         """
 
 

@@ -41,7 +41,7 @@ class Classification:
     def inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """A micro-batch on the device, augmented and mixed: images float [m, 3, S, S], targets float [m, classes]."""
         seed, settings, device = self.config.train.seed, self.config.augment, self.runtime.device
-        keys = sample_keys(seed, self.order.epoch_of(batch.step), batch.ids.to(device, non_blocking=True))
+        keys = sample_keys(seed, self.order.epoch_of(batch.step), batch.draws)
         images = augment(batch.images.to(device, non_blocking=True), keys, settings)
         labels = batch.labels.to(device, non_blocking=True)
         return mix(images, labels, make_key(seed, Stream.MIX, batch.step, batch.index), self.classes, settings)
