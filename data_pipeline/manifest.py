@@ -2,6 +2,9 @@
 
 `manifest.json` names the classes and, for each split, its shards and its index. The index is a flat table of `RECORD`s, one per
 sample, in the order of the sample ids 0 … N-1; it is memory-mapped, so its size costs a rank nothing.
+
+A split may also lie there as one FFCV file (beton.py), with an index of its own. Its shards may then be gone (`shards` is empty);
+`<split>.index` stays, for it says what the samples are, and its hash is the dataset's fingerprint whatever file holds the images.
 """
 
 import hashlib
@@ -47,6 +50,21 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Beton:
+    """An FFCV file that holds a whole split, in the order of its ids: its name inside the dataset's folder, size in bytes and SHA-256.
+
+    mode: "jpeg" (each image's original bytes) or "raw" (its pixels, uint8 [height, width, 3]). fingerprint: the SHA-256 of `<file>.index`,
+    the table of `RECORD`s that says where the images lie in it, with the checksums of what is stored there and `shard` 0.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+    mode: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Split:
     """One split (`train`, `val`) of a dataset. `fingerprint` is the SHA-256 of its index, and so of every label and image in it."""
 
@@ -55,6 +73,7 @@ class Split:
     samples: int
     fingerprint: str
     shards: tuple[Shard, ...]
+    beton: Beton | None = None
 
     @property
     def index_path(self) -> Path:
@@ -64,6 +83,15 @@ class Split:
     def records(self) -> np.ndarray:
         """The memory-mapped table of `RECORD`s, [samples]."""
         return np.memmap(self.index_path, dtype=RECORD, mode="r", shape=(self.samples,))
+
+    @property
+    def beton_index_path(self) -> Path:
+        return self.folder / f"{self.beton.file}.index"
+
+    @cached_property
+    def beton_records(self) -> np.ndarray:
+        """The memory-mapped table of the beton's `RECORD`s, [samples]."""
+        return np.memmap(self.beton_index_path, dtype=RECORD, mode="r", shape=(self.samples,))
 
 
 @dataclass(frozen=True)
@@ -97,7 +125,14 @@ def open_manifest(folder: str | Path) -> Manifest:
         if version != VERSION:
             raise DataError(f"{path} has format version {version}, this program reads version {VERSION}. Prepare the dataset again.")
         splits = {
-            name: Split(folder, name, entry["samples"], entry["fingerprint"], tuple(Shard(**shard) for shard in entry["shards"]))
+            name: Split(
+                folder,
+                name,
+                entry["samples"],
+                entry["fingerprint"],
+                tuple(Shard(**shard) for shard in entry["shards"]),
+                Beton(**entry["beton"]) if "beton" in entry else None,
+            )
             for name, entry in document["splits"].items()
         }
         manifest = Manifest(folder, tuple(document["classes"]), splits)
@@ -107,19 +142,20 @@ def open_manifest(folder: str | Path) -> Manifest:
         _check_size(split.index_path, split.samples * RECORD.itemsize)
         for shard in split.shards:
             _check_size(folder / shard.file, shard.bytes)
+        if split.beton:
+            _check_size(folder / split.beton.file, split.beton.bytes)
+            _check_size(split.beton_index_path, split.samples * RECORD.itemsize)
     return manifest
 
 
 def write_manifest(manifest: Manifest) -> None:
-    """Write `manifest.json` atomically; the shards and index files must be in place already."""
-    document = {
-        "version": VERSION,
-        "classes": list(manifest.classes),
-        "splits": {
-            name: {"samples": split.samples, "fingerprint": split.fingerprint, "shards": [asdict(shard) for shard in split.shards]}
-            for name, split in manifest.splits.items()
-        },
-    }
+    """Write `manifest.json` atomically; the shards, betons and index files must be in place already."""
+    splits = {}
+    for name, split in manifest.splits.items():
+        splits[name] = {"samples": split.samples, "fingerprint": split.fingerprint, "shards": [asdict(shard) for shard in split.shards]}
+        if split.beton:
+            splits[name]["beton"] = asdict(split.beton)
+    document = {"version": VERSION, "classes": list(manifest.classes), "splits": splits}
     write_atomically(manifest.folder / FILE_NAME, json.dumps(document, indent=1).encode())
 
 

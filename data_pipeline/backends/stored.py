@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..manifest import DataError, Split
+
 # Below the usual limit of 1024 open files, with room for everything else the process opens.
 OPEN_FILES = 256
 
@@ -45,11 +47,20 @@ class StoredSamples:
             encoded.append(data)
         return encoded, failures
 
+    def dimensions(self, ids: np.ndarray) -> np.ndarray:
+        """The (width, height) of each image according to the index, [n, 2]."""
+        records = self.records[ids]
+        return np.stack([records["width"], records["height"]], axis=1)
+
     def sentence(self, number: int, reason: str) -> str:
         """Names the file and the sample of a failure."""
         shard, offset, size = (int(self.records[name][number]) for name in ("shard", "offset", "size"))
         path = self.files[shard] if shard < len(self.files) else f"shard {shard}"
         return f"{path}: sample {number} of {self.describe} (bytes {offset} to {offset + size}) cannot be read: {reason}."
+
+    def sentences(self, ids: np.ndarray, failures: dict[int, str]) -> dict[int, str]:
+        """{row: why} with each reason as a sentence that names the file and the sample."""
+        return {row: self.sentence(int(ids[row]), reason) for row, reason in failures.items()}
 
     def _open(self, shard: int) -> "_File":
         return _File(self.files[shard])
@@ -64,3 +75,23 @@ class _File:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):  # opening may have failed
             os.close(self.descriptor)
+
+
+def stored_in_shards(split: Split) -> StoredSamples:
+    """The samples of the split's WebDataset shards. DataError where it has none."""
+    if not split.shards:
+        raise DataError(
+            f"{split.folder} has no WebDataset shards of split {split.name!r}, only an FFCV file: train with data.backend=ffcv, or prepare it "
+            f"again with: python launch/prepare.py SOURCE DEST --formats webdataset,ffcv"
+        )
+    return StoredSamples(split.records, [split.folder / shard.file for shard in split.shards], f"split {split.name!r}")
+
+
+def stored_in_beton(split: Split) -> StoredSamples:
+    """The samples of the split's FFCV file. DataError where it has none."""
+    if not split.beton:
+        raise DataError(
+            f"{split.folder} has no FFCV file of split {split.name!r}: train with data.backend=webdataset, or make one with: "
+            f"python launch/prepare.py SOURCE {split.folder} --formats webdataset,ffcv"
+        )
+    return StoredSamples(split.beton_records, [split.folder / split.beton.file], f"split {split.name!r}")

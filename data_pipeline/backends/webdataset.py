@@ -4,19 +4,17 @@ import numpy as np
 
 from ..decode import decode_batch
 from ..manifest import Split
-from .stored import StoredSamples
+from .stored import stored_in_shards
 
 
 class WebDatasetBackend:
-    """Samples of `split` by id. Thread-safe."""
+    """Samples of `split` by id. Thread-safe. DataError where the split has no shards."""
 
     def __init__(self, split: Split):
-        files = [split.folder / shard.file for shard in split.shards]
-        self.stored = StoredSamples(split.records, files, f"split {split.name!r}")
+        self.stored = stored_in_shards(split)
 
     def decode_batch(self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray) -> dict[int, str]:
         """See Backend."""
         encoded, failures = self.stored.read(ids)
-        dimensions = np.stack([self.stored.records[name][ids] for name in ("width", "height")], axis=1)
-        failures = decode_batch(encoded, dimensions, windows, size, interpolation, out) | failures
-        return {row: self.stored.sentence(int(ids[row]), reason) for row, reason in failures.items()}
+        failures = decode_batch(encoded, self.stored.dimensions(ids), windows, size, interpolation, out) | failures
+        return self.stored.sentences(ids, failures)

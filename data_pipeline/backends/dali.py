@@ -1,0 +1,140 @@
+"""NVIDIA DALI decodes, crops, resizes and mirrors; ids and windows are ours, and so are the bytes, read through the manifest's index.
+
+Pixels differ from the project's decoder by 0.2 of 255 on average, because DALI's cubic filter is not Pillow's. On a CUDA tensor `out` the
+same pipeline decodes with nvJPEG ("mixed"); that path was built and never run: there was no GPU here.
+"""
+
+import importlib.util
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..manifest import DataError, Split
+from ..sources import UsageError
+from .stored import StoredSamples, stored_in_beton, stored_in_shards
+
+BATCH = 64  # images a pipeline is built for; a larger batch builds a larger one
+
+
+class DALIBackend:
+    """Samples of `split` by id. Thread-safe: each calling thread has pipelines of its own, of one DALI thread each.
+
+    Reads the WebDataset shards, or the FFCV file where there are none. UsageError without DALI, DataError without JPEGs.
+    """
+
+    def __init__(self, split: Split):
+        if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+            raise UsageError(
+                "data.backend=dali needs nvidia-dali: pip install 'cat-training[dali]', or train with data.backend=webdataset."
+            )
+        self.stored = _stored_jpegs(split)
+        self._local = threading.local()
+
+    def decode_batch(self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out) -> dict[int, str]:
+        """See Backend. `out` may also be a CUDA tensor (torch.uint8): then nvJPEG decodes, and the pixels never see the host."""
+        encoded, failures = self.stored.read(ids)
+        dimensions = self.stored.dimensions(ids).astype(np.int32)
+        for row, data in enumerate(encoded):
+            if row not in failures and (reason := _unfit(data, *dimensions[row].tolist())):
+                failures[row] = reason
+        x, y, width, height = windows[:, :4].T
+        padded = (x < 0) | (y < 0) | (x + width > dimensions[:, 0]) | (y + height > dimensions[:, 1])
+        # Apart, so that a sample's pixels depend on its own window only and not on what else is in the batch.
+        for kind in (False, True):
+            rows = [row for row in np.flatnonzero(padded == kind).tolist() if row not in failures]
+            if rows:
+                failures |= self._decode(rows, encoded, windows, (size, interpolation, kind), out)
+        return self.stored.sentences(ids, failures)
+
+    def _decode(self, rows: list[int], encoded: Sequence[bytes], windows: np.ndarray, kind: tuple, out) -> dict[int, str]:
+        """Run the rows through one pipeline, and copy the pixels into `out`. Returns {row: why} of those that DALI cannot decode."""
+        chosen = windows[rows]
+        inputs = {
+            "jpeg": [np.frombuffer(encoded[row], np.uint8) for row in rows],
+            "anchor": np.ascontiguousarray(chosen[:, [1, 0]]),
+            "shape": np.ascontiguousarray(chosen[:, [3, 2]]),
+            "flip": np.ascontiguousarray(chosen[:, 4]),
+        }
+        gpu = None if isinstance(out, np.ndarray) else out.device.index
+        pipelines = self._local.__dict__.setdefault("pipelines", {})
+        key = (gpu, *kind)
+        if key not in pipelines or pipelines[key].max_batch_size < len(rows):
+            pipelines[key] = build_pipeline(max(BATCH, len(rows)), gpu, *kind)
+        try:
+            (pixels,) = pipelines[key].run(**inputs)
+        except RuntimeError as error:
+            del pipelines[key]  # a pipeline that has failed once never runs again
+            if len(rows) == 1:
+                return {rows[0]: _reason(error)}
+            # One of them did it: each by itself, so that the others are decoded all the same.
+            return {row: why for one in rows for row, why in self._decode([one], encoded, windows, kind, out).items()}
+        if gpu is None:
+            out[rows] = pixels.as_array()
+        else:
+            _copy_to_device(pixels, rows, out)
+        return {}
+
+
+def build_pipeline(batch: int, gpu: int | None, size: int, interpolation: str, padded: bool):
+    """A DALI pipeline from `jpeg` (bytes), `anchor` (y, x), `shape` (height, width) and `flip` to uint8 [batch, size, size, 3].
+
+    gpu: None decodes on the CPU, a number on that GPU. padded: windows may stick out of the image; what lies outside is black.
+    """
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import Pipeline
+
+    window = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
+    # On a GPU, nvJPEG would otherwise interpolate the chroma in a way of its own.
+    decoder = {"device": "cpu" if gpu is None else "mixed", "adjust_orientation": False, "jpeg_fancy_upsampling": True}
+    pipeline = Pipeline(batch_size=batch, num_threads=1, device_id=gpu, prefetch_queue_depth=1)
+    with pipeline:
+        jpeg = fn.external_source(name="jpeg", dtype=types.UINT8, ndim=1)
+        anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)
+        shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
+        flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+        if padded:
+            image = fn.slice(fn.decoders.image(jpeg, **decoder), anchor, shape, out_of_bounds_policy="pad", fill_values=0, **window)
+        else:
+            image = fn.decoders.image_slice(jpeg, anchor, shape, **window, **decoder)
+        filter = types.INTERP_CUBIC if interpolation == "bicubic" else types.INTERP_LINEAR
+        image = fn.resize(image, size=(size, size), interp_type=filter, antialias=True)
+        pipeline.set_outputs(fn.flip(image, horizontal=flip))
+    return pipeline
+
+
+def _copy_to_device(pixels, rows: list[int], out) -> None:
+    """DALI's tensor list on the GPU → rows of `out`, and wait, for DALI uses its memory again for the next batch."""
+    import torch
+
+    with torch.cuda.device(out.device):
+        out[torch.tensor(rows, device=out.device)] = torch.from_dlpack(pixels.as_tensor())
+        torch.cuda.current_stream().synchronize()
+
+
+def _stored_jpegs(split: Split) -> StoredSamples:
+    if not split.shards and split.beton and split.beton.mode == "raw":
+        raise DataError(
+            f"{split.folder} has only raw pixels of split {split.name!r}, and DALI decodes JPEGs: train with data.backend=ffcv."
+        )
+    return stored_in_beton(split) if split.beton and not split.shards else stored_in_shards(split)
+
+
+def _unfit(data: bytes, width: int, height: int) -> str | None:
+    """Why an image is none that a prepared dataset may hold. DALI would take it, and the other backends would not."""
+    import simplejpeg
+
+    try:
+        found_height, found_width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        return str(error)
+    if colorspace in ("CMYK", "YCCK"):
+        return f"it is a {colorspace} JPEG"
+    if (found_width, found_height) != (width, height):
+        return f"it is {found_width}x{found_height} pixels where the index says {width}x{height}"
+    return None
+
+
+def _reason(error: RuntimeError) -> str:
+    """The cause in DALI's many lines."""
+    return " ".join(str(error).split())
