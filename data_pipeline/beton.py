@@ -57,8 +57,8 @@ def write_beton(split: Split, path: Path, *, mode: str, workers: int, progress: 
 
     mode: "jpeg" or "raw". workers: threads that read and decode. progress is called with the number of samples written so far.
     Returns the entry of the manifest, which is the caller's to write. Both files get their names when they are whole and have been read
-    back; whatever ends this before leaves at most files named `*.tmp`. Raises UsageError without FFCV, DataError for a sample that cannot be
-    read or is no RGB or gray JPEG, OSError where the writer fails (a full disk, killed for memory).
+    back; whatever ends this before leaves at most files named `*.tmp`. Raises UsageError without FFCV, DataError for a sample that cannot
+    be read or is no RGB or gray JPEG, OSError where the writer fails (a full disk, killed for memory).
     """
     require_ffcv()
     temporary, index = (path.with_name(f"{name}.{os.getpid()}.tmp") for name in (path.name, f"{path.name}.index"))
@@ -94,7 +94,7 @@ def check_beton(split: Split) -> list[str]:
 
 
 def read_back(path: Path, records: np.ndarray) -> tuple[str, list[int]]:
-    """A file's SHA-256, and which of the `records` (manifest.RECORD, by rising offset) fail their checksum; read once, from front to back."""
+    """A file's SHA-256, and which of its `records` (manifest.RECORD, by rising offset) fail their checksum. Reads it once, front to back."""
     digest, damaged = hashlib.sha256(), []
     with open(path, "rb") as file:
         columns = (records[name].tolist() for name in ("offset", "size", "checksum"))
