@@ -37,8 +37,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.backends.stored import StoredSamples, stored_in_shards
-from data_pipeline.manifest import RECORD, Beton, DataError, Split, publish, sha256_of
-from data_pipeline.sources import UsageError
+from data_pipeline.manifest import RECORD, Beton, DataError, Split, UsageError, publish, sha256_of
 
 MODES = ("jpeg", "raw")
 PAGE = 1 << 23  # bytes: FFCV's default; a sample lies inside one page, so a larger one needs larger pages
@@ -94,7 +93,7 @@ def check_beton(split: Split) -> list[str]:
 
 
 def read_back(path: Path, records: np.ndarray) -> tuple[str, list[int]]:
-    """A file's SHA-256, and which of its `records` (manifest.RECORD, by rising offset) fail their checksum. Reads it once, front to back."""
+    """A file's SHA-256, and which of its `records` (manifest.RECORD, by rising offset) fail their checksum. Read once, front to back."""
     digest, damaged = hashlib.sha256(), []
     with open(path, "rb") as file:
         columns = (records[name].tolist() for name in ("offset", "size", "checksum"))

@@ -39,6 +39,12 @@ class DataError(Exception):
     exit_code = 65
 
 
+class UsageError(Exception):
+    """What was asked for cannot be done; the message is one sentence for the person who asked, with the remedy."""
+
+    exit_code = 78
+
+
 @dataclass(frozen=True)
 class Shard:
     """One shard file: its name inside the dataset's folder, samples, size in bytes and SHA-256."""

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..manifest import DataError, Split
-from ..sources import UsageError
+from ..manifest import DataError, Split, UsageError
 from .stored import StoredSamples, stored_in_beton, stored_in_shards
 
 BATCH = 64  # images a pipeline is built for; a larger batch builds a larger one

@@ -81,8 +81,8 @@ def stored_in_shards(split: Split) -> StoredSamples:
     """The samples of the split's WebDataset shards. DataError where it has none."""
     if not split.shards:
         raise DataError(
-            f"{split.folder} has no WebDataset shards of split {split.name!r}, only an FFCV file: train with data.backend=ffcv, or make them "
-            f"with: python launch/prepare.py SOURCE DEST --formats webdataset"
+            f"{split.folder} has no WebDataset shards of split {split.name!r}, only an FFCV file: train with data.backend=ffcv, or make "
+            "them with: python launch/prepare.py SOURCE DEST --formats webdataset"
         )
     return StoredSamples(split.records, [split.folder / shard.file for shard in split.shards], f"split {split.name!r}")
 
