@@ -3,14 +3,23 @@
 An epoch's order is a keyed permutation of the ids 0 … samples-1, evaluated only where it is needed; it is never laid out in
 memory. Step s uses positions [s·G, (s+1)·G) of its epoch's order (G = global batch), split into M micro-batches of fixed size.
 Rank r of `world` takes the micro-batches r, r + world, …, so what a step computes does not depend on the number of ranks.
+
+Repeated augmentation (Hoffer et al., arXiv 1901.09335; `repeats` = r > 1) uses each sample r times in its step, augmented
+differently: slot i holds copy i // (G/r) of the sample at position s·G/r + i % (G/r). So copies are G/r slots apart, in different
+micro-batches where these are not larger than that. An epoch keeps its N // G steps, as in timm's RASampler, and meets N / r samples.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from .randomness import Stream, bits, fold, integers, make_key
+
+# Of the block-wise order: contiguous ids that stay together, and blocks that are shuffled into each other.
+BLOCK = 256
+POOL = 64 * BLOCK
 
 # Rounds of the Feistel network. Luby and Rackoff (1988) need 4 for large domains; small ones mix more slowly, and rounds are cheap.
 ROUNDS = 12
@@ -20,19 +29,25 @@ ROUNDS = 12
 class Order:
     """The order of `samples` samples under `seed`, in global batches of `global_batch`, each made of micro-batches of `micro_batch`.
 
-    Steps count from 0: step s is the one taken after s optimizer steps have finished. Raises ValueError for sizes that do not fit.
+    shuffle: "full" draws each position's sample from the whole dataset, "block" from a pool of 64 blocks of 256 contiguous ids, so that
+    reading stays local. Steps count from 0: step s is the one taken after s optimizer steps have finished. Raises ValueError for sizes
+    that do not fit.
     """
 
     seed: int
     samples: int
     global_batch: int
     micro_batch: int
+    shuffle: Literal["full", "block"] = "full"
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.global_batch < 1:
             raise ValueError(f"global_batch {self.global_batch} and micro_batch {self.micro_batch} must be at least 1")
         if self.global_batch % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}")
+        if self.repeats < 1 or self.global_batch % self.repeats:
+            raise ValueError(f"data.repeats {self.repeats} does not divide global_batch {self.global_batch}")
         if self.samples < self.global_batch:
             raise ValueError(f"the dataset has {self.samples} samples, fewer than one global_batch of {self.global_batch}")
 
@@ -51,13 +66,17 @@ class Order:
 
     def ids(self, step: int) -> np.ndarray:
         """The sample ids of a step, int64 [global_batch]."""
-        return self._ids(step, 0, self.global_batch)
+        return self._draws(step, 0, self.global_batch) % self.samples
 
     def micro_batch_ids(self, step: int, index: int) -> np.ndarray:
         """The sample ids of micro-batch `index` of a step, int64 [micro_batch]."""
+        return self.micro_batch_draws(step, index) % self.samples
+
+    def micro_batch_draws(self, step: int, index: int) -> np.ndarray:
+        """id + samples · copy of each slot of micro-batch `index`, int64 [micro_batch]: what differs between the uses of a sample."""
         if not 0 <= index < self.micro_batches:
             raise ValueError(f"micro-batch {index} of a step of {self.micro_batches}")
-        return self._ids(step, index * self.micro_batch, self.micro_batch)
+        return self._draws(step, index * self.micro_batch, self.micro_batch)
 
     def share(self, rank: int, world: int) -> range:
         """The indices of the micro-batches that `rank` takes in every step. ValueError where `world` does not divide M."""
@@ -72,12 +91,35 @@ class Order:
             raise ValueError(f"rank {rank} of {world}")
         return range(rank, total, world)
 
-    def _ids(self, step: int, start: int, count: int) -> np.ndarray:
+    def _draws(self, step: int, start: int, count: int) -> np.ndarray:
         if step < 0:
             raise ValueError(f"step {step} is negative")
-        first = (step % self.steps_per_epoch) * self.global_batch + start
+        distinct = self.global_batch // self.repeats
+        copy, place = np.divmod(np.arange(start, start + count, dtype=np.int64), distinct)
         key = make_key(self.seed, Stream.ORDER, self.epoch_of(step))
-        return permute(key, self.samples, np.arange(first, first + count, dtype=np.int64))
+        positions = (step % self.steps_per_epoch) * distinct + place
+        shuffled = block_permute if self.shuffle == "block" else permute
+        return shuffled(key, self.samples, positions) + self.samples * copy
+
+
+def block_permute(key: int, size: int, positions: np.ndarray) -> np.ndarray:
+    """A keyed permutation of 0 … size-1 with local reads, evaluated at `positions` (int64 [n]); returns int64 [n].
+
+    The ring of ids is cut, from a random id on, into blocks of BLOCK contiguous ids and a shorter rest, which stays at the end; the full
+    blocks are permuted; then every POOL positions are permuted among themselves. The last pool is shorter.
+    """
+    result = positions.copy()
+    pools = positions // POOL
+    for pool in np.unique(pools).tolist():
+        inside, start = pools == pool, pool * POOL
+        pool_key = make_key(key, Stream.ORDER, 2, pool)
+        result[inside] = start + permute(pool_key, min(POOL, size - start), positions[inside] - start)
+    block, place = np.divmod(result, BLOCK)
+    blocks = size // BLOCK
+    if blocks:
+        full = block < blocks
+        block[full] = permute(make_key(key, Stream.ORDER, 1), blocks, block[full])
+    return (make_key(key, Stream.ORDER, 0) % size + block * BLOCK + place) % size
 
 
 def permute(key: int, size: int, positions: np.ndarray) -> np.ndarray:
