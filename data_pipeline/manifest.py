@@ -10,6 +10,7 @@ A split may also lie there as one FFCV file (beton.py), with an index of its own
 import hashlib
 import json
 import os
+import threading
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,6 +82,13 @@ class Split:
     shards: tuple[Shard, ...]
     beton: Beton | None = None
 
+    # What reads files keeps this many open at most: below the usual limit of 1024, with room for everything else the process opens.
+    keep_open = 256
+
+    def open_file(self, path: Path, closing: threading.Event) -> int:
+        """A descriptor, for reading, of one of this split's files. `closing` is set when the reader is about to close."""
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
     @property
     def index_path(self) -> Path:
         return self.folder / f"{self.name}.index"
@@ -125,8 +133,21 @@ def open_manifest(folder: str | Path) -> Manifest:
     path = folder / FILE_NAME
     if not path.is_file():
         raise DataError(f"no dataset at {folder}: {FILE_NAME} is missing. Make one with: python launch/prepare.py SOURCE {folder}")
+    manifest = parse_manifest(path.read_bytes(), folder, str(path))
+    for split in manifest.splits.values():
+        _check_size(split.index_path, split.samples * RECORD.itemsize)
+        for shard in split.shards:
+            _check_size(folder / shard.file, shard.bytes)
+        if split.beton:
+            _check_size(folder / split.beton.file, split.beton.bytes)
+            _check_size(split.beton_index_path, split.samples * RECORD.itemsize)
+    return manifest
+
+
+def parse_manifest(text: bytes, folder: Path, path: str) -> Manifest:
+    """The manifest in `text`, of a dataset in `folder`. Raises DataError, which names `path`, where it is damaged."""
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(text)
         version = document["version"]
         if version != VERSION:
             raise DataError(f"{path} has format version {version}, this program reads version {VERSION}. Prepare the dataset again.")
@@ -141,17 +162,9 @@ def open_manifest(folder: str | Path) -> Manifest:
             )
             for name, entry in document["splits"].items()
         }
-        manifest = Manifest(folder, tuple(document["classes"]), splits)
+        return Manifest(folder, tuple(document["classes"]), splits)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}). Prepare the dataset again.") from error
-    for split in splits.values():
-        _check_size(split.index_path, split.samples * RECORD.itemsize)
-        for shard in split.shards:
-            _check_size(folder / shard.file, shard.bytes)
-        if split.beton:
-            _check_size(folder / split.beton.file, split.beton.bytes)
-            _check_size(split.beton_index_path, split.samples * RECORD.itemsize)
-    return manifest
 
 
 def write_manifest(manifest: Manifest) -> None:

@@ -5,10 +5,13 @@ from typing import Protocol
 import numpy as np
 
 from ..manifest import Split
+from .stored import StoredSamples
 
 
 class Backend(Protocol):
-    """What the loader needs of a backend. Called from several threads at once."""
+    """What the loader needs of a backend. Called from several threads at once. `stored`: where it has the bytes of samples from."""
+
+    stored: StoredSamples
 
     def decode_batch(self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray) -> dict[int, str]:
         """Samples `ids` (int64 [n]), cut at `windows` (int32 [n, 5], crop.py) and resized, into `out` (uint8 [n, size, size, 3], RGB).

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,20 +11,17 @@ import numpy as np
 
 from ..manifest import DataError, Split
 
-# Below the usual limit of 1024 open files, with room for everything else the process opens.
-OPEN_FILES = 256
-
 
 class StoredSamples:
-    """Random access to the bytes at `records` (manifest.RECORD, [samples]), whose `shard` is an index into `files`.
+    """Random access to the bytes at `records` (manifest.RECORD, [samples]), whose `shard` is an index into `files`, files of `split`.
 
-    Thread-safe: pread has no position to share, and files open on first use.
+    Thread-safe: pread has no position to share, and files open on first use. Set `closing` before leaving: it ends a file's staging.
     """
 
-    def __init__(self, records: np.ndarray, files: Sequence[Path], describe: str):
-        """describe: what to call the split in an error, and where it lies."""
-        self.records, self.files, self.describe = records, files, describe
-        self._file = functools.lru_cache(OPEN_FILES)(self._open)
+    def __init__(self, records: np.ndarray, files: Sequence[Path], split: Split):
+        self.records, self.files, self.split = records, files, split
+        self.closing = threading.Event()
+        self._file = functools.lru_cache(split.keep_open)(self._open)
 
     def read(self, ids: np.ndarray) -> tuple[list[bytes], dict[int, str]]:
         """The bytes of each sample, and {row: why} of those that cannot be read (their bytes are empty).
@@ -56,25 +54,24 @@ class StoredSamples:
         """Names the file and the sample of a failure."""
         shard, offset, size = (int(self.records[name][number]) for name in ("shard", "offset", "size"))
         path = self.files[shard] if shard < len(self.files) else f"shard {shard}"
-        return f"{path}: sample {number} of {self.describe} (bytes {offset} to {offset + size}) cannot be read: {reason}."
+        return f"{path}: sample {number} of split {self.split.name!r} (bytes {offset} to {offset + size}) cannot be read: {reason}."
 
     def sentences(self, ids: np.ndarray, failures: dict[int, str]) -> dict[int, str]:
         """{row: why} with each reason as a sentence that names the file and the sample."""
         return {row: self.sentence(int(ids[row]), reason) for row, reason in failures.items()}
 
     def _open(self, shard: int) -> "_File":
-        return _File(self.files[shard])
+        return _File(self.split.open_file(self.files[shard], self.closing))
 
 
 class _File:
     """An open file, closed when the last thread that reads it lets go: the cache may drop it while another thread is reading."""
 
-    def __init__(self, path: Path):
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):  # opening may have failed
-            os.close(self.descriptor)
+        os.close(self.descriptor)
 
 
 def stored_in_shards(split: Split) -> StoredSamples:
@@ -84,7 +81,7 @@ def stored_in_shards(split: Split) -> StoredSamples:
             f"{split.folder} has no WebDataset shards of split {split.name!r}, only an FFCV file: train with data.backend=ffcv, or make "
             "them with: python launch/prepare.py SOURCE DEST --formats webdataset"
         )
-    return StoredSamples(split.records, [split.folder / shard.file for shard in split.shards], f"split {split.name!r}")
+    return StoredSamples(split.records, [split.folder / shard.file for shard in split.shards], split)
 
 
 def stored_in_beton(split: Split) -> StoredSamples:
@@ -94,4 +91,4 @@ def stored_in_beton(split: Split) -> StoredSamples:
             f"{split.folder} has no FFCV file of split {split.name!r}: train with data.backend=webdataset, or make one with: "
             f"python launch/prepare.py SOURCE {split.folder} --formats webdataset,ffcv"
         )
-    return StoredSamples(split.beton_records, [split.folder / split.beton.file], f"split {split.name!r}")
+    return StoredSamples(split.beton_records, [split.folder / split.beton.file], split)
