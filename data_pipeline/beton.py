@@ -128,6 +128,7 @@ def _run_writer(task: _Task, progress: Callable[[int], None]) -> None:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "NUMBA_DISABLE_JIT": "1",  # nothing of it is needed to write, and importing FFCV compiles for 5 s
         "PYTHONWARNINGS": "ignore",  # so that the last line on standard error is a failure's
         "TQDM_DISABLE": "1",
     }
