@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 setup: .venv/ready
 
-.venv/ready: pyproject.toml constraints.txt launch/setup.sh
+.venv/ready: pyproject.toml setup.py constraints.txt launch/setup.sh $(wildcard data_pipeline/native/*.[ch])
 	bash launch/setup.sh
 
 demo: setup

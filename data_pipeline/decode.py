@@ -1,65 +1,164 @@
-"""JPEGs and a window of each → squares of pixels. Plain: simplejpeg (libjpeg-turbo) decodes, torch resizes.
+"""JPEGs, or stored pixels, and a window of each → squares of pixels. One of three decoders does it, the first that is there:
 
-Both release the GIL, so threads scale. Prepared shards hold only RGB and gray JPEGs that decode without a warning; whatever else turns up
-is a failure of that sample alone.
+    native      C on libjpeg-turbo (native/), which decodes only what the window needs
+    simplejpeg  libjpeg-turbo decodes all of the image, torch resizes; the same pixels, to the last bit
+    pillow      for machines that have nothing else; pixels differ by rounding, and it does not notice every damaged image
+
+All release the GIL, so threads scale. Prepared datasets hold only RGB and gray JPEGs that decode without a warning; whatever else turns up
+is a failure of that sample alone. Orientation in EXIF is ignored. `native` does not see damage below the window: the checksum in the
+index does.
 """
 
-from collections.abc import Sequence
+import importlib.util
+import io
+import warnings
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import simplejpeg
-import torch
-from torch.nn.functional import interpolate
+
+from . import native
+
+
+def _first_there() -> str:
+    if native.LIBRARY is not None:
+        return "native"
+    return "simplejpeg" if importlib.util.find_spec("simplejpeg") else "pillow"
+
+
+DECODERS = ("native", "simplejpeg", "pillow")
+DECODER = _first_there()
+
+if DECODER != "native":
+    warnings.warn(
+        f"The compiled decoder is not built, so images are decoded with {DECODER}, at about half the speed. Install a C compiler and "
+        "the headers of libjpeg-turbo (Debian, Ubuntu: apt-get install gcc libc6-dev libjpeg-dev), then this project once more: "
+        "pip install --editable .",
+        stacklevel=2,
+    )
 
 
 def decode_batch(
-    encoded: Sequence[bytes], dimensions: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray
+    encoded: Sequence[bytes],
+    dimensions: np.ndarray,
+    windows: np.ndarray,
+    size: int,
+    interpolation: str,
+    out: np.ndarray,
+    decoder: str = DECODER,
 ) -> dict[int, str]:
-    """Decode n images, cut their windows (crop.py), resize with antialiasing and mirror them into `out`, uint8 [n, size, size, 3], RGB.
+    """Decode n JPEGs, cut their windows (crop.py), resize with antialiasing and mirror them into `out`, uint8 [n, size, size, 3], RGB.
 
     dimensions: int [n, 2], the (width, height) that each image must have. windows: int32 [n, 5].
     interpolation: "bicubic" or "bilinear". Returns {row: why} of the images that could not be decoded; their rows of `out` mean nothing.
     """
-    failures = {}
-    for row, data in enumerate(encoded):
-        try:
-            image = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
-        except ValueError as error:
-            failures[row] = str(error)
-            continue
-        height, width = image.shape[:2]
-        if (width, height) != tuple(dimensions[row]):
-            failures[row] = f"it is {width}x{height} pixels where the index says {dimensions[row][0]}x{dimensions[row][1]}"
-            continue
-        crop_and_resize(image, windows[row].tolist(), size, interpolation, out[row])
-    return failures
+    if decoder == "native":
+        return native.decode_batch(encoded, dimensions, windows, size, interpolation, out)
+    decode, resize = _FALLBACKS[decoder]
+    return _one_by_one(decode, resize, encoded, dimensions, windows, size, interpolation, out)
+
+
+def crop_and_resize_batch(
+    stored: Sequence[bytes],
+    dimensions: np.ndarray,
+    windows: np.ndarray,
+    size: int,
+    interpolation: str,
+    out: np.ndarray,
+    decoder: str = DECODER,
+) -> dict[int, str]:
+    """As decode_batch, of images that are stored as pixels, uint8 [height, width, 3]."""
+    if decoder == "native":
+        return native.decode_batch(stored, dimensions, windows, size, interpolation, out, encoding="raw")
+    return _one_by_one(_as_pixels, _FALLBACKS[decoder][1], stored, dimensions, windows, size, interpolation, out)
 
 
 def crop_and_resize(image: np.ndarray, window: Sequence[int], size: int, interpolation: str, out: np.ndarray) -> None:
     """Cut the window (x, y, width, height, flip) of `image`, uint8 [height, width, 3], and resize it into `out`, uint8 [size, size, 3]."""
-    x, y, width, height, flip = window
-    if width == height == size:
-        _copy_window(image, x, y, out)
-    else:
-        # Contiguous, because torch would make it so itself, with all the threads of the process.
-        cut = np.empty((height, width, 3), np.uint8)
-        _copy_window(image, x, y, cut)
-        # Viewed as [1, 3, height, width] in channels-last memory, which torch resizes in uint8 with the vector unit, as Pillow-SIMD does.
-        resized = interpolate(torch.from_numpy(cut).permute(2, 0, 1)[None], size=(size, size), mode=interpolation, antialias=True)
-        out[...] = resized[0].permute(1, 2, 0).numpy()
-    if flip:
-        out[...] = out[:, ::-1].copy()
+    dimensions = np.array([image.shape[1::-1]])
+    failures = crop_and_resize_batch([image.tobytes()], dimensions, np.array([window]), size, interpolation, out[None])
+    if failures:
+        raise ValueError(failures[0])
 
 
-def _copy_window(image: np.ndarray, x: int, y: int, out: np.ndarray) -> None:
-    """Copy the window at (x, y) into `out`, uint8 [window height, window width, 3]; black where it sticks out of the image."""
-    height, width = out.shape[:2]
-    image_height, image_width = image.shape[:2]
-    left, right = max(x, 0), min(x + width, image_width)
-    top, bottom = max(y, 0), min(y + height, image_height)
-    if right - left == width and bottom - top == height:
-        out[...] = image[top:bottom, left:right]
-        return
-    out[...] = 0
+# --- without the compiled decoder ------------------------------------------------------------------------------------------------------
+
+
+def _one_by_one(
+    decode: Callable[[bytes, int, int], np.ndarray],
+    resize: Callable[[np.ndarray, int, str], np.ndarray],
+    encoded: Sequence[bytes],
+    dimensions: np.ndarray,
+    windows: np.ndarray,
+    size: int,
+    interpolation: str,
+    out: np.ndarray,
+) -> dict[int, str]:
+    failures = {}
+    for row, data in enumerate(encoded):
+        width, height = dimensions[row].tolist()
+        x, y, window_width, window_height, flip = windows[row].tolist()
+        try:
+            image = decode(data, width, height)
+            if image.shape[1::-1] != (width, height):
+                raise ValueError(f"it is {image.shape[1]}x{image.shape[0]} pixels where the index says {width}x{height}")
+        except ValueError as error:
+            failures[row] = str(error)
+            continue
+        cut = _cut(image, x, y, window_width, window_height)
+        resized = cut if window_width == window_height == size else resize(cut, size, interpolation)
+        out[row] = resized[:, ::-1] if flip else resized
+    return failures
+
+
+def _cut(image: np.ndarray, x: int, y: int, width: int, height: int) -> np.ndarray:
+    """The window as a contiguous uint8 [height, width, 3]: torch would make it so itself, with all the threads of the process."""
+    cut = np.zeros((height, width, 3), np.uint8)
+    left, right = max(x, 0), min(x + width, image.shape[1])
+    top, bottom = max(y, 0), min(y + height, image.shape[0])
     if left < right and top < bottom:
-        out[top - y : bottom - y, left - x : right - x] = image[top:bottom, left:right]
+        cut[top - y : bottom - y, left - x : right - x] = image[top:bottom, left:right]
+    return cut
+
+
+def _as_pixels(data: bytes, width: int, height: int) -> np.ndarray:
+    if len(data) != width * height * 3:
+        raise ValueError(f"it has {len(data)} bytes where {width}x{height} pixels take {width * height * 3}")
+    return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+
+
+def _decode_with_simplejpeg(data: bytes, width: int, height: int) -> np.ndarray:
+    import simplejpeg
+
+    if simplejpeg.decode_jpeg_header(data)[2] in ("CMYK", "YCCK"):
+        raise ValueError("it is CMYK")
+    return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+
+
+def _resize_with_torch(image: np.ndarray, size: int, interpolation: str) -> np.ndarray:
+    import torch
+    from torch.nn.functional import interpolate
+
+    # Viewed as [1, 3, height, width] in channels-last memory, which torch resizes in uint8 with the vector unit, as Pillow-SIMD does.
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    return interpolate(pixels, size=(size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def _decode_with_pillow(data: bytes, width: int, height: int) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            if image.mode not in ("RGB", "L"):
+                raise ValueError(f"it is {image.mode}")
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _resize_with_pillow(image: np.ndarray, size: int, interpolation: str) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling[interpolation.upper()]))
+
+
+_FALLBACKS = {"simplejpeg": (_decode_with_simplejpeg, _resize_with_torch), "pillow": (_decode_with_pillow, _resize_with_pillow)}

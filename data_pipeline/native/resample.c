@@ -1,0 +1,200 @@
+/* Pillow's algorithm (Resample.c): separable convolution, its kernel widened by the scale where the image shrinks; the horizontal pass
+ * first, its result rounded to uint8, then the vertical pass. The weights have 16 bits, with as many of them behind the point as the
+ * largest weight leaves room for, as in Pillow-SIMD and in torch's antialiased interpolate() of uint8: torch gives the same bits. */
+#include "resample.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+bool buffer_reserve(Buffer *buffer, size_t bytes) {
+    if (bytes <= buffer->capacity) return true;
+    buffer_free(buffer);
+    size_t capacity = (bytes + 63) / 64 * 64;
+    buffer->data = aligned_alloc(64, capacity);
+    if (!buffer->data) return false;
+    memset(buffer->data, 0, capacity);
+    buffer->capacity = capacity;
+    return true;
+}
+
+void buffer_free(Buffer *buffer) {
+    free(buffer->data);
+    *buffer = (Buffer){0};
+}
+
+static double bilinear(double x) {
+    x = fabs(x);
+    return x < 1 ? 1 - x : 0;
+}
+
+/* Keys' cubic with a = -1/2 (IEEE Transactions on Acoustics, Speech, and Signal Processing 29(6), 1981). */
+static double bicubic(double x) {
+    x = fabs(x);
+    if (x < 1) return (1.5 * x - 2.5) * x * x + 1;
+    if (x < 2) return ((-0.5 * x + 2.5) * x - 4) * x + 2;
+    return 0;
+}
+
+/* `multiple`: what the number of taps is rounded up to, with weights of zero. */
+static bool axis_start(Axis *axis, int length, int size, int filter, bool mirrored, int multiple) {
+    const double scale = (double)length / size;
+    const double stretch = scale > 1 ? scale : 1;
+    const double inverse = 1 / stretch;
+    const double support = (filter == BICUBIC ? 2 : 1) * stretch;
+    const int limit = 2 * (int)ceil(support) + 1;
+
+    if (!buffer_reserve(&axis->exact_memory, sizeof(double) * (size_t)size * limit + sizeof(int32_t) * size)) return false;
+    double *exact = axis->exact_memory.data;
+    int32_t *counts = (int32_t *)(exact + (size_t)size * limit);
+    double largest = 0;
+    int taps = 0;
+    for (int i = 0; i < size; i++) {
+        const double center = scale * (i + 0.5);
+        const int first = center - support + 0.5 > 0 ? (int)(center - support + 0.5) : 0;
+        const int last = center + support + 0.5 < length ? (int)(center + support + 0.5) : length;
+        const int count = last - first < limit ? last - first : limit;
+        double *weights = exact + (size_t)i * limit;
+        double total = 0;
+        for (int t = 0; t < count; t++) {
+            const double x = (t + first - center + 0.5) * inverse;
+            weights[t] = filter == BICUBIC ? bicubic(x) : bilinear(x);
+            total += weights[t];
+        }
+        for (int t = 0; t < count; t++) {
+            weights[t] /= total;
+            if (weights[t] > largest) largest = weights[t];
+        }
+        counts[i] = count;
+        if (count > taps) taps = count;
+    }
+
+    taps = (taps + multiple - 1) / multiple * multiple;
+    int precision = 0;
+    while (precision < 22 && (int)(0.5 + largest * (1 << (precision + 1))) < 1 << 15) precision++;
+    /* Whole groups of 8 outputs for AVX2. */
+    const size_t rows = ((size_t)size + 7) / 8 * 8;
+    if (!buffer_reserve(&axis->memory, (sizeof(int32_t) + sizeof(int16_t) * taps) * rows)) return false;
+    int32_t *first = axis->memory.data;
+    int16_t *quantized = (int16_t *)(first + rows);
+    memset(axis->memory.data, 0, (sizeof(int32_t) + sizeof(int16_t) * taps) * rows);
+    for (int i = 0; i < size; i++) {
+        const int to = mirrored ? size - 1 - i : i;
+        const double center = scale * (i + 0.5);
+        first[to] = center - support + 0.5 > 0 ? (int32_t)(center - support + 0.5) : 0;
+        for (int t = 0; t < counts[i]; t++) {
+            const double weight = exact[(size_t)i * limit + t] * (1 << precision);
+            quantized[(size_t)to * taps + t] = (int16_t)(weight < 0 ? weight - 0.5 : weight + 0.5);
+        }
+    }
+    axis->taps = taps;
+    axis->precision = precision;
+    axis->first = first;
+    axis->weights = quantized;
+    return true;
+}
+
+/* Four taps of an output become two halves of a vector: the pair (0, 1) for each of the three channels, and the pair (2, 3). */
+static bool axis_widen(Axis *axis, int size) {
+    const size_t groups = ((size_t)size + 7) / 8 * 8 * (axis->taps / 4);
+    if (!buffer_reserve(&axis->wide_memory, groups * 16 * sizeof(int16_t))) return false;
+    int32_t *wide = axis->wide_memory.data;
+    for (size_t group = 0; group < groups; group++) {
+        int32_t pairs[2];
+        memcpy(pairs, axis->weights + 4 * group, sizeof pairs);
+        for (int lane = 0; lane < 8; lane++) wide[8 * group + lane] = pairs[lane / 4];
+    }
+    axis->wide = axis->wide_memory.data;
+    return true;
+}
+
+bool resample_start(Resampler *r, int width, int height, int size, int filter, bool flip, bool avx2, uint8_t *out) {
+    r->width = width, r->height = height, r->size = size, r->out = out;
+    r->avx2 = HAVE_AVX2 && avx2;
+    r->received = r->written = 0;
+    r->horizontal.taps = r->vertical.taps = 0;
+    if (width != size || flip) {
+        if (!axis_start(&r->horizontal, width, size, filter, flip, 4)) return false;
+        if (r->avx2 && !axis_widen(&r->horizontal, size)) return false;
+    }
+    if (height != size && !axis_start(&r->vertical, height, size, filter, false, 2)) return false;
+    const size_t kept = r->vertical.taps ? r->vertical.taps : 1;
+    r->stride = ((size_t)size * CHANNELS + HORIZONTAL_EXCESS + 63) / 64 * 64;
+    return buffer_reserve(&r->ring, kept * r->stride) && buffer_reserve(&r->rows, kept * sizeof(uint8_t *));
+}
+
+/* A vector load is of 16 bytes where 4 taps are 12, and the taps of the last outputs reach past the end with weights of zero. */
+size_t resample_slack(const Resampler *r) { return (size_t)CHANNELS * r->horizontal.taps + 4; }
+
+void resample_row(Resampler *r, const uint8_t *row) {
+    const Axis *vertical = &r->vertical;
+    const int bytes = r->size * CHANNELS;
+    uint8_t *kept = (uint8_t *)r->ring.data + (vertical->taps ? r->received % vertical->taps : 0) * r->stride;
+    if (!r->horizontal.taps)
+        memcpy(kept, row, bytes);
+#if HAVE_AVX2
+    else if (r->avx2)
+        horizontal_avx2(&r->horizontal, row, r->size, kept);
+#endif
+    else
+        horizontal_scalar(&r->horizontal, row, r->size, kept);
+    r->received++;
+    if (!vertical->taps) {
+        memcpy(r->out + (size_t)r->written++ * bytes, kept, bytes);
+        return;
+    }
+
+    while (r->written < r->size) {
+        const int first = vertical->first[r->written];
+        const int available = r->height - first < vertical->taps ? r->height - first : vertical->taps;
+        if (r->received < first + available) return;
+        const uint8_t **rows = r->rows.data;
+        for (int t = 0; t < vertical->taps; t++) { /* below the window the weights are zero: any row will do */
+            const int wanted = first + (t < available ? t : available - 1);
+            rows[t] = (uint8_t *)r->ring.data + wanted % vertical->taps * r->stride;
+        }
+        const int16_t *weights = vertical->weights + (size_t)r->written * vertical->taps;
+        uint8_t *out = r->out + (size_t)r->written * bytes;
+#if HAVE_AVX2
+        if (r->avx2)
+            vertical_avx2(weights, vertical->taps, vertical->precision, (Rows)rows, bytes, out);
+        else
+#endif
+            vertical_scalar(weights, vertical->taps, vertical->precision, (Rows)rows, bytes, out);
+        r->written++;
+    }
+}
+
+void resample_free(Resampler *r) {
+    for (int i = 0; i < 2; i++) {
+        Axis *axis = i ? &r->vertical : &r->horizontal;
+        buffer_free(&axis->memory), buffer_free(&axis->wide_memory), buffer_free(&axis->exact_memory);
+    }
+    buffer_free(&r->ring), buffer_free(&r->rows);
+}
+
+static uint8_t clamp(int32_t value) { return value < 0 ? 0 : value > 255 ? 255 : (uint8_t)value; }
+
+void horizontal_scalar(const Axis *axis, const uint8_t *row, int size, uint8_t *out) {
+    const int32_t half = 1 << (axis->precision - 1);
+    for (int i = 0; i < size; i++) {
+        const int16_t *weights = axis->weights + (size_t)i * axis->taps;
+        const uint8_t *pixel = row + (size_t)axis->first[i] * CHANNELS;
+        int32_t sum[CHANNELS] = {half, half, half};
+        for (int t = 0; t < axis->taps; t++)
+            for (int c = 0; c < CHANNELS; c++) sum[c] += weights[t] * pixel[t * CHANNELS + c];
+        for (int c = 0; c < CHANNELS; c++) out[i * CHANNELS + c] = clamp(sum[c] >> axis->precision);
+    }
+}
+
+void vertical_scalar(const int16_t *weights, int taps, int precision, Rows rows, int bytes, uint8_t *out) {
+    enum { BLOCK = 64 }; /* so that the compiler keeps the sums in vector registers */
+    for (int start = 0; start < bytes; start += BLOCK) {
+        const int length = bytes - start < BLOCK ? bytes - start : BLOCK;
+        int32_t sum[BLOCK];
+        for (int i = 0; i < length; i++) sum[i] = 1 << (precision - 1);
+        for (int t = 0; t < taps; t++)
+            for (int i = 0; i < length; i++) sum[i] += weights[t] * rows[t][start + i];
+        for (int i = 0; i < length; i++) out[start + i] = clamp(sum[i] >> precision);
+    }
+}

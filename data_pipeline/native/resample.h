@@ -1,0 +1,69 @@
+/* Antialiased separable resampling of RGB rows, uint8, row by row as they are decoded. */
+#ifndef RESAMPLE_H
+#define RESAMPLE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define CHANNELS 3
+
+enum { BILINEAR = 0, BICUBIC = 1 };
+
+/* Memory that is kept from image to image and only grows. */
+typedef struct {
+    void *data;
+    size_t capacity;
+} Buffer;
+
+/* Makes room for `bytes`, aligned to 64; the contents are lost. False where there is no memory. */
+bool buffer_reserve(Buffer *buffer, size_t bytes);
+void buffer_free(Buffer *buffer);
+
+/* One direction: output i = the sum over t < taps of weight(i, t) * input(first[i] + t), in units of 2^-precision. Where the window ends
+ * before first[i] + taps, the weights of what lies beyond are zero. taps is 0 where the direction is copied. */
+typedef struct {
+    int taps;
+    int precision;
+    const int32_t *first;
+    const int16_t *weights; /* [size][taps] */
+    const int16_t *wide;    /* the same as resample_avx2.c wants them, [size rounded up to 8][taps / 4][16] */
+    Buffer memory, wide_memory, exact_memory;
+} Axis;
+
+typedef struct {
+    int width, height, size;
+    bool avx2;
+    Axis horizontal, vertical;
+    Buffer ring;   /* the last vertical.taps rows after the horizontal pass */
+    size_t stride; /* of the ring, bytes */
+    Buffer rows;
+    int received, written;
+    uint8_t *out;
+} Resampler;
+
+/* The next image: a window of width x height pixels is to become size x size pixels at `out` (uint8 [size, size, 3]), mirrored left to
+ * right where `flip`. False where there is no memory. A resampler that is all zeros is a new one. */
+bool resample_start(Resampler *resampler, int width, int height, int size, int filter, bool flip, bool avx2, uint8_t *out);
+
+/* The window's next row, from the top. It must be readable (with any contents) for resample_slack() bytes past its end. The output is
+ * complete after `height` rows. */
+void resample_row(Resampler *resampler, const uint8_t *row);
+size_t resample_slack(const Resampler *resampler);
+void resample_free(Resampler *resampler);
+
+/* The two passes for one row, without and with AVX2; both are integer arithmetic and give the same bits. They may write up to
+ * HORIZONTAL_EXCESS bytes past an output row; the vertical pass never writes past it. */
+#define HORIZONTAL_EXCESS 32
+typedef uint8_t const *const *Rows;
+void horizontal_scalar(const Axis *axis, const uint8_t *row, int size, uint8_t *out);
+void vertical_scalar(const int16_t *weights, int taps, int precision, Rows rows, int bytes, uint8_t *out);
+#if defined(__x86_64__)
+#define HAVE_AVX2 1
+void horizontal_avx2(const Axis *axis, const uint8_t *row, int size, uint8_t *out);
+void vertical_avx2(const int16_t *weights, int taps, int precision, Rows rows, int bytes, uint8_t *out);
+#else
+#define HAVE_AVX2 0
+#endif
+
+#endif

@@ -1,0 +1,23 @@
+"""The compiled decoder (data_pipeline/native), which is optional: where it does not build, installing goes on with a warning.
+
+The rest of the package is described in pyproject.toml. The library is no Python module (it has no PyInit function); being an Extension
+makes setuptools build it in wheels and in editable installs alike, and put it beside data_pipeline/native/__init__.py.
+"""
+
+from setuptools import Extension, setup
+
+NATIVE = "data_pipeline/native"
+
+setup(
+    ext_modules=[
+        Extension(
+            "data_pipeline.native.library",
+            sources=[f"{NATIVE}/decode.c", f"{NATIVE}/resample.c", f"{NATIVE}/resample_avx2.c"],
+            depends=[f"{NATIVE}/decode.h", f"{NATIVE}/resample.h"],
+            libraries=["jpeg", "m"],
+            # No fused multiply-add in the weights: the same bits on every machine.
+            extra_compile_args=["-O3", "-std=c11", "-fvisibility=hidden", "-ffp-contract=off"],
+            optional=True,
+        )
+    ]
+)
