@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -14,13 +14,28 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    path: str = Field(description="folder of a prepared dataset (launch/prepare.py makes one)")
-    backend: Literal["webdataset"] = "webdataset"
+    path: str = Field(description="a prepared dataset (launch/prepare.py makes one): its folder, or a URL that fsspec reads")
+    backend: Literal["webdataset", "ffcv", "dali"] = "webdataset"
+    device: Literal["cpu", "gpu"] = Field("cpu", description="gpu: dali decodes on the GPU")
     image_size: int = Field(224, ge=8, description="side of the square input, in pixels")
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     eval_crop: float = Field(0.875, gt=0, le=1, description="side of evaluation's centre crop, relative to the image's short side")
+    shuffle: Literal["full", "block"] = Field("full", description="block: by 256 contiguous samples, 64 such blocks into each other")
+    repeats: int = Field(1, ge=1, description="uses of a sample in its step, augmented differently (repeated augmentation)")
     workers: int = Field(4, ge=1, description="decoding threads per rank")
     prefetch: int = Field(4, ge=1, description="micro-batches decoded ahead per rank")
+    cache_dir: str | None = Field(None, description="folder on the node's own disk to which files of the dataset are copied before use")
+    cache_gb: float | None = Field(None, gt=0, description="size that cache_dir is kept below, in GB (10^9 bytes); null: no limit")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "DataConfig":
+        if self.device == "gpu" and self.backend != "dali":
+            raise ValueError(f"data.device gpu needs data.backend dali: {self.backend} decodes on the CPU")
+        if "://" in self.path and self.cache_dir is None:
+            raise ValueError(f"data.path {self.path} is a URL: set data.cache_dir to a folder on the node's own disk for its files")
+        if self.cache_gb is not None and self.cache_dir is None:
+            raise ValueError("data.cache_gb limits data.cache_dir, which is not set")
+        return self
 
 
 class AugmentConfig(Section):

@@ -2,15 +2,18 @@
 
 Threads, not processes: decoding releases the GIL, so there is nothing to fork, to pickle or to share. Everything that a
 micro-batch holds is a function of (seed, step, index); threads, prefetching and ranks only decide who computes it and when.
+
+A sample that cannot be read is replaced by another, which (seed, id) alone decides; in evaluation it is left out. Either way the
+micro-batch names it: what to make of that is the caller's business.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import count
-from threading import Barrier
+from itertools import count, product
+from threading import Barrier, Thread, current_thread
 
 import numpy as np
 import torch
@@ -19,23 +22,39 @@ from .backends import Backend, open_backend
 from .config import AugmentConfig, DataConfig
 from .crop import evaluation_windows, training_windows
 from .manifest import DataError, Split
-from .order import Order
+from .order import POOL, Order
 from .randomness import Stream, fold, make_key
+from .storage import Ahead, StagedSplit
 
 # A chunk of work is at most this many images, so that closing never waits for more than one such chunk per thread.
 LARGEST_CHUNK = 64
 
-# (ids [n], widths [n], heights [n]) → windows [n, 5]
+# The label of what must not be counted in evaluation.
+UNCOUNTED = -1
+
+# Samples tried in place of one that cannot be read. Where none of them can be either, something else is wrong.
+REPLACEMENTS = 8
+
+# (draws [n], widths [n], heights [n]) → windows [n, 5]
 Windows = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be read: its id, a sentence that says where it lies and why, and the id used instead (None: left out)."""
+
+    id: int
+    sentence: str
+    replaced_by: int | None
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Micro-batch `index` of step `step`, on the host; in pinned memory where there is a GPU.
 
-    ids int64 [m]; images uint8 [m, 3, S, S], RGB, in channels-last memory; labels int64 [m]. draws (numpy int64 [m]): a number per use of
-    a sample in its epoch, from which the keys of its crop and augmentation are made. `count` is False only for an evaluation batch that is
-    there to keep the ranks in step and must not be counted.
+    ids int64 [m]; images uint8 [m, 3, S, S], RGB, in channels-last memory (on the GPU for data.device=gpu); labels int64 [m], UNCOUNTED
+    for what evaluation must leave out. draws (numpy int64 [m]): a number per use of a sample in its epoch (id + samples · copy), from which
+    the keys of its crop and augmentation are made. bad: the samples that could not be read; all else is of those that were.
     """
 
     step: int
@@ -44,17 +63,21 @@ class MicroBatch:
     draws: np.ndarray
     images: torch.Tensor
     labels: torch.Tensor
-    count: bool = True
+    bad: tuple[BadSample, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A micro-batch to be made. Its windows are computed by the threads, beside the decoding."""
+    """A micro-batch to be made. Its windows are computed by the threads, beside the decoding.
+
+    replacement: (id, attempt) → the id to use instead; None leaves bad samples out.
+    """
 
     step: int
     index: int
-    ids: np.ndarray
+    draws: np.ndarray
     windows: Windows
+    replacement: Callable[[int, int], int] | None
 
 
 def build_loader(
@@ -74,13 +97,14 @@ def build_loader(
         for step in count(start_step):
             key = make_key(order.seed, Stream.CROP, order.epoch_of(step))
 
-            def windows(ids: np.ndarray, widths: np.ndarray, heights: np.ndarray, key: int = key) -> np.ndarray:
-                return training_windows(fold(key, ids), widths, heights, augment, data.eval_crop)
+            def windows(draws: np.ndarray, widths: np.ndarray, heights: np.ndarray, key: int = key) -> np.ndarray:
+                return training_windows(fold(key, draws), widths, heights, augment, data.eval_crop)
 
             for index in share:
-                yield _Job(step, index, order.micro_batch_ids(step, index), windows)
+                yield _Job(step, index, order.micro_batch_draws(step, index), windows, order.replacement)
 
-    return Loader(data, split, jobs())
+    needs = (order.micro_batch_ids(step, index) for step, index in product(count(start_step), share))
+    return Loader(data, split, jobs(), needs, -(-POOL * len(share) // order.global_batch))
 
 
 def evaluation_batches(
@@ -90,38 +114,45 @@ def evaluation_batches(
 
     Rank r takes k = r, r + world, …; the last batch may be short. All ranks yield the same number of times, because under ZeRO-3
     every rank must take part in every forward pass: a rank without a batch in the last round repeats its previous one (batch 0
-    where it never had one) with `count=False`.
+    where it never had one) with UNCOUNTED labels. A sample that cannot be read is black, and UNCOUNTED too.
     """
     batches = -(-split.samples // batch_size)
     rounds = -(-batches // world)
     mine = range(rank, batches, world)
 
-    def windows(ids: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    def windows(draws: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
         return evaluation_windows(widths, heights, data.eval_crop)
 
-    def jobs() -> Iterator[_Job]:
+    def needs() -> Iterator[np.ndarray]:
         for k in mine or (0,):
-            ids = np.arange(k * batch_size, min((k + 1) * batch_size, split.samples), dtype=np.int64)
-            yield _Job(0, k, ids, windows)
+            yield np.arange(k * batch_size, min((k + 1) * batch_size, split.samples), dtype=np.int64)
 
-    with Loader(data, split, jobs()) as loader:
+    jobs = (_Job(0, k, ids, windows, None) for k, ids in zip(mine or (0,), needs(), strict=True))
+    with Loader(data, split, jobs, needs(), -(-POOL // (batch_size * world))) as loader:
         batch = None
         for number in range(rounds):
             batch = next(loader, batch)
-            batch = batch if number < len(mine) else replace(batch, count=False)
+            if number >= len(mine):
+                batch = replace(batch, labels=torch.full_like(batch.labels, UNCOUNTED), bad=())
             yield batch.index, batch
 
 
 class Loader(AbstractContextManager):
-    """Iterator over the micro-batches of `jobs`, `data.prefetch` of them ahead. An error of a thread is raised in its batch's turn."""
+    """Iterator over the micro-batches of `jobs`, `data.prefetch` of them ahead. An error of a thread is raised in its batch's turn.
 
-    def __init__(self, data: DataConfig, split: Split, jobs: Iterable[_Job]):
-        self._data = data
+    needs: the ids of the same micro-batches; of `ahead` of them the files are staged before they are decoded, where `split` is staged.
+    """
+
+    def __init__(self, data: DataConfig, split: Split, jobs: Iterator[_Job], needs: Iterator[np.ndarray], ahead: int):
+        self._data, self._samples = data, split.samples
         self._records = split.records
         self._backend: Backend = open_backend(data.backend, split)
-        self._jobs = iter(jobs)
+        self._jobs = jobs
         self._pin = torch.cuda.is_available()
-        self._executor = _start_threads(data.workers)
+        # Where the backend writes to the GPU, it does so on a stream of its own: on the model's it would wait for the model.
+        self._stream = torch.cuda.Stream() if data.device == "gpu" else None
+        self._executor, self._threads = _start_threads(data.workers)
+        self._ahead = Ahead(self._backend.stored, needs, ahead) if isinstance(split, StagedSplit) else None
         self._pending: deque[tuple[MicroBatch, list[Future]]] = deque()
         for _ in range(data.prefetch):
             self._submit()
@@ -136,17 +167,22 @@ class Loader(AbstractContextManager):
         batch, chunks = self._pending.popleft()
         try:
             self._submit()
-            for chunk in chunks:
-                chunk.result()
+            while wait(chunks, timeout=1).not_done:
+                if not all(thread.is_alive() for thread in self._threads):
+                    raise RuntimeError("a decoding thread has died, and its images with it")
+            bad = [sample for chunk in chunks for sample in chunk.result()]
         except BaseException:
             self.close()
             raise
-        return batch
+        return replace(batch, bad=tuple(bad)) if bad else batch
 
     def close(self) -> None:
         """End the threads: what has not begun is dropped, what has is waited for (at most LARGEST_CHUNK images each)."""
         self._pending.clear()
+        self._backend.stored.closing.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
+        if self._ahead:
+            self._ahead.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -156,45 +192,82 @@ class Loader(AbstractContextManager):
         job = next(self._jobs, None)
         if job is None:
             return
-        total, size = len(job.ids), self._data.image_size
-        images = torch.empty((total, size, size, 3), dtype=torch.uint8, pin_memory=self._pin)
-        labels = torch.from_numpy(self._records["label"][job.ids].astype(np.int64))
-        ids = torch.from_numpy(job.ids)
-        if self._pin:
-            ids, labels = ids.pin_memory(), labels.pin_memory()
-        pixels = images.numpy()
-        length = min(LARGEST_CHUNK, -(-total // self._data.workers))
+        if self._ahead:
+            self._ahead.advance()
+        total, size = len(job.draws), self._data.image_size
+        ids, labels = (torch.empty(total, dtype=torch.int64, pin_memory=self._pin) for _ in range(2))
+        if self._stream is None:
+            images = torch.empty((total, size, size, 3), dtype=torch.uint8, pin_memory=self._pin)
+            pixels, length = images.numpy(), min(LARGEST_CHUNK, -(-total // self._data.workers))
+        else:
+            with torch.cuda.stream(self._stream):
+                images = torch.empty((total, size, size, 3), dtype=torch.uint8, device="cuda")
+            pixels, length = images, total
+        batch = MicroBatch(job.step, job.index, ids, job.draws, images.permute(0, 3, 1, 2), labels)
         chunks = [
-            self._executor.submit(self._fill, job, slice(start, start + length), pixels[start : start + length])
+            self._executor.submit(self._fill, job, batch, slice(start, start + length), pixels[start : start + length])
             for start in range(0, total, length)
         ]
-        self._pending.append((MicroBatch(job.step, job.index, ids, job.ids, images.permute(0, 3, 1, 2), labels), chunks))
+        self._pending.append((batch, chunks))
 
-    def _fill(self, job: _Job, part: slice, pixels: np.ndarray) -> None:
-        ids = job.ids[part]
+    def _fill(self, job: _Job, batch: MicroBatch, part: slice, pixels: "np.ndarray | torch.Tensor") -> list[BadSample]:
+        """Fill some rows of a micro-batch. Returns the bad samples; `draws` (a view of the batch's) becomes that of those really used."""
+        draws = job.draws[part]
+        failures = self._decode(job, draws, pixels)
+        bad = [sample for row in sorted(failures) for sample in self._replace(job, draws, pixels, row, failures[row])]
+        ids = draws % self._samples
+        batch.ids.numpy()[part] = ids
+        labels = batch.labels.numpy()[part]
+        labels[:] = self._records["label"][ids]
+        if job.replacement is None:
+            labels[list(failures)] = UNCOUNTED
+        return bad
+
+    def _replace(self, job: _Job, draws: np.ndarray, pixels: "np.ndarray | torch.Tensor", row: int, sentence: str) -> list[BadSample]:
+        """Put another sample in the place of the one in `row`, which `sentence` is about. Raises DataError where none can be read."""
+        copy, first = divmod(int(draws[row]), self._samples)
+        if job.replacement is None:
+            pixels[row] = 0
+            return [BadSample(first, sentence, None)]
+        sentences = {first: sentence}
+        for attempt in range(REPLACEMENTS):
+            used = job.replacement(first, attempt)
+            draws[row] = used + self._samples * copy
+            failures = self._decode(job, draws[row : row + 1], pixels[row : row + 1])
+            if not failures:
+                return [BadSample(number, text, used) for number, text in sentences.items()]
+            sentences[used] = failures[0]
+        raise DataError(f"{sentence} Nor could any of {REPLACEMENTS} others in its place: is the disk still there?")
+
+    def _decode(self, job: _Job, draws: np.ndarray, pixels: "np.ndarray | torch.Tensor") -> dict[int, str]:
+        ids = draws % self._samples
         records = self._records[ids]
-        windows = job.windows(ids, records["width"], records["height"])
-        failures = self._backend.decode_batch(ids, windows, self._data.image_size, self._data.interpolation, pixels)
-        if failures:
-            first = failures[min(failures)]
-            raise DataError(f"{first} Check the dataset with: python launch/prepare.py verify {self._data.path}")
+        windows = job.windows(draws, records["width"], records["height"])
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            return self._backend.decode_batch(ids, windows, self._data.image_size, self._data.interpolation, pixels)
 
 
-def _start_threads(workers: int) -> ThreadPoolExecutor:
-    """A pool whose threads are running and use one core each in torch.
+def _start_threads(workers: int) -> tuple[ThreadPoolExecutor, list[Thread]]:
+    """A pool whose threads are running and use one core each in torch; and the threads.
 
     torch.set_num_threads in a thread also changes the number that the rest of the process sees (torch 2.15), so the caller's is put
     back once the last of them has set its own.
     """
-    threads = torch.get_num_threads()
-    executor = ThreadPoolExecutor(workers, thread_name_prefix="decode", initializer=_use_one_core)
+    before, threads = torch.get_num_threads(), []
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # a thread takes over the process's number at its first use of torch: let that be now
+        threads.append(current_thread())
+
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="decode", initializer=begin)
     everyone = Barrier(workers)  # no thread gets past it before all have started
-    for future in [executor.submit(everyone.wait) for _ in range(workers)]:
-        future.result()
-    torch.set_num_threads(threads)
-    return executor
-
-
-def _use_one_core() -> None:
-    torch.set_num_threads(1)
-    torch.get_num_threads()  # a thread takes over the process's number at its first use of torch: let that be now
+    try:
+        for future in [executor.submit(everyone.wait) for _ in range(workers)]:
+            future.result()
+    except BaseException:
+        everyone.abort()  # or those that did start would wait for ever for one that cannot
+        executor.shutdown()
+        raise
+    torch.set_num_threads(before)
+    return executor, threads

@@ -78,6 +78,10 @@ class Order:
             raise ValueError(f"micro-batch {index} of a step of {self.micro_batches}")
         return self._draws(step, index * self.micro_batch, self.micro_batch)
 
+    def replacement(self, sample: int, attempt: int) -> int:
+        """The id to use in place of a sample that cannot be read; `attempt` counts from 0, as that one may be unreadable too."""
+        return make_key(self.seed, Stream.REPLACEMENT, sample, attempt) % self.samples
+
     def share(self, rank: int, world: int) -> range:
         """The indices of the micro-batches that `rank` takes in every step. ValueError where `world` does not divide M."""
         total = self.micro_batches

@@ -36,6 +36,7 @@ class Stream(IntEnum):
     MIX = 7
     MODEL = 8
     INIT = 9
+    REPLACEMENT = 10
 
 
 def make_key(seed: int, stream: Stream, *position: int) -> int:

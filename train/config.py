@@ -107,6 +107,10 @@ class MonitorConfig(Section):
     images: int = Field(32, ge=0, description="images in TensorBoard's grid of augmented inputs; 0 turns it off")
 
 
+class GuardConfig(Section):
+    bad_samples: int = Field(100, ge=0, description="distinct unreadable samples that end a run when exceeded; all ranks, since its start")
+
+
 class Config(Section):
     model: ModelConfig
     data: DataConfig
@@ -118,6 +122,7 @@ class Config(Section):
     zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
+    guard: GuardConfig = GuardConfig()
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "Config":
@@ -131,8 +136,12 @@ FREE_KEYS = (
     "zero.",
     "checkpoint.",
     "monitor.",
+    "guard.",
     "data.path",
     "data.backend",
+    "data.device",
+    "data.cache_dir",
+    "data.cache_gb",
     "data.workers",
     "data.prefetch",
     "train.log_every",
