@@ -36,6 +36,8 @@ class Stream(IntEnum):
     MIX = 7
     MODEL = 8
     INIT = 9
+    RAND_AUGMENT = 10
+    COLOR_JITTER = 11
     REPLACEMENT = 10
 
 
