@@ -36,9 +36,9 @@ class Stream(IntEnum):
     MIX = 7
     MODEL = 8
     INIT = 9
-    RAND_AUGMENT = 10
-    COLOR_JITTER = 11
     REPLACEMENT = 10
+    RAND_AUGMENT = 11
+    COLOR_JITTER = 12
 
 
 def make_key(seed: int, stream: Stream, *position: int) -> int:
