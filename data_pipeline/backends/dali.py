@@ -64,14 +64,13 @@ class DALIBackend:
             (pixels,) = pipelines[key].run(**inputs)
         except RuntimeError as error:
             del pipelines[key]  # a pipeline that has failed once never runs again
+            if "fn.decoders" not in str(error):
+                raise  # no sample's fault
             if len(rows) == 1:
-                return {rows[0]: _reason(error)}
+                return {rows[0]: "DALI cannot decode it"}
             # One of them did it: each by itself, so that the others are decoded all the same.
             return {row: why for one in rows for row, why in self._decode([one], encoded, windows, kind, out).items()}
-        if gpu is None:
-            out[rows] = pixels.as_array()
-        else:
-            _copy_to_device(pixels, rows, out)
+        _copy(pixels.as_tensor(), rows, out)
         return {}
 
 
@@ -102,13 +101,14 @@ def build_pipeline(batch: int, gpu: int | None, size: int, interpolation: str, p
     return pipeline
 
 
-def _copy_to_device(pixels, rows: list[int], out) -> None:
-    """DALI's tensor list on the GPU → rows of `out`, and wait, for DALI uses its memory again for the next batch."""
+def _copy(pixels, rows: list[int], out) -> None:
+    """DALI's tensor, on the host or a GPU, into the rows of `out` there; it is done when this returns, for DALI uses its memory again."""
     import torch
 
-    with torch.cuda.device(out.device):
-        out[torch.tensor(rows, device=out.device)] = torch.from_dlpack(pixels.as_tensor())
-        torch.cuda.current_stream().synchronize()
+    out = torch.from_numpy(out) if isinstance(out, np.ndarray) else out
+    out.index_copy_(0, torch.tensor(rows, device=out.device), torch.from_dlpack(pixels))
+    if out.is_cuda:
+        torch.cuda.current_stream(out.device).synchronize()
 
 
 def _stored_jpegs(split: Split) -> StoredSamples:
@@ -120,7 +120,7 @@ def _stored_jpegs(split: Split) -> StoredSamples:
 
 
 def _unfit(data: bytes, width: int, height: int) -> str | None:
-    """Why an image is none that a prepared dataset may hold. DALI would take it, and the other backends would not."""
+    """Why an image is none that the other backends decode. DALI would: from PNG, from CMYK, gray where the data ends too soon."""
     import simplejpeg
 
     try:
@@ -129,11 +129,9 @@ def _unfit(data: bytes, width: int, height: int) -> str | None:
         return str(error)
     if colorspace in ("CMYK", "YCCK"):
         return f"it is a {colorspace} JPEG"
+    end = data.rfind(b"\xff\xd9")
+    if end < 0 or data.find(b"\xff\xda", end) > 0:  # a scan begins behind the last end: that was a thumbnail's
+        return "it has no end"
     if (found_width, found_height) != (width, height):
         return f"it is {found_width}x{found_height} pixels where the index says {width}x{height}"
     return None
-
-
-def _reason(error: RuntimeError) -> str:
-    """The cause in DALI's many lines."""
-    return " ".join(str(error).split())

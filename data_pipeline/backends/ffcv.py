@@ -1,10 +1,8 @@
 """FFCV files, read at any place through their index and decoded by the project's decoder. FFCV itself is not needed; beton.py says why."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from ..decode import crop_and_resize, decode_batch
+from ..decode import crop_and_resize_batch, decode_batch
 from ..manifest import Split
 from .stored import stored_in_beton
 
@@ -14,24 +12,10 @@ class FFCVBackend:
 
     def __init__(self, split: Split):
         self.stored = stored_in_beton(split)
-        self._decode_batch = decode_batch if split.beton.mode == "jpeg" else _crop_raw_batch
+        self._decode_batch = decode_batch if split.beton.mode == "jpeg" else crop_and_resize_batch
 
     def decode_batch(self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray) -> dict[int, str]:
         """See Backend."""
         stored, failures = self.stored.read(ids)
         failures = self._decode_batch(stored, self.stored.dimensions(ids), windows, size, interpolation, out) | failures
         return self.stored.sentences(ids, failures)
-
-
-def _crop_raw_batch(
-    stored: Sequence[bytes], dimensions: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray
-) -> dict[int, str]:
-    """As decode.decode_batch, of pixels instead of JPEGs."""
-    failures = {}
-    for row, (data, (width, height)) in enumerate(zip(stored, dimensions.tolist(), strict=True)):
-        if len(data) != width * height * 3:
-            failures[row] = f"{len(data)} bytes are stored where {width}x{height} pixels take {width * height * 3}"
-        else:
-            image = np.frombuffer(data, np.uint8).reshape(height, width, 3)
-            crop_and_resize(image, windows[row].tolist(), size, interpolation, out[row])
-    return failures

@@ -4,12 +4,13 @@ import io
 import tarfile
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 
-from data_pipeline.manifest import RECORD, Manifest, Shard, Split, sha256_of, write_manifest
+from data_pipeline.manifest import RECORD, Beton, Manifest, Shard, Split, sha256_of, write_manifest
 
 
 def picture(number: int, width: int, height: int) -> np.ndarray:
@@ -25,10 +26,20 @@ def jpeg(number: int, width: int, height: int) -> bytes:
 
 
 def write_split(
-    folder: Path, images: Sequence[bytes], *, labels: Sequence[int] | None = None, name: str = "train", per_shard: int = 16
+    folder: Path,
+    images: Sequence[bytes],
+    *,
+    labels: Sequence[int] | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    name: str = "train",
+    per_shard: int = 16,
 ) -> Split:
-    """Write JPEGs as a split of WebDataset shards with index and manifest; labels default to id modulo 10."""
+    """Write JPEGs as a split of WebDataset shards with index and manifest; labels default to id modulo 10.
+
+    sizes: the (width, height) to be written into the index, for images that are no JPEGs.
+    """
     labels = [number % 10 for number in range(len(images))] if labels is None else labels
+    sizes = [simplejpeg.decode_jpeg_header(image)[1::-1] for image in images] if sizes is None else sizes
     folder.mkdir(parents=True, exist_ok=True)
     records = np.zeros(len(images), RECORD)
     shards = []
@@ -39,9 +50,8 @@ def write_split(
             for number in numbers:
                 _add(tar, f"{number:08d}.cls", str(labels[number]).encode())
                 offset = _add(tar, f"{number:08d}.jpg", images[number])
-                height, width = simplejpeg.decode_jpeg_header(images[number])[:2]
                 checksum = zlib.crc32(images[number])
-                records[number] = (offset, len(images[number]), len(shards), labels[number], checksum, width, height)
+                records[number] = (offset, len(images[number]), len(shards), labels[number], checksum, *sizes[number])
         shards.append(Shard(file, len(numbers), (folder / file).stat().st_size, sha256_of(folder / file)))
     split = Split(folder, name, len(images), "", tuple(shards))
     records.tofile(split.index_path)
@@ -57,3 +67,17 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     offset = tar.fileobj.tell() + 512
     tar.addfile(entry, io.BytesIO(data))
     return offset
+
+
+def add_beton(split: Split, stored: Sequence[bytes], mode: str) -> Split:
+    """The split with a file that our backend reads as its beton: `stored` end to end, without FFCV, which would refuse bad ones."""
+    records = np.array(split.records)
+    records["shard"] = 0
+    records["size"] = [len(data) for data in stored]
+    records["offset"] = np.cumsum(records["size"]) - records["size"]
+    records["checksum"] = [zlib.crc32(data) for data in stored]
+    path = split.folder / f"{split.name}.beton"
+    path.write_bytes(b"".join(stored))
+    index = split.folder / f"{path.name}.index"
+    records.tofile(index)
+    return replace(split, beton=Beton(path.name, path.stat().st_size, sha256_of(path), mode, sha256_of(index)))

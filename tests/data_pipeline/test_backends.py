@@ -1,14 +1,23 @@
+import io
 import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import simplejpeg
+import torch
+from PIL import Image
 
-from data_pipeline.backends import open_backend, webdataset
-from data_pipeline.decode import crop_and_resize, decode_rgb
-from data_pipeline.manifest import DataError, Split, open_manifest
-from tests.data_pipeline.shards import jpeg, write_split
+from data_pipeline import manifest
+from data_pipeline.backends import open_backend
+from data_pipeline.decode import decode_batch
+from data_pipeline.manifest import DataError, Split, UsageError, open_manifest
+from tests.data_pipeline.shards import add_beton, jpeg, picture, write_split
+
+WITHOUT_DALI = "nvidia-dali is not installed (the optional extra `dali`)"
 
 
 @pytest.fixture
@@ -22,20 +31,131 @@ def split(tmp_path, images) -> Split:
     return open_manifest(tmp_path).split("train")
 
 
-def read(split: Split, ids, windows=None, size: int = 24) -> np.ndarray:
+def read(split: Split, ids, windows=None, size: int = 24, backend: str = "webdataset") -> tuple[np.ndarray, dict[int, str]]:
     ids = np.asarray(ids, np.int64)
     out = np.zeros((len(ids), size, size, 3), np.uint8)
-    windows = np.tile(np.array([2, 3, 30, 33], np.int32), (len(ids), 1)) if windows is None else windows
-    open_backend("webdataset", split).decode_batch(ids, windows, size, "bicubic", out)
+    windows = np.tile(np.array([2, 3, 30, 33, 0], np.int32), (len(ids), 1)) if windows is None else windows
+    return out, open_backend(backend, split).decode_batch(ids, windows, size, "bicubic", out)
+
+
+def decoded(images: list[bytes], windows: np.ndarray, size: int = 24) -> np.ndarray:
+    """The project's decoder, without any files."""
+    dimensions = np.array([simplejpeg.decode_jpeg_header(image)[1::-1] for image in images], np.int32)
+    out = np.empty((len(images), size, size, 3), np.uint8)
+    assert decode_batch(images, dimensions, windows, size, "bicubic", out) == {}
     return out
 
 
 def test_any_samples_in_any_order(split, images):
     ids = [19, 0, 7, 7, 12]
-    expected = np.zeros((24, 24, 3), np.uint8)
-    for pixels, number in zip(read(split, ids), ids, strict=False):
-        crop_and_resize(decode_rgb(images[number]), (2, 3, 30, 33), 24, "bicubic", expected)
-        assert np.array_equal(pixels, expected)
+    pixels, failures = read(split, ids)
+    assert failures == {}
+    windows = np.tile(np.array([2, 3, 30, 33, 0], np.int32), (5, 1))
+    assert np.array_equal(pixels, decoded([images[number] for number in ids], windows))
+
+
+# --- all backends, the same pixels -----------------------------------------------------------------------------------------------------
+
+
+def encoded(image: Image.Image, format: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory) -> tuple[Split, list[bytes], np.ndarray]:
+    """A split of 24 images with noise and edges, of every usual kind of JPEG; and two windows of each, the second sticks out of it."""
+    random = np.random.default_rng(7)
+    images = []
+    for number in range(24):
+        width, height = random.integers(40, 200, 2).tolist()
+        noise = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        pixels = Image.fromarray(picture(number, width, height) // 4 * 3 + noise // 4)
+        kind = number % 4
+        pixels = pixels.convert("L") if kind == 3 else pixels
+        images.append(encoded(pixels, quality=90, subsampling=min(kind, 2), progressive=number % 5 == 0))
+    split = write_split(tmp_path_factory.mktemp("varied"), images)
+    widths, heights = (np.tile(split.records[name].astype(np.int64), 2) for name in ("width", "height"))
+    n = len(widths)
+    width, height = random.integers(1, widths + 1), random.integers(1, heights + 1)
+    x, y = random.integers(0, widths - width + 1), random.integers(0, heights - height + 1)
+    x[n // 2 :] -= random.integers(-60, 60, n // 2)
+    y[n // 2 :] -= random.integers(-60, 60, n // 2)
+    return split, images, np.stack([x, y, width, height, random.integers(0, 2, n)], axis=1).astype(np.int32)
+
+
+@pytest.mark.parametrize("mode", ["jpeg", "raw"])
+def test_ffcv_gives_the_bits_of_webdataset(varied, mode):
+    split, images, windows = varied
+    stored = [simplejpeg.decode_jpeg(image, "RGB").tobytes() for image in images] if mode == "raw" else images
+    ids = np.tile(np.arange(len(images)), 2)
+    expected, failures = read(split, ids, windows, 64)
+    assert failures == {}
+    pixels, failures = read(add_beton(split, stored, mode), ids, windows, 64, "ffcv")
+    assert failures == {}
+    assert np.array_equal(pixels, expected)
+
+
+@pytest.mark.parametrize("shards", [True, False])
+def test_dali_gives_nearly_the_pixels_of_webdataset(varied, shards):
+    pytest.importorskip("nvidia.dali", reason=WITHOUT_DALI)
+    split, images, windows = varied
+    ids = np.tile(np.arange(len(images)), 2)
+    expected, _ = read(split, ids, windows, 64)
+    pixels, failures = read(split if shards else replace(add_beton(split, images, "jpeg"), shards=()), ids, windows, 64, "dali")
+    assert failures == {}
+    assert np.abs(pixels.astype(int) - expected).mean(axis=(1, 2, 3)).max() < 0.5
+
+
+def test_dalis_pixels_depend_on_the_sample_alone(varied):
+    pytest.importorskip("nvidia.dali", reason=WITHOUT_DALI)
+    split, images, windows = varied
+    ids = np.tile(np.arange(len(images)), 2)
+    together, _ = read(split, ids, windows, 32, "dali")
+    with ThreadPoolExecutor(4) as executor:
+        backend = open_backend("dali", split)
+        alone = np.zeros_like(together)
+        rows = [slice(row, row + 1) for row in range(len(ids))]
+        failures = list(executor.map(lambda row: backend.decode_batch(ids[row], windows[row], 32, "bicubic", alone[row]), rows))
+    assert not any(failures)
+    assert np.array_equal(together, alone)
+
+
+def test_more_images_than_a_dali_pipeline_was_built_for(varied):
+    dali = pytest.importorskip("data_pipeline.backends.dali")
+    pytest.importorskip("nvidia.dali", reason=WITHOUT_DALI)
+    split, images, windows = varied
+    backend = open_backend("dali", split)
+    few, many = np.zeros((3, 16, 16, 3), np.uint8), np.zeros((2 * dali.BATCH + 5, 16, 16, 3), np.uint8)
+    ids = np.arange(len(many)) % len(images)
+    assert backend.decode_batch(ids[:3], windows[ids[:3]], 16, "bilinear", few) == {}
+    assert backend.decode_batch(ids, windows[ids], 16, "bilinear", many) == {}
+    assert np.array_equal(many[:3], few) and np.array_equal(many[: len(images)][:3], many[len(images) :][:3])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the next test decodes on it")
+def test_dalis_pipeline_for_a_gpu_is_built_as_far_as_a_cpu_allows():
+    dali = pytest.importorskip("data_pipeline.backends.dali")
+    pytest.importorskip("nvidia.dali", reason=WITHOUT_DALI)
+    for padded in (False, True):
+        pipeline = dali.build_pipeline(8, 0, 32, "bicubic", padded)  # every operator has looked at its arguments
+        with pytest.raises(RuntimeError, match="CUDA is not available"):
+            pipeline.build()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_dali_on_a_gpu_gives_nearly_the_pixels_of_webdataset(varied):
+    pytest.importorskip("nvidia.dali", reason=WITHOUT_DALI)
+    split, images, windows = varied
+    ids = np.tile(np.arange(len(images)), 2)
+    expected, _ = read(split, ids, windows, 64)
+    pixels = torch.zeros(expected.shape, dtype=torch.uint8, device="cuda")
+    assert open_backend("dali", split).decode_batch(ids, windows, 64, "bicubic", pixels) == {}
+    assert np.abs(pixels.cpu().numpy().astype(int) - expected).mean(axis=(1, 2, 3)).max() < 0.5
+
+
+# --- what cannot be read ---------------------------------------------------------------------------------------------------------------
 
 
 def damage(split: Split, number: int, data: bytes) -> None:
@@ -45,24 +165,26 @@ def damage(split: Split, number: int, data: bytes) -> None:
         file.write(data)
 
 
-def test_a_damaged_sample_is_named(split):
+def test_a_damaged_sample_is_named_and_its_neighbours_are_right(split):
+    expected, _ = read(split, [7, 8, 9])
     damage(split, 8, b"\x00\x01\x02\x03")
-    read(split, [7, 9])
-    with pytest.raises(DataError, match=r"train-00001\.tar: sample 8 of split 'train'.*checksum.*verify"):
-        read(split, [7, 8])
+    pixels, failures = read(split, [7, 8, 9])
+    assert list(failures) == [1]
+    assert "train-00001.tar: sample 8 of split 'train'" in failures[1] and "checksum" in failures[1]
+    assert np.array_equal(pixels[[0, 2]], expected[[0, 2]])
 
 
 def test_a_truncated_shard_is_named(split):
     path = split.folder / split.shards[2].file
     os.truncate(path, int(split.records[13]["offset"]) + 10)
-    with pytest.raises(DataError, match=r"train-00002\.tar: sample 13 .*only 10 of \d+ bytes"):
-        read(split, [13])
+    _, failures = read(split, [13, 0])
+    assert list(failures) == [0] and "train-00002.tar: sample 13 " in failures[0] and "only 10 of " in failures[0]
 
 
 def test_a_missing_shard_is_named(split):
     (split.folder / split.shards[3].file).unlink()
-    with pytest.raises(DataError, match=r"train-00003\.tar: sample 19 .*No such file"):
-        read(split, [19])
+    _, failures = read(split, [0, 19])
+    assert list(failures) == [1] and "train-00003.tar: sample 19 " in failures[1] and "No such file" in failures[1]
 
 
 def rewrite_index(split: Split, number: int, **fields) -> Split:
@@ -74,35 +196,68 @@ def rewrite_index(split: Split, number: int, **fields) -> Split:
 
 
 def test_an_index_that_disagrees_is_named(split):
-    with pytest.raises(DataError, match="sample 4 .*it is 44x66 pixels where the index says 44x60"):
-        read(rewrite_index(split, 4, height=60), [4])
-    with pytest.raises(DataError, match="shard 99: sample 4 "):
-        read(rewrite_index(split, 4, shard=99), [4])
+    _, failures = read(rewrite_index(split, 4, height=60), [4])
+    assert "sample 4 " in failures[0] and "it is 44x66 pixels where the index says 44x60" in failures[0]
+    _, failures = read(rewrite_index(split, 4, shard=99), [4])
+    assert "shard 99: sample 4 " in failures[0]
 
 
 def test_more_shards_than_may_be_open_and_many_threads(split, monkeypatch):
-    monkeypatch.setattr(webdataset, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(Split, "keep_open", 1)
     before = len(os.listdir("/proc/self/fd"))
     backend = open_backend("webdataset", split)
-    expected = read(split, range(20))
-    windows = np.tile(np.array([2, 3, 30, 33], np.int32), (20, 1))
+    expected, _ = read(split, range(20))
+    windows = np.tile(np.array([2, 3, 30, 33, 0], np.int32), (20, 1))
 
     def work(seed: int, backend=backend) -> bool:
         ids = np.random.default_rng(seed).permutation(20)
         out = np.zeros((20, 24, 24, 3), np.uint8)
-        backend.decode_batch(ids, windows, 24, "bicubic", out)
-        return np.array_equal(out, expected[ids])
+        return backend.decode_batch(ids, windows, 24, "bicubic", out) == {} and np.array_equal(out, expected[ids])
 
     def slow_open(*arguments, opened=os.open) -> int:
         time.sleep(0.001)  # so that several threads open the same shard at once
         return opened(*arguments)
 
-    monkeypatch.setattr(webdataset.os, "open", slow_open)
+    monkeypatch.setattr(manifest.os, "open", slow_open)
     with ThreadPoolExecutor(8) as executor:
         assert all(executor.map(work, range(40)))
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
+# --- what is not there -----------------------------------------------------------------------------------------------------------------
+
+
 def test_an_unknown_backend_is_refused(split):
     with pytest.raises(ValueError, match="no data backend 'nfs'"):
         open_backend("nfs", split)
+
+
+def test_a_split_without_a_beton(split):
+    with pytest.raises(DataError, match=r"has no FFCV file of split 'train'.*prepare.py SOURCE .* --formats webdataset,ffcv"):
+        open_backend("ffcv", split)
+
+
+def test_a_split_whose_shards_are_gone(split, images):
+    only_beton = replace(add_beton(split, images, "jpeg"), shards=())
+    manifest.write_manifest(replace(open_manifest(split.folder), splits={"train": only_beton}))
+    for shard in split.shards:
+        (split.folder / shard.file).unlink()
+    found = open_manifest(split.folder).split("train")
+    assert found == only_beton and found.fingerprint == split.fingerprint
+    _, failures = read(found, [3, 17], backend="ffcv")
+    assert failures == {}
+    with pytest.raises(DataError, match=r"has no WebDataset shards of split 'train'.*data.backend=ffcv"):
+        open_backend("webdataset", found)
+
+
+def test_dali_and_raw_pixels(split, images):
+    pytest.importorskip("nvidia.dali", reason=WITHOUT_DALI)
+    raw = [simplejpeg.decode_jpeg(image, "RGB").tobytes() for image in images]
+    with pytest.raises(DataError, match="has only raw pixels of split 'train'.*data.backend=ffcv"):
+        open_backend("dali", replace(add_beton(split, raw, "raw"), shards=()))
+
+
+def test_dali_is_not_installed(split, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # as Python has it of a module that cannot be found
+    with pytest.raises(UsageError, match=r"data.backend=dali needs nvidia-dali: pip install 'cat-training\[dali\]'"):
+        open_backend("dali", split)
