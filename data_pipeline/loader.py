@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import count, product
+from itertools import count
 from threading import Barrier, Thread, current_thread
 
 import numpy as np
@@ -103,7 +103,7 @@ def build_loader(
             for index in share:
                 yield _Job(step, index, order.micro_batch_draws(step, index), windows, order.replacement)
 
-    needs = (order.micro_batch_ids(step, index) for step, index in product(count(start_step), share))
+    needs = (order.micro_batch_ids(step, index) for step in count(start_step) for index in share)
     return Loader(data, split, jobs(), needs, -(-POOL * len(share) // order.global_batch))
 
 
