@@ -22,7 +22,7 @@ def test_resized_windows_lie_inside_images_of_all_sizes():
     heights = np.concatenate([np.array([1, 65535, 1, 65535, 3, 2]), generator.integers(1, 700, 20_000)]).astype(np.uint16)
     windows = training_windows(keys_of(len(widths)), widths, heights, AugmentConfig())
     assert windows.dtype == np.int32
-    x, y, width, height = windows.T
+    x, y, width, height, _ = windows.T
     assert (width > 0).all()
     assert (height > 0).all()
     assert (x >= 0).all()
@@ -35,7 +35,7 @@ def test_resized_areas_ratios_and_places_are_distributed_as_documented():
     # On a square image with areas up to a half every first attempt fits, so area and log ratio stay uniform.
     count = 50_000
     config = AugmentConfig(crop_scale=(0.08, 0.5))
-    x, y, width, height = training_windows(keys_of(count), *sizes(count, 1000, 1000), config).T.astype(float)
+    x, y, width, height, _ = training_windows(keys_of(count), *sizes(count, 1000, 1000), config).T.astype(float)
     area = width * height / 1e6
     assert 0.079 < area.min() < 0.085
     assert 0.495 < area.max() < 0.501
@@ -68,11 +68,11 @@ def test_resized_agrees_with_timm_in_distribution():
 
 
 def test_resized_falls_back_to_the_centre():
-    config = AugmentConfig(crop_scale=(1.0, 1.0))
+    config = AugmentConfig(crop_scale=(1.0, 1.0), flip=0)
     windows = training_windows(keys_of(3), np.array([1000, 100, 400]), np.array([100, 1000, 399]), config)
-    assert windows[0].tolist() == [433, 0, 133, 100]  # wide: the height and 4/3 of it, centred
-    assert windows[1].tolist() == [0, 433, 100, 133]  # high: the width and 4/3 of it
-    assert (windows[2, 2:] >= 390).all()
+    assert windows[0].tolist() == [433, 0, 133, 100, 0]  # wide: the height and 4/3 of it, centred
+    assert windows[1].tolist() == [0, 433, 100, 133, 0]  # high: the width and 4/3 of it
+    assert (windows[2, 2:4] >= 390).all()
 
 
 def test_resized_is_a_function_of_epoch_and_id_alone():
@@ -86,26 +86,42 @@ def test_resized_is_a_function_of_epoch_and_id_alone():
 
 def test_padded_windows_are_every_shift_equally_often():
     windows = training_windows(keys_of(81_000), *sizes(81_000, 32, 32), AugmentConfig(crop="padded", crop_padding=4))
-    assert (windows[:, 2:] == 32).all()
+    assert (windows[:, 2:4] == 32).all()
     shifts, counts = np.unique(windows[:, :2], axis=0, return_counts=True)
     assert shifts.tolist() == [[x, y] for x in range(-4, 5) for y in range(-4, 5)]
     assert np.abs(counts - 1000).max() < 160
 
 
 def test_padding_of_zero_is_the_full_image():
-    windows = training_windows(keys_of(5), *sizes(5, 40, 30), AugmentConfig(crop="padded", crop_padding=0))
-    assert (windows == [0, 0, 40, 30]).all()
+    windows = training_windows(keys_of(5), *sizes(5, 40, 30), AugmentConfig(crop="padded", crop_padding=0, flip=1))
+    assert (windows == [0, 0, 40, 30, 1]).all()
+
+
+@pytest.mark.parametrize("crop", ["resized", "padded", "none"])
+def test_flips_are_as_likely_as_asked_and_move_nothing(crop):
+    count = 20_000
+    never, sometimes, always = (
+        training_windows(keys_of(count), *sizes(count, 500, 375), AugmentConfig(crop=crop, flip=flip)) for flip in (0, 0.3, 1)
+    )
+    assert (never[:, 4] == 0).all()
+    assert (always[:, 4] == 1).all()
+    assert set(sometimes[:, 4].tolist()) == {0, 1}
+    assert abs(sometimes[:, 4].mean() - 0.3) < 0.013
+    assert np.array_equal(never[:, :4], sometimes[:, :4])
+    if crop == "resized":  # a flip says nothing about the window
+        assert all(abs(np.corrcoef(sometimes[:, 4], sometimes[:, column])[0, 1]) < 0.03 for column in range(4))
 
 
 def test_evaluation_windows():
     windows = evaluation_windows(np.array([500, 375, 256, 1, 32]), np.array([375, 500, 256, 1, 32]), 0.875)
-    assert windows.tolist() == [[86, 23, 328, 328], [23, 86, 328, 328], [16, 16, 224, 224], [0, 0, 1, 1], [2, 2, 28, 28]]
-    assert evaluation_windows(np.array([500]), np.array([375]), 1.0).tolist() == [[62, 0, 375, 375]]
+    assert windows[:, :4].tolist() == [[86, 23, 328, 328], [23, 86, 328, 328], [16, 16, 224, 224], [0, 0, 1, 1], [2, 2, 28, 28]]
+    assert (windows[:, 4] == 0).all()
+    assert evaluation_windows(np.array([500]), np.array([375]), 1.0).tolist() == [[62, 0, 375, 375, 0]]
 
 
 def test_none_is_evaluations_crop():
     widths, heights = sizes(4, 500, 375)
-    windows = training_windows(keys_of(4), widths, heights, AugmentConfig(crop="none"), 0.875)
+    windows = training_windows(keys_of(4), widths, heights, AugmentConfig(crop="none", flip=0), 0.875)
     assert np.array_equal(windows, evaluation_windows(widths, heights, 0.875))
 
 
