@@ -72,7 +72,8 @@ class Engine:
         self._optimizer = self._engine.optimizer
         # Present from the start, so that loading needs no case of its own; it also undoes the dummy step with which DeepSpeed
         # starts ZeRO 0 in half precision, and which would leave Adam's step count one too high.
-        self._moments = {master: initial_state(config.optimizer, master) for master in self._masters()}
+        groups = {parameter: group for group, parameters in zip(base.param_groups, self._groups, strict=True) for parameter in parameters}
+        self._moments = {master: initial_state(base, groups[parameters[0]], master) for parameters, master, _ in self._layout()}
         base.state.update(self._moments)
 
     @property
@@ -184,9 +185,6 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU too, and compiles nothing at start-up
         }
-
-    def _masters(self) -> list[Tensor]:
-        return [master for _, master, _ in self._layout()]
 
     def _layout(self) -> Iterator[tuple[list[nn.Parameter], Tensor, list[tuple[int, int, int]]]]:
         """Per fp32 tensor of this rank: its parameters, itself, and for each parameter (first element held, its offset here, numel)."""

@@ -87,8 +87,9 @@ def test_offload_changes_nothing(tiny_config, tmp_path, stage):
 
 
 @pytest.mark.slow
-def test_sgd_resumes_bitwise(tiny_config, tmp_path):
-    settings = ["optimizer.name=sgd", "optimizer.lr=0.05", "checkpoint.every_steps=4", "train.evaluate_every=0"]
+@pytest.mark.parametrize("optimizer", [["optimizer.name=sgd", "optimizer.lr=0.05"], ["optimizer.name=muon", "zero.stage=0"]])
+def test_other_optimizers_resume_bitwise(tiny_config, tmp_path, optimizer):
+    settings = [*optimizer, "checkpoint.every_steps=4", "train.evaluate_every=0"]
     run(tiny_config, tmp_path / "whole", *settings)
     start(tiny_config, tmp_path / "broken", *settings).kill_at(6)
     run(tiny_config, tmp_path / "broken", *settings)

@@ -1,0 +1,64 @@
+"""Muon: momentum whose matrices are made orthogonal before they are applied (Jordan et al., 2024), with AdamW for everything else."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+# One step of the Newton-Schulz iteration X ← aX + (bA + cA²)X with A = XXᵀ. Jordan's coefficients: five steps bring all singular values
+# to between about 0.7 and 1.2, which is as good as 1 here.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+
+
+class Muon(torch.optim.AdamW):
+    """Groups with `matrices: True` (2-D parameters only) take Muon's step, the others AdamW's.
+
+    Nesterov momentum; updates are scaled by 0.2 sqrt(max(rows, columns)), which gives them the size of AdamW's (Liu et al., arXiv
+    2502.16982, section 2.2), so that one learning rate serves both. Needs whole matrices: not for parameters that are partitioned.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, momentum: float, betas: tuple[float, float], eps: float):
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["matrices"]]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            if group["matrices"]:
+                self._step_matrices(group)
+
+    def _step_matrices(self, group: dict) -> None:
+        for parameters in _by_shape(group["params"]):
+            gradients = [parameter.grad.float() for parameter in parameters]
+            buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
+            updates = orthogonalised(torch.stack(torch._foreach_lerp(gradients, buffers, self.momentum)))
+            scale = 0.2 * max(updates.shape[1:]) ** 0.5
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(parameters, list(updates.unbind()), alpha=-group["lr"] * scale)
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """[n, rows, columns] fp32 → nearly UVᵀ of each one's singular value decomposition USVᵀ. bf16 on a GPU is exact enough."""
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if wide else matrices.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x.bfloat16() if x.is_cuda else x
+    a, b, c = COEFFICIENTS
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if wide else x.mT).float()
+
+
+def _by_shape(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Parameters of one shape are treated as one batch."""
+    groups = defaultdict(list)
+    for parameter in parameters:
+        groups[parameter.shape].append(parameter)
+    return list(groups.values())
