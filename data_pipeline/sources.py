@@ -1,34 +1,34 @@
-"""Where images come from before they are packed: an image folder, a tar of one, or a torchvision dataset.
+"""Where images come from before they are packed: a folder, a tar, a tar of tars, or a torchvision dataset.
 
 A source is listed once (`list_source`) and then read image by image, in any order and from any process (`read_image`). A listing is
-sorted by name, so the same pictures in a folder and in a tar make the same dataset.
+sorted by name, so the same pictures in a folder and in a tar make the same dataset. It is the one thing whose size grows with the source:
+about 130 bytes an image, and half as much again while it is sorted.
 """
 
+import array
 import bz2
+import dataclasses
 import functools
 import gzip
 import hashlib
-import io
+import itertools
 import lzma
 import os
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.manifest import DataError
+from data_pipeline.labels import read_labels
+from data_pipeline.manifest import DataError, UsageError
+from data_pipeline.progress import Progress
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 SPLITS = ("train", "val")
-
-
-class UsageError(Exception):
-    """The arguments cannot be carried out; the message is one sentence for the person who gave them."""
-
-    exit_code = 78
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,15 @@ class Source:
 class Items:
     """Images of one split, parallel columns, [n]. `sizes` are bytes (an estimate for torchvision); `offsets` are bytes into a tar."""
 
+    source: Source
     names: list[str]
     labels: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
 
     def take(self, positions: np.ndarray) -> "Items":
-        return Items([self.names[i] for i in positions], self.labels[positions], self.offsets[positions], self.sizes[positions])
+        names = [self.names[i] for i in positions]
+        return Items(self.source, names, self.labels[positions], self.offsets[positions], self.sizes[positions])
 
 
 @dataclass(frozen=True)
@@ -89,27 +91,50 @@ def open_source(text: str, work: Path) -> Source:
         if not Path(root).is_dir():
             raise UsageError(f"{text}: there is no folder {root!r}.")
         return Source("folder", Path(root).resolve())
-    if "/" not in name and (dataset := _torchvision_class(name)):
-        return Source("torchvision", Path(root).resolve() if root else work / "download", dataset)
+    if "/" not in name:
+        from data_pipeline import torchvision_source
+
+        if dataset := torchvision_source.class_named(name):
+            return Source("torchvision", Path(root).resolve() if root else work / "download", dataset)
     raise UsageError(f"{text} is neither a folder, nor a tar file, nor the name of a torchvision dataset.")
 
 
 def list_source(source: Source) -> Listing:
     """List every image with its split and label. Raises DataError, in one sentence, where there are none or the layout is unclear."""
     if source.kind == "torchvision":
-        return _list_torchvision(source)
-    entries = dict(_walk(source.path) if source.kind == "folder" else _tar_members(source.path))
-    listing = _sort_into_splits(source.path, entries)
-    if not listing.splits:
-        raise DataError(f"{source.path} contains no images ({listing.ignored} other files).")
-    return listing
+        from data_pipeline import torchvision_source
+
+        return torchvision_source.list_images(source)
+    return _sort_into_splits(*_list_files(source))
+
+
+def add_val(listing: Listing, source: Source, labels: Path | None) -> Listing:
+    """`listing` with the images of `source` as its val split: in class folders, or in whatever folders, with their labels in a file.
+
+    Raises UsageError where `listing` has a val split already, DataError where the classes are not the same, or a label is missing.
+    """
+    if "val" in listing.splits:
+        raise UsageError("the source has a val split of its own: leave --val out.")
+    if source.kind == "torchvision":
+        raise UsageError("--val takes a folder or a tar; a torchvision dataset has its own val split.")
+    if labels is None:
+        other = _sort_into_splits(*_list_files(source))
+        if len(other.splits) > 1:
+            raise UsageError(f"{source.path} has the splits {', '.join(other.splits)}: give the one that --val means.")
+        _check_same_classes(source.path, listing.classes, other.classes)
+        [val], ignored = other.splits.values(), other.ignored
+    else:
+        files, ignored = _list_files(source)
+        val = Items(source, files.names, read_labels(labels, files.names, listing.classes), files.offsets, files.sizes)
+    return Listing(listing.classes, {**listing.splits, "val": val}, listing.ignored + ignored)
 
 
 def read_image(source: Source, name: str, offset: int, size: int) -> bytes:
     """One image's encoded bytes: as they lie in the source, or, from torchvision, as a JPEG. Raises DataError where it cannot be read."""
     if source.kind == "torchvision":
-        split, _, position = name.partition("/")
-        return encode_jpeg(_torchvision_dataset(source, split)[int(position)][0])
+        from data_pipeline import torchvision_source
+
+        return torchvision_source.read_image(source, name)
     try:
         if source.kind == "folder":
             data = (source.path / name).read_bytes()
@@ -122,24 +147,43 @@ def read_image(source: Source, name: str, offset: int, size: int) -> bytes:
     return data
 
 
-def encode_jpeg(image) -> bytes:
-    """A Pillow image as a JPEG of quality 95, 4:4:4: gray stays gray, everything else becomes RGB, transparency is dropped."""
-    from PIL import Image
-
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip 16-bit gray to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode != "L":
-        image = image.convert("RGB")
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=95, subsampling=0)
-    return buffer.getvalue()
-
-
 # --- folders and tars ------------------------------------------------------------------------------------------------------------------
 
 
-def _walk(root: Path, prefix: str = ""):
-    """(name relative to the root, (0, size)) of every file below `root`, links followed, hidden ones left out."""
+@dataclass(frozen=True)
+class _Files:
+    """The images of a folder or tar, sorted by name: parallel columns, [n]."""
+
+    source: Source
+    names: list[str]
+    offsets: np.ndarray
+    sizes: np.ndarray
+
+
+def _list_files(source: Source) -> tuple[_Files, int]:
+    """The images, and the number of other files. A name that comes twice in a tar counts once, its last content."""
+    names, offsets, sizes, others = [], array.array("q"), array.array("q"), 0
+    with Progress("files", "listing") as progress:
+        for name, offset, size in _walk(source.path) if source.kind == "folder" else _tar_members(source.path):
+            if name.lower().endswith(IMAGE_SUFFIXES):
+                names.append(name)
+                offsets.append(offset)
+                sizes.append(size)
+            else:
+                others += 1
+            progress.show(len(names))
+    if not names:
+        raise DataError(f"{source.path} contains no images ({others} other files).")
+    order = np.argsort(np.array(names, dtype=object), kind="stable")
+    names = [names[i] for i in order]
+    keep = np.array([*(name != following for name, following in itertools.pairwise(names)), True])
+    if not keep.all():
+        names, order = list(itertools.compress(names, keep)), order[keep]
+    return _Files(source, names, np.array(offsets)[order], np.array(sizes)[order]), others
+
+
+def _walk(root: Path, prefix: str = "") -> Iterator[tuple[str, int, int]]:
+    """(name relative to the root, 0, size) of every file below `root`, links followed, hidden ones left out."""
     try:
         for entry in os.scandir(root / prefix):
             if entry.name.startswith("."):
@@ -147,62 +191,99 @@ def _walk(root: Path, prefix: str = ""):
             if entry.is_dir():
                 yield from _walk(root, f"{prefix}{entry.name}/")
             else:
-                yield prefix + entry.name, (0, entry.stat().st_size)
+                yield prefix + entry.name, 0, entry.stat().st_size
     except OSError as error:  # a dangling link, a folder without permission
         raise DataError(f"cannot read {error.filename}: {error.strerror}.") from error
 
 
-def _tar_members(path: Path):
-    """(name, (offset, size)) of every regular file in a plain tar; a name that comes twice counts once, its last content."""
+def _tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of every regular file in a plain tar; a tar inside it, such as ImageNet's n01440764.tar, counts as a folder."""
+    with open(path, "rb") as file:
+        for name, offset, size in tar_files(path, file, 0, path.stat().st_size):
+            if name.lower().endswith(".tar"):
+                for inner, *place in tar_files(f"{name} in {path}", file, offset, offset + size):
+                    yield f"{name[:-4]}/{inner}", *place
+            else:
+                yield name, offset, size
+
+
+def tar_files(what: str | Path, file, start: int, end: int) -> Iterator[tuple[str, int, int]]:
+    """(name, offset in `file`, size) of every regular file of the tar that lies in the bytes start … end of `file`."""
+    file.seek(start)
     try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None and member.offset < end:
                 tar.members.clear()  # tarfile keeps every member otherwise: gigabytes for a million images
+                if member.offset_data + member.size > end:
+                    raise DataError(f"{what} is cut off: {member.name} does not end inside it.")
                 name = member.name.removeprefix("./")
-                hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-                if member.isreg() and not hidden:
-                    yield name, (member.offset_data, member.size)
+                if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+                    continue
+                if member.isreg():
+                    yield name, member.offset_data, member.size
+                elif (member.islnk() or member.issym()) and name.lower().endswith(IMAGE_SUFFIXES):
+                    raise DataError(f"{name} in {what} is a link: pack the files themselves (tar --dereference --hard-dereference).")
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path} is not a whole tar archive ({error}).") from error
+        raise DataError(f"{what} is not a whole tar archive ({error}).") from error
 
 
-def _sort_into_splits(root: Path, entries: dict[str, tuple[int, int]]) -> Listing:
+def _sort_into_splits(files: _Files, ignored: int) -> Listing:
     """Split and class of every image from its path: [one folder/][train|val/]class/…/image."""
-    names = sorted(name for name in entries if name.lower().endswith(IMAGE_SUFFIXES))
-    ignored = len(entries) - len(names)
-    parts = {name: name.split("/") for name in names}
-    if len({p[0] for p in parts.values()}) == 1 and all(len(p) > 2 and p[0] not in SPLITS for p in parts.values()):
-        parts = {name: p[1:] for name, p in parts.items()}
-    tops = {p[0] for p in parts.values()}
-    # A class may be called "train", too: a split's folder is one that holds folders only.
-    if tops & set(SPLITS) and all(len(p) > 2 for p in parts.values() if p[0] in SPLITS):
-        others = sorted(tops - set(SPLITS))
-        if others and not set(SPLITS) <= tops:
-            raise DataError(f"{root} has the folders {_some(tops)}; expected train and val beside each other, or only classes.")
-        ignored += sum(p[0] not in SPLITS for p in parts.values())
-        parts = {name: p for name, p in parts.items() if p[0] in SPLITS}
-    else:
-        parts = {name: ["train", *p] for name, p in parts.items()}
-    for name, p in parts.items():
-        if len(p) < 3:
-            raise DataError(f"{name} in {root} lies in no class folder; expected train/<class>/<image> or <class>/<image>.")
-    found = {split: {p[1] for p in parts.values() if p[0] == split} for split in SPLITS}
-    if found["train"] and found["val"] and found["train"] != found["val"]:
-        only = {split: found[split] - found[other] for split, other in (SPLITS, SPLITS[::-1])}
+    root, names, skip = files.source.path, files.names, 0
+    tops = _top_folders(names, skip)
+    if len(tops) == 1 and min(tops.values()) > 1 and not set(tops) & set(SPLITS):
+        skip = len(next(iter(tops))) + 1
+        tops = _top_folders(names, skip)
+    if tops.get("train", 0) > 1 and tops.get("val") == 1:
         raise DataError(
-            f"{root}: train and val must have the same classes, but "
-            + " and ".join(f"only {split} has {_some(odd)}" for split, odd in only.items() if odd)
-            + "."
+            f"the images of {root}/val lie in no class folders: "
+            f"give {root}/train as the source, with --val {root}/val and --val-labels FILE."
         )
-    classes = tuple(sorted(found["train"] | found["val"]))
-    label = {name: i for i, name in enumerate(classes)}
+    # A class may be called "train", too: a split's folder is one that holds folders only.
+    has_splits = bool(tops.keys() & set(SPLITS)) and all(tops[split] > 1 for split in SPLITS if split in tops)
+    if has_splits and len(tops) > 1 and not set(SPLITS) <= tops.keys():
+        raise DataError(f"{root} has the folders {_some(tops)}; expected train and val beside each other, or only classes.")
+
+    labels, split_of = np.zeros(len(names), np.int32), np.full(len(names), -1, np.int8)
+    found = {split: {} for split in SPLITS}  # class name → its number, in the order of appearance
+    for i, name in enumerate(names):
+        split, _, rest = name[skip:].partition("/") if has_splits else ("train", "", name[skip:])
+        if split not in SPLITS:
+            continue
+        class_name, slash, _ = rest.partition("/")
+        if not slash:
+            raise DataError(f"{name} in {root} lies in no class folder; expected train/<class>/<image> or <class>/<image>.")
+        labels[i] = found[split].setdefault(class_name, len(found[split]))
+        split_of[i] = SPLITS.index(split)
+    if found["train"] and found["val"]:
+        _check_same_classes(root, found["train"], found["val"])
+    classes = tuple(sorted(found["train"] or found["val"]))
+    everything = Items(files.source, names, labels, files.offsets, files.sizes)
     splits = {}
-    for split in SPLITS:
-        chosen = [name for name, p in parts.items() if p[0] == split]
-        if chosen:
-            table = np.array([(label[parts[name][1]], *entries[name]) for name in chosen], dtype=np.int64)
-            splits[split] = Items(chosen, table[:, 0], table[:, 1], table[:, 2])
-    return Listing(classes, splits, ignored)
+    for number, split in enumerate(SPLITS):
+        if found[split]:
+            chosen = everything.take(np.flatnonzero(split_of == number))
+            rank = np.argsort(np.argsort(list(found[split])))
+            splits[split] = dataclasses.replace(chosen, labels=rank[chosen.labels].astype(np.int32))
+    return Listing(classes, splits, ignored + int(np.sum(split_of < 0)))
+
+
+def _top_folders(names: list[str], skip: int) -> dict[str, int]:
+    """The first folders of the names, behind `skip` characters ("": none), each with the fewest folders that one of its names has."""
+    tops = {}
+    for name in names:
+        top, slash, _ = name[skip:].partition("/")
+        depth = name.count("/", skip)
+        top = top if slash else ""
+        tops[top] = min(depth, tops.get(top, depth))
+    return tops
+
+
+def _check_same_classes(what: str | Path, train: Iterable[str], val: Iterable[str]) -> None:
+    only = {"train": set(train) - set(val), "val": set(val) - set(train)}
+    if any(only.values()):
+        odd = " and ".join(f"only {split} has {_some(names)}" for split, names in only.items() if names)
+        raise DataError(f"{what}: train and val must have the same classes, but {odd}.")
 
 
 def _some(names) -> str:
@@ -260,67 +341,3 @@ class _open_zstd:
 @functools.lru_cache(maxsize=1)
 def _descriptor(path: Path) -> int:
     return os.open(path, os.O_RDONLY)
-
-
-# --- torchvision -----------------------------------------------------------------------------------------------------------------------
-
-
-def _torchvision_class(name: str) -> str | None:
-    import torchvision.datasets
-
-    matches = [known for known in torchvision.datasets.__all__ if known.lower() == name.lower()]
-    return matches[0] if matches else None
-
-
-@functools.lru_cache(maxsize=2)  # a worker reads from one split, then from the other
-def _torchvision_dataset(source: Source, split: str):
-    """`split` of the dataset, downloaded into its root where it is not there and torchvision can. Raises DataError in one sentence."""
-    import inspect
-
-    import torchvision.datasets
-
-    cls = getattr(torchvision.datasets, source.dataset)
-    known = inspect.signature(cls.__init__).parameters
-    arguments = {"root": str(source.path)}
-    if "train" in known:
-        choices = [{"train": split == "train"}]
-    elif "split" in known:
-        choices = [{"split": "train"}] if split == "train" else [{"split": "val"}, {"split": "test"}]
-    else:
-        raise UsageError(f"torchvision's {source.dataset} has neither train= nor split=: save its images as train/<class>/<image> instead.")
-    first_error = None
-    for choice in choices:
-        try:
-            return cls(**arguments, **choice)
-        except Exception as error:  # each torchvision class has its own way to say "not there"
-            first_error = first_error or error
-    if "download" in known:
-        for choice in choices:
-            try:
-                return cls(**arguments, **choice, download=True)
-            except Exception as error:
-                first_error = error
-    reason = " ".join(str(first_error).split())
-    raise DataError(f"torchvision cannot open or download {source.dataset} at {source.path} ({type(first_error).__name__}: {reason}).")
-
-
-def _list_torchvision(source: Source) -> Listing:
-    splits, classes = {}, None
-    for split in SPLITS:
-        dataset = _torchvision_dataset(source, split)
-        labels = next((getattr(dataset, name) for name in ("targets", "labels", "_labels") if hasattr(dataset, name)), None)
-        if labels is None:
-            labels = [dataset[i][1] for i in range(len(dataset))]
-        labels = np.asarray(labels)
-        if labels.shape != (len(dataset),) or not np.issubdtype(labels.dtype, np.integer):
-            raise UsageError(f"torchvision's {source.dataset} is no classification dataset: its targets are not one integer per image.")
-        if classes is None:
-            classes = [str(name) for name in getattr(dataset, "classes", range(int(labels.max()) + 1))]
-        # Class names are sorted here as everywhere; torchvision's own order of labels may be another.
-        rank = np.argsort(np.argsort(classes))
-        # The encoded size is known only after encoding; the mean of a few images is good enough to plan shards of about a size.
-        some = range(0, len(dataset), max(1, len(dataset) // 16))
-        size = sum(len(encode_jpeg(dataset[i][0])) for i in some) // len(some)
-        names = [f"{split}/{i}" for i in range(len(dataset))]
-        splits[split] = Items(names, rank[labels], np.zeros(len(dataset), np.int64), np.full(len(dataset), size, np.int64))
-    return Listing(tuple(sorted(classes)), splits)

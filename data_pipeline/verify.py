@@ -3,27 +3,39 @@
 import hashlib
 import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from data_pipeline.beton import check_beton
 from data_pipeline.manifest import Split, open_manifest, sha256_of
+from data_pipeline.progress import Progress
 
 
 def verify(folder: Path, workers: int | None = None) -> list[str]:
-    """Read every shard and index, and return one sentence per fault found (none: the dataset is whole).
+    """Read every shard, FFCV file and index, and return one sentence per fault found (none: the dataset is whole).
 
     Raises DataError where the manifest or a file it names is missing. Hashing releases the GIL: `workers` are threads.
     """
-    manifest = open_manifest(folder)
-    faults = []
+    splits = open_manifest(folder).splits.values()
+    checks, sizes = [], {}  # sizes: of each check's file, in bytes
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for split in manifest.splits.values():
+        for split in splits:
             index_is_whole = sha256_of(split.index_path) == split.fingerprint
             if not index_is_whole:
-                faults.append(f"{split.index_path} is damaged: its SHA-256 is not the manifest's.")
-            checks = pool.map(lambda number, s=split, whole=index_is_whole: _check_shard(s, number, whole), range(len(split.shards)))
-            faults += [fault for found in checks for fault in found]
-    return faults
+                checks.append(pool.submit(lambda path=split.index_path: [f"{path} is damaged: its SHA-256 is not the manifest's."]))
+                sizes[checks[-1]] = 0
+            for number, shard in enumerate(split.shards):
+                checks.append(pool.submit(_check_shard, split, number, index_is_whole))
+                sizes[checks[-1]] = shard.bytes
+            if split.beton:
+                checks.append(pool.submit(check_beton, split))
+                sizes[checks[-1]] = split.beton.bytes
+        with Progress("bytes", "verifying", sum(sizes.values())) as progress:
+            done = 0
+            for check in as_completed(checks):
+                done += sizes[check]
+                progress.show(done)
+    return [fault for check in checks for fault in check.result()]
 
 
 def _check_shard(split: Split, number: int, index_is_whole: bool) -> list[str]:

@@ -1,7 +1,8 @@
-"""Pack images into a prepared dataset, or verify one.
+"""Pack images into a prepared dataset, verify one, or index the WebDataset shards that others made. docs/data.md says more.
 
-    python launch/prepare.py SOURCE DEST [--workers N] [--shard-size MB] [--val-fraction F] [--seed N]
+    python launch/prepare.py SOURCE DEST [--val SOURCE [--val-labels FILE]] [--formats webdataset,ffcv] [--resize-short N] [--workers N] …
     python launch/prepare.py verify DEST
+    python launch/prepare.py index DEST [--split NAME] [--label-key KEY]
 
 Exit codes: 0 finished, 65 bad data, 70 failed otherwise (a full disk, a killed worker), 78 bad arguments, 130 interrupted.
 """
@@ -17,17 +18,33 @@ from launch.cli import EXIT_DATA, EXIT_FAILED, Parser, fail
 
 EXIT_INTERRUPTED = 130  # as a shell says it
 
-DESCRIPTION = "Pack images into WebDataset shards with an index; start it again to go on after an interruption."
+DESCRIPTION = """\
+Pack images into WebDataset shards with an index. Every image is decoded; broken ones are left out and listed in DEST/report.jsonl.
+Start the same command again to go on after an interruption.
+
+  python launch/prepare.py verify DEST    checks every shard, index and image of a prepared dataset (see verify --help)
+  python launch/prepare.py index DEST     makes WebDataset shards of others usable as they are (see index --help)
+"""
 SOURCE_HELP = (
-    "a folder [train|val/]<class>/<image>; a tar of one, compressed or not; imagefolder:PATH; "
+    "a folder [train|val/]<class>/<image>; a tar of one, compressed or not; ImageNet's ILSVRC2012_img_train.tar; imagefolder:PATH; "
     "or a torchvision dataset, NAME or NAME:ROOT, such as cifar10:downloads"
 )
+LABELS_HELP = (
+    "labels of a --val that has no class folders: a class name per line, in the order of the files' names; 'file class' per line; "
+    "or Kaggle's LOC_val_solution.csv"
+)
+INDEX_DESCRIPTION = """\
+Write a manifest and an index beside WebDataset shards that others made (every *.tar below DEST); the shards stay as they are. A sample is
+<key>.jpg with its label in <key>.cls or in a field of <key>.json. DEST/classes.txt may name the classes, one per line in the order of the
+labels. Every image is decoded; what is no sound RGB or gray JPEG is left out, and listed in DEST/report.jsonl.
+"""
 
 
 def main(arguments: list[str]) -> int:
-    verifying = arguments[:1] == ["verify"]
-    parser = _verify_parser() if verifying else _prepare_parser()
-    options = parser.parse_args(arguments[1:] if verifying else arguments)
+    command, parser = {"verify": (run_verify, _verify_parser), "index": (run_index, _index_parser)}.get(
+        arguments[0] if arguments else "", (run_prepare, _prepare_parser)
+    )
+    options = parser().parse_args(arguments if command is run_prepare else arguments[1:])
 
     from concurrent.futures.process import BrokenProcessPool
 
@@ -35,7 +52,7 @@ def main(arguments: list[str]) -> int:
     from data_pipeline.sources import UsageError
 
     try:
-        return run_verify(options.dest) if verifying else run_prepare(options)
+        return command(options)
     except (UsageError, DataError) as error:
         return fail(error.exit_code, error)
     except BrokenProcessPool:
@@ -47,10 +64,14 @@ def main(arguments: list[str]) -> int:
 
 
 def run_prepare(options: argparse.Namespace) -> int:
-    import json
+    from data_pipeline.prepare import prepare
+    from data_pipeline.sources import UsageError
+    from data_pipeline.validate import Encoding
 
-    from data_pipeline.prepare import REPORT_NAME, prepare
-
+    if options.val_labels and not options.val:
+        raise UsageError("--val-labels belongs to --val: give the folder or tar of those images, too.")
+    if options.ffcv_mode and "ffcv" not in options.formats:
+        raise UsageError("--ffcv-mode belongs to --formats webdataset,ffcv.")
     fresh = prepare(
         options.source,
         options.dest,
@@ -58,48 +79,119 @@ def run_prepare(options: argparse.Namespace) -> int:
         shard_bytes=max(1, round(options.shard_size * 1e6)),
         val_fraction=options.val_fraction,
         seed=options.seed,
+        val=options.val,
+        val_labels=options.val_labels,
+        encoding=Encoding(options.resize_short, options.max_side, options.quality),
+        beton_mode=(options.ffcv_mode or "jpeg") if "ffcv" in options.formats else None,
     )
     print(f"{options.dest} {'is prepared' if fresh else 'is already prepared'}:")
-    report = json.loads((options.dest / REPORT_NAME).read_text())
-    for name, split in report["splits"].items():
-        excluded, transcoded = len(split["excluded"]), len(split["transcoded"])
-        print(f"  {name}: {split['samples']} images, {transcoded} of them transcoded to RGB JPEG; {excluded} corrupt ones left out")
-    if any(split["excluded"] or split["transcoded"] for split in report["splits"].values()):
-        print(f"  {options.dest / REPORT_NAME} lists the images that were transcoded or left out")
-    if report["ignored_files"]:
-        print(f"  {report['ignored_files']} files that are no images of these splits were ignored")
+    _print_report(options.dest)
     return 0
 
 
-def run_verify(dest: Path) -> int:
+def run_index(options: argparse.Namespace) -> int:
+    from data_pipeline.foreign import index
+
+    index(options.dest, workers=options.workers, split=options.split, label_key=options.label_key)
+    print(f"{options.dest} is indexed:")
+    _print_report(options.dest)
+    return 0
+
+
+def _print_report(dest: Path) -> None:
+    import json
+
+    from data_pipeline.prepare import LIST_NAME, REPORT_NAME
+
+    report = json.loads((dest / REPORT_NAME).read_text())
+    names = {
+        "reencoded": "encoded again",
+        "transcoded": "transcoded to JPEG",
+        "repaired": "with a repaired header",
+        "excluded": "left out, as they cannot be used",
+    }
+    listed = False
+    for name, split in report["splits"].items():
+        parts = [f"{split['samples']} images", *(f"{split[outcome]} {words}" for outcome, words in names.items() if outcome in split)]
+        print(f"  {name}: {'; '.join(parts)}")
+        listed = listed or bool(split.keys() & {"transcoded", "repaired", "excluded"})
+    if listed:
+        print(f"  {dest / LIST_NAME} names the images that were transcoded, repaired or left out, with the reason")
+    if convertible := sum(split.get("convertible", 0) for split in report["splits"].values()):
+        print(f"  {convertible} of those left out are sound, but no JPEGs as training reads them, and shards of others are not rewritten:")
+        print("  to keep them, unpack the shards into class folders and prepare those")
+    if report.get("ignored_files"):
+        print(f"  {report['ignored_files']} files that are no images of these splits were ignored")
+
+
+def run_verify(options: argparse.Namespace) -> int:
     from data_pipeline.verify import verify
 
-    faults = verify(dest)
+    faults = verify(options.dest, options.workers)
     for fault in faults:
         fail(EXIT_DATA, fault)
     if faults:
         return EXIT_DATA
-    print(f"{dest} is whole: every shard, index and image has its checksum.")
+    print(f"{options.dest} is whole: every file and every image has its checksum.")
     return 0
 
 
 def _prepare_parser() -> Parser:
-    parser = Parser(description=DESCRIPTION, epilog="To check a prepared dataset: python launch/prepare.py verify DEST")
+    parser = Parser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument("dest", metavar="DEST", type=Path, help="folder of the prepared dataset")
-    parser.add_argument("--workers", type=_positive(int), default=_cpus(), metavar="N", help="processes (default: the CPUs, %(default)s)")
-    parser.add_argument("--shard-size", type=_positive(float), default=128.0, metavar="MB", help="size of a shard (default: %(default)s)")
-    parser.add_argument(
+    _add_workers(parser)
+
+    source = parser.add_argument_group("where val comes from, if not from SOURCE")
+    source.add_argument("--val", metavar="SOURCE", help="a folder or tar: in class folders, or flat with --val-labels")
+    source.add_argument("--val-labels", type=Path, metavar="FILE", help=LABELS_HELP)
+    source.add_argument(
         "--val-fraction", type=_fraction, default=0.0, metavar="F", help="part of a source without val that becomes val (default: none)"
     )
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the shuffle and of --val-fraction (default: %(default)s)")
+
+    size = parser.add_argument_group("smaller images; without these, sound JPEGs keep their bytes")
+    size.add_argument("--resize-short", type=_positive(int), metavar="N", help="shrink the short side to N pixels, where it is longer")
+    size.add_argument("--max-side", type=_positive(int), metavar="N", help="shrink the long side to N pixels, where it is longer")
+    size.add_argument("--quality", type=_quality, metavar="Q", help="encode again as JPEG of this quality, 4:2:0 (with the above: 90)")
+
+    output = parser.add_argument_group("what is written")
+    output.add_argument(
+        "--formats",
+        type=_formats,
+        default=("webdataset",),
+        metavar="LIST",
+        help="webdataset (default), or webdataset,ffcv: both",
+    )
+    output.add_argument("--ffcv-mode", choices=("jpeg", "raw"), help="the shards' bytes (jpeg, the default), or pixels (raw: fast, large)")
+    output.add_argument("--shard-size", type=_positive(float), default=128.0, metavar="MB", help="size of a shard (default: %(default)s)")
+    output.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the shuffle and of --val-fraction (default: %(default)s)")
     return parser
 
 
 def _verify_parser() -> Parser:
-    parser = Parser(prog="prepare.py verify", description="Check every shard, index and image of a prepared dataset.")
-    parser.add_argument("dest", metavar="DEST", type=Path)
+    parser = Parser(prog="prepare.py verify", description="Check every shard, FFCV file, index and image of a prepared dataset.")
+    parser.add_argument("dest", metavar="DEST", type=Path, help="folder of the dataset")
+    _add_workers(parser)
     return parser
+
+
+def _index_parser() -> Parser:
+    parser = Parser(prog="prepare.py index", description=INDEX_DESCRIPTION)
+    parser.add_argument("dest", metavar="DEST", type=Path, help="folder of the shards")
+    parser.add_argument(
+        "--split",
+        choices=("train", "val"),
+        help="the split of all shards (default: by their names: train-…, val-…, validation-…)",
+    )
+    parser.add_argument(
+        "--label-key", metavar="KEY", help="take the label from this field of .json (default: .cls, or else the field label, class or cls)"
+    )
+    _add_workers(parser)
+    return parser
+
+
+def _add_workers(parser: Parser) -> None:
+    parser.add_argument("--workers", type=_positive(int), default=_cpus(), metavar="N", help="at a time (default: the CPUs, %(default)s)")
 
 
 def _positive(kind: type):
@@ -111,6 +203,21 @@ def _positive(kind: type):
 
     parse.__name__ = kind.__name__  # what argparse calls the type in its message
     return parse
+
+
+def _quality(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not an integer from 1 to 100")
+    return int(text)
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    formats = tuple(text.split(","))
+    if unknown := set(formats) - {"webdataset", "ffcv"}:
+        raise argparse.ArgumentTypeError(f"there is no format {', '.join(sorted(unknown))}: the formats are webdataset and ffcv")
+    if "webdataset" not in formats:
+        raise argparse.ArgumentTypeError("FFCV files are made from the WebDataset shards: give webdataset,ffcv")
+    return formats
 
 
 def _fraction(text: str) -> float:

@@ -1,0 +1,194 @@
+"""Index WebDataset shards that others made: a manifest and an index per split beside them, and not one byte of theirs changed.
+
+A sample is what WebDataset takes for one: the members of a tar that share folder and name up to the first dot. Its image is the member
+that ends in .jpg or the like; its label comes from `.cls`, or from a field of `.json`; other members are left alone. As the shards stay,
+only JPEGs that training reads as they are can be used; whatever prepare would transcode or repair is excluded, with the reason.
+"""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.manifest import FILE_NAME, RECORD, DataError, Shard, sha256_of
+from data_pipeline.pack import done_path, read_done, write_done
+from data_pipeline.prepare import REPORT_NAME, finish
+from data_pipeline.progress import Progress
+from data_pipeline.sources import IMAGE_SUFFIXES, UsageError, tar_files
+from data_pipeline.validate import BadImage, check_image
+from data_pipeline.workers import count, locked, run_tasks
+
+CLASSES_NAME = "classes.txt"
+LABEL_KEYS = ("label", "class", "cls")  # fields of .json, where --label-key is not given
+SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+MAX_CLASSES = 1_000_000
+
+
+def index(dest: Path, *, workers: int, split: str | None = None, label_key: str | None = None) -> None:
+    """Index every `*.tar` below `dest`, or go on where a killed run stopped; an earlier index is replaced.
+
+    split: the split of all shards; None: by their names. label_key: the field of `.json` with the label; None: `.cls`, or else LABEL_KEYS.
+    Raises UsageError, DataError, OSError, or BrokenProcessPool where a worker was killed.
+    """
+    if not dest.is_dir():
+        raise UsageError(f"there is no folder {dest}.")
+    dest = dest.resolve()
+    if (dest / FILE_NAME).exists() and "index" not in _arguments(dest):
+        raise UsageError(f"{dest} is a prepared dataset with its index: index is for shards that others made.")
+    files = sorted(str(path.relative_to(dest)) for path in dest.rglob("*.tar"))
+    if not files:
+        raise DataError(f"there is no *.tar in {dest}. (Compressed shards cannot be read at any place: decompress them first.)")
+    splits = {}
+    for file in files:
+        splits.setdefault(split or _split_of(file), []).append(file)
+    work = dest / ".work"
+    with locked(work):
+        for left_over in [*work.glob("*.tmp"), *dest.glob("*.tmp")]:
+            left_over.unlink()
+        tasks = [_Task(dest, file, label_key, slot) for slot, file in enumerate(files)]
+        sizes = [(dest / file).stat().st_size for file in files]
+        missing = [task for task in tasks if not _is_done(task)]
+        with Progress("bytes", "indexing", sum(sizes), sum(sizes) - sum(sizes[task.slot] for task in missing)) as progress:
+            if missing:
+                run_tasks(_index_shard, missing, min(workers, len(missing)), len(tasks), progress)
+        found = {value: file for file in reversed(files) for value in read_done(done_path(dest, file))[0]["labels"]}
+        classes, numbers = _number_classes(dest, found)
+
+        def read(file: str) -> tuple[dict, np.ndarray]:
+            header, records = read_done(done_path(dest, file))
+            records["label"] = np.array([numbers[value] for value in header["labels"]], np.uint32)[records["label"]]
+            return header, records
+
+        report = {"arguments": {"index": True, "split": split, "label_key": label_key}}
+        finish(dest, classes, {name: splits[name] for name in sorted(splits)}, report, read)
+    shutil.rmtree(work)
+
+
+def _arguments(dest: Path) -> dict:
+    """What `dest` was made with: {} where no report says it."""
+    path = dest / REPORT_NAME
+    return json.loads(path.read_text())["arguments"] if path.exists() else {}
+
+
+def _split_of(file: str) -> str:
+    """The split that a shard's name, or else its folder's, says."""
+    for part in reversed(Path(file).with_suffix("").parts):
+        found = {SPLIT_WORDS[word] for word in re.findall("[a-z]+", part.lower()) if word in SPLIT_WORDS}
+        if len(found) == 1:
+            return found.pop()
+    raise UsageError(f"the name {file} does not tell the split (train, val, …): name the one of all shards with --split.")
+
+
+def _number_classes(dest: Path, found: dict[int | str, str]) -> tuple[tuple[str, ...], dict[int | str, int]]:
+    """The class names in label order, and the number of each label in `found` (label → a shard that has it)."""
+    path = dest / CLASSES_NAME
+    words = [label for label in found if isinstance(label, str)]
+    if path.exists():
+        classes = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+        numbers = {name: number for number, name in enumerate(classes)} | {number: number for number in range(len(classes))}
+        for label, file in found.items():
+            if label not in numbers:
+                raise DataError(f"{dest / file} has the label {label!r}, which {path} does not name ({len(classes)} classes).")
+        if words and len(set(classes)) < len(classes):
+            raise DataError(f"{path} has two classes of one name, which the labels in words do not tell apart.")
+        return classes, numbers
+    if words and len(words) < len(found):
+        number = next(label for label in found if label not in words)
+        raise DataError(f"some labels are words ({words[0]!r} in {found[words[0]]}), others numbers ({number} in {found[number]}).")
+    if words:
+        classes = tuple(sorted(words))
+        return classes, {name: number for number, name in enumerate(classes)}
+    largest = max(found, default=0)
+    if largest >= MAX_CLASSES:
+        raise DataError(f"{dest / found[largest]} has the label {largest}, no class number: name the field of the label with --label-key.")
+    return tuple(map(str, range(largest + 1))), {number: number for number in range(largest + 1)}
+
+
+# --- in a worker -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    dest: Path
+    file: str
+    label_key: str | None
+    slot: int
+
+    def identity(self) -> list:
+        """What the `.done` file holds for: the shard as it is now, and what was asked for."""
+        stat = (self.dest / self.file).stat()
+        return [stat.st_size, stat.st_mtime_ns, self.label_key]
+
+
+def _is_done(task: _Task) -> bool:
+    path = done_path(task.dest, task.file)
+    return path.exists() and read_done(path)[0]["identity"] == task.identity()
+
+
+def _index_shard(task: _Task) -> None:
+    """Check every sample of one shard, and write its `.done` file. There, `label` is a place in the header's list of labels."""
+    path, identity = task.dest / task.file, task.identity()
+    records, codes, listed, outcomes = [], {}, [], Counter()
+    with open(path, "rb") as file:
+        samples = {}
+        for name, offset, size in tar_files(path, file, 0, identity[0]):
+            folder, slash, base = name.rpartition("/")
+            key, _, ending = base.partition(".")
+            samples.setdefault(folder + slash + key, []).append((ending.lower(), offset, size))
+        for key, members in samples.items():
+            try:
+                record, label = _check_sample(file.fileno(), members, task.label_key)
+            except BadImage as error:
+                listed.append((f"{task.file}/{key}", "excluded", str(error)))
+                outcomes["convertible"] += isinstance(error, _Convertible)
+            else:
+                records.append((*record[:3], codes.setdefault(label, len(codes)), *record[3:]))
+                outcomes["kept"] += 1
+            count(task.slot, members[-1][1])
+    records = np.sort(np.array(records, RECORD), order="offset")  # a shard is read from its start to its end
+    shard = Shard(task.file, len(records), identity[0], sha256_of(path))
+    header = {"shard": asdict(shard), "outcomes": outcomes, "listed": listed, "labels": list(codes), "identity": identity}
+    write_done(done_path(task.dest, task.file), header, records)
+    count(task.slot, identity[0])
+
+
+class _Convertible(BadImage):
+    """An image that prepare would have made usable."""
+
+
+def _check_sample(descriptor: int, members: list[tuple[str, int, int]], label_key: str | None) -> tuple[tuple, int | str]:
+    """The sample's RECORD without its label, and the label as it is written. Raises BadImage."""
+    images = [member for member in members if f".{member[0]}" in IMAGE_SUFFIXES]
+    if len(images) != 1:
+        raise BadImage("more than one image" if images else "no image")
+    [(_, offset, size)] = images
+    label = _read_label(descriptor, members, label_key)
+    data = os.pread(descriptor, size, offset)
+    image = check_image(data)
+    if image.outcome != "kept":
+        raise _Convertible(f"{image.why}: not done here, as the shard stays as it is")
+    return (offset, size, 0, zlib.crc32(data), image.width, image.height), label
+
+
+def _read_label(descriptor: int, members: list[tuple[str, int, int]], label_key: str | None) -> int | str:
+    texts = {ending: os.pread(descriptor, size, offset) for ending, offset, size in members if ending in ("cls", "json")}
+    try:
+        if "cls" in texts and label_key is None:
+            label = texts["cls"].decode().strip()
+        else:
+            fields = json.loads(texts.get("json", b"{}"))
+            label = next((fields[key] for key in ([label_key] if label_key else LABEL_KEYS) if key in fields), None)
+    except (ValueError, TypeError) as error:  # no JSON, no text, JSON that is no object
+        raise BadImage(f"its label cannot be read: {error}") from error
+    if isinstance(label, str) and re.fullmatch(r"\d+", label):
+        label = int(label)
+    if isinstance(label, bool) or not isinstance(label, int | str) or label == "" or (isinstance(label, int) and label < 0):
+        wanted = f"a field {label_key!r}" if label_key else f".cls, or a field {' or '.join(map(repr, LABEL_KEYS))} in .json"
+        raise BadImage(f"no label: {label!r}" if label is not None else f"no label: it has no {wanted}")
+    return label

@@ -1,0 +1,74 @@
+"""The label file of a flat validation folder, in the forms that ImageNet's comes in."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.manifest import DataError
+
+KAGGLE_HEADER = "ImageId,PredictionString"
+FORMS = "a class name per line, in the order of the files' names; `file class` per line; or Kaggle's LOC_val_solution.csv"
+
+
+def read_labels(path: Path, files: list[str], classes: tuple[str, ...]) -> np.ndarray:
+    """The label of each of `files` (names sorted, folders and all), int32 [n], by the label file `path`. See FORMS.
+
+    A class is written by its name; or, beside a file's name, by its number, counted from 0 in the sorted names.
+    Raises DataError where the file is of another form, or says nothing, or two things, about an image.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the label file {path}: {error}.") from error
+    lines = [line for line in lines if line]
+    numbers = {name: number for number, name in enumerate(classes)}
+    if not lines:
+        raise DataError(f"the label file {path} is empty.")
+    if lines[0] == KAGGLE_HEADER:
+        pairs = [line.partition(",")[::2] for line in lines[1:]]
+        return _by_name(path, files, [(name, boxes.split(" ")[0]) for name, boxes in pairs], numbers)
+    if lines[0] in numbers:
+        return _in_order(path, files, lines, numbers)
+    if lines[0].isdecimal():
+        raise DataError(
+            f"{path} has numbers without names, as the devkit's ground truth has: they are not the numbers of the sorted classes. "
+            f"Give a file with {FORMS}."
+        )
+    separator = next((separator for separator in (",", "\t", " ") if separator in lines[0]), None)
+    if separator is None:
+        raise DataError(f"{path}, line 1: there is no class {lines[0]!r} in train. A label file has {FORMS}.")
+    pairs = [tuple(part.strip() for part in line.partition(separator)[::2]) for line in lines]
+    return _by_name(path, files, pairs, {str(number): number for number in numbers.values()} | numbers)
+
+
+def _in_order(path: Path, files: list[str], lines: list[str], numbers: dict[str, int]) -> np.ndarray:
+    if len(lines) != len(files):
+        raise DataError(f"{path} has {len(lines)} labels for {len(files)} images: give one per image, in the order of their names.")
+    for row, name in enumerate(lines, start=1):
+        if name not in numbers:
+            raise DataError(f"{path}, line {row}: there is no class {name!r} in train.")
+    return np.array([numbers[name] for name in lines], np.int32)
+
+
+def _by_name(path: Path, files: list[str], pairs: list[tuple[str, str]], numbers: dict[str, int]) -> np.ndarray:
+    """Images are found by their file's name without its folder, and where the label file has no endings, without those."""
+    labels = {}
+    for name, class_name in pairs:
+        if class_name not in numbers:
+            raise DataError(f"{path}: there is no class {class_name!r} in train, which {name} is said to be of.")
+        if labels.setdefault(name, numbers[class_name]) != numbers[class_name]:
+            raise DataError(f"{path} has two labels for {name}.")
+    result, used = np.zeros(len(files), np.int32), set()
+    for i, file in enumerate(files):
+        name = file.rpartition("/")[2]
+        name = name if name in labels else name.rpartition(".")[0]
+        if name not in labels:
+            raise DataError(f"{path} has no label for {file}.")
+        if name in used:
+            raise DataError(f"{file}: there are two images of this name, and {path} tells them apart by nothing else.")
+        used.add(name)
+        result[i] = labels[name]
+    if len(used) < len(labels):
+        missing = next(name for name in labels if name not in used)
+        raise DataError(f"{path} has labels for {len(labels) - len(used)} images that are not there; the first is {missing}.")
+    return result

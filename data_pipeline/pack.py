@@ -1,0 +1,88 @@
+"""What a worker does when a dataset is prepared: read, check and store the images of one shard."""
+
+import hashlib
+import json
+import os
+import tarfile
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.manifest import RECORD, Shard, publish, write_atomically
+from data_pipeline.sources import Items, read_image
+from data_pipeline.validate import BadImage, Encoding, check_image
+from data_pipeline.workers import count
+
+BLOCK = 512  # bytes: everything in a tar file starts at a multiple of it
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Everything a worker needs to write one shard. `first` is the key of its first sample, `slot` its place in the table of progress."""
+
+    dest: Path
+    file: str
+    items: Items
+    first: int
+    slot: int
+    encoding: Encoding
+
+
+def done_path(dest: Path, file: str) -> Path:
+    return dest / ".work" / f"{file}.done"
+
+
+def write_done(path: Path, header: dict, records: np.ndarray) -> None:
+    """What is known of a finished shard: a line of JSON, then its records."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # foreign shards may lie in folders
+    write_atomically(path, json.dumps(header).encode() + b"\n" + records.tobytes())
+
+
+def read_done(path: Path) -> tuple[dict, np.ndarray]:
+    header, _, records = path.read_bytes().partition(b"\n")
+    return json.loads(header), np.frombuffer(records, dtype=RECORD).copy()
+
+
+def pack(task: ShardTask) -> None:
+    """Write one shard under a temporary name, then name it, then its `.done` file."""
+    items, encoding = task.items, task.encoding
+    records, samples = np.zeros(len(items.names), RECORD), 0
+    outcomes, listed = Counter(), []
+    digest, position = hashlib.sha256(), 0
+    temporary = task.dest / ".work" / f"{task.file}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
+        columns = (column.tolist() for column in (items.labels, items.offsets, items.sizes))
+        for number, (name, label, offset, size) in enumerate(zip(items.names, *columns, strict=True)):
+            try:
+                image = check_image(read_image(items.source, name, offset, size), encoding)
+            except BadImage as error:
+                listed.append((name, "excluded", str(error)))
+                continue
+            finally:
+                count(task.slot, number + 1)
+            outcomes[image.outcome] += 1
+            if image.why:
+                listed.append((name, image.outcome, image.why))
+            key = f"{task.first + number:09d}"
+            records[samples] = (position + BLOCK, len(image.data), 0, label, zlib.crc32(image.data), image.width, image.height)
+            samples += 1
+            block = _tar_member(f"{key}.jpg", image.data) + _tar_member(f"{key}.cls", str(label).encode())
+            file.write(block)
+            digest.update(block)
+            position += len(block)
+        end = bytes(2 * BLOCK)  # the tar format's end mark
+        file.write(end)
+        digest.update(end)
+        position += len(end)
+    publish(temporary, task.dest / task.file)
+    shard = Shard(task.file, samples, position, digest.hexdigest())
+    write_done(done_path(task.dest, task.file), {"shard": asdict(shard), "outcomes": outcomes, "listed": listed}, records[:samples])
+
+
+def _tar_member(name: str, data: bytes) -> bytes:
+    info = tarfile.TarInfo(name)  # owner, time and mode are constants: the same shard must have the same bytes
+    info.size = len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)

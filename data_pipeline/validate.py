@@ -1,0 +1,193 @@
+"""Every image is decoded completely before it is packed, and what is stored is a JPEG that each decoder of the run reads.
+
+A sound RGB or gray JPEG keeps its bytes. Everything else is repaired, transcoded, or refused with a reason; docs/data.md has the table.
+Orientation in EXIF and colour profiles are ignored, as is the practice with ImageNet: no decoder of the run applies them.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs
+MAX_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION; the index has 16 bits for a side
+QUALITY = 90
+
+# Frame markers (ITU T.81, table B.1) of the processes that every decoder reads: baseline, extended sequential, progressive.
+# The others are lossless, hierarchical, or arithmetic-coded.
+COMMON_FRAMES = (0xC0, 0xC1, 0xC2)
+
+
+class BadImage(Exception):
+    """The bytes are no image that can be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are stored. The default: as they are. Otherwise all are encoded again, and kept where that makes them no smaller."""
+
+    resize_short: int | None = None  # pixels: the short side is shrunk to this, never enlarged
+    max_side: int | None = None  # pixels: the long side is shrunk to this
+    quality: int | None = None  # of JPEG; None with one of the others: 90
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """The (width, height) that an image gets, of the same shape as near as whole pixels allow."""
+        scale = 1.0
+        if self.resize_short:
+            scale = min(scale, self.resize_short / min(width, height))
+        if self.max_side:
+            scale = min(scale, self.max_side / max(width, height))
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+AS_IT_IS = Encoding()
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """A JPEG as it goes into a shard. outcome: "kept", "repaired", "transcoded" or "reencoded"; why: for the report, or ""."""
+
+    data: bytes
+    width: int
+    height: int
+    outcome: str
+    why: str = ""
+
+
+def check_image(data: bytes, encoding: Encoding = AS_IT_IS) -> StoredImage:
+    """Decode an image completely and strictly, and return what to store. Raises BadImage where it is not whole, or cannot be used.
+
+    Strict means that libjpeg's warnings are failures, because they are in training, too; Pillow reads the other formats, first frames only.
+    """
+    if not data:
+        raise BadImage("an empty file")
+    if data.startswith(b"\xff\xd8"):
+        sound, pixels, reason = _decode_jpeg(data)
+    else:
+        sound, pixels, reason = b"", *_decode_with_pillow(data)
+    height, width = pixels.shape[:2]
+    size = encoding.size(width, height)
+    if max(size) > MAX_SIDE:
+        raise BadImage(f"{width}x{height} pixels: a side may have {MAX_SIDE}")
+    if encoding != AS_IT_IS:
+        stored = encode_jpeg(_resize(pixels, size), encoding.quality or QUALITY, "4:2:0")
+        if size != (width, height) or reason or len(stored) < len(sound):
+            return StoredImage(stored, *size, "transcoded" if reason else "reencoded", reason)
+    if reason:
+        return StoredImage(encode_jpeg(pixels), width, height, "transcoded", reason)
+    if sound != data:
+        return StoredImage(sound, width, height, "repaired", "its header had what libjpeg warns about")
+    return StoredImage(data, width, height, "kept")
+
+
+def encode_jpeg(pixels: np.ndarray, quality: int = 95, subsampling: str = "4:4:4") -> bytes:
+    """uint8 [height, width, 3] RGB, or [height, width] gray, as a JPEG. The defaults are for images that are only transcoded."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=subsampling)
+    return buffer.getvalue()
+
+
+def to_pixels(image) -> np.ndarray:
+    """A Pillow image as uint8 [height, width, 3] RGB, or [height, width] where it is gray. Transparency is dropped."""
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip 16-bit gray to white
+        return (np.asarray(image) >> 8).astype(np.uint8)
+    if image.mode in ("I", "F"):
+        raise BadImage("32-bit pixels, of which nothing says what is white")
+    return np.array(image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB"))
+
+
+def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Antialiased bicubic."""
+    from PIL import Image
+
+    if size == pixels.shape[1::-1]:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width}x{height} pixels, more than {MAX_PIXELS}")
+
+
+def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, str]:
+    """Pixels, and why the image cannot stay as it is."""
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None  # checked here
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _check_pixels(*image.size)
+            return to_pixels(image), f"{image.format} to JPEG"
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow's plugins raise nearly every kind there is
+        raise BadImage("not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)) from error
+
+
+# --- JPEG ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _decode_jpeg(data: bytes) -> tuple[bytes, np.ndarray, str]:
+    """The JPEG's bytes, repaired where that was necessary; its pixels; and why it cannot stay a JPEG of this kind ("" where it can)."""
+    repaired, frame = _repair_header(data)
+    try:
+        pixels, reason = _decode_strictly(data)
+    except BadImage:
+        if repaired == data:
+            raise
+        # libjpeg tells only its first warning: what else there is to warn about shows once the header is mended.
+        data, (pixels, reason) = repaired, _decode_strictly(repaired)
+    if not reason and frame not in COMMON_FRAMES:
+        reason = "lossless or arithmetic-coded JPEG"
+    return data, pixels, reason
+
+
+def _decode_strictly(data: bytes) -> tuple[np.ndarray, str]:
+    """Pixels, and why the image cannot stay as it is. Raises BadImage at the first warning."""
+    import simplejpeg
+
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        _check_pixels(width, height)
+        if colorspace in ("CMYK", "YCCK"):
+            simplejpeg.decode_jpeg(data, "CMYK")
+            return _decode_with_pillow(data)[0], "CMYK JPEG"  # Pillow knows Adobe's inverted CMYK
+        if colorspace == "Gray":
+            return simplejpeg.decode_jpeg(data, "GRAY")[..., 0], ""
+        return simplejpeg.decode_jpeg(data, "RGB"), ""
+    except ValueError as error:
+        if "subsampling" in str(error):  # libjpeg's wrapper does not know these; libjpeg itself, in Pillow, reads them
+            return _decode_with_pillow(data)[0], "JPEG with unusual chroma sampling"
+        raise BadImage(str(error)) from error
+
+
+def _repair_header(data: bytes) -> tuple[bytes, int]:
+    """The JPEG with a header that libjpeg does not warn about, and its frame marker. No pixel changes.
+
+    What is mended does not touch the image: bytes between two segments, an unknown version of JFIF, a sequential scan with the parameters
+    of a progressive one. What lies behind the first scan's header stays: image data that is left over there, or missing, is bit rot.
+    """
+    parts, position, frame = [data[:2]], 2, 0
+    while True:
+        position = data.find(b"\xff", position)
+        if position < 0 or position + 4 > len(data):
+            raise BadImage("a JPEG's header that does not end")
+        marker = data[position + 1]
+        if not (0xC0 <= marker <= 0xFE) or 0xD0 <= marker <= 0xD9:  # no marker of a segment
+            position += 1
+            continue
+        length = 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        segment = bytearray(data[position : position + length])
+        position += length
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            frame = marker
+        elif marker == 0xE0 and segment[4:9] == b"JFIF\0" and len(segment) > 9:
+            segment[9] = 1
+        elif marker == 0xDA:
+            if frame in (0xC0, 0xC1):
+                segment[-3:] = b"\0\x3f\0"
+            return b"".join([*parts, segment, data[position:]]), frame
+        parts.append(segment)

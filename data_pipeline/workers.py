@@ -1,0 +1,89 @@
+"""Tasks in worker processes that outlive nothing: not a killed parent, not a killed sibling, not Ctrl-C. And one preparation at a time."""
+
+import contextlib
+import fcntl
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.progress import Progress
+from data_pipeline.sources import UsageError
+
+
+def run_tasks(function: Callable[[Any], None], tasks: Iterable, workers: int, slots: int, progress: Progress) -> None:
+    """Call `function` with each of `tasks` in one of `workers` processes; tasks are made as they are needed.
+
+    The function says how far it is with `count(slot, done)`, of slots 0 … slots-1. Raises what it raises, or BrokenProcessPool where a
+    worker was killed.
+    """
+    # Spawned, not forked: a forked worker inherits the pipes of its siblings, and would outlive a killed parent.
+    context = multiprocessing.get_context("spawn")
+    counts = context.RawArray("q", max(1, slots))  # no two processes write the same place, so no lock
+    before = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counts,)) as pool:
+        try:
+            queue, running = iter(tasks), set()
+            while True:
+                # A few at a time: every task that waits in the pool is a copy of its part of the listing.
+                while len(running) < 2 * workers and (task := next(queue, None)) is not None:
+                    with _ctrl_c_held():
+                        running.add(pool.submit(function, task))
+                if not running:
+                    break
+                finished, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                progress.show(progress.first + sum(counts))
+        except BaseException:
+            # Leaving the pool waits for its workers: end them now rather than after their tasks.
+            for child in set(multiprocessing.active_children()) - before:
+                child.kill()
+            raise
+
+
+@contextlib.contextmanager
+def locked(work: Path):
+    """Hold the work folder, made where it is not there, for this process alone; the lock goes with the process, however it ends."""
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another process is preparing {work.parent} at this moment.") from None
+        yield
+
+
+def count(slot: int, done: int) -> None:
+    """In a worker: `done` images (or bytes) of slot `slot` are done."""
+    _counts[slot] = done
+
+
+@contextlib.contextmanager
+def _ctrl_c_held():
+    """Ctrl-C waits until this block is over. Processes started in it never see one, not even before their first line of Python."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+_counts = None  # the table of what is done per slot, shared with the parent
+
+
+def _start_worker(counts) -> None:
+    global _counts
+    _counts = counts
+    warnings.simplefilter("ignore")  # Pillow's, about the metadata of images
+
+    def follow_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)  # a worker of a killed parent would wait for its next task for ever
+
+    threading.Thread(target=follow_parent, daemon=True).start()
