@@ -158,6 +158,7 @@ def _run_writer(task: _Task, progress: Callable[[int], None]) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(writer.pid, signal.SIGTERM)
             writer.wait()
+            writer.stdout.read()  # ends when the last of the group has
             writer.stdout.close()
             with contextlib.suppress(BrokenPipeError):
                 writer.stdin.close()

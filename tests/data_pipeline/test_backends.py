@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_pipeline import manifest
 from data_pipeline.backends import open_backend
+from data_pipeline.beton import require_ffcv
 from data_pipeline.decode import decode_batch
 from data_pipeline.manifest import DataError, Split, UsageError, open_manifest
 from tests.data_pipeline.shards import add_beton, jpeg, picture, write_split
@@ -261,3 +262,9 @@ def test_dali_is_not_installed(split, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # as Python has it of a module that cannot be found
     with pytest.raises(UsageError, match=r"data.backend=dali needs nvidia-dali: pip install 'cat-training\[dali\]'"):
         open_backend("dali", split)
+
+
+def test_ffcv_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ffcv", None)
+    with pytest.raises(UsageError, match=r"needs ffcv: apt-get install .*pip install 'cat-training\[ffcv\]'"):
+        require_ffcv()
