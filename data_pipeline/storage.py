@@ -183,13 +183,18 @@ class Ahead:
         self._stored, self._needs = stored, needs
         self._executor = ThreadPoolExecutor(COPIERS, thread_name_prefix="stage")
         self._begun: set[Path] = set()
+        self._missing = set(stored.files)
         for _ in range(count):
             self.advance()
 
     def advance(self) -> None:
+        cache = self._stored.split.cache
+        if cache.limit is None and not self._missing:
+            return  # all have been asked for, and none is removed again
         ids = next(self._needs, np.empty(0, np.int64))
         for number in np.unique(self._stored.records["shard"][ids]).tolist():
             path = self._stored.files[number]
+            self._missing.discard(path)
             if path not in self._begun and not path.exists():
                 self._begun.add(path)
                 self._executor.submit(self._stage, path)

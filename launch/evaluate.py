@@ -12,7 +12,7 @@ from launch.cli import Parser, run
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from data_pipeline.manifest import open_manifest
+    from data_pipeline.storage import open_dataset
     from train.config import ConfigError, parse_config
 
     target = Path(arguments.target)
@@ -21,6 +21,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     import torch
 
+    from data_pipeline.loader import BadSample
     from train.checkpoint import newest_valid, read_weights, validate
     from train.runtime import start_runtime, stop_runtime
     from train.tasks.classification import build_model, evaluate_split
@@ -29,23 +30,28 @@ def main(arguments: argparse.Namespace) -> None:
     if checkpoint is None:
         raise ConfigError(f"{target / 'checkpoints'} has no sound checkpoint")
     info = validate(checkpoint)
+    if arguments.data:
+        info.config["data"]["path"] = arguments.data
     config = parse_config(info.config, source=str(checkpoint))
     weights = arguments.weights or ("ema" if config.ema.decay else "model")
     state = read_weights(checkpoint, weights)
-    manifest = open_manifest(arguments.data or config.data.path)
+    manifest = open_dataset(config.data, training=False)
     if list(manifest.classes) != info.classes:
-        raise ConfigError(f"{manifest.folder} has other classes than {checkpoint} was trained on")
+        raise ConfigError(f"{config.data.path} has other classes than {checkpoint} was trained on")
 
     runtime = start_runtime()
     model = build_model(config, len(info.classes))
     model.load_state_dict(state)
     model.to(runtime.device).eval()
+    bad: list[BadSample] = []
     with torch.no_grad():
-        scores = evaluate_split(model, config, manifest, runtime)
+        scores = evaluate_split(model, config, manifest, runtime, bad.extend)
+    for sample in bad:
+        print(f"left out: {sample.sentence}", file=sys.stderr)
     if runtime.is_main and arguments.json:
-        print(json.dumps({"checkpoint": str(checkpoint), "weights": weights, "data": str(manifest.folder), **asdict(scores)}))
+        print(json.dumps({"checkpoint": str(checkpoint), "weights": weights, "data": config.data.path, **asdict(scores)}))
     elif runtime.is_main:
-        print(f"{checkpoint} ({weights}) on {manifest.folder}: top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %", end="  ")
+        print(f"{checkpoint} ({weights}) on {config.data.path}: top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %", end="  ")
         print(f"loss {scores.loss:.4f}  ({scores.count} images)")
     stop_runtime()
 

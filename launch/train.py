@@ -12,15 +12,17 @@ from launch.cli import Parser, run
 
 def main(arguments: argparse.Namespace) -> None:
     # The light half first: a mistake in the config or a missing dataset is answered before torch is imported.
-    from data_pipeline.manifest import open_manifest
     from data_pipeline.order import Order
+    from data_pipeline.storage import open_dataset
     from train.config import ConfigError, load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    manifest = open_manifest(config.data.path)
+    manifest = open_dataset(config.data)
     samples = manifest.split("train").samples
     try:
-        order = Order(config.train.seed, samples, config.train.global_batch, config.train.micro_batch)
+        order = Order(
+            config.train.seed, samples, config.train.global_batch, config.train.micro_batch, config.data.shuffle, config.data.repeats
+        )
         order.share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
         raise ConfigError(f"{arguments.config}: {error}") from error

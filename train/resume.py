@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from data_pipeline.manifest import Manifest
 from train.checkpoint import CheckpointInfo, list_checkpoints, load_checkpoint, newest_valid, validate
-from train.config import Config, ConfigError, differences
+from train.config import Config, ConfigError, differences, parse_config
 from train.ema import Ema
 from train.engine import Engine
 
@@ -63,7 +63,8 @@ def _choose(
     info = validate(path)
     notes = [f"skipped a damaged checkpoint: {sentence}" for sentence in skipped]
     new = config.model_dump(mode="json")
-    changed = differences(info.config, new, free=False)
+    old = parse_config(info.config, source=str(path)).model_dump(mode="json")  # with the defaults of keys that are newer than it
+    changed = differences(old, new, free=False)
     if info.dataset != manifest.split("train").fingerprint:
         changed.append(f"data.path ({info.config['data']['path']} → {config.data.path}: other images or labels)")
     if changed and not with_changes:
@@ -71,5 +72,5 @@ def _choose(
             f"{path} was trained with other settings: {', '.join(changed)}; set them back, choose another --output, "
             "or give --resume-with-changes to go on all the same"
         )
-    notes += [f"changed since the checkpoint: {item}" for item in changed + differences(info.config, new, free=True)]
+    notes += [f"changed since the checkpoint: {item}" for item in changed + differences(old, new, free=True)]
     return path, info, notes

@@ -1,5 +1,6 @@
 """The run, from start to finish. Read this first."""
 
+import functools
 import json
 import math
 import os
@@ -17,6 +18,8 @@ from train.config import Config, dump_config
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluate import Scores
+from train.feed import Feed
+from train.guard import BadSamples
 from train.monitor import Clock, Monitor, SampleRecord
 from train.resume import restore
 from train.runtime import Runtime, start_runtime, stop_runtime
@@ -64,11 +67,12 @@ class Run:
         if runtime.is_main:
             (output / "config.yaml").write_text(dump_config(config))
         self.monitor = Monitor(output, config, is_main=runtime.is_main, first=self.start, last=self.last, flops_per_image=flops)
+        self.bad_samples = BadSamples(config, runtime.rank)
         self.samples = SampleRecord(output, runtime.rank, config.monitor.record_samples)
         for sentence in restored.notes:
             self.monitor.say(sentence)
         world = f"{runtime.world} × {_device_name(runtime.device)}, ZeRO {config.zero.stage}, {config.train.precision}"
-        what = f"resumed from {restored.path}" if restored.path else f"training {config.model.name} on {manifest.folder}"
+        what = f"resumed from {restored.path}" if restored.path else f"training {config.model.name} on {config.data.path}"
         self.monitor.event(
             "resume" if restored.path else "start",
             self.start,
@@ -80,50 +84,50 @@ class Run:
     def go(self) -> None:
         """The loop."""
         config, order, task, engine, clock = self.config, self.order, self.task, self.engine, Clock()
-        batches = task.batches(self.start)
-        for step in range(self.start, self.last):
-            losses = torch.zeros(order.micro_batches, dtype=torch.float64, device=self.runtime.device)
-            ids = []
-            for index in self.share:
-                began = time.perf_counter()
-                batch = next(batches)
-                clock.waited(time.perf_counter() - began)
-                images, targets = task.inputs(batch)
-                if step % order.steps_per_epoch == 0 and index == 0:
-                    self.monitor.images(step, images)
-                loss = task.loss(engine, batch, images, targets)
-                engine.backward(loss)
-                losses[index] = loss.detach()
-                ids += batch.ids.tolist()
-                result = engine.step(learning_rate(config, step, order.steps_per_epoch))
-            if result.skipped:
-                self.monitor.event("skipped_step", step + 1, f"step {step + 1} skipped: the gradient overflowed in fp16")
-            elif self.ema:
-                self.ema.update(step)
-            clock.finish_step()
+        with Feed(task.batches(self.start), task.inputs, self.runtime.device, clock.waited) as feed:
+            for step in range(self.start, self.last):
+                done, ids = step + 1, []
+                losses = torch.zeros(order.micro_batches, dtype=torch.float64, device=self.runtime.device)
+                for index in self.share:
+                    batch, images, targets = next(feed)
+                    self.bad_samples.meet("train", done, batch.bad)
+                    if step % order.steps_per_epoch == 0 and index == 0:
+                        self.monitor.images(step, images)
+                    loss = task.loss(engine, batch, images, targets)
+                    engine.backward(loss)
+                    feed.prepare()
+                    losses[index] = loss.detach()
+                    ids += batch.ids.tolist()
+                    result = engine.step(learning_rate(config, step, order.steps_per_epoch))
+                if result.skipped:
+                    self.monitor.event("skipped_step", done, f"step {done} skipped: the gradient overflowed in fp16")
+                elif self.ema:
+                    self.ema.update(step)
+                clock.finish_step()
 
-            done = step + 1
-            self.samples.write(done, ids)
-            self.monitor.advance()
-            if done % config.train.log_every == 0 or done in (self.start + 1, self.last):
-                self.report(done, losses, result.grad_norm, clock)
-            began = time.perf_counter()
-            if self.evaluation_due(done):
-                self.evaluate(done)
-            if self.checkpoint_due(done):
-                self.save(done)
-            clock.skip(time.perf_counter() - began)
-        batches.close()
+                self.samples.write(done, ids)
+                self.monitor.advance()
+                if done % config.train.log_every == 0 or done in (self.start + 1, self.last):
+                    self.report(done, losses, result.grad_norm, clock)
+                began = time.perf_counter()
+                if self.evaluation_due(done):
+                    self.evaluate(done)
+                if self.checkpoint_due(done):
+                    self.save(done)
+                clock.skip(time.perf_counter() - began)
         self.finish()
 
     def report(self, done: int, losses: torch.Tensor, grad_norm: float, clock: Clock) -> None:
         """Metrics of the step just finished: its mean loss over all micro-batches of all ranks."""
-        dist.all_reduce(losses)  # each slot is zero on all ranks but one: the same sum on any number of ranks
-        loss = losses.mean().item()
+        sums = torch.cat([losses, losses.new_tensor([self.bad_samples.new])])
+        dist.all_reduce(sums)  # each loss is zero on all ranks but one: the same sum on any number of ranks
+        loss = sums[:-1].mean().item()
         lr = learning_rate(self.config, done - 1, self.order.steps_per_epoch)
         self.monitor.train(done, done / self.order.steps_per_epoch, loss, lr, grad_norm, *clock.read())
         if not math.isfinite(loss):
             raise TrainingFailed(f"the loss of step {done} is {loss}; lower optimizer.lr, or use train.precision=bf16 instead of fp16")
+        if sums[-1].item():
+            self.bad_samples.agree(self.monitor)
 
     def evaluation_due(self, done: int) -> bool:
         epoch, rest = divmod(done, self.order.steps_per_epoch)
@@ -135,12 +139,14 @@ class Run:
 
     def evaluate(self, done: int) -> None:
         """Score the weights and their EMA."""
-        self.scores = {"model": self.task.evaluate(self.engine)}
+        meet = functools.partial(self.bad_samples.meet, "val", done)
+        self.scores = {"model": self.task.evaluate(self.engine, meet)}
         if self.ema:
             with self.ema.swapped_in():
-                self.scores["ema"] = self.task.evaluate(self.engine)
+                self.scores["ema"] = self.task.evaluate(self.engine, meet)
         for weights, scores in self.scores.items():
             self.monitor.evaluation(done, done / self.order.steps_per_epoch, weights, scores)
+        self.bad_samples.agree(self.monitor)
 
     def save(self, done: int) -> None:
         """Write a checkpoint of the state after `done` steps, then remove those that are not kept."""

@@ -1,13 +1,13 @@
 """Image classification with soft targets (mixup, cutmix, label smoothing)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 import catmodel
 from data_pipeline.augment import augment, normalise, sample_keys
-from data_pipeline.loader import Loader, MicroBatch, build_loader, evaluation_batches
+from data_pipeline.loader import BadSample, Loader, MicroBatch, build_loader, evaluation_batches
 from data_pipeline.manifest import Manifest
 from data_pipeline.mix import mix
 from data_pipeline.order import Order
@@ -42,7 +42,7 @@ class Classification:
         """A micro-batch on the device, augmented and mixed: images float [m, 3, S, S], targets float [m, classes]."""
         seed, settings, device = self.config.train.seed, self.config.augment, self.runtime.device
         keys = sample_keys(seed, self.order.epoch_of(batch.step), batch.draws)
-        images = augment(batch.images.to(device, non_blocking=True), keys, settings)
+        images = augment(_on(device, batch), keys, settings)
         labels = batch.labels.to(device, non_blocking=True)
         return mix(images, labels, make_key(seed, Stream.MIX, batch.step, batch.index), self.classes, settings)
 
@@ -51,10 +51,10 @@ class Classification:
         torch.manual_seed(make_key(self.config.train.seed, Stream.MODEL, batch.step, batch.index))
         return nn.functional.cross_entropy(engine(images).float(), targets)
 
-    def evaluate(self, engine: Engine) -> Scores:
-        """Scores of the engine's present weights on the whole `val` split."""
+    def evaluate(self, engine: Engine, meet: Callable[[Iterable[BadSample]], None]) -> Scores:
+        """Scores of the engine's present weights on the whole `val` split; `meet` is told the samples that could not be read."""
         with engine.evaluating():
-            return evaluate_split(engine, self.config, self.manifest, self.runtime)
+            return evaluate_split(engine, self.config, self.manifest, self.runtime, meet)
 
 
 def build_model(config: Config, classes: int) -> nn.Module:
@@ -67,13 +67,23 @@ def build_model(config: Config, classes: int) -> nn.Module:
     return model
 
 
-def evaluate_split(model, config: Config, manifest: Manifest, runtime: Runtime) -> Scores:
-    """Scores of `model` (normalised images → logits) on `manifest`'s `val` split; every rank calls."""
+def evaluate_split(model, config: Config, manifest: Manifest, runtime: Runtime, meet: Callable[[Iterable[BadSample]], None]) -> Scores:
+    """Scores of `model` (normalised images → logits) on `manifest`'s `val` split; every rank calls.
+
+    A sample that cannot be read is left out; `meet` is told of it.
+    """
     split, size, device = manifest.split("val"), config.train.micro_batch, runtime.device
 
-    def normalised() -> Iterator[tuple[int, Tensor, Tensor, bool]]:
+    def normalised() -> Iterator[tuple[int, Tensor, Tensor]]:
         for slot, batch in evaluation_batches(config.data, split, size, rank=runtime.rank, world=runtime.world):
-            images = normalise(batch.images.to(device, non_blocking=True), config.augment)
-            yield slot, images, batch.labels.to(device, non_blocking=True), batch.count
+            meet(batch.bad)
+            yield slot, normalise(_on(device, batch), config.augment), batch.labels.to(device, non_blocking=True)
 
     return evaluate(model, normalised(), -(-split.samples // size), device)
+
+
+def _on(device: torch.device, batch: MicroBatch) -> Tensor:
+    """The images of a micro-batch on the device."""
+    if batch.images.is_cuda:  # written there by the loader, on a stream of its own
+        batch.images.record_stream(torch.cuda.current_stream())
+    return batch.images.to(device, non_blocking=True)
