@@ -1,4 +1,5 @@
 import io
+import itertools
 import os
 import sys
 import time
@@ -14,8 +15,11 @@ from PIL import Image
 from data_pipeline import manifest
 from data_pipeline.backends import open_backend
 from data_pipeline.beton import require_ffcv
+from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.decode import decode_batch
+from data_pipeline.loader import MicroBatch, build_loader
 from data_pipeline.manifest import DataError, Split, UsageError, open_manifest
+from data_pipeline.order import Order
 from tests.data_pipeline.shards import add_beton, jpeg, picture, write_split
 
 WITHOUT_DALI = "nvidia-dali is not installed (the optional extra `dali`)"
@@ -107,6 +111,28 @@ def test_dali_gives_nearly_the_pixels_of_webdataset(varied, shards):
     pixels, failures = read(split if shards else replace(add_beton(split, images, "jpeg"), shards=()), ids, windows, 64, "dali")
     assert failures == {}
     assert np.abs(pixels.astype(int) - expected).mean(axis=(1, 2, 3)).max() < 0.5
+
+
+def batches(split: Split, backend: str, steps: range) -> list[MicroBatch]:
+    data = DataConfig(path=str(split.folder), backend=backend, image_size=32, workers=2)
+    order = Order(seed=3, samples=split.samples, global_batch=12, micro_batch=6)
+    with build_loader(data, AugmentConfig(), split, order, start_step=steps[0]) as loader:
+        return list(itertools.islice(loader, 2 * len(steps)))
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "dali"])
+def test_a_run_may_go_on_with_another_backend(varied, backend):
+    """Two steps an epoch: five steps of webdataset are three steps of it and then two of the other."""
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali", reason=WITHOUT_DALI)
+    split = add_beton(varied[0], varied[1], "jpeg")
+    whole = batches(split, "webdataset", range(5))
+    parts = batches(split, "webdataset", range(3)) + batches(split, backend, range(3, 5))
+    for one, other in zip(whole, parts, strict=True):
+        assert (one.step, one.index) == (other.step, other.index)
+        assert torch.equal(one.ids, other.ids) and np.array_equal(one.draws, other.draws) and torch.equal(one.labels, other.labels)
+        difference = (one.images.float() - other.images.float()).abs().mean(dim=(1, 2, 3)).max()
+        assert difference == 0 if backend == "ffcv" or one.step < 3 else difference < 0.5
 
 
 def test_dalis_pixels_depend_on_the_sample_alone(varied):
