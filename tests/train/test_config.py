@@ -92,5 +92,5 @@ def test_differences_tell_identity_from_free_keys(write):
 
 
 def test_sections_are_those_of_the_contract():
-    assert list(Config.model_fields) == "model data augment train optimizer schedule ema zero checkpoint monitor".split()
+    assert list(Config.model_fields) == "model data augment train optimizer schedule ema zero checkpoint monitor guard".split()
     assert yaml.safe_load(dump_config(load_config(ROOT / "configs" / "cat_b.yaml")))["optimizer"]["lr"] == 1e-3
