@@ -16,6 +16,8 @@ class Backend(Protocol):
     def decode_batch(self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray) -> dict[int, str]:
         """Samples `ids` (int64 [n]), cut at `windows` (int32 [n, 5], crop.py) and resized, into `out` (uint8 [n, size, size, 3], RGB).
 
+        `out` is a contiguous numpy array; for dali it may also be a CUDA tensor, on whose device the images are then decoded.
+
         Returns {row: one sentence that names the file, the sample and what is wrong} of those that cannot be read.
         """
 

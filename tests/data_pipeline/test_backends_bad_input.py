@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from data_pipeline.backends import open_backend
+from data_pipeline.beton import _Samples, _Task
 from data_pipeline.decode import DECODER
-from data_pipeline.manifest import Split
+from data_pipeline.manifest import DataError, Split
 from tests.data_pipeline.shards import add_beton, jpeg, picture, write_split
 
 SIZE = 32
@@ -96,3 +97,18 @@ def test_a_bit_that_flipped_after_packing(tmp_path, name):
     assert list(failures) == [1]
     assert f"{path}: sample 1 of split 'train'" in failures[1] and "checksum does not match" in failures[1]
     assert np.array_equal(out[0], out[2]) and out[0].any()
+
+
+@pytest.mark.parametrize("mode", ["jpeg", "raw"])
+def test_what_is_refused_before_ffcvs_writer_sees_it(table, mode):
+    """As bytes, damage in the image data is of no consequence: what cannot be stored is what has no header of an RGB or gray JPEG."""
+    split, names, images = table
+    samples = _Samples(_Task(split, split.folder / "unused", split.folder / "unused", mode, 1))
+    for row, name in enumerate(names):
+        if name in BAD and (mode == "raw" or name not in ("truncated", "zero tail")):
+            with pytest.raises(DataError, match=f"train-.*tar: sample {row} of split 'train'"):
+                samples._load(row)
+        else:
+            stored = samples._load(row)
+            assert (stored.data.tobytes() == images[row]) == (mode == "jpeg")
+            assert mode == "jpeg" or stored.data.size == 3 * stored.width * stored.height
