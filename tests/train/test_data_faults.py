@@ -1,0 +1,181 @@
+"""Runs whose data is damaged, elsewhere, or comes another way after a resume: the same samples, and the same loss."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.backends.stored import stored_in_shards
+from data_pipeline.manifest import open_manifest, write_manifest
+from data_pipeline.order import Order
+from tests.data_pipeline.shards import add_beton
+from tests.runs import losses, metrics, run, start, start_command
+
+BAD_TRAIN, BAD_VAL = (3, 77, 200), (5, 100)
+
+
+@pytest.fixture(scope="module")
+def damaged_dataset(tiny_dataset, tmp_path_factory) -> Path:
+    """tiny_dataset with three training and two validation images whose bytes are not what the index says."""
+    folder = Path(shutil.copytree(tiny_dataset, tmp_path_factory.mktemp("damaged") / "dataset"))
+    for name, numbers in (("train", BAD_TRAIN), ("val", BAD_VAL)):
+        split = open_manifest(folder).split(name)
+        for record in split.records[list(numbers)]:
+            with open(folder / split.shards[record["shard"]].file, "r+b") as file:
+                file.seek(int(record["offset"]) + int(record["size"]) // 2)
+                file.write(b"damage")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both_formats(tiny_dataset, tmp_path_factory) -> Path:
+    """tiny_dataset, as shards and as FFCV files."""
+    folder = Path(shutil.copytree(tiny_dataset, tmp_path_factory.mktemp("formats") / "dataset"))
+    manifest, splits = open_manifest(folder), {}
+    for name, split in manifest.splits.items():
+        stored, failures = stored_in_shards(split).read(range(split.samples))
+        assert not failures
+        splits[name] = add_beton(split, stored, "jpeg")
+    write_manifest(replace(manifest, splits=splits))
+    return folder
+
+
+def ids_by_step(output: Path, world: int, folder: str = "samples") -> dict[int, list[int]]:
+    """The ids of a step over all ranks, sorted; where a step was taken twice, the second time counts."""
+    steps: dict[int, dict[int, list[int]]] = {}
+    for rank in range(world):
+        text = (output / folder / f"rank_{rank}.jsonl").read_text()
+        for line in (json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")):  # a killed run's last may not
+            steps.setdefault(line["step"], {})[rank] = line["ids"]
+    return {step: sorted(sum(ranks.values(), [])) for step, ranks in steps.items()}
+
+
+def bad_samples(output: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line.get("event") == "bad_sample"]
+
+
+@pytest.mark.slow
+def test_bad_samples_are_replaced_alike_on_one_and_two_ranks_and_named_once(tiny_config, damaged_dataset, tmp_path):
+    for world in (1, 2):
+        run(tiny_config, tmp_path / f"{world}", f"data.path={damaged_dataset}", "data.repeats=2", "train.epochs=4", world=world)
+    one, two = tmp_path / "1", tmp_path / "2"
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5, abs=0)
+    order = Order(0, 260, 32, 8, repeats=2)
+    instead = {number: order.replacement(number, 0) for number in BAD_TRAIN}
+    assert not set(instead) & set(instead.values())
+    expected = {step + 1: sorted(instead.get(i, i) for i in order.ids(step).tolist()) for step in range(32)}
+    assert ids_by_step(one, 1) == ids_by_step(two, 2) == expected
+
+    for output, world in ((one, 1), (two, 2)):
+        events = bad_samples(output)
+        met = {number for number in BAD_TRAIN if any(number in order.ids(step) for step in range(32))}
+        assert met
+        named = [(event["split"], event["id"], event["replaced_by"]) for event in events]
+        assert sorted(named) == sorted([*(("train", number, instead[number]) for number in met), *(("val", n, None) for n in BAD_VAL)])
+        assert {event["rank"] for event in events} <= set(range(world))
+        for event in events:
+            if event["split"] == "train":
+                assert event["id"] in order.ids(event["step"] - 1)
+        log = (output / "train.log").read_text()
+        assert log.count("sample 5 of split 'val'") == 1
+        assert "It is left out of the score." in log and f"Sample {instead[min(met)]} is used instead." in log
+        assert {line["count"] for line in metrics(output, "eval")} == {99}
+    assert metrics(one, "eval")[-1]["top1"] == pytest.approx(metrics(two, "eval")[-1]["top1"], abs=1.1)
+
+    output = tmp_path / "alone"
+    start_command("evaluate", output, str(one), "--json").wait()
+    lines = (output / "stdout_0").read_text().splitlines()
+    assert json.loads(lines[-1])["count"] == 99
+    assert sum(line.startswith("left out: ") for line in lines) == 2
+
+
+@pytest.mark.slow
+def test_more_bad_samples_than_the_budget_end_the_run_and_a_larger_budget_goes_on(tiny_config, damaged_dataset, tmp_path):
+    settings = [f"data.path={damaged_dataset}", "train.evaluate_every=0", "checkpoint.every_steps=1"]
+    job = start(tiny_config, tmp_path, *settings, "guard.bad_samples=1", world=2)
+    assert job.wait() == [65, 65]
+    for rank in (0, 1):
+        last = job.text(rank).splitlines()[-1]
+        assert last.startswith("error: ") and "cannot be read: its checksum" in last
+        assert "2 samples that cannot be read, and guard.bad_samples allows 1" in last
+        assert last.endswith(f"python launch/prepare.py verify {damaged_dataset}")
+    assert "Traceback" not in job.text()
+    done = max(losses(tmp_path))
+    job = run(tiny_config, tmp_path, *settings, "guard.bad_samples=3", world=2)
+    assert "guard.bad_samples (1 → 3)" in job.text()
+    assert f"step {done - 1} of 16" in job.text()
+    assert sorted(losses(tmp_path)) == list(range(1, 17))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shuffle", ["full", "block"])
+def test_backend_workers_world_and_place_change_no_sample_in_the_middle_of_a_run(tiny_config, both_formats, tmp_path, shuffle):
+    """Killed in the middle of both epochs; every start comes with another backend, other threads, other ranks, other storage."""
+    settings = [f"data.shuffle={shuffle}", "data.repeats=2", "train.evaluate_every=0", "checkpoint.every_steps=3"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(tiny_config, whole, *settings, f"data.path={both_formats}", world=1)
+
+    path = f"data.path={both_formats}"
+    url = [f"data.path=file://{both_formats}", f"data.cache_dir={tmp_path / 'cache'}"]
+    start(tiny_config, parts, *settings, path, "data.backend=ffcv", "data.workers=3", world=2).kill_at(5)
+    (parts / "samples").rename(parts / "samples_1")
+    start(tiny_config, parts, *settings, *url, "data.prefetch=7", world=1).kill_at(11)
+    (parts / "samples").rename(parts / "samples_2")
+    job = run(tiny_config, parts, *settings, *url, "data.backend=ffcv", "data.workers=2", world=4)
+
+    assert "data.backend (webdataset → ffcv)" in job.text()
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5, abs=0)
+    order = Order(0, 260, 32, 8, shuffle, repeats=2)
+    assert ids_by_step(whole, 1) == {step + 1: sorted(order.ids(step).tolist()) for step in range(16)}
+    second, third = (line["step"] for line in metrics(parts, "event") if line["event"] == "resume")
+    assert 3 <= second <= third < 16
+    taken = {}
+    for name, world, first in (("samples_1", 2, 0), ("samples_2", 1, second), ("samples", 4, third)):
+        later = {step: ids for step, ids in ids_by_step(parts, world, name).items() if step > first}
+        taken = {step: ids for step, ids in taken.items() if step <= first} | later
+    assert taken == ids_by_step(whole, 1)
+
+
+@pytest.mark.slow
+def test_dali_takes_the_same_samples(tiny_config, both_formats, tmp_path):
+    """Its pixels differ a little, so the loss does: by no more than that."""
+    pytest.importorskip("nvidia.dali")
+    settings = [f"data.path={both_formats}", "train.evaluate_every=0", "train.max_steps=8"]
+    run(tiny_config, tmp_path / "whole", *settings)
+    run(tiny_config, tmp_path / "parts", *settings, "train.max_steps=4", world=2)
+    run(tiny_config, tmp_path / "parts", *settings, "data.backend=dali", world=1)
+    (tmp_path / "parts" / "samples" / "rank_1.jsonl").unlink()
+    later = [{s: i for s, i in ids_by_step(tmp_path / name, 1).items() if s > 4} for name in ("whole", "parts")]
+    assert sorted(later[0]) == [5, 6, 7, 8] and later[0] == later[1]
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=0.02)
+
+
+@pytest.mark.slow
+def test_shuffle_and_repeats_are_the_runs_identity(tiny_config, tmp_path):
+    run(tiny_config, tmp_path, "train.max_steps=1", "train.evaluate_every=0")
+    job = start(tiny_config, tmp_path, "data.shuffle=block", "data.repeats=4", "train.evaluate_every=0")
+    assert job.wait() == [78]
+    assert "data.repeats (1 → 4), data.shuffle (full → block)" in job.text().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_repeats_that_do_not_divide_the_batch(tiny_config, tmp_path):
+    job = start(tiny_config, tmp_path, "data.repeats=3")
+    assert job.wait() == [78]
+    assert job.text().splitlines()[-1].endswith("data.repeats 3 does not divide global_batch 32")
+
+
+@pytest.mark.slow
+def test_a_damaged_shard_ends_the_run_by_name(tiny_config, tiny_dataset, tmp_path):
+    copy = Path(shutil.copytree(tiny_dataset, tmp_path / "dataset"))
+    shard = sorted(copy.glob("train-*.tar"))[1]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    job = start(tiny_config, tmp_path / "run", f"data.path=file://{copy}", f"data.cache_dir={tmp_path / 'cache'}")
+    assert job.wait() == [65]
+    last = job.text().splitlines()[-1]
+    assert last.startswith(f"error: file://{copy}/{shard.name} is damaged: its SHA-256 is not the manifest's")
