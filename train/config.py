@@ -67,12 +67,12 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "muon"] = Field("adamw", description="muon: for the matrices of hidden layers, AdamW for the rest")
     lr: float = Field(1e-3, gt=0, description="peak learning rate, for the whole global batch")
     weight_decay: float = Field(0.05, ge=0, description="not applied to biases, norms and what the model names in no_weight_decay()")
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
-    momentum: Fraction = Field(0.9, description="sgd only")
+    momentum: Fraction = Field(0.9, description="sgd and muon")
     clip_grad: float | None = Field(5.0, gt=0, description="largest norm of the whole gradient; null turns clipping off")
 
 
@@ -128,6 +128,12 @@ class Config(Section):
     def _schedule_fits(self) -> "Config":
         if self.schedule.warmup_epochs >= self.train.epochs:
             raise ValueError(f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} leaves nothing of train.epochs {self.train.epochs}")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_matrices(self) -> "Config":
+        if self.optimizer.name == "muon" and self.zero.stage:
+            raise ValueError(f"optimizer.name=muon needs zero.stage=0, not {self.zero.stage}: ZeRO cuts the matrices that it works on")
         return self
 
 
