@@ -26,7 +26,8 @@ from .order import POOL, Order
 from .randomness import Stream, fold, make_key
 from .storage import Ahead, StagedSplit
 
-# A chunk of work is at most this many images, so that closing never waits for more than one such chunk per thread.
+# A thread takes this many images at once, or fewer where what is decoded ahead would not make two such chunks per thread. Larger ones
+# save little more of the work that is done per chunk, under Python's lock; and closing waits for one chunk per thread.
 LARGEST_CHUNK = 64
 
 # The label of what must not be counted in evaluation.
@@ -34,9 +35,6 @@ UNCOUNTED = -1
 
 # Samples tried in place of one that cannot be read. Where none of them can be either, something else is wrong.
 REPLACEMENTS = 8
-
-# (draws [n], widths [n], heights [n]) → windows [n, 5]
-Windows = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -68,16 +66,16 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class _Job:
-    """A micro-batch to be made. Its windows are computed by the threads, beside the decoding.
+    """A micro-batch to be made: which samples (`draws`, int64 [m]) and where they are cut (`windows`, int32 [m, 5]).
 
-    replacement: (id, attempt) → the id to use instead; None leaves bad samples out.
+    substitute: (draw that cannot be read, attempt) → the draw to use instead and its window; None leaves it out.
     """
 
     step: int
     index: int
     draws: np.ndarray
-    windows: Windows
-    replacement: Callable[[int, int], int] | None
+    windows: np.ndarray
+    substitute: Callable[[int, int], tuple[int, np.ndarray]] | None
 
 
 def build_loader(
@@ -97,13 +95,21 @@ def build_loader(
         for step in count(start_step):
             key = make_key(order.seed, Stream.CROP, order.epoch_of(step))
 
-            def windows(draws: np.ndarray, widths: np.ndarray, heights: np.ndarray, key: int = key) -> np.ndarray:
-                return training_windows(fold(key, draws), widths, heights, augment, data.eval_crop)
+            def windows(draws: np.ndarray, key: int = key) -> np.ndarray:
+                records = split.records[draws % order.samples]
+                return training_windows(fold(key, draws), records["width"], records["height"], augment, data.eval_crop)
 
-            for index in share:
-                yield _Job(step, index, order.micro_batch_draws(step, index), windows, order.replacement)
+            def substitute(draw: int, attempt: int, windows: Callable = windows) -> tuple[int, np.ndarray]:
+                copy, number = divmod(draw, order.samples)
+                used = order.replacement(number, attempt) + order.samples * copy
+                return used, windows(np.array([used]))[0]
 
-    needs = (order.micro_batch_ids(step, index) for step in count(start_step) for index in share)
+            draws = order.draws(step, share)
+            planned = windows(draws.ravel()).reshape(*draws.shape, 5)
+            for row, index in enumerate(share):
+                yield _Job(step, index, draws[row], planned[row], substitute)
+
+    needs = (draws % order.samples for step in count(start_step) for draws in order.draws(step, share))
     return Loader(data, split, jobs(), needs, -(-POOL * len(share) // order.global_batch))
 
 
@@ -120,15 +126,16 @@ def evaluation_batches(
     rounds = -(-batches // world)
     mine = range(rank, batches, world)
 
-    def windows(draws: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-        return evaluation_windows(widths, heights, data.eval_crop)
-
     def needs() -> Iterator[np.ndarray]:
         for k in mine or (0,):
             yield np.arange(k * batch_size, min((k + 1) * batch_size, split.samples), dtype=np.int64)
 
-    jobs = (_Job(0, k, ids, windows, None) for k, ids in zip(mine or (0,), needs(), strict=True))
-    with Loader(data, split, jobs, needs(), -(-POOL // (batch_size * world))) as loader:
+    def jobs() -> Iterator[_Job]:
+        for k, ids in zip(mine or (0,), needs(), strict=True):
+            records = split.records[ids]
+            yield _Job(0, k, ids, evaluation_windows(records["width"], records["height"], data.eval_crop), None)
+
+    with Loader(data, split, jobs(), needs(), -(-POOL // (batch_size * world))) as loader:
         batch = None
         for number in range(rounds):
             batch = next(loader, batch)
@@ -198,7 +205,8 @@ class Loader(AbstractContextManager):
         ids, labels = (torch.empty(total, dtype=torch.int64, pin_memory=self._pin) for _ in range(2))
         if self._stream is None:
             images = torch.empty((total, size, size, 3), dtype=torch.uint8, pin_memory=self._pin)
-            pixels, length = images.numpy(), min(LARGEST_CHUNK, -(-total // self._data.workers))
+            pixels = images.numpy()
+            length = min(LARGEST_CHUNK, max(1, total * self._data.prefetch // (2 * self._data.workers)))
         else:
             with torch.cuda.stream(self._stream):
                 images = torch.empty((total, size, size, 3), dtype=torch.uint8, device="cuda")
@@ -212,39 +220,36 @@ class Loader(AbstractContextManager):
 
     def _fill(self, job: _Job, batch: MicroBatch, part: slice, pixels: "np.ndarray | torch.Tensor") -> list[BadSample]:
         """Fill some rows of a micro-batch. Returns the bad samples; `draws` (a view of the batch's) becomes that of those really used."""
-        draws = job.draws[part]
-        failures = self._decode(job, draws, pixels)
+        draws, windows = job.draws[part], job.windows[part]
+        failures = self._decode(draws, windows, pixels)
         bad = [sample for row in sorted(failures) for sample in self._replace(job, draws, pixels, row, failures[row])]
         ids = draws % self._samples
         batch.ids.numpy()[part] = ids
         labels = batch.labels.numpy()[part]
         labels[:] = self._records["label"][ids]
-        if job.replacement is None:
+        if job.substitute is None:
             labels[list(failures)] = UNCOUNTED
         return bad
 
     def _replace(self, job: _Job, draws: np.ndarray, pixels: "np.ndarray | torch.Tensor", row: int, sentence: str) -> list[BadSample]:
         """Put another sample in the place of the one in `row`, which `sentence` is about. Raises DataError where none can be read."""
-        copy, first = divmod(int(draws[row]), self._samples)
-        if job.replacement is None:
+        first = int(draws[row])
+        if job.substitute is None:
             pixels[row] = 0
             return [BadSample(first, sentence, None)]
-        sentences = {first: sentence}
+        sentences = {first % self._samples: sentence}
         for attempt in range(REPLACEMENTS):
-            used = job.replacement(first, attempt)
-            draws[row] = used + self._samples * copy
-            failures = self._decode(job, draws[row : row + 1], pixels[row : row + 1])
+            draws[row], window = job.substitute(first, attempt)
+            used = int(draws[row]) % self._samples
+            failures = self._decode(draws[row : row + 1], window[None], pixels[row : row + 1])
             if not failures:
                 return [BadSample(number, text, used) for number, text in sentences.items()]
             sentences[used] = failures[0]
         raise DataError(f"{sentence} Nor could any of {REPLACEMENTS} others in its place: is the disk still there?")
 
-    def _decode(self, job: _Job, draws: np.ndarray, pixels: "np.ndarray | torch.Tensor") -> dict[int, str]:
-        ids = draws % self._samples
-        records = self._records[ids]
-        windows = job.windows(draws, records["width"], records["height"])
+    def _decode(self, draws: np.ndarray, windows: np.ndarray, pixels: "np.ndarray | torch.Tensor") -> dict[int, str]:
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            return self._backend.decode_batch(ids, windows, self._data.image_size, self._data.interpolation, pixels)
+            return self._backend.decode_batch(draws % self._samples, windows, self._data.image_size, self._data.interpolation, pixels)
 
 
 def _start_threads(workers: int) -> tuple[ThreadPoolExecutor, list[Thread]]:

@@ -10,6 +10,7 @@ micro-batches where these are not larger than that. An epoch keeps its N // G st
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,17 +67,29 @@ class Order:
 
     def ids(self, step: int) -> np.ndarray:
         """The sample ids of a step, int64 [global_batch]."""
-        return self._draws(step, 0, self.global_batch) % self.samples
+        return self.draws(step, range(self.micro_batches)).ravel() % self.samples
 
     def micro_batch_ids(self, step: int, index: int) -> np.ndarray:
         """The sample ids of micro-batch `index` of a step, int64 [micro_batch]."""
-        return self.micro_batch_draws(step, index) % self.samples
+        return self.draws(step, [index])[0] % self.samples
 
-    def micro_batch_draws(self, step: int, index: int) -> np.ndarray:
-        """id + samples · copy of each slot of micro-batch `index`, int64 [micro_batch]: what differs between the uses of a sample."""
-        if not 0 <= index < self.micro_batches:
-            raise ValueError(f"micro-batch {index} of a step of {self.micro_batches}")
-        return self._draws(step, index * self.micro_batch, self.micro_batch)
+    def draws(self, step: int, indices: Sequence[int]) -> np.ndarray:
+        """id + samples · copy of each slot of some micro-batches of a step, int64 [len(indices), micro_batch].
+
+        A draw says which use of a sample it is, where `repeats` has several.
+        """
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        first = np.asarray(indices, np.int64)
+        if first.size and not 0 <= first.min() <= first.max() < self.micro_batches:
+            raise ValueError(f"micro-batches {list(indices)} of a step of {self.micro_batches}")
+        slots = (first[:, None] * self.micro_batch + np.arange(self.micro_batch)).ravel()
+        distinct = self.global_batch // self.repeats
+        copy, place = np.divmod(slots, distinct)
+        positions = (step % self.steps_per_epoch) * distinct + place
+        key = make_key(self.seed, Stream.ORDER, self.epoch_of(step))
+        shuffled = block_permute if self.shuffle == "block" else permute
+        return (shuffled(key, self.samples, positions) + self.samples * copy).reshape(-1, self.micro_batch)
 
     def replacement(self, sample: int, attempt: int) -> int:
         """The id to use in place of a sample that cannot be read; `attempt` counts from 0, as that one may be unreadable too."""
@@ -94,16 +107,6 @@ class Order:
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")
         return range(rank, total, world)
-
-    def _draws(self, step: int, start: int, count: int) -> np.ndarray:
-        if step < 0:
-            raise ValueError(f"step {step} is negative")
-        distinct = self.global_batch // self.repeats
-        copy, place = np.divmod(np.arange(start, start + count, dtype=np.int64), distinct)
-        key = make_key(self.seed, Stream.ORDER, self.epoch_of(step))
-        positions = (step % self.steps_per_epoch) * distinct + place
-        shuffled = block_permute if self.shuffle == "block" else permute
-        return shuffled(key, self.samples, positions) + self.samples * copy
 
 
 def block_permute(key: int, size: int, positions: np.ndarray) -> np.ndarray:

@@ -122,7 +122,7 @@ def test_copies_of_a_sample_are_cut_differently(split, images):
         order.micro_batch_ids(step, index).tolist() for step in (0, 1) for index in range(6)
     ]
     for batch in batches:
-        draws = order.micro_batch_draws(batch.step, batch.index)
+        draws = order.draws(batch.step, [batch.index])[0]
         assert np.array_equal(batch.draws, draws)
         ids = draws % SAMPLES
         windows = training_windows(
@@ -161,7 +161,7 @@ def test_a_bad_sample_is_replaced_and_named_whoever_meets_it(tmp_path, repeats):
     assert all(map(same, batches, [by_rank[index][step] for step in range(5) for index in (0, 1)]))
     met = 0
     for batch in batches:
-        planned = order.micro_batch_draws(batch.step, batch.index)
+        planned = order.draws(batch.step, [batch.index])[0]
         expected = {17: second, first: order.replacement(first, 0)}
         used = np.array([draw - draw % 40 + expected.get(draw % 40, draw % 40) for draw in planned])
         assert np.array_equal(batch.draws, used)
