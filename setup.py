@@ -12,8 +12,8 @@ setup(
     ext_modules=[
         Extension(
             "data_pipeline.native.library",
-            sources=[f"{NATIVE}/decode.c", f"{NATIVE}/resample.c", f"{NATIVE}/resample_avx2.c"],
-            depends=[f"{NATIVE}/decode.h", f"{NATIVE}/resample.h"],
+            sources=[f"{NATIVE}/{name}.c" for name in ("decode", "huffman", "resample", "resample_avx2")],
+            depends=[f"{NATIVE}/{name}.h" for name in ("decode", "huffman", "resample")],
             libraries=["jpeg", "m"],
             # No fused multiply-add in the weights: the same bits on every machine.
             extra_compile_args=["-O3", "-std=c11", "-fvisibility=hidden", "-ffp-contract=off"],

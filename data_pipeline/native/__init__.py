@@ -1,4 +1,4 @@
-"""The compiled decoder: C on libjpeg-turbo, in resample.c and decode.c, loaded with ctypes, which releases the GIL.
+"""The compiled decoder: C on libjpeg-turbo (decode.c first), loaded with ctypes, which releases the GIL.
 
 `LIBRARY` is None where it was not built (no compiler or no headers when the project was installed) or was built from other sources.
 """
@@ -9,8 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-INTERFACE = 1  # decode.h
+# As in decode.h and resample.h.
+INTERFACE = 1
 MESSAGE_LENGTH = 200
+AVX2, OWN_HUFFMAN = 1, 2
 ENCODINGS = {"jpeg": 0, "raw": 1}
 INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
 
@@ -28,13 +30,13 @@ def _load() -> ctypes.CDLL | None:
     pointer = ctypes.c_void_p
     library.decoder_decode.argtypes = [
         *(ctypes.c_int, ctypes.c_int, pointer, pointer, pointer, pointer),  # count, encoding, data, lengths, dimensions, windows
-        *(ctypes.c_int, ctypes.c_int, ctypes.c_int, pointer, pointer),  # size, filter, avx2, out, messages
+        *(ctypes.c_int, ctypes.c_int, ctypes.c_int, pointer, pointer),  # size, filter, features, out, messages
     ]
     return library
 
 
 LIBRARY = _load()
-HAS_AVX2 = LIBRARY is not None and bool(LIBRARY.decoder_has_avx2())
+FEATURES = 0 if LIBRARY is None else LIBRARY.decoder_features()
 
 
 def decode_batch(
@@ -46,9 +48,12 @@ def decode_batch(
     out: np.ndarray,
     *,
     encoding: str = "jpeg",
-    avx2: bool = HAS_AVX2,
+    features: int = FEATURES,
 ) -> dict[int, str]:
-    """See data_pipeline.decode.decode_batch. avx2: False takes the scalar code, which gives the same bits."""
+    """See data_pipeline.decode.decode_batch. encoding: "jpeg", or "raw" for stored pixels, uint8 [height, width, 3].
+
+    features: of the machine, which of them to use; the result is the same, to the last bit.
+    """
     count = len(encoded)
     dimensions = np.ascontiguousarray(dimensions, np.int32)
     windows = np.ascontiguousarray(windows, np.int32)
@@ -61,7 +66,7 @@ def decode_batch(
     messages = np.empty((count, MESSAGE_LENGTH), np.uint8)
     failures = LIBRARY.decoder_decode(
         *(count, ENCODINGS[encoding], data, lengths.ctypes.data, dimensions.ctypes.data, windows.ctypes.data),
-        *(size, INTERPOLATIONS[interpolation], avx2 and HAS_AVX2, out.ctypes.data, messages.ctypes.data),
+        *(size, INTERPOLATIONS[interpolation], features, out.ctypes.data, messages.ctypes.data),
     )
     if not failures:
         return {}

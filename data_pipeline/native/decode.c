@@ -7,61 +7,74 @@
 
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include <jpeglib.h>
 
+#include "huffman.h"
 #include "resample.h"
 
-#if !defined(LIBJPEG_TURBO_VERSION_NUMBER) || LIBJPEG_TURBO_VERSION_NUMBER < 2000000
-#error "libjpeg-turbo 2.0 or newer is needed"
+#if !defined(LIBJPEG_TURBO_VERSION_NUMBER) || LIBJPEG_TURBO_VERSION_NUMBER < 2000000 || LIBJPEG_TURBO_VERSION_NUMBER >= 4000000
+#error "libjpeg-turbo 2 or 3 is needed"
 #endif
 
-/* Pixels around the window that are decoded too: the upsampling of chroma looks one chroma sample, that is two pixels, to each side. With
- * them the window is bit-identical to the same part of the whole image. */
+/* Pixels around the window that are decoded too: upsampling looks one chroma sample, that is two pixels, to each side. With them the window
+ * is bit-identical to the same part of the whole image. */
 enum { PADDING = 2 };
+/* Rows that are decoded before they are resampled: one at a time, code and data of both would chase each other out of the caches. */
+enum { ROWS = 8 };
 enum { LARGEST_WINDOW = 1 << 16 };
 /* A progressive image is held as coefficients: 1 GiB of them. */
 #define LARGEST_COEFFICIENTS ((uint64_t)1 << 30)
-/* A progressive scan can cost a few bytes in the file and a pass over the whole image. */
+/* A progressive scan can take a few bytes of the file and a pass over the whole image. */
 enum { MOST_SCANS = 500 };
+/* How an attempt at an image ends. GAVE_UP: huffman.c did not like the data. */
+enum { DONE, FAILED, GAVE_UP };
 
 typedef struct {
     int32_t x, y, width, height, flip;
 } Window;
 
+/* The part [left, right) x [top, bottom) of the image that a window shows, `before` pixels to the right of the window's left edge. */
+typedef struct {
+    int left, right, top, bottom, before;
+} Part;
+
 typedef struct {
     struct jpeg_decompress_struct jpeg;
     struct jpeg_error_mgr errors;
     struct jpeg_progress_mgr progress;
-    jmp_buf failed;
+    jmp_buf ended;
     char *message;
+    int encoding, size, filter, features;
+    Huffman huffman;
     Resampler resampler;
-    Buffer row; /* a row of the window as it goes to the resampler, black outside the image */
+    Buffer rows; /* of the window, as they go to the resampler: black outside the image */
 } Decoder;
 
 EXPORT int decoder_interface(void) { return INTERFACE; }
 
-EXPORT int decoder_has_avx2(void) {
+EXPORT int decoder_features(void) {
 #if HAVE_AVX2
-    return __builtin_cpu_supports("avx2") != 0;
+    return OWN_HUFFMAN | (__builtin_cpu_supports("avx2") ? AVX2 : 0);
 #else
-    return 0;
+    return OWN_HUFFMAN;
 #endif
 }
 
-/* Ends the image: back to decode_one. */
+/* Ends the image: back to `attempt`. */
 static _Noreturn __attribute__((format(printf, 2, 3))) void fail(Decoder *decoder, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(decoder->message, MESSAGE_LENGTH, format, arguments);
     va_end(arguments);
-    longjmp(decoder->failed, 1);
+    longjmp(decoder->ended, FAILED);
 }
 
-static void on_error(j_common_ptr jpeg) {
+static _Noreturn void on_error(j_common_ptr jpeg) {
     char message[JMSG_LENGTH_MAX];
     jpeg->err->format_message(jpeg, message);
     fail(jpeg->client_data, "%s", message);
@@ -76,76 +89,94 @@ static void on_progress(j_common_ptr jpeg) {
     if (decoder->jpeg.input_scan_number > MOST_SCANS) fail(decoder, "it has more than %d scans", MOST_SCANS);
 }
 
+Huffman *huffman_of(j_decompress_ptr jpeg) { return &((Decoder *)jpeg->client_data)->huffman; }
+
+_Noreturn void huffman_give_up(j_decompress_ptr jpeg) { longjmp(((Decoder *)jpeg->client_data)->ended, GAVE_UP); }
+
 static int larger(int64_t a, int64_t b) { return (int)(a > b ? a : b); }
 static int smaller(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
 
-static uint8_t *start_row(Decoder *decoder, size_t pixels) {
-    const size_t bytes = pixels * CHANNELS + resample_slack(&decoder->resampler);
-    if (!buffer_reserve(&decoder->row, bytes)) fail(decoder, "out of memory");
-    memset(decoder->row.data, 0, bytes);
-    return decoder->row.data;
+/* Room for `count` black rows, and for what the resampler may read behind the last. */
+static uint8_t *start_rows(Decoder *decoder, size_t pixels, int count) {
+    const size_t bytes = pixels * CHANNELS * count + resample_slack(&decoder->resampler);
+    if (!buffer_reserve(&decoder->rows, bytes)) fail(decoder, "out of memory");
+    memset(decoder->rows.data, 0, bytes);
+    return decoder->rows.data;
 }
 
 static void black_rows(Decoder *decoder, int count, int width) {
-    const uint8_t *row = count > 0 ? start_row(decoder, width) : NULL;
+    if (count == 0) return;
+    const uint8_t *row = start_rows(decoder, width, 1);
     for (int i = 0; i < count; i++) resample_row(&decoder->resampler, row);
 }
 
-/* The part [left, right) x [top, bottom) of the image, `before` pixels to the right of the window's left edge. */
-typedef struct {
-    int left, right, top, bottom, before;
-} Part;
-
-static void raw_rows(Decoder *decoder, const uint8_t *pixels, int image_width, Window window, Part part) {
-    uint8_t *row = start_row(decoder, window.width);
+static void raw_rows(Decoder *decoder, const uint8_t *pixels, size_t length, int image_width, Window window, Part part) {
+    uint8_t *copy = start_rows(decoder, window.width, 1);
+    const size_t bytes = (size_t)(part.right - part.left) * CHANNELS;
     for (int y = part.top; y < part.bottom; y++) {
-        memcpy(row + (size_t)part.before * CHANNELS, pixels + ((size_t)y * image_width + part.left) * CHANNELS,
-               (size_t)(part.right - part.left) * CHANNELS);
-        resample_row(&decoder->resampler, row);
+        const size_t offset = ((size_t)y * image_width + part.left) * CHANNELS;
+        if (part.right - part.left == window.width && offset + bytes + resample_slack(&decoder->resampler) <= length) {
+            resample_row(&decoder->resampler, pixels + offset);
+        } else {
+            memcpy(copy + (size_t)part.before * CHANNELS, pixels + offset, bytes);
+            resample_row(&decoder->resampler, copy);
+        }
     }
 }
 
 static void open_jpeg(Decoder *decoder, const uint8_t *data, size_t length, int width, int height) {
-    struct jpeg_decompress_struct *jpeg = &decoder->jpeg;
+    j_decompress_ptr jpeg = &decoder->jpeg;
+    jpeg_create_decompress(jpeg);
+    jpeg->progress = &decoder->progress;
     jpeg_mem_src(jpeg, data, length);
     jpeg_read_header(jpeg, TRUE);
     if (jpeg->image_width != (JDIMENSION)width || jpeg->image_height != (JDIMENSION)height)
         fail(decoder, "it is %ux%u pixels where the index says %dx%d", jpeg->image_width, jpeg->image_height, width, height);
+    if (jpeg->jpeg_color_space == JCS_CMYK || jpeg->jpeg_color_space == JCS_YCCK) fail(decoder, "it is CMYK");
     if (jpeg->jpeg_color_space != JCS_YCbCr && jpeg->jpeg_color_space != JCS_RGB && jpeg->jpeg_color_space != JCS_GRAYSCALE)
         fail(decoder, "it has %d channels that are neither RGB nor gray", jpeg->num_components);
+    if (jpeg->arith_code) fail(decoder, "it is arithmetic-coded");
     if (jpeg_has_multiple_scans(jpeg) && (uint64_t)width * height * jpeg->num_components * sizeof(JCOEF) > LARGEST_COEFFICIENTS)
-        fail(decoder, "it is progressive and of %dx%d pixels, which takes more than 1 GiB", width, height);
+        fail(decoder, "it is progressive and of %dx%d pixels, which would take more than 1 GiB", width, height);
     jpeg->out_color_space = JCS_RGB;
 }
 
 static void jpeg_rows(Decoder *decoder, Window window, Part part) {
-    struct jpeg_decompress_struct *jpeg = &decoder->jpeg;
+    j_decompress_ptr jpeg = &decoder->jpeg;
     jpeg_start_decompress(jpeg);
+    if (decoder->features & OWN_HUFFMAN) huffman_install(&decoder->huffman, jpeg);
     JDIMENSION left = larger(part.left - PADDING, 0);
-    JDIMENSION width = smaller(part.right + PADDING, jpeg->output_width) - left;
+    JDIMENSION width = smaller((int64_t)part.right + PADDING, jpeg->output_width) - left;
     jpeg_crop_scanline(jpeg, &left, &width); /* moves `left` to the edge of a block */
     const size_t excess = part.left - left;
-    uint8_t *buffer = start_row(decoder, part.before + excess + larger(width, window.width));
-    JSAMPROW decoded = buffer + (size_t)part.before * CHANNELS;
-    const JDIMENSION top = larger(part.top - PADDING, 0);
-    if (top > 0) jpeg_skip_scanlines(jpeg, top);
-    for (JDIMENSION y = top; y < (JDIMENSION)part.bottom; y++) {
-        jpeg_read_scanlines(jpeg, &decoded, 1);
-        if (y >= (JDIMENSION)part.top) resample_row(&decoder->resampler, buffer + excess * CHANNELS);
+    const size_t pixels = part.before + excess + larger(width, window.width);
+    uint8_t *rows = start_rows(decoder, pixels, ROWS);
+    JSAMPROW decoded[ROWS];
+    for (int i = 0; i < ROWS; i++) decoded[i] = rows + (i * pixels + part.before) * CHANNELS;
+
+    const JDIMENSION top = part.top, bottom = part.bottom;
+    if (top > PADDING) jpeg_skip_scanlines(jpeg, top - PADDING);
+    while (jpeg->output_scanline < top) jpeg_read_scanlines(jpeg, decoded, 1);
+    while (jpeg->output_scanline < bottom) {
+        const JDIMENSION wanted = smaller(ROWS, bottom - jpeg->output_scanline);
+        JDIMENSION there = 0;
+        while (there < wanted) there += jpeg_read_scanlines(jpeg, decoded + there, wanted - there);
+        for (JDIMENSION i = 0; i < wanted; i++) resample_row(&decoder->resampler, rows + (i * pixels + excess) * CHANNELS);
     }
 }
 
-static void decode(Decoder *decoder, int encoding, const uint8_t *data, size_t length, int width, int height, Window window, int size,
-                   int filter, bool avx2, uint8_t *out) {
+static void decode_one(Decoder *decoder, const uint8_t *data, size_t length, int width, int height, Window window, uint8_t *out) {
     if (width < 1 || height < 1) fail(decoder, "the index says that it is %dx%d pixels", width, height);
     if (window.width < 1 || window.width > LARGEST_WINDOW || window.height < 1 || window.height > LARGEST_WINDOW)
         fail(decoder, "its window is %dx%d pixels, not 1 to %d each way", window.width, window.height, LARGEST_WINDOW);
-    if (encoding == JPEG)
+    if (decoder->encoding == JPEG) {
         open_jpeg(decoder, data, length, width, height);
-    else if (length != (uint64_t)width * height * CHANNELS)
-        fail(decoder, "it has %zu bytes where %dx%d pixels take %llu", length, width, height,
-             (unsigned long long)width * height * CHANNELS);
-    if (!resample_start(&decoder->resampler, window.width, window.height, size, filter, window.flip != 0, avx2, out))
+    } else if (length != (uint64_t)width * height * CHANNELS) {
+        const unsigned long long wanted = (uint64_t)width * height * CHANNELS;
+        fail(decoder, "it has %zu bytes where %dx%d pixels take %llu", length, width, height, wanted);
+    }
+    if (!resample_start(&decoder->resampler, window.width, window.height, decoder->size, decoder->filter, window.flip != 0,
+                        (decoder->features & AVX2) != 0, out))
         fail(decoder, "out of memory");
 
     const int64_t x = window.x, y = window.y;
@@ -155,45 +186,57 @@ static void decode(Decoder *decoder, int encoding, const uint8_t *data, size_t l
     }
     const Part part = {larger(x, 0), smaller(x + window.width, width), larger(y, 0), smaller(y + window.height, height), larger(-x, 0)};
     black_rows(decoder, (int)(part.top - y), window.width);
-    if (encoding == JPEG)
+    if (decoder->encoding == JPEG)
         jpeg_rows(decoder, window, part);
     else
-        raw_rows(decoder, data, width, window, part);
+        raw_rows(decoder, data, length, width, window, part);
     black_rows(decoder, (int)(y + window.height - part.bottom), window.width);
 }
 
-/* True where it worked; else the message says why it did not. */
-static bool decode_one(Decoder *decoder, char *message, int encoding, const uint8_t *data, size_t length, const int32_t *dimensions,
-                       Window window, int size, int filter, bool avx2, uint8_t *out) {
-    decoder->message = message;
-    message[0] = 0;
-    if (setjmp(decoder->failed) == 0) {
-        if (encoding == JPEG) {
-            jpeg_create_decompress(&decoder->jpeg);
-            decoder->jpeg.progress = &decoder->progress;
-        }
-        decode(decoder, encoding, data, length, dimensions[0], dimensions[1], window, size, filter, avx2, out);
+static int attempt(Decoder *decoder, const uint8_t *data, size_t length, const int32_t *dimensions, Window window, uint8_t *out) {
+    switch (setjmp(decoder->ended)) {
+    case 0: decode_one(decoder, data, length, dimensions[0], dimensions[1], window, out); return DONE;
+    case GAVE_UP: return GAVE_UP;
+    default: return FAILED;
     }
-    if (encoding == JPEG) jpeg_destroy_decompress(&decoder->jpeg);
-    return !message[0];
+}
+
+/* True where it worked; else the message says why it did not. */
+static bool decode(Decoder *decoder, const uint8_t *data, size_t length, const int32_t *dimensions, Window window, uint8_t *out) {
+    decoder->message[0] = 0;
+    int outcome = attempt(decoder, data, length, dimensions, window, out);
+    jpeg_destroy_decompress(&decoder->jpeg);
+    if (outcome == GAVE_UP) {
+        decoder->features &= ~OWN_HUFFMAN;
+        outcome = attempt(decoder, data, length, dimensions, window, out);
+        jpeg_destroy_decompress(&decoder->jpeg);
+        decoder->features |= OWN_HUFFMAN;
+    }
+    return outcome == DONE;
 }
 
 EXPORT int decoder_decode(int count, int encoding, const uint8_t *const *data, const size_t *lengths, const int32_t *dimensions,
-                          const int32_t *windows, int size, int filter, int avx2, uint8_t *out, char *messages) {
-    Decoder decoder = {0};
-    decoder.jpeg.err = jpeg_std_error(&decoder.errors);
-    decoder.jpeg.client_data = &decoder;
-    decoder.errors.error_exit = on_error;
-    decoder.errors.emit_message = on_message;
-    decoder.progress.progress_monitor = on_progress;
+                          const int32_t *windows, int size, int filter, int features, uint8_t *out, char *messages) {
+    Decoder *decoder = calloc(1, sizeof *decoder);
+    if (!decoder) {
+        for (int i = 0; i < count; i++) strcpy(messages + (size_t)i * MESSAGE_LENGTH, "out of memory");
+        return count;
+    }
+    decoder->jpeg.err = jpeg_std_error(&decoder->errors);
+    decoder->jpeg.client_data = decoder;
+    decoder->errors.error_exit = on_error;
+    decoder->errors.emit_message = on_message;
+    decoder->progress.progress_monitor = on_progress;
+    decoder->encoding = encoding, decoder->size = size, decoder->filter = filter, decoder->features = features & decoder_features();
     int failures = 0;
     for (int i = 0; i < count; i++) {
         Window window;
         memcpy(&window, windows + 5 * (size_t)i, sizeof window);
-        failures += !decode_one(&decoder, messages + (size_t)i * MESSAGE_LENGTH, encoding, data[i], lengths[i], dimensions + 2 * (size_t)i,
-                                window, size, filter, avx2 != 0, out + (size_t)i * size * size * CHANNELS);
+        decoder->message = messages + (size_t)i * MESSAGE_LENGTH;
+        failures += !decode(decoder, data[i], lengths[i], dimensions + 2 * (size_t)i, window, out + (size_t)i * size * size * CHANNELS);
     }
-    resample_free(&decoder.resampler);
-    buffer_free(&decoder.row);
+    resample_free(&decoder->resampler);
+    buffer_free(&decoder->rows);
+    free(decoder);
     return failures;
 }

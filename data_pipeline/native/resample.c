@@ -36,8 +36,7 @@ static double bicubic(double x) {
     return 0;
 }
 
-/* `multiple`: what the number of taps is rounded up to, with weights of zero. */
-static bool axis_start(Axis *axis, int length, int size, int filter, bool mirrored, int multiple) {
+static bool axis_start(Axis *axis, int length, int size, int filter, bool mirrored) {
     const double scale = (double)length / size;
     const double stretch = scale > 1 ? scale : 1;
     const double inverse = 1 / stretch;
@@ -69,7 +68,7 @@ static bool axis_start(Axis *axis, int length, int size, int filter, bool mirror
         if (count > taps) taps = count;
     }
 
-    taps = (taps + multiple - 1) / multiple * multiple;
+    taps = (taps + 1) / 2 * 2; /* AVX2 multiplies by pairs of weights; the last may be zero */
     int precision = 0;
     while (precision < 22 && (int)(0.5 + largest * (1 << (precision + 1))) < 1 << 15) precision++;
     /* Whole groups of 8 outputs for AVX2. */
@@ -94,16 +93,20 @@ static bool axis_start(Axis *axis, int length, int size, int filter, bool mirror
     return true;
 }
 
-/* Four taps of an output become two halves of a vector: the pair (0, 1) for each of the three channels, and the pair (2, 3). */
+/* The order of resample_avx2.c: for outputs k and k + 4 of 8, a pair of weights for each of three channels (and a fourth), twice. */
 static bool axis_widen(Axis *axis, int size) {
-    const size_t groups = ((size_t)size + 7) / 8 * 8 * (axis->taps / 4);
-    if (!buffer_reserve(&axis->wide_memory, groups * 16 * sizeof(int16_t))) return false;
+    const size_t groups = ((size_t)size + 7) / 8;
+    const int pairs = axis->taps / 2;
+    if (!buffer_reserve(&axis->wide_memory, groups * 8 * pairs * 4 * sizeof(int32_t))) return false;
     int32_t *wide = axis->wide_memory.data;
-    for (size_t group = 0; group < groups; group++) {
-        int32_t pairs[2];
-        memcpy(pairs, axis->weights + 4 * group, sizeof pairs);
-        for (int lane = 0; lane < 8; lane++) wide[8 * group + lane] = pairs[lane / 4];
-    }
+    for (size_t group = 0; group < groups; group++)
+        for (int k = 0; k < 4; k++)
+            for (int p = 0; p < pairs; p++)
+                for (int half = 0; half < 2; half++, wide += 4) {
+                    int32_t pair;
+                    memcpy(&pair, axis->weights + (group * 8 + k + 4 * half) * axis->taps + 2 * p, sizeof pair);
+                    wide[0] = wide[1] = wide[2] = wide[3] = pair;
+                }
     axis->wide = axis->wide_memory.data;
     return true;
 }
@@ -114,17 +117,17 @@ bool resample_start(Resampler *r, int width, int height, int size, int filter, b
     r->received = r->written = 0;
     r->horizontal.taps = r->vertical.taps = 0;
     if (width != size || flip) {
-        if (!axis_start(&r->horizontal, width, size, filter, flip, 4)) return false;
+        if (!axis_start(&r->horizontal, width, size, filter, flip)) return false;
         if (r->avx2 && !axis_widen(&r->horizontal, size)) return false;
     }
-    if (height != size && !axis_start(&r->vertical, height, size, filter, false, 2)) return false;
+    if (height != size && !axis_start(&r->vertical, height, size, filter, false)) return false;
     const size_t kept = r->vertical.taps ? r->vertical.taps : 1;
     r->stride = ((size_t)size * CHANNELS + HORIZONTAL_EXCESS + 63) / 64 * 64;
     return buffer_reserve(&r->ring, kept * r->stride) && buffer_reserve(&r->rows, kept * sizeof(uint8_t *));
 }
 
-/* A vector load is of 16 bytes where 4 taps are 12, and the taps of the last outputs reach past the end with weights of zero. */
-size_t resample_slack(const Resampler *r) { return (size_t)CHANNELS * r->horizontal.taps + 4; }
+/* The taps of the last outputs reach past the end with weights of zero, and a vector load is of 16 bytes where 2 taps are 6. */
+size_t resample_slack(const Resampler *r) { return (size_t)CHANNELS * r->horizontal.taps + 10; }
 
 void resample_row(Resampler *r, const uint8_t *row) {
     const Axis *vertical = &r->vertical;

@@ -23,11 +23,11 @@ void buffer_free(Buffer *buffer);
 /* One direction: output i = the sum over t < taps of weight(i, t) * input(first[i] + t), in units of 2^-precision. Where the window ends
  * before first[i] + taps, the weights of what lies beyond are zero. taps is 0 where the direction is copied. */
 typedef struct {
-    int taps;
+    int taps; /* even */
     int precision;
     const int32_t *first;
-    const int16_t *weights; /* [size][taps] */
-    const int16_t *wide;    /* the same as resample_avx2.c wants them, [size rounded up to 8][taps / 4][16] */
+    const int16_t *weights; /* [size rounded up to 8][taps] */
+    const int16_t *wide;    /* the same in the order of resample_avx2.c, [size rounded up to 8][taps / 2][8] */
     Buffer memory, wide_memory, exact_memory;
 } Axis;
 

@@ -7,40 +7,36 @@
 
 #define AVX2 __attribute__((target("avx2")))
 
-/* Four taps of three channels at a time: 12 of 16 loaded bytes become, in the lower half of a vector, the 16-bit pairs (tap 0, tap 1) of
- * each channel, and in the upper half (tap 2, tap 3). The halves are added at the end. */
-AVX2 static inline __m256i one_output(const uint8_t *pixel, const __m256i *weights, int groups, __m256i spread, __m256i half) {
+/* Two outputs of a row, k and k + 4 of a group of 8, one in each half of a vector. A 16-byte load of each has four taps (12 bytes); a
+ * shuffle makes 16-bit pairs (tap, next tap) of each channel. `pairs`: of taps. */
+AVX2 static inline __attribute__((always_inline)) __m256i two_outputs(const uint8_t *low, const uint8_t *high, const __m256i *weights, int pairs, __m256i half) {
+    const __m256i first = _mm256_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1, /**/
+                                           0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1);
+    const __m256i second = _mm256_setr_epi8(6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1, /**/
+                                            6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1);
     __m256i sum = half;
-    for (int g = 0; g < groups; g++) {
-        const __m256i pixels = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(pixel + 4 * CHANNELS * g)));
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, spread), _mm256_load_si256(weights + g)));
+    for (int p = 0; p < pairs; p += 2) {
+        const __m256i pixels = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(low + 2 * p * CHANNELS))),
+                                                       _mm_loadu_si128((const __m128i *)(high + 2 * p * CHANNELS)), 1);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, first), _mm256_load_si256(weights + p)));
+        if (p + 1 < pairs)
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, second), _mm256_load_si256(weights + p + 1)));
     }
     return sum;
 }
 
-/* (a, b) → a vector with the sum of a's halves below and of b's above. */
-AVX2 static inline __m256i add_halves(__m256i a, __m256i b, __m256i precision) {
-    const __m256i sum = _mm256_add_epi32(_mm256_blend_epi32(a, b, 0xF0), _mm256_permute2x128_si256(a, b, 0x21));
-    return _mm256_srav_epi32(sum, precision);
-}
-
-AVX2 static inline __attribute__((always_inline)) void horizontal(const Axis *axis, const uint8_t *row, int size, uint8_t *out, int groups) {
+AVX2 static inline __attribute__((always_inline)) void horizontal(const Axis *axis, const uint8_t *row, int size, uint8_t *out, int pairs) {
     const __m256i precision = _mm256_set1_epi32(axis->precision);
-    const int rounding = 1 << (axis->precision - 1);
-    const __m256i half = _mm256_setr_epi32(rounding, rounding, rounding, rounding, 0, 0, 0, 0);
-    const __m256i spread = _mm256_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1, /**/
-                                            6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1);
+    const __m256i half = _mm256_set1_epi32(1 << (axis->precision - 1));
     const __m256i dense = _mm256_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1, /**/
                                            0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
     const __m256i *weights = (const __m256i *)axis->wide;
     const int32_t *first = axis->first;
-    for (int i = 0; i < size; i += 8, first += 8, weights += 8 * groups, out += 8 * CHANNELS) {
-#define OUTPUT(k) one_output(row + (size_t)first[k] * CHANNELS, weights + (k) * groups, groups, spread, half)
-        const __m256i pixels04 = add_halves(OUTPUT(0), OUTPUT(4), precision), pixels15 = add_halves(OUTPUT(1), OUTPUT(5), precision);
-        const __m256i pixels0145 = _mm256_packs_epi32(pixels04, pixels15);
-        const __m256i pixels26 = add_halves(OUTPUT(2), OUTPUT(6), precision), pixels37 = add_halves(OUTPUT(3), OUTPUT(7), precision);
-        const __m256i pixels2367 = _mm256_packs_epi32(pixels26, pixels37);
-#undef OUTPUT
+    for (int i = 0; i < size; i += 8, first += 8, weights += 4 * pairs, out += 8 * CHANNELS) {
+#define OUTPUTS(k)                                                                                                                          \
+    _mm256_srav_epi32(two_outputs(row + (size_t)first[k] * CHANNELS, row + (size_t)first[k + 4] * CHANNELS, weights + k * pairs, pairs, half), precision)
+        const __m256i pixels0145 = _mm256_packs_epi32(OUTPUTS(0), OUTPUTS(1)), pixels2367 = _mm256_packs_epi32(OUTPUTS(2), OUTPUTS(3));
+#undef OUTPUTS
         const __m256i all = _mm256_shuffle_epi8(_mm256_packus_epi16(pixels0145, pixels2367), dense);
         _mm_storeu_si128((__m128i *)out, _mm256_castsi256_si128(all));
         _mm_storeu_si128((__m128i *)(out + 4 * CHANNELS), _mm256_extracti128_si256(all, 1));
@@ -48,11 +44,14 @@ AVX2 static inline __attribute__((always_inline)) void horizontal(const Axis *ax
 }
 
 AVX2 void horizontal_avx2(const Axis *axis, const uint8_t *row, int size, uint8_t *out) {
-    switch (axis->taps / 4) { /* the usual numbers unrolled: up to 1 x, 2 x and 3 x smaller with bicubic */
+    switch (axis->taps / 2) { /* the usual numbers unrolled */
     case 1: horizontal(axis, row, size, out, 1); break;
     case 2: horizontal(axis, row, size, out, 2); break;
     case 3: horizontal(axis, row, size, out, 3); break;
-    default: horizontal(axis, row, size, out, axis->taps / 4);
+    case 4: horizontal(axis, row, size, out, 4); break;
+    case 5: horizontal(axis, row, size, out, 5); break;
+    case 6: horizontal(axis, row, size, out, 6); break;
+    default: horizontal(axis, row, size, out, axis->taps / 2);
     }
 }
 
