@@ -21,7 +21,7 @@ import torch
 from .backends import Backend, open_backend
 from .config import AugmentConfig, DataConfig
 from .crop import evaluation_windows, training_windows
-from .manifest import DataError, Split
+from .manifest import DataError, Split, UsageError
 from .order import POOL, Order
 from .randomness import Stream, fold, make_key
 from .storage import Ahead, StagedSplit
@@ -154,6 +154,8 @@ class Loader(AbstractContextManager):
         self._data, self._samples = data, split.samples
         self._records = split.records
         self._backend: Backend = open_backend(data.backend, split)
+        if data.device == "gpu" and not torch.cuda.is_available():
+            raise UsageError("data.device gpu needs a GPU, and there is none here: set data.device=cpu.")
         self._jobs = jobs
         self._pin = torch.cuda.is_available()
         # Where the backend writes to the GPU, it does so on a stream of its own: on the model's it would wait for the model.

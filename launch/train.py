@@ -12,12 +12,15 @@ from launch.cli import Parser, run
 
 def main(arguments: argparse.Namespace) -> None:
     # The light half first: a mistake in the config or a missing dataset is answered before torch is imported.
+    from data_pipeline.backends import open_backend
     from data_pipeline.order import Order
     from data_pipeline.storage import open_dataset
     from train.config import ConfigError, load_config
 
     config = load_config(arguments.config, arguments.overrides)
     manifest = open_dataset(config.data)
+    for split in manifest.splits.values():
+        open_backend(config.data.backend, split)  # for its errors: a library or files that are not there
     samples = manifest.split("train").samples
     try:
         order = Order(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_pipeline.backends.stored import stored_in_shards
 from data_pipeline.manifest import open_manifest, write_manifest
@@ -162,10 +163,27 @@ def test_shuffle_and_repeats_are_the_runs_identity(tiny_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_repeats_that_do_not_divide_the_batch(tiny_config, tmp_path):
-    job = start(tiny_config, tmp_path, "data.repeats=3")
-    assert job.wait() == [78]
-    assert job.text().splitlines()[-1].endswith("data.repeats 3 does not divide global_batch 32")
+@pytest.mark.parametrize(
+    ("overrides", "code", "sentence"),
+    [
+        (["data.repeats=3"], 78, "data.repeats 3 does not divide global_batch 32"),
+        (["data.path=file:///somewhere"], 78, "data.path file:///somewhere is a URL: set data.cache_dir"),
+        (["data.path=nonsense://x", "data.cache_dir=cache"], 78, "data.path nonsense://x cannot be opened: Protocol not known: nonsense"),
+        (["data.cache_dir=CACHE", "data.cache_gb=0.0001"], 78, "data.cache_gb 0.0001 is less than the"),
+        (["data.backend=ffcv"], 65, "has no FFCV file of split 'train'"),
+        (["data.backend=dali", "data.device=gpu"], 78, "data.device gpu needs a GPU, and there is none here"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(tiny_config, tmp_path, overrides, code, sentence):
+    if "data.backend=dali" in overrides:
+        pytest.importorskip("nvidia.dali")
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU here")
+    job = start(tiny_config, tmp_path, *[text.replace("CACHE", str(tmp_path / "cache")) for text in overrides])
+    assert job.wait() == [code]
+    last = job.text().splitlines()[-1]
+    assert last.startswith("error: ") and sentence in last
+    assert "Traceback" not in job.text()
 
 
 @pytest.mark.slow
