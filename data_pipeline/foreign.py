@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.manifest import FILE_NAME, RECORD, DataError, Shard, sha256_of
+from data_pipeline.manifest import FILE_NAME, RECORD, DataError, Shard, UsageError, sha256_of
 from data_pipeline.pack import done_path, read_done, write_done
 from data_pipeline.prepare import REPORT_NAME, finish
 from data_pipeline.progress import Progress
-from data_pipeline.sources import IMAGE_SUFFIXES, UsageError, tar_files
+from data_pipeline.sources import IMAGE_SUFFIXES, tar_files
 from data_pipeline.validate import BadImage, check_image
 from data_pipeline.workers import count, locked, run_tasks
 
@@ -41,6 +41,8 @@ def index(dest: Path, *, workers: int, split: str | None = None, label_key: str 
     dest = dest.resolve()
     if (dest / FILE_NAME).exists() and "index" not in _arguments(dest):
         raise UsageError(f"{dest} is a prepared dataset with its index: index is for shards that others made.")
+    if (dest / ".work/plan.json").exists():
+        raise UsageError(f"{dest} is being prepared from {json.loads((dest / '.work/plan.json').read_text())['arguments']['source']}.")
     files = sorted(str(path.relative_to(dest)) for path in dest.rglob("*.tar"))
     if not files:
         raise DataError(f"there is no *.tar in {dest}. (Compressed shards cannot be read at any place: decompress them first.)")
@@ -186,7 +188,7 @@ def _read_label(descriptor: int, members: list[tuple[str, int, int]], label_key:
             label = next((fields[key] for key in ([label_key] if label_key else LABEL_KEYS) if key in fields), None)
     except (ValueError, TypeError) as error:  # no JSON, no text, JSON that is no object
         raise BadImage(f"its label cannot be read: {error}") from error
-    if isinstance(label, str) and re.fullmatch(r"\d+", label):
+    if isinstance(label, str) and re.fullmatch(r"-?\d+", label):
         label = int(label)
     if isinstance(label, bool) or not isinstance(label, int | str) or label == "" or (isinstance(label, int) and label < 0):
         wanted = f"a field {label_key!r}" if label_key else f".cls, or a field {' or '.join(map(repr, LABEL_KEYS))} in .json"

@@ -23,6 +23,7 @@ from data_pipeline.manifest import (
     Manifest,
     Shard,
     Split,
+    UsageError,
     open_manifest,
     publish,
     sha256_of,
@@ -31,7 +32,7 @@ from data_pipeline.manifest import (
 )
 from data_pipeline.pack import BLOCK, ShardTask, done_path, pack, read_done
 from data_pipeline.progress import Progress
-from data_pipeline.sources import SPLITS, Items, Listing, UsageError, add_val, list_source, open_source, read_image
+from data_pipeline.sources import SPLITS, Items, Listing, add_val, list_source, open_source, read_image
 from data_pipeline.validate import AS_IT_IS, BadImage, Encoding, check_image
 from data_pipeline.workers import locked, run_tasks
 
@@ -81,7 +82,7 @@ def prepare(
         # A file that has gone since is an error here, not a surprise in training.
         if not _without_beton(open_manifest(dest), beton_mode) and not work.is_dir():
             return False
-    elif dest.is_dir() and any(dest.iterdir()) and not work.is_dir():
+    elif dest.is_dir() and any(path != work for path in dest.iterdir()) and not (work / "plan.json").exists():
         raise UsageError(f"{dest} is not empty: choose a new folder, or delete it.")
     with locked(work):
         for left_over in [*work.glob("*.tmp"), *dest.glob("*.tmp")]:
@@ -224,13 +225,11 @@ def finish(
 ) -> None:
     """Join what `read` gives for each split's shards (pack.read_done) into its index, then write the reports, and last the manifest."""
     splits, report = {}, {**report, "splits": {}}
-    (dest / FILE_NAME).unlink(missing_ok=True)  # of an earlier `index`: it must not meet the new files
     listed_path = dest / f"{LIST_NAME}.tmp"
     with open(listed_path, "w") as listed:
         for split, names in files.items():
-            temporary = dest / f"{split}.index.tmp"
             shards, outcomes, first_excluded = [], Counter(), None
-            with open(temporary, "wb") as index:
+            with open(dest / f"{split}.index.tmp", "wb") as index:
                 for number, file in enumerate(names):
                     header, records = read(file)
                     records["shard"] = number
@@ -245,9 +244,12 @@ def finish(
             samples = sum(shard.samples for shard in shards)
             if not samples:
                 raise DataError(f"none of the {outcomes['excluded']} images of {split} can be used; the first is {first_excluded}.")
-            publish(temporary, dest / f"{split}.index")
-            splits[split] = Split(dest, split, samples, sha256_of(dest / f"{split}.index"), tuple(shards))
+            splits[split] = Split(dest, split, samples, sha256_of(dest / f"{split}.index.tmp"), tuple(shards))
             report["splits"][split] = {"samples": samples, **{outcome: count for outcome, count in sorted(outcomes.items()) if count}}
+    for stale in [dest / FILE_NAME, *dest.glob("*.index")]:  # of an earlier `index`: that manifest must not meet the new files
+        stale.unlink(missing_ok=True)
+    for split in splits.values():
+        publish(dest / f"{split.name}.index.tmp", split.index_path)
     publish(listed_path, dest / LIST_NAME)
     write_atomically(dest / REPORT_NAME, json.dumps(report, indent=1).encode())
     write_manifest(Manifest(dest, classes, splits))

@@ -40,14 +40,15 @@ class Progress:
     def line(self, done: int, seconds: float) -> str:
         """What is done, its rate over these seconds, and, where there is a total, the time that is left at this rate."""
         rate = (done - self.first) / seconds
-        speed = f"{rate / 1e6:.0f} MB/s" if self.unit == "bytes" else f"{rate:.0f} {self.unit}/s"
+        amount = self._number(done)
+        unit, speed = ("GB", f"{rate / 1e6:.0f} MB/s") if self.unit == "bytes" else (self.unit, f"{rate:.0f} {self.unit}/s")
         if self.total is None:
-            return f"{self.what}: {self._amount(done)}, {speed}"
-        left = f"{_duration((self.total - done) / rate)} left" if rate else "no end in sight yet"
-        return f"{self.what}: {self._amount(done)} of {self._amount(self.total)}, {speed}, {left}"
+            return f"{self.what}: {amount} {unit}, {speed}"
+        left = f"{_duration((self.total - done) / rate)} left" if rate else "time left unknown"
+        return f"{self.what}: {amount} of {self._number(self.total)} {unit}, {speed}, {left}"
 
-    def _amount(self, done: int) -> str:
-        return f"{done / 1e9:.1f} GB" if self.unit == "bytes" else f"{done} {self.unit}"
+    def _number(self, count: float) -> str:
+        return f"{count / 1e9:.1f}" if self.unit == "bytes" else f"{count:.0f}"
 
 
 def _duration(seconds: float) -> str:

@@ -27,7 +27,7 @@ from data_pipeline.labels import read_labels
 from data_pipeline.manifest import DataError, UsageError
 from data_pipeline.progress import Progress
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 SPLITS = ("train", "val")
 
 
@@ -212,7 +212,7 @@ def tar_files(what: str | Path, file, start: int, end: int) -> Iterator[tuple[st
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None and member.offset < end:
+            while (member := tar.next()) is not None:
                 tar.members.clear()  # tarfile keeps every member otherwise: gigabytes for a million images
                 if member.offset_data + member.size > end:
                     raise DataError(f"{what} is cut off: {member.name} does not end inside it.")
@@ -223,6 +223,10 @@ def tar_files(what: str | Path, file, start: int, end: int) -> Iterator[tuple[st
                     yield name, member.offset_data, member.size
                 elif (member.islnk() or member.issym()) and name.lower().endswith(IMAGE_SUFFIXES):
                     raise DataError(f"{name} in {what} is a link: pack the files themselves (tar --dereference --hard-dereference).")
+            # tarfile takes a damaged header, or the file's end, for the archive's end: that is a block of zeros.
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE) or file.tell() > end:
+                raise DataError(f"{what} is damaged or cut off: behind byte {tar.offset - start} is neither a file nor the archive's end.")
     except (tarfile.TarError, EOFError) as error:
         raise DataError(f"{what} is not a whole tar archive ({error}).") from error
 

@@ -4,8 +4,8 @@ import functools
 
 import numpy as np
 
-from data_pipeline.manifest import DataError
-from data_pipeline.sources import SPLITS, Items, Listing, Source, UsageError
+from data_pipeline.manifest import DataError, UsageError
+from data_pipeline.sources import SPLITS, Items, Listing, Source
 from data_pipeline.validate import encode_jpeg, to_pixels
 
 

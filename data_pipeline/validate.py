@@ -13,6 +13,9 @@ MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs
 MAX_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION; the index has 16 bits for a side
 QUALITY = 90
 
+# What Pillow may take an image for. It knows more, but some of those run other programs on the file (EPS).
+FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG", "JPEG2000", "AVIF")
+
 # Frame markers (ITU T.81, table B.1) of the processes that every decoder reads: baseline, extended sequential, progressive.
 # The others are lossless, hierarchical, or arithmetic-coded.
 COMMON_FRAMES = (0xC0, 0xC1, 0xC2)
@@ -118,7 +121,7 @@ def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, str]:
 
     Image.MAX_IMAGE_PIXELS = None  # checked here
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(*image.size)
             return to_pixels(image), f"{image.format} to JPEG"
     except BadImage:

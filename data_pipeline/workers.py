@@ -12,8 +12,8 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.manifest import UsageError
 from data_pipeline.progress import Progress
-from data_pipeline.sources import UsageError
 
 
 def run_tasks(function: Callable[[Any], None], tasks: Iterable, workers: int, slots: int, progress: Progress) -> None:

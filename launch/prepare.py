@@ -48,8 +48,7 @@ def main(arguments: list[str]) -> int:
 
     from concurrent.futures.process import BrokenProcessPool
 
-    from data_pipeline.manifest import DataError
-    from data_pipeline.sources import UsageError
+    from data_pipeline.manifest import DataError, UsageError
 
     try:
         return command(options)
@@ -64,8 +63,8 @@ def main(arguments: list[str]) -> int:
 
 
 def run_prepare(options: argparse.Namespace) -> int:
+    from data_pipeline.manifest import UsageError
     from data_pipeline.prepare import prepare
-    from data_pipeline.sources import UsageError
     from data_pipeline.validate import Encoding
 
     if options.val_labels and not options.val:

@@ -13,6 +13,7 @@ from data_pipeline.manifest import open_manifest
 from data_pipeline.prepare import prepare
 
 CLASSES = ("bird", "cat", "dog")
+SAMPLE = Path(__file__).resolve().parents[3] / "shared/data/imagenet_sample.tar"  # 800 photographs, where it is at hand
 
 
 def picture(number: int, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:

@@ -12,14 +12,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_pipeline.manifest import DataError, open_manifest
-from data_pipeline.sources import UsageError
+from data_pipeline.manifest import DataError, UsageError, open_manifest
 from data_pipeline.verify import verify
-from tests.data_pipeline.images import CLASSES, contents, encoded, make_folder, make_tar, originals, picture, run, stored
-
-SAMPLE = Path("/work/shared/data/imagenet_sample.tar")
-if not SAMPLE.exists():
-    SAMPLE = Path(__file__).resolve().parents[3] / "shared/data/imagenet_sample.tar"
+from tests.data_pipeline.images import CLASSES, SAMPLE, contents, encoded, make_folder, make_tar, originals, picture, run, stored
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import itertools
+import tarfile
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from data_pipeline.manifest import open_manifest
 from data_pipeline.validate import AS_IT_IS, BadImage, Encoding, check_image
 from data_pipeline.verify import verify
-from tests.data_pipeline.images import encoded, listed, picture, run, stored
+from tests.data_pipeline.images import SAMPLE, encoded, listed, picture, run, stored
 
 
 def decodes(data: bytes) -> bool:
@@ -30,6 +32,12 @@ def flip_bit(data: bytes) -> bytes:
     """A bit in the image data flipped, where strict decoding sees it. Elsewhere nobody can: Huffman codes fall into step again."""
     flipped = (cut(data, place, place + 1, bytes([data[place] ^ 16])) for place in range(SCAN + 14, len(data)))
     return next(image for image in flipped if not decodes(image))
+
+
+def photographs(count: int) -> list[bytes]:
+    with tarfile.open(SAMPLE) as tar:
+        members = itertools.islice((member for member in tar if member.isreg()), count)
+        return [tar.extractfile(member).read() for member in members]
 
 
 def turned() -> bytes:
@@ -93,6 +101,7 @@ TABLE = {  # file: (its bytes, outcome, words of the reason, mode of the stored 
     "junk and truncated.jpg": (cut(GOOD[:HALF], 20, 20, b"junk"), EXCLUDED, "Premature end of JPEG file", None),
     "header alone.jpg": (GOOD[:100], EXCLUDED, "a JPEG's header that does not end", None),
     "12-bit.jpg": (TWELVE_BITS, EXCLUDED, "Unsupported JPEG data precision 12", None),
+    "a PostScript.jpg": (encoded(picture(7), "EPS"), EXCLUDED, "not an image", None),
     "empty.jpg": (b"", EXCLUDED, "an empty file", None),
     "garbage.jpg": (b"no image at all", EXCLUDED, "not an image", None),
     "truncated.png": (PNG[: len(PNG) // 2], EXCLUDED, "truncated", None),
@@ -197,3 +206,16 @@ def test_an_image_that_is_too_wide_may_be_shrunk():
     assert (image.width, image.height, image.outcome) == (1000, 1, "transcoded")
     with pytest.raises(BadImage, match="more than 89478485"):
         check_image(TABLE["90 megapixels.png"][0], Encoding(max_side=1000))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SAMPLE.exists(), reason="imagenet_sample.tar is not at hand")
+def test_most_flipped_bits_in_a_source_cannot_be_seen():
+    """Why every stored image has a checksum. With -s it prints the figure of docs/data.md."""
+    random = np.random.default_rng(0)
+    seen, images = 0, photographs(400)
+    for data in images:
+        place, bit = random.integers(len(data) // 3, len(data) - 2), random.integers(8)
+        seen += not decodes(cut(data, place, place + 1, bytes([data[place] ^ 1 << bit])))
+    print(f"strict decoding sees {seen} of {len(images)} flipped bits")
+    assert 0.05 < seen / len(images) < 0.5

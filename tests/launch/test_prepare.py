@@ -1,6 +1,6 @@
 """`launch/prepare.py` as a process: exit codes, sentences, kill -9 of the run and of a worker, Ctrl-C, damaged datasets."""
 
-import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -8,36 +8,26 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def command(*arguments) -> list[str]:
-    return [sys.executable, str(ROOT / "launch/prepare.py"), *map(str, arguments)]
-
-
-def call(*arguments, cwd=None) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=100, cwd=cwd)
-
-
-def contents(dest: Path) -> dict[str, str]:
-    """SHA-256 of every file of a dataset."""
-    return {str(path.relative_to(dest)): hashlib.sha256(path.read_bytes()).hexdigest() for path in dest.rglob("*") if path.is_file()}
-
-
-def fails_with(code: int, result: subprocess.CompletedProcess, *words: str) -> None:
-    """One sentence on standard error, no traceback, the right code."""
-    assert result.returncode == code, result.stderr
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-    for word in words:
-        assert word in result.stderr
+from tests.launch.prepare_process import (
+    SIZE,
+    call,
+    command,
+    contents,
+    fails_with,
+    finished_shards,
+    kill,
+    said,
+    start,
+    start_command,
+    wait_until_gone,
+    workers_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +47,6 @@ def source(tmp_path_factory):
     return root
 
 
-SIZE = ("--shard-size", "0.5")
-
-
 @pytest.fixture(scope="module")
 def dataset(source, tmp_path_factory):
     """`source`, prepared without interruption."""
@@ -68,41 +55,6 @@ def dataset(source, tmp_path_factory):
     assert result.returncode == 0, result.stderr
     assert "train: 200 images" in result.stdout and "val: 40 images" in result.stdout
     return dest
-
-
-def start(source: Path, dest: Path, workers: int = 1, finished: int = 2) -> subprocess.Popen:
-    """A run that has finished some shards and has others before it."""
-    process = subprocess.Popen(
-        command(source, dest, "--workers", workers, *SIZE),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 60
-    while len(list((dest / ".work").glob("*.done"))) < finished:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    return process
-
-
-def workers_of(process: subprocess.Popen) -> list[int]:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 20
-    while any(map(alive, pids)):
-        assert time.monotonic() < deadline, "workers outlive their parent"
-        time.sleep(0.01)
 
 
 def test_help_is_quick():
@@ -117,8 +69,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(source, dataset, tmp_
     process = start(source, tmp_path / "set")
     workers = workers_of(process)
     assert workers
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     wait_until_gone(workers)
     assert not (tmp_path / "set/manifest.json").exists()
     # A shard that was being written leaves only a temporary file; what has its name is whole.
@@ -134,8 +85,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(source, dataset, tmp_
 def test_a_killed_run_refuses_other_arguments_and_a_changed_source(source, tmp_path):
     changing = shutil.copytree(source, tmp_path / "source")
     process = start(changing, tmp_path / "set")
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     fails_with(78, call(changing, tmp_path / "set", *SIZE, "--seed", 1), "seed 0 and not 1")
     (changing / "train/cat/0.jpg").rename(changing / "train/cat/new.jpg")
     fails_with(78, call(changing, tmp_path / "set", *SIZE), "has changed since")
@@ -145,7 +95,11 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(source, dataset, tmp_path):
     process = start(source, tmp_path / "set", workers=2)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 70 and errors.startswith("error: a worker process was killed") and errors.count("\n") == 1, errors
+    assert (
+        process.returncode == 70
+        and said(errors).startswith("error: a worker process was killed")
+        and errors.endswith("finished shards are kept.\n")
+    ), errors
     assert call(source, tmp_path / "set", *SIZE).returncode == 0
     assert contents(tmp_path / "set") == contents(dataset)
 
@@ -155,7 +109,7 @@ def test_control_c_ends_it_cleanly(source, dataset, tmp_path):
     workers = workers_of(process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to everyone
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and errors == "error: interrupted; the same command goes on from here.\n", errors
+    assert process.returncode == 130 and said(errors) == "error: interrupted; the same command goes on from here.\n", errors
     wait_until_gone(workers)
     assert call(source, tmp_path / "set", *SIZE).returncode == 0
     assert contents(tmp_path / "set") == contents(dataset)
@@ -167,8 +121,7 @@ def test_two_runs_at_a_time_are_refused(source, tmp_path):
     try:
         fails_with(78, call(source, tmp_path / "set", *SIZE), "another process is preparing")
     finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(process)
 
 
 def test_a_finished_dataset_is_left_as_it_is(source, dataset):
@@ -190,6 +143,15 @@ def test_a_finished_dataset_is_left_as_it_is(source, dataset):
         (["{source}", "{dest}", "--val-fraction", "1.5"], "1.5 is not between 0 and 1"),
         (["{source}", "{dest}", "--seed", "-1"], "-1 is not an integer"),
         (["{source}", "{dest}", "--val-fraction", "0.5"], "has a val split of its own"),
+        (["{source}", "{dest}", "--val", "{source}"], "has a val split of its own: leave --val out"),
+        (["{source}", "{dest}", "--val-labels", "{source}"], "--val-labels belongs to --val"),
+        (["{source}", "{dest}", "--resize-short", "0"], "0 is not a positive number"),
+        (["{source}", "{dest}", "--quality", "101"], "101 is not an integer from 1 to 100"),
+        (["{source}", "{dest}", "--formats", "ffcv"], "give webdataset,ffcv"),
+        (["{source}", "{dest}", "--formats", "webdataset,dali"], "there is no format dali: the formats are webdataset and ffcv"),
+        (["{source}", "{dest}", "--ffcv-mode", "raw"], "--ffcv-mode belongs to --formats"),
+        (["index", "nowhere"], "there is no folder nowhere"),
+        (["index", "{dest}", "--split", "dev"], "invalid choice: 'dev'"),
     ],
 )
 def test_bad_arguments(source, tmp_path, arguments, words):
@@ -246,3 +208,123 @@ def test_verify(dataset, tmp_path):
     fails_with(65, call(source_of(copy), copy, *SIZE), shard, "is missing")
     fails_with(65, call("verify", copy), shard, "is missing")
     fails_with(65, call("verify", tmp_path / "nothing"), "manifest.json is missing")
+
+
+def test_smaller_images(source, tmp_path):
+    from data_pipeline.manifest import open_manifest
+
+    # One shard each: what a shard holds is planned by what the images will be.
+    options = ("--resize-short", 100, "--quality", 80, "--shard-size", 4)
+    result = call(source, tmp_path / "set", *options)
+    assert result.returncode == 0 and "train: 200 images; 200 encoded again" in result.stdout, result.stdout
+    manifest = open_manifest(tmp_path / "set")
+    for split in manifest.splits.values():
+        assert len(split.shards) == 1 and (split.records["width"] == 100).all() and (split.records["height"] == 125).all()
+    assert call(source, tmp_path / "set", *options).stdout.startswith(f"{tmp_path / 'set'} is already prepared")
+    fails_with(78, call(source, tmp_path / "set", "--max-side", 100, "--shard-size", 4), "resize_short 100 and not None, max_side None and")
+
+
+# --- index -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreign(dataset, tmp_path):
+    """The shards of `dataset`, without what prepare wrote about them."""
+    (tmp_path / "foreign").mkdir()
+    for path in dataset.glob("*.tar"):
+        shutil.copy(path, tmp_path / "foreign")
+    return tmp_path / "foreign"
+
+
+def test_index(foreign, dataset):
+    result = call("index", foreign)
+    assert result.returncode == 0 and "is indexed" in result.stdout and "train: 200 images\n" in result.stdout, result
+    for split in ("train", "val"):
+        assert (foreign / f"{split}.index").read_bytes() == (dataset / f"{split}.index").read_bytes()
+    assert call("verify", foreign).returncode == 0
+
+
+def test_a_killed_index_goes_on(foreign, dataset):
+    process = start_command("index", foreign, "--workers", 1, until=lambda: finished_shards(foreign) >= 3)
+    workers = workers_of(process)
+    kill(process)
+    wait_until_gone(workers)
+    assert not (foreign / "manifest.json").exists()
+    fails_with(65, call("verify", foreign), "manifest.json is missing")
+    finished = {path: path.stat().st_mtime_ns for path in (foreign / ".work").glob("*.done")}
+
+    # Stopped once more, to see that the second run begins where the first one ended.
+    process = start_command("index", foreign, "--workers", 1, until=lambda: finished_shards(foreign) > len(finished))
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    kill(process)
+    assert call("index", foreign).returncode == 0
+    assert (foreign / "train.index").read_bytes() == (dataset / "train.index").read_bytes()
+    assert not (foreign / ".work").exists() and call("verify", foreign).returncode == 0
+
+
+def test_index_says_what_it_left_out(foreign):
+    import tarfile
+
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    with tarfile.open(foreign / "train-png.tar", "w") as tar:
+        for name, data in (("1.png", picture.getvalue()), ("1.cls", b"0")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    output = call("index", foreign).stdout
+    assert "train: 200 images; 1 left out, as they cannot be used" in output and "1 of those left out are sound, but no JPEGs" in output
+    assert "unpack the shards into class folders" in output
+
+
+# --- FFCV ------------------------------------------------------------------------------------------------------------------------------
+
+needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="ffcv is not installed")
+FFCV = (*SIZE, "--formats", "webdataset,ffcv")
+
+
+@pytest.fixture(scope="module")
+def with_ffcv(source, dataset, tmp_path_factory):
+    """`dataset`, to which the FFCV files were added afterwards."""
+    dest = shutil.copytree(dataset, tmp_path_factory.mktemp("ffcv") / "set")
+    result = call(source, dest, *FFCV)
+    assert result.returncode == 0 and "is prepared" in result.stdout, result
+    return dest
+
+
+@pytest.mark.slow
+@needs_ffcv
+def test_ffcv_files_are_added_to_what_is_there(source, dataset, with_ffcv):
+    before, after = contents(dataset), contents(with_ffcv)
+    new = {f"{split}.beton{ending}" for split in ("train", "val") for ending in ("", ".index")}
+    assert after.keys() == before.keys() | new
+    assert {name for name in before if before[name] != after[name]} == {"manifest.json"}
+    again = call(source, with_ffcv, *FFCV)
+    assert again.returncode == 0 and "is already prepared" in again.stdout and contents(with_ffcv) == after
+    fails_with(78, call(source, with_ffcv, *FFCV, "--ffcv-mode", "raw"), "has FFCV files of mode jpeg, not raw")
+
+
+@pytest.mark.slow
+@needs_ffcv
+def test_killed_while_it_writes_an_ffcv_file(source, dataset, with_ffcv, tmp_path):
+    dest = tmp_path / "set"
+    process = start_command(source, dest, *FFCV, until=lambda: any(dest.glob("train.beton*.tmp")))
+    kill(process)
+    shards_only = call("verify", dest)
+    assert shards_only.returncode == 0 and not (dest / "train.beton").exists()
+    result = call(source, dest, *FFCV)
+    assert result.returncode == 0 and "is prepared" in result.stdout, result
+    assert contents(dest) == contents(with_ffcv)
+
+
+@pytest.mark.slow
+@needs_ffcv
+def test_verify_finds_a_flipped_bit_in_an_ffcv_file(with_ffcv):
+    from data_pipeline.manifest import open_manifest
+
+    assert call("verify", with_ffcv).returncode == 0
+    record = open_manifest(with_ffcv).split("train").beton_records[5]
+    byte = int(record["offset"]) + int(record["size"]) // 2
+    flip_bit(with_ffcv / "train.beton", byte)
+    fails_with(65, call("verify", with_ffcv), "train.beton is damaged: sample 5 ")
+    flip_bit(with_ffcv / "train.beton", byte)
