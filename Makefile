@@ -9,17 +9,20 @@ setup: .venv/ready
 .venv/ready: pyproject.toml setup.py constraints.txt launch/setup.sh $(wildcard data_pipeline/native/*.[ch])
 	bash launch/setup.sh
 
+.venv/backends: .venv/ready
+	bash launch/setup.sh backends
+
 demo: setup
 	bash launch/demo.sh
 
-test: setup
+test: .venv/backends
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench: setup
+bench: .venv/backends
 	$(BIN)/python examples/draw_dataset.py datasets/shapes-images
 	$(BIN)/python launch/prepare.py datasets/shapes-images datasets/shapes
 	$(BIN)/python launch/bench.py data

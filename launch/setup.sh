@@ -1,15 +1,36 @@
 #!/usr/bin/env bash
 # Virtual environment in .venv with the tested set of packages. System packages are installed where we are root, and named where not.
+#   bash launch/setup.sh            what training needs
+#   bash launch/setup.sh backends   FFCV and DALI, too: for the backends' tests and benches
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+apt_install() {  # false where we may not
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null &&
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+if [ "${1:-}" = backends ]; then
+  if ! pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then
+    echo "installing what FFCV is compiled with (700 MB)"
+    apt_install g++ pkg-config libopencv-dev libturbojpeg0-dev || {
+      echo "warning: FFCV needs OpenCV's and TurboJPEG's headers; its tests are skipped. Install them with:" \
+        "sudo apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev, then run this again" >&2
+    }
+  fi
+  extras=dev,dali
+  if pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then extras=$extras,ffcv; fi
+  echo "adding $extras to .venv (1 GB)"
+  .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --constraint constraints.txt --editable ".[$extras]"
+  touch .venv/backends
+  exit
+fi
+
 if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
-  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3 python3-venv
-  else
+  apt_install python3 python3-venv || {
     echo "error: Python's venv module is missing; install it with: sudo apt-get install python3 python3-venv" >&2
     exit 1
-  fi
+  }
 fi
 python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || {
   echo "error: Python 3.10 to 3.13 is needed, python3 is $(python3 --version)" >&2
@@ -18,12 +39,10 @@ python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 
 # For the compiled decoder (data_pipeline/native). Without them the install goes on, and images are decoded more slowly.
 if ! printf '#include <stdio.h>\n#include <jpeglib.h>\n' | cc -E - >/dev/null 2>&1; then
-  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq gcc libc6-dev libjpeg-dev || true
-  else
+  apt_install gcc libc6-dev libjpeg-dev || {
     echo "warning: the compiled decoder needs a C compiler and the headers of libjpeg-turbo;" \
       "install them with: sudo apt-get install gcc libc6-dev libjpeg-dev, then run this again" >&2
-  fi
+  }
 fi
 
 echo "setting up .venv (about 6 GB: torch is the CUDA build, which runs on the CPU too)"
