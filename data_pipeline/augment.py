@@ -1,22 +1,42 @@
 """The recipe on the device: batched, per-sample random, without a host synchronisation and without a loop over samples.
 
-Every number is a function of a sample's key, so an image's augmentation does not depend on its neighbours, its place in the
-batch, or the device. Make the keys of a micro-batch with `sample_keys`.
+Everything that is chosen is a function of a sample's key (augment_choices.py), so an image's augmentation does not depend on its
+neighbours, its place in the batch, or the device. Make the keys of a micro-batch with `sample_keys`.
 """
 
 import functools
-import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from . import augment_geometry as geometry
+from . import augment_operations as operations
+from .augment_choices import NOTHING, OPERATIONS, Boxes, Step, color_jitter_steps, erasing_boxes, parse_rand_augment, rand_augment_steps
 from .config import AugmentConfig
-from .randomness import Stream, fold, make_key, normal, uniform
+from .randomness import Stream, fold, make_key, normals
 
-# timm's RandomErasing: area of the box relative to the image, height / width, and tries to place it.
-ERASING_AREA = (0.02, 1 / 3)
-ERASING_ASPECT = (0.3, 1 / 0.3)
-ERASING_ATTEMPTS = 10
+# The functions of augment_choices.OPERATIONS; the geometric ones also want the colour of what they uncover.
+ON_VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "AutoContrast": operations.auto_contrast,
+    "Equalize": operations.equalize,
+    "Invert": operations.invert,
+    "Posterize": operations.posterize,
+    "Solarize": operations.solarize,
+    "SolarizeAdd": operations.solarize_add,
+    "Color": operations.color,
+    "Contrast": operations.contrast,
+    "Brightness": operations.brightness,
+    "Sharpness": operations.sharpness,
+}
+GEOMETRIC: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "Rotate": geometry.rotate,
+    "ShearX": geometry.shear_x,
+    "ShearY": geometry.shear_y,
+    "TranslateX": geometry.translate_x,
+    "TranslateY": geometry.translate_y,
+}
 
 
 def sample_keys(seed: int, epoch: int, draws: np.ndarray) -> np.ndarray:
@@ -24,75 +44,125 @@ def sample_keys(seed: int, epoch: int, draws: np.ndarray) -> np.ndarray:
     return fold(make_key(seed, Stream.AUGMENT, epoch), draws)
 
 
-def augment(images: torch.Tensor, keys: np.ndarray, config: AugmentConfig) -> torch.Tensor:
-    """uint8 [m, 3, S, S] on any device and int64 keys [m] on the host → float32 [m, 3, S, S] on the device: normalise, erase. What has probability 0 costs nothing."""
-    images = normalise(images, config)
+def augment(images: Tensor, keys: np.ndarray, config: AugmentConfig) -> Tensor:
+    """uint8 [m, 3, S, S] on any device and int64 keys [m] on the host → float32 [m, 3, S, S] on the device, contiguous.
+
+    RandAugment, colour jitter, normalise, erase, in this order. `images` are left as they are. What is off costs nothing.
+    """
+    steps = []
+    if config.rand_augment is not None:
+        steps += rand_augment_steps(keys, parse_rand_augment(config.rand_augment))
+    if config.color_jitter > 0:
+        steps += color_jitter_steps(keys, config.color_jitter)
+    images = normalise(apply(images, steps, config.mean), config)
     if config.erasing > 0:
-        images = _erase(images, torch.from_numpy(keys).to(images.device, non_blocking=True), config.erasing)
+        erase(images, keys, erasing_boxes(keys, config.erasing, *images.shape[-2:]), config.erasing_mode)
     return images
 
 
-def normalise(images: torch.Tensor, config: AugmentConfig) -> torch.Tensor:
-    """uint8 [m, 3, S, S] in 0 … 255 → float32: (image / 255 - mean) / std, per channel."""
+def normalise(images: Tensor, config: AugmentConfig) -> Tensor:
+    """uint8 [m, 3, S, S] in 0 … 255 → float32, contiguous: (image / 255 - mean) / std, per channel."""
     scale, shift = _normalisation(config.mean, config.std, images.device)
-    return images.to(torch.float32).mul_(scale).add_(shift)
+    images = images.contiguous()
+    found = torch.empty(images.shape, device=images.device)
+    # On a CPU image by image, which stays in the cache.
+    for source, target in zip(*(part.split(1) if part.device.type == "cpu" else [part] for part in (images, found)), strict=True):
+        target.copy_(source).mul_(scale).add_(shift)
+    return found
 
 
 @functools.lru_cache(8)
-def _normalisation(mean: tuple, std: tuple, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _normalisation(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
     """Factor and summand, [3, 1, 1] each. Kept, because copying them to the device anew would wait for the device every time."""
     mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     return tuple(values.to(torch.float32).view(3, 1, 1).to(device) for values in (1 / (255 * std), -mean / std))
 
 
-def _erase(images: torch.Tensor, keys: torch.Tensor, probability: float) -> torch.Tensor:
-    """Random erasing (Zhong et al., arXiv 1708.04896) as timm's 'pixel' mode: one box of standard normal noise. Changes `images`."""
-    chosen, top, left, height, width = _boxes(keys, probability, *images.shape[-2:])
-    if images.device.type == "cpu":
-        # Here indexing does not wait for anything, and noise is drawn only where it is used. The numbers are the same.
-        rows = chosen.nonzero()[:, 0]
-        images[rows] = _fill_boxes(images[rows], keys[rows], top[rows], left[rows], height[rows], width[rows])
-        return images
-    zero = torch.zeros_like(height)
-    return _fill_boxes(images, keys, top, left, torch.where(chosen, height, zero), width)
+def apply(images: Tensor, steps: Sequence[Step], mean: tuple[float, float, float]) -> Tensor:
+    """uint8 [m, 3, S, S] → the same after `steps`. `mean`, in 0 … 1, is the colour of what geometric operations uncover.
 
-
-def _boxes(keys: torch.Tensor, probability: float, image_height: int, image_width: int) -> tuple[torch.Tensor, ...]:
-    """Whether each image is erased (bool [m]) and the box: top, left, height, width in pixels (int64 [m] each).
-
-    Of 10 candidates the first that is smaller than the image in both directions; where there is none, nothing is erased.
+    Before each step the images are sorted by their operation, so that each operation has its images side by side.
     """
-    # In float64, so that a box hardly ever hits a rounding boundary, where CPU and GPU could differ.
-    number = uniform(fold(keys, Stream.ERASE), 2 * ERASING_ATTEMPTS + 3).double()
-    area, aspect = number[:, :ERASING_ATTEMPTS], number[:, ERASING_ATTEMPTS : 2 * ERASING_ATTEMPTS]
-    low, high = ERASING_AREA
-    area = (low + (high - low) * area) * (image_height * image_width)
-    low, high = math.log(ERASING_ASPECT[0]), math.log(ERASING_ASPECT[1])
-    aspect = torch.exp(low + (high - low) * aspect)
-    heights = torch.sqrt(area * aspect).round().long()
-    widths = torch.sqrt(area / aspect).round().long()
-    fits = (heights < image_height) & (widths < image_width)
+    if not steps:
+        return images
+    sample = np.arange(len(images))  # which one is in each row
+    orders, arguments, groups = [], [], []
+    for step in steps:
+        order = np.argsort(step.operations[sample], kind="stable")
+        sample = sample[order]
+        orders.append(order)
+        arguments.append(step.arguments[sample])
+        groups.append(_runs(step.operations[sample]))
+    orders.append(np.argsort(sample))
+    orders, arguments = to_device(np.stack(orders), images.device), to_device(np.stack(arguments), images.device)
 
-    attempt = torch.arange(ERASING_ATTEMPTS, device=keys.device)
-    first = torch.where(fits, attempt, ERASING_ATTEMPTS - 1).amin(1, keepdim=True)
-    height, width = heights.gather(1, first)[:, 0], widths.gather(1, first)[:, 0]
-    chosen = fits.any(1) & (number[:, -1] < probability)
-    top = (number[:, -3] * (image_height - height + 1)).long()
-    left = (number[:, -2] * (image_width - width + 1)).long()
-    return chosen, top, left, height, width
+    images, fill = images.contiguous(), _fill(mean, images.device)
+    for number, runs in enumerate(groups):
+        images = images.index_select(0, orders[number])
+        for operation, start, stop in runs:
+            if operation != NOTHING:
+                part = images[start:stop]
+                part.copy_(operate(OPERATIONS[operation], part, arguments[number, start:stop], fill))
+    return images.index_select(0, orders[-1])
 
 
-def _fill_boxes(
-    images: torch.Tensor, keys: torch.Tensor, top: torch.Tensor, left: torch.Tensor, height: torch.Tensor, width: torch.Tensor
-) -> torch.Tensor:
-    """Replace the boxes of float images [m, 3, H, W] by noise, in place. The noise of a pixel depends on its key and its place."""
-    _, channels, image_height, image_width = images.shape
-    keys = fold(keys, Stream.ERASE_NOISE)[:, None, None]
-    row = torch.arange(image_height, device=images.device)[:, None]
-    column = torch.arange(image_width, device=images.device)
-    top, left, height, width = (values[:, None, None] for values in (top, left, height, width))
-    inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)  # [m, H, W]
-    for channel in range(channels):  # one at a time: the 64-bit hashes are the largest tensors here
-        noise = normal(keys, (channel * image_height + row) * image_width + column)
-        images[:, channel] = torch.where(inside, noise, images[:, channel])
-    return images
+def operate(name: str, images: Tensor, argument: Tensor, fill: Tensor) -> Tensor:
+    """One operation on uint8 [g, 3, S, S], with float64 arguments [g] and the fill colour, float32 [3] in 0 … 255."""
+    return GEOMETRIC[name](images, argument, fill) if name in GEOMETRIC else ON_VALUES[name](images, argument)
+
+
+def _runs(values: np.ndarray) -> list[tuple[int, int, int]]:
+    """(value, start, stop) of the runs of equal values in a sorted array."""
+    values, starts = np.unique(values, return_index=True)
+    return list(zip(values.tolist(), starts.tolist(), [*starts[1:].tolist(), None], strict=True))
+
+
+@functools.lru_cache(8)
+def _fill(mean: tuple, device: torch.device) -> Tensor:
+    """`mean` in whole steps of 255, as timm gives it to Pillow: float32 [3]."""
+    return torch.tensor([min(255.0, round(255 * value)) for value in mean]).to(device)
+
+
+def erase(images: Tensor, keys: np.ndarray, boxes: Boxes, mode: str) -> None:
+    """Fill boxes of normalised images [m, 3, H, W] with normal noise per value ("pixel") or with 0 ("const"), as timm. Changes `images`.
+
+    The noise of a value is a function of its sample's key and its place.
+    """
+    if len(boxes.rows) == 0:
+        return
+    keys = fold(keys[boxes.rows], Stream.ERASE_NOISE)
+    (_erase_one_by_one if images.device.type == "cpu" else _erase_together)(images, keys, boxes, mode)
+
+
+def _erase_one_by_one(images: Tensor, keys: np.ndarray, boxes: Boxes, mode: str) -> None:
+    """For a CPU: nothing is computed outside the boxes."""
+    fields = (keys, boxes.rows, boxes.tops, boxes.lefts, boxes.heights, boxes.widths)
+    for key, row, top, left, height, width in zip(*(field.tolist() for field in fields), strict=True):
+        y, x = torch.arange(top, top + height)[:, None], torch.arange(left, left + width)
+        noise = _noise(torch.tensor(key), y, x, images) if mode == "pixel" else torch.zeros(())
+        images[row, :, top : top + height, left : left + width] = noise
+
+
+def _erase_together(images: Tensor, keys: np.ndarray, boxes: Boxes, mode: str) -> None:
+    """For a GPU: few launches, for all boxes at once, in windows of the size of the largest."""
+    height, width = boxes.heights.max(), boxes.widths.max()
+    y = np.minimum(boxes.tops, images.shape[2] - height)[:, None] + np.arange(height)
+    x = np.minimum(boxes.lefts, images.shape[3] - width)[:, None] + np.arange(width)
+    y_inside = (y >= boxes.tops[:, None]) & (y < (boxes.tops + boxes.heights)[:, None])
+    x_inside = (x >= boxes.lefts[:, None]) & (x < (boxes.lefts + boxes.widths)[:, None])
+    keys, rows, y, x, y_inside, x_inside = (to_device(array, images.device) for array in (keys, boxes.rows, y, x, y_inside, x_inside))
+    keys, rows, y, x = keys[:, None, None], rows[:, None, None], y[:, :, None], x[:, None, :]
+    inside = y_inside[:, :, None] & x_inside[:, None, :]  # [k, height, width]
+    noise = _noise(keys, y, x, images).permute(1, 2, 3, 0) if mode == "pixel" else images.new_zeros(())
+    images[rows, :, y, x] = torch.where(inside[..., None], noise, images[rows, :, y, x])
+
+
+def _noise(keys: Tensor, y: Tensor, x: Tensor, images: Tensor) -> Tensor:
+    """Normal numbers for the three channels at (y, x), [3, …] after broadcasting."""
+    return normals(keys, y * images.shape[3] + x)[:3]
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of a host array on the device, without waiting for it: from pinned memory where it is a GPU."""
+    values = torch.from_numpy(array)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

@@ -46,7 +46,10 @@ class AugmentConfig(Section):
     crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="resized: range of width / height")
     crop_padding: int = Field(4, ge=0, description="padded: largest shift, in pixels of the source image")
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
-    erasing: Fraction = Field(0.0, description="probability of random erasing (normal noise per pixel)")
+    rand_augment: str | None = Field(None, description="as timm writes it, rand-m9-n2-mstd0.5-p0.5-inc1; null turns it off")
+    color_jitter: float = Field(0.0, ge=0, description="brightness, contrast and saturation change by factors of up to 1 ± this; 0: off")
+    erasing: Fraction = Field(0.0, description="probability of random erasing")
+    erasing_mode: Literal["pixel", "const"] = Field("pixel", description="pixel: normal noise per value; const: the mean colour")
     mixup: float = Field(0.0, ge=0, description="alpha of mixup's Beta distribution; 0 turns it off")
     cutmix: float = Field(0.0, ge=0, description="alpha of cutmix's Beta distribution; 0 turns it off")
     mix_probability: Fraction = Field(1.0, description="probability that a micro-batch is mixed at all")
@@ -54,6 +57,18 @@ class AugmentConfig(Section):
     label_smoothing: Fraction = 0.0
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @field_validator("rand_augment")
+    @classmethod
+    def _is_rand_augment(cls, value: str | None) -> str | None:
+        from .augment_choices import parse_rand_augment
+
+        if value is not None:
+            try:
+                parse_rand_augment(value)
+            except ValueError as error:
+                raise ValueError(f"augment.rand_augment: {error}") from error
+        return value
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod

@@ -1,0 +1,142 @@
+"""RandAugment's geometric operations on a group of images at once, in plain PyTorch: Pillow's affine transform with bicubic interpolation.
+
+Every operation takes `images`, uint8 [g, 3, S, S], `argument`, float64 [g], and `fill`, the colour of what lies outside, float32 [3], on
+one device, leaves them as they are, and returns uint8 [g, 3, S, S]. Nothing waits for a GPU.
+
+The position of a result's pixel in the source is first + fraction, in units of pixels whose centres are the integers. Pillow's cubic
+(Keys, a = -1) weighs the pixels first - 1 … first + 2, those beyond the edge taken from the edge; a result is inside where its nearest
+pixel is. Pillow sums in float64 and truncates, this in float32: a value can differ by 1 of 255, and about one in 1000 does (more
+where a shift is close to whole pixels).
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
+
+from .augment_operations import to_uint8
+
+# Added before truncating: more than float32's rounding errors, which would else turn a flat 255 into 254.
+ROUNDING = 2.0**-12
+BORDER = 2  # how far the pixels that are weighed reach beyond the image
+
+# The weights of the four pixels as polynomials of the fraction: rows are its powers 0 … 3.
+CUBIC = ((0, 1, 0, 0), (-1, 0, 1, 0), (2, -2, 1, -1), (-1, 1, -1, 1))
+
+
+def shear_x(images: Tensor, argument: Tensor, fill: Tensor) -> Tensor:
+    """Shift each row to the left by its distance from the upper edge, times `argument`."""
+    return _shift_rows(images, argument[:, None] * _centres(images), fill)
+
+
+def shear_y(images: Tensor, argument: Tensor, fill: Tensor) -> Tensor:
+    """Shift each column upwards by its distance from the left edge, times `argument`."""
+    return shear_x(images.transpose(2, 3), argument, fill).transpose(2, 3)
+
+
+def translate_x(images: Tensor, argument: Tensor, fill: Tensor) -> Tensor:
+    """Shift to the left by `argument`, relative to the width."""
+    return _shift_rows(images, (argument * images.shape[3])[:, None], fill)
+
+
+def translate_y(images: Tensor, argument: Tensor, fill: Tensor) -> Tensor:
+    """Shift upwards by `argument`, relative to the height."""
+    return translate_x(images.transpose(2, 3), argument, fill).transpose(2, 3)
+
+
+def _shift_rows(images: Tensor, shift: Tensor, fill: Tensor) -> Tensor:
+    """The result's pixel x of row y is at x + shift[:, y] in the source. shift: float64 [g, S], or [g, 1] for all rows."""
+    size = images.shape[3]
+    first = shift.floor()
+    fraction = (shift - first).float()
+    # All pixels that are weighed, [g, 1, S or 1, S + 3].
+    position = first.to(torch.int32)[:, None, :, None] + torch.arange(-1, size + 2, dtype=torch.int32, device=images.device)
+    index = position.clamp(0, size - 1).long().expand(-1, 3, size, -1)
+    pixels = images.contiguous().gather(3, index).float()
+    weights = (_powers(fraction) @ _cubic(images.device))[:, None, :, None]
+    found = pixels[..., :size] * weights[..., 0]
+    for tap in (1, 2, 3):
+        found.addcmul_(pixels[..., tap : tap + size], weights[..., tap])
+    return _fill(found, _inside(position[..., 1 : size + 1], fraction[:, None, :, None], size), fill)
+
+
+def rotate(images: Tensor, argument: Tensor, fill: Tensor) -> Tensor:
+    """Rotate by `argument` degrees, counter-clockwise, around the centre."""
+    count, _, size, _ = images.shape
+    width = size + 2 * BORDER
+    angle = -torch.deg2rad(argument)[:, None]
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    centred = _centres(images) - size / 2
+    middle = size / 2 - 0.5
+    # Sums of a part of the column and a part of the row, [g, S] each: float64 is needed only here.
+    x, x_fraction = _add(cos * centred, sin * centred + middle)
+    y, y_fraction = _add(-sin * centred, cos * centred + middle)
+    inside = _inside(x, x_fraction, size).mul_(_inside(y, y_fraction, size))
+
+    # The first of the 4 x 4 pixels that are weighed, as a row of a table of all pixels.
+    x, y = (first.clamp_(-1, size - 1).add_(BORDER - 1) for first in (x, y))
+    corner = y.mul_(width).add_(x).to(torch.int32)
+    corner += torch.arange(count, dtype=torch.int32, device=images.device)[:, None, None] * width**2
+    table = pad(images.float(), (BORDER,) * 4, mode="replicate").permute(0, 2, 3, 1).contiguous().view(-1, 3)
+    found = _weigh(table, corner.view(-1), x_fraction.view(-1), y_fraction.view(-1), width)
+    return _fill(found.view(count, size, size, 3).permute(0, 3, 1, 2).contiguous(), inside[:, None], fill)
+
+
+def _weigh(table: Tensor, corner: Tensor, x_fraction: Tensor, y_fraction: Tensor, width: int) -> Tensor:
+    """The weighed sums of 4 x 4 rows of `table`, which are pixels of images `width` wide: [n, 3], for n corners and fractions.
+
+    An embedding bag is just that: it reads 16 rows for each result, multiplies and adds them.
+    """
+    part = 16384 if table.device.type == "cpu" else len(corner)  # so that 16 weights each stay in a CPU's cache
+    offsets, x_cubic, y_cubic = _taps(width, table.device)
+    parts = zip(*(values.split(part) for values in (corner[:, None], _powers(x_fraction), _powers(y_fraction))), strict=True)
+    found = [embedding_bag(first + offsets, table, mode="sum", per_sample_weights=(x @ x_cubic).mul_(y @ y_cubic)) for first, x, y in parts]
+    return torch.cat(found)
+
+
+def _add(of_column: Tensor, of_row: Tensor) -> tuple[Tensor, Tensor]:
+    """float64 [g, S] each → their sums as integer part and fraction, float32 [g, S, S] each."""
+    column, row = of_column.floor(), of_row.floor()
+    fraction = (of_column - column).float()[:, None, :] + (of_row - row).float()[:, :, None]
+    carry = fraction.floor()
+    fraction -= carry
+    return carry.add_(column.float()[:, None, :]).add_(row.float()[:, :, None]), fraction
+
+
+def _inside(first: Tensor, fraction: Tensor, size: int) -> Tensor:
+    """1 where the pixel next to first + fraction is one of 0 … size - 1, else 0; float32. (Comparing takes a CPU ten times as long.)"""
+    nearest = first + (fraction + 0.5).floor_()
+    return (nearest + 1).clamp_(0, 1).sub_((nearest - (size - 1)).clamp_(0, 1))
+
+
+def _fill(values: Tensor, inside: Tensor, fill: Tensor) -> Tensor:
+    """float32 [g, 3, S, S] → uint8, with the colour `fill` where `inside` is not 1 but 0. Changes `values`."""
+    fill = fill[:, None, None]
+    return to_uint8(values.sub_(fill).mul_(inside).add_(fill + ROUNDING))
+
+
+def _powers(fraction: Tensor) -> Tensor:
+    """float32 […] → its powers 0 … 3, […, 4] (a transposed view)."""
+    power = fraction.new_ones(4, *fraction.shape)
+    power[1] = fraction
+    torch.mul(fraction, fraction, out=power[2])
+    torch.mul(power[2], fraction, out=power[3])
+    return power.movedim(0, -1)
+
+
+@functools.lru_cache(8)
+def _cubic(device: torch.device) -> Tensor:
+    return torch.tensor(CUBIC, dtype=torch.float32).to(device)
+
+
+@functools.lru_cache(8)
+def _taps(width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of 4 x 4 pixels, row by row: their places after the first, int32 [16], and CUBIC in x and in y, [4, 16] each."""
+    cubic, four = _cubic(device), torch.arange(4, dtype=torch.int32)
+    return (four[:, None] * width + four).view(-1).to(device), cubic.repeat(1, 4), cubic.repeat_interleave(4, 1)
+
+
+def _centres(images: Tensor) -> Tensor:
+    """The places of the pixels' centres along a side, float64 [S]."""
+    return torch.arange(images.shape[3], dtype=torch.float64, device=images.device) + 0.5
