@@ -10,6 +10,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
+from data_pipeline.backends import open_backend
 from data_pipeline.manifest import open_manifest
 from data_pipeline.validate import AS_IT_IS, BadImage, Encoding, check_image
 from data_pipeline.verify import verify
@@ -219,3 +220,12 @@ def test_most_flipped_bits_in_a_source_cannot_be_seen():
         seen += not decodes(cut(data, place, place + 1, bytes([data[place] ^ 1 << bit])))
     print(f"strict decoding sees {seen} of {len(images)} flipped bits")
     assert 0.05 < seen / len(images) < 0.5
+
+
+def test_training_reads_every_image_of_the_table(packed):
+    """With the decoder that is there: native, or simplejpeg."""
+    split = open_manifest(packed[0]).split("train")
+    records = split.records
+    windows = np.stack([np.zeros(len(records)), np.zeros(len(records)), records["width"], records["height"], np.zeros(len(records))], 1)
+    out = np.zeros((len(records), 16, 16, 3), np.uint8)
+    assert open_backend("webdataset", split).decode_batch(np.arange(len(records)), windows.astype(np.int32), 16, "bicubic", out) == {}

@@ -221,6 +221,10 @@ def test_smaller_images(source, tmp_path):
     for split in manifest.splits.values():
         assert len(split.shards) == 1 and (split.records["width"] == 100).all() and (split.records["height"] == 125).all()
     assert call(source, tmp_path / "set", *options).stdout.startswith(f"{tmp_path / 'set'} is already prepared")
+
+    killed = tmp_path / "killed"
+    kill(start_command(source, killed, *options, until=lambda: (killed / ".work/plan.json").exists()))
+    assert call(source, killed, *options).returncode == 0 and contents(killed) == contents(tmp_path / "set")
     fails_with(78, call(source, tmp_path / "set", "--max-side", 100, "--shard-size", 4), "resize_short 100 and not None, max_side None and")
 
 
