@@ -203,6 +203,8 @@ class Loader(AbstractContextManager):
             return
         if self._ahead:
             self._ahead.advance()
+        else:
+            self._backend.stored.will_need(job.draws % self._samples)
         total, size = len(job.draws), self._data.image_size
         ids, labels = (torch.empty(total, dtype=torch.int64, pin_memory=self._pin) for _ in range(2))
         if self._stream is None:

@@ -5,6 +5,7 @@ import os
 import threading
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,13 @@ class StoredSamples:
                 data, failures[row] = b"", str(error)
             encoded.append(data)
         return encoded, failures
+
+    def will_need(self, ids: np.ndarray) -> None:
+        """Have the system begin to read these samples from the disk, so that the threads that decode need not wait for it."""
+        records = self.records[ids]
+        for shard, offset, length in zip(*(records[name].tolist() for name in ("shard", "offset", "size")), strict=True):
+            with suppress(OSError, IndexError):  # `read` meets it again, and says so
+                os.posix_fadvise(self._file(shard).descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
     def dimensions(self, ids: np.ndarray) -> np.ndarray:
         """The (width, height) of each image according to the index, [n, 2]."""
