@@ -2,7 +2,11 @@
 """Measure the data path or a training step on this machine: python launch/bench.py data|train"""
 
 import argparse
+import json
+import os
+import platform
 import sys
+from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -15,27 +19,94 @@ def main(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     manifest = open_manifest(config.data.path)
-    from train.bench import bench_data, bench_train, table
+    results = bench_data(arguments, config, manifest) if arguments.what == "data" else bench_train(arguments, config, manifest)
+    if arguments.json and results:
+        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
+        results = {"command": " ".join(sys.argv), "date": date.today().isoformat(), "machine": machine(), **results}
+        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def bench_data(arguments: argparse.Namespace, config, manifest) -> dict:
+    """One core: decoding beside its peers, the whole training path beside timm's, every operation's cost; then the loader on all cores."""
+    import time
+
+    import torch
+
+    from data_pipeline import augment_bench, bench
+
+    torch.set_num_threads(1)
+    images = bench.Images.of(manifest.split("train"), arguments.images, config.data.image_size, config.augment)
+    count, cores = len(images.ids), len(os.sched_getaffinity(0))
+    results = {"images": count, "size": images.size, "rounds": arguments.rounds, "absent": bench.absent(images.split)}
+
+    def measure(name: str, title: str, ways: dict, base: str, clock=time.process_time, unit: str = "img/s/core") -> dict:
+        rows = bench.summary(bench.interleave(ways, count, arguments.rounds, clock), base)
+        results[name] = {"unit": unit, "base": base, "rows": rows}
+        print(f"\n{title}\n{bench.table(rows, unit, base)}", flush=True)
+        return rows
+
+    pillow = "Pillow, the same windows"
+    rows = measure("decoding", f"decode + random resized crop {images.size} + flip → uint8", bench.decoding(images), pillow)
+    bare = rows["bare full decode (libjpeg-turbo)"]["median"]
+    print("\n".join(f"{name:44}{row['median'] / bare:14.2f} x bare full decode" for name, row in rows.items()))
+    timm = "timm create_transform, the same recipe"
+    path = measure("training_path", "the whole training path → normalised float batch", bench.training_path(images), timm)
+    loader = measure(
+        "loader",
+        f"ready batches on {cores} cores, wall clock",
+        bench.loading(images, config.data, cores),
+        "this decoder, 1 thread",
+        time.perf_counter,
+        "img/s",
+    )
+    results["loader"]["share"] = share = next(iter(loader.values()))["ratio"] / cores
+    print(f"the loader reaches {share:.2f} of the decoder's own rate x {cores} cores")
+    results["operations"] = augment_bench.operation_costs(images.size)
+    print("\nthe recipe, milliseconds per image and operation")
+    print("\n".join(f"{name:44}{cost:14.3f}" for name, cost in results["operations"].items()))
+    decoded, augmented = rows["webdataset backend"]["median"], next(iter(path.values()))["median"]
+    needed = {"gpu_rate": arguments.gpu_rate, "decoding": arguments.gpu_rate / decoded, "recipe_too": arguments.gpu_rate / augmented}
+    results["cores_per_gpu"] = needed
+    print(
+        f"\na GPU that trains {arguments.gpu_rate:g} images/s needs {needed['decoding']:.1f} of these cores to decode for it"
+        f" ({needed['recipe_too']:.1f} where the recipe ran on them, too)"
+    )
+    print("\n".join(results["absent"]))
+    return results
+
+
+def bench_train(arguments: argparse.Namespace, config, manifest) -> dict | None:
+    """Training steps under DeepSpeed beside a bare PyTorch loop. Results on the main rank only."""
+    from data_pipeline.bench import summary, table
+    from train.bench import bench_train
     from train.runtime import start_runtime, stop_runtime
 
-    if arguments.what == "data":
-        print(table(bench_data(manifest.split("train"), config.data.backend, config.data.image_size, arguments.images), "img/s/core"))
-        return
     runtime = start_runtime()
-    rates = bench_train(config, len(manifest.classes), runtime, arguments.steps)
+    rows = summary(bench_train(config, len(manifest.classes), runtime, arguments.steps, arguments.rounds), "bare PyTorch")
     if runtime.is_main:
-        print(table(rates, "img/s"))
+        print(table(rows, "img/s", "bare PyTorch"))
     stop_runtime()
+    return {"train": rows} if runtime.is_main else None
+
+
+def machine() -> str:
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description="Measure beside plain alternatives, interleaved in one run; medians of five rounds.")
-    parser.add_argument("what", choices=["data", "train"], help="data: decoding on one core; train: whole training steps")
+    parser = Parser(description="Measure beside plain alternatives, interleaved in one run; medians of the rounds.")
+    parser.add_argument("what", choices=["data", "train"], help="data: decoding, augmenting and loading; train: whole training steps")
     parser.add_argument(
         "--config", default="configs/quickstart.yaml", metavar="FILE", help="whose model, dataset and sizes (default: %(default)s)"
     )
-    parser.add_argument("--images", type=int, default=500, help="data: images per round (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=512, help="data: images per round (default: %(default)s)")
+    parser.add_argument(
+        "--gpu-rate", type=float, default=2000, help="data: images/s of a GPU, for the cores it needs (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=5, help="train: steps per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, interleaved (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     return parser.parse_intermixed_args()
 
