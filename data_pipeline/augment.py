@@ -54,7 +54,7 @@ def augment(images: Tensor, keys: np.ndarray, config: AugmentConfig) -> Tensor:
         steps += rand_augment_steps(keys, parse_rand_augment(config.rand_augment))
     if config.color_jitter > 0:
         steps += color_jitter_steps(keys, config.color_jitter)
-    images = normalise(apply(images, steps, config.mean), config)
+    images = normalise(apply(images, steps, config.mean) if steps else images, config)
     if config.erasing > 0:
         erase(images, keys, erasing_boxes(keys, config.erasing, *images.shape[-2:]), config.erasing_mode)
     return images
@@ -79,42 +79,26 @@ def _normalisation(mean: tuple, std: tuple, device: torch.device) -> tuple[Tenso
 
 
 def apply(images: Tensor, steps: Sequence[Step], mean: tuple[float, float, float]) -> Tensor:
-    """uint8 [m, 3, S, S] → the same after `steps`. `mean`, in 0 … 1, is the colour of what geometric operations uncover.
+    """uint8 [m, 3, S, S] → the same after `steps`, a copy. `mean`, in 0 … 1, is the colour of what geometric operations uncover.
 
-    Before each step the images are sorted by their operation, so that each operation has its images side by side.
+    In each step an operation takes all its images at once.
     """
-    if not steps:
-        return images
-    sample = np.arange(len(images))  # which one is in each row
-    orders, arguments, groups = [], [], []
+    images, fill = images.clone(memory_format=torch.contiguous_format), _fill(mean, images.device)
     for step in steps:
-        order = np.argsort(step.operations[sample], kind="stable")
-        sample = sample[order]
-        orders.append(order)
-        arguments.append(step.arguments[sample])
-        groups.append(_runs(step.operations[sample]))
-    orders.append(np.argsort(sample))
-    orders, arguments = to_device(np.stack(orders), images.device), to_device(np.stack(arguments), images.device)
-
-    images, fill = images.contiguous(), _fill(mean, images.device)
-    for number, runs in enumerate(groups):
-        images = images.index_select(0, orders[number])
-        for operation, start, stop in runs:
+        order = np.argsort(step.operations, kind="stable")
+        arguments = to_device(step.arguments[order], images.device)
+        present, starts = np.unique(step.operations[order], return_index=True)
+        for operation, start, stop in zip(present, starts, [*starts[1:], len(order)], strict=True):
             if operation != NOTHING:
-                part = images[start:stop]
-                part.copy_(operate(OPERATIONS[operation], part, arguments[number, start:stop], fill))
-    return images.index_select(0, orders[-1])
+                chosen = [images[row] for row in order[start:stop]]
+                found = operate(OPERATIONS[operation], torch.stack(chosen), arguments[start:stop], fill)
+                torch._foreach_copy_(chosen, list(found))
+    return images
 
 
 def operate(name: str, images: Tensor, argument: Tensor, fill: Tensor) -> Tensor:
     """One operation on uint8 [g, 3, S, S], with float64 arguments [g] and the fill colour, float32 [3] in 0 … 255."""
     return GEOMETRIC[name](images, argument, fill) if name in GEOMETRIC else ON_VALUES[name](images, argument)
-
-
-def _runs(values: np.ndarray) -> list[tuple[int, int, int]]:
-    """(value, start, stop) of the runs of equal values in a sorted array."""
-    values, starts = np.unique(values, return_index=True)
-    return list(zip(values.tolist(), starts.tolist(), [*starts[1:].tolist(), None], strict=True))
 
 
 @functools.lru_cache(8)
@@ -165,4 +149,4 @@ def _noise(keys: Tensor, y: Tensor, x: Tensor, images: Tensor) -> Tensor:
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """A copy of a host array on the device, without waiting for it: from pinned memory where it is a GPU."""
     values = torch.from_numpy(array)
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

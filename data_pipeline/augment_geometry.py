@@ -68,40 +68,40 @@ def rotate(images: Tensor, argument: Tensor, fill: Tensor) -> Tensor:
     angle = -torch.deg2rad(argument)[:, None]
     cos, sin = torch.cos(angle), torch.sin(angle)
     centred = _centres(images) - size / 2
-    middle = size / 2 - 0.5
-    # Sums of a part of the column and a part of the row, [g, S] each: float64 is needed only here.
-    x, x_fraction = _add(cos * centred, sin * centred + middle)
-    y, y_fraction = _add(-sin * centred, cos * centred + middle)
-    inside = _inside(x, x_fraction, size).mul_(_inside(y, y_fraction, size))
+    # x and y in the source, each the sum of a part of the column and a part of the row. Below, 2 stands for x and y.
+    of_column = torch.stack([cos, -sin]) * centred  # [2, g, S]
+    of_row = torch.stack([sin, cos]) * centred + (size / 2 - 0.5)
+    first, fraction = _add(of_column, of_row)  # [2, g, S, S]
+    inside = _inside(first, fraction, size)
+    inside = inside[0].mul_(inside[1])[:, None]
 
     # The first of the 4 x 4 pixels that are weighed, as a row of a table of all pixels.
-    x, y = (first.clamp_(-1, size - 1).add_(BORDER - 1) for first in (x, y))
+    x, y = first.clamp_(-1, size - 1).add_(BORDER - 1)
     corner = y.mul_(width).add_(x).to(torch.int32)
     corner += torch.arange(count, dtype=torch.int32, device=images.device)[:, None, None] * width**2
     table = pad(images.float(), (BORDER,) * 4, mode="replicate").permute(0, 2, 3, 1).contiguous().view(-1, 3)
-    found = _weigh(table, corner.view(-1), x_fraction.view(-1), y_fraction.view(-1), width)
-    return _fill(found.view(count, size, size, 3).permute(0, 3, 1, 2).contiguous(), inside[:, None], fill)
+    found = _weigh(table, corner.view(-1), fraction.view(2, -1), width)
+    return _fill(found.view(count, size, size, 3).permute(0, 3, 1, 2).contiguous(), inside, fill)
 
 
-def _weigh(table: Tensor, corner: Tensor, x_fraction: Tensor, y_fraction: Tensor, width: int) -> Tensor:
-    """The weighed sums of 4 x 4 rows of `table`, which are pixels of images `width` wide: [n, 3], for n corners and fractions.
+def _weigh(table: Tensor, corner: Tensor, fraction: Tensor, width: int) -> Tensor:
+    """The weighed sums of 4 x 4 rows of `table`, pixels of images `width` wide: [n, 3], for n corners and fractions [2, n].
 
     An embedding bag is just that: it reads 16 rows for each result, multiplies and adds them.
     """
     part = 16384 if table.device.type == "cpu" else len(corner)  # so that 16 weights each stay in a CPU's cache
     offsets, x_cubic, y_cubic = _taps(width, table.device)
-    parts = zip(*(values.split(part) for values in (corner[:, None], _powers(x_fraction), _powers(y_fraction))), strict=True)
+    parts = zip(*(values.split(part) for values in (corner[:, None], *_powers(fraction))), strict=True)
     found = [embedding_bag(first + offsets, table, mode="sum", per_sample_weights=(x @ x_cubic).mul_(y @ y_cubic)) for first, x, y in parts]
     return torch.cat(found)
 
 
 def _add(of_column: Tensor, of_row: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 [g, S] each → their sums as integer part and fraction, float32 [g, S, S] each."""
+    """float64 […, S] each → their sums as integer part and fraction, float32 […, S, S] each: float64 is needed only here."""
     column, row = of_column.floor(), of_row.floor()
-    fraction = (of_column - column).float()[:, None, :] + (of_row - row).float()[:, :, None]
+    fraction = (of_column - column).float()[..., None, :] + (of_row - row).float()[..., None]
     carry = fraction.floor()
-    fraction -= carry
-    return carry.add_(column.float()[:, None, :]).add_(row.float()[:, :, None]), fraction
+    return carry.add(column.float()[..., None, :]).add_(row.float()[..., None]), fraction.sub_(carry)
 
 
 def _inside(first: Tensor, fraction: Tensor, size: int) -> Tensor:

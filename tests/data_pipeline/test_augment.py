@@ -132,6 +132,13 @@ def test_a_quarter_of_the_images_stays_as_it_is_under_the_usual_recipe():
     assert 0.18 < unchanged.float().mean() < 0.34  # neither of two operations, each of which is applied half the time
 
 
+def test_nothing_depends_on_what_a_device_has_computed():
+    """On the meta device tensors have shapes only: what would make the host wait for a GPU raises an error there."""
+    found = augment(images_of(64).to("meta"), keys_of(64), EVERYTHING)
+    assert found.shape == (64, 3, 32, 32)
+    assert found.device.type == "meta"
+
+
 def test_costs_name_everything():
     costs = operation_costs(size=16, rounds=1)
     assert list(costs) == [*OPERATIONS, "normalise", "erasing", "recipe"]
