@@ -117,6 +117,14 @@ static void restart(Huffman *h, j_decompress_ptr jpeg) {
     memset(h->last_dc, 0, sizeof h->last_dc);
 }
 
+/* Near the end of a file that has no marker there, libjpeg warns or not, depending on how far it has read ahead: that is left to it. */
+static bool ends_without_marker(const Huffman *h) {
+    if (h->end - h->next >= 16) return false;
+    for (const uint8_t *byte = h->next; byte + 1 < h->end; byte++)
+        if (byte[0] == 0xFF && byte[1] != 0 && byte[1] != 0xFF) return false; /* any number of 0xFF may come before one */
+    return true;
+}
+
 static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *blocks) {
     Huffman *const state = huffman_of(jpeg);
     if (state->restart_interval) {
@@ -170,7 +178,7 @@ static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *blocks) {
         if (k > DCTSIZE2) huffman_give_up(jpeg);
     end_of_block:;
     }
-    if (h.invented > h.count) huffman_give_up(jpeg);
+    if (h.invented > h.count || ends_without_marker(&h)) huffman_give_up(jpeg);
     state->next = h.next, state->bits = h.bits, state->count = h.count, state->invented = h.invented;
     return TRUE;
 }

@@ -18,9 +18,9 @@ def noisy(number: int, width: int, height: int) -> np.ndarray:
     return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8) // 2 + picture(number, width, height) // 2
 
 
-def with_pillow(image: np.ndarray, **options) -> bytes:
+def with_pillow(image: np.ndarray, mode: str | None = None, **options) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", **options)
+    Image.fromarray(image).convert(mode).save(buffer, "JPEG", **options)
     return buffer.getvalue()
 
 

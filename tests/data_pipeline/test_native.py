@@ -115,9 +115,9 @@ def test_every_kind_of_file_decodes_alike_or_is_refused(name):
 def test_faster_code_gives_the_same_bits(interpolation):
     random = np.random.default_rng(0)
     for kind, data in every_kind(301, 203).items():
-        corner, extent = random.integers(-30, 150, (12, 2)), random.integers(1, 330, (12, 2))
-        windows = np.concatenate([corner, extent, random.integers(0, 2, (12, 1))], axis=1)
-        for size in (1, 5, 8, 11, 64):
+        corner, extent = random.integers(-30, 150, (6, 2)), random.integers(1, 330, (6, 2))
+        windows = np.concatenate([corner, extent, random.integers(0, 2, (6, 1))], axis=1)
+        for size in (1, 5, 11, 64):
             plain, _ = decode(data, (301, 203), windows, size, interpolation, features=0)
             for features in FEATURES[1:]:
                 out, failures = decode(data, (301, 203), windows, size, interpolation, features=features)
@@ -131,8 +131,8 @@ def test_extremes_of_windows():
     far = [(limit, limit, 5, 5), (-limit - 1, -limit - 1, 5, 5), (limit, 0, 65536, 1), (-limit - 1, 0, 65536, 1)]
     out, failures = decode(data, (40, 30), far, 8)
     assert not failures and not out.any()
-    out, failures = decode(data, (40, 30), [(-30_000, -30_000, 65536, 65536)], 1)
-    assert not failures and not out.any()  # the image is a hundred-thousandth of it
+    out, failures = decode(data, (40, 30), [(-30_000, -5, 65536, 40), (-5, -30_000, 50, 65536)], 1)
+    assert not failures and not out.any()  # the image is a thousandth of it
     wrong = [(0, 0, 0, 5), (0, 0, 5, -1), (0, 0, 65537, 5), (0, 0, limit, limit), (0, 0, -limit - 1, 5)]
     _, failures = decode(data, (40, 30), wrong, 8)
     assert all("window" in failures[row] for row in range(len(wrong)))
