@@ -31,21 +31,22 @@ class BadSamples:
         for sample in samples:
             key = split, sample.id
             if key not in self._known and key not in self._new:
-                fields = {"split": split, "id": sample.id, "replaced_by": sample.replaced_by, "rank": self._rank, "text": sample.sentence}
-                self._new[key] = {"step": step, **fields}
+                fields = {"split": split, "id": sample.id, "replaced_by": sample.replaced_by, "rank": self._rank}
+                self._new[key] = {"step": step, **fields, "reason": sample.sentence}
 
     def agree(self, monitor: Monitor) -> None:
         """Name what any rank has met; every rank calls. Raises DataError, on all ranks alike, where there are more than the budget."""
         found: list = [None] * dist.get_world_size()
         dist.all_gather_object(found, self._new)
-        self._new, text = {}, ""
-        for key, fields in ((key, fields) for samples in found for key, fields in samples.items() if key not in self._known):
-            self._known.add(key)
-            text = fields["text"]
-            instead = f"Sample {fields['replaced_by']} is used instead." if fields["split"] == "train" else "It is left out of the score."
-            monitor.event("bad_sample", fields.pop("step"), f"{fields.pop('text')} {instead}", **fields)
+        self._new, last = {}, ""
+        for key, fields in [item for samples in found for item in samples.items()]:
+            if key not in self._known:
+                self._known.add(key)
+                last, used = fields["reason"], fields["replaced_by"]
+                instead = "It is left out of the score." if used is None else f"Sample {used} is used instead."
+                monitor.event("bad_sample", fields.pop("step"), f"{last} {instead}", **fields)
         if len(self._known) > self._budget:
             raise DataError(
-                f"{text} That makes {len(self._known)} samples that cannot be read, and guard.bad_samples allows {self._budget}. "
+                f"{last} That makes {len(self._known)} samples that cannot be read, and guard.bad_samples allows {self._budget}. "
                 f"Check the dataset with: python launch/prepare.py verify {self._path}"
             )

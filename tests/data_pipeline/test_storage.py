@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import hashlib
 import http.server
@@ -181,6 +182,14 @@ def start(data: DataConfig, numbers: list[int]) -> multiprocessing.Process:
     return process
 
 
+def open_files(pid: int) -> list[str]:
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            found.append(os.readlink(link))
+    return found
+
+
 def test_processes_of_a_node_fetch_a_file_once(server, tmp_path):
     server.slow = 0.002
     data = config(server.url, tmp_path / "cache")
@@ -193,13 +202,13 @@ def test_processes_of_a_node_fetch_a_file_once(server, tmp_path):
 
 
 def test_a_process_that_is_killed_while_copying_is_relieved_by_one_that_waits(server, tmp_path):
-    server.slow = 0.05
+    server.slow = 1.0
     data = config(server.url, tmp_path / "cache")
     first = start(data, [3])
-    wait_for(lambda: any(part.stat().st_size > 2000 for part in parts(tmp_path / "cache")))
+    wait_for(lambda: any(part.stat().st_size for part in parts(tmp_path / "cache")))
     second = start(data, [3])
-    time.sleep(0.5)
-    assert second.is_alive()
+    wait_for(lambda: any(path.endswith("/train-00003.tar.lock") for path in open_files(second.pid)))
+    assert first.is_alive()
     os.kill(first.pid, signal.SIGKILL)
     server.slow = 0.0
     first.join()
@@ -212,9 +221,9 @@ def test_a_process_that_is_killed_while_copying_is_relieved_by_one_that_waits(se
 def test_what_a_killed_process_left_behind_is_removed_and_what_it_finished_is_kept(server, tmp_path):
     data = config(server.url, tmp_path / "cache")
     stage_in_a_process(data, [1])
-    server.slow = 0.05
+    server.slow = 1.0
     process = start(data, [1, 2])
-    wait_for(lambda: any(part.stat().st_size > 2000 for part in parts(tmp_path / "cache")))
+    wait_for(lambda: any(part.stat().st_size for part in parts(tmp_path / "cache")))
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     server.slow = 0.0

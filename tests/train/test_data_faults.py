@@ -80,6 +80,7 @@ def test_bad_samples_are_replaced_alike_on_one_and_two_ranks_and_named_once(tiny
         for event in events:
             if event["split"] == "train":
                 assert event["id"] in order.ids(event["step"] - 1)
+            assert f"sample {event['id']} of split '{event['split']}'" in event["reason"]
         log = (output / "train.log").read_text()
         assert log.count("sample 5 of split 'val'") == 1
         assert "It is left out of the score." in log and f"Sample {instead[min(met)]} is used instead." in log
