@@ -122,7 +122,7 @@ bool resample_start(Resampler *r, int width, int height, int size, int filter, b
     }
     if (height != size && !axis_start(&r->vertical, height, size, filter, false)) return false;
     const size_t kept = r->vertical.taps ? r->vertical.taps : 1;
-    r->stride = ((size_t)size * CHANNELS + HORIZONTAL_EXCESS + 63) / 64 * 64;
+    r->stride = ((size_t)size * CHANNELS + HORIZONTAL_EXCESS + RING_ALIGNMENT - 1) / RING_ALIGNMENT * RING_ALIGNMENT;
     return buffer_reserve(&r->ring, kept * r->stride) && buffer_reserve(&r->rows, kept * sizeof(uint8_t *));
 }
 
@@ -191,13 +191,11 @@ void horizontal_scalar(const Axis *axis, const uint8_t *row, int size, uint8_t *
 }
 
 void vertical_scalar(const int16_t *weights, int taps, int precision, Rows rows, int bytes, uint8_t *out) {
-    enum { BLOCK = 64 }; /* so that the compiler keeps the sums in vector registers */
-    for (int start = 0; start < bytes; start += BLOCK) {
-        const int length = bytes - start < BLOCK ? bytes - start : BLOCK;
-        int32_t sum[BLOCK];
-        for (int i = 0; i < length; i++) sum[i] = 1 << (precision - 1);
+    for (int start = 0; start < bytes; start += RING_ALIGNMENT) { /* a length that the compiler knows, to make vectors of it */
+        int32_t sum[RING_ALIGNMENT];
+        for (int i = 0; i < RING_ALIGNMENT; i++) sum[i] = 1 << (precision - 1);
         for (int t = 0; t < taps; t++)
-            for (int i = 0; i < length; i++) sum[i] += weights[t] * rows[t][start + i];
-        for (int i = 0; i < length; i++) out[start + i] = clamp(sum[i] >> precision);
+            for (int i = 0; i < RING_ALIGNMENT; i++) sum[i] += weights[t] * (int16_t)rows[t][start + i];
+        for (int i = 0; i < RING_ALIGNMENT && start + i < bytes; i++) out[start + i] = clamp(sum[i] >> precision);
     }
 }

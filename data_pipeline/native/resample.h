@@ -52,9 +52,10 @@ void resample_row(Resampler *resampler, const uint8_t *row);
 size_t resample_slack(const Resampler *resampler);
 void resample_free(Resampler *resampler);
 
-/* The two passes for one row, without and with AVX2; both are integer arithmetic and give the same bits. They may write up to
- * HORIZONTAL_EXCESS bytes past an output row; the vertical pass never writes past it. */
+/* The two passes for one row, without and with AVX2; both are integer arithmetic and give the same bits. The horizontal pass may write
+ * HORIZONTAL_EXCESS bytes past its row. The vertical pass may read its rows up to a multiple of RING_ALIGNMENT bytes. */
 #define HORIZONTAL_EXCESS 32
+#define RING_ALIGNMENT 64
 typedef uint8_t const *const *Rows;
 void horizontal_scalar(const Axis *axis, const uint8_t *row, int size, uint8_t *out);
 void vertical_scalar(const int16_t *weights, int taps, int precision, Rows rows, int bytes, uint8_t *out);

@@ -79,7 +79,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t input_length) {
     const int choice = parameters[9], size = 1 + parameters[8] % 48, filter = choice & 1;
     /* Two windows, so that what the first leaves behind meets the second. */
     int32_t windows[2][5] = {
-        {(int16_t)read16(parameters), (int16_t)read16(parameters + 2), 1 + read16(parameters + 4) % 512, 1 + read16(parameters + 6) % 512},
+        {(int16_t)read16(parameters), (int16_t)read16(parameters + 2), 1 + read16(parameters + 4) % 256, 1 + read16(parameters + 6) % 256},
         {parameters[10], parameters[11], 1 + parameters[12], 1 + parameters[13]},
     };
     if (choice & 2) windows[0][0] %= 64, windows[0][1] %= 64;
