@@ -1,7 +1,7 @@
 """RandAugment's geometric operations on a group of images at once, in plain PyTorch: Pillow's affine transform with bicubic interpolation.
 
 Every operation takes `images`, uint8 [g, 3, S, S], `argument`, float64 [g], and `fill`, the colour of what lies outside, float32 [3], on
-one device, leaves them as they are, and returns uint8 [g, 3, S, S]. Nothing waits for a GPU.
+one device, leaves them as they are, and returns uint8 [g, 3, S, S]. Nothing waits for a GPU. As timm with interpolation="bicubic".
 
 The position of a result's pixel in the source is first + fraction, in units of pixels whose centres are the integers. Pillow's cubic
 (Keys, a = -1) weighs the pixels first - 1 … first + 2, those beyond the edge taken from the edge; a result is inside where its nearest
