@@ -1,5 +1,5 @@
 # Everything a newcomer needs. `make demo` and `make test` do their own set-up; done once, it costs nothing.
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test lint bench fuzz
 
 export DS_ACCELERATOR ?= $(shell test -e /dev/nvidia0 && echo cuda || echo cpu)
 BIN := .venv/bin
@@ -27,3 +27,7 @@ bench: .venv/backends
 	$(BIN)/python launch/prepare.py datasets/shapes-images datasets/shapes
 	$(BIN)/python launch/bench.py data
 	$(BIN)/python launch/bench.py train
+
+# 10^6 damaged JPEGs through the compiled decoder; needs clang.
+fuzz:
+	bash data_pipeline/native/fuzz/run.sh
