@@ -188,12 +188,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def publish(temporary: Path, path: Path) -> None:
     """Give a finished file its name: contents and name are on the disk when this returns."""
-    _sync(temporary)
+    fsync(temporary)
     os.replace(temporary, path)
-    _sync(path.parent)
+    fsync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """A file's contents, or a folder's names, are on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data_pipeline.manifest import sha256_of
+from data_pipeline.manifest import fsync, sha256_of
 from train.config import ConfigError
 from train.ema import Ema
 from train.engine import Engine
@@ -77,19 +77,19 @@ def save_checkpoint(folder: Path, info: CheckpointInfo, engine: Engine, ema: Ema
     # Views into one flat buffer share storage, which safetensors refuses: write copies.
     copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     save_file(copies, shard, metadata={"starts": json.dumps(starts)})
-    _fsync(shard)
+    fsync(shard)
 
     written = [None] * engine.world
     dist.all_gather_object(written, (shard.name, sha256_of(shard)))
     if engine.rank == 0:
         manifest = temporary / MANIFEST
         manifest.write_text(json.dumps({**asdict(info), "shards": dict(written)}, indent=1))
-        _fsync(manifest)
-        _fsync(temporary)
+        fsync(manifest)
+        fsync(temporary)
         if final.exists():  # the same step, taken again after resuming from an older checkpoint
             shutil.rmtree(final)
         os.rename(temporary, final)
-        _fsync(folder)
+        fsync(folder)
     dist.barrier()
     return final
 
@@ -245,11 +245,3 @@ def _numel(shape: list[int]) -> int:
     for side in shape:
         numel *= side
     return numel
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
