@@ -21,7 +21,7 @@ class DataConfig(Section):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     eval_crop: float = Field(0.875, gt=0, le=1, description="side of evaluation's centre crop, relative to the image's short side")
     shuffle: Literal["full", "block"] = Field("full", description="block: by 256 contiguous samples, 64 such blocks into each other")
-    repeats: int = Field(1, ge=1, description="uses of a sample in its step, augmented differently (repeated augmentation)")
+    repeats: int = Field(1, ge=1, description="uses of a sample in a row, augmented differently (repeated augmentation)")
     workers: int = Field(4, ge=1, description="decoding threads per rank")
     prefetch: int = Field(4, ge=1, description="micro-batches decoded ahead per rank")
     cache_dir: str | None = Field(None, description="folder on the node's own disk to which files of the dataset are copied before use")

@@ -4,9 +4,9 @@ An epoch's order is a keyed permutation of the ids 0 … samples-1, evaluated on
 memory. Step s uses positions [s·G, (s+1)·G) of its epoch's order (G = global batch), split into M micro-batches of fixed size.
 Rank r of `world` takes the micro-batches r, r + world, …, so what a step computes does not depend on the number of ranks.
 
-Repeated augmentation (Hoffer et al., arXiv 1901.09335; `repeats` = r > 1) uses each sample r times in its step, augmented
-differently: slot i holds copy i // (G/r) of the sample at position s·G/r + i % (G/r). So copies are G/r slots apart, in different
-micro-batches where these are not larger than that. An epoch keeps its N // G steps, as in timm's RASampler, and meets N / r samples.
+Repeated augmentation (Hoffer et al., arXiv 1901.09335; `repeats` = r > 1) uses each sample r times in a row, augmented differently:
+use u of an epoch is copy u % r of the sample at position u // r. A step deals its G uses to its micro-batches like cards, so that the
+copies lie in different ones. An epoch keeps its N // G steps, as in timm's RASampler, and so meets N / r samples.
 """
 
 import math
@@ -47,8 +47,6 @@ class Order:
             raise ValueError(f"global_batch {self.global_batch} and micro_batch {self.micro_batch} must be at least 1")
         if self.global_batch % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}")
-        if self.repeats < 1 or self.global_batch % self.repeats:
-            raise ValueError(f"data.repeats {self.repeats} does not divide global_batch {self.global_batch}")
         if self.samples < self.global_batch:
             raise ValueError(f"the dataset has {self.samples} samples, fewer than one global_batch of {self.global_batch}")
 
@@ -83,10 +81,9 @@ class Order:
         first = np.asarray(indices, np.int64)
         if first.size and not 0 <= first.min() <= first.max() < self.micro_batches:
             raise ValueError(f"micro-batches {list(indices)} of a step of {self.micro_batches}")
-        slots = (first[:, None] * self.micro_batch + np.arange(self.micro_batch)).ravel()
-        distinct = self.global_batch // self.repeats
-        copy, place = np.divmod(slots, distinct)
-        positions = (step % self.steps_per_epoch) * distinct + place
+        row, column = first[:, None], np.arange(self.micro_batch)
+        slots = row * self.micro_batch + column if self.repeats == 1 else column * self.micro_batches + row
+        positions, copy = np.divmod((step % self.steps_per_epoch) * self.global_batch + slots.ravel(), self.repeats)
         key = make_key(self.seed, Stream.ORDER, self.epoch_of(step))
         shuffled = block_permute if self.shuffle == "block" else permute
         return (shuffled(key, self.samples, positions) + self.samples * copy).reshape(-1, self.micro_batch)

@@ -130,13 +130,11 @@ def test_copies_of_a_sample_are_cut_differently(split, images):
         )
         for number, window, pixels in zip(ids, windows, batch.images, strict=True):
             assert torch.equal(pixels, expected_pixels(images[number], window))
-    # The first copy is cut as it is without repeats.
-    first = {int(i): pixels for batch in batches[:2] for i, pixels in zip(batch.ids, batch.images, strict=True)}
-    plain = {int(i): pixels for batch in take(split, 6) for i, pixels in zip(batch.ids, batch.images, strict=True)}
-    assert all(torch.equal(first[i], plain[i]) for i in first.keys() & plain.keys())
-    assert first.keys() <= plain.keys()
-    copies = [torch.cat([batch.images for batch in batches[2 * copy : 2 * copy + 2]]) for copy in range(3)]
-    assert not any(torch.equal(one, other) for one, other in zip(copies[0], copies[1], strict=True))
+    # The first copy is cut as it is without repeats; the others are not.
+    uses = {int(draw): pixels for batch in batches for draw, pixels in zip(batch.draws, batch.images, strict=True)}
+    plain = {int(i): pixels for batch in take(split, 12) for i, pixels in zip(batch.ids, batch.images, strict=True)}
+    assert all(torch.equal(pixels, plain[draw]) for draw, pixels in uses.items() if draw < SAMPLES)
+    assert not any(torch.equal(uses[draw + SAMPLES], plain[draw]) for draw in plain if draw + SAMPLES in uses)
 
 
 def damaged(folder: Path, *numbers: int, samples: int = 40) -> Split:
