@@ -141,12 +141,22 @@ static void open_jpeg(Decoder *decoder, const uint8_t *data, size_t length, int 
     jpeg->out_color_space = JCS_RGB;
 }
 
+/* Whether a progressive image has all bits of all coefficients. Where it has not, libjpeg guesses them from the neighbours. */
+static bool is_complete(j_decompress_ptr jpeg) {
+    if (!jpeg->progressive_mode) return true;
+    for (int component = 0; component < jpeg->num_components; component++)
+        for (int k = 0; k < DCTSIZE2; k++)
+            if (jpeg->coef_bits[component][k] != 0) return false;
+    return true;
+}
+
 static void jpeg_rows(Decoder *decoder, Window window, Part part) {
     j_decompress_ptr jpeg = &decoder->jpeg;
     jpeg_start_decompress(jpeg);
     if (decoder->features & OWN_HUFFMAN) huffman_install(&decoder->huffman, jpeg);
-    JDIMENSION left = larger(part.left - PADDING, 0);
-    JDIMENSION width = smaller((int64_t)part.right + PADDING, jpeg->output_width) - left;
+    const bool partly = is_complete(jpeg); /* the guess is another one in a part of the image */
+    JDIMENSION left = partly ? larger(part.left - PADDING, 0) : 0;
+    JDIMENSION width = partly ? smaller((int64_t)part.right + PADDING, jpeg->output_width) - left : jpeg->output_width;
     jpeg_crop_scanline(jpeg, &left, &width); /* moves `left` to the edge of a block */
     const size_t excess = part.left - left;
     const size_t pixels = part.before + excess + larger(width, window.width);
@@ -155,7 +165,7 @@ static void jpeg_rows(Decoder *decoder, Window window, Part part) {
     for (int i = 0; i < ROWS; i++) decoded[i] = rows + (i * pixels + part.before) * CHANNELS;
 
     const JDIMENSION top = part.top, bottom = part.bottom;
-    if (top > PADDING) jpeg_skip_scanlines(jpeg, top - PADDING);
+    if (partly && top > PADDING) jpeg_skip_scanlines(jpeg, top - PADDING);
     while (jpeg->output_scanline < top) jpeg_read_scanlines(jpeg, decoded, 1);
     while (jpeg->output_scanline < bottom) {
         const JDIMENSION wanted = smaller(ROWS, bottom - jpeg->output_scanline);

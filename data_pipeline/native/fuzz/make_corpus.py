@@ -66,6 +66,10 @@ def main() -> None:
     images["lossless"] = plain.replace(b"\xff\xc0", b"\xff\xc3", 1)
     images["truncated"] = plain[: len(plain) * 2 // 3]
     images["zero_tail"] = plain[: len(plain) * 2 // 3] + bytes(len(plain) // 3)
+    progressive = images["progressive"]
+    third = progressive.index(b"\xff\xda", progressive.index(b"\xff\xda", progressive.index(b"\xff\xda") + 2) + 2)
+    tables = progressive.rindex(b"\xff\xc4", 0, third)  # of the third scan
+    images["progressive_incomplete"] = progressive[:tables] + b"\xff\xd9"
     images["garbage"] = b"no JPEG at all, but long enough to be one"
     random = np.random.default_rng(0)
     for name, data in images.items():
