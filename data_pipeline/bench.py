@@ -204,11 +204,12 @@ def _dali_stock(images: Images) -> Callable[[], None]:
     pipeline.build()
     runs = len(images.ids) // BATCH
 
-    def run() -> None:
+    def run() -> tuple[int, float]:
+        began = time.process_time()
         for _ in range(runs):
             pipeline.run()
+        return runs * BATCH, time.process_time() - began
 
-    run.images = runs * BATCH
     return run
 
 
@@ -240,19 +241,20 @@ def training_path(images: Images) -> dict[str, Callable[[], None]]:
 
 
 def loading(images: Images, data: DataConfig, workers: int) -> dict[str, Callable[[], None]]:
-    """The loader with `workers` threads, and the decoder alone on one thread. To be timed by the wall clock."""
+    """The loader with `workers` threads, once it is running, and the decoder alone on one thread. To be timed by the wall clock."""
     config = data.model_copy(update={"image_size": images.size, "workers": workers})
-    batches = max(1, len(images.ids) // BATCH)
+    batches = 2 * -(-len(images.ids) // BATCH)
     order = Order(0, images.split.samples, BATCH, BATCH)
 
-    def ready_batches() -> None:
+    def ready_batches() -> tuple[int, float]:
         # A new one every round: it would otherwise decode ahead in the others' time.
         with build_loader(config, AugmentConfig(), images.split, order) as loader:
+            _exhaust(islice(loader, config.prefetch))
+            began = time.perf_counter()
             _exhaust(islice(loader, batches))
+            return batches * BATCH, time.perf_counter() - began
 
-    ready_batches.images = batches * BATCH
-    decoder = decoding_alone(images)
-    return {f"the loader, {workers} threads, with its start": ready_batches, "this decoder, 1 thread": decoder}
+    return {f"the loader, {workers} threads": ready_batches, "this decoder, 1 thread": decoding_alone(images)}
 
 
 def decoding_alone(images: Images) -> Callable[[], None]:
@@ -270,19 +272,19 @@ def decoding_alone(images: Images) -> Callable[[], None]:
 
 
 def interleave(
-    ways: dict[str, Callable[[], None]], count: int, rounds: int, clock: Callable[[], float] = time.process_time
+    ways: dict[str, Callable[[], tuple[int, float] | None]], count: int, rounds: int, clock: Callable[[], float] = time.process_time
 ) -> dict[str, list[float]]:
     """Rates of each way, `rounds` times one after the other, so that a busy machine disturbs all of them alike; one round before warms up.
 
-    A round handles `count` images, or the way's own number, its attribute `images`.
+    A round handles `count` images; a way that handles other ones, or times itself, returns (images, seconds).
     """
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
             began = clock()
-            way()
+            handled, seconds = way() or (count, clock() - began)
             if number:
-                rates[name].append(getattr(way, "images", count) / (clock() - began))
+                rates[name].append(handled / seconds)
     return rates
 
 
