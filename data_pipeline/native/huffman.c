@@ -29,6 +29,9 @@ static const uint8_t ZIGZAG[DCTSIZE2 + 15] = {0,  1,  8,  16, 9,  2,  3,  10, 17
 #define EXTRA(entry) ((entry) >> 10 & 15)
 #define VALUE(entry) ((entry) >> 16)
 
+/* Bytes that libjpeg may have read ahead of what is decoded: 8, of which each 0xFF takes two. */
+enum { AHEAD = 16 };
+
 /* The number that `size` bits stand for (T.81, F.2.2.1, EXTEND). */
 static inline int32_t extend(uint32_t bits, int size) { return (int32_t)bits - (bits >> (size - 1) ? 0 : (1 << size) - 1); }
 
@@ -53,15 +56,27 @@ static void build(HuffmanTable *table, const JHUFF_TBL *source, bool ac) {
     }
 }
 
+/* Eight bytes, the first one highest. */
+static inline uint64_t read8(const uint8_t *bytes) {
+    uint64_t word;
+    memcpy(&word, bytes, sizeof word);
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    word = __builtin_bswap64(word);
+#endif
+    return word;
+}
+
+/* Whether one of eight bytes is 0xFF, which is where data is not just data. */
+static inline bool has_ff(const uint8_t *bytes) {
+    const uint64_t word = read8(bytes);
+    return (~word - 0x0101010101010101) & word & 0x8080808080808080;
+}
+
 /* At least 56 bits, where the data has ended with zeros. */
 static inline void refill(Huffman *h) {
     if (h->end - h->next >= 8) {
-        uint64_t word;
-        memcpy(&word, h->next, sizeof word);
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-        word = __builtin_bswap64(word);
-#endif
-        if (!((~word - 0x0101010101010101) & word & 0x8080808080808080)) { /* no byte is 0xFF: whole bytes as they are */
+        if (!has_ff(h->next)) {
+            const uint64_t word = read8(h->next);
             h->bits |= word >> h->count;
             h->next += (63 - h->count) >> 3;
             h->count |= 56;
@@ -117,12 +132,20 @@ static void restart(Huffman *h, j_decompress_ptr jpeg) {
     memset(h->last_dc, 0, sizeof h->last_dc);
 }
 
-/* Near the end of a file that has no marker there, libjpeg warns or not, depending on how far it has read ahead: that is left to it. */
-static bool ends_without_marker(const Huffman *h) {
-    if (h->end - h->next >= 16) return false;
-    for (const uint8_t *byte = h->next; byte + 1 < h->end; byte++)
-        if (byte[0] == 0xFF && byte[1] != 0 && byte[1] != 0xFF) return false; /* any number of 0xFF may come before one */
-    return true;
+/* libjpeg reads ahead, and warns where it meets the end of a file that has no marker there: how far it reads, and so whether it warns, is
+ * left to it. The same for 0xFF that are repeated, as they may be before a marker, and which it skips. */
+static bool is_unclear_ahead(const Huffman *h) {
+    const uint8_t *byte = h->next, *end = h->end;
+    if (end - byte >= AHEAD) {
+        if (!has_ff(byte) && !has_ff(byte + 8)) return false;
+        end = byte + AHEAD;
+    }
+    for (; byte < end; byte++) {
+        if (*byte != 0xFF) continue;
+        if (++byte == h->end || *byte == 0xFF) return true;
+        if (*byte != 0) return false; /* a marker: nothing is read beyond it */
+    }
+    return h->end - h->next < AHEAD;
 }
 
 static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *blocks) {
@@ -178,7 +201,7 @@ static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *blocks) {
         if (k > DCTSIZE2) huffman_give_up(jpeg);
     end_of_block:;
     }
-    if (h.invented > h.count || ends_without_marker(&h)) huffman_give_up(jpeg);
+    if (h.invented > h.count || is_unclear_ahead(&h)) huffman_give_up(jpeg);
     state->next = h.next, state->bits = h.bits, state->count = h.count, state->invented = h.invented;
     return TRUE;
 }
