@@ -167,7 +167,6 @@ def test_shuffle_and_repeats_are_the_runs_identity(tiny_config, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "code", "sentence"),
     [
-        (["data.repeats=3"], 78, "data.repeats 3 does not divide global_batch 32"),
         (["data.path=file:///somewhere"], 78, "data.path file:///somewhere is a URL: set data.cache_dir"),
         (["data.path=nonsense://x", "data.cache_dir=cache"], 78, "data.path nonsense://x cannot be opened: Protocol not known: nonsense"),
         (["data.cache_dir=CACHE", "data.cache_gb=0.0001"], 78, "data.cache_gb 0.0001 is less than the"),
