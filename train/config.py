@@ -107,8 +107,21 @@ class MonitorConfig(Section):
     images: int = Field(32, ge=0, description="images in TensorBoard's grid of augmented inputs; 0 turns it off")
 
 
+class TimeoutConfig(Section):
+    """Seconds that a rank may stay in one section of a run before the run is taken for hung."""
+
+    startup: float = Field(1800, gt=0, description="until the first step can begin")
+    first_step: float = Field(1800, gt=0, description="it compiles and fills caches")
+    step: float = Field(300, gt=0)
+    evaluation: float = Field(1800, gt=0)
+    save: float = Field(600, gt=0, description="waiting for a checkpoint to be written; also what the slowest rank has for its share")
+
+
 class GuardConfig(Section):
     bad_samples: int = Field(100, ge=0, description="distinct unreadable samples that end a run when exceeded; all ranks, since its start")
+    max_skipped: Positive = Field(20, description="steps in a row without a finite gradient, after which the run goes back to a checkpoint")
+    grace: float = Field(60, gt=0, description="seconds from a stop signal until this process has ended, saved or not")
+    timeout: TimeoutConfig = TimeoutConfig()
 
 
 class Config(Section):
