@@ -1,6 +1,8 @@
 """What a person sees of a run: metrics.jsonl, TensorBoard, train.log, and a progress bar on a terminal. Rank 0 writes."""
 
+import contextlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from train.append import Alarm, Appender
 from train.config import Config, dump_config, flatten
 from train.evaluate import Scores
 
@@ -50,13 +53,13 @@ class Monitor:
         self.active, self.config, self.last = is_main, config, last
         if not is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter
+        from train.board import Board
 
-        self._metrics = open(output / "metrics.jsonl", "a", buffering=1)
-        self._log_file = open(output / "train.log", "a", buffering=1)
-        # Curves of steps that are taken again after a resume replace the old ones.
-        self._board = SummaryWriter(output / "tensorboard", purge_step=first + 1)
-        self._board.add_text("config", "```yaml\n" + dump_config(config) + "```", first)
+        alarm = Alarm()
+        self._metrics = Appender(output / "metrics.jsonl", alarm)
+        self._log = Appender(output / "train.log", alarm)
+        self._board = Board(output / "tensorboard", alarm, first + 1)
+        self._board.text("config", "```yaml\n" + dump_config(config) + "```", first)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=last, initial=first, unit="step", disable=not terminal, dynamic_ncols=True, smoothing=0.05)
         self._flops_per_step = None if flops_per_image is None else flops_per_image * config.train.global_batch
@@ -65,8 +68,9 @@ class Monitor:
     def say(self, text: str) -> None:
         """A line for people: in train.log, and on the terminal."""
         if self.active:
-            self._log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            self._bar.write(text) if not self._bar.disable else print(text, flush=True)
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode())
+            with contextlib.suppress(OSError):  # stdout may be a file on a full disk
+                self._bar.write(text) if not self._bar.disable else print(text, flush=True)
 
     def event(self, name: str, step: int, text: str, **fields: object) -> None:
         """Something that happened: a line of metrics, and `text` for people."""
@@ -85,7 +89,7 @@ class Monitor:
         self._write({"kind": "train", "step": step, "epoch": round(epoch, 4), **shown, "step_ms": 1000 * seconds, "mfu": mfu})
         groups = {"loss": "learning", "lr": "learning", "grad_norm": "learning", "images_per_second": "speed", "data_wait": "speed"}
         for key, value in {**shown, **({"mfu": mfu} if mfu else {})}.items():
-            self._board.add_scalar(f"{groups.get(key, 'speed')}/{key}", value, step)
+            self._board.scalar(f"{groups.get(key, 'speed')}/{key}", value, step)
         self._bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", img_s=f"{speed:.0f}", refresh=False)
         if self._bar.disable:
             self.say(
@@ -93,18 +97,19 @@ class Monitor:
                 f"  {speed:.0f} img/s  data wait {data_wait:.0%}"
             )
         else:
-            self._log_file.write(f"step {step}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  {speed:.0f} img/s\n")
+            self._log.write(f"step {step}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  {speed:.0f} img/s\n".encode())
 
     def advance(self) -> None:
         if self.active:
             self._bar.update()
 
-    def evaluation(self, step: int, epoch: float, weights: str, scores: Scores) -> None:
+    def evaluation(self, step: int, epoch: float, weights: str, scores: Scores, *, seconds: float) -> None:
+        """Scores of the weights "model" or "ema" after `step` steps; `seconds` is what this evaluation took."""
         fields = {"top1": scores.top1, "top5": scores.top5, "loss": scores.loss}
-        self._write({"kind": "eval", "step": step, "weights": weights, **fields, "count": scores.count})
+        self._write({"kind": "eval", "step": step, "weights": weights, **fields, "count": scores.count, "seconds": seconds})
         if self.active:
             for key, value in fields.items():
-                self._board.add_scalar(f"evaluation/{weights}_{key}", value, step)
+                self._board.scalar(f"evaluation/{weights}_{key}", value, step)
         name = "EMA" if weights == "ema" else "model"
         accuracy = f"top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}"
         self.say(f"epoch {epoch:.4g}  {name}: {accuracy}  ({scores.count} images)")
@@ -117,7 +122,7 @@ class Monitor:
         settings = self.config.augment
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
         grid = _grid((images[:count].float().cpu() * std + mean).clamp(0, 1))
-        self._board.add_image("inputs", grid, step)
+        self._board.image("inputs", grid, step)
 
     def finish(self, step: int, scores: dict[str, Scores]) -> None:
         """Hyper-parameters with the final scores, for TensorBoard's comparison of runs."""
@@ -127,32 +132,50 @@ class Monitor:
                 for key, value in flatten(self.config.model_dump()).items()
             }
             results = {f"final/{weights}_top1": result.top1 for weights, result in scores.items()}
-            self._board.add_hparams(plain, results, run_name=".", global_step=step)
+            self._board.hyperparameters(plain, results, step)
 
     def close(self) -> None:
         if self.active:
             self._bar.close()
             self._board.close()
             self._metrics.close()
-            self._log_file.close()
+            self._log.close()
 
     def _write(self, line: dict) -> None:
         if self.active:
-            self._metrics.write(json.dumps(line) + "\n")
+            self._metrics.write(_strict_json({**line, "time": round(time.time(), 3)}))
 
 
 class SampleRecord:
     """`samples/rank_%d.jsonl`: the sample ids this rank took in every step (`monitor.record_samples`)."""
 
     def __init__(self, output: Path, rank: int, enabled: bool):
-        self._file = None
-        if enabled:
-            (output / "samples").mkdir(exist_ok=True)
-            self._file = open(output / "samples" / f"rank_{rank}.jsonl", "a", buffering=1)
+        self._file = Appender(output / "samples" / f"rank_{rank}.jsonl", Alarm()) if enabled else None
 
     def write(self, step: int, ids: list[int]) -> None:
         if self._file:
-            self._file.write(json.dumps({"step": step, "ids": ids}) + "\n")
+            self._file.write(_strict_json({"step": step, "ids": ids}))
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+def _strict_json(line: dict) -> bytes:
+    """One line of JSON, which has no NaN and no infinity: they become null."""
+    try:
+        text = json.dumps(line, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(line))
+    return text.encode() + b"\n"
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _grid(images: Tensor, gap: int = 2) -> Tensor:

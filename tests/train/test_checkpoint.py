@@ -34,7 +34,7 @@ def test_run_folder_holds_what_the_contract_says(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train] == list(range(1, 33))
-    expected = {"kind", "step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait", "step_ms", "mfu"}
+    expected = {"kind", "step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait", "step_ms", "mfu", "time"}
     assert all(set(line) == expected and 0 <= line["data_wait"] <= 1 for line in train)
     assert [line["event"] for line in lines if line["kind"] == "event" and line["event"] != "checkpoint"] == ["start", "finished"]
 
