@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-EXIT_DATA, EXIT_FAILED, EXIT_CONFIG = 65, 70, 78
+EXIT_DATA, EXIT_FAILED, EXIT_NOT_SAVED, EXIT_STOPPED, EXIT_CONFIG = 65, 70, 74, 75, 78
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,10 +31,11 @@ def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Names
 def fail(code: int, error: Exception | str) -> int:
     """One sentence on stderr.
 
-    A bad configuration is known to all ranks: rank 0 says it, and the others wait, as the first to leave ends the job.
+    Bad data may be known to one rank alone, everything else is known to all: rank 0 says it, and the others wait, as the first to leave
+    ends the job.
     """
-    if code != EXIT_CONFIG or os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    if code == EXIT_DATA or os.environ.get("RANK", "0") == "0":
+        print(error if code == EXIT_STOPPED else f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(2)
     return code

@@ -8,14 +8,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, run
+from launch.ranks import adopt_slurm_ranks
+from train.signals import stop_signals
 
 
 def main(arguments: argparse.Namespace) -> None:
+    stop_signals.install()  # first of all: a request to stop must not be lost
+    adopt_slurm_ranks()
     # The light half first: a mistake in the config or a missing dataset is answered before torch is imported.
     from data_pipeline.backends import open_backend
     from data_pipeline.order import Order
     from data_pipeline.storage import open_dataset
     from train.config import ConfigError, load_config
+    from train.lock import RunLock
 
     config = load_config(arguments.config, arguments.overrides)
     manifest = open_dataset(config.data)
@@ -31,16 +36,23 @@ def main(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{arguments.config}: {error}") from error
     output = Path(arguments.output or Path("runs") / Path(arguments.config).stem)
     output.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(output) if os.environ.get("RANK", "0") == "0" else None
+    if lock:
+        lock.acquire()
+    try:
+        from train.trainer import train
 
-    from train.trainer import train
-
-    train(config, manifest, order, output, resume=arguments.resume, with_changes=arguments.resume_with_changes)
+        train(config, manifest, order, output, lock, resume=arguments.resume, with_changes=arguments.resume_with_changes)
+    finally:
+        if lock:
+            lock.release()
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="Train a model, under deepspeed, torchrun or plain python. A run that was stopped goes on when started again.",
-        epilog="exit codes: 0 finished, 65 bad data, 70 training failed, 75 stopped on request (start again), 78 bad configuration",
+        epilog="exit codes: 0 finished; start again after 71 (a rank hung), 74 (last checkpoint not written), 75 (stopped on request); "
+        "mend first after 65 (bad data), 70 (training failed), 78 (bad configuration)",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="recipe, e.g. configs/cat_b.yaml")
     parser.add_argument("--output", metavar="DIR", help="the run's folder (default: runs/<config name>)")

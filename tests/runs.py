@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,29 +62,33 @@ class RunningJob:
         return (self.output / f"stdout_{rank}").read_text()
 
 
-def start(config: Path, output: Path, *arguments: str, world: int = 1, **options: bool) -> RunningJob:
+def start(config: Path, output: Path, *arguments: str, world: int = 1, **options: object) -> RunningJob:
     """Start `launch/train.py --config … --output …` on `world` ranks; their output goes to `output/stdout_<rank>`."""
     return start_command("train", output, "--config", str(config), "--output", str(output), *arguments, world=world, **options)
 
 
-def start_command(name: str, output: Path, *arguments: str, world: int = 1, allow_fp16: bool = False) -> RunningJob:
+def start_command(
+    name: str, output: Path, *arguments: str, world: int = 1, allow_fp16: bool = False, before: Callable[[int], None] | None = None
+) -> RunningJob:
     """Start `launch/<name>.py` with `arguments` on `world` ranks.
 
     `allow_fp16`: have DeepSpeed accept fp16 on a CPU that is only slow in it, so that the whole of that path runs, loss scaling included.
+    `before` is called with the rank in each rank's process, before the command runs in it (tests/faults.py); it must be picklable.
     """
     output.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = [
-        _forkserver.Process(target=_rank, args=(rank, world, port, [name, *arguments], str(output), allow_fp16)) for rank in range(world)
+        _forkserver.Process(target=_rank, args=(rank, world, port, [name, *arguments], str(output), allow_fp16, before))
+        for rank in range(world)
     ]
     for process in processes:
         process.start()
     return RunningJob(output, processes)
 
 
-def run(config: Path, output: Path, *arguments: str, world: int = 1, **options: bool) -> RunningJob:
+def run(config: Path, output: Path, *arguments: str, world: int = 1, **options: object) -> RunningJob:
     """Start a job and wait until it has finished with exit code 0."""
     job = start(config, output, *arguments, world=world, **options)
     codes = job.wait()
@@ -101,11 +106,19 @@ def metrics(output: Path, kind: str, *, missing_ok: bool = False) -> list[dict]:
     return list({(line["step"], line.get("weights"), line.get("event")): line for line in lines}.values())
 
 
+def events(output: Path, name: str) -> list[dict]:
+    """All lines of one event, repeated ones too, in the order written."""
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "event" and line["event"] == name]
+
+
 def losses(output: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in metrics(output, "train")}
 
 
-def _rank(rank: int, world: int, port: int, command: list[str], output: str, allow_fp16: bool) -> None:
+def _rank(
+    rank: int, world: int, port: int, command: list[str], output: str, allow_fp16: bool, before: Callable[[int], None] | None
+) -> None:
     """In the forked process: become rank `rank` as a launcher would have started it."""
     stream = open(Path(output) / f"stdout_{rank}", "a", buffering=1)
     os.dup2(stream.fileno(), 1)
@@ -116,6 +129,8 @@ def _rank(rank: int, world: int, port: int, command: list[str], output: str, all
         from deepspeed.accelerator import get_accelerator
 
         get_accelerator().is_fp16_supported = lambda: True
+    if before:
+        before(rank)
     name, *arguments = command
     sys.argv = [str(ROOT / "launch" / f"{name}.py"), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")

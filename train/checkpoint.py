@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data_pipeline.manifest import fsync, sha256_of
-from train.config import ConfigError
+from data_pipeline.manifest import Manifest, fsync, sha256_of
+from train.config import Config, ConfigError
 from train.ema import Ema
 from train.engine import Engine
+from train.runtime import program_versions
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -43,61 +43,77 @@ class CheckpointInfo:
     optimizer_step: int
     loss_scale: dict[str, float]
     shapes: dict[str, list[int]]
-    versions: dict[str, str]
+    versions: dict[str, str]  # of python, torch and deepspeed, and the git commit of this program ("" outside a checkout)
     world_size: int
     shards: dict[str, str] = field(default_factory=dict)  # file name → SHA-256
     version: int = VERSION
+
+
+def describe(config: Config, manifest: Manifest, engine: Engine) -> CheckpointInfo:
+    """The parts of a checkpoint's manifest that are the same for all checkpoints of a start of a run."""
+    return CheckpointInfo(
+        step=0,
+        top1=None,
+        dataset=manifest.split("train").fingerprint,
+        classes=list(manifest.classes),
+        config=config.model_dump(mode="json"),
+        optimizer_step=0,
+        loss_scale={},
+        shapes={name: list(shape) for name, shape in engine.shapes.items()},
+        versions=program_versions(),
+        world_size=engine.world,
+    )
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def save_checkpoint(folder: Path, info: CheckpointInfo, engine: Engine, ema: Ema | None) -> Path:
-    """Write `folder/step_%08d`; every rank calls this. It appears under its name only when all of it is on the disk."""
-    final = checkpoint_path(folder, info.step)
-    temporary = folder / f".{final.name}.tmp"
-    if engine.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)  # left behind by a run that was killed while writing
-        temporary.mkdir(parents=True)
-    dist.barrier()
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
-    tensors, starts = {}, {}
-    for index, fragment in enumerate(engine.fragments()):
-        pieces = {"model": fragment.master, **fragment.moments}
-        if ema is not None:
-            pieces["ema"] = ema.averages[index]
-        for kind, piece in pieces.items():
-            tensors[f"{kind}/{fragment.name}"] = piece
-            starts[f"{kind}/{fragment.name}"] = fragment.start
-    if engine.rank == 0:
-        for name, buffer in engine.module.named_buffers():
-            tensors[f"buffer/{name}"] = buffer
-    shard = temporary / f"shard_{engine.rank:05d}.safetensors"
-    # Views into one flat buffer share storage, which safetensors refuses: write copies.
-    copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    save_file(copies, shard, metadata={"starts": json.dumps(starts)})
-    fsync(shard)
 
-    written = [None] * engine.world
-    dist.all_gather_object(written, (shard.name, sha256_of(shard)))
-    if engine.rank == 0:
-        manifest = temporary / MANIFEST
-        manifest.write_text(json.dumps({**asdict(info), "shards": dict(written)}, indent=1))
-        fsync(manifest)
-        fsync(temporary)
-        if final.exists():  # the same step, taken again after resuming from an older checkpoint
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        fsync(folder)
-    dist.barrier()
-    return final
+def write_shard(path: Path, tensors: dict[str, torch.Tensor], starts: dict[str, int]) -> str:
+    """Write one rank's share: `tensors` on the host, and each flat piece's first element. Returns the SHA-256 of what is on the disk."""
+    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+    fsync(path)
+    return sha256_of(path)
+
+
+def write_manifest(folder: Path, info: CheckpointInfo) -> None:
+    """Write the manifest into `folder`, whose shards are all there. All of it is on the disk when this returns."""
+    path = folder / MANIFEST
+    path.write_text(json.dumps(asdict(info), indent=1))
+    fsync(path)
+    fsync(folder)
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Give a checkpoint that is complete on the disk its name. One that has the name already (the step was taken again) is replaced."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        os.rename(final, replaced)
+    os.rename(temporary, final)
+    fsync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def clean_up(folder: Path) -> None:
+    """Undo what a run that was killed while it saved has left in `folder`. One rank calls this, before any save."""
+    for replaced in folder.glob(".step_*.replaced"):
+        final = folder / replaced.name[1:].removesuffix(".replaced")
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.rename(replaced, final)  # killed between the two renames
+    for temporary in folder.glob(".step_*.tmp"):
+        shutil.rmtree(temporary)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints in `folder`, newest first; not yet validated."""
     found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def read_info(path: Path) -> CheckpointInfo:

@@ -113,7 +113,7 @@ class TimeoutConfig(Section):
     startup: float = Field(1800, gt=0, description="until the first step can begin")
     first_step: float = Field(1800, gt=0, description="it compiles and fills caches")
     step: float = Field(300, gt=0)
-    evaluation: float = Field(1800, gt=0)
+    evaluation: float = Field(300, gt=0, description="for one batch of it")
     save: float = Field(600, gt=0, description="waiting for a checkpoint to be written; also what the slowest rank has for its share")
 
 

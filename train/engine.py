@@ -7,6 +7,7 @@ code at every stage. Facts about DeepSpeed 0.19 that this file relies on are in 
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Norm of the whole gradient before clipping; `skipped` where fp16 overflowed and nothing was changed."""
+    """Norm of the whole gradient before clipping; `skipped` where it is not finite, on all ranks alike, and nothing was changed."""
 
     grad_norm: float
     skipped: bool
@@ -86,8 +87,11 @@ class Engine:
         return self._engine(images.to(self.dtype))
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one micro-batch's mean loss; the last of a step also averages it over ranks."""
-        self._engine.backward(loss)
+        """Accumulate the gradient of one micro-batch's mean loss; the last of a step also averages it over ranks.
+
+        A loss that is not finite makes the gradient so, and with it the norm that all ranks see: no message and no waiting is needed.
+        """
+        self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
 
     def step(self, lr: float) -> StepResult:
         """Finish a micro-batch; after the step's last one: clip, update the weights."""
@@ -96,20 +100,27 @@ class Engine:
             return StepResult(0.0, False)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        norm = None
-        if self._plain:
-            norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_grad or float("inf"))
+        norm, skipped = math.nan, False
+        if self._plain:  # everywhere else DeepSpeed looks whether the norm is finite
+            norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_grad or float("inf")))
+            skipped = not math.isfinite(norm)
+            if skipped:
+                self.module.zero_grad(set_to_none=True)  # the optimizer passes over parameters without a gradient
         self._engine.step()
-        norm = self._engine.get_global_grad_norm() if norm is None else norm
-        return StepResult(float(norm), not self._engine.was_step_applied())
+        skipped = skipped or not self._engine.was_step_applied()
+        if not self._plain and not skipped:
+            norm = float(self._engine.get_global_grad_norm())
+        return StepResult(norm, skipped)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode, without gradients."""
         self._engine.eval()
-        with torch.no_grad():
-            yield
-        self._engine.train()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
 
     def fragments(self, *, everything: bool = False) -> list[Fragment]:
         """This rank's share of all weights: over all ranks every element exactly once, in a fixed order.

@@ -1,52 +1,106 @@
-"""What a run survives. So far: samples that cannot be read (`guard.bad_samples`)."""
+"""What ends a run early, and what the ranks tell each other once a step: who was asked to stop, and how long each was busy by itself."""
 
-from collections.abc import Iterable
+import contextlib
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
-from data_pipeline.loader import BadSample
-from data_pipeline.manifest import DataError
-from train.config import Config
-from train.monitor import Monitor
+# A rank is slow where its own time was above FACTOR x the median rank's, and LEAST seconds above it, in IN_A_ROW steps.
+FACTOR, LEAST, IN_A_ROW = 2.0, 0.05, 8
 
 
-class BadSamples:
-    """The samples that could not be read since this start of the run, in training and in evaluation, on any rank: each is named once.
+class TrainingFailed(Exception):
+    """Training cannot go on: gradients that are not finite, again and again."""
 
-    A rank collects what it meets; the ranks tell each other in `agree`.
+    exit_code = 70
+
+
+class NotSaved(Exception):
+    """The run is over, but its last checkpoint could not be written."""
+
+    exit_code = 74
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has: started again it goes on."""
+
+    exit_code = 75
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know alike. stop: (rank, signal) of those that were asked to. slow: (rank, its seconds, the median rank's)."""
+
+    stop: list[tuple[int, signal.Signals]]
+    slow: list[tuple[int, float, float]]
+
+
+class Agreement:
+    """One small sum over all ranks in every round (a step, or a batch of an evaluation).
+
+    A round's answer is read in the next round: the network works in between, and nobody waits for it. The gloo group is its own, so
+    that it neither waits for a GPU nor mixes with the gradients.
     """
 
-    def __init__(self, config: Config, rank: int):
-        self._budget, self._path, self._rank = config.guard.bad_samples, config.data.path, rank
-        self._known: set[tuple[str, int]] = set()
-        self._new: dict[tuple[str, int], dict] = {}
+    def __init__(self, device: torch.device):
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self._device = device
+        self._group = dist.new_group(backend="gloo")
+        self._values = torch.zeros(2, self.world, dtype=torch.float64)  # signals, and seconds; each rank fills its column
+        self._pending: dist.Work | None = None
+        self._alone: list = []
+        self._late = [0] * self.world
 
-    @property
-    def new(self) -> int:
-        """Samples this rank has met since the last `agree`."""
-        return len(self._new)
+    @contextlib.contextmanager
+    def alone(self, really: bool = True) -> Iterator[None]:
+        """What runs in here needs no other rank, so its time is this rank's own; not where `really` is false."""
+        began = self._now()
+        yield
+        if really:
+            self._alone.append((began, self._now()))
 
-    def meet(self, split: str, step: int, samples: Iterable[BadSample]) -> None:
-        """Note what a micro-batch of `step` says."""
-        for sample in samples:
-            key = split, sample.id
-            if key not in self._known and key not in self._new:
-                fields = {"split": split, "id": sample.id, "replaced_by": sample.replaced_by, "rank": self._rank}
-                self._new[key] = {"step": step, **fields, "reason": sample.sentence}
+    def round(self, received: signal.Signals | None) -> Agreed:
+        """Report this rank's signal and its own time since the last round; what all ranks reported in the round before."""
+        agreed = self.close()
+        self._values.zero_()
+        self._values[0, self.rank] = received or 0
+        self._values[1, self.rank] = sum(self._seconds(*pair) for pair in self._alone)
+        self._alone.clear()
+        if self.world > 1:
+            self._pending = dist.all_reduce(self._values, group=self._group, async_op=True)
+        return agreed
 
-    def agree(self, monitor: Monitor) -> None:
-        """Name what any rank has met; every rank calls. Raises DataError, on all ranks alike, where there are more than the budget."""
-        found: list = [None] * dist.get_world_size()
-        dist.all_gather_object(found, self._new)
-        self._new, last = {}, ""
-        for key, fields in [item for samples in found for item in samples.items()]:
-            if key not in self._known:
-                self._known.add(key)
-                last, used = fields["reason"], fields["replaced_by"]
-                instead = "It is left out of the score." if used is None else f"Sample {used} is used instead."
-                monitor.event("bad_sample", fields.pop("step"), f"{last} {instead}", **fields)
-        if len(self._known) > self._budget:
-            raise DataError(
-                f"{last} That makes {len(self._known)} samples that cannot be read, and guard.bad_samples allows {self._budget}. "
-                f"Check the dataset with: python launch/prepare.py verify {self._path}"
-            )
+    def close(self) -> Agreed:
+        """The answer of the round that is still open."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+        signals, seconds = self._values.tolist()
+        stop = [(rank, signal.Signals(int(number))) for rank, number in enumerate(signals) if number]
+        return Agreed(stop, self._slow(seconds))
+
+    def _slow(self, seconds: list[float]) -> list[tuple[int, float, float]]:
+        if not all(seconds):  # not a step
+            return []
+        median, slow = statistics.median_low(seconds), []
+        for rank, own in enumerate(seconds):
+            self._late[rank] = self._late[rank] + 1 if own > max(FACTOR * median, median + LEAST) else 0
+            if self._late[rank] == IN_A_ROW:  # once, until it has caught up
+                slow.append((rank, own, median))
+        return slow
+
+    def _now(self) -> float | torch.cuda.Event:
+        if self._device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, began, ended) -> float:
+        # The step's norm has been read on the host, so a GPU is past both events.
+        return ended - began if self._device.type == "cpu" else began.elapsed_time(ended) / 1000

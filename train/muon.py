@@ -33,7 +33,7 @@ class Muon(torch.optim.AdamW):
                 self._step_matrices(group)
 
     def _step_matrices(self, group: dict) -> None:
-        for parameters in _by_shape(group["params"]):
+        for parameters in _by_shape([parameter for parameter in group["params"] if parameter.grad is not None]):
             gradients = [parameter.grad.float() for parameter in parameters]
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)

@@ -1,12 +1,15 @@
 """Which checkpoint a run starts from, and whether it may."""
 
+import contextlib
+import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
 
 from data_pipeline.manifest import Manifest
-from train.checkpoint import CheckpointInfo, list_checkpoints, load_checkpoint, newest_valid, validate
+from train.checkpoint import CheckpointInfo, list_checkpoints, load_checkpoint, newest_valid, step_of, validate
 from train.config import Config, ConfigError, differences, parse_config
 from train.ema import Ema
 from train.engine import Engine
@@ -14,10 +17,11 @@ from train.engine import Engine
 
 @dataclass(frozen=True)
 class Restored:
-    """The step to go on from (0 without a checkpoint), the checkpoint, and sentences for the log."""
+    """The step to go on from (0 without a checkpoint), the checkpoint and what its manifest says, and sentences for the log."""
 
     step: int = 0
     path: Path | None = None
+    info: CheckpointInfo | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -42,7 +46,7 @@ def restore(
     if path is None:
         return Restored(notes=notes)
     load_checkpoint(path, info, engine, ema)
-    return Restored(info.step, path, notes)
+    return Restored(info.step, path, info, notes)
 
 
 def _choose(
@@ -61,7 +65,11 @@ def _choose(
     if path is None:
         return None, None, []
     info = validate(path)
-    notes = [f"skipped a damaged checkpoint: {sentence}" for sentence in skipped]
+    notes = []
+    if skipped:
+        newest = step_of(list_checkpoints(checkpoints)[0])
+        notes = [f"skipped a damaged checkpoint: {sentence}" for sentence in skipped]
+        notes.append(f"going back to {path} instead costs {newest - info.step} steps")
     new = config.model_dump(mode="json")
     old = parse_config(info.config, source=str(path)).model_dump(mode="json")  # with the defaults of keys that are newer than it
     changed = differences(old, new, free=False)
@@ -73,4 +81,32 @@ def _choose(
             "or give --resume-with-changes to go on all the same"
         )
     notes += [f"changed since the checkpoint: {item}" for item in changed + differences(old, new, free=True)]
+    if resume != "auto":
+        notes += _set_aside(checkpoints, info.step)
     return path, info, notes
+
+
+def _set_aside(checkpoints: Path, step: int) -> list[str]:
+    """Rename checkpoints after `step`, behind which a user has gone back: the next start must not take them for this run's newest."""
+    notes = []
+    for path in list_checkpoints(checkpoints):
+        if step_of(path) > step:
+            aside = path.with_name(f"superseded_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            notes.append(f"{path} is behind this start: renamed to {aside.name}")
+    return notes
+
+
+def last_logged_step(metrics: Path) -> int:
+    """The last step that an earlier start of the run has written to metrics.jsonl; 0 where there is none."""
+    if not metrics.exists():
+        return 0
+    with open(metrics, "rb") as file:
+        file.seek(max(0, metrics.stat().st_size - 1_000_000))
+        for line in reversed(file.read().splitlines()):
+            with contextlib.suppress(ValueError):  # cut at either end
+                document = json.loads(line)
+                if document["kind"] == "train":
+                    return document["step"]
+    return 0

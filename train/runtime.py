@@ -1,8 +1,13 @@
-"""The process this rank is: rank and world size, device, threads."""
+"""The process this rank is: rank and world size, device, threads, age, and the versions of what it runs."""
 
 import os
+import platform
 import socket
+import subprocess
+import time
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -44,3 +49,23 @@ def start_runtime() -> Runtime:
 
 def stop_runtime() -> None:
     dist.destroy_process_group()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+
+def process_age() -> float:
+    """Seconds since this process was started, by Linux' count of clock ticks since the machine was."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+
+
+def program_versions() -> dict[str, str]:
+    """Versions of python, torch and deepspeed, and the git commit of this program ("-dirty" where files differ, "" where there is none)."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": version("deepspeed"), "git": commit}

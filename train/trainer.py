@@ -1,121 +1,186 @@
 """The run, from start to finish. Read this first."""
 
-import functools
 import json
-import math
 import os
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from data_pipeline.loader import BadSample
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
-from train.checkpoint import CheckpointInfo, checkpoint_path, prune, read_weights, save_checkpoint
+from train.bad_samples import BadSamples
+from train.checkpoint import checkpoint_path, clean_up, describe, read_weights
 from train.config import Config, dump_config
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluate import Scores
 from train.feed import Feed
-from train.guard import BadSamples
+from train.guard import Agreed, Agreement, NotSaved, Stopped, TrainingFailed
+from train.lock import RunLock
 from train.monitor import Clock, Monitor, SampleRecord
-from train.resume import restore
-from train.runtime import Runtime, start_runtime, stop_runtime
+from train.resume import last_logged_step, restore
+from train.runtime import Runtime, device_name, process_age, start_runtime, stop_runtime
+from train.saver import Saver
 from train.schedule import learning_rate
+from train.signals import stop_signals
+from train.store import Store
 from train.tasks.classification import Classification
+from train.watchdog import Watchdog
 
 
-class TrainingFailed(Exception):
-    """Training cannot go on: the loss is not finite."""
-
-    exit_code = 70
-
-
-def train(config: Config, manifest: Manifest, order: Order, output: Path, *, resume: str, with_changes: bool) -> None:
+def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: RunLock | None, *, resume: str, with_changes: bool) -> None:
     """Train `config` in the folder `output` until `train.epochs` (or `train.max_steps`) are done; every rank calls this.
 
-    `resume` is "auto", "never" or a checkpoint's path. Raises ConfigError, DataError or TrainingFailed.
+    lock: rank 0's, of `output`. `resume` is "auto", "never" or a checkpoint's path. Raises ConfigError, DataError, TrainingFailed, NotSaved
+    or Stopped.
     """
-    runtime = start_runtime()
-    run = Run(config, manifest, order, output, runtime, resume, with_changes)
+    rank, world, guard = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), config.guard
+    watchdog = Watchdog(rank, world, guard.timeout.model_dump(), output / "stacks", guard.grace)
+    stop_signals.call(lambda: watchdog.stop_by(time.monotonic() + guard.grace))
     try:
-        run.go()
-    finally:
-        run.monitor.close()
+        runtime = start_runtime()
+        store = Store()
+        watchdog.connect(store)
+        run = Run(config, manifest, order, output, lock, runtime, store, watchdog, resume, with_changes)
+        if lock:
+            lock.check()
+        try:
+            run.go()
+        finally:
+            run.monitor.close()
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            watchdog.settle()
+        raise
     run.engine.destroy()
+    watchdog.close()
     stop_runtime()
 
 
 class Run:
     """One process's part of a run. Everything random is a function of the seed and the step, so `step` is the only state of the loop."""
 
-    def __init__(self, config: Config, manifest: Manifest, order: Order, output: Path, runtime: Runtime, resume: str, with_changes: bool):
-        self.config, self.manifest, self.order, self.output, self.runtime = config, manifest, order, output, runtime
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        order: Order,
+        output: Path,
+        lock: RunLock | None,
+        runtime: Runtime,
+        store: Store,
+        watchdog: Watchdog,
+        resume: str,
+        with_changes: bool,
+    ):
+        self.config, self.manifest, self.order, self.output, self.runtime, self.watchdog = (
+            config,
+            manifest,
+            order,
+            output,
+            runtime,
+            watchdog,
+        )
         self.checkpoints = output / "checkpoints"
+        if runtime.is_main:
+            clean_up(self.checkpoints)
         self.share = order.share(runtime.rank, runtime.world)
         self.task = Classification(config, manifest, order, runtime)
         model = self.task.build_model()
-        flops = _flops_per_image(model, config) if runtime.device.type == "cuda" else None
+        flops = self.task.flops_per_image(model) if runtime.device.type == "cuda" else None
         self.engine = Engine(model, config, len(self.share), runtime.device)
         self.ema = Ema(self.engine, config.ema.decay) if config.ema.decay else None
-        restored = restore(self.checkpoints, config, manifest, self.engine, self.ema, resume, with_changes)
-        self.start, self.scores = restored.step, {}
+        self.restored = restore(self.checkpoints, config, manifest, self.engine, self.ema, resume, with_changes)
+        self.start, self.scores = self.restored.step, {}
+        self.begun = self.saved = self.start  # the last checkpoint that was begun, and the newest that is on the disk
         self.total = config.train.epochs * order.steps_per_epoch
         self.last = max(self.start, min(self.total, config.train.max_steps or self.total))
+        about = describe(config, manifest, self.engine)
+        self.saver = Saver(self.checkpoints, about, self.engine, self.ema, store, config.checkpoint.keep, config.guard.timeout.save)
+        self.agreement = Agreement(runtime.device)
+        self.skipped: list[int] = []  # the steps just taken, one after the other, whose gradient was not finite
+        self.gone_back_for: set[int] = set()
+        lost = max(0, last_logged_step(output / "metrics.jsonl") - self.start)
         if runtime.is_main:
             (output / "config.yaml").write_text(dump_config(config))
         self.monitor = Monitor(output, config, is_main=runtime.is_main, first=self.start, last=self.last, flops_per_image=flops)
         self.bad_samples = BadSamples(config, runtime.rank)
         self.samples = SampleRecord(output, runtime.rank, config.monitor.record_samples)
-        for sentence in restored.notes:
+        for sentence in self.restored.notes:
             self.monitor.say(sentence)
-        world = f"{runtime.world} × {_device_name(runtime.device)}, ZeRO {config.zero.stage}, {config.train.precision}"
-        what = f"resumed from {restored.path}" if restored.path else f"training {config.model.name} on {config.data.path}"
+        world = f"{runtime.world} × {device_name(runtime.device)}, ZeRO {config.zero.stage}, {config.train.precision}"
+        again = f" ({lost} of them taken before)" if lost else ""
+        path = self.restored.path
+        what = f"resumed from {path}" if path else f"training {config.model.name} on {config.data.path}"
         self.monitor.event(
-            "resume" if restored.path else "start",
+            "resume" if path else "start",
             self.start,
-            f"{what}: step {self.start} of {self.last}, {world}, TensorBoard: tensorboard --logdir {output / 'tensorboard'}",
+            f"{what}: step {self.start} of {self.last}{again}, {world}, TensorBoard: tensorboard --logdir {output / 'tensorboard'}",
             world_size=runtime.world,
             zero_stage=config.zero.stage,
+            lost_steps=lost,
+            startup_seconds=round(process_age(), 3),
+            down_seconds=round(time.time() - process_age() - lock.previous["beat"], 3) if lock and lock.previous else None,
         )
 
     def go(self) -> None:
-        """The loop."""
-        config, order, task, engine, clock = self.config, self.order, self.task, self.engine, Clock()
-        with Feed(task.batches(self.start), task.inputs, self.runtime.device, clock.waited) as feed:
-            for step in range(self.start, self.last):
+        """All of it: until the last step, or until somebody asks to stop."""
+        self.agreement.round(stop_signals.received)
+        self.obey(self.agreement.close(), self.start)
+        info = self.restored.info
+        if info and info.top1 is None and self.evaluation_due(self.start):  # it was stopped before it had been evaluated
+            self.evaluate(self.start)
+            self.save(self.start)
+        step = self.start
+        while step < self.last:
+            step = self.train_from(step)
+        self.finish()
+
+    def train_from(self, start: int) -> int:
+        """The loop: step after step from `start`. Returns the step that comes next: `last`, or that of a checkpoint to go back to."""
+        config, order, task, engine, clock, agreement = self.config, self.order, self.task, self.engine, Clock(), self.agreement
+        with Feed(task.batches(start), task.inputs, self.runtime.device, clock.waited) as feed:
+            for step in range(start, self.last):
                 done, ids = step + 1, []
+                self.watchdog.enter("first_step" if step == start else "step", done)
                 losses = torch.zeros(order.micro_batches, dtype=torch.float64, device=self.runtime.device)
                 for index in self.share:
-                    batch, images, targets = next(feed)
+                    with agreement.alone():
+                        batch, images, targets = next(feed)
                     self.bad_samples.meet("train", done, batch.bad)
                     if step % order.steps_per_epoch == 0 and index == 0:
                         self.monitor.images(step, images)
-                    loss = task.loss(engine, batch, images, targets)
+                    with agreement.alone(engine.stage < 3):  # ZeRO 3 gathers weights as it goes
+                        loss = task.loss(engine, batch, images, targets)
                     engine.backward(loss)
                     feed.prepare()
                     losses[index] = loss.detach()
                     ids += batch.ids.tolist()
                     result = engine.step(learning_rate(config, step, order.steps_per_epoch))
-                if result.skipped:
-                    self.monitor.event("skipped_step", done, f"step {done} skipped: the gradient overflowed in fp16")
-                elif self.ema:
+                if not self.accept(done, result.skipped):
+                    return self.go_back()
+                if self.ema and not result.skipped:
                     self.ema.update(step)
                 clock.finish_step()
 
                 self.samples.write(done, ids)
                 self.monitor.advance()
-                if done % config.train.log_every == 0 or done in (self.start + 1, self.last):
+                if done % config.train.log_every == 0 or done in (start + 1, self.last):
                     self.report(done, losses, result.grad_norm, clock)
                 began = time.perf_counter()
+                self.obey(agreement.round(stop_signals.received), done)
                 if self.evaluation_due(done):
                     self.evaluate(done)
                 if self.checkpoint_due(done):
                     self.save(done)
+                self.note_saves()
                 clock.skip(time.perf_counter() - began)
-        self.finish()
+        return self.last
 
     def report(self, done: int, losses: torch.Tensor, grad_norm: float, clock: Clock) -> None:
         """Metrics of the step just finished: its mean loss over all micro-batches of all ranks."""
@@ -124,54 +189,125 @@ class Run:
         loss = sums[:-1].mean().item()
         lr = learning_rate(self.config, done - 1, self.order.steps_per_epoch)
         self.monitor.train(done, done / self.order.steps_per_epoch, loss, lr, grad_norm, *clock.read())
-        if not math.isfinite(loss):
-            raise TrainingFailed(f"the loss of step {done} is {loss}; lower optimizer.lr, or use train.precision=bf16 instead of fp16")
         if sums[-1].item():
             self.bad_samples.agree(self.monitor)
+
+    def accept(self, done: int, skipped: bool) -> bool:
+        """Take note of how step `done` went, which all ranks know alike. False where too many in a row changed nothing."""
+        if not skipped:
+            self.skipped.clear()
+            return True
+        self.skipped.append(done)
+        self.monitor.event("skipped_step", done, f"step {done} skipped: its gradient is not finite (or overflowed in fp16)")
+        return len(self.skipped) < self.config.guard.max_skipped
+
+    def go_back(self) -> int:
+        """Load the newest checkpoint because of the steps in `skipped`; returns its step. Raises TrainingFailed where that did not help."""
+        self.wait_for_save(self.skipped[-1])
+        named = f"steps {self.skipped[0]} to {self.skipped[-1]} had no finite gradient"
+        remedy = "lower optimizer.lr or optimizer.clip_grad, or use train.precision=bf16 instead of fp16"
+        if self.gone_back_for.intersection(self.skipped):
+            raise TrainingFailed(f"{named}, again after going back to a checkpoint; {remedy}")
+        self.gone_back_for.update(self.skipped)
+        restored = restore(self.checkpoints, self.config, self.manifest, self.engine, self.ema, "auto", True)
+        if restored.path is None:
+            raise TrainingFailed(f"{named}, and there is no checkpoint to go back to; {remedy}")
+        text = f"{named}: back to {restored.path}"
+        self.monitor.event("rollback", self.skipped[-1], text, steps=list(self.skipped), to=restored.step)
+        self.skipped.clear()
+        return restored.step
+
+    def obey(self, agreed: Agreed, done: int) -> None:
+        """What the ranks agreed on after step `done`: to stop, or that a rank is slow."""
+        for rank, own, median in agreed.slow:
+            text = f"rank {rank} is slow: {own:.2f} s of its own a step, the median rank {median:.2f} s"
+            self.monitor.event("slow_rank", done, text, rank=rank, seconds=own, median=median)
+        if not agreed.stop:
+            return
+        rank, number = agreed.stop[0]
+        if done != self.begun:
+            self.save(done)
+        self.wait_for_save(done)
+        lost = f"; {done - self.saved} steps are lost, because the save failed" if self.saved != done else ""
+        text = f"stopped after step {done} (rank {rank} got {number.name}); started again, the run goes on from step {self.saved}{lost}"
+        self.monitor.event("preempted", done, text, signal=number.name, rank=rank)
+        raise Stopped(text)
 
     def evaluation_due(self, done: int) -> bool:
         epoch, rest = divmod(done, self.order.steps_per_epoch)
         every = self.config.train.evaluate_every
-        return bool(every) and self.task.has_validation and rest == 0 and (epoch % every == 0 or done == self.total)
+        return bool(every) and done > 0 and self.task.has_validation and rest == 0 and (epoch % every == 0 or done == self.total)
 
     def checkpoint_due(self, done: int) -> bool:
         return done == self.last or done % (self.config.checkpoint.every_steps or self.order.steps_per_epoch) == 0
 
     def evaluate(self, done: int) -> None:
         """Score the weights and their EMA."""
-        meet = functools.partial(self.bad_samples.meet, "val", done)
-        self.scores = {"model": self.task.evaluate(self.engine, meet)}
-        if self.ema:
-            with self.ema.swapped_in():
-                self.scores["ema"] = self.task.evaluate(self.engine, meet)
-        for weights, scores in self.scores.items():
-            self.monitor.evaluation(done, done / self.order.steps_per_epoch, weights, scores)
+
+        def meet(samples: Iterable[BadSample]) -> None:
+            """Called before every batch, by all ranks."""
+            self.watchdog.enter("evaluation", done)
+            self.bad_samples.meet("val", done, samples)
+            agreed = self.agreement.round(stop_signals.received)
+            if agreed.stop:
+                raise _AskedToStop(agreed)
+
+        self.scores = {}
+        try:
+            scores = {"model": self.score(done, "model", meet)}
+            if self.ema:
+                with self.ema.swapped_in():
+                    scores["ema"] = self.score(done, "ema", meet)
+        except _AskedToStop as asked:
+            self.obey(asked.agreed, done)
+        self.scores = scores
         self.bad_samples.agree(self.monitor)
 
-    def save(self, done: int) -> None:
-        """Write a checkpoint of the state after `done` steps, then remove those that are not kept."""
+    def score(self, done: int, weights: str, meet: Callable[[Iterable[BadSample]], None]) -> Scores:
         began = time.perf_counter()
+        scores = self.task.evaluate(self.engine, meet)
+        self.monitor.evaluation(done, done / self.order.steps_per_epoch, weights, scores, seconds=time.perf_counter() - began)
+        return scores
+
+    def save(self, done: int) -> None:
+        """Begin to write a checkpoint of the state after `done` steps; the run's last one is waited for."""
+        self.watchdog.enter("save", done)
+        if self.saver.busy:
+            began = time.perf_counter()
+            self.saver.wait()
+            text = (
+                f"training waited {time.perf_counter() - began:.1f} s for the last checkpoint to be written: raise checkpoint.every_steps"
+            )
+            self.monitor.event("save_slow", done, text, seconds=time.perf_counter() - began)
         top1 = _best_weights(self.scores).top1 if self.scores and self.evaluation_due(done) else None
-        info = CheckpointInfo(
-            step=done,
-            top1=top1,
-            dataset=self.manifest.split("train").fingerprint,
-            classes=list(self.manifest.classes),
-            config=self.config.model_dump(mode="json"),
-            optimizer_step=self.engine.optimizer_step_count(),
-            loss_scale=self.engine.loss_scale_state(),
-            shapes={name: list(shape) for name, shape in self.engine.shapes.items()},
-            versions={"torch": torch.__version__},
-            world_size=self.runtime.world,
-        )
-        path = save_checkpoint(self.checkpoints, info, self.engine, self.ema)
-        if self.runtime.is_main:
-            prune(self.checkpoints, done, self.config.checkpoint.keep)
-        seconds = time.perf_counter() - began
-        self.monitor.event("checkpoint", done, f"checkpoint {path} in {seconds:.1f} s", seconds=seconds)
+        self.saver.save(done, top1)
+        self.begun = done
+        if done == self.last:
+            self.wait_for_save(done)
+            if self.saved != done:
+                raise NotSaved(f"the last checkpoint, of step {done}, could not be written: make room for it, and start the run again")
+
+    def wait_for_save(self, done: int) -> None:
+        """Until the save that is under way has ended on all ranks: rank 0, which keeps the store, must not leave before."""
+        self.watchdog.enter("save", done)
+        self.saver.wait()
+        dist.barrier()
+        self.note_saves()
+
+    def note_saves(self) -> None:
+        """Tell how saves ended that were under way."""
+        for save in self.saver.results():
+            if save.error:
+                text = f"checkpoint of step {save.step} NOT saved: {save.error}. Training goes on; the newest is that of step {self.saved}"
+                self.monitor.event("save_failed", save.step, text, reason=save.error)
+            else:
+                self.saved = save.step
+                text = f"checkpoint {save.path} in {save.seconds:.1f} s, training stood still for {1000 * save.stall:.0f} ms"
+                self.monitor.event("checkpoint", save.step, text, seconds=save.seconds, stall_seconds=save.stall)
 
     def finish(self) -> None:
         """Write `model.safetensors` from the last checkpoint, and the final scores."""
+        self.agreement.close()
         if self.runtime.is_main:
             state = read_weights(checkpoint_path(self.checkpoints, self.last), "ema" if self.ema else "model")
             about = {"model": self.config.model.model_dump(mode="json"), "classes": list(self.manifest.classes), "step": self.last}
@@ -182,21 +318,12 @@ class Run:
         self.monitor.event("finished", self.last, f"finished {self.last} steps: {self.output / 'model.safetensors'}")
 
 
+class _AskedToStop(Exception):
+    """Leaves an evaluation, so that the model's own weights are in place again before anything else is done."""
+
+    def __init__(self, agreed: Agreed):
+        self.agreed = agreed
+
+
 def _best_weights(scores: dict[str, Scores]) -> Scores:
     return scores.get("ema", scores["model"])
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
-
-
-def _flops_per_image(model: torch.nn.Module, config: Config) -> float:
-    """FLOPs of one image, forward and backward (backward counted as twice the forward)."""
-    import copy
-
-    from torch.utils.flop_counter import FlopCounterMode
-
-    size = config.data.image_size
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, size, size, device="meta"))
-    return 3 * counter.get_total_flops()

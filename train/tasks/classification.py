@@ -31,6 +31,17 @@ class Classification:
         torch.manual_seed(make_key(self.config.train.seed, Stream.INIT))
         return build_model(self.config, self.classes)
 
+    def flops_per_image(self, model: nn.Module) -> float:
+        """FLOPs of one image, forward and backward (backward counted as twice the forward)."""
+        import copy
+
+        from torch.utils.flop_counter import FlopCounterMode
+
+        size = self.config.data.image_size
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, size, size, device="meta"))
+        return 3 * counter.get_total_flops()
+
     def batches(self, start_step: int) -> Loader:
         """This rank's micro-batches from step `start_step` on, without end."""
         split, runtime = self.manifest.split("train"), self.runtime

@@ -1,0 +1,87 @@
+"""Faults that happen inside a rank's own process, at a place that the test names: to be given to tests.runs.start as `before`.
+
+The faults are real ones (a signal is sent, the process is killed, a loss is not a number); only the moment is arranged.
+"""
+
+import os
+import signal
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SignalIn:
+    """Rank `rank` gets `number` when it enters `section` for the `count`-th time."""
+
+    rank: int
+    number: signal.Signals
+    section: str
+    count: int
+
+    def __call__(self, rank: int) -> None:
+        if rank != self.rank:
+            return
+        from train.watchdog import Watchdog
+
+        enter, left = Watchdog.enter, self.count
+
+        def entering(watchdog: Watchdog, section: str, step: int) -> None:
+            nonlocal left
+            enter(watchdog, section, step)
+            left -= section == self.section
+            if section == self.section and left == 0:
+                os.kill(os.getpid(), self.number)
+
+        Watchdog.enter = entering
+
+
+@dataclass(frozen=True)
+class NanLoss:
+    """On rank `rank` the loss of `steps` (counted from 1) is not a number, the first `times` times each of them is taken."""
+
+    rank: int
+    steps: tuple[int, ...]
+    times: int = 1
+
+    def __call__(self, rank: int) -> None:
+        if rank != self.rank:
+            return
+        from train.tasks.classification import Classification
+
+        loss, left = Classification.loss, dict.fromkeys(self.steps, self.times)
+
+        def broken(task, engine, batch, images, targets):
+            value = loss(task, engine, batch, images, targets)
+            last = batch.index == task.order.share(task.runtime.rank, task.runtime.world)[-1]
+            if left.get(batch.step + 1, 0):
+                left[batch.step + 1] -= last
+                return value * float("nan")
+            return value
+
+        Classification.loss = broken
+
+
+@dataclass(frozen=True)
+class KillAtWrite:
+    """Rank `rank` is killed with -9 just before the `count`-th thing that it does to the file system in a checkpoint's folder.
+
+    Python tells its audit hooks of every open, mkdir, rename and removal; what safetensors writes lies between two of them.
+    """
+
+    rank: int
+    count: int
+    events: tuple[str, ...] = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+
+    def __call__(self, rank: int) -> None:
+        if rank != self.rank:
+            return
+        left = self.count
+
+        def hook(event: str, arguments: tuple) -> None:
+            nonlocal left
+            if event in self.events and arguments and "/checkpoints/.step_" in str(arguments[0]):
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)

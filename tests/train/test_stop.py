@@ -1,0 +1,94 @@
+"""A request to stop, at one rank, at any moment: all ranks stop after the same step, nothing is lost, and the exit code is 75."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults import SignalIn
+from tests.runs import events, losses, metrics, run, start
+from tests.train.test_exact_resume import assert_same_state, ids_by_step, state
+from train.checkpoint import list_checkpoints, step_of
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_config, tmp_path_factory):
+    """The run that nobody stopped: evaluated after steps 8 and 16."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    run(tiny_config, output, world=2)
+    return output
+
+
+def assert_nothing_lost(config, output, whole, stopped_after):
+    """The run stopped after `stopped_after` steps with a checkpoint; started again it takes each later step once, and ends like `whole`."""
+    taken = [line["step"] for line in metrics(output, "train")]
+    assert max(taken, default=0) == stopped_after
+    assert not stopped_after or step_of(list_checkpoints(output / "checkpoints")[0]) == stopped_after
+    run(config, output, world=2)
+    (resumed,) = events(output, "resume") if stopped_after else events(output, "start")[1:]
+    assert (resumed["step"], resumed["lost_steps"]) == (stopped_after, 0)
+    assert losses(output) == losses(whole)
+    assert ids_by_step(output, 2) == ids_by_step(whole, 2)
+    assert_same_state(state(output, 16), state(whole, 16))
+    scores = [{(line["step"], line["weights"]): line["top1"] for line in metrics(folder, "eval")} for folder in (output, whole)]
+    assert scores[0] == scores[1]
+
+
+def handles_signals(pid: int) -> bool:
+    """Whether the process has installed a handler of SIGTERM yet."""
+    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGUSR1)])
+def test_in_start_up(tiny_config, whole, tmp_path, rank, number):
+    job = start(tiny_config, tmp_path, world=2)
+    deadline = time.monotonic() + 60
+    while not handles_signals(job.processes[rank].pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    job.processes[rank].terminate() if number == signal.SIGTERM else __import__("os").kill(job.processes[rank].pid, number)
+    assert job.wait() == [75, 75]
+    assert "Traceback" not in job.text() + job.text(1)
+    assert_nothing_lost(tiny_config, tmp_path, whole, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "steps"),
+    [
+        (SignalIn(1, signal.SIGTERM, "first_step", 1), {1, 2}),
+        (SignalIn(0, signal.SIGUSR1, "step", 4), {5, 6}),
+        (SignalIn(1, signal.SIGINT, "evaluation", 1), {8}),
+        (SignalIn(1, signal.SIGTERM, "evaluation", 12), {8}),
+        (SignalIn(0, signal.SIGTERM, "save", 1), {8, 9, 10}),
+        (SignalIn(1, signal.SIGUSR1, "save", 2), {16}),
+    ],
+    ids=lambda value: f"{value.section}-{value.number.name}" if isinstance(value, SignalIn) else None,
+)
+def test_while_it_runs(tiny_config, whole, tmp_path, fault, steps):
+    """`steps`: where the run may stop; the answer to a signal is one round old, and a handler needs a moment."""
+    job = start(tiny_config, tmp_path, world=2, before=fault)
+    codes = job.wait()
+    if fault.section == "save" and fault.count == 2:  # the run's last save: it ends all the same
+        assert codes in ([0, 0], [75, 75])
+    else:
+        assert codes == [75, 75]
+        (stop,) = events(tmp_path, "preempted")
+        assert stop["signal"] == fault.number.name and stop["rank"] == fault.rank and stop["step"] in steps
+        assert f"rank {fault.rank} got {fault.number.name}" in job.text() and "Traceback" not in job.text() + job.text(1)
+        assert_nothing_lost(tiny_config, tmp_path, whole, stop["step"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_at_other_zero_stages(tiny_config, tmp_path, stage):
+    settings = [f"zero.stage={stage}"]
+    run(tiny_config, tmp_path / "whole", *settings, world=2)
+    job = start(tiny_config, tmp_path / "run", *settings, world=2, before=SignalIn(1, signal.SIGTERM, "evaluation", 3))
+    assert job.wait() == [75, 75]
+    run(tiny_config, tmp_path / "run", *settings, world=2)
+    assert_same_state(state(tmp_path / "run", 16), state(tmp_path / "whole", 16))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")

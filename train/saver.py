@@ -1,0 +1,152 @@
+"""Saving checkpoints while training goes on.
+
+Every rank copies its share of the state to host memory; a thread writes it from there. No collective takes part, so a rank that cannot
+write leaves the others training: the ranks tell each other through the store, and rank 0 gives the checkpoint its name only when every
+share of it is on the disk. Until then, and whatever happens, the checkpoints before it stay as they are.
+"""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from train.checkpoint import CheckpointInfo, checkpoint_path, commit, prune, write_manifest, write_shard
+from train.ema import Ema
+from train.engine import Engine
+from train.store import Store
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended: `error` is None where the checkpoint is on the disk under its name. `seconds` from the snapshot to then."""
+
+    step: int
+    path: Path
+    seconds: float
+    stall: float  # seconds of them that training stood still
+    error: str | None
+
+
+class Saver:
+    """This rank's part of writing `folder/step_%08d`, one save at a time."""
+
+    def __init__(self, folder: Path, about: CheckpointInfo, engine: Engine, ema: Ema | None, store: Store, keep: int, timeout: float):
+        """about: what all checkpoints say alike. timeout: seconds that the slowest rank has for its share before the save is given up."""
+        self.folder, self.about, self.engine, self.ema, self.store = folder, about, engine, ema, store
+        self.keep, self.timeout = keep, timeout
+        self._thread: threading.Thread | None = None
+        self._results: list[Saved] = []
+        self._count = 0
+
+    def save(self, step: int, top1: float | None) -> None:
+        """Take a snapshot of the state after `step` steps, and start writing it. All ranks call this at the same step.
+
+        top1: percent, where this very state was evaluated.
+        """
+        self.wait()
+        began = time.monotonic()
+        self._count += 1
+        counts = {"optimizer_step": self.engine.optimizer_step_count(), "loss_scale": self.engine.loss_scale_state()}
+        info = replace(self.about, step=step, top1=top1, **counts)
+        tensors, starts = snapshot(self.engine, self.ema)
+        work = (info, tensors, starts, f"save/{self._count}", began, time.monotonic() - began)
+        self._thread = threading.Thread(target=self._run, args=work, name="saver", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until the save that is under way, if any, has ended."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def results(self) -> list[Saved]:
+        """The saves that ended since the last call."""
+        results, self._results = self._results, []
+        return results
+
+    def _run(self, info: CheckpointInfo, tensors: dict[str, Tensor], starts: dict[str, int], key: str, began: float, stall: float) -> None:
+        final = checkpoint_path(self.folder, info.step)
+        # Named after this start of the run: what a killed one left behind is never taken for a part of this.
+        temporary = self.folder / f".{final.name}.{self.store.run_id}.tmp"
+        self._report(f"{key}/{self.engine.rank}", lambda: self._write(temporary, tensors, starts))
+        if self.engine.rank == 0:
+            self._report(f"{key}/end", lambda: self._commit(info, key, temporary, final, began))
+        answer = self.store.wait_for(f"{key}/end", self.timeout + 60) or "rank 0 does not answer"
+        error = None if answer == "ok" else answer
+        if self.engine.rank == 0:
+            error = self._tidy(info.step, temporary, error)
+        self._results.append(Saved(info.step, final, time.monotonic() - began, stall, error))
+
+    def _report(self, key: str, work: Callable[[], str]) -> None:
+        """Put what `work` returns, or the error that it ends with, under `key`: whatever it is, training goes on and people are told."""
+        try:
+            answer = work()
+        except Exception as error:
+            answer = f"rank {self.engine.rank}: {error}"
+        self.store.set(key, answer)
+
+    def _write(self, folder: Path, tensors: dict[str, Tensor], starts: dict[str, int]) -> str:
+        broken = [key for key, tensor in tensors.items() if key.startswith("model/") and not tensor.isfinite().all()]
+        if broken:
+            raise ValueError(f"{broken[0].removeprefix('model/')} is not finite: such weights are not saved")
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"shard_{self.engine.rank:05d}.safetensors"
+        return f"ok {name} {write_shard(folder / name, tensors, starts)}"
+
+    def _commit(self, info: CheckpointInfo, key: str, temporary: Path, final: Path, began: float) -> str:
+        shards = {}
+        for rank in range(self.engine.world):
+            answer = self.store.wait_for(f"{key}/{rank}", max(0.0, began + self.timeout - time.monotonic()))
+            if answer is None:
+                raise TimeoutError(f"rank {rank} has not written its share after {self.timeout:g} s")
+            if not answer.startswith("ok "):
+                raise OSError(answer)
+            _, name, sha256 = answer.split(" ")
+            shards[name] = sha256
+        write_manifest(temporary, replace(info, shards=shards))
+        commit(temporary, final)
+        return "ok"
+
+    def _tidy(self, step: int, temporary: Path, error: str | None) -> str | None:
+        """Remove what this save has made superfluous; returns the save's error, or what went wrong here."""
+        if error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            return error
+        try:
+            prune(self.folder, step, self.keep)
+        except OSError as failure:
+            return f"it is written, but an old one cannot be removed: {failure}"
+        return None
+
+
+def snapshot(engine: Engine, ema: Ema | None) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Copies in host memory of this rank's share of the state: `<kind>/<parameter>` → flat piece, and its first element's place."""
+    tensors, starts = {}, {}
+    for index, fragment in enumerate(engine.fragments()):
+        pieces = {"model": fragment.master, **fragment.moments}
+        if ema is not None:
+            pieces["ema"] = ema.averages[index]
+        for kind, piece in pieces.items():
+            tensors[f"{kind}/{fragment.name}"] = piece
+            starts[f"{kind}/{fragment.name}"] = fragment.start
+    if engine.rank == 0:
+        for name, buffer in engine.module.named_buffers():
+            tensors[f"buffer/{name}"] = buffer
+    copies = {key: _host_copy(tensor.detach()) for key, tensor in tensors.items()}
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+    return copies, starts
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor, non_blocking=True)
