@@ -14,6 +14,7 @@ from tqdm import tqdm
 from train.append import Alarm, Appender
 from train.config import Config, dump_config, flatten
 from train.evaluate import Scores
+from train.goodput import CATEGORIES, ENDS, Ledger, read_lines
 
 # Peak dense half-precision throughput, FLOP/s, as the vendor states it; MFU is null on other devices.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L40": 181e12, "A10": 125e12, "T4": 65e12}
@@ -55,6 +56,10 @@ class Monitor:
             return
         from train.board import Board
 
+        self._ledger, self._goodput_due = Ledger(), False
+        if (output / "metrics.jsonl").exists():
+            for line in read_lines(output / "metrics.jsonl"):
+                self._ledger.add(line)
         alarm = Alarm()
         self._metrics = Appender(output / "metrics.jsonl", alarm)
         self._log = Appender(output / "train.log", alarm)
@@ -142,8 +147,29 @@ class Monitor:
             self._log.close()
 
     def _write(self, line: dict) -> None:
-        if self.active:
-            self._metrics.write(_strict_json({**line, "time": round(time.time(), 3)}))
+        if not self.active:
+            return
+        event = line.get("event")
+        due = line["kind"] == "eval" or event == "checkpoint"
+        if self._goodput_due and not due:
+            self._goodput()
+        self._append(line)
+        self._goodput_due = due
+        if event in ENDS:
+            self._goodput()
+
+    def _append(self, line: dict) -> None:
+        line = {**line, "time": round(time.time(), 3)}
+        self._ledger.add(line)
+        self._metrics.write(_strict_json(line))
+
+    def _goodput(self) -> None:
+        """Where the time went until now: one line after the last of several evaluations and checkpoints."""
+        line = self._ledger.line()
+        self._append(line)
+        total = sum(line[category] for category in CATEGORIES)
+        for category in CATEGORIES:
+            self._board.scalar(f"goodput/{category}", line[category] / total, line["step"])
 
 
 class SampleRecord:

@@ -1,0 +1,259 @@
+"""Where a run's time went, over all its starts: a pure function of the lines of metrics.jsonl. Standard library only.
+
+Every second from the first start until now is in one category:
+
+productive        steps that count: `step_ms` of the train lines, without their waiting for data and without `compilation`
+startup           `startup_seconds` of every start: from the process's start until the first step could begin
+compilation       what the first step of a start took beyond a usual one of that start (of another, where it had no other step)
+data_wait         `data_wait`, the share of the time of steps that count in which the network waited for data
+checkpoint_stall  `stall_seconds` of checkpoints and `seconds` of save_slow: training stood still
+evaluation        `seconds` of the eval lines
+lost              the time of steps that had to be taken again, data wait included; and a killed start's last seconds, from its last
+                  train line to its last sign of life: its last line, or later by what the next start says in `down_seconds`
+waiting           from a start's last sign of life to the next start; a start in between that died before its first line is in here
+other             the rest of a start's wall time: writing metrics, leaving, and steps that no line tells of yet
+
+A train line stands for all steps since the one before it, each with the same share. Steps after the last train line that count all the
+same, because a later line or a resumed checkpoint says that they were taken, get the usual time of a step, if there is as much.
+
+Measured times are kept even where the step around them was lost: an evaluation stays one. Categories never overlap but by errors of
+measurement (clocks that were set, other clocks on other nodes): where a start's categories exceed its wall time, all are scaled down to it,
+and a start that began before the last sign of life of the one before cuts that one short. So `other` is never negative.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+CATEGORIES = ("productive", "startup", "compilation", "data_wait", "checkpoint_stall", "evaluation", "lost", "waiting", "other")
+# Events after which a start had nothing left to do.
+ENDS = ("finished", "preempted")
+
+
+@dataclass
+class Start:
+    """One start of the run; times in Unix seconds, durations in seconds."""
+
+    began: float
+    step: int
+    world_size: int | None
+    startup: float
+    last: float  # its last line
+    last_step: int  # the furthest that a line tells of
+    reported: float  # its last train line, rollback or start
+    reported_step: int
+    ended: float | None = None  # its last sign of life, once another start has followed
+    end: str | None = None  # the event that ended it, where there was one
+    busy: float = 0.0  # steps that count, and have been told of by train lines, without data_wait
+    data_wait: float = 0.0
+    checkpoint_stall: float = 0.0
+    evaluation: float = 0.0
+    lost: float = 0.0
+    since_report: float = 0.0  # checkpoint_stall and evaluation since `reported`
+    first_busy: float = 0.0  # the first step's
+    first_lost: bool = False
+    later_steps: int = 0  # all other steps, lost ones too
+    later_busy: float = 0.0
+    later_wait: float = 0.0
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps `first` + 1 to `last`, which start number `owner` took."""
+
+    owner: int
+    first: int
+    last: int
+    busy: float
+    wait: float
+
+
+class Ledger:
+    """Add the lines of metrics.jsonl in their order, then ask. Lines before the first start that has a `time` are only counted."""
+
+    def __init__(self):
+        self.starts: list[Start] = []
+        self.lost_steps = 0
+        self.left_out = 0  # lines without a place in time
+        self._taken: list[Steps] = []  # what counts so far, in the order of steps
+
+    def add(self, line: dict) -> None:
+        """Take one parsed line into account; a constant amount of work, over all lines."""
+        now, step, event = line.get("time"), line.get("step", 0), line.get("event")
+        if now is None or not (self.starts or event in ("start", "resume")):
+            self.left_out += 1
+            return
+        if event in ("start", "resume"):
+            self._begin(line, now, step)
+            return
+        start = self.starts[-1]
+        start.last = max(start.last, now)
+        if event == "rollback":
+            self._go_back(line["to"], now, crashed=True)
+            self.lost_steps += step - line["to"]
+            start.reported, start.reported_step, start.since_report, start.last_step = now, line["to"], 0.0, line["to"]
+            return
+        start.last_step = max(start.last_step, step)
+        if line["kind"] == "train":
+            self._train(start, line, now, step)
+        elif line["kind"] == "eval":
+            self._measured(start, "evaluation", line.get("seconds"))
+        elif event == "checkpoint":  # one without stall_seconds was written while training waited
+            self._measured(start, "checkpoint_stall", line.get("stall_seconds", line.get("seconds")))
+        elif event == "save_slow":
+            self._measured(start, "checkpoint_stall", line.get("seconds"))
+        elif event in ENDS:
+            start.end = event
+
+    def split(self, end: float | None = None) -> dict[str, float]:
+        """Seconds by category, from the first start to the last line, or to `end` (Unix seconds) if that is later; {} without a start."""
+        if not self.starts:
+            return {}
+        total = dict.fromkeys(CATEGORIES, 0.0)
+        for index, start in enumerate(self.starts):
+            if start.ended is None:
+                ended = max(start.last, end or 0.0)
+            else:
+                ended = start.ended
+                total["waiting"] += self.starts[index + 1].began - ended
+            known = self._known(index)
+            wall, known_seconds = ended - start.began, sum(known.values())
+            scale = min(1.0, wall / known_seconds) if known_seconds else 1.0
+            for category, seconds in known.items():
+                total[category] += seconds * scale
+            total["other"] += max(0.0, wall - known_seconds)
+        return total
+
+    def line(self) -> dict:
+        """The goodput line of metrics.jsonl: the share of productive time, 0..1, and the seconds by category."""
+        split = self.split()
+        share = {"goodput": round(goodput(split), 4), **{category: round(seconds, 3) for category, seconds in split.items()}}
+        return {"kind": "goodput", "step": self.starts[-1].last_step, **share}
+
+    def _begin(self, line: dict, now: float, step: int) -> None:
+        began = now - (line.get("startup_seconds") or 0.0)
+        if self.starts:
+            before = self.starts[-1]
+            began = max(began, before.began)
+            down = line.get("down_seconds")
+            if (line.get("previous_started") or 0.0) > before.last:
+                down = None  # it is measured from a start in between, which died before it wrote a line
+            before.ended = min(began, before.last if down is None else max(before.last, began - down))
+            self._go_back(step, before.ended, crashed=before.end is None)
+            lost = line.get("lost_steps")
+            self.lost_steps += max(0, before.last_step - step) if lost is None else lost
+        self.starts.append(Start(began, step, line.get("world_size"), max(0.0, now - began), max(now, began), step, now, step))
+
+    def _train(self, start: Start, line: dict, now: float, step: int) -> None:
+        count = step - start.reported_step
+        seconds = count * line["step_ms"] / 1000
+        wait = seconds * line["data_wait"]
+        busy = seconds - wait
+        self._taken.append(Steps(len(self.starts) - 1, start.reported_step, step, busy, wait))
+        start.busy += busy
+        start.data_wait += wait
+        if step == start.step + 1 and not start.first_busy:
+            start.first_busy = busy
+        else:
+            start.later_steps += count
+            start.later_busy += busy
+            start.later_wait += wait
+        start.reported, start.reported_step, start.since_report = now, step, 0.0
+
+    def _measured(self, start: Start, category: str, seconds: float | None) -> None:
+        setattr(start, category, getattr(start, category) + (seconds or 0.0))
+        start.since_report += seconds or 0.0
+
+    def _go_back(self, step: int, now: float, *, crashed: bool) -> None:
+        """Training goes on from `step`; the newest start took steps until `now`."""
+        while self._taken and self._taken[-1].last > step:
+            steps = self._taken.pop()
+            owner = self.starts[steps.owner]
+            share = min(1.0, (steps.last - step) / (steps.last - steps.first))
+            busy, wait = steps.busy * share, steps.wait * share
+            owner.busy -= busy
+            owner.data_wait -= wait
+            owner.lost += busy + wait
+            if steps.first == owner.step and step <= owner.step:
+                owner.first_lost = True
+            if share < 1:
+                self._taken.append(Steps(steps.owner, steps.first, step, steps.busy - busy, steps.wait - wait))
+        start = self.starts[-1]
+        busy, wait, rest = self._tail(len(self.starts) - 1, step, now)
+        if busy + wait:
+            start.busy += busy
+            start.data_wait += wait
+            self._taken.append(Steps(len(self.starts) - 1, start.reported_step, step, busy, wait))
+        if crashed:
+            start.lost += rest
+
+    def _tail(self, index: int, step: int, now: float) -> tuple[float, float, float]:
+        """Seconds of a start from its last train line to `now`: (busy, waiting for data) of steps up to `step` at the usual pace, rest."""
+        start = self.starts[index]
+        there = max(0.0, now - start.reported - start.since_report)
+        busy, wait = (max(0, step - start.reported_step) * seconds for seconds in self._usual(index))
+        scale = min(1.0, there / (busy + wait)) if busy + wait else 0.0
+        return busy * scale, wait * scale, there - (busy + wait) * scale
+
+    def _usual(self, index: int) -> tuple[float, float]:
+        """Seconds of a usual step of a start (busy, waiting for data); of the nearest other start, where it took no second step."""
+        for start in (*self.starts[index::-1], *self.starts[index + 1 :]):
+            if start.later_steps:
+                return start.later_busy / start.later_steps, start.later_wait / start.later_steps
+        return self.starts[index].first_busy, 0.0
+
+    def _known(self, index: int) -> dict[str, float]:
+        """Seconds of a start by category, all but waiting and other."""
+        start = self.starts[index]
+        compilation = max(0.0, start.first_busy - self._usual(index)[0])
+        busy, wait, _ = self._tail(index, start.last_step, start.last) if start.ended is None else (0.0, 0.0, 0.0)
+        seconds = {
+            "productive": start.busy + busy - compilation * (not start.first_lost),
+            "startup": start.startup,
+            "compilation": compilation,
+            "data_wait": start.data_wait + wait,
+            "checkpoint_stall": start.checkpoint_stall,
+            "evaluation": start.evaluation,
+            "lost": start.lost - compilation * start.first_lost,
+        }
+        return {category: max(0.0, value) for category, value in seconds.items()}  # what was subtracted leaves a rounding error
+
+
+def goodput(split: dict[str, float]) -> float:
+    """The productive share of all time, 0..1, of what `Ledger.split` returned."""
+    total = sum(split.values())
+    return split["productive"] / total if total else 0.0
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    """The lines of a metrics.jsonl; one that a kill or a full disk left torn is skipped."""
+    with open(path, "rb") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict):
+                yield line
+
+
+def last_beat(run: Path) -> float | None:
+    """The last sign of life, in Unix seconds, that the process holding the run's lock has left there; None where there is none."""
+    try:
+        return json.loads((run / ".lock").read_text()).get("beat")
+    except (OSError, ValueError):
+        return None
+
+
+def hang_times(run: Path) -> list[float]:
+    """When ranks of the run were found to hang, in Unix seconds: the watchdog begins each record of stacks with a line that says when."""
+    times = []
+    for path in sorted((run / "stacks").glob("rank_*.txt")):
+        for text in path.read_text(errors="replace").splitlines():
+            try:
+                times.append(datetime.strptime(" ".join(text.split()[:3]), "%Y-%m-%d %H:%M:%S %z").timestamp())
+            except ValueError:
+                continue
+    return times
