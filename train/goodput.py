@@ -3,7 +3,7 @@
 Every second from the first start until now is in one category:
 
 productive        steps that count: `step_ms` of the train lines, without their waiting for data and without `compilation`
-startup           `startup_seconds` of every start: from the process's start until the first step could begin
+startup           of every start, from the process's start (`startup_seconds` before the start's line) until its first step began
 compilation       what the first step of a start took beyond a usual one of that start (of another, where it had no other step)
 data_wait         `data_wait`, the share of the time of steps that count in which the network waited for data
 checkpoint_stall  `stall_seconds` of checkpoints and `seconds` of save_slow: training stood still
@@ -156,6 +156,7 @@ class Ledger:
         start.data_wait += wait
         if step == start.step + 1 and not start.first_busy:
             start.first_busy = busy
+            start.startup += max(0.0, now - start.reported - start.since_report - seconds)
         else:
             start.later_steps += count
             start.later_busy += busy

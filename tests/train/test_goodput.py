@@ -30,7 +30,7 @@ def evaluated(at, step, seconds, weights="model"):
 
 # A run that begins at 1000 and ends at 1050; its usual step is 0.9 s and 0.1 s of waiting for data.
 KILLED_ONCE = [
-    event(1010.0, "start", 0, startup_seconds=10.0, world_size=2, lost_steps=0),
+    event(1009.0, "start", 0, startup_seconds=9.0, world_size=2, lost_steps=0),  # one second before its first step begins
     steps(1015.0, 1, 5000, 0.2),  # 4 s and 1 s of waiting: 3.1 s more than usual
     steps(1017.0, 3, 1000, 0.1),
     evaluated(1019.0, 3, 2.0),
