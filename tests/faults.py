@@ -62,6 +62,32 @@ class NanLoss:
 
 
 @dataclass(frozen=True)
+class FlipBits:
+    """After step `step`, once, the exponent of one of rank `rank`'s fp32 weights has all its bits set, as by a broken memory."""
+
+    rank: int
+    step: int
+
+    def __call__(self, rank: int) -> None:
+        if rank != self.rank:
+            return
+        import torch
+
+        from train.ema import Ema
+
+        update, flipped = Ema.update, False
+
+        def corrupting(ema: Ema, step: int) -> None:
+            nonlocal flipped
+            update(ema, step)
+            if step + 1 == self.step and not flipped:
+                ema.fragments[0].master.view(dtype=torch.int32)[0] |= 0x7F800000
+                flipped = True
+
+        Ema.update = corrupting
+
+
+@dataclass(frozen=True)
 class KillAtWrite:
     """Rank `rank` is killed with -9 just before the `count`-th thing that it does to the file system in a checkpoint's folder.
 

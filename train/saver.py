@@ -77,21 +77,22 @@ class Saver:
         final = checkpoint_path(self.folder, info.step)
         # Named after this start of the run: what a killed one left behind is never taken for a part of this.
         temporary = self.folder / f".{final.name}.{self.store.run_id}.tmp"
-        self._report(f"{key}/{self.engine.rank}", lambda: self._write(temporary, tensors, starts))
+        who = f"rank {self.engine.rank}: "
+        self._report(f"{key}/{self.engine.rank}", who, lambda: self._write(temporary, tensors, starts))
         if self.engine.rank == 0:
-            self._report(f"{key}/end", lambda: self._commit(info, key, temporary, final, began))
+            self._report(f"{key}/end", "", lambda: self._commit(info, key, temporary, final, began))
         answer = self.store.wait_for(f"{key}/end", self.timeout + 60) or "rank 0 does not answer"
         error = None if answer == "ok" else answer
         if self.engine.rank == 0:
             error = self._tidy(info.step, temporary, error)
         self._results.append(Saved(info.step, final, time.monotonic() - began, stall, error))
 
-    def _report(self, key: str, work: Callable[[], str]) -> None:
-        """Put what `work` returns, or the error that it ends with, under `key`: whatever it is, training goes on and people are told."""
+    def _report(self, key: str, who: str, work: Callable[[], str]) -> None:
+        """Put what `work` returns, or `who` and the error that it ends with, under `key`: whatever it is, training goes on."""
         try:
             answer = work()
         except Exception as error:
-            answer = f"rank {self.engine.rank}: {error}"
+            answer = f"{who}{error}"
         self.store.set(key, answer)
 
     def _write(self, folder: Path, tensors: dict[str, Tensor], starts: dict[str, int]) -> str:

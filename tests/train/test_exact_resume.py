@@ -10,14 +10,16 @@ from tests.runs import losses, metrics, run, start
 from train.checkpoint import Pieces, checkpoint_path, read_info
 
 
-def state(output, step) -> dict[str, torch.Tensor]:
+def state(output, step, kinds=("model", "ema", "exp_avg", "exp_avg_sq")) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole: weights, EMA, moments."""
     path = checkpoint_path(output / "checkpoints", step)
     info = read_info(path)
     tensors = {"optimizer_step": torch.tensor(info.optimizer_step)}
     with Pieces(path, info) as pieces:
-        for kind in ("model", "ema", "exp_avg", "exp_avg_sq"):
+        for kind in kinds:
             for name, shape in info.shapes.items():
+                if f"{kind}/{name}" not in pieces.keys(f"{kind}/"):
+                    continue
                 tensors[f"{kind}/{name}"] = torch.empty(shape)
                 pieces.fill(f"{kind}/{name}", 0, tensors[f"{kind}/{name}"].view(-1))
     return tensors

@@ -1,5 +1,6 @@
 """What a run writes about itself: strict JSON, and a full disk that neither ends training nor tears a line."""
 
+import contextlib
 import errno
 import json
 import math
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from tests.runs import metrics, run, start
+from tests.runs import metrics, start
 from train.append import Alarm, Appender
 from train.config import load_config
 
@@ -19,11 +20,19 @@ def small_disk(tmp_path):
     """A file system of 128 KiB of its own."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)], capture_output=True, text=True)
+    with mounted(folder, "128k"):
+        yield folder
+
+
+@contextlib.contextmanager
+def mounted(folder, size):
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True)
     if mount.returncode:
         pytest.skip(f"a file system to fill cannot be mounted here: {mount.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(folder):
@@ -158,8 +167,29 @@ def test_a_torn_last_line_is_not_continued(tiny_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_steps_that_are_taken_again_replace_their_curves(tiny_config, tmp_path):
-    settings = ["checkpoint.every_steps=3", "train.evaluate_every=0"]
-    start(tiny_config, tmp_path, *settings).kill_at(5)
-    run(tiny_config, tmp_path, *settings)
-    assert curve(tmp_path) == [line["step"] for line in metrics(tmp_path, "train")] == list(range(1, 17))
+def test_a_run_goes_on_while_its_disk_is_full(tiny_config, tmp_path):
+    """8 epochs of 8 steps; the disk is full from about step 4 to about step 20. What the run prints goes to another disk."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with mounted(disk, "32m"):
+        (disk / "run").mkdir()
+        (disk / "run" / "stdout_0").symlink_to(tmp_path / "stdout")
+        job = start(tiny_config, disk / "run", "train.epochs=8", "train.evaluate_every=0", "checkpoint.every_steps=64")
+        wait_for("step 4/64", job)
+        filler = fill(disk)
+        wait_for("step 20/64", job)
+        assert len(metrics(disk / "run", "train")) < 20
+        os.remove(filler)
+        assert job.wait() == [0], job.text()
+        assert job.text().count("alarm: ") == 2  # one is of samples/rank_0.jsonl
+        for name, kind in (("metrics.jsonl", "train"), ("samples/rank_0.jsonl", None)):
+            lines = read(disk / "run" / name)
+            assert [line["step"] for line in lines if line.get("kind") == kind] == list(range(1, 65))
+        assert curve(disk / "run") == list(range(1, 65))
+
+
+def wait_for(text, job):
+    deadline = time.monotonic() + 120
+    while text not in job.text():
+        assert job.processes[0].is_alive() and time.monotonic() < deadline, job.text()
+        time.sleep(0.005)

@@ -1,0 +1,93 @@
+"""A loss that is not a number, on one rank: all ranks skip that step; too many in a row lead back to a checkpoint."""
+
+import pytest
+import torch
+
+from tests.faults import FlipBits, NanLoss
+from tests.runs import events, losses, run, start
+from tests.train.test_exact_resume import assert_same_state, ids_by_step, state
+from train.checkpoint import checkpoint_path, read_info
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_all_ranks_skip_the_step_and_nothing_changes(tiny_config, tmp_path, stage, precision):
+    settings = [f"zero.stage={stage}", f"train.precision={precision}", "checkpoint.every_steps=1", "checkpoint.keep=9", "train.max_steps=6"]
+    job = run(
+        tiny_config, tmp_path, *settings, "train.evaluate_every=0", world=2, allow_fp16=precision == "fp16", before=NanLoss(1, steps=(4,))
+    )
+    assert [line["step"] for line in events(tmp_path, "skipped_step")] == [4]
+    assert "step 4 skipped" in job.text()
+    assert_same_state(state(tmp_path, 4), state(tmp_path, 3))  # weights, EMA, moments, and the optimizer's own count
+    before, after = (state(tmp_path, step) for step in (4, 5))
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert not torch.equal(before["model/head.weight"], after["model/head.weight"])
+    assert read_info(checkpoint_path(tmp_path / "checkpoints", 6)).optimizer_step == 5
+    shown = losses(tmp_path)
+    assert shown[4] is None and all(shown[step] > 0 for step in (1, 2, 3, 5, 6))
+
+
+@pytest.mark.slow
+def test_muon_skips_too(tiny_config, tmp_path):
+    settings = ["optimizer.name=muon", "zero.stage=0", "checkpoint.every_steps=1", "train.max_steps=4", "train.evaluate_every=0"]
+    run(tiny_config, tmp_path, *settings, world=2, before=NanLoss(0, steps=(3,)))
+    one, other = (state(tmp_path, step, kinds=("model", "ema", "momentum_buffer")) for step in (2, 3))
+    assert_same_state(one, other)
+
+
+@pytest.mark.slow
+def test_too_many_in_a_row_lead_back_to_a_checkpoint(tiny_config, tmp_path):
+    """Steps 7 to 9 fail, once: taken again from step 4 they do not, so the run ends as if nothing had been."""
+    settings = ["checkpoint.every_steps=4", "train.evaluate_every=0", "guard.max_skipped=3"]
+    run(tiny_config, tmp_path / "whole", *settings, world=2)
+    job = run(tiny_config, tmp_path / "run", *settings, world=2, before=NanLoss(1, steps=(7, 8, 9)))
+    (back,) = events(tmp_path / "run", "rollback")
+    assert (back["steps"], back["to"]) == ([7, 8, 9], 8)  # the weights did not change from step 6 on, so step 8 was a good one to save
+    assert "steps 7 to 9 had no finite gradient: back to" in job.text()
+    assert all(line["step"] in (7, 8, 9) for line in events(tmp_path / "run", "skipped_step"))
+    assert sorted(losses(tmp_path / "run")) == list(range(1, 17))
+    assert losses(tmp_path / "run")[6] == losses(tmp_path / "whole")[6]
+
+
+@pytest.mark.slow
+def test_going_back_restores_the_run_exactly(tiny_config, tmp_path):
+    """The checkpoint is older than the first skipped step: nothing is left of the fault, to the last bit."""
+    settings = ["checkpoint.every_steps=5", "train.evaluate_every=0", "guard.max_skipped=3"]
+    run(tiny_config, tmp_path / "whole", *settings, world=2)
+    run(tiny_config, tmp_path / "run", *settings, world=2, before=NanLoss(1, steps=(7, 8, 9)))
+    (back,) = events(tmp_path / "run", "rollback")
+    assert (back["steps"], back["to"]) == ([7, 8, 9], 5)
+    assert_same_state(state(tmp_path / "run", 16), state(tmp_path / "whole", 16))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert ids_by_step(tmp_path / "run", 2) == ids_by_step(tmp_path / "whole", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("every_steps", "sentence"),
+    [
+        (5, "steps 7 to 9 had no finite gradient, again after going back to a checkpoint; lower optimizer.lr"),
+        (100, "steps 7 to 9 had no finite gradient, and there is no checkpoint to go back to; lower optimizer.lr"),
+    ],
+)
+def test_what_does_not_help_ends_the_run(tiny_config, tmp_path, every_steps, sentence):
+    settings = ["guard.max_skipped=3", "train.evaluate_every=0", f"checkpoint.every_steps={every_steps}"]
+    job = start(tiny_config, tmp_path, *settings, world=2, before=NanLoss(1, steps=(7, 8, 9), times=2))
+    assert job.wait() == [70, 70]
+    assert sentence in job.text().splitlines()[-1]
+    assert len(events(tmp_path, "rollback")) == (every_steps == 5)
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_never_saved(tiny_config, tmp_path):
+    """A weight is ruined after step 7: the save at 10 refuses it, and the run goes back to 5 and ends as if nothing had been."""
+    settings = ["checkpoint.every_steps=5", "guard.max_skipped=4", "train.evaluate_every=0"]
+    run(tiny_config, tmp_path / "whole", *settings, world=2)
+    job = run(tiny_config, tmp_path / "run", *settings, world=2, before=FlipBits(1, step=7))
+    (failed,) = events(tmp_path / "run", "save_failed")
+    assert failed["step"] == 10 and "is not finite: such weights are not saved" in failed["reason"]
+    assert "checkpoint of step 10 NOT saved: rank 1: " in job.text()
+    assert [line["to"] for line in events(tmp_path / "run", "rollback")] == [5]
+    assert_same_state(state(tmp_path / "run", 16), state(tmp_path / "whole", 16))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
