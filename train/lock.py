@@ -15,7 +15,7 @@ from train.config import ConfigError
 
 BEAT = 3.0  # seconds between two signs of life
 FIRST_BEAT = 1.0  # seconds to the first one, which also finds out whether two runs took the folder at once
-WATCH = 2 * BEAT + 1  # seconds in which a run that lives has rewritten its record
+WATCH = 3 * BEAT + 1  # seconds in which a run that lives has rewritten its record, on a disk that stalls, too
 SIZE = 512  # bytes of a record: always one write of the same place
 # ENOSYS is Lustre's answer where it is mounted without flock.
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}

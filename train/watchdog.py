@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -54,7 +55,7 @@ class Watchdog:
         self._place: tuple[str, int, float] = ("startup", 0, time.monotonic())  # section, step, since: replaced, never changed
         self._inside = 0.0
         self._stop_asked: float | None = None
-        self._closed = threading.Event()
+        self._closed, self._has_beaten = threading.Event(), threading.Event()
         self._heart: threading.Thread | None = None
         self._send = None
         self._overdue: tuple[tuple[str, int, float], str] | None = None  # the watch asks the heart: who is it?
@@ -69,6 +70,7 @@ class Watchdog:
         self._answered = time.monotonic()
         self._heart = threading.Thread(target=self._beat, args=(store,), name="heartbeat", daemon=True)
         self._heart.start()
+        self._has_beaten.wait()  # it has its connection: once rank 0 is frozen or dead, it could no longer get one
 
     def enter(self, section: str, step: int) -> None:
         """The main thread begins `section` of step `step`; a section entered anew has its whole limit again."""
@@ -131,7 +133,7 @@ class Watchdog:
         keys = [f"beat/{rank}" for rank in range(self._world)]
         count, reading = 0, None
         try:
-            while not self._closed.wait(HEARTBEAT):
+            while not self._closed.is_set():
                 count += 1
                 section, step, _ = self._place
                 store.set(keys[self._rank], json.dumps(Beat(count, section, step, round(self._inside, 1), *_main_thread_place())))
@@ -145,8 +147,11 @@ class Watchdog:
                     reading = overdue[0], now, _parse(store.get_all(keys))
                 elif now - reading[1] >= SILENT:
                     self._verdict = store.set_once("hung", f"{overdue[1]} {blame(reading[2], _parse(store.get_all(keys)))}")
+                self._has_beaten.set()
+                self._closed.wait(HEARTBEAT)
         except ConnectionError:
             self._lost = True  # no reason to end by itself: rank 0 may just have finished before this rank
+            self._has_beaten.set()
 
     def _leave_hung(self, sentence: str) -> None:
         # What this says may wait for a disk or a pipe that hangs, so another thread says it.
@@ -156,8 +161,9 @@ class Watchdog:
 
     def _last_words(self, sentence: str) -> None:
         path = self._stacks / f"rank_{self._rank}.txt"
-        if self._send and not self._lost:
-            self._send("hung", sentence)  # for a rank 0 that was frozen and wakes up
+        if self._send:
+            with suppress(ConnectionError):
+                self._send("hung", sentence)  # for a rank 0 that was frozen and wakes up
         print(f"error: hung: {sentence} Stacks: {path}", file=sys.stderr, flush=True)
         try:
             self._stacks.mkdir(parents=True, exist_ok=True)
