@@ -1,5 +1,6 @@
 """A rank's place among the others, from SLURM's variables. Standard library only: it runs before the command line is read."""
 
+import contextlib
 import os
 import re
 
@@ -69,5 +70,8 @@ def report_verdict(code: int) -> None:
     srun does not tell: the first rank to leave ends the step, and the code of a rank that is ended so is the highest.
     """
     if path := os.environ.get(VERDICT_FILE):
-        with open(path, "w") as file:
-            file.write(str(code))
+        own = f"{path}.{os.environ.get('RANK', 0)}"
+        with contextlib.suppress(OSError):  # a full disk
+            with open(own, "w") as file:
+                file.write(str(code))
+            os.replace(own, path)

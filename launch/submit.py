@@ -1,0 +1,315 @@
+#!/usr/bin/env python
+"""Train on a SLURM cluster: python launch/submit.py --config configs/cat_b.yaml --nodes 4 --gpus-per-node 8 --time 1-00:00:00"""
+
+import argparse
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from launch.cli import Parser, run
+
+TEMPLATE = ROOT / "launch" / "templates" / "job.sh"
+MARGIN = 30  # seconds between the end of guard.grace and the time limit: to end the step and to requeue
+MAX_SEEDS = 1000
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a batch script is made of, checked; paths are absolute."""
+
+    run: str  # the run's folder; of several seeds, the folder of their folders
+    config: str  # the resolved config, written at submission
+    name: str
+    seeds: list[int]
+    options: list[str]  # sbatch options that are lines of the script
+    srun_options: list[str]
+    environment: list[str]  # lines of shell, the user's own among them
+    resume: str | None
+    with_changes: bool
+    stage_in: bool
+    max_restarts: int
+
+    def folders(self) -> list[str]:
+        """The run folders, one per seed."""
+        return [f"{self.run}/seed_{seed}" for seed in self.seeds] or [self.run]
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from train.config import ConfigError, dump_config, load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    job = make_job(arguments, config, stamp)
+    script_path = Path(job.run) / "submitted" / f"{stamp}.sh"
+    command = sbatch_command(job, script_path)
+    script = render(job, command)
+    if arguments.dry_run:
+        print(script, end="")
+        return
+    if not shutil.which("sbatch"):
+        raise ConfigError("there is no sbatch on this machine: submit from a node of the cluster, or look at the script with --dry-run")
+    for folder in job.folders():
+        os.makedirs(f"{folder}/logs", exist_ok=True)
+    script_path.parent.mkdir(exist_ok=True)
+    try:
+        with open(job.config, "x") as file:
+            file.write(dump_config(config))
+        with open(script_path, "x") as file:
+            file.write(script)
+    except FileExistsError as error:
+        raise ConfigError(f"{error.filename} was made this second: submit one job at a time into {job.run}") from error
+    # What this shell may have of a job that it runs in would be taken for the new job's.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        raise ConfigError(f"sbatch refused the job: {' '.join(result.stderr.split())}")
+    number = result.stdout.strip().split(";")[0]
+    print(f"job {number}")
+    for folder in job.folders():
+        print(f"logs: {folder}/logs")
+
+
+def make_job(arguments: argparse.Namespace, config, stamp: str) -> Job:
+    """Check what was asked for, and put it in the form that the template takes. Raises ConfigError."""
+    from data_pipeline.order import Order
+    from train.config import ConfigError
+
+    tasks = arguments.gpus_per_node or arguments.tasks_per_node
+    if not tasks:
+        raise ConfigError("--gpus-per-node 0 trains on CPUs: say how many ranks a node gets with --tasks-per-node")
+    if arguments.gpus_per_node and arguments.tasks_per_node:
+        raise ConfigError("--tasks-per-node is for --gpus-per-node 0: every GPU gets one rank")
+    sizes = config.train
+    try:
+        Order(sizes.seed, sizes.global_batch, sizes.global_batch, sizes.micro_batch).share(0, arguments.nodes * tasks)
+    except ValueError as error:
+        raise ConfigError(f"{arguments.config}: {error}") from error
+    folder = os.path.abspath(arguments.output or os.path.join("runs", Path(arguments.config).stem))
+    folder = _printable("--output", folder)
+    if "\\" in folder:
+        raise ConfigError(f"--output {folder}: SLURM has a meaning of its own for a backslash in a path; choose another folder")
+    seeds = parse_seeds(arguments.seeds) if arguments.seeds else []
+    resume = _printable("--resume", os.path.abspath(arguments.resume)) if arguments.resume else None
+    if resume and seeds:
+        raise ConfigError("--resume goes on with one run: leave out --seeds")
+    if resume and not os.path.isdir(resume):
+        raise ConfigError(f"--resume {arguments.resume} is not a checkpoint's folder")
+    if resume and list(Path(folder, "checkpoints").glob("step_*")):
+        raise ConfigError(f"{folder} has checkpoints of its own, from which it goes on: give --resume with another --output")
+
+    signal_before = math.ceil(config.guard.grace) + MARGIN
+    limit = parse_minutes(arguments.time) if arguments.time else None
+    if limit is not None and limit * 60 <= signal_before:
+        raise ConfigError(
+            f"--time {arguments.time} leaves no time to train: ranks are told to stop {signal_before} s before its end "
+            f"(guard.grace {config.guard.grace:g} s and {MARGIN} s)"
+        )
+    options = {
+        "nodes": arguments.nodes,
+        "ntasks-per-node": tasks,
+        "gpus-per-node": arguments.gpus_per_node or None,
+        "cpus-per-task": arguments.cpus_per_task,
+        "mem": arguments.mem,
+        "time": arguments.time,
+        "partition": arguments.partition,
+        "account": arguments.account,
+        "qos": arguments.qos,
+        "array": arguments.seeds,
+        "signal": f"USR1@{signal_before}",
+    }
+    lines = [f"--{name}={_word(f'--{name}', str(value))}" for name, value in options.items() if value is not None]
+    for option in arguments.sbatch:
+        if not re.match(r"--\w", option):
+            raise ConfigError(f"--sbatch={option} is not an option of sbatch in its long form, such as --sbatch=--constraint=a100")
+        lines.append(_word("--sbatch", option))
+    srun_options = [f"--cpus-per-task={arguments.cpus_per_task}"] if arguments.cpus_per_task else []  # srun does not ask sbatch since 22.05
+    if arguments.cpu_bind:
+        srun_options.append(f"--cpu-bind={arguments.cpu_bind}")
+    return Job(
+        run=folder,
+        config=f"{folder}/submitted/{stamp}.yaml",
+        name=_printable("--job-name", arguments.job_name or Path(folder).name),
+        seeds=seeds,
+        options=[*lines, "--requeue", "--open-mode=append"],
+        srun_options=srun_options,
+        environment=_environment(arguments),
+        resume=resume,
+        with_changes=arguments.resume_with_changes,
+        stage_in=arguments.stage_in,
+        max_restarts=arguments.max_restarts,
+    )
+
+
+def sbatch_command(job: Job, script: Path) -> list[str]:
+    """What may have spaces, quotes and anything else in it is given to sbatch here: lines of the script would need quoting of their own."""
+    folder, here = job.run.replace("%", "%%"), _printable("the working directory", os.getcwd())
+    log = f"{folder}/seed_%a/logs/job_%A_%a.log" if job.seeds else f"{folder}/logs/job_%j.log"
+    return ["sbatch", "--parsable", f"--job-name={job.name}", f"--chdir={here}", f"--output={log}", str(script)]
+
+
+def render(job: Job, command: list[str]) -> str:
+    """The batch script. Whatever the user chose is quoted, or was checked by `_word`."""
+    quote, seed = shlex.quote, '"$SLURM_ARRAY_TASK_ID"'
+    inside = f"/seed_{seed}" if job.seeds else ""
+    arguments = [f"train.seed={seed}"] * bool(job.seeds) + ["--resume-with-changes"] * job.with_changes
+    environment = list(job.environment)
+    if job.stage_in:
+        environment += [
+            "# The node's own disk, for the files of the dataset that training needs; this user's alone.",
+            'stage="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/cat-data-$(id -un)"',
+            'srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 install -d -m 700 "$stage" || exit',
+            'arguments+=("data.cache_dir=$stage")',
+        ]
+    if job.resume:
+        environment += [
+            "# Until the run has a checkpoint of its own it starts from this one.",
+            'own=("$run"/checkpoints/step_*)',
+            f'[ -d "${{own[0]}}" ] || arguments+=(--resume {quote(job.resume)})',
+        ]
+    values = {
+        "command": shlex.join(command),
+        "options": "\n".join(f"#SBATCH {option}" for option in job.options),
+        "python": quote(sys.executable),
+        "repository": quote(str(ROOT)),
+        "run": quote(job.run) + inside,
+        "logs": quote(job.run.replace("%", "%%")) + inside + "/logs/rank_%t.log",
+        "config": quote(job.config),
+        "arguments": "".join(f" {argument}" for argument in arguments),
+        "max_restarts": str(job.max_restarts),
+        "environment": "".join(f"{line}\n" for line in environment),
+        "srun_options": "".join(f" {quote(option)}" for option in job.srun_options),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text())
+
+
+def parse_seeds(text: str) -> list[int]:
+    """sbatch's form of an array: "0-4", "1,3,7", "0-9%2" (two at a time). Raises ConfigError."""
+    from train.config import ConfigError
+
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*(%\d+)?", text, re.ASCII):
+        raise ConfigError(f"--seeds {text} is not of the form 0-4 or 1,3,7 or, two at a time, 0-9%2")
+    seeds: list[int] = []
+    for part in text.partition("%")[0].split(","):
+        first, _, last = part.partition("-")
+        if int(last or first) - int(first) >= MAX_SEEDS:
+            raise ConfigError(f"--seeds {text} are more than {MAX_SEEDS}")
+        seeds += range(int(first), int(last or first) + 1)
+    return seeds
+
+
+def parse_minutes(text: str) -> float | None:
+    """sbatch's forms of a time: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; None: no limit. Raises ConfigError."""
+    from train.config import ConfigError
+
+    if text.lower() in ("unlimited", "infinite"):
+        return None
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
+    if not match:
+        raise ConfigError(f"--time {text} is not a time: minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+    days, a, b, c = (int(group) if group else 0 for group in match.groups())
+    if match[1]:
+        return (days * 24 + a) * 60 + b + c / 60
+    return a * 60 + b + c / 60 if match[4] else a + b / 60
+
+
+def _environment(arguments: argparse.Namespace) -> list[str]:
+    from train.config import ConfigError
+
+    lines = []
+    if arguments.interface:
+        lines += [f"export {name}={shlex.quote(arguments.interface)}" for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")]
+    for setting in arguments.env:
+        name, equals, value = setting.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise ConfigError(f"--env {setting} is not of the form KEY=VALUE")
+        lines.append(f"export {name}={shlex.quote(value)}")
+    for path in arguments.setup:
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--setup {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        check = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+        if check.returncode:
+            raise ConfigError(f"--setup {path} is not shell: {' '.join(check.stderr.split())}")
+        lines += [f"# --setup {_printable('--setup', path)}", text.rstrip("\n"), "# ---"]
+    return lines
+
+
+def _word(option: str, value: str) -> str:
+    """A value for a line of the script that sbatch reads: one word, with nothing that quotes or ends it."""
+    from train.config import ConfigError
+
+    if not re.fullmatch(r"[^\s\x00-\x1f\x7f\"'\\#]+", value):
+        raise ConfigError(f"{option} {value!r}: no spaces, quotes, backslashes or # can stand there")
+    return _printable(option, value)
+
+
+def _printable(option: str, value: str) -> str:
+    from train.config import ConfigError
+
+    if not value.isprintable():  # newlines and other control characters; bytes that are no UTF-8
+        raise ConfigError(f"{option} {value!r}: control characters and what is not UTF-8 cannot stand there")
+    return value
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(
+        description="Submit a training run to SLURM. It is stopped before its time limit, comes back after that, after preemption, after a "
+        "crash and after a lost node, and goes on from its newest checkpoint. docs/slurm.md has the whole story.",
+    )
+    count = _at_least(1)
+    parser.add_argument("--config", required=True, metavar="FILE", help="recipe, e.g. configs/cat_b.yaml")
+    parser.add_argument("--output", metavar="DIR", help="the run's folder, where all nodes see it (default: runs/<config name>)")
+    parser.add_argument("--nodes", type=count, default=1, metavar="N")
+    parser.add_argument("--gpus-per-node", type=_at_least(0), required=True, metavar="G", help="one rank each; 0: train on CPUs")
+    parser.add_argument("--tasks-per-node", type=count, metavar="T", help="ranks per node, with --gpus-per-node 0")
+    parser.add_argument("--time", metavar="TIME", help="time limit of a start, as sbatch has it (default: the partition's)")
+    parser.add_argument("--partition", metavar="NAME")
+    parser.add_argument("--account", metavar="NAME")
+    parser.add_argument("--qos", metavar="NAME")
+    parser.add_argument("--cpus-per-task", type=count, metavar="N", help="cores for a rank's decoding threads")
+    parser.add_argument("--mem", metavar="SIZE", help="memory per node, such as 200G")
+    parser.add_argument("--cpu-bind", metavar="TYPE", help="srun's: cores, none, map_cpu:…")
+    parser.add_argument("--interface", metavar="NAME", help="network interface for NCCL and gloo, such as ib0")
+    parser.add_argument("--env", action="append", default=[], metavar="KEY=VALUE", help="environment variable of the job; may be repeated")
+    parser.add_argument(
+        "--setup", action="append", default=[], metavar="FILE", help="shell commands to run first (module load …), copied into the script"
+    )
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other: --sbatch=--constraint=a100")
+    parser.add_argument("--job-name", metavar="NAME", help="(default: the run folder's)")
+    parser.add_argument("--seeds", metavar="RANGE", help="one run per seed, 0-4 or 1,3,7, in OUTPUT/seed_<seed>: a job array")
+    parser.add_argument("--stage-in", action="store_true", help="copy the dataset's files to the nodes' own disks on use (data.cache_dir)")
+    parser.add_argument("--resume", metavar="CHECKPOINT", help="start from this one, until the run has one of its own")
+    parser.add_argument("--resume-with-changes", action="store_true", help="as launch/train.py has it")
+    parser.add_argument(
+        "--max-restarts",
+        type=_at_least(0),
+        default=5,
+        metavar="N",
+        help="restarts in a row without a newer checkpoint (default: 5)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the batch script; write and submit nothing")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+    return parser.parse_intermixed_args()
+
+
+def _at_least(smallest: int):
+    def number(text: str) -> int:
+        if not re.fullmatch(r"\d+", text, re.ASCII) or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {smallest}")
+        return int(text)
+
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, parse_arguments()))

@@ -1,0 +1,30 @@
+#!/bin/bash
+# A training run that comes back by itself, made by launch/submit.py. Submitted, and to be submitted again, with:
+#   {{command}}
+{{options}}
+
+# TERM comes to the ranks and to this shell when the job is preempted or out of time. The ranks save and leave; the shell stays, to decide.
+trap : TERM USR1
+
+python={{python}}
+repository={{repository}}
+run={{run}}
+logs={{logs}}  # SLURM's file name pattern: %t is the rank
+arguments=(--config {{config}} --output "$run"{{arguments}})
+max_restarts={{max_restarts}}
+
+# What the submitting shell may have had: the ranks find their place from SLURM's variables (launch/ranks.py).
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+export PYTHONUNBUFFERED=1
+export CAT_VERDICT_FILE="$run/logs/verdict"  # srun's exit code is not the run's where ranks end differently
+{{environment}}
+# Counts the starts; ends the job here after $max_restarts restarts that brought no newer checkpoint.
+"$python" "$repository/launch/requeue.py" begin "$run" --max-restarts "$max_restarts" || exit
+
+# One task per rank. The first that fails ends the others. Training goes on from the newest checkpoint.
+srun --kill-on-bad-exit=1 --open-mode=append --output="$logs"{{srun_options}} \
+  "$python" "$repository/launch/train.py" "${arguments[@]}"
+code=$?
+
+# Finished, bad data, failed or bad configuration (0, 65, 70, 78): the job ends. Anything else: scontrol requeue.
+"$python" "$repository/launch/requeue.py" end "$run" --max-restarts "$max_restarts" --code "$code"
