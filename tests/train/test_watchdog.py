@@ -158,11 +158,14 @@ def stuck(output):
 
 
 def gil_held(output):
+    (output / "stacks").mkdir()
+    os.mkfifo(output / "stacks" / "rank_0.txt")  # nobody reads: opening it waits for ever, as on a disk that hangs
     job = Job.start(output, stuck=_never_lets_go)
     return job, job.wait(0) + job.wait(1, timeout=0)  # a launcher would kill the other
 
 
 def keeper_of_the_store_dead(output):
+    (output / "stacks").touch()  # where the folder should be
     job = Job.start(output, stuck=_never_ends)
     job.until("stuck")
     job.send(signal.SIGKILL, 0)
@@ -220,7 +223,7 @@ def test_stuck_rank_is_named_as_furthest_behind(outcomes):
     assert "in _never_ends" in job.stacks(1) and "in all_reduce" in job.stacks(0)
 
 
-def test_rank_that_holds_the_gil_is_named(outcomes):
+def test_rank_that_holds_the_gil_is_named_though_the_stacks_cannot_be_written(outcomes):
     job, codes = outcomes["gil_held"].result()
     assert codes == [71, None]
     assert "Silent, so frozen or dead: rank 1 (" in job.said(0)[0]
@@ -229,7 +232,8 @@ def test_rank_that_holds_the_gil_is_named(outcomes):
 def test_without_the_store_a_rank_ends_by_its_own_limit(outcomes):
     job, codes = outcomes["keeper_of_the_store_dead"].result()
     assert codes == [71]
-    assert "Rank 0 is dead" in job.said(1)[0]
+    assert "Rank 0 is dead" in job.said(1)[0] and "so the stacks are here:" in job.said(1)[1]
+    assert "in _never_ends" in (job.output / "stderr_1").read_text()
 
 
 def test_suspended_job_goes_on(outcomes):
