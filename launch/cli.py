@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+from launch.ranks import report_verdict
+
 EXIT_DATA, EXIT_FAILED, EXIT_NOT_SAVED, EXIT_STOPPED, EXIT_CONFIG = 65, 70, 74, 75, 78
 
 
@@ -25,6 +27,7 @@ def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Names
         if not hasattr(error, "exit_code"):
             raise
         return fail(error.exit_code, error)
+    report_verdict(0)
     return 0
 
 
@@ -34,6 +37,7 @@ def fail(code: int, error: Exception | str) -> int:
     Bad data may be known to one rank alone, everything else is known to all: rank 0 says it, and the others wait, as the first to leave
     ends the job.
     """
+    report_verdict(code)
     if code == EXIT_DATA or os.environ.get("RANK", "0") == "0":
         print(error if code == EXIT_STOPPED else f"error: {error}", file=sys.stderr, flush=True)
     else:

@@ -5,6 +5,8 @@ import os
 import re
 
 VERDICT_FILE = "CAT_VERDICT_FILE"  # environment variable: where a rank leaves the exit code that the run ends with
+# Exit codes of launch/train.py after which another start would end the same way.
+FINAL = {0: "finished", 65: "bad data", 70: "training failed", 78: "bad configuration"}
 
 
 def adopt_slurm_ranks() -> None:
@@ -65,13 +67,14 @@ def master_port(job: int, step: int, restart: int) -> int:
 
 
 def report_verdict(code: int) -> None:
-    """Leave this exit code where launch/requeue.py reads it, if a job that launch/submit.py made is waiting for it.
+    """Leave a final exit code where launch/requeue.py reads it, if a job that launch/submit.py made is waiting for it.
 
-    srun does not tell: the first rank to leave ends the step, and the code of a rank that is ended so is the highest.
+    srun's own does not tell: the first rank that fails ends the step, and ranks that are ended so have the highest code; and where it
+    could not start the ranks, it may be 0.
     """
-    if path := os.environ.get(VERDICT_FILE):
-        own = f"{path}.{os.environ.get('RANK', 0)}"
+    path, rank = os.environ.get(VERDICT_FILE), os.environ.get("RANK", "0")
+    if path and code in FINAL and (code or rank == "0"):
         with contextlib.suppress(OSError):  # a full disk
-            with open(own, "w") as file:
+            with open(f"{path}.{rank}", "w") as file:
                 file.write(str(code))
-            os.replace(own, path)
+            os.replace(f"{path}.{rank}", path)

@@ -16,8 +16,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# Exit codes of launch/train.py after which another start would end the same way.
-FINAL = {0: "finished", 65: "bad data", 70: "training failed", 78: "bad configuration"}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch.ranks import FINAL
+
 CONTROLLER_PATIENCE = 600  # seconds that slurmctld may be away
 
 
@@ -94,9 +95,10 @@ def begin(run: Path, max_restarts: int) -> int:
 
 
 def end(run: Path, max_restarts: int, code: int) -> int:
-    """Requeue the job where that is right. The exit code of the job: the run's own verdict, where a rank left one."""
-    if _verdict_file(run).exists():
-        code = int(_verdict_file(run).read_text())
+    """Requeue the job where that is right; `code` is srun's. The exit code of the job."""
+    verdict = _verdict_file(run)
+    # Of final codes the ranks' word counts: srun returns 0 where it could not start them, and a rank that it ended has a higher code.
+    code = int(verdict.read_text()) if verdict.exists() else 1 if code in FINAL else code
     if final(code, _restarts()):
         say(f"exit code {code}: {FINAL[code]}")
         return code

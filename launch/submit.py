@@ -95,8 +95,8 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> Job:
         raise ConfigError(f"{arguments.config}: {error}") from error
     folder = os.path.abspath(arguments.output or os.path.join("runs", Path(arguments.config).stem))
     folder = _printable("--output", folder)
-    if "\\" in folder:
-        raise ConfigError(f"--output {folder}: SLURM has a meaning of its own for a backslash in a path; choose another folder")
+    if "\\" in folder or "%" in folder:
+        raise ConfigError(f"--output {folder}: SLURM has a meaning of its own for % and backslashes in a path; choose another folder")
     seeds = parse_seeds(arguments.seeds) if arguments.seeds else []
     resume = _printable("--resume", os.path.abspath(arguments.resume)) if arguments.resume else None
     if resume and seeds:
@@ -151,8 +151,8 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> Job:
 
 def sbatch_command(job: Job, script: Path) -> list[str]:
     """What may have spaces, quotes and anything else in it is given to sbatch here: lines of the script would need quoting of their own."""
-    folder, here = job.run.replace("%", "%%"), _printable("the working directory", os.getcwd())
-    log = f"{folder}/seed_%a/logs/job_%A_%a.log" if job.seeds else f"{folder}/logs/job_%j.log"
+    here = _printable("the working directory", os.getcwd())
+    log = f"{job.run}/seed_%a/logs/job_%A_%a.log" if job.seeds else f"{job.run}/logs/job_%j.log"
     return ["sbatch", "--parsable", f"--job-name={job.name}", f"--chdir={here}", f"--output={log}", str(script)]
 
 
@@ -162,13 +162,14 @@ def render(job: Job, command: list[str]) -> str:
     inside = f"/seed_{seed}" if job.seeds else ""
     arguments = [f"train.seed={seed}"] * bool(job.seeds) + ["--resume-with-changes"] * job.with_changes
     environment = list(job.environment)
+    stage = ""
     if job.stage_in:
         environment += [
             "# The node's own disk, for the files of the dataset that training needs; this user's alone.",
             'stage="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/cat-data-$(id -un)"',
-            'srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 install -d -m 700 "$stage" || exit',
             'arguments+=("data.cache_dir=$stage")',
         ]
+        stage = 'srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 install -d -m 700 "$stage" &&\n  '
     if job.resume:
         environment += [
             "# Until the run has a checkpoint of its own it starts from this one.",
@@ -181,10 +182,10 @@ def render(job: Job, command: list[str]) -> str:
         "python": quote(sys.executable),
         "repository": quote(str(ROOT)),
         "run": quote(job.run) + inside,
-        "logs": quote(job.run.replace("%", "%%")) + inside + "/logs/rank_%t.log",
         "config": quote(job.config),
         "arguments": "".join(f" {argument}" for argument in arguments),
         "max_restarts": str(job.max_restarts),
+        "stage": stage,
         "environment": "".join(f"{line}\n" for line in environment),
         "srun_options": "".join(f" {quote(option)}" for option in job.srun_options),
     }

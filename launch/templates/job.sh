@@ -9,20 +9,19 @@ trap : TERM USR1
 python={{python}}
 repository={{repository}}
 run={{run}}
-logs={{logs}}  # SLURM's file name pattern: %t is the rank
 arguments=(--config {{config}} --output "$run"{{arguments}})
 max_restarts={{max_restarts}}
 
 # What the submitting shell may have had: the ranks find their place from SLURM's variables (launch/ranks.py).
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 export PYTHONUNBUFFERED=1
-export CAT_VERDICT_FILE="$run/logs/verdict"  # srun's exit code is not the run's where ranks end differently
+export CAT_VERDICT_FILE="$run/logs/verdict"  # where the ranks leave the run's exit code: srun's may be another
 {{environment}}
 # Counts the starts; ends the job here after $max_restarts restarts that brought no newer checkpoint.
 "$python" "$repository/launch/requeue.py" begin "$run" --max-restarts "$max_restarts" || exit
 
 # One task per rank. The first that fails ends the others. Training goes on from the newest checkpoint.
-srun --kill-on-bad-exit=1 --open-mode=append --output="$logs"{{srun_options}} \
+{{stage}}srun --kill-on-bad-exit=1 --open-mode=append --output="$run/logs/rank_%t.log"{{srun_options}} \
   "$python" "$repository/launch/train.py" "${arguments[@]}"
 code=$?
 

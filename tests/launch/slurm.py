@@ -1,0 +1,208 @@
+"""A real SLURM cluster of a few nodes on this machine: munged, slurmctld and a slurmd per node, with namespaces of their own.
+
+The cluster lives in a PID, mount, UTS and network namespace, and every node in a further UTS and network namespace, joined by a bridge:
+hosts have names and addresses, and nothing of it is seen outside. Its process 1 ends when this process does, however that ends; then
+the kernel ends every process in it, and bridge, namespaces and mounts are gone with them.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter")
+NODES = ("n1", "n2")
+CPUS = 2  # per node; the machine may have fewer
+HEAD = "10.0.0.254"
+# Ends with the pipe from the process that made the cluster; reaps what daemons leave behind.
+INIT = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('up', flush=True); sys.stdin.read()"
+
+CONFIG = """\
+ClusterName=test
+SlurmctldHost=head({head})
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+# Once requeued, a job waits for a second more than the time for which a credential is good: two minutes by default, 5 s at least.
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min_interval=0
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+ReturnToService=2
+KillWait=20
+SlurmdTimeout=10
+MailProg=/bin/true
+SlurmdParameters=config_overrides
+PropagateResourceLimits=NONE
+{nodes}
+PartitionName=low Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
+PartitionName=high Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF
+"""
+GRACE = 20  # seconds that a preempted job has
+
+
+def missing() -> str | None:
+    """Why no cluster can be made here, or None."""
+    programs = [program for program in PROGRAMS if not shutil.which(program, path=_path())]
+    if programs:
+        return f"not installed: {', '.join(programs)} (apt-get install slurm-wlm munge iproute2)"
+    if os.geteuid():
+        return "a SLURM cluster of our own needs root"
+    probe = subprocess.run(["unshare", "--pid", "--fork", "--mount", "--uts", "--net", "true"], capture_output=True, text=True)
+    return f"namespaces cannot be made: {probe.stderr.strip()}" if probe.returncode else None
+
+
+@dataclass(frozen=True)
+class JobInfo:
+    state: str
+    restarts: int
+    exit_code: str  # SLURM's: "70:0" is exit code 70, "0:9" signal 9
+    reason: str
+
+
+class Cluster:
+    """A cluster that is up; `folder` has its files. Close it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True)
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
+        self._unshare = subprocess.Popen(
+            ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--uts", "--net", sys.executable, "-c", INIT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a Ctrl-C is for pytest, which closes the cluster
+        )
+        try:
+            assert self._unshare.stdout.readline() == "up\n"
+            children = Path(f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children")
+            self._init = int(children.read_text())
+            self._set_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._unshare.stdin.close()
+        self._unshare.wait(30)
+
+    def run(self, *command: str, check: bool = True, **options) -> str:
+        """The output of a command on the head node."""
+        result = self.execute(*command, **options)
+        assert not check or result.returncode == 0, f"{command}: {result.returncode}\n{result.stdout}{result.stderr}\n{self.log()}"
+        return result.stdout
+
+    def execute(self, *command: str, **options) -> subprocess.CompletedProcess:
+        inside = ["nsenter", f"--target={self._init}", "--pid", "--mount", "--uts", "--net", "--"]
+        environment = {**self.environment, **options.pop("env", {})}
+        return subprocess.run([*inside, *command], capture_output=True, text=True, timeout=300, env=environment, **options)
+
+    def job(self, number: str) -> JobInfo:
+        fields = dict(word.split("=", 1) for word in self.run("scontrol", "show", "job", number).split() if "=" in word)
+        return JobInfo(fields["JobState"], int(fields["Restarts"]), fields["ExitCode"], fields["Reason"])
+
+    def wait(self, what: str, condition: Callable[[], bool], timeout: float = 120) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"{what} has not come in {timeout} s:\n{self.run('squeue')}\n{self.log()}"
+            time.sleep(0.1)
+
+    def ended(self, number: str) -> bool:
+        return self.job(number).state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+    def has_rank(self, number: str, rank: int) -> bool:
+        return self._find_rank(number, rank) is not None
+
+    def rank(self, number: str, rank: int) -> int:
+        """The process (its number outside) that is a rank of a job's training."""
+        process = self._find_rank(number, rank)
+        assert process is not None, f"job {number} has no rank {rank}:\n{self.log()}"
+        return process
+
+    def _find_rank(self, number: str, rank: int) -> int | None:
+        wanted = {f"SLURM_CONF={self.environment['SLURM_CONF']}", f"SLURM_JOB_ID={number}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
+        for process in Path("/proc").iterdir():
+            try:
+                if b"launch/train.py" in (process / "cmdline").read_bytes():
+                    if wanted <= set((process / "environ").read_bytes().decode().split("\0")):
+                        return int(process.name)
+            except (OSError, ValueError):  # not a process, or one that has ended
+                continue
+        return None
+
+    def kill_slurmd(self, node: str) -> None:
+        """kill -9 a node's slurmd. What it has started runs on, as on a real node."""
+        self.run("kill", "-9", (self.folder / f"{node}.pid").read_text().strip())
+
+    def start_slurmd(self, node: str) -> None:
+        start = 'hostname "$1" && exec slurmd -N "$1"'
+        self.run("nsenter", f"--net=/run/netns/{node}", "unshare", "--uts", "sh", "-c", start, "sh", node)
+
+    def kill_slurmctld(self) -> None:
+        self.run("kill", "-9", (self.folder / "slurmctld.pid").read_text().strip())
+
+    def start_slurmctld(self) -> None:
+        self.run("slurmctld")
+
+    def log(self) -> str:
+        """The ends of all daemons' logs."""
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log")))
+
+    def _set_up(self) -> None:
+        folder = self.folder
+        for name in ("munge", "state", *(f"spool.{node}" for node in NODES)):
+            (folder / name).mkdir()
+        addresses = {node: f"10.0.0.{number}" for number, node in enumerate(NODES, 1)}
+        lines = [f"{address} {node}\n" for node, address in {"localhost": "127.0.0.1", "head": HEAD, **addresses}.items()]
+        (folder / "hosts").write_text("".join(lines))
+        nodes = [f"NodeName={node} NodeAddr={address} CPUs={CPUS} RealMemory=1000 Gres=gpu:{CPUS}" for node, address in addresses.items()]
+        (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, head=HEAD, nodes="\n".join(nodes), grace=GRACE))
+        # What stands for a GPU: SLURM counts them and tells the tasks their numbers.
+        (folder / "gres.conf").write_text(f"Name=gpu File=/dev/tty[0-{CPUS - 1}]\n")
+
+        self.run("mount", "--bind", str(folder / "hosts"), "/etc/hosts")
+        self.run("sh", "-c", "mkdir -p /run/netns && mount -t tmpfs tmpfs /run/netns && hostname head")
+        network = [
+            "set -e; ip link set lo up; ip link add bridge0 type bridge; ip link set bridge0 up",
+            f"ip addr add {HEAD}/24 dev bridge0",
+        ]
+        for node, address in addresses.items():
+            network += [
+                f"ip netns add {node}; ip link add {node} type veth peer name eth0 netns {node}; ip link set {node} master bridge0 up",
+                f"ip -n {node} addr add {address}/24 dev eth0; ip -n {node} link set eth0 up; ip -n {node} link set lo up",
+            ]
+        self.run("sh", "-c", "\n".join(network))
+
+        munge = folder / "munge"
+        (munge / "key").write_bytes(os.urandom(64))
+        munge.chmod(0o711)
+        (munge / "key").chmod(0o600)
+        files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        self.run("munged", "--force", *(f"--{option}={munge / name}" for option, name in files.items()))
+        self.start_slurmctld()
+        for node in NODES:
+            self.start_slurmd(node)
+        self.wait("an idle cluster", lambda: self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D", check=False).strip() == "2", 30)
+
+
+def _path() -> str:
+    return f"{os.environ['PATH']}:/usr/sbin:/sbin"

@@ -1,0 +1,205 @@
+"""Training on a real SLURM cluster of two nodes (tests/launch/slurm.py), through launch/submit.py: what breaks comes back by itself."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.slurm import NODES, Cluster, missing
+from tests.runs import ROOT, losses, metrics
+from tests.train.test_exact_resume import assert_same_state, ids_by_step, state
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=f"no SLURM: {missing()}")]
+
+STEPS = 40
+# A step every 8 steps is an epoch's last; a checkpoint every 7 leaves steps to be taken again after a crash.
+SETTINGS = ["train.epochs=5", "train.evaluate_every=5", "checkpoint.every_steps=7", "guard.grace=15"]
+# On one node; a rank whose peer was killed before they have met leaves after the grace.
+TWO_TASKS = ["--gpus-per-node=0", "--tasks-per-node=2", "guard.grace=3"]
+TRAIN = [sys.executable, str(ROOT / "launch" / "train.py")]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    cluster = Cluster(tmp_path_factory.mktemp("slurm") / "cluster")
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, tiny_config, tmp_path_factory):
+    """The run that nothing happens to, started as one would by hand: `srun python launch/train.py`, a rank on each of two nodes."""
+    output = tmp_path_factory.mktemp("whole")
+    cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", *TRAIN, "--config", str(tiny_config), "--output", str(output), *SETTINGS)
+    assert [event["world_size"] for event in metrics(output, "event") if event["event"] == "start"] == [2]
+    return output
+
+
+def submit(cluster: Cluster, config: Path, output: Path | str, *arguments: str, **options) -> str:
+    """The number of the job."""
+    command = [sys.executable, str(ROOT / "launch" / "submit.py"), "--config", str(config), "--output", str(output), *arguments]
+    said = cluster.run(*command, **options)
+    return re.match(r"job (\d+)\n", said)[1]
+
+
+def log(output: Path) -> str:
+    return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted((output / "logs").iterdir()))
+
+
+class Held:
+    """Both ranks of a job, stopped (SIGSTOP) once `step` has been taken, until `go`: 40 steps take two seconds, SLURM's faults longer."""
+
+    def __init__(self, cluster: Cluster, job: str, output: Path, step: int):
+        taken = lambda: any(line["step"] >= step for line in metrics(output, "train", missing_ok=True))  # noqa: E731
+        cluster.wait(f"step {step}", lambda: taken() or cluster.ended(job))
+        self.ranks = [cluster.rank(job, rank) for rank in (0, 1)]
+        for rank in self.ranks:
+            os.kill(rank, signal.SIGSTOP)
+        last = max(line["step"] for line in metrics(output, "train"))
+        assert last < STEPS, f"stopped too late, at {last}"
+
+    def go(self) -> None:
+        for rank in self.ranks:
+            try:
+                os.kill(rank, signal.SIGCONT)
+            except ProcessLookupError:
+                pass
+
+    def has_pending(self, number: signal.Signals) -> bool:
+        """Whether SLURM has sent this signal to both."""
+        for rank in self.ranks:
+            status = Path(f"/proc/{rank}/status").read_text()
+            pending = re.findall(r"(?:SigPnd|ShdPnd):\s*(\w+)", status)
+            if not any(int(mask, 16) >> (number - 1) & 1 for mask in pending):
+                return False
+        return True
+
+
+def test_every_fault_in_one_run(cluster, whole, tiny_config, tmp_path):
+    """A rank killed, the job requeued, preempted, out of time, a node lost: the weights are those of the run that nothing happened to."""
+    output = tmp_path / "run"
+    job = submit(cluster, tiny_config, output, "--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--time", "3", *SETTINGS)
+
+    def restarted(times: int) -> None:
+        cluster.wait(f"restart {times}", lambda: cluster.job(job).restarts == times or cluster.ended(job))
+        assert cluster.job(job).restarts == times, log(output)
+
+    held = Held(cluster, job, output, 5)
+    os.kill(held.ranks[1], signal.SIGKILL)
+    held.go()
+    restarted(1)
+
+    held = Held(cluster, job, output, 9)
+    cluster.run("scontrol", "requeue", job)
+    restarted(2)
+
+    held = Held(cluster, job, output, 16)
+    urgent = cluster.run(
+        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"
+    ).strip()
+    cluster.wait("the end of the other job", lambda: cluster.ended(urgent))
+    restarted(3)
+
+    held = Held(cluster, job, output, 23)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    cluster.wait("the signal before the time limit", lambda: held.has_pending(signal.SIGUSR1))
+    held.go()
+    restarted(4)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=3")
+
+    held = Held(cluster, job, output, 30)
+    cluster.kill_slurmd("n2")
+    cluster.wait("the loss of the node", lambda: cluster.job(job).state != "RUNNING")
+    held.go()
+    cluster.start_slurmd("n2")
+    cluster.wait("the end", lambda: cluster.ended(job))
+
+    info = cluster.job(job)
+    assert (info.state, info.exit_code, info.restarts) == ("COMPLETED", "0:0", 5), log(output)
+    assert losses(output) == losses(whole)
+    assert sorted(losses(output)) == list(range(1, STEPS + 1))
+    assert_same_state(state(output, STEPS), state(whole, STEPS))
+    assert ids_by_step(output, 2) == ids_by_step(whole, 2)
+
+
+def test_nobody_restarts_a_run_that_does_not_come_forward(cluster, tiny_config, tmp_path):
+    job = submit(cluster, tiny_config, tmp_path / "run", *TWO_TASKS, "--max-restarts=1")
+    for restart in range(2):
+        cluster.wait("the start", lambda restart=restart: cluster.job(job).state == "RUNNING" and cluster.job(job).restarts == restart)
+        cluster.wait("its ranks", lambda: cluster.has_rank(job, 0))
+        os.kill(cluster.rank(job, 0), signal.SIGKILL)
+    cluster.wait("the end", lambda: cluster.ended(job))
+    assert cluster.job(job).restarts == 1
+    assert "no newer checkpoint than the beginning after 1 restarts" in log(tmp_path / "run")
+
+
+def test_a_cancelled_job_stays_cancelled(cluster, tiny_config, tmp_path):
+    job = submit(cluster, tiny_config, tmp_path / "run", *TWO_TASKS)
+    cluster.wait("its ranks", lambda: cluster.has_rank(job, 0))
+    cluster.run("scancel", job)
+    cluster.wait("the end", lambda: cluster.ended(job))
+    assert (cluster.job(job).state, cluster.job(job).restarts) == ("CANCELLED", 0)
+    assert "it was cancelled" in log(tmp_path / "run")
+
+
+HOSTILE = "$(touch pwned) `touch pwned`; touch pwned & 'a' \"b\" -x [z] * ü # \u6771"
+
+
+def test_nothing_that_was_typed_reaches_a_shell(cluster, tiny_config, tmp_path):
+    """Also: seeds as an array on what stands for GPUs, and bad data, which ends a job for good with its exit code."""
+    output = tmp_path / HOSTILE
+    (tmp_path / "here").mkdir()
+    setup = tmp_path / "setup $(touch pwned).sh"
+    setup.write_text("echo set up\n")
+    arguments = ["--nodes=2", "--gpus-per-node=2", "--seeds=3,5", "--stage-in", "--setup", str(setup), "--env", f"X={HOSTILE}"]
+    arguments += ["--job-name", f"-{HOSTILE}", "--interface", HOSTILE, "--partition=low", f"data.path={json.dumps('/' + HOSTILE)}"]
+    job = submit(cluster, tiny_config, output, *arguments, env={"TMPDIR": str(tmp_path)}, cwd=tmp_path / "here")
+    for seed in (3, 5):
+        cluster.wait("the end", lambda seed=seed: cluster.ended(f"{job}_{seed}"))
+        info = cluster.job(f"{job}_{seed}")
+        folder = output / f"seed_{seed}"
+        assert (info.state, info.exit_code, info.restarts) == ("FAILED", "65:0", 0), log(folder)
+        assert sorted(path.name for path in (folder / "logs").glob("rank_*")) == [f"rank_{rank}.log" for rank in range(4)]
+        assert f"no dataset at /{HOSTILE}:" in (folder / "logs" / "rank_0.log").read_text()
+        assert "set up" in log(folder)
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_deepspeed_inside_an_allocation(cluster, whole, tiny_config, tmp_path):
+    """Its own launcher's ranks, not SLURM's."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators=2", *TRAIN[1:]]
+    arguments = ["--config", str(tiny_config), "--output", str(tmp_path), *SETTINGS, "train.max_steps=3"]
+    cluster.run("salloc", "--nodes=1", "--ntasks-per-node=2", "srun", "--ntasks=1", "--cpus-per-task=2", *launcher, *arguments)
+    assert [event["world_size"] for event in metrics(tmp_path, "event") if event["event"] == "start"] == [2]
+    assert losses(tmp_path) == pytest.approx({step: loss for step, loss in losses(whole).items() if step <= 3}, rel=1e-6)
+
+
+def test_a_cluster_ends_with_the_process_that_made_it(tmp_path):
+    make = (
+        "import sys, pathlib; from tests.launch.slurm import Cluster; Cluster(pathlib.Path(sys.argv[1])); print('up', flush=True); input()"
+    )
+    maker = subprocess.Popen(
+        [sys.executable, "-c", make, str(tmp_path / "cluster")], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert maker.stdout.readline() == "up\n"
+    mine = lambda: [path for path in Path("/proc").glob("[0-9]*/environ") if str(tmp_path).encode() in _content(path)]  # noqa: E731
+    assert len(mine()) >= 1 + len(NODES)
+    maker.kill()
+    maker.wait()
+    for _ in range(100):
+        if not mine():
+            break
+        signal.sigtimedwait([], 0.1)
+    assert not mine()
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
