@@ -66,9 +66,10 @@ class RunLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises ConfigError where another run took the folder at the same moment, which flock did not notice: of two, one goes on.
+        """Raises ConfigError where another machine's run has taken the folder nevertheless, as flock does not reach it: of two, one goes on.
 
-        Waits until FIRST_BEAT seconds after `acquire` at most; call it before the first step.
+        That is where both started at the same moment, or this one was suspended. Call it before the first step, where it may wait until
+        FIRST_BEAT seconds after `acquire`, and before whatever must not be done twice.
         """
         self._has_beaten.wait()
         if self._lost:

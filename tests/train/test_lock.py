@@ -183,6 +183,16 @@ def test_of_two_at_the_same_moment_without_flock_one_goes_on(start):
     assert answers.count("held False") == 1 and sum("in use" in answer for answer in answers) == 3
 
 
+def test_taken_by_another_machine_nevertheless(tmp_path):
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    record(tmp_path)  # a run that started at the same moment, and wrote last
+    with pytest.raises(ConfigError, match="node17, process 4711"):
+        lock.check()
+    lock.release()
+    assert "node17" in (tmp_path / ".lock").read_text()
+
+
 def test_a_write_that_fails_ends_nothing(tmp_path):
     lock = RunLock(tmp_path)
     lock.acquire()
