@@ -66,7 +66,7 @@ class RunLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises ConfigError where a run on another machine, which flock does not reach, has taken the folder nevertheless: of two, one goes on.
+        """Raises ConfigError where another machine's run, which flock does not stop, took the folder nevertheless: of two, one goes on.
 
         That is where both started at the same moment, or this one was suspended. Call it before the first step, where it may wait until
         FIRST_BEAT seconds after `acquire`, and before whatever must not be done twice.
