@@ -61,7 +61,7 @@ def decide(code: int, after: Starts, max_restarts: int, restarts: int, job: JobS
     if final(code, restarts):
         return False, FINAL[code]
     if job.restarts != restarts:
-        return False, "SLURM has started this job again already"
+        return False, "SLURM has requeued this job already"
     # Cancelled, preempted without grace or requeued by somebody, a job is COMPLETING: SLURM knows already what becomes of it, and a
     # requeue would bring a cancelled one back. At its time limit it is COMPLETING, too, and would end for good.
     if not (job.state == "RUNNING" or (job.state == "COMPLETING" and job.reason == "TimeLimit")):

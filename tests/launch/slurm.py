@@ -154,8 +154,11 @@ class Cluster:
         self.run("kill", "-9", (self.folder / f"{node}.pid").read_text().strip())
 
     def start_slurmd(self, node: str) -> None:
+        # A core of its own, if there are as many: jobs find out how many threads they may have.
+        cores = sorted(os.sched_getaffinity(0))
+        core = cores[NODES.index(node) % len(cores)]
         start = 'hostname "$1" && exec slurmd -N "$1"'
-        self.run("nsenter", f"--net=/run/netns/{node}", "unshare", "--uts", "sh", "-c", start, "sh", node)
+        self.run("nsenter", f"--net=/run/netns/{node}", "taskset", "-c", str(core), "unshare", "--uts", "sh", "-c", start, "sh", node)
 
     def kill_slurmctld(self) -> None:
         self.run("kill", "-9", (self.folder / "slurmctld.pid").read_text().strip())

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ from tests.train.test_exact_resume import assert_same_state, ids_by_step, state
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=f"no SLURM: {missing()}")]
 
-STEPS = 40
+STEPS = 64
 # A step every 8 steps is an epoch's last; a checkpoint every 7 leaves steps to be taken again after a crash.
-SETTINGS = ["train.epochs=5", "train.evaluate_every=5", "checkpoint.every_steps=7", "guard.grace=15"]
+SETTINGS = ["train.epochs=8", "train.evaluate_every=4", "checkpoint.every_steps=7", "guard.grace=15"]
 # On one node; a rank whose peer was killed before they have met leaves after the grace.
 TWO_TASKS = ["--gpus-per-node=0", "--tasks-per-node=2", "guard.grace=3"]
 TRAIN = [sys.executable, str(ROOT / "launch" / "train.py")]
@@ -51,33 +52,21 @@ def log(output: Path) -> str:
     return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted((output / "logs").iterdir()))
 
 
-class Held:
-    """Both ranks of a job, stopped (SIGSTOP) once `step` has been taken, until `go`: 40 steps take two seconds, SLURM's faults longer."""
+def hold(cluster: Cluster, job: str, output: Path, step: int) -> list[int]:
+    """Stop both ranks (SIGSTOP) once `step` has been taken, and return their processes: a step takes less time than a fault to come.
 
-    def __init__(self, cluster: Cluster, job: str, output: Path, step: int):
-        taken = lambda: any(line["step"] >= step for line in metrics(output, "train", missing_ok=True))  # noqa: E731
-        cluster.wait(f"step {step}", lambda: taken() or cluster.ended(job))
-        self.ranks = [cluster.rank(job, rank) for rank in (0, 1)]
-        for rank in self.ranks:
-            os.kill(rank, signal.SIGSTOP)
-        last = max(line["step"] for line in metrics(output, "train"))
-        assert last < STEPS, f"stopped too late, at {last}"
-
-    def go(self) -> None:
-        for rank in self.ranks:
-            try:
-                os.kill(rank, signal.SIGCONT)
-            except ProcessLookupError:
-                pass
-
-    def has_pending(self, number: signal.Signals) -> bool:
-        """Whether SLURM has sent this signal to both."""
-        for rank in self.ranks:
-            status = Path(f"/proc/{rank}/status").read_text()
-            pending = re.findall(r"(?:SigPnd|ShdPnd):\s*(\w+)", status)
-            if not any(int(mask, 16) >> (number - 1) & 1 for mask in pending):
-                return False
-        return True
+    SLURM sends SIGCONT before any signal of its own.
+    """
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in metrics(output, "train", missing_ok=True)):
+        assert time.monotonic() < deadline, f"step {step} has not come:\n{cluster.run('squeue')}\n{log(output)}"
+        time.sleep(0.01)
+    ranks = [cluster.rank(job, rank) for rank in (0, 1)]
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    last = max(line["step"] for line in metrics(output, "train"))
+    assert last < STEPS, f"stopped too late, at {last}"
+    return ranks
 
 
 def test_every_fault_in_one_run(cluster, whole, tiny_config, tmp_path):
@@ -89,33 +78,30 @@ def test_every_fault_in_one_run(cluster, whole, tiny_config, tmp_path):
         cluster.wait(f"restart {times}", lambda: cluster.job(job).restarts == times or cluster.ended(job))
         assert cluster.job(job).restarts == times, log(output)
 
-    held = Held(cluster, job, output, 5)
-    os.kill(held.ranks[1], signal.SIGKILL)
-    held.go()
+    ranks = hold(cluster, job, output, 5)
+    os.kill(ranks[1], signal.SIGKILL)
+    os.kill(ranks[0], signal.SIGCONT)
     restarted(1)
 
-    held = Held(cluster, job, output, 9)
+    hold(cluster, job, output, 15)
     cluster.run("scontrol", "requeue", job)
     restarted(2)
 
-    held = Held(cluster, job, output, 16)
-    urgent = cluster.run(
-        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"
-    ).strip()
+    hold(cluster, job, output, 25)
+    urgent = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    urgent = cluster.run(*urgent).strip()
     cluster.wait("the end of the other job", lambda: cluster.ended(urgent))
     restarted(3)
 
-    held = Held(cluster, job, output, 23)
+    hold(cluster, job, output, 35)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    cluster.wait("the signal before the time limit", lambda: held.has_pending(signal.SIGUSR1))
-    held.go()
     restarted(4)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=3")
 
-    held = Held(cluster, job, output, 30)
+    ranks = hold(cluster, job, output, 45)
     cluster.kill_slurmd("n2")
-    cluster.wait("the loss of the node", lambda: cluster.job(job).state != "RUNNING")
-    held.go()
+    cluster.wait("the loss of the node", lambda: cluster.job(job).restarts == 5)
+    os.kill(ranks[1], signal.SIGCONT)
     cluster.start_slurmd("n2")
     cluster.wait("the end", lambda: cluster.ended(job))
 
@@ -191,11 +177,10 @@ def test_a_cluster_ends_with_the_process_that_made_it(tmp_path):
     assert len(mine()) >= 1 + len(NODES)
     maker.kill()
     maker.wait()
-    for _ in range(100):
-        if not mine():
-            break
-        signal.sigtimedwait([], 0.1)
-    assert not mine()
+    deadline = time.monotonic() + 30
+    while mine():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def _content(path: Path) -> bytes:
