@@ -12,10 +12,13 @@ setup: .venv/ready
 .venv/backends: .venv/ready
 	bash launch/setup.sh backends
 
+.venv/slurm: .venv/ready
+	bash launch/setup.sh slurm
+
 demo: setup
 	bash launch/demo.sh
 
-test: .venv/backends
+test: .venv/backends .venv/slurm
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 

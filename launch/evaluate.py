@@ -9,9 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, run
+from launch.ranks import adopt_slurm_ranks
 
 
 def main(arguments: argparse.Namespace) -> None:
+    adopt_slurm_ranks()
     from data_pipeline.storage import open_dataset
     from train.config import ConfigError, parse_config
 

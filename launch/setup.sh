@@ -2,6 +2,7 @@
 # Virtual environment in .venv with the tested set of packages. System packages are installed where we are root, and named where not.
 #   bash launch/setup.sh            what training needs
 #   bash launch/setup.sh backends   FFCV and DALI, too: for the backends' tests and benches
+#   bash launch/setup.sh slurm      SLURM's daemons: for the tests that start a cluster of their own
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,6 +24,20 @@ if [ "${1:-}" = backends ]; then
   echo "adding $extras to .venv (1 GB)"
   .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --constraint constraints.txt --editable ".[$extras]"
   touch .venv/backends
+  exit
+fi
+
+if [ "${1:-}" = slurm ]; then
+  PATH=$PATH:/usr/sbin:/sbin
+  # A machine that has sbatch belongs to a cluster, whose SLURM is not ours to touch.
+  if ! command -v sbatch >/dev/null; then
+    echo "installing SLURM's daemons, which tests/launch/test_slurm.py starts"
+    apt_install slurm-wlm munge iproute2 util-linux || {
+      echo "warning: without SLURM its tests are skipped. Install it with:" \
+        "sudo apt-get install slurm-wlm munge iproute2 util-linux, then run this again; the tests need root, too" >&2
+    }
+  fi
+  touch .venv/slurm
   exit
 fi
 

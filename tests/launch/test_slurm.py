@@ -57,8 +57,10 @@ def hold(cluster: Cluster, job: str, output: Path, step: int) -> list[int]:
 
     SLURM sends SIGCONT before any signal of its own.
     """
+    path = output / "metrics.jsonl"
+    seen = path.stat().st_size if path.exists() else 0
     deadline = time.monotonic() + 120
-    while not any(line["step"] >= step for line in metrics(output, "train", missing_ok=True)):
+    while not any(line["step"] >= step for line in _train_lines(path, seen)):
         assert time.monotonic() < deadline, f"step {step} has not come:\n{cluster.run('squeue')}\n{log(output)}"
         time.sleep(0.01)
     ranks = [cluster.rank(job, rank) for rank in (0, 1)]
@@ -67,6 +69,15 @@ def hold(cluster: Cluster, job: str, output: Path, step: int) -> list[int]:
     last = max(line["step"] for line in metrics(output, "train"))
     assert last < STEPS, f"stopped too late, at {last}"
     return ranks
+
+
+def _train_lines(path: Path, start: int) -> list[dict]:
+    """Whole lines of metrics.jsonl from a position on, of training."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()[start:]
+    lines = [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+    return [line for line in lines if line["kind"] == "train"]
 
 
 def test_every_fault_in_one_run(cluster, whole, tiny_config, tmp_path):

@@ -1,0 +1,199 @@
+"""launch/submit.py and launch/requeue.py without a cluster; on a real one: test_slurm.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.ranks import FINAL
+from launch.requeue import JobState, Starts, decide, newest_step
+from launch.submit import parse_minutes, parse_seeds
+from tests.runs import ROOT
+
+RUNNING = JobState(0, "RUNNING", "None")
+FIRST = Starts("7", 100, 0)
+
+
+def submit(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "launch" / "submit.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
+
+
+def script(config: Path, *arguments: str) -> str:
+    result = submit("--config", str(config), "--dry-run", "--gpus-per-node=2", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert subprocess.run(["bash", "-n"], input=result.stdout, text=True).returncode == 0
+    return result.stdout
+
+
+def test_the_options_of_a_job(tiny_config, tmp_path):
+    arguments = [
+        "--nodes=2",
+        "--time=1-12:00:00",
+        "--partition=gpu,big",
+        "--account=vision",
+        "--qos=high",
+        "--cpus-per-task=12",
+        "--mem=200G",
+    ]
+    text = script(tiny_config, "--output", str(tmp_path / "run"), *arguments, "--sbatch=--constraint=a100&nvlink", "guard.grace=45.5")
+    lines = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
+    assert lines == {
+        *("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=12", "--mem=200G", "--time=1-12:00:00"),
+        *("--partition=gpu,big", "--account=vision", "--qos=high", "--constraint=a100&nvlink"),
+        *("--signal=USR1@76", "--requeue", "--open-mode=append"),  # 45.5 s of grace, and 30
+    }
+    assert "srun --kill-on-bad-exit=1 --open-mode=append" in text and "--cpus-per-task=12 " in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_in_the_script_is_the_one_that_submits_it(tiny_config, tmp_path):
+    text = script(tiny_config, "--output", str(tmp_path / "a run"), "--seeds=0-2%2", "--job-name=my run")
+    assert f"sbatch --parsable '--job-name=my run' --chdir={os.getcwd()} '--output={tmp_path}/a run/seed_%a/logs/job_%A_%a.log'" in text
+    assert "#SBATCH --array=0-2%2" in text and 'train.seed="$SLURM_ARRAY_TASK_ID"' in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train.epoch=3"], "unknown key train.epoch; did you mean train.epochs?"),
+        (["--nodes=3"], "6 ranks cannot share the 4 micro-batches"),
+        (["--nodes=0"], "'0' is not a whole number of at least 1"),
+        (["--time=1"], "--time 1 leaves no time to train: ranks are told to stop 90 s before its end"),
+        (["--time=tomorrow"], "--time tomorrow is not a time"),
+        (["--partition=a b"], "--partition 'a b': no spaces, quotes"),
+        (["--account=a\n#SBATCH --wrap=x"], "no spaces, quotes"),
+        (["--qos=a#b"], "no spaces, quotes"),
+        (["--sbatch=-x"], "--sbatch=-x is not an option of sbatch"),
+        (["--sbatch=--comment=two words"], "no spaces, quotes"),
+        (["--output=a%b"], "SLURM has a meaning of its own for % and backslashes"),
+        (["--output=a\\b"], "SLURM has a meaning of its own for % and backslashes"),
+        (["--output=a\nb"], "control characters"),
+        (["--job-name=a\nb"], "control characters"),
+        (["--seeds=0-4;x"], "--seeds 0-4;x is not of the form 0-4"),
+        (["--seeds=0-5000"], "more than 1000"),
+        (["--env=A-B=1"], "--env A-B=1 is not of the form KEY=VALUE"),
+        (["--env=A"], "--env A is not of the form KEY=VALUE"),
+        (["--setup=nowhere.sh"], "--setup nowhere.sh cannot be read: No such file or directory"),
+        (["--resume=nowhere"], "--resume nowhere is not a checkpoint's folder"),
+        (["--resume=.", "--seeds=0-1"], "leave out --seeds"),
+        (["--tasks-per-node=2"], "--tasks-per-node is for --gpus-per-node 0"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_sentence(tiny_config, arguments, sentence):
+    result = submit("--config", str(tiny_config), "--gpus-per-node=2", *arguments)
+    assert result.returncode == 78, result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert sentence in result.stderr
+
+
+def test_setup_that_is_not_shell(tiny_config, tmp_path):
+    (tmp_path / "setup.sh").write_text("echo 'open\n")
+    result = submit("--config", str(tiny_config), "--gpus-per-node=2", "--setup", str(tmp_path / "setup.sh"))
+    assert result.returncode == 78 and "is not shell" in result.stderr
+
+
+def test_without_sbatch_nothing_is_written(tiny_config, tmp_path):
+    result = submit("--config", str(tiny_config), "--gpus-per-node=2", "--output", str(tmp_path / "run"), PATH=str(tmp_path))
+    assert result.returncode == 78 and "there is no sbatch on this machine" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_waits_for_the_run_to_have_a_checkpoint(tiny_config, tmp_path):
+    """The lines of the script that choose, run by bash; a run with checkpoints of its own is refused."""
+    given, run = tmp_path / "given $(touch pwned)", tmp_path / "[r]un $(touch pwned)"
+    given.mkdir()
+    text = script(tiny_config, "--output", str(run), "--resume", str(given))
+    lines = text.splitlines()
+    chosen = [line for line in lines if line.startswith(("run=", "arguments=", "own=", "[ -d"))] + ['printf "%s\\n" "${arguments[@]}"']
+
+    def arguments() -> list[str]:
+        result = subprocess.run(["bash", "-c", "\n".join(chosen)], capture_output=True, text=True, cwd=tmp_path, check=True)
+        return result.stdout.splitlines()
+
+    assert arguments()[-2:] == ["--resume", str(given)]
+    (run / "checkpoints" / "step_00000005").mkdir(parents=True)
+    assert "--resume" not in arguments()
+    assert not list(tmp_path.rglob("pwned"))
+    result = submit("--config", str(tiny_config), "--gpus-per-node=2", "--output", str(run), "--resume", str(given))
+    assert result.returncode == 78 and "has checkpoints of its own" in result.stderr
+
+
+@pytest.mark.parametrize("code", [1, 71, 74, 75, 134, 137, 143])
+def test_what_stopped_or_crashed_comes_back(code):
+    assert decide(code, FIRST, 5, 0, RUNNING)[0]
+
+
+@pytest.mark.parametrize("code", FINAL)
+def test_what_is_over_does_not(code):
+    assert decide(code, FIRST, 5, 0, RUNNING) == (False, FINAL[code])
+
+
+def test_a_good_configuration_does_not_become_bad():
+    """At a restart, 78 says that the folder is in use still, by ranks on a lost node."""
+    assert decide(78, FIRST, 5, 1, JobState(1, "RUNNING", "None"))[0]
+    assert not decide(65, FIRST, 5, 1, JobState(1, "RUNNING", "None"))[0]
+
+
+@pytest.mark.parametrize(
+    ("job", "requeue"),
+    [
+        (JobState(0, "COMPLETING", "TimeLimit"), True),
+        (JobState(0, "COMPLETING", "None"), False),  # cancelled; or preempted or requeued, which SLURM does itself
+        (JobState(1, "COMPLETING", "None"), False),
+        (JobState(1, "PENDING", "BeginTime"), False),
+        (JobState(1, "RUNNING", "None"), False),  # runs elsewhere, while this node was lost
+        (JobState(0, "CANCELLED", "None"), False),
+    ],
+)
+def test_only_what_slurm_would_end_is_requeued(job, requeue):
+    assert decide(75, FIRST, 5, 0, job)[0] == requeue
+
+
+def test_restarts_without_a_newer_checkpoint_are_bounded():
+    starts = Starts("", -1, 0).next("7", -1)
+    assert starts == Starts("7", -1, 0)
+    for _ in range(3):
+        starts = starts.next("7", -1)
+    assert starts.idle == 3
+    assert decide(1, starts, 3, 0, RUNNING)[0]
+    assert not decide(1, starts.next("7", -1), 3, 0, RUNNING)[0]
+    assert starts.next("7", 10).idle == 0  # came forward
+    assert starts.next("8", -1).idle == 0  # submitted again
+
+
+def test_newest_step_counts_whole_checkpoints(tmp_path):
+    assert newest_step(tmp_path) == -1
+    for name in ("step_00000007", "step_00000014", ".step_00000021.tmp", "step_x"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_step(tmp_path) == 14
+
+
+def test_where_the_counter_cannot_be_written_every_restart_counts(tmp_path):
+    (tmp_path / "restarts.tmp").mkdir()
+    environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": "3"}
+    command = [sys.executable, str(ROOT / "launch" / "requeue.py"), "begin", str(tmp_path)]
+    assert subprocess.run([*command, "--max-restarts=3"], env=environment).returncode == 0
+    result = subprocess.run([*command, "--max-restarts=2"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and "cannot be written" in result.stdout and "not started" in result.stdout
+
+
+def test_the_counter_is_kept(tmp_path):
+    environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+    command = [sys.executable, str(ROOT / "launch" / "requeue.py"), "begin", str(tmp_path), "--max-restarts=1"]
+    codes = [
+        subprocess.run(command, env={**environment, "SLURM_RESTART_COUNT": str(start)}, capture_output=True).returncode
+        for start in range(3)
+    ]
+    assert codes == [0, 0, 1]
+    assert json.loads((tmp_path / "restarts.json").read_text()) == {"job": "7", "step": -1, "idle": 2}
+
+
+def test_forms_of_seeds_and_times():
+    assert parse_seeds("0-2") == [0, 1, 2]
+    assert parse_seeds("7,1-2%2") == [7, 1, 2]
+    minutes = {"90": 90, "90:30": 90.5, "1:30:00": 90, "1-0": 1440, "1-12:30": 2190, "1-00:00:30": 1440.5, "UNLIMITED": None}
+    assert {text: parse_minutes(text) for text in minutes} == minutes
