@@ -4,7 +4,6 @@ They are forked from a server that has imported torch and DeepSpeed already: a s
 killed like any other process.
 """
 
-import json
 import multiprocessing
 import os
 import runpy
@@ -15,6 +14,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from train.goodput import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +51,17 @@ class RunningJob:
             assert time.monotonic() < deadline, f"step {step} did not come:\n{self.text()}"
             time.sleep(0.005)
         self.kill()
+
+    def wait_for_death(self, rank: int, timeout: float = 120) -> int:
+        """Exit code of `rank`; the others are killed then, as a launcher does."""
+        self.processes[rank].join(timeout)
+        code = self.processes[rank].exitcode
+        assert code is not None, f"rank {rank} still ran after {timeout} s:\n{self.text()}"
+        if code != 0:
+            self.kill()
+        else:
+            self.wait()
+        return code
 
     def kill(self) -> None:
         for process in self.processes:
@@ -101,15 +113,13 @@ def metrics(output: Path, kind: str, *, missing_ok: bool = False) -> list[dict]:
     path = output / "metrics.jsonl"
     if missing_ok and not path.exists():
         return []
-    complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    lines = [line for line in map(json.loads, complete) if line["kind"] == kind]
+    lines = [line for line in read_lines(path) if line["kind"] == kind]
     return list({(line["step"], line.get("weights"), line.get("event")): line for line in lines}.values())
 
 
 def events(output: Path, name: str) -> list[dict]:
     """All lines of one event, repeated ones too, in the order written."""
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == "event" and line["event"] == name]
+    return [line for line in read_lines(output / "metrics.jsonl") if line["kind"] == "event" and line["event"] == name]
 
 
 def losses(output: Path) -> dict[int, float]:

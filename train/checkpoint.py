@@ -49,10 +49,10 @@ class CheckpointInfo:
     version: int = VERSION
 
 
-def describe(config: Config, manifest: Manifest, engine: Engine) -> CheckpointInfo:
-    """The parts of a checkpoint's manifest that are the same for all checkpoints of a start of a run."""
+def describe(step: int, config: Config, manifest: Manifest, engine: Engine) -> CheckpointInfo:
+    """The parts of a checkpoint's manifest that are the same for all checkpoints of a start of a run, which begins after `step` steps."""
     return CheckpointInfo(
-        step=0,
+        step=step,
         top1=None,
         dataset=manifest.split("train").fingerprint,
         classes=list(manifest.classes),
@@ -205,7 +205,9 @@ def prune(folder: Path, step: int, keep: int) -> None:
     best = max((path for path in top1 if top1[path] is not None), key=top1.get, default=None)
     for path in list(top1)[keep:]:
         if path != best:
-            shutil.rmtree(path)
+            half = path.with_name(f".{path.name}.removed.tmp")  # under its own name it is whole or not there
+            path.rename(half)
+            shutil.rmtree(half)
 
 
 class Pieces:

@@ -104,7 +104,7 @@ class Ledger:
             self._measured(start, "checkpoint_stall", line.get("stall_seconds", line.get("seconds")))
         elif event == "save_slow":
             self._measured(start, "checkpoint_stall", line.get("seconds"))
-        elif event in ENDS:
+        elif event in (*ENDS, "failed"):
             start.end = event
 
     def split(self, end: float | None = None) -> dict[str, float]:
@@ -141,7 +141,7 @@ class Ledger:
             if (line.get("previous_started") or 0.0) > before.last:
                 down = None  # it is measured from a start in between, which died before it wrote a line
             before.ended = min(began, before.last if down is None else max(before.last, began - down))
-            self._go_back(step, before.ended, crashed=before.end is None)
+            self._go_back(step, before.ended, crashed=before.end not in ENDS)
             lost = line.get("lost_steps")
             self.lost_steps += max(0, before.last_step - step) if lost is None else lost
         self.starts.append(Start(began, step, line.get("world_size"), max(0.0, now - began), max(now, began), step, now, step))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from train.engine import init_process_group
+from train.lock import RunLock
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,17 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
 
 
-def process_age() -> float:
-    """Seconds since this process was started, by Linux' count of clock ticks since the machine was."""
-    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+def start_times(lock: RunLock | None) -> dict[str, float | None]:
+    """For goodput: seconds since this process began, and from the last sign of life of the start before it (None: unknown) to then."""
+    # Linux' count of clock ticks from the machine's start to the process's.
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    before = lock.previous if lock else None
+    return {
+        "startup_seconds": round(age, 3),
+        "down_seconds": round(time.time() - age - before["beat"], 3) if before else None,
+        "previous_started": before["started"] if before else None,
+    }
 
 
 def program_versions() -> dict[str, str]:

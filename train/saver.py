@@ -5,6 +5,7 @@ write leaves the others training: the ranks tell each other through the store, a
 share of it is on the disk. Until then, and whatever happens, the checkpoints before it stay as they are.
 """
 
+import queue
 import shutil
 import threading
 import time
@@ -13,11 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from train.checkpoint import CheckpointInfo, checkpoint_path, commit, prune, write_manifest, write_shard
+from train.config import Config
 from train.ema import Ema
 from train.engine import Engine
+from train.monitor import Monitor
 from train.store import Store
 
 
@@ -35,43 +39,63 @@ class Saved:
 class Saver:
     """This rank's part of writing `folder/step_%08d`, one save at a time."""
 
-    def __init__(self, folder: Path, about: CheckpointInfo, engine: Engine, ema: Ema | None, store: Store, keep: int, timeout: float):
-        """about: what all checkpoints say alike. timeout: seconds that the slowest rank has for its share before the save is given up."""
+    def __init__(self, folder: Path, about: CheckpointInfo, engine: Engine, ema: Ema | None, store: Store, settings: Config):
+        """about: what all checkpoints say alike, and the step that the run starts from."""
         self.folder, self.about, self.engine, self.ema, self.store = folder, about, engine, ema, store
-        self.keep, self.timeout = keep, timeout
-        self._thread: threading.Thread | None = None
+        self.keep, self.timeout = settings.checkpoint.keep, settings.guard.timeout.save
+        self.begun = self.saved = about.step  # the last checkpoint that was begun, and the newest that is on the disk
         self._results: list[Saved] = []
         self._count = 0
+        self._work: queue.SimpleQueue = queue.SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
+        threading.Thread(target=self._run_all, name="saver", daemon=True).start()
 
-    def save(self, step: int, top1: float | None) -> None:
+    def save(self, step: int, top1: float | None, monitor: Monitor) -> None:
         """Take a snapshot of the state after `step` steps, and start writing it. All ranks call this at the same step.
 
         top1: percent, where this very state was evaluated.
         """
-        self.wait()
         began = time.monotonic()
+        if not self._idle.is_set():
+            self._idle.wait()
+            waited = time.monotonic() - began
+            text = f"training waited {waited:.1f} s for the last checkpoint to be written: raise checkpoint.every_steps"
+            monitor.event("save_slow", step, text, seconds=waited)
+            began = time.monotonic()
         self._count += 1
         counts = {"optimizer_step": self.engine.optimizer_step_count(), "loss_scale": self.engine.loss_scale_state()}
         info = replace(self.about, step=step, top1=top1, **counts)
         tensors, starts = snapshot(self.engine, self.ema)
-        work = (info, tensors, starts, f"save/{self._count}", began, time.monotonic() - began)
-        self._thread = threading.Thread(target=self._run, args=work, name="saver", daemon=True)
-        self._thread.start()
+        self.begun = step
+        self._idle.clear()
+        self._work.put((info, tensors, starts, f"save/{self._count}", began, time.monotonic() - began))
 
-    @property
-    def busy(self) -> bool:
-        """Whether a save is under way."""
-        return self._thread is not None and self._thread.is_alive()
+    def finish(self, monitor: Monitor) -> None:
+        """Wait for the save that is under way, if any, on all ranks: rank 0, which keeps the store, may leave only then."""
+        began = time.monotonic()
+        self._idle.wait()
+        dist.barrier()
+        self.tell(monitor, waited=time.monotonic() - began)
 
-    def wait(self) -> None:
-        """Until the save that is under way, if any, has ended."""
-        if self._thread is not None:
-            self._thread.join()
+    def tell(self, monitor: Monitor, waited: float = 0.0) -> None:
+        """Say how saves ended since the last call; training has `waited` for them."""
+        saves, self._results = self._results, []
+        for save in saves:
+            if save.error:
+                text = f"checkpoint of step {save.step} NOT saved: {save.error}. Training goes on; the newest is that of step {self.saved}"
+                monitor.event("save_failed", save.step, text, reason=save.error)
+            else:
+                self.saved, stall = save.step, save.stall + waited
+                text = f"checkpoint {save.path} in {save.seconds:.1f} s, training stood still for {1000 * stall:.0f} ms"
+                monitor.event("checkpoint", save.step, text, seconds=save.seconds, stall_seconds=stall)
 
-    def results(self) -> list[Saved]:
-        """The saves that ended since the last call."""
-        results, self._results = self._results, []
-        return results
+    def _run_all(self) -> None:
+        while True:
+            try:
+                self._run(*self._work.get())
+            finally:
+                self._idle.set()  # also where rank 0 is gone: then the main thread finds out, too
 
     def _run(self, info: CheckpointInfo, tensors: dict[str, Tensor], starts: dict[str, int], key: str, began: float, stall: float) -> None:
         final = checkpoint_path(self.folder, info.step)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from data_pipeline.loader import BadSample
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import DataError, Manifest
 from data_pipeline.order import Order
 from train.bad_samples import BadSamples
 from train.checkpoint import checkpoint_path, clean_up, describe, read_weights
@@ -24,7 +24,7 @@ from train.guard import Agreed, Agreement, NotSaved, Stopped, TrainingFailed
 from train.lock import RunLock
 from train.monitor import Clock, Monitor, SampleRecord
 from train.resume import last_logged_step, restore
-from train.runtime import Runtime, device_name, process_age, start_runtime, stop_runtime
+from train.runtime import device_name, start_runtime, start_times, stop_runtime
 from train.saver import Saver
 from train.schedule import learning_rate
 from train.signals import stop_signals
@@ -43,23 +43,22 @@ def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: 
     watchdog = Watchdog(rank, world, guard.timeout.model_dump(), output / "stacks", guard.grace)
     stop_signals.call(lambda: watchdog.stop_by(time.monotonic() + guard.grace))
     try:
-        runtime = start_runtime()
-        store = Store()
-        watchdog.connect(store)
-        run = Run(config, manifest, order, output, lock, runtime, store, watchdog, resume, with_changes)
-        if lock:
-            lock.check()
+        run = Run(config, manifest, order, output, lock, watchdog, resume, with_changes)
         try:
             run.go()
+        except (DataError, TrainingFailed, NotSaved) as error:
+            run.monitor.event("failed", run.saver.begun, str(error))
+            raise
         finally:
             run.monitor.close()
+            run.samples.close()
     except Exception as error:
         if not hasattr(error, "exit_code"):
             watchdog.settle()
         raise
     run.engine.destroy()
-    watchdog.close()
     stop_runtime()
+    watchdog.close()
 
 
 class Run:
@@ -72,20 +71,15 @@ class Run:
         order: Order,
         output: Path,
         lock: RunLock | None,
-        runtime: Runtime,
-        store: Store,
         watchdog: Watchdog,
         resume: str,
         with_changes: bool,
     ):
-        self.config, self.manifest, self.order, self.output, self.runtime, self.watchdog = (
-            config,
-            manifest,
-            order,
-            output,
-            runtime,
-            watchdog,
-        )
+        self.config, self.manifest, self.order, self.output = config, manifest, order, output
+        self.lock, self.watchdog = lock, watchdog
+        self.runtime = runtime = start_runtime()
+        store = Store()
+        watchdog.connect(store)
         self.checkpoints = output / "checkpoints"
         if runtime.is_main:
             clean_up(self.checkpoints)
@@ -97,39 +91,39 @@ class Run:
         self.ema = Ema(self.engine, config.ema.decay) if config.ema.decay else None
         self.restored = restore(self.checkpoints, config, manifest, self.engine, self.ema, resume, with_changes)
         self.start, self.scores = self.restored.step, {}
-        self.begun = self.saved = self.start  # the last checkpoint that was begun, and the newest that is on the disk
         self.total = config.train.epochs * order.steps_per_epoch
         self.last = max(self.start, min(self.total, config.train.max_steps or self.total))
-        about = describe(config, manifest, self.engine)
-        self.saver = Saver(self.checkpoints, about, self.engine, self.ema, store, config.checkpoint.keep, config.guard.timeout.save)
+        about = describe(self.start, config, manifest, self.engine)
+        self.saver = Saver(self.checkpoints, about, self.engine, self.ema, store, config)
         self.agreement = Agreement(runtime.device)
         self.skipped: list[int] = []  # the steps just taken, one after the other, whose gradient was not finite
         self.gone_back_for: set[int] = set()
-        lost = max(0, last_logged_step(output / "metrics.jsonl") - self.start)
-        if runtime.is_main:
-            (output / "config.yaml").write_text(dump_config(config))
+        self.taken_before = last_logged_step(output / "metrics.jsonl")
         self.monitor = Monitor(output, config, is_main=runtime.is_main, first=self.start, last=self.last, flops_per_image=flops)
         self.bad_samples = BadSamples(config, runtime.rank)
         self.samples = SampleRecord(output, runtime.rank, config.monitor.record_samples)
+
+    def announce(self) -> None:
+        """Say what begins, and from where."""
+        config, runtime, path = self.config, self.runtime, self.restored.path
+        if runtime.is_main:
+            (self.output / "config.yaml").write_text(dump_config(config))
         for sentence in self.restored.notes:
             self.monitor.say(sentence)
-        world = f"{runtime.world} × {device_name(runtime.device)}, ZeRO {config.zero.stage}, {config.train.precision}"
-        again = f" ({lost} of them taken before)" if lost else ""
-        path = self.restored.path
         what = f"resumed from {path}" if path else f"training {config.model.name} on {config.data.path}"
-        self.monitor.event(
-            "resume" if path else "start",
-            self.start,
-            f"{what}: step {self.start} of {self.last}{again}, {world}, TensorBoard: tensorboard --logdir {output / 'tensorboard'}",
-            world_size=runtime.world,
-            zero_stage=config.zero.stage,
-            lost_steps=lost,
-            startup_seconds=round(process_age(), 3),
-            down_seconds=round(time.time() - process_age() - lock.previous["beat"], 3) if lock and lock.previous else None,
-        )
+        lost = max(0, self.taken_before - self.start)
+        again = f" ({lost} steps are taken again)" if lost else ""
+        world = f"{runtime.world} × {device_name(runtime.device)}, ZeRO {config.zero.stage}, {config.train.precision}"
+        board = f"TensorBoard: tensorboard --logdir {self.output / 'tensorboard'}"
+        text = f"{what}: step {self.start} of {self.last}{again}, {world}, {board}"
+        fields = {"world_size": runtime.world, "zero_stage": config.zero.stage, "lost_steps": lost, **start_times(self.lock)}
+        self.monitor.event("resume" if path else "start", self.start, text, **fields)
 
     def go(self) -> None:
         """All of it: until the last step, or until somebody asks to stop."""
+        self.announce()
+        if self.lock:
+            self.lock.check()
         self.agreement.round(stop_signals.received)
         self.obey(self.agreement.close(), self.start)
         info = self.restored.info
@@ -178,7 +172,7 @@ class Run:
                     self.evaluate(done)
                 if self.checkpoint_due(done):
                     self.save(done)
-                self.note_saves()
+                self.saver.tell(self.monitor)
                 clock.skip(time.perf_counter() - began)
         return self.last
 
@@ -203,7 +197,8 @@ class Run:
 
     def go_back(self) -> int:
         """Load the newest checkpoint because of the steps in `skipped`; returns its step. Raises TrainingFailed where that did not help."""
-        self.wait_for_save(self.skipped[-1])
+        self.watchdog.enter("save", self.skipped[-1])
+        self.saver.finish(self.monitor)
         named = f"steps {self.skipped[0]} to {self.skipped[-1]} had no finite gradient"
         remedy = "lower optimizer.lr or optimizer.clip_grad, or use train.precision=bf16 instead of fp16"
         if self.gone_back_for.intersection(self.skipped):
@@ -225,11 +220,13 @@ class Run:
         if not agreed.stop:
             return
         rank, number = agreed.stop[0]
-        if done != self.begun:
+        if done != self.saver.begun:
             self.save(done)
-        self.wait_for_save(done)
-        lost = f"; {done - self.saved} steps are lost, because the save failed" if self.saved != done else ""
-        text = f"stopped after step {done} (rank {rank} got {number.name}); started again, the run goes on from step {self.saved}{lost}"
+        self.watchdog.enter("save", done)
+        self.saver.finish(self.monitor)
+        saved = self.saver.saved
+        lost = f"; {done - saved} steps are lost, because the save failed" if saved != done else ""
+        text = f"stopped after step {done} (rank {rank} got {number.name}); started again, the run goes on from step {saved}{lost}"
         self.monitor.event("preempted", done, text, signal=number.name, rank=rank)
         raise Stopped(text)
 
@@ -272,38 +269,14 @@ class Run:
     def save(self, done: int) -> None:
         """Begin to write a checkpoint of the state after `done` steps; the run's last one is waited for."""
         self.watchdog.enter("save", done)
-        if self.saver.busy:
-            began = time.perf_counter()
-            self.saver.wait()
-            text = (
-                f"training waited {time.perf_counter() - began:.1f} s for the last checkpoint to be written: raise checkpoint.every_steps"
-            )
-            self.monitor.event("save_slow", done, text, seconds=time.perf_counter() - began)
+        if self.lock:
+            self.lock.check()
         top1 = _best_weights(self.scores).top1 if self.scores and self.evaluation_due(done) else None
-        self.saver.save(done, top1)
-        self.begun = done
+        self.saver.save(done, top1, self.monitor)
         if done == self.last:
-            self.wait_for_save(done)
-            if self.saved != done:
+            self.saver.finish(self.monitor)
+            if self.saver.saved != done:
                 raise NotSaved(f"the last checkpoint, of step {done}, could not be written: make room for it, and start the run again")
-
-    def wait_for_save(self, done: int) -> None:
-        """Until the save that is under way has ended on all ranks: rank 0, which keeps the store, must not leave before."""
-        self.watchdog.enter("save", done)
-        self.saver.wait()
-        dist.barrier()
-        self.note_saves()
-
-    def note_saves(self) -> None:
-        """Tell how saves ended that were under way."""
-        for save in self.saver.results():
-            if save.error:
-                text = f"checkpoint of step {save.step} NOT saved: {save.error}. Training goes on; the newest is that of step {self.saved}"
-                self.monitor.event("save_failed", save.step, text, reason=save.error)
-            else:
-                self.saved = save.step
-                text = f"checkpoint {save.path} in {save.seconds:.1f} s, training stood still for {1000 * save.stall:.0f} ms"
-                self.monitor.event("checkpoint", save.step, text, seconds=save.seconds, stall_seconds=save.stall)
 
     def finish(self) -> None:
         """Write `model.safetensors` from the last checkpoint, and the final scores."""
