@@ -75,7 +75,7 @@ class JobInfo:
     state: str
     restarts: int
     exit_code: str  # SLURM's: "70:0" is exit code 70, "0:9" signal 9
-    reason: str
+    nodes: str
 
 
 class Cluster:
@@ -118,7 +118,7 @@ class Cluster:
 
     def job(self, number: str) -> JobInfo:
         fields = dict(word.split("=", 1) for word in self.run("scontrol", "show", "job", number).split() if "=" in word)
-        return JobInfo(fields["JobState"], int(fields["Restarts"]), fields["ExitCode"], fields["Reason"])
+        return JobInfo(fields["JobState"], int(fields["Restarts"]), fields["ExitCode"], fields["NodeList"])
 
     def wait(self, what: str, condition: Callable[[], bool], timeout: float = 120) -> None:
         deadline = time.monotonic() + timeout

@@ -52,8 +52,8 @@ def log(output: Path) -> str:
     return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted((output / "logs").iterdir()))
 
 
-def hold(cluster: Cluster, job: str, output: Path, step: int) -> list[int]:
-    """Stop both ranks (SIGSTOP) once `step` has been taken, and return their processes: a step takes less time than a fault to come.
+def hold(cluster: Cluster, job: str, output: Path, step: int, world: int = 2) -> list[int]:
+    """Stop all ranks (SIGSTOP) once `step` has been taken, and return their processes: a step takes less time than a fault to come.
 
     SLURM sends SIGCONT before any signal of its own.
     """
@@ -63,7 +63,7 @@ def hold(cluster: Cluster, job: str, output: Path, step: int) -> list[int]:
     while not any(line["step"] >= step for line in _train_lines(path, seen)):
         assert time.monotonic() < deadline, f"step {step} has not come:\n{cluster.run('squeue')}\n{log(output)}"
         time.sleep(0.01)
-    ranks = [cluster.rank(job, rank) for rank in (0, 1)]
+    ranks = [cluster.rank(job, rank) for rank in range(world)]
     for rank in ranks:
         os.kill(rank, signal.SIGSTOP)
     last = max(line["step"] for line in metrics(output, "train"))
@@ -142,6 +142,39 @@ def test_a_cancelled_job_stays_cancelled(cluster, tiny_config, tmp_path):
     cluster.wait("the end", lambda: cluster.ended(job))
     assert (cluster.job(job).state, cluster.job(job).restarts) == ("CANCELLED", 0)
     assert "it was cancelled" in log(tmp_path / "run")
+
+
+@pytest.mark.long
+def test_a_rank_that_lives_on_at_a_lost_node(cluster, tiny_config, tmp_path):
+    """The job comes back elsewhere, finds its folder in use, and comes back again; the lost node's batch script does not meddle."""
+    cluster.run("srun", "--nodes=1", *TRAIN, "--config", str(tiny_config), "--output", str(tmp_path / "whole"), *SETTINGS)
+    output = tmp_path / "run"
+    job = submit(cluster, tiny_config, output, "--gpus-per-node=0", "--tasks-per-node=1", *SETTINGS)
+    [old] = hold(cluster, job, output, 10, world=1)
+    node = cluster.job(job).nodes
+    cluster.kill_slurmd(node)
+    cluster.wait("a start that finds the folder in use", lambda: cluster.job(job).restarts == 2)
+    os.kill(old, signal.SIGKILL)
+    cluster.start_slurmd(node)
+    cluster.wait("the end", lambda: cluster.ended(job))
+    assert (cluster.job(job).state, cluster.job(job).restarts) == ("COMPLETED", 2), log(output)
+    said = log(output)
+    assert "SLURM has requeued this job already" in said and f"is in use by a run on host {node}" in said
+    assert_same_state(state(output, STEPS), state(tmp_path / "whole", STEPS))
+
+
+@pytest.mark.long
+def test_a_controller_that_is_away_when_a_rank_is_killed(cluster, whole, tiny_config, tmp_path):
+    job = submit(cluster, tiny_config, tmp_path, "--nodes=2", "--gpus-per-node=0", "--tasks-per-node=1", *SETTINGS)
+    ranks = hold(cluster, job, tmp_path, 10)
+    cluster.kill_slurmctld()
+    os.kill(ranks[1], signal.SIGKILL)
+    os.kill(ranks[0], signal.SIGCONT)
+    time.sleep(30)
+    cluster.start_slurmctld()
+    cluster.wait("the end", lambda: cluster.ended(job), 300)
+    assert (cluster.job(job).state, cluster.job(job).restarts) == ("COMPLETED", 1), log(tmp_path)
+    assert_same_state(state(tmp_path, STEPS), state(whole, STEPS))
 
 
 HOSTILE = "$(touch pwned) `touch pwned`; touch pwned & 'a' \"b\" -x [z] * ü # \u6771"

@@ -30,6 +30,7 @@ def killed_at_writes(config: Path, folder: Path, *settings: str, stride: int, wo
         output = folder / str(count)
         if prepared:
             shutil.copytree(prepared, output)
+        (output / "checkpoints").mkdir(parents=True, exist_ok=True)  # or whichever rank is first makes it: one thing more
         code = start(config, output, *SETTINGS, *settings, world=world, before=KillAtWrite(rank, count)).wait_for_death(rank)
         if code == 0:
             assert count > 6, "the fault did not happen"
