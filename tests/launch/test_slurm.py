@@ -118,6 +118,8 @@ def test_every_fault_in_one_run(cluster, whole, tiny_config, tmp_path):
 
     info = cluster.job(job)
     assert (info.state, info.exit_code, info.restarts) == ("COMPLETED", "0:0", 5), log(output)
+    resumed = [event["lost_steps"] for event in metrics(output, "event") if event["event"] == "resume"]
+    assert resumed == [0, 0, 0, 0]  # but for the killed rank, everybody had time to save
     assert losses(output) == losses(whole)
     assert sorted(losses(output)) == list(range(1, STEPS + 1))
     assert_same_state(state(output, STEPS), state(whole, STEPS))
