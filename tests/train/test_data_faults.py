@@ -1,7 +1,9 @@
 """Runs whose data is damaged, elsewhere, or comes another way after a resume: the same samples, and the same loss."""
 
 import json
+import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,3 +199,41 @@ def test_a_damaged_shard_ends_the_run_by_name(tiny_config, tiny_dataset, tmp_pat
     assert job.wait() == [65]
     last = job.text().splitlines()[-1]
     assert last.startswith(f"error: file://{copy}/{shard.name} is damaged: its SHA-256 is not the manifest's")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("enough", [True, False])
+def test_a_shard_that_is_cut_off_while_training(tiny_config, tiny_dataset, tmp_path, enough):
+    """Its samples are replaced and named, as far as the budget allows, and the ranks stay together: they end alike, with the same loss."""
+    copy, output = Path(shutil.copytree(tiny_dataset, tmp_path / "dataset")), tmp_path / "run"
+    split = open_manifest(copy).split("train")
+    in_shard = {int(i) for i in (split.records["shard"] == 1).nonzero()[0]}
+    budget = len(in_shard) if enough else len(in_shard) // 2
+    settings = [f"data.path={copy}", "train.evaluate_every=0", "train.epochs=6", f"guard.bad_samples={budget}"]
+    job = start(tiny_config, output, *settings, world=2)
+    while not metrics(output, "train", missing_ok=True):
+        assert job.processes[0].is_alive()
+        time.sleep(0.01)
+    os.truncate(copy / split.shards[1].file, 0)
+    assert job.wait() == ([0, 0] if enough else [65, 65])
+    named = {event["id"] for event in bad_samples(output)}
+    assert named and named <= in_shard
+    if enough:
+        order, taken = Order(0, 260, 32, 8), ids_by_step(output, 2)
+
+        def used(number: int) -> int:
+            chain = (order.replacement(number, attempt) for attempt in range(8))
+            return number if number not in in_shard else next(i for i in chain if i not in in_shard)
+
+        for step in range(41, 49):
+            assert taken[step] == sorted(used(i) for i in order.ids(step - 1).tolist())
+
+
+@pytest.mark.slow
+def test_a_shard_that_is_missing_is_named_before_anything_else(tiny_config, tiny_dataset, tmp_path):
+    copy = Path(shutil.copytree(tiny_dataset, tmp_path / "dataset"))
+    shard = copy / open_manifest(copy).split("train").shards[1].file
+    shard.unlink()
+    job = start(tiny_config, tmp_path / "run", f"data.path={copy}")
+    assert job.wait() == [65]
+    assert shard.name in job.text().splitlines()[-1] and "Traceback" not in job.text()

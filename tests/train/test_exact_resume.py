@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from tests.runs import losses, metrics, run, start
+from tests.runs import events, losses, metrics, run, start
 from train.checkpoint import Pieces, checkpoint_path, read_info
 
 
@@ -120,7 +120,9 @@ def test_damaged_checkpoint_is_skipped_and_named(tiny_config, tmp_path):
     shard.write_bytes(content)
     job = run(tiny_config, tmp_path / "run", *settings)
     assert "shard_00000.safetensors is damaged" in job.text()
-    assert "step_00000004" in job.text()
+    assert f"going back to {tmp_path / 'run' / 'checkpoints' / 'step_00000004'} instead costs 4 steps" in job.text()
+    (resumed,) = events(tmp_path / "run", "resume")
+    assert (resumed["step"], resumed["lost_steps"]) == (4, 4)
     assert losses(tmp_path / "run") == whole
 
 
@@ -149,3 +151,31 @@ def test_half_written_checkpoint_does_not_count(tiny_config, tmp_path):
     (half / "manifest.json").unlink()
     run(tiny_config, tmp_path / "run", "checkpoint.every_steps=4", "train.max_steps=12", "train.evaluate_every=0")
     assert checkpoint_path(folder, 12).is_dir() and not half.exists()
+
+
+@pytest.mark.slow
+def test_going_back_on_purpose_sets_later_checkpoints_aside(tiny_config, tmp_path):
+    """`--resume` with an older checkpoint: what comes next must not take a later one of the old line for its own newest."""
+    settings = ["checkpoint.every_steps=4", "train.evaluate_every=0"]
+    run(tiny_config, tmp_path, *settings, "train.max_steps=12")
+    folder = tmp_path / "checkpoints"
+    job = run(tiny_config, tmp_path, *settings, "train.max_steps=8", "--resume", str(checkpoint_path(folder, 4)))
+    assert "step_00000012 is behind this start: renamed to superseded_step_00000012" in job.text()
+    assert {path.name for path in folder.iterdir()} == {
+        *("step_00000004", "step_00000008", "superseded_step_00000008", "superseded_step_00000012")
+    }
+    job = run(tiny_config, tmp_path, *settings, "train.max_steps=12")
+    assert f"resumed from {checkpoint_path(folder, 8)}" in job.text()
+
+
+@pytest.mark.slow
+def test_a_named_checkpoint_that_is_broken_is_an_error(tiny_config, tmp_path):
+    settings = ["checkpoint.every_steps=4", "train.max_steps=8", "train.evaluate_every=0"]
+    run(tiny_config, tmp_path, *settings)
+    named = checkpoint_path(tmp_path / "checkpoints", 8)
+    (named / "shard_00000.safetensors").unlink()
+    before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    job = start(tiny_config, tmp_path, *settings, "--resume", str(named))
+    assert job.wait() == [78]
+    assert job.text().splitlines()[-1] == f"error: {named / 'shard_00000.safetensors'} is missing"
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before

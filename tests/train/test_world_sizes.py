@@ -29,11 +29,18 @@ def _ids(output, world) -> dict[int, list[int]]:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_at_another_world_size_and_stage(tiny_config, tmp_path):
-    settings = ["checkpoint.every_steps=5", "train.evaluate_every=0"]
+def test_world_size_and_stage_change_along_a_run(tiny_config, tmp_path):
+    """4 → 2 → 1 → 4 ranks and ZeRO 1 → 3 → 0 → 2, the last with offload: the same samples, and losses within 1e-5 relative in fp32."""
+    settings = ["checkpoint.every_steps=4", "train.evaluate_every=0"]
     run(tiny_config, tmp_path / "whole", *settings, world=1)
-    run(tiny_config, tmp_path / "parts", *settings, "train.max_steps=5", "zero.stage=0", world=4)
-    run(tiny_config, tmp_path / "parts", *settings, "train.max_steps=10", "zero.stage=3", world=2)
-    job = run(tiny_config, tmp_path / "parts", *settings, "zero.stage=2", world=1)
-    assert "zero.stage (3 → 2)" in job.text()
+    taken = {}
+    for start, (world, stage) in enumerate([(4, 1), (2, 3), (1, 0), (4, 2)]):
+        extra = ["zero.offload=true"] if start == 3 else []
+        job = run(
+            tiny_config, tmp_path / "parts", *settings, f"train.max_steps={4 * start + 4}", f"zero.stage={stage}", *extra, world=world
+        )
+        steps = _ids(tmp_path / "parts", world)
+        taken |= {step: steps[step] for step in range(4 * start + 1, 4 * start + 5)}
+    assert "zero.stage (0 → 2)" in job.text()
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5, abs=0)
+    assert taken == _ids(tmp_path / "whole", 1)
