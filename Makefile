@@ -1,5 +1,5 @@
 # Everything a newcomer needs. `make demo` and `make test` do their own set-up; done once, it costs nothing.
-.PHONY: setup demo test lint bench fuzz
+.PHONY: setup demo test faults lint bench fuzz
 
 export DS_ACCELERATOR ?= $(shell test -e /dev/nvidia0 && echo cuda || echo cpu)
 BIN := .venv/bin
@@ -21,6 +21,11 @@ demo: setup
 test: .venv/backends .venv/slurm
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# Faults injected for real, the long form: docs/reliability.md is made of what this measures.
+faults: .venv/backends .venv/slurm
+	$(BIN)/python -m pytest -m "slow or long" --results docs/results/faults.json tests/launch/test_slurm.py \
+	  $(addprefix tests/train/test_,random_kills.py save_faults.py stop.py not_finite.py hangs.py world_sizes.py data_faults.py)
 
 lint: setup
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -2,7 +2,7 @@
 # Virtual environment in .venv with the tested set of packages. System packages are installed where we are root, and named where not.
 #   bash launch/setup.sh            what training needs
 #   bash launch/setup.sh backends   FFCV and DALI, too: for the backends' tests and benches
-#   bash launch/setup.sh slurm      SLURM's daemons: for the tests that start a cluster of their own
+#   bash launch/setup.sh slurm      SLURM's daemons and strace: for the tests that start a cluster of their own, and break disks
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -37,6 +37,9 @@ if [ "${1:-}" = slurm ]; then
         "sudo apt-get install slurm-wlm munge iproute2 util-linux, then run this again; the tests need root, too" >&2
     }
   fi
+  command -v strace >/dev/null || apt_install strace || {
+    echo "warning: without strace the tests of disks with errors are skipped. Install it with: sudo apt-get install strace" >&2
+  }
   touch .venv/slurm
   exit
 fi

@@ -1,8 +1,37 @@
 """Fixtures shared by the folders: a tiny prepared dataset and a config that trains on it in seconds."""
 
+import json
+import os
+import sys
+from datetime import date
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", metavar="FILE", help="write what the tests measured (record_property) there, as JSON")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    path = config.getoption("--results")
+    if not path:
+        return
+    reports = [report for reports in terminalreporter.stats.values() for report in reports if getattr(report, "when", None) == "call"]
+    model = next((line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
+    results = {
+        "command": " ".join(["pytest", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "machine": f"{model}, {len(os.sched_getaffinity(0))} cores, shared",
+        "tests": {
+            report.nodeid: {"outcome": report.outcome, "seconds": round(report.duration, 1), **dict(report.user_properties)}
+            for report in sorted(reports, key=lambda report: report.nodeid)
+        },
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(results, indent=1) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -191,6 +191,15 @@ def read_weights(path: Path, kind: str) -> dict[str, torch.Tensor]:
     return state
 
 
+def write_final_weights(output: Path, path: Path, kind: str) -> None:
+    """Write `output/model.safetensors`: the whole state dict of checkpoint `path`, `kind` as in `read_weights`. One rank calls this."""
+    info = read_info(path)
+    about = {"model": info.config["model"], "classes": info.classes, "step": info.step}
+    temporary = output / "model.safetensors.tmp"
+    save_file(read_weights(path, kind), temporary, metadata={"catmodel": json.dumps(about)})
+    os.replace(temporary, output / "model.safetensors")
+
+
 def prune(folder: Path, step: int, keep: int) -> None:
     """After the save at `step`: remove all up to it but the `keep` newest and the one with the best top-1. One rank calls this.
 

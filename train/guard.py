@@ -13,6 +13,8 @@ import torch.distributed as dist
 # A rank is slow where its own time was above FACTOR x the median rank's, and LEAST seconds above it, in IN_A_ROW steps.
 FACTOR, LEAST, IN_A_ROW = 2.0, 0.05, 8
 
+REMEDY = "lower optimizer.lr or optimizer.clip_grad, or use train.precision=bf16 instead of fp16"
+
 
 class TrainingFailed(Exception):
     """Training cannot go on: gradients that are not finite, again and again."""
@@ -104,3 +106,26 @@ class Agreement:
     def _seconds(self, began, ended) -> float:
         # The step's norm has been read on the host, so a GPU is past both events.
         return ended - began if self._device.type == "cpu" else began.elapsed_time(ended) / 1000
+
+
+class Skips:
+    """Steps that changed nothing because their gradient was not finite; all ranks know the same ones."""
+
+    def __init__(self, limit: int):
+        """limit: as many in a row are too many."""
+        self.limit, self.in_a_row = limit, []
+        self._gone_back_for: set[int] = set()
+
+    def too_many(self, done: int, skipped: bool) -> bool:
+        """Take note of how step `done` went."""
+        self.in_a_row = [*self.in_a_row, done] if skipped else []
+        return len(self.in_a_row) >= self.limit
+
+    def go_back(self) -> str:
+        """Begin anew, from an earlier step; returns why. Raises TrainingFailed where going back for these steps has not helped before."""
+        steps, self.in_a_row = self.in_a_row, []
+        sentence = f"steps {steps[0]} to {steps[-1]} had no finite gradient"
+        if self._gone_back_for.intersection(steps):
+            raise TrainingFailed(f"{sentence}, again after going back to a checkpoint; {REMEDY}")
+        self._gone_back_for.update(steps)
+        return sentence

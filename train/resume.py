@@ -98,8 +98,8 @@ def _set_aside(checkpoints: Path, step: int) -> list[str]:
     return notes
 
 
-def last_logged_step(metrics: Path) -> int:
-    """The last step that an earlier start of the run has written to metrics.jsonl; 0 where there is none."""
+def lost_steps(metrics: Path, start: int) -> int:
+    """How many steps after `start` an earlier start of the run has written to metrics.jsonl: they are taken again."""
     if not metrics.exists():
         return 0
     with open(metrics, "rb") as file:
@@ -108,5 +108,5 @@ def last_logged_step(metrics: Path) -> int:
             with contextlib.suppress(ValueError):  # cut at either end
                 document = json.loads(line)
                 if document["kind"] == "train":
-                    return document["step"]
+                    return max(0, document["step"] - start)
     return 0

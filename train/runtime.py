@@ -27,6 +27,11 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def describe(self) -> str:
+        """Such as "2 × CPU (1 threads)"."""
+        cuda = self.device.type == "cuda"
+        return f"{self.world} × {torch.cuda.get_device_name(self.device) if cuda else f'CPU ({torch.get_num_threads()} threads)'}"
+
 
 def start_runtime() -> Runtime:
     """Join the other ranks (launched by deepspeed, torchrun, or nobody: then this is the only one) and pick the device."""
@@ -50,10 +55,6 @@ def start_runtime() -> Runtime:
 
 def stop_runtime() -> None:
     dist.destroy_process_group()
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
 
 
 def start_times(lock: RunLock | None) -> dict[str, float | None]:

@@ -2,7 +2,7 @@
 
 import math
 
-from train.config import Config
+from train.config import Config, TrainConfig
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
@@ -17,3 +17,9 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
         return schedule.warmup_lr + (peak - schedule.warmup_lr) * step / warmup
     progress = step / (config.train.epochs * steps_per_epoch)
     return schedule.min_lr + (peak - schedule.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def evaluation_due(config: TrainConfig, done: int, steps_per_epoch: int) -> bool:
+    """Whether to evaluate after `done` steps: every `train.evaluate_every` epochs, and at the end."""
+    epoch, rest = divmod(done, steps_per_epoch)
+    return bool(config.evaluate_every) and done > 0 and rest == 0 and (epoch % config.evaluate_every == 0 or epoch == config.epochs)

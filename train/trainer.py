@@ -1,6 +1,5 @@
 """The run, from start to finish. Read this first."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -8,25 +7,24 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from data_pipeline.loader import BadSample
 from data_pipeline.manifest import DataError, Manifest
 from data_pipeline.order import Order
 from train.bad_samples import BadSamples
-from train.checkpoint import checkpoint_path, clean_up, describe, read_weights
+from train.checkpoint import checkpoint_path, clean_up, describe, write_final_weights
 from train.config import Config, dump_config
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluate import Scores
 from train.feed import Feed
-from train.guard import Agreed, Agreement, NotSaved, Stopped, TrainingFailed
+from train.guard import REMEDY, Agreed, Agreement, NotSaved, Skips, Stopped, TrainingFailed
 from train.lock import RunLock
 from train.monitor import Clock, Monitor, SampleRecord
-from train.resume import last_logged_step, restore
-from train.runtime import device_name, start_runtime, start_times, stop_runtime
+from train.resume import lost_steps, restore
+from train.runtime import start_runtime, start_times, stop_runtime
 from train.saver import Saver
-from train.schedule import learning_rate
+from train.schedule import evaluation_due, learning_rate
 from train.signals import stop_signals
 from train.store import Store
 from train.tasks.classification import Classification
@@ -96,32 +94,24 @@ class Run:
         about = describe(self.start, config, manifest, self.engine)
         self.saver = Saver(self.checkpoints, about, self.engine, self.ema, store, config)
         self.agreement = Agreement(runtime.device)
-        self.skipped: list[int] = []  # the steps just taken, one after the other, whose gradient was not finite
-        self.gone_back_for: set[int] = set()
-        self.taken_before = last_logged_step(output / "metrics.jsonl")
+        self.skips = Skips(config.guard.max_skipped)
+        lost = lost_steps(output / "metrics.jsonl", self.start)
         self.monitor = Monitor(output, config, is_main=runtime.is_main, first=self.start, last=self.last, flops_per_image=flops)
         self.bad_samples = BadSamples(config, runtime.rank)
         self.samples = SampleRecord(output, runtime.rank, config.monitor.record_samples)
-
-    def announce(self) -> None:
-        """Say what begins, and from where."""
-        config, runtime, path = self.config, self.runtime, self.restored.path
         if runtime.is_main:
-            (self.output / "config.yaml").write_text(dump_config(config))
+            (output / "config.yaml").write_text(dump_config(config))
         for sentence in self.restored.notes:
             self.monitor.say(sentence)
+        path, again = self.restored.path, f" ({lost} steps are taken again)" if lost else ""
         what = f"resumed from {path}" if path else f"training {config.model.name} on {config.data.path}"
-        lost = max(0, self.taken_before - self.start)
-        again = f" ({lost} steps are taken again)" if lost else ""
-        world = f"{runtime.world} × {device_name(runtime.device)}, ZeRO {config.zero.stage}, {config.train.precision}"
-        board = f"TensorBoard: tensorboard --logdir {self.output / 'tensorboard'}"
-        text = f"{what}: step {self.start} of {self.last}{again}, {world}, {board}"
-        fields = {"world_size": runtime.world, "zero_stage": config.zero.stage, "lost_steps": lost, **start_times(self.lock)}
+        where = f"{runtime.describe()}, ZeRO {config.zero.stage}, {config.train.precision}"
+        text = f"{what}: step {self.start} of {self.last}{again}, {where}, TensorBoard: tensorboard --logdir {output / 'tensorboard'}"
+        fields = {"world_size": runtime.world, "zero_stage": config.zero.stage, "lost_steps": lost, **start_times(lock)}
         self.monitor.event("resume" if path else "start", self.start, text, **fields)
 
     def go(self) -> None:
         """All of it: until the last step, or until somebody asks to stop."""
-        self.announce()
         if self.lock:
             self.lock.check()
         self.agreement.round(stop_signals.received)
@@ -156,10 +146,12 @@ class Run:
                     losses[index] = loss.detach()
                     ids += batch.ids.tolist()
                     result = engine.step(learning_rate(config, step, order.steps_per_epoch))
-                if not self.accept(done, result.skipped):
-                    return self.go_back()
-                if self.ema and not result.skipped:
+                if result.skipped:
+                    self.monitor.event("skipped_step", done, f"step {done} skipped: its gradient is not finite (or overflowed in fp16)")
+                elif self.ema:
                     self.ema.update(step)
+                if self.skips.too_many(done, result.skipped):
+                    return self.go_back()
                 clock.finish_step()
 
                 self.samples.write(done, ids)
@@ -186,30 +178,16 @@ class Run:
         if sums[-1].item():
             self.bad_samples.agree(self.monitor)
 
-    def accept(self, done: int, skipped: bool) -> bool:
-        """Take note of how step `done` went, which all ranks know alike. False where too many in a row changed nothing."""
-        if not skipped:
-            self.skipped.clear()
-            return True
-        self.skipped.append(done)
-        self.monitor.event("skipped_step", done, f"step {done} skipped: its gradient is not finite (or overflowed in fp16)")
-        return len(self.skipped) < self.config.guard.max_skipped
-
     def go_back(self) -> int:
-        """Load the newest checkpoint because of the steps in `skipped`; returns its step. Raises TrainingFailed where that did not help."""
-        self.watchdog.enter("save", self.skipped[-1])
+        """Load the newest checkpoint because too many steps in a row were skipped; returns its step."""
+        steps = self.skips.in_a_row
+        self.watchdog.enter("save", steps[-1])
         self.saver.finish(self.monitor)
-        named = f"steps {self.skipped[0]} to {self.skipped[-1]} had no finite gradient"
-        remedy = "lower optimizer.lr or optimizer.clip_grad, or use train.precision=bf16 instead of fp16"
-        if self.gone_back_for.intersection(self.skipped):
-            raise TrainingFailed(f"{named}, again after going back to a checkpoint; {remedy}")
-        self.gone_back_for.update(self.skipped)
+        sentence = self.skips.go_back()
         restored = restore(self.checkpoints, self.config, self.manifest, self.engine, self.ema, "auto", True)
         if restored.path is None:
-            raise TrainingFailed(f"{named}, and there is no checkpoint to go back to; {remedy}")
-        text = f"{named}: back to {restored.path}"
-        self.monitor.event("rollback", self.skipped[-1], text, steps=list(self.skipped), to=restored.step)
-        self.skipped.clear()
+            raise TrainingFailed(f"{sentence}, and there is no checkpoint to go back to; {REMEDY}")
+        self.monitor.event("rollback", steps[-1], f"{sentence}: back to {restored.path}", steps=steps, to=restored.step)
         return restored.step
 
     def obey(self, agreed: Agreed, done: int) -> None:
@@ -231,9 +209,7 @@ class Run:
         raise Stopped(text)
 
     def evaluation_due(self, done: int) -> bool:
-        epoch, rest = divmod(done, self.order.steps_per_epoch)
-        every = self.config.train.evaluate_every
-        return bool(every) and done > 0 and self.task.has_validation and rest == 0 and (epoch % every == 0 or done == self.total)
+        return self.task.has_validation and evaluation_due(self.config.train, done, self.order.steps_per_epoch)
 
     def checkpoint_due(self, done: int) -> bool:
         return done == self.last or done % (self.config.checkpoint.every_steps or self.order.steps_per_epoch) == 0
@@ -282,11 +258,7 @@ class Run:
         """Write `model.safetensors` from the last checkpoint, and the final scores."""
         self.agreement.close()
         if self.runtime.is_main:
-            state = read_weights(checkpoint_path(self.checkpoints, self.last), "ema" if self.ema else "model")
-            about = {"model": self.config.model.model_dump(mode="json"), "classes": list(self.manifest.classes), "step": self.last}
-            temporary = self.output / "model.safetensors.tmp"
-            save_file(state, temporary, metadata={"catmodel": json.dumps(about)})
-            os.replace(temporary, self.output / "model.safetensors")
+            write_final_weights(self.output, checkpoint_path(self.checkpoints, self.last), "ema" if self.ema else "model")
         self.monitor.finish(self.last, self.scores)
         self.monitor.event("finished", self.last, f"finished {self.last} steps: {self.output / 'model.safetensors'}")
 

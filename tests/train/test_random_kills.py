@@ -3,12 +3,14 @@
 import os
 import random
 import signal
+import statistics
 import time
 
 import pytest
 
-from tests.runs import losses, metrics, run, start
+from tests.runs import events, losses, metrics, run, start
 from tests.train.test_exact_resume import assert_same_state, ids_by_step, state
+from train.goodput import read_lines
 
 SETTINGS, STEPS = ["train.epochs=4", "checkpoint.every_steps=3"], 32
 
@@ -22,9 +24,10 @@ def test_killed_at_random_moments(tiny_config, tmp_path, kills, record_property)
     run(tiny_config, whole, *SETTINGS, world=2)
     duration = time.monotonic() - began
 
-    done, runs, repeated, moments = 0, 0, 0, []
+    done, runs, repeated, moments, recoveries = 0, 0, 0, [], []
     while done < kills:
         output, runs = tmp_path / f"run{runs}", runs + 1
+        killed_at = []
         while True:
             job = start(tiny_config, output, *SETTINGS, world=2)
             if done < kills:
@@ -37,6 +40,7 @@ def test_killed_at_random_moments(tiny_config, tmp_path, kills, record_property)
                     done += 1
                     job.wait_for_death(alive[0])
                     moments.append(len(metrics(output, "train", missing_ok=True)))
+                    killed_at.append(time.time())
                     continue
             assert job.wait() == [0, 0], job.text()
             break
@@ -49,9 +53,13 @@ def test_killed_at_random_moments(tiny_config, tmp_path, kills, record_property)
             assert len(ids) == len(set(ids)) == 256
         scores = [{(line["step"], line["weights"]): line["top1"] for line in metrics(folder, "eval")} for folder in (output, whole)]
         assert scores[0] == scores[1]
-        repeated += sum(line.get("lost_steps", 0) for line in metrics(output, "event"))
+        repeated += sum(line["lost_steps"] for name in ("start", "resume") for line in events(output, name))
+        times = sorted(line["time"] for line in read_lines(output / "metrics.jsonl") if line["kind"] == "train")
+        recoveries += [next(moment for moment in times if moment > killed) - killed for killed in killed_at if times[-1] > killed]
     record_property("runs", runs)
     record_property("kills", done)
     record_property("steps taken again", repeated)
-    record_property("steps logged at the kills", str(moments))
+    record_property("steps taken at each kill", moments)
+    record_property("seconds from a kill to the next finished step, median", round(statistics.median(recoveries), 1))
+    record_property("seconds from a kill to the next finished step, largest", round(max(recoveries), 1))
     assert kills < 50 or (min(moments) == 0 and max(moments) > 24), moments
