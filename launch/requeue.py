@@ -2,7 +2,7 @@
 """What the batch script of launch/submit.py asks: may the run start, and does it come back when it has ended? Standard library only.
 
 A run that stopped or crashed is put back into the queue, until `--max-restarts` restarts in a row have brought no newer checkpoint.
-The count stands in `restarts.json` in the run's folder.
+The count stands in `logs/restarts_<job>.json` in the run's folder.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.ranks import FINAL
+from launch.ranks import FINAL, VERDICT_FILE
 
 CONTROLLER_PATIENCE = 600  # seconds that slurmctld may be away
 
@@ -27,15 +27,12 @@ class Starts:
     """How a job's starts have gone: `step` of the newest checkpoint at the last start (-1: none), and `idle`, the restarts in a row,
     that one included, before which no newer checkpoint had come."""
 
-    job: str
     step: int
     idle: int
 
-    def next(self, job: str, step: int) -> "Starts":
-        """After one more start, of `job`, that finds `step`. A new job counts anew."""
-        if job != self.job or step > self.step:
-            return Starts(job, step, 0)
-        return Starts(job, step, self.idle + 1)
+    def next(self, step: int) -> "Starts":
+        """After one more start, that finds `step`."""
+        return Starts(step, 0 if step > self.step else self.idle + 1)
 
 
 @dataclass(frozen=True)
@@ -79,14 +76,14 @@ def newest_step(run: Path) -> int:
 
 def begin(run: Path, max_restarts: int) -> int:
     """Count this start. The exit code of the job where there have been too many, else 0."""
-    (run / "logs").mkdir(parents=True, exist_ok=True)
-    _verdict_file(run).unlink(missing_ok=True)
-    starts = _read_starts(run).next(_job(), newest_step(run))
+    Path(os.environ[VERDICT_FILE]).unlink(missing_ok=True)
+    starts, step = _read_starts(run), newest_step(run)
+    starts = starts.next(step) if starts else Starts(step, 0)
     try:
         _write_starts(run, starts)
     except OSError as error:
         say(f"{_file(run)} cannot be written ({error.strerror}): every restart counts as one without a newer checkpoint")
-        starts = Starts(_job(), starts.step, _restarts())
+        starts = Starts(step, _restarts())
     say(f"start {_restarts()} of job {_job()} on {os.environ['SLURM_JOB_NODELIST']}, from {_name(starts.step)}")
     if starts.idle > max_restarts:
         say(f"not started: no newer checkpoint than {_name(starts.step)} after {max_restarts} restarts; see the ranks' logs")
@@ -96,13 +93,13 @@ def begin(run: Path, max_restarts: int) -> int:
 
 def end(run: Path, max_restarts: int, code: int) -> int:
     """Requeue the job where that is right; `code` is srun's. The exit code of the job."""
-    verdict = _verdict_file(run)
+    verdict = Path(os.environ[VERDICT_FILE])
     # Of final codes the ranks' word counts: srun returns 0 where it could not start them, and a rank that it ended has a higher code.
     code = int(verdict.read_text()) if verdict.exists() else 1 if code in FINAL else code
     if final(code, _restarts()):
         say(f"exit code {code}: {FINAL[code]}")
         return code
-    after, deadline = _read_starts(run).next(_job(), newest_step(run)), time.monotonic() + CONTROLLER_PATIENCE
+    after, deadline = (_read_starts(run) or Starts(-1, 0)).next(newest_step(run)), time.monotonic() + CONTROLLER_PATIENCE
     while True:
         error = None
         try:
@@ -126,8 +123,9 @@ def say(sentence: str) -> None:
 
 
 def _ask() -> JobState:
-    columns = "--Format=RestartCnt:|,State:|,Reason:|"
-    answer = subprocess.run(["squeue", "--noheader", f"--jobs={_job()}", columns], check=True, capture_output=True, text=True)
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={_job()}", "--Format=RestartCnt:|,State:|,Reason:|"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}  # a user's own filters
+    answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     restarts, state, reason = answer.stdout.strip().split("|")[:3]
     return JobState(int(restarts), state, reason)
 
@@ -147,18 +145,14 @@ def _name(step: int) -> str:
 
 
 def _file(run: Path) -> Path:
-    return run / "restarts.json"
+    return run / "logs" / f"restarts_{os.environ['SLURM_JOB_ID']}.json"
 
 
-def _verdict_file(run: Path) -> Path:
-    return run / "logs" / "verdict"
-
-
-def _read_starts(run: Path) -> Starts:
+def _read_starts(run: Path) -> Starts | None:
     try:
         return Starts(**json.loads(_file(run).read_text()))
     except FileNotFoundError:
-        return Starts("", -1, 0)
+        return None
 
 
 def _write_starts(run: Path, starts: Starts) -> None:

@@ -15,7 +15,7 @@ max_restarts={{max_restarts}}
 # What the submitting shell may have had: the ranks find their place from SLURM's variables (launch/ranks.py).
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 export PYTHONUNBUFFERED=1
-export CAT_VERDICT_FILE="$run/logs/verdict"  # where the ranks leave the run's exit code: srun's may be another
+export CAT_VERDICT_FILE="$run/logs/verdict_$SLURM_JOB_ID"  # where the ranks leave the run's exit code: srun's may be another
 {{environment}}
 # Counts the starts; ends the job here after $max_restarts restarts that brought no newer checkpoint.
 "$python" "$repository/launch/requeue.py" begin "$run" --max-restarts "$max_restarts" || exit

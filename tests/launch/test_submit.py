@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.ranks import FINAL
+from launch.ranks import FINAL, VERDICT_FILE
 from launch.requeue import JobState, Starts, decide, newest_step
 from launch.submit import parse_minutes, parse_seeds
 from tests.runs import ROOT
 
 RUNNING = JobState(0, "RUNNING", "None")
-FIRST = Starts("7", 100, 0)
+FIRST = Starts(100, 0)
 
 
 def submit(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -154,15 +154,13 @@ def test_only_what_slurm_would_end_is_requeued(job, requeue):
 
 
 def test_restarts_without_a_newer_checkpoint_are_bounded():
-    starts = Starts("", -1, 0).next("7", -1)
-    assert starts == Starts("7", -1, 0)
+    starts = Starts(-1, 0)
     for _ in range(3):
-        starts = starts.next("7", -1)
+        starts = starts.next(-1)
     assert starts.idle == 3
     assert decide(1, starts, 3, 0, RUNNING)[0]
-    assert not decide(1, starts.next("7", -1), 3, 0, RUNNING)[0]
-    assert starts.next("7", 10).idle == 0  # came forward
-    assert starts.next("8", -1).idle == 0  # submitted again
+    assert not decide(1, starts.next(-1), 3, 0, RUNNING)[0]
+    assert starts.next(10) == Starts(10, 0)
 
 
 def test_newest_step_counts_whole_checkpoints(tmp_path):
@@ -172,24 +170,24 @@ def test_newest_step_counts_whole_checkpoints(tmp_path):
     assert newest_step(tmp_path) == 14
 
 
+def begin(run: Path, restart: int, max_restarts: int) -> subprocess.CompletedProcess:
+    """What the batch script calls at each start of job 7."""
+    (run / "logs").mkdir(exist_ok=True)
+    environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": str(restart), VERDICT_FILE: str(run / "verdict")}
+    command = [sys.executable, str(ROOT / "launch" / "requeue.py"), "begin", str(run), "--max-restarts", str(max_restarts)]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_starts_are_counted(tmp_path):
+    assert [begin(tmp_path, restart, 1).returncode for restart in range(3)] == [0, 0, 1]
+    assert json.loads((tmp_path / "logs" / "restarts_7.json").read_text()) == {"step": -1, "idle": 2}
+
+
 def test_where_the_counter_cannot_be_written_every_restart_counts(tmp_path):
-    (tmp_path / "restarts.tmp").mkdir()
-    environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": "3"}
-    command = [sys.executable, str(ROOT / "launch" / "requeue.py"), "begin", str(tmp_path)]
-    assert subprocess.run([*command, "--max-restarts=3"], env=environment).returncode == 0
-    result = subprocess.run([*command, "--max-restarts=2"], env=environment, capture_output=True, text=True)
+    (tmp_path / "logs" / "restarts_7.tmp").mkdir(parents=True)
+    assert begin(tmp_path, 3, 3).returncode == 0
+    result = begin(tmp_path, 3, 2)
     assert result.returncode == 1 and "cannot be written" in result.stdout and "not started" in result.stdout
-
-
-def test_the_counter_is_kept(tmp_path):
-    environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
-    command = [sys.executable, str(ROOT / "launch" / "requeue.py"), "begin", str(tmp_path), "--max-restarts=1"]
-    codes = [
-        subprocess.run(command, env={**environment, "SLURM_RESTART_COUNT": str(start)}, capture_output=True).returncode
-        for start in range(3)
-    ]
-    assert codes == [0, 0, 1]
-    assert json.loads((tmp_path / "restarts.json").read_text()) == {"job": "7", "step": -1, "idle": 2}
 
 
 def test_forms_of_seeds_and_times():
