@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure the data path or a training step on this machine: python launch/bench.py data|train"""
+"""Measure the data path, a training step, or the guard's cost on this machine: python launch/bench.py data|train|guard"""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     manifest = open_manifest(config.data.path)
-    results = bench_data(arguments, config, manifest) if arguments.what == "data" else bench_train(arguments, config, manifest)
+    results = {"data": bench_data, "train": bench_train, "guard": bench_guard}[arguments.what](arguments, config, manifest)
     if arguments.json and results:
         Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
         results = {"command": " ".join(sys.argv), "date": date.today().isoformat(), "machine": machine(), **results}
@@ -89,6 +89,22 @@ def bench_train(arguments: argparse.Namespace, config, manifest) -> dict | None:
     return {"train": rows} if runtime.is_main else None
 
 
+def bench_guard(arguments: argparse.Namespace, config, manifest) -> dict | None:
+    """The guard's share of a training step, over all ranks that this is started on. Results on the main rank only."""
+    import tempfile
+
+    from train.bench import bench_guard
+    from train.runtime import start_runtime, stop_runtime
+
+    runtime = start_runtime()
+    with tempfile.TemporaryDirectory() as folder:
+        cost = bench_guard(config, len(manifest.classes), runtime, arguments.steps, Path(folder))
+    if runtime.is_main:
+        print(f"{runtime.describe()}: guard {cost['guard_ms']:.3f} ms of a step of {cost['step_ms']:.0f} ms: {cost['share']:.3%}")
+    stop_runtime()
+    return {"guard": {"world_size": runtime.world, **cost}} if runtime.is_main else None
+
+
 def machine() -> str:
     names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
@@ -96,7 +112,9 @@ def machine() -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Measure beside plain alternatives, interleaved in one run; medians of the rounds.")
-    parser.add_argument("what", choices=["data", "train"], help="data: decoding, augmenting and loading; train: whole training steps")
+    parser.add_argument(
+        "what", choices=["data", "train", "guard"], help="data: loading; train: training steps; guard: what it costs of one"
+    )
     parser.add_argument(
         "--config", default="configs/quickstart.yaml", metavar="FILE", help="whose model, dataset and sizes (default: %(default)s)"
     )
@@ -104,9 +122,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--gpu-rate", type=float, default=2000, help="data: images/s of a GPU, for the cores it needs (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=5, help="train: steps per round (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="train: steps per round; guard: steps (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, interleaved (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     return parser.parse_intermixed_args()
 

@@ -1,15 +1,20 @@
-"""Speed of a training step beside a bare PyTorch loop, interleaved in one run."""
+"""Speed of a training step beside a bare PyTorch loop, interleaved in one run; and what the guard costs it."""
 
 import time
+from pathlib import Path
 
 import torch
 
 from data_pipeline.bench import interleave
 from train.config import Config
 from train.engine import Engine
+from train.guard import Agreement, Skips
 from train.optimizer import build_optimizer
 from train.runtime import Runtime
+from train.signals import stop_signals
+from train.store import Store
 from train.tasks.classification import build_model
+from train.watchdog import Watchdog
 
 
 def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, rounds: int = 5) -> dict[str, list[float]]:
@@ -41,3 +46,38 @@ def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, roun
 
     ways = {f"DeepSpeed ZeRO {config.zero.stage}": with_engine, "bare PyTorch": plain}
     return interleave(ways, steps * batch, rounds, time.perf_counter)
+
+
+def bench_guard(config: Config, classes: int, runtime: Runtime, steps: int, folder: Path) -> dict[str, float]:
+    """What the guard costs a step: milliseconds on the main thread of what the trainer calls, of the step, and their ratio.
+
+    A difference of whole steps would drown in their noise, so the calls are timed between the step's own work. `folder`: for stacks.
+    """
+    engine = Engine(build_model(config, classes), config, accumulation=1, device=runtime.device)
+    size, batch = config.data.image_size, config.train.micro_batch
+    images = torch.randn(batch, 3, size, size, device=runtime.device)
+    labels = torch.randint(classes, (batch,), device=runtime.device)
+    watchdog = Watchdog(runtime.rank, runtime.world, config.guard.timeout.model_dump(), folder, config.guard.grace)
+    watchdog.connect(Store())
+    agreement, skips, guarding = Agreement(runtime.device), Skips(config.guard.max_skipped), 0.0
+    for step in range(-3, steps):
+        if step == 0:  # the first ones warm up
+            began, guarding = time.perf_counter(), 0.0
+        at = [time.perf_counter()]
+        watchdog.enter("step", step)
+        with agreement.alone():
+            at.append(time.perf_counter())
+            loss = torch.nn.functional.cross_entropy(engine(images).float(), labels)
+            at.append(time.perf_counter())
+        at += [time.perf_counter()]
+        engine.backward(loss)
+        result = engine.step(1e-4)
+        at += [time.perf_counter()]
+        skips.too_many(step, result.skipped)
+        agreement.round(stop_signals.received)
+        at += [time.perf_counter()]
+        guarding += (at[1] - at[0]) + (at[3] - at[2]) + (at[5] - at[4])
+    total = time.perf_counter() - began
+    agreement.close()
+    watchdog.close()
+    return {"guard_ms": 1000 * guarding / steps, "step_ms": 1000 * total / steps, "share": guarding / total}
