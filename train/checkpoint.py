@@ -75,9 +75,16 @@ def step_of(path: Path) -> int:
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor], starts: dict[str, int]) -> str:
     """Write one rank's share: `tensors` on the host, and each flat piece's first element. Returns the SHA-256 of what is on the disk."""
-    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+    _save_file(tensors, path, {"starts": json.dumps(starts)})
     fsync(path)
     return sha256_of(path)
+
+
+def _save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    save_file(tensors, path, metadata)
+    # safetensors makes its files readable by their owner alone. Asking os.umask would change it for other threads.
+    umask = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Umask:")).split()[1]
+    path.chmod(0o666 & ~int(umask, 8))
 
 
 def write_manifest(folder: Path, info: CheckpointInfo) -> None:
@@ -196,7 +203,7 @@ def write_final_weights(output: Path, path: Path, kind: str) -> None:
     info = read_info(path)
     about = {"model": info.config["model"], "classes": info.classes, "step": info.step}
     temporary = output / "model.safetensors.tmp"
-    save_file(read_weights(path, kind), temporary, metadata={"catmodel": json.dumps(about)})
+    _save_file(read_weights(path, kind), temporary, {"catmodel": json.dumps(about)})
     os.replace(temporary, output / "model.safetensors")
 
 

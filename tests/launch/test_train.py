@@ -127,4 +127,6 @@ def test_a_diverging_run_fails_with_its_own_code(tiny_config, tmp_path):
     result = command("--config", str(tiny_config), "--output", str(tmp_path), *settings)
     assert result.returncode == 70
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: steps ") and "had no finite gradient, and there is no checkpoint to go back to; lower optimizer.lr" in last
+    assert (
+        last.startswith("error: steps ") and "had no finite gradient, and there is no checkpoint to go back to; lower optimizer.lr" in last
+    )
