@@ -46,11 +46,19 @@ def start_runtime() -> Runtime:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        # Ranks on one machine share its cores: more threads than cores would make them wait for each other.
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     init_process_group(device)
+    if device.type == "cpu":
+        torch.set_num_threads(_cores_of_this_rank())
     return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def _cores_of_this_rank() -> int:
+    """Ranks that may use the same cores share them: more threads than cores would make them wait for each other."""
+    mine = socket.gethostname(), os.sched_getaffinity(0)
+    everybody: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    sharing = sum(host == mine[0] and bool(cores & mine[1]) for host, cores in everybody)
+    return max(1, len(mine[1]) // sharing)
 
 
 def stop_runtime() -> None:

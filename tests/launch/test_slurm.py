@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.launch.slurm import NODES, Cluster, missing
+from tests.oracle import assert_same_state, ids_by_step, state
 from tests.runs import ROOT, losses, metrics
-from tests.train.test_exact_resume import assert_same_state, ids_by_step, state
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=f"no SLURM: {missing()}")]
 

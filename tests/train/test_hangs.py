@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.oracle import assert_same_state, state
 from tests.runs import RunningJob, events, losses, metrics, run, start
-from tests.train.test_exact_resume import assert_same_state, state
 
 
 def wait_for_step(job: RunningJob, step: int) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.faults import FlipBits, NanLoss
+from tests.oracle import assert_same_state, ids_by_step, state
 from tests.runs import events, losses, run, start
-from tests.train.test_exact_resume import assert_same_state, ids_by_step, state
 from train.checkpoint import checkpoint_path, read_info
 
 

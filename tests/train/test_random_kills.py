@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from tests.oracle import assert_same_state, ids_by_step, scores, state
 from tests.runs import events, losses, metrics, run, start
-from tests.train.test_exact_resume import assert_same_state, ids_by_step, state
 from train.goodput import read_lines
 
 SETTINGS, STEPS = ["train.epochs=4", "checkpoint.every_steps=3"], 32
@@ -51,8 +51,7 @@ def test_killed_at_random_moments(tiny_config, tmp_path, kills, record_property)
         for epoch in range(4):
             ids = [i for step in range(8 * epoch + 1, 8 * epoch + 9) for i in taken[step]]
             assert len(ids) == len(set(ids)) == 256
-        scores = [{(line["step"], line["weights"]): line["top1"] for line in metrics(folder, "eval")} for folder in (output, whole)]
-        assert scores[0] == scores[1]
+        assert scores(output) == scores(whole)
         repeated += sum(line["lost_steps"] for name in ("start", "resume") for line in events(output, name))
         times = sorted(line["time"] for line in read_lines(output / "metrics.jsonl") if line["kind"] == "train")
         recoveries += [next(moment for moment in times if moment > killed) - killed for killed in killed_at if times[-1] > killed]

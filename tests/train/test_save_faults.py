@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults import KillAtWrite
+from tests.oracle import assert_same_state, state
 from tests.runs import RunningJob, events, losses, run, start
-from tests.train.test_exact_resume import assert_same_state, state
 from train.checkpoint import checkpoint_path, list_checkpoints, newest_valid, step_of, validate
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")

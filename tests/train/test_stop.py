@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults import SignalIn
+from tests.oracle import assert_same_state, ids_by_step, scores, state
 from tests.runs import events, losses, metrics, run, start
-from tests.train.test_exact_resume import assert_same_state, ids_by_step, state
 from train.checkpoint import list_checkpoints, step_of
 
 
@@ -31,8 +31,7 @@ def assert_nothing_lost(config, output, whole, stopped_after):
     assert losses(output) == losses(whole)
     assert ids_by_step(output, 2) == ids_by_step(whole, 2)
     assert_same_state(state(output, 16), state(whole, 16))
-    scores = [{(line["step"], line["weights"]): line["top1"] for line in metrics(folder, "eval")} for folder in (output, whole)]
-    assert scores[0] == scores[1]
+    assert scores(output) == scores(whole)
 
 
 def handles_signals(pid: int) -> bool:
