@@ -112,8 +112,6 @@ class Run:
 
     def go(self) -> None:
         """All of it: until the last step, or until somebody asks to stop."""
-        if self.lock:
-            self.lock.check()
         self.agreement.round(stop_signals.received)
         self.obey(self.agreement.close(), self.start)
         info = self.restored.info
@@ -246,7 +244,7 @@ class Run:
         """Begin to write a checkpoint of the state after `done` steps; the run's last one is waited for."""
         self.watchdog.enter("save", done)
         if self.lock:
-            self.lock.check()
+            self.lock.check()  # flock does not reach other nodes on every file system
         top1 = _best_weights(self.scores).top1 if self.scores and self.evaluation_due(done) else None
         self.saver.save(done, top1, self.monitor)
         if done == self.last:
