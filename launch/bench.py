@@ -101,6 +101,7 @@ def bench_guard(arguments: argparse.Namespace, config, manifest) -> dict | None:
         cost = bench_guard(config, len(manifest.classes), runtime, arguments.steps, Path(folder))
     if runtime.is_main:
         print(f"{runtime.describe()}: guard {cost['guard_ms']:.3f} ms of a step of {cost['step_ms']:.0f} ms: {cost['share']:.3%}")
+        print(f"a checkpoint stops training for {cost['save_stall_ms']:.0f} ms ({cost['save_megabytes']:.0f} MB of rank 0)")
     stop_runtime()
     return {"guard": {"world_size": runtime.world, **cost}} if runtime.is_main else None
 

@@ -7,10 +7,12 @@ import torch
 
 from data_pipeline.bench import interleave
 from train.config import Config
+from train.ema import Ema
 from train.engine import Engine
 from train.guard import Agreement, Skips
 from train.optimizer import build_optimizer
 from train.runtime import Runtime
+from train.saver import snapshot
 from train.signals import stop_signals
 from train.store import Store
 from train.tasks.classification import build_model
@@ -49,7 +51,8 @@ def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, roun
 
 
 def bench_guard(config: Config, classes: int, runtime: Runtime, steps: int, folder: Path) -> dict[str, float]:
-    """What the guard costs a step: milliseconds on the main thread of what the trainer calls, of the step, and their ratio.
+    """What the guard costs a step: milliseconds on the main thread of what the trainer calls, of the step, and their ratio; and how long
+    training stands still for a checkpoint of this rank's share.
 
     A difference of whole steps would drown in their noise, so the calls are timed between the step's own work. `folder`: for stacks.
     """
@@ -80,4 +83,11 @@ def bench_guard(config: Config, classes: int, runtime: Runtime, steps: int, fold
     total = time.perf_counter() - began
     agreement.close()
     watchdog.close()
-    return {"guard_ms": 1000 * guarding / steps, "step_ms": 1000 * total / steps, "share": guarding / total}
+    ema, stalls = Ema(engine, config.ema.decay), []
+    for _ in range(5):
+        began = time.perf_counter()
+        tensors, _ = snapshot(engine, ema)
+        stalls.append(1000 * (time.perf_counter() - began))
+    megabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
+    cost = {"guard_ms": 1000 * guarding / steps, "step_ms": 1000 * total / steps, "share": guarding / total}
+    return {**cost, "save_stall_ms": sorted(stalls)[2], "save_megabytes": megabytes}

@@ -138,3 +138,21 @@ def test_the_manifest_names_step_layout_and_data(finished):
     assert (info.step, info.optimizer_step, info.world_size) == (32, 32, 2)
     assert sorted(info.shards) == ["shard_00000.safetensors", "shard_00001.safetensors"]
     assert info.config["train"]["epochs"] == 4 and len(info.classes) == 10
+
+
+@pytest.mark.slow
+def test_plain_safetensors_reads_a_checkpoint(finished):
+    """Without this program: flat pieces, and in each file's metadata where they begin."""
+    newest = list_checkpoints(finished / "checkpoints")[0]
+    weights = read_weights(newest, "model")
+    found = dict.fromkeys(weights, 0)
+    for path in sorted(newest.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            starts = json.loads(file.metadata()["starts"])
+            for name, tensor in weights.items():
+                if f"model/{name}" in file.keys():
+                    piece, begin = file.get_tensor(f"model/{name}"), starts[f"model/{name}"]
+                    assert (piece == tensor.flatten()[begin : begin + piece.numel()]).all()
+                    found[name] += piece.numel()
+    parameters = read_info(newest).shapes
+    assert {name: found[name] for name in parameters} == {name: weights[name].numel() for name in parameters}

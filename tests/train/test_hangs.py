@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.faults import SignalIn
 from tests.oracle import assert_same_state, state
 from tests.runs import RunningJob, events, losses, metrics, run, start
 
@@ -37,6 +38,21 @@ def test_a_frozen_rank_is_named_and_the_run_goes_on(tiny_config, tmp_path, rank,
     run(tiny_config, tmp_path / "run", *settings, world=2)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert_same_state(state(tmp_path / "run", 24), state(tmp_path / "whole", 24))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("section", "count"),
+    [("evaluation", 5), *(pytest.param(*case, marks=pytest.mark.long) for case in [("first_step", 1), ("save", 3)])],
+)
+def test_every_section_has_its_limit(tiny_config, tmp_path, section, count):
+    """Rank 1 stops where it enters the section; save: the run's last one, which the others wait for."""
+    fault = SignalIn(1, signal.SIGSTOP, section, count)
+    settings = ["train.max_steps=8", "checkpoint.every_steps=4", f"guard.timeout.{section}=4"]
+    job = start(tiny_config, tmp_path, *settings, world=2, before=fault)
+    assert job.wait_for_death(0, timeout=60) == 71
+    said = next(line for line in job.text().splitlines() if line.startswith("error: hung: "))
+    assert f" s in {section} of step " in said and "(limit 4 s)" in said and "Silent, so frozen or dead: rank 1" in said
 
 
 @contextlib.contextmanager
