@@ -72,5 +72,6 @@ train: {{epochs: 2, global_batch: 32, micro_batch: 8, precision: fp32, log_every
 schedule: {{warmup_epochs: 0.5}}
 ema: {{decay: 0.9}}
 monitor: {{record_samples: true, images: 0}}
+guard: {{agree_every: 0}}
 """)
     return path

@@ -62,7 +62,7 @@ def bench_guard(config: Config, classes: int, runtime: Runtime, steps: int, fold
     labels = torch.randint(classes, (batch,), device=runtime.device)
     watchdog = Watchdog(runtime.rank, runtime.world, config.guard.timeout.model_dump(), folder, config.guard.grace)
     watchdog.connect(Store())
-    agreement, skips, guarding = Agreement(runtime.device), Skips(config.guard.max_skipped), 0.0
+    agreement, skips, guarding = Agreement(runtime.device, config.guard.agree_every), Skips(config.guard.max_skipped), 0.0
     for step in range(-3, steps):
         if step == 0:  # the first ones warm up
             began, guarding = time.perf_counter(), 0.0

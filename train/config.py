@@ -120,6 +120,7 @@ class TimeoutConfig(Section):
 class GuardConfig(Section):
     bad_samples: int = Field(100, ge=0, description="distinct unreadable samples that end a run when exceeded; all ranks, since its start")
     max_skipped: Positive = Field(20, description="steps in a row without a finite gradient, after which the run goes back to a checkpoint")
+    agree_every: float = Field(1, ge=0, description="seconds between two agreements of the ranks: who was asked to stop, who is slow")
     grace: float = Field(60, gt=0, description="seconds from a stop signal until this process has ended, saved or not")
     timeout: TimeoutConfig = TimeoutConfig()
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-# A rank is slow where its own time was above FACTOR x the median rank's, and LEAST seconds above it, in IN_A_ROW steps.
-FACTOR, LEAST, IN_A_ROW = 2.0, 0.05, 8
+# A rank is slow where its own time was above FACTOR x the median rank's, and LEAST seconds above it, in IN_A_ROW rounds.
+FACTOR, LEAST, IN_A_ROW = 2.0, 0.05, 5
 
 REMEDY = "lower optimizer.lr or optimizer.clip_grad, or use train.precision=bf16 instead of fp16"
 
@@ -43,19 +43,21 @@ class Agreed:
 
 
 class Agreement:
-    """One small sum over all ranks in every round (a step, or a batch of an evaluation).
+    """One small sum over all ranks, once in a while: at some of the calls of `round`, which all ranks make alike, and which ones all know.
 
-    A round's answer is read in the next round: the network works in between, and nobody waits for it. The gloo group is its own, so
-    that it neither waits for a GPU nor mixes with the gradients.
+    The answer is read at the next call: the network works in between, and nobody waits for it. The gloo group is its own, so that
+    it neither waits for a GPU nor mixes with the gradients.
     """
 
-    def __init__(self, device: torch.device):
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+    def __init__(self, device: torch.device, every: float):
+        """every: seconds from one sum to the next, at the pace of the calls before it (0: at every call)."""
+        self.rank, self.world, self.every = dist.get_rank(), dist.get_world_size(), every
         self._device = device
         self._group = dist.new_group(backend="gloo")
-        self._values = torch.zeros(2, self.world, dtype=torch.float64)  # signals, and seconds; each rank fills its column
+        self._values = torch.zeros(3, self.world, dtype=torch.float64)  # signals, own time, time per call; each rank fills its column
         self._pending: dist.Work | None = None
         self._alone: list = []
+        self._calls, self._pass_over, self._since = 0, 0, time.perf_counter()
         self._late = [0] * self.world
 
     @contextlib.contextmanager
@@ -67,24 +69,30 @@ class Agreement:
             self._alone.append((began, self._now()))
 
     def round(self, received: signal.Signals | None) -> Agreed:
-        """Report this rank's signal and its own time since the last round; what all ranks reported in the round before."""
+        """A step, or a batch of an evaluation, is over; `received`: this rank was asked to stop. Returns what all ranks have learnt."""
         agreed = self.close()
+        self._calls += 1
+        if self._pass_over:
+            self._pass_over -= 1
+            return agreed
+        now = time.perf_counter()
+        mine = [received or 0, sum(self._seconds(*pair) for pair in self._alone) / self._calls, (now - self._since) / self._calls]
+        self._alone, self._calls, self._since = [], 0, now
         self._values.zero_()
-        self._values[0, self.rank] = received or 0
-        self._values[1, self.rank] = sum(self._seconds(*pair) for pair in self._alone)
-        self._alone.clear()
-        if self.world > 1:
-            self._pending = dist.all_reduce(self._values, group=self._group, async_op=True)
+        self._values[:, self.rank] = torch.tensor(mine, dtype=torch.float64)
+        self._pending = dist.all_reduce(self._values, group=self._group, async_op=True)
         return agreed
 
     def close(self) -> Agreed:
-        """The answer of the round that is still open."""
-        if self._pending is not None:
-            self._pending.wait()
-            self._pending = None
-        signals, seconds = self._values.tolist()
+        """The answer that is still to come, if any."""
+        if self._pending is None:
+            return Agreed([], [])
+        self._pending.wait()
+        self._pending = None
+        signals, own, pace = self._values.tolist()
+        self._pass_over = int(self.every / max(pace))
         stop = [(rank, signal.Signals(int(number))) for rank, number in enumerate(signals) if number]
-        return Agreed(stop, self._slow(seconds))
+        return Agreed(stop, self._slow(own))
 
     def _slow(self, seconds: list[float]) -> list[tuple[int, float, float]]:
         if not all(seconds):  # not a step

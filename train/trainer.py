@@ -93,7 +93,7 @@ class Run:
         self.last = max(self.start, min(self.total, config.train.max_steps or self.total))
         about = describe(self.start, config, manifest, self.engine)
         self.saver = Saver(self.checkpoints, about, self.engine, self.ema, store, config)
-        self.agreement = Agreement(runtime.device)
+        self.agreement = Agreement(runtime.device, config.guard.agree_every)
         self.skips = Skips(config.guard.max_skipped)
         lost = lost_steps(output / "metrics.jsonl", self.start)
         self.monitor = Monitor(output, config, is_main=runtime.is_main, first=self.start, last=self.last, flops_per_image=flops)

@@ -43,7 +43,7 @@ def test_a_frozen_rank_is_named_and_the_run_goes_on(tiny_config, tmp_path, rank,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "count"),
-    [("evaluation", 5), *(pytest.param(*case, marks=pytest.mark.long) for case in [("first_step", 1), ("save", 3)])],
+    [("evaluation", 5), *(pytest.param(*case, marks=pytest.mark.long) for case in [("first_step", 1), ("save", 2)])],
 )
 def test_every_section_has_its_limit(tiny_config, tmp_path, section, count):
     """Rank 1 stops where it enters the section; save: the run's last one, which the others wait for."""
