@@ -77,7 +77,7 @@ def slowed(pid: int) -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_a_slow_rank_is_named(tiny_config, tmp_path, rank):
     """It is stopped for three quarters of the time, in slices; the model is large enough for a step to take some."""
     settings = ["train.epochs=100", "train.evaluate_every=0", "model.embed_dim=64", "model.depths=[2, 2]", "data.image_size=32"]

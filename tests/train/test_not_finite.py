@@ -8,10 +8,18 @@ from tests.oracle import assert_same_state, ids_by_step, state
 from tests.runs import events, losses, run, start
 from train.checkpoint import checkpoint_path, read_info
 
+LONG = [(0, "bf16"), (2, "bf16"), (1, "fp16"), (2, "fp16"), (3, "fp16")]
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        *((stage, "fp32") for stage in range(4)),
+        *((1, "bf16"), (3, "bf16"), (0, "fp16")),
+        *(pytest.param(stage, precision, marks=pytest.mark.long) for stage, precision in LONG),
+    ],
+)
 def test_all_ranks_skip_the_step_and_nothing_changes(tiny_config, tmp_path, stage, precision):
     settings = [f"zero.stage={stage}", f"train.precision={precision}", "checkpoint.every_steps=1", "checkpoint.keep=9", "train.max_steps=6"]
     job = run(

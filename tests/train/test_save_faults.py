@@ -164,7 +164,7 @@ def system_calls(pid: int, injection: str) -> Iterator[None]:
 
 @needs_strace
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_a_disk_with_errors(tiny_config, tmp_path, rank):
     """fsync says EIO on one rank: no checkpoint of that step, on any rank, and training goes on."""
     job = start(tiny_config, tmp_path, *SETTINGS, EPOCHS, world=2)

@@ -58,11 +58,11 @@ def test_in_start_up(tiny_config, whole, tmp_path, rank, number):
 @pytest.mark.parametrize(
     ("fault", "steps"),
     [
-        (SignalIn(1, signal.SIGTERM, "first_step", 1), {1, 2}),
-        (SignalIn(0, signal.SIGUSR1, "step", 4), {5, 6}),
+        (SignalIn(1, signal.SIGTERM, "first_step", 1), {1, 2, 3}),
+        (SignalIn(0, signal.SIGUSR1, "step", 4), {5, 6, 7}),
         (SignalIn(1, signal.SIGINT, "evaluation", 1), {8}),
         (SignalIn(1, signal.SIGTERM, "evaluation", 12), {8}),
-        (SignalIn(0, signal.SIGTERM, "save", 1), {8, 9, 10}),
+        (SignalIn(0, signal.SIGTERM, "save", 1), {8, 9, 10, 11}),
         (SignalIn(1, signal.SIGUSR1, "save", 2), {16}),
     ],
     ids=lambda value: f"{value.section}-{value.number.name}" if isinstance(value, SignalIn) else None,
@@ -82,7 +82,7 @@ def test_while_it_runs(tiny_config, whole, tmp_path, fault, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [3, pytest.param(0, marks=pytest.mark.long)])
 def test_at_other_zero_stages(tiny_config, tmp_path, stage):
     settings = [f"zero.stage={stage}"]
     run(tiny_config, tmp_path / "whole", *settings, world=2)
