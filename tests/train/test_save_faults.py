@@ -154,8 +154,14 @@ def system_calls(pid: int, injection: str) -> Iterator[None]:
     """All of the process's system calls as `injection` says, e.g. "fsync:error=EIO": strace changes them on their way to the kernel."""
     name = injection.partition(":")[0]
     command = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={name}", "-e", f"inject={injection}", "-p", str(pid)]
+    os.kill(pid, signal.SIGSTOP)  # or the run might be over before strace has come
     with subprocess.Popen(command) as tracer:
         try:
+            tasks = list(Path(f"/proc/{pid}/task").iterdir())
+            while any("TracerPid:\t0" in (task / "status").read_text() for task in tasks):
+                assert tracer.poll() is None, "strace has ended"
+                time.sleep(0.01)
+            os.kill(pid, signal.SIGCONT)
             yield
         finally:
             tracer.send_signal(signal.SIGINT)  # it lets go of the process
@@ -184,7 +190,7 @@ def test_a_disk_with_errors(tiny_config, tmp_path, rank):
 def test_a_slow_file_system_is_named(tiny_config, tmp_path):
     job = start(tiny_config, tmp_path, *SETTINGS, EPOCHS)
     wait_for_event(job, "checkpoint")
-    with system_calls(job.processes[0].pid, "fsync:delay_enter=100000"):
+    with system_calls(job.processes[0].pid, "fsync:delay_enter=1000000"):
         slow = wait_for_event(job, "save_slow")
     assert slow["seconds"] > 0 and "raise checkpoint.every_steps" in job.text()
     assert job.wait() == [0]
