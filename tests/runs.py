@@ -126,6 +126,12 @@ def losses(output: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in metrics(output, "train")}
 
 
+def handles(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has installed a handler of the signal."""
+    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 def _rank(
     rank: int, world: int, port: int, command: list[str], output: str, allow_fp16: bool, before: Callable[[int], None] | None
 ) -> None:

@@ -23,10 +23,10 @@ class StopSignals:
     def install(self) -> None:
         read, write = os.pipe()
         os.set_blocking(write, False)
+        signal.set_wakeup_fd(write)  # before the handlers: what they are told would not be written otherwise
+        threading.Thread(target=self._listen, args=[read], name="signals", daemon=True).start()
         for number in STOP:
             signal.signal(number, self._handle)
-        signal.set_wakeup_fd(write)
-        threading.Thread(target=self._listen, args=[read], name="signals", daemon=True).start()
 
     def call(self, action: Callable[[], None]) -> None:
         """Call `action` when a signal comes, from another thread; at once where one has come already."""

@@ -1,14 +1,14 @@
 """A request to stop, at one rank, at any moment: all ranks stop after the same step, nothing is lost, and the exit code is 75."""
 
+import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.faults import SignalIn
 from tests.oracle import assert_same_state, ids_by_step, scores, state
-from tests.runs import events, losses, metrics, run, start
+from tests.runs import events, handles, losses, metrics, run, start
 from train.checkpoint import list_checkpoints, step_of
 
 
@@ -34,21 +34,15 @@ def assert_nothing_lost(config, output, whole, stopped_after):
     assert scores(output) == scores(whole)
 
 
-def handles_signals(pid: int) -> bool:
-    """Whether the process has installed a handler of SIGTERM yet."""
-    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
-    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGUSR1)])
 def test_in_start_up(tiny_config, whole, tmp_path, rank, number):
     job = start(tiny_config, tmp_path, world=2)
     deadline = time.monotonic() + 60
-    while not handles_signals(job.processes[rank].pid):
+    while not handles(job.processes[rank].pid, number):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    job.processes[rank].terminate() if number == signal.SIGTERM else __import__("os").kill(job.processes[rank].pid, number)
+    os.kill(job.processes[rank].pid, number)
     assert job.wait() == [75, 75]
     assert "Traceback" not in job.text() + job.text(1)
     assert_nothing_lost(tiny_config, tmp_path, whole, 0)
