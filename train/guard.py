@@ -1,4 +1,4 @@
-"""What ends a run early, and what the ranks tell each other once a step: who was asked to stop, and how long each was busy by itself."""
+"""What ends a run early, and what the ranks tell each other once a second: who was asked to stop, and how long each was busy by itself."""
 
 import contextlib
 import signal
@@ -70,7 +70,7 @@ class Agreement:
 
     def round(self, received: signal.Signals | None) -> Agreed:
         """A step, or a batch of an evaluation, is over; `received`: this rank was asked to stop. Returns what all ranks have learnt."""
-        agreed = self.close()
+        agreed = self._answer()
         self._calls += 1
         if self._pass_over:
             self._pass_over -= 1
@@ -84,7 +84,11 @@ class Agreement:
         return agreed
 
     def close(self) -> Agreed:
-        """The answer that is still to come, if any."""
+        """The answer that is still to come, if any. The calls that follow may have another pace: the next one makes a sum."""
+        agreed, self._pass_over = self._answer(), 0
+        return agreed
+
+    def _answer(self) -> Agreed:
         if self._pending is None:
             return Agreed([], [])
         self._pending.wait()

@@ -233,6 +233,7 @@ class Run:
             self.obey(asked.agreed, done)
         self.scores = scores
         self.bad_samples.agree(self.monitor)
+        self.obey(self.agreement.close(), done)
 
     def score(self, done: int, weights: str, meet: Callable[[Iterable[BadSample]], None]) -> Scores:
         began = time.perf_counter()
