@@ -51,7 +51,9 @@ def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: 
             run.monitor.close()
             run.samples.close()
     except Exception as error:
-        if not hasattr(error, "exit_code"):
+        if hasattr(error, "exit_code"):
+            watchdog.close()
+        else:
             watchdog.settle()
         raise
     run.engine.destroy()
