@@ -1,4 +1,4 @@
-"""The two attentions of CAT (arXiv 2106.05786, section 3.1) and the patches they work on, in plain PyTorch.
+"""The two attentions of CAT (arXiv 2106.05786, section 3.1) and the patches they work on: in plain PyTorch, or by the Triton kernels.
 
 A stage's tokens lie on an H x W map which is cut into n patches of P x P tokens.
 
@@ -8,12 +8,15 @@ A stage's tokens lie on an H x W map which is cut into n patches of P x P tokens
 Shape letters: B images, H W map, N tokens, n patches, P tokens per patch (size * size), C channels, h heads, d channels per head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from catmodel import kernels
+from catmodel.dropout import draw_seed, dropout
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,15 @@ class Patches:
     single tokens (norm, MLP, residual) does not care. Otherwise tokens are kept row by row, and `split` pads the map with zeros on the
     right and at the bottom: so padding comes after the norm, as published, and costs the MLP nothing.
 
-    height, width: of the map, in tokens. size: a patch's side, in tokens.
+    height, width: of the map, in tokens. size: a patch's side, in tokens. by_row: keep tokens row by row in any case.
+    kernels: let the Triton kernels do the work, where they fit; they find a patch's tokens in the rows by themselves.
     """
 
     height: int
     width: int
     size: int
+    by_row: bool = False
+    kernels: bool = False
 
     @property
     def padding(self) -> tuple[int, int]:
@@ -37,8 +43,8 @@ class Patches:
         return -self.height % self.size, -self.width % self.size
 
     @property
-    def exact(self) -> bool:
-        return self.padding == (0, 0)
+    def by_patch(self) -> bool:
+        return self.padding == (0, 0) and not self.by_row
 
     @property
     def can_shift(self) -> bool:
@@ -47,32 +53,47 @@ class Patches:
 
     def tokens_from_map(self, x_BHWC: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, N, C] in this stage's order."""
-        return self._cut(x_BHWC).flatten(1, 2) if self.exact else x_BHWC.flatten(1, 2)
+        return self._cut(x_BHWC).flatten(1, 2) if self.by_patch else x_BHWC.flatten(1, 2)
 
     def map_from_tokens(self, x_BNC: Tensor) -> Tensor:
         """[B, N, C] in this stage's order -> [B, H, W, C]."""
-        if self.exact:
+        if self.by_patch:
             return self._paste(x_BNC.unflatten(1, (-1, self.size**2)))
         return x_BNC.unflatten(1, (self.height, self.width))
 
     def split(self, x_BNC: Tensor, shift: int = 0) -> Tensor:
         """[B, N, C] -> patches [B, n, P, C]; with a shift, of the map rolled up and to the left by that many tokens."""
-        if self.exact and not shift:
+        if self.by_patch and not shift:
             return x_BNC.unflatten(1, (-1, self.size**2))
         x_BHWC = self.map_from_tokens(x_BNC)
-        if not self.exact:
-            rows, columns = self.padding
+        rows, columns = self.padding
+        if rows or columns:
             x_BHWC = F.pad(x_BHWC, (0, 0, 0, columns, 0, rows))
         return self._cut(x_BHWC.roll((-shift, -shift), dims=(1, 2)) if shift else x_BHWC)
 
     def join(self, x_BnPC: Tensor, shift: int = 0) -> Tensor:
         """The inverse of `split`: [B, n, P, C] -> [B, N, C]."""
-        if self.exact and not shift:
+        if self.by_patch and not shift:
             return x_BnPC.flatten(1, 2)
         x_BHWC = self._paste(x_BnPC)
         if shift:
             x_BHWC = x_BHWC.roll((shift, shift), dims=(1, 2))
         return self.tokens_from_map(x_BHWC[:, : self.height, : self.width])
+
+    def pad(self, x_BNC: Tensor) -> tuple["Patches", Tensor]:
+        """Row by row: the map padded on the right and at the bottom to whole patches, and its tokens."""
+        rows, columns = self.padding
+        if not rows and not columns:
+            return self, x_BNC
+        padded = replace(self, height=self.height + rows, width=self.width + columns)
+        return padded, F.pad(self.map_from_tokens(x_BNC), (0, 0, 0, columns, 0, rows)).flatten(1, 2)
+
+    def crop(self, x_BNC: Tensor) -> Tensor:
+        """The tokens of this map from those of the padded one."""
+        rows, columns = self.padding
+        if not rows and not columns:
+            return x_BNC
+        return x_BNC.unflatten(1, (self.height + rows, -1))[:, : self.height, : self.width].flatten(1, 2)
 
     def shift_mask(self, shift: int, device: torch.device) -> Tensor:
         """[n, P, P], True where two tokens of a shifted patch lay together before the roll too, and so may attend.
@@ -103,14 +124,16 @@ class InnerPatchAttention(nn.Module):
 
     channels: C. num_heads must divide it. patch_size: a patch's side, in tokens.
     shifted: group the tokens into patches that are shifted by half a patch (the paper's ablation; not the published models).
+    dropout: of the attention weights, in training.
     """
 
-    def __init__(self, channels: int, num_heads: int, patch_size: int, shifted: bool = False):
+    def __init__(self, channels: int, num_heads: int, patch_size: int, shifted: bool = False, dropout: float = 0.0):
         super().__init__()
         if channels % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide the {channels} channels of its stage")
         self.num_heads = num_heads
         self.shift = patch_size // 2 if shifted else 0
+        self.dropout = dropout
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * patch_size - 1) ** 2, num_heads))
         self.register_buffer("relative_position_index", relative_position_index(patch_size))
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -120,14 +143,22 @@ class InnerPatchAttention(nn.Module):
     def forward(self, x_BNC: Tensor, patches: Patches) -> Tensor:
         """[B, N, C] -> [B, N, C]"""
         shift = self.shift if patches.can_shift else 0
+        rate = self.dropout if self.training else 0.0
+        seed = draw_seed(x_BNC.device) if rate else None
+        bias = self.position_bias()
+        if patches.kernels and kernels.inner_patch_fits(patches.size, x_BNC.shape[-1] // self.num_heads):
+            whole, x_BNC = patches.pad(x_BNC)
+            y_BNC = torch.ops.catmodel.inner_patch_attention(
+                self.qkv(x_BNC), bias, whole.height, whole.width, whole.size, shift, rate, seed
+            )
+            return self.proj(patches.crop(y_BNC))
         x_BnPC = patches.split(x_BNC, shift)
         B = x_BnPC.shape[0]
         q, k, v = rearrange(self.qkv(x_BnPC), "B n P (three h d) -> three (B n) h P d", three=3, h=self.num_heads)
-        bias = self.position_bias().to(q.dtype)
         if shift:
             allowed_n1PP = patches.shift_mask(shift, x_BNC.device).unsqueeze(1)
             bias = bias.masked_fill(~allowed_n1PP, float("-inf")).repeat(B, 1, 1, 1)
-        y = attend(q, k, v, bias)
+        y = attend(q, k, v, bias, rate, seed)
         y_BnPC = self.proj(rearrange(y, "(B n) h P d -> B n P (h d)", B=B))
         return patches.join(y_BnPC, shift)
 
@@ -156,31 +187,36 @@ class CrossPatchAttention(nn.Module):
 
     def forward(self, x_BNC: Tensor, patches: Patches) -> Tensor:
         """[B, N, C] -> [B, N, C]"""
+        # With a single patch (stage 4) the softmax is 1, yet dropout still silences a channel's whole v: so no shortcut.
+        rate = self.dropout if self.training else 0.0
+        seed = draw_seed(x_BNC.device) if rate else None
+        if patches.kernels and kernels.cross_patch_fits(patches.size):
+            weights = self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias
+            return kernels.cross_patch_attention(x_BNC, *weights, patches, self.num_heads, rate, seed)
         x_BnPC = patches.split(x_BNC)
         B = x_BnPC.shape[0]
         x_BCnP = rearrange(x_BnPC, "B n P C -> B C n P")
         q, k, v = rearrange(self.qkv(x_BCnP), "B C n (three h d) -> three (B C) h n d", three=3, h=self.num_heads)
-        # With a single patch (stage 4) the softmax is 1, yet dropout still silences a channel's whole v: so no shortcut.
-        y = attend(q, k, v, dropout=self.dropout if self.training else 0.0)
+        y = attend(q, k, v, None, rate, seed)
         y_BCnP = self.proj(rearrange(y, "(B C) h n d -> B C n (h d)", B=B))
         return patches.join(rearrange(y_BCnP, "B C n P -> B n P C"))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, rate: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v, all [batch, h, tokens, d]; the bias broadcasts to [batch, h, tokens, tokens].
 
-    dropout: of the softmax, always on: the caller knows whether it trains.
+    rate: of dropout, of the softmax; seed: what its mask is a function of (`catmodel.dropout`).
 
-    PyTorch's fused attention, which never holds tokens x tokens in memory: a dense 800x1280 image has 1,334 patches in each of 96 channels.
-    On a CPU, though, the plain products are faster where tokens are few, or where a trainable bias keeps PyTorch from fusing
-    (together 4 % of a training step of cat_tiny, 12 % of one of cat_nano).
+    Without dropout by PyTorch's fused attention, which never holds tokens x tokens in memory: a dense 800x1280 image has 1,334 patches in
+    each of 96 channels. On a CPU, though, the plain products are faster where tokens are few, or where a trainable bias keeps PyTorch from
+    fusing (together 4 % of a training step of cat_tiny, 12 % of one of cat_nano).
     """
     tokens, d = q.shape[-2:]
-    if q.device.type == "cpu" and (bias is not None or tokens <= 8):
+    if rate or (q.device.type == "cpu" and (bias is not None or tokens <= 8)):
         weights = (q * d**-0.5) @ k.transpose(-2, -1)
         weights = (weights if bias is None else weights + bias).softmax(dim=-1)
-        return F.dropout(weights, dropout) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        return (dropout(weights, rate, seed) if rate else weights) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias if bias is None else bias.to(q.dtype))
 
 
 def relative_position_index(size: int) -> Tensor:

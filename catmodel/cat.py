@@ -13,7 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from catmodel import kernels
 from catmodel.attention import CrossPatchAttention, InnerPatchAttention, Patches
+from catmodel.layers import DropPathAdd, Mlp
 from catmodel.variants import build
 
 # ---------------------------------------------------------------------------------------------------------------------- layers
@@ -82,39 +84,6 @@ class PatchProjection(nn.Module):
         return self.reduction(self.norm(rearrange(x_BHWC, "B (H dy) (W dx) C -> B H W (dx dy C)", dy=2, dx=2)))
 
 
-class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between them, on the last dimension."""
-
-    def __init__(self, channels: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(channels, hidden)
-        self.fc2 = nn.Linear(hidden, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class DropPathAdd(nn.Module):
-    """A residual sum with drop-path (stochastic depth, arXiv 1603.09382): x + branch, each sample's branch dropped at `rate` in training.
-
-    Branches that stay are scaled by 1 / (1 - rate). Draws from torch's default generator of the tensors' device.
-    """
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x_BNC: Tensor, branch_BNC: Tensor) -> Tensor:
-        if not self.training or self.rate == 0.0:
-            return x_BNC + branch_BNC
-        keep = 1.0 - self.rate
-        mask_B11 = branch_BNC.new_empty(len(branch_BNC), 1, 1).bernoulli_(keep).div_(keep)
-        return torch.addcmul(x_BNC, branch_BNC, mask_B11)  # one pass over memory instead of two
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:g}"
-
-
 # ---------------------------------------------------------------------------------------------------------------------- blocks
 
 
@@ -131,7 +100,7 @@ class Block(nn.Module):
 
     def forward(self, x_BNC: Tensor, patches: Patches) -> Tensor:
         x_BNC = self.add(x_BNC, self.attn(self.norm1(x_BNC), patches))
-        return self.add(x_BNC, self.mlp(self.norm2(x_BNC)))
+        return self.add(x_BNC, self.mlp(self.norm2(x_BNC), patches.kernels))
 
 
 # ---------------------------------------------------------------------------------------------------------------------- stages
@@ -152,6 +121,7 @@ class Stage(nn.Module):
         patch_size: int,
         mlp_ratio: float,
         drop_path: Sequence[float],
+        ipsa_drop: float,
         cpsa_drop: float,
         cpsa_num_heads: int,
         shifted_windows: bool,
@@ -160,9 +130,10 @@ class Stage(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.grad_checkpointing = False
+        self.kernels = True
 
         def ipsa(rate: float, shifted: bool) -> Block:
-            return Block(channels, InnerPatchAttention(channels, num_heads, patch_size, shifted), mlp_ratio, rate)
+            return Block(channels, InnerPatchAttention(channels, num_heads, patch_size, shifted, ipsa_drop), mlp_ratio, rate)
 
         def cpsa(rate: float) -> Block:
             return Block(channels, CrossPatchAttention(patch_size, cpsa_num_heads, cpsa_drop), mlp_ratio, rate)
@@ -173,7 +144,8 @@ class Stage(nn.Module):
         self.downsample = PatchProjection(channels) if downsample else None
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        patches = Patches(x_BHWC.shape[1], x_BHWC.shape[2], self.patch_size)
+        fused = self.kernels and kernels.usable(x_BHWC.device, x_BHWC.dtype)
+        patches = Patches(x_BHWC.shape[1], x_BHWC.shape[2], self.patch_size, by_row=fused, kernels=fused)
         x_BNC = patches.tokens_from_map(x_BHWC)
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         for cab in zip(self.pre_ipsa_blocks, self.cpsa_blocks, self.post_ipsa_blocks, strict=True):
@@ -195,7 +167,7 @@ class CAT(nn.Module):
     embed_dim: channels of the first stage; they double from stage to stage.
     depths: CABs per stage; as many stages as numbers. num_heads: of IPSA, per stage.
     mlp_ratio: hidden channels of the MLP / its channels. drop_path_rate: drop-path of the last CAB, growing linearly from 0.
-    cpsa_drop: attention dropout in CPSA. The paper's 0.2 (Table 6); the released configs have 0.
+    ipsa_drop, cpsa_drop: attention dropout in IPSA and CPSA. The paper's 0.2 in CPSA (Table 6); the released configs have 0 in both.
     init_std: standard deviation of the initial linear weights, 0.02 as published; None: each layer's inputs ** -0.5 (LeCun), for narrow
         networks, in which 0.02 starts every branch near zero.
     The paper's ablations: patch_embed "conv" or "slice"; cpsa_num_heads; shifted_windows in the second IPSA of every CAB; ape (absolute
@@ -217,6 +189,7 @@ class CAT(nn.Module):
         num_heads: Sequence[int] = (3, 6, 12, 24),
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
+        ipsa_drop: float = 0.0,
         cpsa_drop: float = 0.2,
         init_std: float | None = 0.02,
         patch_embed: Literal["conv", "slice"] = "conv",
@@ -233,8 +206,9 @@ class CAT(nn.Module):
             raise ValueError(f"depths {list(depths)} and num_heads {list(num_heads)} must have one number per stage each")
         if out_indices is not None and not features_only:
             raise ValueError("out_indices needs features_only=True")
-        if not (0.0 <= drop_path_rate < 1.0 and 0.0 <= cpsa_drop < 1.0):
-            raise ValueError(f"drop_path_rate {drop_path_rate} and cpsa_drop {cpsa_drop} must be in [0, 1)")
+        for name, rate in (("drop_path_rate", drop_path_rate), ("ipsa_drop", ipsa_drop), ("cpsa_drop", cpsa_drop)):
+            if not 0.0 <= rate < 1.0:
+                raise ValueError(f"{name} {rate} must be in [0, 1)")
         if not features_only:
             check_img_size(self.img_size, embed_patch_size * patch_size, stages)
         self.features_only, self.init_std = features_only, init_std
@@ -259,6 +233,7 @@ class CAT(nn.Module):
                 patch_size=patch_size,
                 mlp_ratio=mlp_ratio,
                 drop_path=rates[sum(depths[:i]) : sum(depths[: i + 1])],
+                ipsa_drop=ipsa_drop,
                 cpsa_drop=cpsa_drop,
                 cpsa_num_heads=cpsa_num_heads,
                 shifted_windows=shifted_windows,
@@ -311,6 +286,11 @@ class CAT(nn.Module):
         """Recompute each block's activations in the backward pass instead of storing them. Replays random draws: same gradients."""
         for stage in self.layers:
             stage.grad_checkpointing = enable
+
+    def set_kernels(self, enable: bool = True) -> None:
+        """Use the Triton kernels where device, dtype and shapes allow (the default), or plain PyTorch everywhere."""
+        for stage in self.layers:
+            stage.kernels = enable
 
     def embed(self, image: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> the first stage's input [B, H/p, W/p, C], with the absolute position."""

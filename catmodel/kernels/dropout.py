@@ -1,0 +1,26 @@
+"""The mask of `catmodel.dropout`, inside a Triton kernel."""
+
+import triton
+import triton.language as tl
+
+from catmodel.dropout import GOLDEN, MULTIPLIERS
+
+_FIRST, _SECOND, _GOLDEN = (tl.constexpr(bits % 2**32) for bits in (*MULTIPLIERS, GOLDEN))
+
+
+@triton.jit
+def keep_mask(seed, rows, columns, THRESHOLD: tl.constexpr):
+    """seed: an int32 scalar; rows [R] and columns [C]: any integers -> bool [R, C], True where an element stays.
+
+    THRESHOLD: of `catmodel.dropout.threshold`.
+    """
+    row_key = _hash((rows ^ seed).to(tl.uint32))
+    column_key = columns.to(tl.uint32) * _GOLDEN
+    return _hash(row_key[:, None] ^ column_key[None, :]).to(tl.int32, bitcast=True) >= THRESHOLD
+
+
+@triton.jit
+def _hash(x):
+    x = (x ^ (x >> 16)) * _FIRST
+    x = (x ^ (x >> 15)) * _SECOND
+    return x ^ (x >> 16)

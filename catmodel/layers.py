@@ -1,0 +1,43 @@
+"""Layers that several families share."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from catmodel import kernels
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them, on the last dimension."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
+        """fused: by the Triton kernels, where they pay."""
+        if fused and kernels.mlp_pays(self.fc1.in_features):
+            return torch.ops.catmodel.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)[0]
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class DropPathAdd(nn.Module):
+    """A residual sum with drop-path (stochastic depth, arXiv 1603.09382): x + branch, each sample's branch dropped at `rate` in training.
+
+    Branches that stay are scaled by 1 / (1 - rate). Draws from torch's default generator of the tensors' device.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x_BNC: Tensor, branch_BNC: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x_BNC + branch_BNC
+        keep = 1.0 - self.rate
+        mask_B11 = branch_BNC.new_empty(len(branch_BNC), 1, 1).bernoulli_(keep).div_(keep)
+        return torch.addcmul(x_BNC, branch_BNC, mask_B11)  # one pass over memory instead of two
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}"
