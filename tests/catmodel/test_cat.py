@@ -112,7 +112,7 @@ def test_drop_path_draws_attention_and_mlp_independently():
     block = model.layers[0].pre_ipsa_blocks[0]
     block.add.rate = 0.5
     block.attn.forward = lambda x, patches: torch.ones_like(x)
-    block.mlp.forward = lambda x: torch.full_like(x, 10.0)
+    block.mlp.forward = lambda x, fused: torch.full_like(x, 10.0)
     out = block(torch.zeros(400, 16, 32), None)[:, 0, 0]
     assert set(out.tolist()) == {0.0, 2.0, 20.0, 22.0}
 
