@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import catmodel
-from catmodel.cat import DropPathAdd
+from catmodel.attention import Patches
+from catmodel.layers import DropPathAdd
 
 PUBLISHED = {  # parameters, backbone parameters, GMACs, drop-path: shared facts from the paper and its code
     "cat_tiny": (16_870_996, None, 2.7705, 0.1),
@@ -113,7 +114,7 @@ def test_drop_path_draws_attention_and_mlp_independently():
     block.add.rate = 0.5
     block.attn.forward = lambda x, patches: torch.ones_like(x)
     block.mlp.forward = lambda x, fused: torch.full_like(x, 10.0)
-    out = block(torch.zeros(400, 16, 32), None)[:, 0, 0]
+    out = block(torch.zeros(400, 16, 32), Patches(4, 4, 4))[:, 0, 0]
     assert set(out.tolist()) == {0.0, 2.0, 20.0, 22.0}
 
 
