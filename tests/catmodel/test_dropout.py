@@ -1,0 +1,41 @@
+"""Dropout whose mask is a function of a seed and a place."""
+
+import math
+
+import pytest
+import torch
+
+from catmodel.dropout import draw_seed, dropout, keep_mask
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5, 0.9])
+def test_elements_stay_as_often_as_the_rate_says_in_rows_columns_and_pairs(rate: float):
+    torch.manual_seed(0)
+    keep = keep_mask(draw_seed(CPU), (1000, 1000), rate).double() - (1 - rate)
+    sigma = math.sqrt(rate * (1 - rate) / 1000)
+    assert abs(keep.mean()) < 5 * sigma / math.sqrt(1000)
+    for sums in (keep.mean(0), keep.mean(1)):
+        assert 0.9 < sums.std() / sigma < 1.1
+    for neighbour in (keep.roll(1, 0), keep.roll(1, 1), keep.roll((1, 1), (0, 1)), keep.T):
+        correlation = (keep * neighbour).mean() / (rate * (1 - rate))
+        assert abs(correlation) < 5e-3
+
+
+def test_the_mask_is_a_function_of_the_seed_and_the_place():
+    torch.manual_seed(0)
+    seed, other = draw_seed(CPU), draw_seed(CPU)
+    mask = keep_mask(seed, (3, 40, 50), 0.3)
+    assert torch.equal(mask, keep_mask(seed, (120, 50), 0.3).view(3, 40, 50)), "leading dimensions number the rows on"
+    assert torch.equal(mask[:1, :, :20], keep_mask(seed, (1, 40, 20), 0.3)), "a place's fate does not depend on the size"
+    agree = (mask == keep_mask(other, (3, 40, 50), 0.3)).double().mean()
+    assert abs(agree - (0.7**2 + 0.3**2)) < 0.03
+
+
+def test_what_stays_is_scaled_so_that_the_mean_is_kept():
+    torch.manual_seed(0)
+    x = torch.ones(500, 500, dtype=torch.double)
+    y = dropout(x, 0.2, draw_seed(CPU))
+    assert set(y.unique().tolist()) == {0.0, 1.25}
+    assert abs(y.mean() - 1) < 0.01
