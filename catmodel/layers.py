@@ -18,7 +18,8 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         """fused: by the Triton kernels, where they pay."""
         if fused and kernels.mlp_pays(self.fc1.in_features):
-            return torch.ops.catmodel.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)[0]
+            weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+            return torch.ops.catmodel.mlp(x, *weights, torch.is_grad_enabled())[0]
         return self.fc2(F.gelu(self.fc1(x)))
 
 

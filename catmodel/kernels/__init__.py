@@ -7,8 +7,14 @@ are deterministic: no atomic additions, and block sizes are fixed by the shapes,
 import functools
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from catmodel.attention import Patches
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -23,7 +29,7 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype not in DTYPES:
         return _plain(f"they do not know {dtype}")
     try:
-        from catmodel.kernels import cross_patch, inner_patch, mlp  # noqa: F401 (registers the operators)
+        from catmodel.kernels import cross_patch, flash, inner_patch, mlp, pack  # noqa: F401 (registers the operators)
     except ModuleNotFoundError as error:
         return _plain(f"{error.name} is not installed")
     return True
@@ -46,6 +52,34 @@ def inner_patch_fits(size: int, head_dim: int) -> bool:
 
 def cross_patch_fits(size: int) -> bool:
     return size <= 12 or _plain(f"cross-patch attention knows patches up to 12 x 12, not {size} x {size}")
+
+
+def cross_patch_attention(
+    x_BNC: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    patches: "Patches",
+    num_heads: int,
+    rate: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """`catmodel.attention.CrossPatchAttention` by kernels: tokens row by row, [B, N, C] -> [B, N, C].
+
+    In one kernel for up to 64 patches, which the images have that classifiers are trained on; otherwise flash attention between the two
+    linear layers. So too in float32: without tensor cores that one kernel takes minutes to compile, and has far too few registers.
+    """
+    place = patches.height, patches.width, patches.size
+    x_BCnP = torch.ops.catmodel.pack(x_BNC, *place)
+    B, C, n, P = x_BCnP.shape
+    if num_heads == 1 and n <= 64 and P <= 49 and x_BNC.dtype != torch.float32:
+        y_BCnP = torch.ops.catmodel.cross_patch_attention(x_BCnP, qkv_weight, qkv_bias, proj_weight, proj_bias, rate, seed)
+    else:
+        qkv_Tn3hd = F.linear(x_BCnP, qkv_weight, qkv_bias).view(B * C, n, 3, num_heads, P // num_heads)
+        y_Tnhd, _ = torch.ops.catmodel.flash_attention(qkv_Tn3hd, rate, seed)
+        y_BCnP = F.linear(y_Tnhd.view(B, C, n, P), proj_weight, proj_bias)
+    return torch.ops.catmodel.unpack(y_BCnP, *place)
 
 
 def mlp_pays(channels: int) -> bool:

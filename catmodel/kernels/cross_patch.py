@@ -1,0 +1,299 @@
+"""Cross-patch attention (`catmodel.attention.CrossPatchAttention`) of few patches, in one kernel forward and one backward.
+
+Between the patches of a channel and the softmax, and between the softmax and the output, there is nothing but linear maps, of P to P
+features with one head: so two matrices stand for the four. With x the patches and a one, W the weights with their bias as one more column,
+
+    q k^T = x A x^T, A = W_q^T W_k              proj(weights v) = (weights x) M^T + bias, M = W_proj W_v
+
+That is 4 products a tile in place of 6, 11 in place of 17 on the way back, and two sums of gradients in place of four: few enough to stay
+in registers. A and M are made anew, with fp32 sums, by every program, and rounded to the dtype of the input, as q, k and v are elsewhere.
+Nothing is saved for the way back but the input.
+
+A tile has ROWS rows of the matrix [B * C * n, P]: TOKENS (n, padded to a power of two) of each of ROWS / TOKENS channels. They attend to
+each other under a mask that is block-diagonal. Features are padded to FEATURES, at least P + 2: behind the one there is a column for the
+bias of the projection.
+
+Programs go over the tiles with a fixed stride. On the way back they sum the gradients of A and M in fp32; PyTorch then adds the sums of
+the programs, in a fixed order, and goes on to the parameters: by the product rule.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from catmodel.dropout import threshold
+from catmodel.kernels.dropout import keep_mask
+from catmodel.kernels.launch import padded, programs
+
+# ------------------------------------------------------------------------------------------------------------------- in kernels
+
+
+@triton.jit
+def _dot(a, b):
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _load_linear(weight_ptr, bias_ptr, BIAS: tl.constexpr, P: tl.constexpr, FEATURES: tl.constexpr):
+    """A linear layer [P outputs, P inputs], with its bias in column BIAS: [FEATURES, FEATURES], otherwise zero."""
+    row, column = tl.arange(0, FEATURES)[:, None], tl.arange(0, FEATURES)[None, :]
+    weight = tl.load(weight_ptr + row * P + column, mask=(row < P) & (column < P), other=0.0)
+    return tl.where(column == BIAS, tl.load(bias_ptr + row, mask=row < P, other=0.0), weight)
+
+
+@triton.jit
+def _fold(qkv_weight_ptr, qkv_bias_ptr, proj_weight_ptr, proj_bias_ptr, P: tl.constexpr, FEATURES: tl.constexpr):
+    """A / sqrt(P) and M, [FEATURES, FEATURES], the latter with the bias of the projection in column P + 1."""
+    w_q = _load_linear(qkv_weight_ptr, qkv_bias_ptr, P, P, FEATURES)
+    w_k = _load_linear(qkv_weight_ptr + P * P, qkv_bias_ptr + P, P, P, FEATURES)
+    w_v = _load_linear(qkv_weight_ptr + 2 * P * P, qkv_bias_ptr + 2 * P, P, P, FEATURES)
+    w_proj = _load_linear(proj_weight_ptr, proj_bias_ptr, P + 1, P, FEATURES)
+    m = _dot(w_proj, w_v).to(w_v.dtype)
+    return (_dot(tl.trans(w_q), w_k) * P**-0.5).to(w_q.dtype), tl.where((tl.arange(0, FEATURES) == P + 1)[None, :], w_proj, m)
+
+
+@triton.jit
+def _one(at: tl.constexpr, dtype: tl.constexpr, FEATURES: tl.constexpr):
+    """[1, FEATURES]: a one in column `at`, otherwise zero."""
+    return (tl.arange(0, FEATURES) == at)[None, :].to(tl.float32).to(dtype)
+
+
+@triton.jit
+def _places(tile, channels, n: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr):
+    """A tile's first element, its elements' offsets from there [ROWS, FEATURES], and which of them there are."""
+    i = tl.arange(0, ROWS)
+    feature = tl.arange(0, FEATURES)
+    first = tile * tl.full((), (ROWS // TOKENS) * n * P, tl.int64)
+    if n == TOKENS:  # rows are just consecutive: so the compiler needs one address, not one for each element
+        row = i
+        there = i < (channels - tile * (ROWS // TOKENS)) * n
+    else:
+        row = i // TOKENS * n + i % TOKENS
+        there = (i % TOKENS < n) & (tile * (ROWS // TOKENS) + i // TOKENS < channels)
+    return first, row[:, None] * P + feature[None, :], there[:, None] & (feature < P)[None, :]
+
+
+@triton.jit
+def _weights(logits, n: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    """The softmax in every channel, fp32 [ROWS, ROWS]. Every row, even of padding, has a finite logit."""
+    i = tl.arange(0, ROWS)
+    allowed = ((i // TOKENS)[:, None] == (i // TOKENS)[None, :]) & (i % TOKENS < n)[None, :]
+    logits = tl.where(allowed, logits, float("-inf"))
+    weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    return weights / tl.sum(weights, axis=1)[:, None]
+
+
+@triton.jit
+def _keep(seed_ptr, tile, n: tl.constexpr, THRESHOLD: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    i = tl.arange(0, ROWS)
+    channel = tile * (ROWS // TOKENS) + i // TOKENS
+    return keep_mask(tl.load(seed_ptr), channel * n + i % TOKENS, i % TOKENS, THRESHOLD)
+
+
+@triton.jit
+def _forward(
+    x_ptr,  # [channels, n, P]
+    qkv_weight_ptr,
+    qkv_bias_ptr,
+    proj_weight_ptr,
+    proj_bias_ptr,
+    seed_ptr,
+    y_ptr,  # [channels, n, P]
+    channels,
+    n: tl.constexpr,
+    P: tl.constexpr,
+    RATE: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    a, m = _fold(qkv_weight_ptr, qkv_bias_ptr, proj_weight_ptr, proj_bias_ptr, P, FEATURES)
+    for tile in range(tl.program_id(0), tl.cdiv(channels, ROWS // TOKENS), tl.num_programs(0)):
+        first, offsets, there = _places(tile, channels, n, P, ROWS, TOKENS, FEATURES)
+        x = tl.load(x_ptr + first + offsets, mask=there, other=_one(P, a.dtype, FEATURES))
+        xa = _dot(x, a).to(x.dtype)
+        weights = _weights(_dot(xa, tl.trans(x)), n, ROWS, TOKENS)
+        if RATE > 0:
+            weights = tl.where(_keep(seed_ptr, tile, n, THRESHOLD, ROWS, TOKENS), weights * (1 / (1 - RATE)), 0.0)
+        mixed = (_dot(weights.to(x.dtype), x) + _one(P + 1, tl.float32, FEATURES)).to(x.dtype)
+        y = _dot(mixed, tl.trans(m))
+        tl.store(y_ptr + first + offsets, y.to(x.dtype), mask=there)
+
+
+@triton.jit
+def _backward(
+    dy_ptr,
+    x_ptr,
+    qkv_weight_ptr,
+    qkv_bias_ptr,
+    proj_weight_ptr,
+    proj_bias_ptr,
+    seed_ptr,
+    dx_ptr,
+    sums_ptr,  # float32 [programs, 2, FEATURES, FEATURES]: the gradients of A / sqrt(P) and M
+    channels,
+    n: tl.constexpr,
+    P: tl.constexpr,
+    RATE: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    a, m = _fold(qkv_weight_ptr, qkv_bias_ptr, proj_weight_ptr, proj_bias_ptr, P, FEATURES)
+    d_a = tl.zeros((FEATURES, FEATURES), tl.float32)
+    d_m = tl.zeros((FEATURES, FEATURES), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(channels, ROWS // TOKENS), tl.num_programs(0)):
+        first, offsets, there = _places(tile, channels, n, P, ROWS, TOKENS, FEATURES)
+        x = tl.load(x_ptr + first + offsets, mask=there, other=_one(P, a.dtype, FEATURES))
+        dy = tl.load(dy_ptr + first + offsets, mask=there, other=0.0)  # rows of padding are zero: so they add nothing below
+        xa = _dot(x, a).to(x.dtype)
+        weights = _weights(_dot(xa, tl.trans(x)), n, ROWS, TOKENS)
+        dmixed = _dot(dy, m).to(x.dtype)
+        dweights = _dot(dmixed, tl.trans(x))
+        dropped = weights
+        if RATE > 0:
+            keep = _keep(seed_ptr, tile, n, THRESHOLD, ROWS, TOKENS)
+            dropped = tl.where(keep, weights * (1 / (1 - RATE)), 0.0)
+            dweights = tl.where(keep, dweights * (1 / (1 - RATE)), 0.0)
+        dlogits = (weights * (dweights - tl.sum(weights * dweights, axis=1)[:, None])).to(x.dtype)
+        dropped = dropped.to(x.dtype)
+        mixed = (_dot(dropped, x) + _one(P + 1, tl.float32, FEATURES)).to(x.dtype)
+        d_m = tl.dot(tl.trans(dy), mixed, d_m, input_precision="ieee")
+        dxa = _dot(dlogits, x).to(x.dtype)
+        d_a = tl.dot(tl.trans(x), dxa, d_a, input_precision="ieee")
+        dx = _dot(tl.trans(dropped), dmixed)
+        dx = tl.dot(tl.trans(dlogits), xa, dx, input_precision="ieee")
+        dx = tl.dot(dxa, tl.trans(a), dx, input_precision="ieee")
+        tl.store(dx_ptr + first + offsets, dx.to(x.dtype), mask=there)
+
+    place = tl.arange(0, FEATURES)[:, None] * FEATURES + tl.arange(0, FEATURES)[None, :]
+    sums_ptr += tl.program_id(0) * (2 * FEATURES * FEATURES)
+    tl.store(sums_ptr + place, d_a)
+    tl.store(sums_ptr + FEATURES * FEATURES + place, d_m)
+
+
+# -------------------------------------------------------------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("catmodel::cross_patch_attention", mutates_args=())
+def cross_patch_attention(
+    x_BCnP: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    rate: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """`CrossPatchAttention` with one head, between `pack` and `unpack`: [B, C, n, P] -> [B, C, n, P], for n <= 64 and P <= 49.
+    Of bfloat16 or float16: in float32 it is right, but not made for it (`kernels.cross_patch_attention`).
+
+    rate, seed: of the dropout of the weights, whose rows `catmodel.dropout` numbers by image, channel and query.
+    """
+    x_BCnP = x_BCnP.contiguous()
+    B, C, n, P = x_BCnP.shape
+    y_BCnP = torch.empty_like(x_BCnP)
+    constants, options = _plan(n, P, rate, FORWARD_WARPS)
+    grid = _grid(B * C, constants, FORWARD_PROGRAMS, x_BCnP.device)
+    parameters = (parameter.contiguous() for parameter in (qkv_weight, qkv_bias, proj_weight, proj_bias))
+    _forward[grid](x_BCnP, *parameters, seed, y_BCnP, B * C, **constants, **options)
+    return y_BCnP
+
+
+@cross_patch_attention.register_fake
+def _(x_BCnP, qkv_weight, qkv_bias, proj_weight, proj_bias, rate, seed):
+    return torch.empty_like(x_BCnP, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("catmodel::cross_patch_attention_backward", mutates_args=())
+def cross_patch_attention_backward(
+    dy_BCnP: Tensor,
+    x_BCnP: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    rate: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x and of the four parameters, each in its dtype."""
+    dy_BCnP, x_BCnP = dy_BCnP.contiguous(), x_BCnP.contiguous()
+    B, C, n, P = x_BCnP.shape
+    dx_BCnP = torch.empty_like(x_BCnP)
+    constants, options = _plan(n, P, rate, BACKWARD_WARPS)
+    grid = _grid(B * C, constants, BACKWARD_PROGRAMS, x_BCnP.device)
+    sums = x_BCnP.new_empty(*grid, 2, constants["FEATURES"], constants["FEATURES"], dtype=torch.float32)
+    parameters = tuple(parameter.contiguous() for parameter in (qkv_weight, qkv_bias, proj_weight, proj_bias))
+    _backward[grid](dy_BCnP, x_BCnP, *parameters, seed, dx_BCnP, sums, B * C, **constants, **options)
+    return dx_BCnP, *_unfold(sums.sum(0), *parameters)
+
+
+def _unfold(sums: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of the parameters from those of A / sqrt(P) and M."""
+    P = len(proj_weight)
+    d_a, d_m = sums[0, : P + 1, : P + 1] * P**-0.5, sums[1, :P, : P + 1]
+    w_q, w_k, w_v = torch.cat((qkv_weight, qkv_bias[:, None]), dim=1).float().unflatten(0, (3, P))
+    d_qkv = torch.cat((w_k @ d_a.T, w_q @ d_a, proj_weight.float().T @ d_m)).to(qkv_weight.dtype)
+    d_proj = (d_m @ w_v.T).to(proj_weight.dtype)
+    return d_qkv[:, :P].contiguous(), d_qkv[:, P].contiguous(), d_proj, sums[1, :P, P + 1].to(proj_bias.dtype)
+
+
+@cross_patch_attention_backward.register_fake
+def _(dy_BCnP, x_BCnP, qkv_weight, qkv_bias, proj_weight, proj_bias, rate, seed):
+    inputs = x_BCnP, qkv_weight, qkv_bias, proj_weight, proj_bias
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.rate, seed = inputs
+    ctx.save_for_backward(*tensors, seed)
+
+
+def _differentiate(ctx, dy_BCnP):
+    *tensors, seed = ctx.saved_tensors
+    return *torch.ops.catmodel.cross_patch_attention_backward(dy_BCnP, *tensors, ctx.rate, seed), None, None
+
+
+cross_patch_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+# ------------------------------------------------------------------------------------------------------------------ their plans
+
+ROWS = 64
+FORWARD_WARPS, BACKWARD_WARPS = 4, 4
+# Four warps: on Hopper eight would each compute every product of 64 rows twice. Backward that takes all registers and spills up to 72
+# bytes a thread (sm_90, P = 49, bfloat16). A kernel for each of the two sums would spill nothing, but read x and dy once more and repeat 6
+# of the 11 products; a spilled register costs two instructions a tile.
+# Programs per multiprocessor: about as many as fit there at once.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 3, 2
+
+
+def _plan(n: int, P: int, rate: float, warps: int) -> tuple[dict, dict]:
+    """The constants and the launch options of a kernel."""
+    tokens = triton.next_power_of_2(n)
+    constants = dict(n=n, P=P, RATE=rate, THRESHOLD=threshold(rate), ROWS=ROWS, TOKENS=tokens, FEATURES=padded(P + 2))
+    return constants, dict(num_warps=warps, num_stages=1)
+
+
+def _grid(channels: int, constants: dict, per_multiprocessor: int, device: torch.device) -> tuple[int]:
+    """As many programs as the device holds, no more than there are tiles: fixed by shapes and device, so are the sums."""
+    return (min(per_multiprocessor * programs(device), triton.cdiv(channels, ROWS // constants["TOKENS"])),)
+
+
+def cases() -> list[dict]:
+    """What launch/bench.py compiles for its report: the four stages of CAT-B at 224 pixels, in bfloat16."""
+    parameters = "x_ptr", "qkv_weight_ptr", "qkv_bias_ptr", "proj_weight_ptr", "proj_bias_ptr"
+    found = []
+    for n in (64, 16, 4, 1):
+        for name, kernel, tensors, sums, warps in (
+            ("forward", _forward, (*parameters, "y_ptr"), (), FORWARD_WARPS),
+            ("backward", _backward, ("dy_ptr", *parameters, "dx_ptr"), ("sums_ptr",), BACKWARD_WARPS),
+        ):
+            constants, options = _plan(n, 49, 0.2, warps)
+            signature = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(sums, "*fp32")
+            signature |= dict(seed_ptr="*i32", channels="i32") | dict.fromkeys(constants, "constexpr")
+            found.append(dict(name=f"cross-patch {name}, {n} patches", fn=kernel, signature=signature, constexprs=constants, **options))
+    return found

@@ -1,0 +1,344 @@
+"""Inner-patch attention (`catmodel.attention.InnerPatchAttention`) between its two linear layers, forward and backward.
+
+A patch's tokens are found by address in the map as it lies, row by row: nothing is cut, pasted or rolled. A program works on one head; it
+holds the position bias of that head in registers and goes over the patches with a fixed stride, and on the way back sums the gradient of
+the bias, in fp32. The sums of the programs are then added by PyTorch, in a fixed order. The weights are computed anew on the way back.
+
+Letters as in `catmodel.attention`; P tokens are padded to QUERIES rows and KEYS columns, D channels of a head to DIM. Patches of more than
+64 tokens are worked on in blocks of QUERIES queries, each against all keys; on the way back, one block after the other.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from catmodel.dropout import threshold
+from catmodel.kernels.dropout import keep_mask
+from catmodel.kernels.launch import padded, programs
+
+# ------------------------------------------------------------------------------------------------------------------- in kernels
+
+
+@triton.jit
+def _place(patch, height, width, SIZE: tl.constexpr):
+    """The image of a patch, and the row and column of its first token on the map (the rolled one, where there is a shift)."""
+    columns = width // SIZE
+    in_image = columns * (height // SIZE)
+    image = patch // in_image
+    patch = patch % in_image
+    return image, patch // columns * SIZE, patch % columns * SIZE
+
+
+@triton.jit
+def _tokens(p, top, left, height, width, SIZE: tl.constexpr, SHIFT: tl.constexpr):
+    """The number in its image of each token p of a patch."""
+    y = top + p // SIZE + SHIFT
+    x = left + p % SIZE + SHIFT
+    if SHIFT > 0:
+        y = tl.where(y >= height, y - height, y)
+        x = tl.where(x >= width, x - width, x)
+    return y * width + x
+
+
+@triton.jit
+def _region(p, top, left, height, width, SIZE: tl.constexpr, SHIFT: tl.constexpr):
+    """`Patches.shift_mask`: only tokens of the same region attend to each other."""
+    y = top + p // SIZE
+    x = left + p % SIZE
+    row = (y >= height - SIZE).to(tl.int32) + (y >= height - SHIFT).to(tl.int32)
+    return row * 3 + (x >= width - SIZE).to(tl.int32) + (x >= width - SHIFT).to(tl.int32)
+
+
+@triton.jit
+def _weights(q, k, bias, query, key, top, left, height, width, SIZE: tl.constexpr, SHIFT: tl.constexpr, D: tl.constexpr):
+    """softmax(q k^T / sqrt(D) + bias), fp32 [QUERIES, KEYS]. The bias is -inf where there is no key; every row has a finite logit."""
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (D**-0.5) + bias
+    if SHIFT > 0:
+        of_query = _region(query, top, left, height, width, SIZE, SHIFT)
+        of_key = _region(key, top, left, height, width, SIZE, SHIFT)
+        # Rows of padding may attend to everything, lest they have nothing.
+        allowed = (of_query[:, None] == of_key[None, :]) | (query >= SIZE * SIZE)[:, None]
+        logits = tl.where(allowed, logits, float("-inf"))
+    weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    return weights * (1 / tl.sum(weights, axis=1))[:, None]
+
+
+@triton.jit
+def _load_bias(bias_ptr, head, query, key, P: tl.constexpr):
+    inside = (query < P)[:, None] & (key < P)[None, :]
+    bias = tl.load(bias_ptr + (head * P + query[:, None]) * P + key[None, :], mask=inside, other=0.0).to(tl.float32)
+    return tl.where((key < P)[None, :], bias, float("-inf"))
+
+
+@triton.jit
+def _forward(
+    qkv_ptr,
+    bias_ptr,
+    seed_ptr,
+    y_ptr,
+    patches,
+    height,
+    width,
+    SIZE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    D: tl.constexpr,
+    RATE: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Grid (heads, blocks of queries, any number)."""
+    P: tl.constexpr = SIZE * SIZE
+    head = tl.program_id(0)
+    heads = tl.num_programs(0)
+    C = heads * D
+    query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
+    key = tl.arange(0, KEYS)
+    channel = tl.arange(0, DIM)
+    query_mask = (query < P)[:, None] & (channel < D)[None, :]
+    key_mask = (key < P)[:, None] & (channel < D)[None, :]
+    bias = _load_bias(bias_ptr, head, query, key, P)
+    if RATE > 0:
+        seed = tl.load(seed_ptr)
+
+    for patch in range(tl.program_id(2), patches, tl.num_programs(2)):
+        image, top, left = _place(patch, height, width, SIZE)
+        first = image.to(tl.int64) * height * width
+        query_token = _tokens(query, top, left, height, width, SIZE, SHIFT)
+        key_token = _tokens(key, top, left, height, width, SIZE, SHIFT)
+        head_ptr = qkv_ptr + first * 3 * C + head * D
+        at_key = key_token[:, None] * (3 * C) + channel[None, :]
+        q = tl.load(head_ptr + query_token[:, None] * (3 * C) + channel[None, :], mask=query_mask, other=0.0)
+        k = tl.load(head_ptr + C + at_key, mask=key_mask, other=0.0)
+        v = tl.load(head_ptr + 2 * C + at_key, mask=key_mask, other=0.0)
+
+        weights = _weights(q, k, bias, query, key, top, left, height, width, SIZE, SHIFT, D)
+        if RATE > 0:
+            keep = keep_mask(seed, (patch * heads + head) * P + query, key, THRESHOLD)
+            weights = tl.where(keep, weights * (1 / (1 - RATE)), 0.0)
+        y = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        tl.store(y_ptr + first * C + head * D + query_token[:, None] * C + channel[None, :], y.to(v.dtype), mask=query_mask)
+
+
+@triton.jit
+def _backward(
+    dy_ptr,
+    qkv_ptr,
+    bias_ptr,
+    seed_ptr,
+    dqkv_ptr,
+    dk_ptr,
+    dv_ptr,
+    dbias_ptr,
+    patches,
+    height,
+    width,
+    block,
+    SIZE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    D: tl.constexpr,
+    RATE: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    DKV: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Grid (heads, slots), for one block of queries. dq goes to dqkv; dk and dv into rows of DKV * C elements: of dqkv too where there is
+    but one block; otherwise of fp32 [B, N, 2C], to which all blocks but the first ADD. dbias: fp32 [slots, h, all queries, KEYS].
+    """
+    P: tl.constexpr = SIZE * SIZE
+    SCALE: tl.constexpr = D**-0.5
+    head = tl.program_id(0)
+    heads = tl.num_programs(0)
+    C = heads * D
+    query = block * QUERIES + tl.arange(0, QUERIES)
+    key = tl.arange(0, KEYS)
+    channel = tl.arange(0, DIM)
+    query_mask = (query < P)[:, None] & (channel < D)[None, :]
+    key_mask = (key < P)[:, None] & (channel < D)[None, :]
+    bias = _load_bias(bias_ptr, head, query, key, P)
+    dbias = tl.zeros((QUERIES, KEYS), dtype=tl.float32)
+    if RATE > 0:
+        seed = tl.load(seed_ptr)
+
+    for patch in range(tl.program_id(1), patches, tl.num_programs(1)):
+        image, top, left = _place(patch, height, width, SIZE)
+        first = image.to(tl.int64) * height * width
+        query_token = _tokens(query, top, left, height, width, SIZE, SHIFT)
+        key_token = _tokens(key, top, left, height, width, SIZE, SHIFT)
+        head_ptr = qkv_ptr + first * 3 * C + head * D
+        at_query = query_token[:, None] * (3 * C) + channel[None, :]
+        at_key = key_token[:, None] * (3 * C) + channel[None, :]
+        q = tl.load(head_ptr + at_query, mask=query_mask, other=0.0)
+        k = tl.load(head_ptr + C + at_key, mask=key_mask, other=0.0)
+        v = tl.load(head_ptr + 2 * C + at_key, mask=key_mask, other=0.0)
+        dy_at = dy_ptr + first * C + head * D + query_token[:, None] * C + channel[None, :]
+        dy = tl.load(dy_at, mask=query_mask, other=0.0)
+
+        weights = _weights(q, k, bias, query, key, top, left, height, width, SIZE, SHIFT, D)
+        dweights = tl.dot(dy, tl.trans(v), input_precision="ieee")
+        dropped = weights
+        if RATE > 0:
+            keep = keep_mask(seed, (patch * heads + head) * P + query, key, THRESHOLD)
+            dropped = tl.where(keep, weights * (1 / (1 - RATE)), 0.0)
+            dweights = tl.where(keep, dweights * (1 / (1 - RATE)), 0.0)
+        # Each gradient is stored as soon as it is there: it would hold registers otherwise.
+        to_key = first * DKV * C + head * D
+        at_dkey = key_token[:, None] * (DKV * C) + channel[None, :]
+        dv = tl.dot(tl.trans(dropped.to(dy.dtype)), dy, input_precision="ieee")
+        if ADD:
+            dv += tl.load(dv_ptr + to_key + at_dkey, mask=key_mask, other=0.0)
+        tl.store(dv_ptr + to_key + at_dkey, dv.to(dv_ptr.dtype.element_ty), mask=key_mask)
+
+        dlogits = weights * (dweights - tl.sum(weights * dweights, axis=1)[:, None])
+        dbias += dlogits
+        dlogits = dlogits.to(q.dtype)
+        dq = tl.dot(dlogits, k, input_precision="ieee") * SCALE
+        tl.store(dqkv_ptr + first * 3 * C + head * D + at_query, dq.to(q.dtype), mask=query_mask)
+        dk = tl.dot(tl.trans(dlogits), q, input_precision="ieee") * SCALE
+        if ADD:
+            dk += tl.load(dk_ptr + to_key + at_dkey, mask=key_mask, other=0.0)
+        tl.store(dk_ptr + to_key + at_dkey, dk.to(dk_ptr.dtype.element_ty), mask=key_mask)
+
+    # The whole tile: its addresses are simpler, and need not be held in registers meanwhile.
+    slot = tl.program_id(1) * heads + head
+    row = slot * tl.cdiv(P, QUERIES) * QUERIES + query
+    tl.store(dbias_ptr + row[:, None] * KEYS + key[None, :], dbias)
+
+
+# -------------------------------------------------------------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("catmodel::inner_patch_attention", mutates_args=())
+def inner_patch_attention(
+    qkv_BNF: Tensor, bias_hPP: Tensor, height: int, width: int, size: int, shift: int, rate: float, seed: Tensor | None
+) -> Tensor:
+    """Queries, keys and values [B, N, 3C] of the tokens of a map, row by row, and the position bias [h, P, P] -> [B, N, C].
+
+    height, width: of the map, multiples of `size`, the side of a patch. shift: how far the map is rolled up and to the left before it is
+    cut into patches; tokens that only the roll brought together do not attend to each other. rate, seed: of the dropout of the weights,
+    whose rows `catmodel.dropout` numbers by image, patch, head and query.
+    """
+    qkv_BNF = qkv_BNF.contiguous()
+    B, N, F = qkv_BNF.shape
+    h = len(bias_hPP)
+    y_BNC = qkv_BNF.new_empty(B, N, F // 3)
+    patches = B * N // size**2
+    constants, options = _plan(size, F // 3 // h, shift, rate, qkv_BNF.dtype)
+    blocks = _blocks(constants)
+    slots = _slots(patches, h * blocks, FORWARD_WARPS // options["num_warps"], qkv_BNF.device)
+    _forward[h, blocks, slots](qkv_BNF, bias_hPP.contiguous(), seed, y_BNC, patches, height, width, **constants, **options)
+    return y_BNC
+
+
+@inner_patch_attention.register_fake
+def _(qkv_BNF, bias_hPP, height, width, size, shift, rate, seed):
+    B, N, F = qkv_BNF.shape
+    return qkv_BNF.new_empty(B, N, F // 3)
+
+
+@torch.library.custom_op("catmodel::inner_patch_attention_backward", mutates_args=())
+def inner_patch_attention_backward(
+    dy_BNC: Tensor, qkv_BNF: Tensor, bias_hPP: Tensor, height: int, width: int, size: int, shift: int, rate: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `qkv_BNF` and `bias_hPP`, each in its dtype."""
+    dy_BNC, qkv_BNF = dy_BNC.contiguous(), qkv_BNF.contiguous()
+    B, N, F = qkv_BNF.shape
+    C = F // 3
+    h, P, _ = bias_hPP.shape
+    patches = B * N // P
+    constants, options = _plan(size, C // h, shift, rate, qkv_BNF.dtype)
+    blocks = _blocks(constants)
+    slots = _slots(patches, h, BACKWARD_WARPS // options["num_warps"], qkv_BNF.device)
+    dqkv_BNF = torch.empty_like(qkv_BNF)
+    dbias_shQK = bias_hPP.new_empty(slots, h, blocks * constants["QUERIES"], constants["KEYS"], dtype=torch.float32)
+    if blocks == 1:
+        dk, dv = dqkv_BNF[..., C:], dqkv_BNF[..., 2 * C :]
+    else:
+        dkv = qkv_BNF.new_empty(B, N, 2 * C, dtype=torch.float32)
+        dk, dv = dkv, dkv[..., C:]
+    arguments = dy_BNC, qkv_BNF, bias_hPP.contiguous(), seed, dqkv_BNF, dk, dv, dbias_shQK, patches, height, width
+    for block in range(blocks):
+        _backward[h, slots](*arguments, block, **constants, DKV=_dkv(constants), ADD=block > 0, **options)
+    if blocks > 1:
+        dqkv_BNF[..., C:] = dkv
+    return dqkv_BNF, dbias_shQK[..., :P, :P].sum(0).to(bias_hPP.dtype)
+
+
+@inner_patch_attention_backward.register_fake
+def _(dy_BNC, qkv_BNF, bias_hPP, height, width, size, shift, rate, seed):
+    return torch.empty_like(qkv_BNF, memory_format=torch.contiguous_format), torch.empty_like(bias_hPP)
+
+
+def _save(ctx, inputs, output):
+    qkv_BNF, bias_hPP, *ctx.settings, seed = inputs
+    ctx.save_for_backward(qkv_BNF, bias_hPP, seed)
+
+
+def _differentiate(ctx, dy_BNC):
+    qkv_BNF, bias_hPP, seed = ctx.saved_tensors
+    gradients = torch.ops.catmodel.inner_patch_attention_backward(dy_BNC, qkv_BNF, bias_hPP, *ctx.settings, seed)
+    return *gradients, None, None, None, None, None, None
+
+
+inner_patch_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+# ------------------------------------------------------------------------------------------------------------------- their plans
+
+# Warps on a multiprocessor: about as many as its registers hold.
+FORWARD_WARPS, BACKWARD_WARPS = 16, 8
+
+
+def _plan(size: int, d: int, shift: int, rate: float, dtype: torch.dtype) -> tuple[dict, dict]:
+    """The constants and the launch options of both kernels: such that their tiles stay in registers."""
+    P = size**2
+    constants = dict(
+        SIZE=size,
+        SHIFT=shift,
+        D=d,
+        RATE=rate,
+        THRESHOLD=threshold(rate),
+        QUERIES=padded(P) if P <= 64 else 16,
+        KEYS=padded(P),
+        DIM=padded(d),
+    )
+    # Products of fp32 are not the tensor cores' work, and take more registers.
+    wide = dtype == torch.float32
+    warps = constants["KEYS"] // 16 * (2 if wide else 1)
+    return constants, dict(num_warps=min(warps, 8), num_stages=1 if wide else 2)
+
+
+def _dkv(constants: dict) -> int:
+    """In rows of how many C the gradients of keys and values are written: those of qkv, or of a buffer of their own."""
+    return 3 if constants["QUERIES"] == constants["KEYS"] else 2
+
+
+def _blocks(constants: dict) -> int:
+    return triton.cdiv(constants["SIZE"] ** 2, constants["QUERIES"])
+
+
+def _slots(patches: int, programs_each: int, per_multiprocessor: int, device: torch.device) -> int:
+    """As many as fill the device: fixed by shapes and device, and so is the order of the sums."""
+    return min(patches, max(per_multiprocessor * programs(device) // programs_each, 1))
+
+
+def cases() -> list[dict]:
+    """What `catmodel.kernels.report` compiles: the first stage of CAT-B (with and without dropout), and patches of 12 x 12, in bfloat16."""
+    found = []
+    for what, size, rate in (("", 7, 0.0), (", dropout", 7, 0.1), (", 12 x 12", 12, 0.0)):
+        constants, options = _plan(size, 32, 0, rate, torch.bfloat16)
+        sums = "*bf16" if _dkv(constants) == 3 else "*fp32"
+        given = dict(qkv_ptr="*bf16", bias_ptr="*fp32", seed_ptr="*i32", patches="i32", height="i32", width="i32")
+        written = dict(dy_ptr="*bf16", dqkv_ptr="*bf16", dk_ptr=sums, dv_ptr=sums, dbias_ptr="*fp32", block="i32")
+        for name, kernel, more, constexprs in (
+            ("forward", _forward, dict(y_ptr="*bf16"), constants),
+            ("backward", _backward, written, dict(constants, DKV=_dkv(constants), ADD=_dkv(constants) == 2)),
+        ):
+            signature = given | more | dict.fromkeys(constexprs, "constexpr")
+            found.append(dict(name=f"inner-patch {name}{what}", fn=kernel, signature=signature, constexprs=constexprs, **options))
+    return found

@@ -11,10 +11,19 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton.language  # noqa: F401
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
 
     import catmodel.kernels
 
+    multiply = InterpreterBuilder.create_dot
+
+    def create_dot(builder, a, b, *arguments):
+        """The interpreter's own (of Triton 3.6 to 3.9) multiplies the bits of bfloat16 as integers."""
+        a, b = (builder.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return multiply(builder, a, b, *arguments)
+
+    InterpreterBuilder.create_dot = create_dot
     catmodel.kernels.usable(torch.device("cpu"), torch.float32)  # defines them all
     del os.environ["TRITON_INTERPRET"]
 

@@ -1,0 +1,117 @@
+"""Are the kernels right? Each module that uses one, on fresh random numbers, beside its plain twin and beside a float64 reference."""
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from catmodel import kernels
+from catmodel.attention import CrossPatchAttention, InnerPatchAttention, Patches
+from catmodel.layers import Mlp
+
+
+@dataclass(frozen=True)
+class Case:
+    """A module, its input [batch, height * width, channels], its patches and heads; rate: of attention dropout."""
+
+    module: Literal["inner_patch", "cross_patch", "mlp"]
+    batch: int
+    height: int
+    width: int
+    channels: int
+    dtype: str = "float32"
+    size: int = 7
+    heads: int = 1
+    shifted: bool = False
+    rate: float = 0.0
+
+    def build(self) -> nn.Module:
+        """The module in training mode, with weights from torch's default generator."""
+        if self.module == "mlp":
+            return Mlp(self.channels, 4 * self.channels)
+        if self.module == "cross_patch":
+            return CrossPatchAttention(self.size, self.heads, self.rate)
+        attention = InnerPatchAttention(self.channels, self.heads, self.size, self.shifted, self.rate)
+        nn.init.normal_(attention.relative_position_bias_table, std=0.5)
+        return attention
+
+
+def check(device: torch.device, seed: int, cases: Sequence[Case] | None = None) -> list[dict]:
+    """For each case its settings, `errors` by what was computed, and `passed`. The default cases: few on a CPU, many on a GPU.
+
+    errors: for the output and for every gradient, |out - reference| / |reference| of the plain module in the case's dtype ("plain") and of
+    the module with kernels ("kernel"). A case has passed where all of the kernel's are finite and at most twice the plain one's + 1e-6.
+    Raises RuntimeError where kernels do not run. Draws from torch's default generators, and sets them back.
+    """
+    found = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for case in (many() if device.type == "cuda" else FEW) if cases is None else cases:
+            torch.manual_seed(seed)
+            plain = case.build().to(device, getattr(torch, case.dtype))
+            found.append(asdict(case) | compare(case, plain, copy.deepcopy(plain), seed))
+    return found
+
+
+def compare(case: Case, plain: nn.Module, fused: nn.Module, seed: int) -> dict:
+    """`errors` and `passed` of one case; kernels are used in `fused` alone. The two modules should have the same weights."""
+    weight = next(plain.parameters())
+    if not kernels.usable(weight.device, weight.dtype):
+        raise RuntimeError(f"the kernels do not run on {weight.device} in {case.dtype}: there is nothing to check")
+    torch.manual_seed(seed)
+    x, dy = torch.randn(2, case.batch, case.height * case.width, case.channels).to(weight).unbind()
+    reference = _run(case, copy.deepcopy(plain).double(), x.double(), dy.double(), False, seed)
+    found = {"plain": _run(case, plain, x, dy, False, seed), "kernel": _run(case, fused, x, dy, True, seed)}
+    errors = {name: {way: _error(found[way][name], value) for way in found} for name, value in reference.items()}
+    passed = all(math.isfinite(error["kernel"]) and error["kernel"] <= 2 * error["plain"] + 1e-6 for error in errors.values())
+    return dict(errors=errors, passed=passed)
+
+
+def _run(case: Case, module: nn.Module, x_BNC: Tensor, dy_BNC: Tensor, fused: bool, seed: int) -> dict[str, Tensor]:
+    """The output and all gradients. The seed draws the dropout mask: the same for every dtype."""
+    x_BNC = x_BNC.detach().requires_grad_()
+    torch.manual_seed(seed)
+    patches = Patches(case.height, case.width, case.size, by_row=True, kernels=fused)
+    y_BNC = module(x_BNC, fused if case.module == "mlp" else patches)
+    y_BNC.backward(dy_BNC)
+    return {"output": y_BNC.detach(), "input": x_BNC.grad} | {name: weight.grad for name, weight in module.named_parameters()}
+
+
+def _error(value: Tensor, reference: Tensor) -> float:
+    return ((value.double() - reference).norm() / reference.norm()).item()
+
+
+# What Triton's interpreter does in seconds. Not in bfloat16: its `tl.dot` multiplies the bits of such numbers as if they were integers.
+FEW = (
+    Case("inner_patch", 2, 8, 4, 8, size=4, heads=2),
+    Case("inner_patch", 1, 9, 14, 8, heads=1, shifted=True, rate=0.2),
+    Case("inner_patch", 1, 8, 8, 8, "float16", size=4, heads=2, shifted=True, rate=0.2),
+    Case("cross_patch", 1, 14, 14, 8, rate=0.2),
+    Case("cross_patch", 2, 9, 8, 8, "float16", size=4),
+    Case("mlp", 1, 14, 7, 16),
+    Case("mlp", 2, 5, 3, 16, "float16"),
+)
+
+
+def many() -> Iterable[Case]:
+    """For a GPU: CAT-B's stages at 224 pixels, a dense 800 x 1280 image, windows of all sizes on ragged maps."""
+    stages = ((56, 96, 3), (28, 192, 6), (14, 384, 12), (7, 768, 24))
+    for (side, channels, heads), dtype in product(stages, ("bfloat16", "float16", "float32")):
+        yield Case("inner_patch", 8, side, side, channels, dtype, heads=heads)
+        yield Case("cross_patch", 8, side, side, channels, dtype, rate=0.2)
+    for side, channels, heads in stages:
+        yield Case("inner_patch", 8, side, side, channels, "bfloat16", heads=heads, shifted=True, rate=0.2)
+        yield Case("cross_patch", 8, side, side, channels, "bfloat16")
+    for size in range(4, 13):
+        yield Case("inner_patch", 2, 2 * size, 3 * size - 1, 64, "bfloat16", size, heads=2, shifted=True, rate=0.1)
+        yield Case("cross_patch", 2, 2 * size, 3 * size - 1, 64, "bfloat16", size, rate=0.1)
+    yield Case("inner_patch", 1, 200, 320, 96, "bfloat16", heads=3)
+    yield Case("cross_patch", 1, 200, 320, 96, "bfloat16")
+    yield Case("cross_patch", 1, 200, 320, 96, "bfloat16", rate=0.2)
+    yield Case("cross_patch", 1, 200, 320, 96, "float32")
+    for channels, dtype in product((64, 96, 128, 192), ("bfloat16", "float16", "float32")):
+        yield Case("mlp", 8, 55, 57, channels, dtype)

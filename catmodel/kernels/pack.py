@@ -1,0 +1,116 @@
+"""Between tokens as they lie, row by row, and the rows of cross-patch attention: [B, N, C] <-> [B, C, n, P], a transposition by tiles.
+
+In PyTorch that is up to four passes over memory (pad, cut, transpose; paste and crop on the way back); here it is one. Each of the two is
+the other's gradient: padding with zeros and cropping are adjoint.
+
+Letters as in `catmodel.attention`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from catmodel.kernels.launch import padded
+
+# Elements of a tile: 32 a thread.
+TILE = 4096
+
+
+@triton.jit
+def _transpose(
+    x_ptr,  # [B, height * width, C]
+    y_ptr,  # [B, C, n, P]
+    height,
+    width,
+    C,
+    SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TO_X: tl.constexpr,
+):
+    """One program per image, block of channels and, fastest, patch: the short rows of P values that neighbours write meet in the cache."""
+    P: tl.constexpr = SIZE * SIZE
+    columns = tl.cdiv(width, SIZE)
+    n = tl.cdiv(height, SIZE) * columns
+    blocks = tl.cdiv(C, CHANNELS)
+    patch = tl.program_id(0) % n
+    block = tl.program_id(0) // n % blocks
+    image = (tl.program_id(0) // n // blocks).to(tl.int64)
+    p = tl.arange(0, TOKENS)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    row = patch // columns * SIZE + p // SIZE
+    column = patch % columns * SIZE + p % SIZE
+    inside = (p < P) & (row < height) & (column < width)
+
+    at_x = x_ptr + image * height * width * C + (row * width + column)[:, None] * C + channel[None, :]
+    at_y = y_ptr + (image * C + channel[:, None]) * n * P + patch * P + p[None, :]
+    if TO_X:
+        y = tl.load(at_y, mask=(channel < C)[:, None] & inside[None, :], other=0.0)
+        tl.store(at_x, tl.trans(y), mask=inside[:, None] & (channel < C)[None, :])
+    else:
+        x = tl.load(at_x, mask=inside[:, None] & (channel < C)[None, :], other=0.0)
+        tl.store(at_y, tl.trans(x), mask=(channel < C)[:, None] & (p < P)[None, :])
+
+
+def _launch(x_BNC: Tensor, y_BCnP: Tensor, height: int, width: int, size: int, to_x: bool) -> None:
+    B, C, n, _ = y_BCnP.shape
+    constants, options = _plan(size, to_x)
+    grid = (B * triton.cdiv(C, constants["CHANNELS"]) * n,)
+    _transpose[grid](x_BNC, y_BCnP, height, width, C, **constants, **options)
+
+
+def _plan(size: int, to_x: bool) -> tuple[dict, dict]:
+    """The constants and the launch options of `_transpose`."""
+    tokens = padded(size**2)
+    return dict(SIZE=size, TOKENS=tokens, CHANNELS=min(TILE // tokens, 64), TO_X=to_x), dict(num_warps=4, num_stages=1)
+
+
+@torch.library.custom_op("catmodel::pack", mutates_args=())
+def pack(x_BNC: Tensor, height: int, width: int, size: int) -> Tensor:
+    """Tokens [B, height * width, C], row by row -> [B, C, n, P]: in every channel, the values of each patch of size x size tokens.
+
+    Where patches stick out of the map on the right or at the bottom, they hold zeros.
+    """
+    x_BNC = x_BNC.contiguous()
+    y_BCnP = _new_packed(x_BNC, height, width, size)
+    _launch(x_BNC, y_BCnP, height, width, size, to_x=False)
+    return y_BCnP
+
+
+@torch.library.custom_op("catmodel::unpack", mutates_args=())
+def unpack(y_BCnP: Tensor, height: int, width: int, size: int) -> Tensor:
+    """The inverse of `pack`: [B, C, n, P] -> [B, height * width, C]. Values outside the map are left behind."""
+    y_BCnP = y_BCnP.contiguous()
+    x_BNC = y_BCnP.new_empty(y_BCnP.shape[0], height * width, y_BCnP.shape[1])
+    _launch(x_BNC, y_BCnP, height, width, size, to_x=True)
+    return x_BNC
+
+
+@pack.register_fake
+def _new_packed(x_BNC, height, width, size):
+    n = -(-height // size) * -(-width // size)
+    return x_BNC.new_empty(x_BNC.shape[0], x_BNC.shape[2], n, size**2)
+
+
+@unpack.register_fake
+def _(y_BCnP, height, width, size):
+    return y_BCnP.new_empty(y_BCnP.shape[0], height * width, y_BCnP.shape[1])
+
+
+def _save(ctx, inputs, output):
+    _, *ctx.map = inputs
+
+
+pack.register_autograd(lambda ctx, dy: (torch.ops.catmodel.unpack(dy, *ctx.map), None, None, None), setup_context=_save)
+unpack.register_autograd(lambda ctx, dx: (torch.ops.catmodel.pack(dx, *ctx.map), None, None, None), setup_context=_save)
+
+
+def cases() -> list[dict]:
+    """What launch/bench.py compiles for its report: CAT-B's, in bfloat16."""
+    found = []
+    for name, to_x in (("pack", False), ("unpack", True)):
+        constants, options = _plan(7, to_x)
+        signature = dict(x_ptr="*bf16", y_ptr="*bf16", height="i32", width="i32", C="i32") | dict.fromkeys(constants, "constexpr")
+        found.append(dict(name=name, fn=_transpose, signature=signature, constexprs=constants, **options))
+    return found

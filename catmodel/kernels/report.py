@@ -1,0 +1,108 @@
+"""What each kernel takes of a multiprocessor, compiled for the H100 and H200 (sm_90) by Triton's own tools: no GPU is needed.
+
+    python -m catmodel.kernels.report [--json FILE] [MODULE ...]
+
+The kernels' modules name what is to be compiled by `cases()`: dicts of name, fn (the kernel), signature (of all its arguments, by name, as
+Triton writes types; "i32:16" is a number known to be divisible by 16), constexprs, num_warps and num_stages.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+MODULES = ("inner_patch", "cross_patch", "flash", "pack", "mlp")
+
+# Of a multiprocessor of compute capability 9.0 (CUDA C++ programming guide, table of technical specifications per compute capability).
+REGISTERS, QUARTERS, WARPS, BLOCKS = 65536, 4, 64, 32
+SHARED = 228 * 1024
+SHARED_RESERVED = 1024  # for the system, in every block
+
+
+def resources(modules: Sequence[str] = MODULES) -> list[dict]:
+    """For each case: name, registers (a thread's), stack and local (bytes of a thread's in memory: registers that were spilled, for
+    Triton's kernels keep nothing else there), shared (bytes, a block's), warps (a block's), blocks_per_sm (that it holds at once),
+    warps_per_sm and limit (what there is too little of for more).
+    """
+    return [_resources(case) for name in modules for case in importlib.import_module(f"catmodel.kernels.{name}").cases()]
+
+
+def _resources(case: dict) -> dict:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    fn, kinds = case["fn"], {name: kind.partition(":") for name, kind in case["signature"].items()}
+    # As at a call: tensors begin at multiples of 16 bytes, and Triton makes use of it.
+    aligned = [i for i, name in enumerate(fn.arg_names) if kinds[name][0].startswith("*") or kinds[name][2] == "16"]
+    source = ASTSource(
+        fn,
+        {name: kinds[name][0] for name in fn.arg_names},
+        case["constexprs"],
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of settings of Triton's that are about to change
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": case["num_warps"], "num_stages": case["num_stages"]}
+        )
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    used = _usage(triton.knobs.nvidia.cuobjdump.path, compiled.asm["cubin"])
+    blocks, limit = occupancy(used["registers"], shared, warps)
+    return dict(name=case["name"], **used, shared=shared, warps=warps, blocks_per_sm=blocks, warps_per_sm=blocks * warps, limit=limit)
+
+
+def _usage(cuobjdump: str, cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {
+        name: int(re.search(rf"\b{key}:(\d+)", text).group(1))
+        for name, key in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL"))
+    }
+
+
+def occupancy(registers: int, shared: int, warps: int) -> tuple[int, str]:
+    """How many blocks a multiprocessor holds at once, and what there is too little of for one more."""
+    # Registers are given out in 256s to a warp, of the quarter of the multiprocessor that it runs on.
+    of_warp = -(-registers * 32 // 256) * 256
+    limits = {
+        "registers": REGISTERS // QUARTERS // of_warp * QUARTERS // warps,
+        "shared": SHARED // (-(-shared // 128) * 128 + SHARED_RESERVED),
+        "warps": min(WARPS // warps, BLOCKS),
+    }
+    limit = min(limits, key=limits.get)
+    return limits[limit], limit
+
+
+def table(rows: list[dict]) -> str:
+    columns = list(rows[0])
+    cells = [columns] + [[str(row[column]) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Registers, shared memory, spills and occupancy of each kernel on sm_90.")
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(MODULES)} (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write them there too")
+    arguments = parser.parse_args(argv)
+    if unknown := set(arguments.modules) - set(MODULES):
+        parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(MODULES)}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("nothing is compiled with TRITON_INTERPRET=1: unset it")
+    rows = resources(arguments.modules or MODULES)
+    print(table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Cross-patch attention by the Triton kernels against its plain twin, and the twin's own gradients."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from catmodel.attention import CrossPatchAttention, Patches
+
+# Patch size, map (the odd ones are padded), heads, channels, dropout, type. In one kernel: one head, up to 64 patches of up to 7 x 7, not in
+# float32; the others by flash attention.
+CASES = [
+    (7, 7, 7, 1, 850, 0.3, torch.float16),  # 1 patch; more tiles than programs, and the last one not full
+    (7, 7, 20, 1, 3, 0.0, torch.bfloat16),  # 3
+    (7, 14, 13, 1, 20, 0.2, torch.bfloat16),  # 4
+    (5, 18, 20, 1, 2, 0.2, torch.float16),  # 16
+    (4, 32, 31, 1, 2, 0.2, torch.bfloat16),  # 64
+    (4, 28, 39, 1, 1, 0.2, torch.bfloat16),  # 70
+    (7, 14, 13, 7, 1, 0.2, torch.float16),  # 4, each in 7 heads
+    (9, 27, 8, 1, 2, 0.2, torch.bfloat16),  # 3
+    (7, 7, 20, 1, 2, 0.2, torch.float32),  # 3
+    (9, 9, 18, 1, 2, 0.0, torch.float32),  # 2
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rounding():
+    """Triton's interpreter cuts bfloat16 off, GPUs round to nearest: here it does too."""
+    if torch.cuda.is_available():
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cut = InterpreterBuilder.create_fp_trunc
+
+    def create_fp_trunc(builder, x, to):
+        if (x.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return cut(builder, x, to)
+        return TensorHandle(torch.from_numpy(x.data).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_fp_trunc", create_fp_trunc)
+        yield
+
+
+def attention(size: int, heads: int = 1, dropout: float = 0.0, dtype=torch.float32, device="cpu") -> CrossPatchAttention:
+    torch.manual_seed(0)
+    module = CrossPatchAttention(size, heads, dropout)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=1 / size)  # logits of about one
+    return module.to(device, dtype)
+
+
+def outcome(module, height: int, width: int, size: int, channels: int, kernels: bool, dtype, device, wrap=lambda f: f) -> list[Tensor]:
+    """The result for an image, and the gradients of that and of the parameters. Numbers, and dropout's seed, do not depend on dtype."""
+    module = copy.deepcopy(module).to(dtype)
+    g = torch.Generator().manual_seed(1)
+    # Numbers that every type holds exactly: so what is compared is the arithmetic.
+    x, dy = (torch.randn(1, height * width, channels, generator=g).bfloat16().to(device, dtype) for _ in range(2))
+    x.requires_grad_()
+    torch.manual_seed(2)
+    y = wrap(module)(x, Patches(height, width, size, by_row=True, kernels=kernels))
+    y.backward(dy)
+    return [y.detach(), x.grad, *(parameter.grad for parameter in module.parameters())]
+
+
+@pytest.mark.parametrize("size, height, width, heads, channels, rate, dtype", CASES)
+def test_agrees_with_the_plain_twin_in_float64(size, height, width, heads, channels, rate, dtype, device):
+    module = attention(size, heads, rate, dtype, device)
+    exact = outcome(module, height, width, size, channels, False, torch.float64, device)
+    plain = outcome(module, height, width, size, channels, False, dtype, device)
+    fused = outcome(module, height, width, size, channels, True, dtype, device)
+    for e, p, f in zip(exact, plain, fused, strict=True):
+        assert f.dtype == dtype
+        # At least two roundings of the largest number: a plain result may be right by chance.
+        allowed = 2 * max((p - e).abs().max(), torch.finfo(dtype).eps * e.abs().max())
+        assert (f - e).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("height, width", [(14, 21), (9, 15)])
+def test_tokens_are_packed_as_patches_are_split(height, width, dtype, device):
+    x_BNC = torch.randn(2, height * width, 5, device=device, dtype=dtype)
+    split_BnPC = Patches(height, width, 7, by_row=True).split(x_BNC)
+    packed_BCnP = torch.ops.catmodel.pack(x_BNC, height, width, 7)
+    assert torch.equal(packed_BCnP, split_BnPC.permute(0, 3, 1, 2))
+    assert torch.equal(torch.ops.catmodel.unpack(packed_BCnP, height, width, 7), x_BNC)
+
+
+@pytest.mark.parametrize("heads, dtype", [(1, torch.bfloat16), (2, torch.float32)])
+def test_the_seed_decides_what_is_dropped(heads, dtype, device):
+    module = attention(4, heads, 0.5, dtype, device)
+    x = torch.randn(1, 32, 4, device=device, dtype=dtype)
+    patches = Patches(4, 8, 4, by_row=True, kernels=True)
+    first, other = module(x, patches), module(x, patches)
+    assert not torch.equal(first, other)
+    module.eval()
+    assert torch.equal(module(x, patches), module(x, patches))
+
+
+@pytest.mark.parametrize("heads, channels, dtype", [(1, 70, torch.bfloat16), (2, 2, torch.float32)])
+def test_gradients_are_bitwise_the_same_each_time(heads, channels, dtype, device):
+    module = attention(4, heads, 0.3, dtype, device)
+    first, second = (outcome(module, 8, 12, 4, channels, True, dtype, device) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("heads, dtype", [(1, torch.bfloat16), (2, torch.float32)])
+def test_compiled_and_checkpointed_it_gives_the_same(heads, dtype, device):
+    module = attention(4, heads, 0.3, dtype, device)
+    eager, compiled, checkpointed = (
+        outcome(module, 7, 8, 4, 2, True, dtype, device, wrap)
+        for wrap in (
+            lambda module: module,
+            lambda module: torch.compile(module, backend="aot_eager", fullgraph=True),
+            lambda module: lambda x, patches: checkpoint(module, x, patches, use_reentrant=False),
+        )
+    )
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(eager, checkpointed, strict=True))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_registered_as_pytorch_wants_it(rate, device):
+    def number(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    ops = torch.ops.catmodel
+    seed = torch.tensor(5, dtype=torch.int32, device=device) if rate else None
+    parameters = number(48, 16), number(48), number(16, 16), number(16)
+    torch.library.opcheck(ops.cross_patch_attention.default, (number(1, 2, 3, 16), *parameters, rate, seed))
+    torch.library.opcheck(ops.flash_attention.default, (number(1, 5, 3, 2, 8), rate, seed))
+    torch.library.opcheck(ops.pack.default, (number(1, 12, 3), 3, 4, 3))
+    torch.library.opcheck(ops.unpack.default, (number(1, 3, 2, 9), 3, 4, 3))
+
+
+def test_gradients_of_the_plain_twin():
+    module = attention(2, dropout=0.3, dtype=torch.float64)
+    patches = Patches(3, 4, 2)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    x = torch.randn(1, 12, 3, dtype=torch.float64, requires_grad=True)
+
+    def f(x, *parameters):
+        torch.manual_seed(3)
+        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x, patches))
+
+    assert torch.autograd.gradcheck(f, (x, *parameters))
