@@ -12,18 +12,24 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     import catmodel.kernels
 
-    multiply = InterpreterBuilder.create_dot
+    multiply, cut = InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_trunc
 
     def create_dot(builder, a, b, *arguments):
         """The interpreter's own (of Triton 3.6 to 3.9) multiplies the bits of bfloat16 as integers."""
         a, b = (builder.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return multiply(builder, a, b, *arguments)
 
-    InterpreterBuilder.create_dot = create_dot
+    def create_fp_trunc(builder, x, to):
+        """The interpreter's own cuts bfloat16 off; GPUs round to nearest."""
+        if (x.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return cut(builder, x, to)
+        return TensorHandle(torch.from_numpy(x.data).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_trunc = create_dot, create_fp_trunc
     catmodel.kernels.usable(torch.device("cpu"), torch.float32)  # defines them all
     del os.environ["TRITON_INTERPRET"]
 

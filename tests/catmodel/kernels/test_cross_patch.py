@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from catmodel.attention import CrossPatchAttention, Patches
 
-# Patch size, map (the odd ones are padded), heads, channels, dropout, type. In one kernel: one head, up to 64 patches of up to 7 x 7, not in
-# float32; the others by flash attention.
+# Patch size, map (the odd ones are padded), heads, channels, dropout, type. In one kernel: one head, up to 64 patches of at most 7 x 7, not
+# in float32; the others by flash attention.
 CASES = [
     (7, 7, 7, 1, 850, 0.3, torch.float16),  # 1 patch; more tiles than programs, and the last one not full
     (7, 7, 20, 1, 3, 0.0, torch.bfloat16),  # 3
@@ -23,27 +23,6 @@ CASES = [
     (7, 7, 20, 1, 2, 0.2, torch.float32),  # 3
     (9, 9, 18, 1, 2, 0.0, torch.float32),  # 2
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def rounding():
-    """Triton's interpreter cuts bfloat16 off, GPUs round to nearest: here it does too."""
-    if torch.cuda.is_available():
-        yield
-        return
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    cut = InterpreterBuilder.create_fp_trunc
-
-    def create_fp_trunc(builder, x, to):
-        if (x.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
-            return cut(builder, x, to)
-        return TensorHandle(torch.from_numpy(x.data).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "create_fp_trunc", create_fp_trunc)
-        yield
 
 
 def attention(size: int, heads: int = 1, dropout: float = 0.0, dtype=torch.float32, device="cpu") -> CrossPatchAttention:
