@@ -28,9 +28,8 @@ def main(arguments: argparse.Namespace) -> None:
         open_backend(config.data.backend, split)  # for its errors: a library or files that are not there
     samples = manifest.split("train").samples
     try:
-        order = Order(
-            config.train.seed, samples, config.train.global_batch, config.train.micro_batch, config.data.shuffle, config.data.repeats
-        )
+        sizes = config.train
+        order = Order(sizes.seed, samples, sizes.global_batch, sizes.smallest_micro_batch, config.data.shuffle, config.data.repeats)
         order.share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
         raise ConfigError(f"{arguments.config}: {error}") from error

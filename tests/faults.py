@@ -77,9 +77,9 @@ class FlipBits:
 
         update, flipped = Ema.update, False
 
-        def corrupting(ema: Ema, step: int) -> None:
+        def corrupting(ema: Ema, step: int, skipped: torch.Tensor) -> None:
             nonlocal flipped
-            update(ema, step)
+            update(ema, step, skipped)
             if step + 1 == self.step and not flipped:
                 ema.fragments[0].master.view(dtype=torch.int32)[0] |= 0x7F800000
                 flipped = True

@@ -32,6 +32,7 @@ class ModelConfig(Section):
     embed_patch_size: Positive | None = Field(None, description="side of a token, in pixels")
     patch_size: Positive | None = Field(None, description="side of an attention patch, in tokens")
     drop_path_rate: Fraction | None = Field(None, description="stochastic depth at the deepest block")
+    ipsa_drop: Fraction | None = Field(None, description="attention dropout in inner-patch attention")
     cpsa_drop: Fraction | None = Field(None, description="attention dropout in cross-patch attention")
 
     @field_validator("name")
@@ -51,17 +52,35 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     epochs: Positive = 300
     global_batch: Positive = Field(1024, description="samples per optimizer step, over all ranks")
-    micro_batch: Positive = Field(128, description="samples per forward pass; mixup, cutmix and dropout act inside one")
+    micro_batch: Positive | Literal["auto"] = Field(
+        128, description="samples per forward pass; mixup, cutmix and dropout act inside one. auto: the largest that fits, then kept"
+    )
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     seed: int = Field(0, ge=0)
     log_every: Positive = Field(50, description="steps between lines of metrics")
     max_steps: Positive | None = Field(None, description="end early after so many steps; the schedule still spans `epochs`")
     evaluate_every: int = Field(1, ge=0, description="epochs between evaluations; 0 turns them off")
     activation_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, about a third more time")
+    kernels: bool = Field(True, description="the Triton kernels, on a GPU that can run them")
+    compile: bool = Field(False, description="torch.compile the network: minutes at the start")
+    cuda_graphs: bool = Field(
+        False, description="replay the compiled network as CUDA graphs, for small batches; one micro-batch a rank and step (not measured)"
+    )
+
+    @property
+    def smallest_micro_batch(self) -> int:
+        """What `micro_batch` says, or for "auto" what it may come to: the number of ranks must share a global batch of these."""
+        return 1 if self.micro_batch == "auto" else self.micro_batch
+
+    @model_validator(mode="after")
+    def _cuda_graphs(self) -> "TrainConfig":
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("train.cuda_graphs needs train.compile=true: it is the compiled network that is captured")
+        return self
 
     @model_validator(mode="after")
     def _micro_batches(self) -> "TrainConfig":
-        if self.global_batch % self.micro_batch:
+        if self.global_batch % self.smallest_micro_batch:
             raise ValueError(f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}")
         return self
 
@@ -145,6 +164,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _whole_network(self) -> "Config":
+        if self.train.compile and self.zero.stage == 3:
+            raise ValueError("train.compile needs zero.stage 0, 1 or 2: at stage 3 DeepSpeed gathers weights in between what is compiled")
+        return self
+
+    @model_validator(mode="after")
     def _whole_matrices(self) -> "Config":
         if self.optimizer.name == "muon" and self.zero.stage:
             raise ValueError(f"optimizer.name=muon needs zero.stage=0, not {self.zero.stage}: ZeRO cuts the matrices that it works on")
@@ -168,6 +193,9 @@ FREE_KEYS = (
     "train.max_steps",
     "train.evaluate_every",
     "train.activation_checkpointing",
+    "train.kernels",
+    "train.compile",
+    "train.cuda_graphs",
 )
 
 

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from train.engine import Engine
 
@@ -20,11 +21,21 @@ class Ema:
         self.fragments = engine.fragments()
         self._masters = [fragment.master for fragment in self.fragments]
         self.averages = [master.clone() for master in self._masters]
+        # One step of SGD at rate r on ½ |average - master|² takes the average r of the way to the master, and torch's fused SGD can be
+        # told by the device to do nothing. Here |average|² is its weight decay, and -master, by `maximize`, its gradient.
+        self._sgd = torch.optim.SGD(self.averages, lr=0.0, weight_decay=1.0, maximize=True, fused=True)
+        for average, master in zip(self.averages, self._masters, strict=True):
+            average.grad = master
 
-    def update(self, step: int) -> None:
-        """Take in the weights after step `step` (counted from 0). Warmed up: early averages forget the initial weights quickly."""
+    def update(self, step: int, skipped: Tensor) -> None:
+        """Take in the weights after step `step` (counted from 0), unless `skipped` is 1 (a scalar on the device: nobody waits for it).
+
+        Warmed up: early averages forget the initial weights quickly.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self._masters, 1 - decay)
+        self._sgd.param_groups[0]["lr"] = 1 - decay
+        self._sgd.found_inf = skipped
+        self._sgd.step()
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -7,7 +7,6 @@ code at every stage. Facts about DeepSpeed 0.19 that this file relies on are in 
 
 import contextlib
 import logging
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,10 +40,13 @@ class Fragment:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Norm of the whole gradient before clipping; `skipped` where it is not finite, on all ranks alike, and nothing was changed."""
+    """Norm of the whole gradient before clipping; `skipped` is 1 where it is not finite, on all ranks alike, and nothing was changed.
 
-    grad_norm: float
-    skipped: bool
+    Both are scalars on the device, fp32: to read one on the host is to wait for the whole step.
+    """
+
+    grad_norm: Tensor
+    skipped: Tensor
 
 
 class Engine:
@@ -61,16 +63,24 @@ class Engine:
         self.stage, self.offload = config.zero.stage, config.zero.offload
         self.dtype = DTYPES[config.train.precision]
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.clip_grad = config.optimizer.clip_grad
-        # ZeRO 0 in fp32 has no wrapper around the optimizer, and DeepSpeed then reports no gradient norm: we clip.
-        self._plain = self.stage == 0 and self.dtype == torch.float32
+        self.device, self.clip_grad = device, config.optimizer.clip_grad
+        # Where DeepSpeed decides whether a gradient is finite, the host waits for the device: at ZeRO 0 in bf16 once for every parameter,
+        # at ZeRO 1 and 2 up to four times a step. There we do it, on the device. Only the loss scale of fp16, ZeRO 3 (one read a step)
+        # and offloading have no way round DeepSpeed's own.
+        self._checked_here = self.dtype != torch.float16 and self.stage < 3 and not self.offload
         self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.shapes = {name: tuple(parameter.shape) for parameter, name in self.names.items()}
 
-        base = build_optimizer(model.to(device), config.optimizer)
+        self._base = base = build_optimizer(model.to(device), config.optimizer)
         self._groups = [list(group["params"]) for group in base.param_groups]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=base, config=self._settings(config, accumulation))
         self._optimizer = self._engine.optimizer
+        self._copies: tuple[list[Tensor], list[Tensor]] | None = None  # fp32 masters that are ours, and the weights they are the masters of
+        if self.stage == 0:
+            self._masters = self._own_masters() if self._checked_here else self._optimizer.fp32_groups
+        self._compiled_for = config.train.micro_batch if config.train.compile else 0  # images: another number would be compiled again
+        if config.train.compile:
+            self._compile(config.train.cuda_graphs, accumulation)
         # Present from the start, so that loading needs no case of its own; it also undoes the dummy step with which DeepSpeed
         # starts ZeRO 0 in half precision, and which would leave Adam's step count one too high.
         groups = {parameter: group for group, parameters in zip(base.param_groups, self._groups, strict=True) for parameter in parameters}
@@ -84,7 +94,10 @@ class Engine:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of normalised images [m, 3, S, S], any float type."""
-        return self._engine(images.to(self.dtype))
+        count = len(images)
+        if count < self._compiled_for:  # the last ones of an evaluation
+            images = nn.functional.pad(images, (0,) * 7 + (self._compiled_for - count,))
+        return self._engine(images.to(self.dtype))[:count]
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch's mean loss; the last of a step also averages it over ranks.
@@ -93,23 +106,35 @@ class Engine:
         """
         self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
 
-    def step(self, lr: float) -> StepResult:
-        """Finish a micro-batch; after the step's last one: clip, update the weights."""
+    @torch.no_grad()
+    def step(self, lr: float) -> StepResult | None:
+        """Finish a micro-batch; after the step's last one: clip, update the weights. None before that."""
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
-            return StepResult(0.0, False)
+            return None
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        norm, skipped = math.nan, False
-        if self._plain:  # everywhere else DeepSpeed looks whether the norm is finite
-            norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_grad or float("inf")))
-            skipped = not math.isfinite(norm)
-            if skipped:
-                self.module.zero_grad(set_to_none=True)  # the optimizer passes over parameters without a gradient
+        if not self._checked_here:
+            self._engine.step()
+            skipped = not self._engine.was_step_applied()
+            norm = torch.nan if skipped else self._engine.get_global_grad_norm()
+            return StepResult(torch.as_tensor(norm).float(), torch.full((), float(skipped), device=next(iter(self._moments)).device))
+        norm = self._gradient_norm()
+        skipped = norm.isfinite().logical_not().float()
+        # torch's fused optimizers divide by the one, and do nothing at all where the other is 1: what torch.amp's scaler uses.
+        self._base.found_inf = skipped
+        if self.clip_grad:
+            self._base.grad_scale = ((norm + 1e-6) / self.clip_grad).clamp(min=1)
+        if self._copies:
+            masters, weights = self._copies
+            gradients = [torch.empty_like(master) for master in masters]
+            torch._foreach_copy_(gradients, [weight.grad for weight in weights])
+            for master, gradient in zip(masters, gradients, strict=True):
+                master.grad = gradient
         self._engine.step()
-        skipped = skipped or not self._engine.was_step_applied()
-        if not self._plain and not skipped:
-            norm = float(self._engine.get_global_grad_norm())
+        if self._copies:
+            torch._foreach_copy_(weights, masters)
+            self._base.zero_grad()
         return StepResult(norm, skipped)
 
     @contextlib.contextmanager
@@ -180,22 +205,30 @@ class Engine:
     def _settings(self, config: Config, accumulation: int) -> dict:
         zero = {
             "stage": self.stage,
+            # At stages 1 and 2 DeepSpeed reduces gradients beside the backward pass only if the host may wait for the device after it.
+            # That costs more than it hides while the network is NVLink or PCI; from one machine to another it pays. (Not measured.)
+            "overlap_comm": self.stage == 3 or (self.device.type == "cuda" and self.world > torch.cuda.device_count()),
+            "contiguous_gradients": True,  # reduced in copies: no holes are left between the activations' memory
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
             "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
         }
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        return {
+        settings = {
             "train_micro_batch_size_per_gpu": config.train.micro_batch,
             "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": 0.0 if self._plain else (self.clip_grad or 0.0),
-            "bf16": {"enabled": self.dtype == torch.bfloat16},
-            "fp16": {"enabled": self.dtype == torch.float16},
+            "gradient_clipping": 0.0 if self._checked_here else (self.clip_grad or 0.0),
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU too, and compiles nothing at start-up
         }
+        if self._checked_here and self.stage:
+            zero["compute_grad_norm"] = False
+        if self._checked_here and self.stage == 0:  # see _own_masters
+            return {**settings, "communication_data_type": "bf16" if self.dtype == torch.bfloat16 else "fp32"}
+        bf16 = {"enabled": self.dtype == torch.bfloat16, "check_grad_overflow": not self._checked_here}
+        return {**settings, "bf16": bf16, "fp16": {"enabled": self.dtype == torch.float16}}
 
     def _layout(self) -> Iterator[tuple[list[nn.Parameter], Tensor, list[tuple[int, int, int]]]]:
         """Per fp32 tensor of this rank: its parameters, itself, and for each parameter (first element held, its offset here, numel)."""
@@ -220,10 +253,43 @@ class Engine:
                     places.append((low - offset, low - first, high - low))
                 yield group, master, places
         else:
-            masters = self._groups if self._plain else optimizer.fp32_groups
-            for group, group_masters in zip(self._groups, masters, strict=True):
+            for group, group_masters in zip(self._groups, self._masters, strict=True):
                 for parameter, master in zip(group, group_masters, strict=True):
                     yield [parameter], master, [(0, 0, parameter.numel())]
+
+    def _compile(self, cuda_graphs: bool, accumulation: int) -> None:
+        """Have the model compiled when it is first called, for training and for evaluation; results differ from eager ones by rounding."""
+        if cuda_graphs and (self.device.type != "cuda" or accumulation > 1):
+            raise ConfigError("train.cuda_graphs needs a GPU, and one micro-batch a rank and step: the next would overwrite its gradients")
+        options = {
+            "fallback_random": True,  # dropout and drop-path stay what torch.manual_seed makes them without compilation
+            "deterministic": True,  # nothing is chosen by timing, which would choose otherwise after a restart
+            "triton.cudagraphs": cuda_graphs,
+        }
+        self.module.compile(options=options, dynamic=False)
+
+    def _own_masters(self) -> list[list[Tensor]]:
+        """ZeRO 0, where DeepSpeed was told of fp32 alone: in bf16, casts the weights and gives the optimizer fp32 masters of them."""
+        if self.dtype == torch.float32:
+            return self._groups
+        for parameter in self.names:
+            parameter.data = parameter.data.to(self.dtype)
+        for group in self._base.param_groups:
+            group["params"] = [nn.Parameter(parameter.detach().float()) for parameter in group["params"]]
+        masters = [group["params"] for group in self._base.param_groups]
+        self._copies = sum(masters, []), sum(self._groups, [])
+        return masters
+
+    def _gradient_norm(self) -> Tensor:
+        """Of all gradients, averaged over the ranks as they are after `backward`."""
+        if self.stage:  # each rank has those of its share
+            gradients = [gradient for group in self._optimizer.averaged_gradients.values() for gradient in group]
+        else:
+            gradients = [parameter.grad for parameter in self.names]
+        square = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).double().square().sum()
+        if self.stage:
+            dist.all_reduce(square)
+        return square.sqrt().float()
 
     def _gather_shares(self, master: Tensor) -> None:
         """ZeRO 0: put every rank's share of `master` together again, in place."""

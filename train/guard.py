@@ -1,5 +1,6 @@
 """What ends a run early, and what the ranks tell each other once a second: who was asked to stop, and how long each was busy by itself."""
 
+import collections
 import contextlib
 import signal
 import statistics
@@ -116,8 +117,10 @@ class Agreement:
         return event
 
     def _seconds(self, began, ended) -> float:
-        # The step's norm has been read on the host, so a GPU is past both events.
-        return ended - began if self._device.type == "cpu" else began.elapsed_time(ended) / 1000
+        if self._device.type == "cpu":
+            return ended - began
+        ended.synchronize()  # at most for the last forward pass, once in `every` seconds: its backward pass is queued behind it
+        return began.elapsed_time(ended) / 1000
 
 
 class Skips:
@@ -126,15 +129,39 @@ class Skips:
     def __init__(self, limit: int):
         """limit: as many in a row are too many."""
         self.limit, self.in_a_row = limit, []
+        self._pending: collections.deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = collections.deque()
         self._gone_back_for: set[int] = set()
 
-    def too_many(self, done: int, skipped: bool) -> bool:
-        """Take note of how step `done` went."""
-        self.in_a_row = [*self.in_a_row, done] if skipped else []
+    @property
+    def too_many(self) -> bool:
         return len(self.in_a_row) >= self.limit
+
+    def add(self, done: int, skipped: torch.Tensor) -> None:
+        """Step `done` has been given to the device: `skipped` will be 1 where it changes nothing. Nobody waits for it here."""
+        event = torch.cuda.Event() if skipped.is_cuda else None
+        flag = skipped.to("cpu", non_blocking=True)
+        if event:
+            event.record()
+        self._pending.append((done, flag, event))
+
+    def known(self, done: int) -> list[int]:
+        """Those of the steps up to `done` that were skipped and have not been told before; waits for the device to finish step `done`.
+
+        Asked for the last step but one, a GPU has a whole step to work on in the meantime.
+        """
+        skipped = []
+        while self._pending and self._pending[0][0] <= done and not self.too_many:
+            step, flag, event = self._pending.popleft()
+            if event:
+                event.synchronize()
+            if flag.numpy():
+                skipped.append(step)
+            self.in_a_row = [*self.in_a_row, step] if flag.numpy() else []
+        return skipped
 
     def go_back(self) -> str:
         """Begin anew, from an earlier step; returns why. Raises TrainingFailed where going back for these steps has not helped before."""
+        self._pending.clear()
         steps, self.in_a_row = self.in_a_row, []
         sentence = f"steps {steps[0]} to {steps[-1]} had no finite gradient"
         if self._gone_back_for.intersection(steps):

@@ -16,7 +16,13 @@ class Muon(torch.optim.AdamW):
 
     Nesterov momentum; updates are scaled by 0.2 sqrt(max(rows, columns)), which gives them the size of AdamW's (Liu et al., arXiv
     2502.16982, section 2.2), so that one learning rate serves both. Needs whole matrices: not for parameters that are partitioned.
+
+    As torch's fused AdamW it obeys two scalars on the device, where they are set: gradients are divided by `grad_scale`, and nothing is
+    changed where `found_inf` is 1.
     """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     def __init__(self, groups: list[dict], lr: float, momentum: float, betas: tuple[float, float], eps: float):
         super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
@@ -36,11 +42,18 @@ class Muon(torch.optim.AdamW):
         for parameters in _by_shape([parameter for parameter in group["params"] if parameter.grad is not None]):
             gradients = [parameter.grad.float() for parameter in parameters]
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            lr = torch.full((), group["lr"], device=parameters[0].device)
+            if self.grad_scale is not None:
+                torch._foreach_div_(gradients, self.grad_scale)
+            if self.found_inf is not None:  # a step of rate 0, from the momentum to itself
+                skip = self.found_inf.bool()
+                gradients = [torch.where(skip, buffer, gradient) for buffer, gradient in zip(buffers, gradients, strict=True)]
+                lr = lr * (1 - self.found_inf)
             torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
             updates = orthogonalised(torch.stack(torch._foreach_lerp(gradients, buffers, self.momentum)))
-            scale = 0.2 * max(updates.shape[1:]) ** 0.5
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, list(updates.unbind()), alpha=-group["lr"] * scale)
+            updates *= lr * (-0.2 * max(updates.shape[1:]) ** 0.5)
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(parameters, list(updates.unbind()))
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:

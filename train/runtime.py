@@ -15,6 +15,9 @@ import torch.distributed as dist
 from train.engine import init_process_group
 from train.lock import RunLock
 
+# Instructions that multiply bf16, as torch names them: on x86 and on ARM.
+BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -31,6 +34,12 @@ class Runtime:
         """Such as "2 × CPU (1 threads)"."""
         cuda = self.device.type == "cuda"
         return f"{self.world} × {torch.cuda.get_device_name(self.device) if cuda else f'CPU ({torch.get_num_threads()} threads)'}"
+
+    def advice(self, precision: str) -> list[str]:
+        """What a person may want to change, in sentences."""
+        if precision == "bf16" and self.device.type == "cpu" and not any(torch.cpu.get_capabilities().get(name) for name in BF16):
+            return ["this processor has no bf16 instructions: train.precision=fp32 is faster"]
+        return []
 
 
 def start_runtime() -> Runtime:

@@ -20,6 +20,7 @@ from train.evaluate import Scores
 from train.feed import Feed
 from train.guard import REMEDY, Agreed, Agreement, NotSaved, Skips, Stopped, TrainingFailed
 from train.lock import RunLock
+from train.micro_batch import settle_micro_batch
 from train.monitor import Clock, Monitor, SampleRecord
 from train.resume import lost_steps, restore
 from train.runtime import start_runtime, start_times, stop_runtime
@@ -75,11 +76,15 @@ class Run:
         resume: str,
         with_changes: bool,
     ):
-        self.config, self.manifest, self.order, self.output = config, manifest, order, output
-        self.lock, self.watchdog = lock, watchdog
         self.runtime = runtime = start_runtime()
         store = Store()
         watchdog.connect(store)
+        notes = runtime.advice(config.train.precision)
+        if config.train.micro_batch == "auto":
+            config, order, note = settle_micro_batch(config, order, len(manifest.classes), runtime, output, resume)
+            notes.append(note)
+        self.config, self.manifest, self.order, self.output = config, manifest, order, output
+        self.lock, self.watchdog = lock, watchdog
         self.checkpoints = output / "checkpoints"
         if runtime.is_main:
             clean_up(self.checkpoints)
@@ -103,7 +108,7 @@ class Run:
         self.samples = SampleRecord(output, runtime.rank, config.monitor.record_samples)
         if runtime.is_main:
             (output / "config.yaml").write_text(dump_config(config))
-        for sentence in self.restored.notes:
+        for sentence in notes + self.restored.notes:
             self.monitor.say(sentence)
         path, again = self.restored.path, f" ({lost} steps are taken again)" if lost else ""
         what = f"resumed from {path}" if path else f"training {config.model.name} on {config.data.path}"
@@ -146,17 +151,19 @@ class Run:
                     losses[index] = loss.detach()
                     ids += batch.ids.tolist()
                     result = engine.step(learning_rate(config, step, order.steps_per_epoch))
-                if result.skipped:
-                    self.monitor.event("skipped_step", done, f"step {done} skipped: its gradient is not finite (or overflowed in fp16)")
-                elif self.ema:
-                    self.ema.update(step)
-                if self.skips.too_many(done, result.skipped):
+                if self.ema:
+                    self.ema.update(step, result.skipped)
+                self.skips.add(done, result.skipped)
+                report = done % config.train.log_every == 0 or done in (start + 1, self.last)
+                # Only where something is written does the host wait for this step's end; else for the one's before it.
+                self.tell_skipped(done if report or self.evaluation_due(done) or self.checkpoint_due(done) else done - 1)
+                if self.skips.too_many:
                     return self.go_back()
                 clock.finish_step()
 
                 self.samples.write(done, ids)
                 self.monitor.advance()
-                if done % config.train.log_every == 0 or done in (start + 1, self.last):
+                if report:
                     self.report(done, losses, result.grad_norm, clock)
                 began = time.perf_counter()
                 self.obey(agreement.round(stop_signals.received), done)
@@ -168,14 +175,18 @@ class Run:
                 clock.skip(time.perf_counter() - began)
         return self.last
 
-    def report(self, done: int, losses: torch.Tensor, grad_norm: float, clock: Clock) -> None:
+    def tell_skipped(self, done: int) -> None:
+        for step in self.skips.known(done):
+            self.monitor.event("skipped_step", step, f"step {step} skipped: its gradient is not finite (or overflowed in fp16)")
+
+    def report(self, done: int, losses: torch.Tensor, grad_norm: torch.Tensor, clock: Clock) -> None:
         """Metrics of the step just finished: its mean loss over all micro-batches of all ranks."""
         sums = torch.cat([losses, losses.new_tensor([self.bad_samples.new])])
         dist.all_reduce(sums)  # each loss is zero on all ranks but one: the same sum on any number of ranks
-        loss = sums[:-1].mean().item()
+        loss, bad, norm = torch.stack([sums[:-1].mean(), sums[-1], grad_norm.to(sums)]).tolist()
         lr = learning_rate(self.config, done - 1, self.order.steps_per_epoch)
-        self.monitor.train(done, done / self.order.steps_per_epoch, loss, lr, grad_norm, *clock.read())
-        if sums[-1].item():
+        self.monitor.train(done, done / self.order.steps_per_epoch, loss, lr, norm, *clock.read())
+        if bad:
             self.bad_samples.agree(self.monitor)
 
     def go_back(self) -> int:
@@ -198,6 +209,7 @@ class Run:
         if not agreed.stop:
             return
         rank, number = agreed.stop[0]
+        self.tell_skipped(done)
         if done != self.saver.begun:
             self.save(done)
         self.watchdog.enter("save", done)

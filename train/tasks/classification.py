@@ -69,12 +69,13 @@ class Classification:
 
 
 def build_model(config: Config, classes: int) -> nn.Module:
-    """The config's model for `classes` classes, with activation checkpointing set as the config says."""
+    """The config's model for `classes` classes, with activation checkpointing and kernels set as the config says."""
     try:
         model = catmodel.create_model(config.model.name, img_size=config.data.image_size, num_classes=classes, **config.model.overrides())
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
     model.set_grad_checkpointing(config.train.activation_checkpointing)
+    model.set_kernels(config.train.kernels)
     return model
 
 

@@ -1,0 +1,57 @@
+"""`train.micro_batch: auto`, in processes whose memory is limited for real."""
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.runs import events, losses, run, start
+
+SETTINGS = ["train.micro_batch=auto", "train.max_steps=2", "train.evaluate_every=0", "zero.stage=0"]
+SETTINGS += ["data.image_size=64", "model.patch_size=8"]
+
+
+@dataclass(frozen=True)
+class LimitMemory:
+    """The process of rank `rank` may take so many megabytes more than it has at its start."""
+
+    rank: int
+    megabytes: int
+
+    def __call__(self, rank: int) -> None:
+        if rank != self.rank:
+            return
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + self.megabytes * 2**20, resource.RLIM_INFINITY))
+
+
+def micro_batch(output: Path) -> int:
+    return yaml.safe_load((output / "config.yaml").read_text())["train"]["micro_batch"]
+
+
+@pytest.mark.slow
+def test_the_largest_that_fits_is_found_and_kept(tiny_config, tmp_path):
+    free = run(tiny_config, tmp_path / "free", *SETTINGS, "train.global_batch=256", "train.max_steps=1")
+    assert micro_batch(tmp_path / "free") == 256 and "train.micro_batch: 256 is the largest that fits" in free.text()
+    bound = run(tiny_config, tmp_path / "bound", *SETTINGS, "train.global_batch=256", "train.max_steps=1", before=LimitMemory(0, 2500))
+    size = micro_batch(tmp_path / "bound")
+    assert size < 256 and f"train.micro_batch: {size} is the largest that fits ({2 * size} does not)" in bound.text()
+    again = run(tiny_config, tmp_path / "bound", *SETTINGS, "train.global_batch=256")
+    assert f"train.micro_batch: {size}, as this run has had it before" in again.text()
+    assert micro_batch(tmp_path / "bound") == size and sorted(losses(tmp_path / "bound")) == [1, 2]
+    assert len(events(tmp_path / "bound", "resume")) == 1
+
+
+@pytest.mark.slow
+def test_all_ranks_take_what_fits_on_each(tiny_config, tmp_path):
+    run(tiny_config, tmp_path, *SETTINGS, "train.global_batch=256", world=2, before=LimitMemory(1, 2500))
+    assert micro_batch(tmp_path) < 128
+
+
+@pytest.mark.slow
+def test_where_nothing_fits_the_run_ends_with_one_sentence(tiny_config, tmp_path):
+    job = start(tiny_config, tmp_path, *SETTINGS, "data.image_size=1024", before=LimitMemory(0, 500))
+    assert job.wait() == [78]
+    assert "train.micro_batch=auto: not one image fits into memory" in job.text()

@@ -1,0 +1,166 @@
+"""`train.micro_batch: auto`: the largest micro-batch that fits, found by trying."""
+
+import os
+import resource
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import nn
+
+from data_pipeline.order import Order
+from train.checkpoint import read_info
+from train.config import Config, ConfigError
+from train.engine import BUCKET_ELEMENTS, DTYPES
+from train.runtime import Runtime
+from train.tasks.classification import build_model
+
+HEADROOM = 0.1  # of the memory that is free: fragmentation, communication, batches on their way
+
+THREADS = 2**30  # bytes of address space, used or not, that the threads take which are started later: their stacks and malloc's arenas
+
+
+def settle_micro_batch(
+    config: Config, order: Order, classes: int, runtime: Runtime, output: Path, resume: str
+) -> tuple[Config, Order, str]:
+    """`config` and `order` with a number in place of "auto", and a sentence for the log; every rank calls this and gets the same.
+
+    It is the number that the run in `output` (or the checkpoint `resume`) has had before, because mixup and dropout act inside a
+    micro-batch; else the largest size that fits on all ranks. Raises ConfigError where that number cannot be used here, or nothing fits.
+    """
+    before: list = [_before(output, resume) if runtime.is_main else None]
+    dist.broadcast_object_list(before)
+    if before[0]:
+        size, sentence = before[0], f"train.micro_batch: {before[0]}, as this run has had it before"
+    else:
+        size, sentence = _largest(config, classes, runtime)
+    try:
+        order = replace(order, micro_batch=size)
+        order.share(runtime.rank, runtime.world)
+    except ValueError as error:
+        raise ConfigError(f"train.micro_batch was {size} before: {error}") from error
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": size})}), order, sentence
+
+
+def _before(output: Path, resume: str) -> int | None:
+    if resume not in ("auto", "never"):
+        return read_info(Path(resume)).config["train"]["micro_batch"]
+    path = output / "config.yaml"
+    return yaml.safe_load(path.read_text())["train"]["micro_batch"] if resume == "auto" and path.exists() else None
+
+
+def _largest(config: Config, classes: int, runtime: Runtime) -> tuple[int, str]:
+    """By bisection; the sizes are those that give every rank the same number of micro-batches."""
+    share = config.train.global_batch // runtime.world
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    fitting, too_large = -1, len(sizes)
+    model = build_model(config, classes).to(runtime.device, DTYPES[config.train.precision])
+
+    def fits(size: int) -> bool:
+        everywhere = torch.tensor(_fits(model, config, size), dtype=torch.uint8, device=runtime.device)
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+        return bool(everywhere)
+
+    if fits(1):  # libraries start their threads and fill their caches: no part of what a size needs, so before the memory is measured
+        free = (1 - HEADROOM) * _free_memory(runtime.device) - _kept_beside(model, config, runtime)
+        with _at_most(free, runtime.device):
+            while too_large - fitting > 1:
+                middle = (fitting + too_large) // 2
+                fitting, too_large = (middle, too_large) if fits(sizes[middle]) else (fitting, middle)
+    if fitting < 0:
+        raise ConfigError(
+            "train.micro_batch=auto: not one image fits into memory; use train.activation_checkpointing=true, a higher zero.stage, "
+            "or a smaller model"
+        )
+    above = f" ({sizes[too_large]} does not)" if too_large < len(sizes) else ""
+    return sizes[fitting], f"train.micro_batch: {sizes[fitting]} is the largest that fits{above}"
+
+
+def _fits(model: nn.Module, config: Config, size: int) -> bool:
+    try:
+        _step(model, config, size)
+    except (torch.OutOfMemoryError, MemoryError):
+        return False
+    except RuntimeError as error:
+        if "memory" not in str(error):  # a CPU's allocator has no error type of its own
+            raise
+        return False
+    finally:
+        model.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return True
+
+
+def _step(model: nn.Module, config: Config, size: int) -> None:
+    """Forward and backward of `size` images."""
+    weight = next(model.parameters())
+    side = config.data.image_size
+    logits = model(torch.zeros(size, 3, side, side, device=weight.device, dtype=weight.dtype))
+    nn.functional.cross_entropy(logits.float(), torch.zeros(size, dtype=torch.int64, device=weight.device)).backward()
+
+
+def _kept_beside(model: nn.Module, config: Config, runtime: Runtime) -> int:
+    """Bytes of what a rank keeps beyond the model, its gradients and activations: see Engine, Ema and Saver.
+
+    At ZeRO 3 the weights are partitioned too, which the trial does not show: what is found there is less than would fit.
+    """
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    stage, world = config.zero.stage, runtime.world
+    moments = 4 if config.optimizer.name == "sgd" else 8
+    master = 0 if stage == 0 and config.train.precision == "fp32" else 4
+    averages = 4 if config.ema.decay else 0
+    share = world if stage else 1
+    on_host = runtime.device.type == "cpu"
+    kept = 0 if config.zero.offload and not on_host else weights * (master + moments + 4) // share + weights * averages // world
+    buckets = 0 if stage == 0 else BUCKET_ELEMENTS * next(model.parameters()).element_size()
+    snapshot = weights * (4 + moments + averages) // world if on_host else 0
+    return kept + buckets + snapshot
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that this rank may still take: on a CPU its part of what is available to all ranks on this machine."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    hosts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    free //= hosts.count(socket.gethostname())
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return free if soft == resource.RLIM_INFINITY else min(free, soft - _address_space() - THREADS)
+
+
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def _at_most(more: float, device: torch.device) -> Iterator[None]:
+    """Inside, an allocation fails that would take this process more than `more` bytes above what it has now.
+
+    On a CPU that is a limit of its address space: without one the system would give out memory that it has not got, and kill a process.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, (torch.cuda.memory_reserved(device) + more) / total)), device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + max(0, int(more)), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
