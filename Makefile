@@ -1,8 +1,9 @@
 # Everything a newcomer needs. `make demo` and `make test` do their own set-up; done once, it costs nothing.
-.PHONY: setup demo test faults lint bench fuzz
+.PHONY: setup demo test faults lint bench gpu fuzz
 
 export DS_ACCELERATOR ?= $(shell test -e /dev/nvidia0 && echo cuda || echo cpu)
 BIN := .venv/bin
+PYTHON ?= $(BIN)/python
 
 setup: .venv/ready
 
@@ -35,6 +36,10 @@ bench: .venv/backends
 	$(BIN)/python launch/prepare.py datasets/shapes-images datasets/shapes
 	$(BIN)/python launch/bench.py data
 	$(BIN)/python launch/bench.py train
+
+# What only a GPU can show, in 8 minutes. Where there is no .venv: make gpu PYTHON=python3 GPU_WHEELS=folder (docs/performance.md).
+gpu: $(if $(filter $(BIN)/%,$(PYTHON)),setup)
+	$(PYTHON) launch/gpu.py
 
 # 10^6 damaged JPEGs through the compiled decoder; needs clang.
 fuzz:

@@ -1,29 +1,40 @@
 """Speed of a training step beside a bare PyTorch loop, interleaved in one run; and what the guard costs it."""
 
+import copy
+import statistics
 import time
 from pathlib import Path
 
 import torch
 
 from data_pipeline.bench import interleave
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import Order
+from train.bench_model import COMPILED, Clock
 from train.config import Config
 from train.ema import Ema
 from train.engine import Engine
+from train.feed import Feed
 from train.guard import Agreement, Skips
 from train.optimizer import build_optimizer
 from train.runtime import Runtime
 from train.saver import snapshot
 from train.signals import stop_signals
 from train.store import Store
-from train.tasks.classification import build_model
+from train.tasks.classification import Classification, build_model
 from train.watchdog import Watchdog
 
 
 def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, rounds: int = 5) -> dict[str, list[float]]:
-    """Images per second of steps of one micro-batch of random images: the engine, and a bare PyTorch loop in the same precision."""
+    """Images per second of steps of one micro-batch of random images: the engine, and a bare PyTorch loop that does the same arithmetic,
+    in 16 bits with an fp32 master of the weights, too."""
     engine = Engine(build_model(config, classes), config, accumulation=1, device=runtime.device)
-    model = build_model(config, classes).to(runtime.device, engine.dtype)
-    optimizer = build_optimizer(model, config.optimizer)
+    master = build_model(config, classes).to(runtime.device)
+    optimizer = build_optimizer(master, config.optimizer)
+    model = master if engine.dtype == torch.float32 else copy.deepcopy(master).to(engine.dtype)
+    masters, weights = list(master.parameters()), list(model.parameters())
+    if config.train.compile:
+        model.compile(**COMPILED)
     size, batch = config.data.image_size, config.train.micro_batch
     images = torch.randn(batch, 3, size, size, device=runtime.device)
     labels = torch.randint(classes, (batch,), device=runtime.device)
@@ -41,13 +52,41 @@ def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, roun
     def plain() -> None:
         for _ in range(steps):
             torch.nn.functional.cross_entropy(model(images.to(engine.dtype)).float(), labels).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad or float("inf"))
+            if model is not master:
+                for weight, of_master in zip(weights, masters, strict=True):
+                    of_master.grad = weight.grad.float()
+            torch.nn.utils.clip_grad_norm_(masters, config.optimizer.clip_grad or float("inf"))
             optimizer.step()
-            optimizer.zero_grad()
+            if model is not master:
+                with torch.no_grad():
+                    torch._foreach_copy_(weights, masters)
+            model.zero_grad()
         finish()
 
     ways = {f"DeepSpeed ZeRO {config.zero.stage}": with_engine, "bare PyTorch": plain}
     return interleave(ways, steps * batch, rounds, time.perf_counter)
+
+
+def split_step(config: Config, manifest: Manifest, runtime: Runtime, steps: int) -> dict[str, float]:
+    """Where the time of training steps of one micro-batch from `manifest` goes: milliseconds (medians of `steps`) that the model waits for
+    its images, and of forward, backward and optimizer, as the device sees them."""
+    order = Order(config.train.seed, manifest.split("train").samples, config.train.micro_batch * runtime.world, config.train.micro_batch)
+    task = Classification(config, manifest, order, runtime)
+    engine, clock = Engine(task.build_model(), config, accumulation=1, device=runtime.device), Clock(runtime.device)
+    with Feed(task.batches(0), task.inputs, runtime.device, waited=lambda seconds: None) as feed:
+        for _ in range(-3, steps):  # the first ones warm up
+            clock.mark()
+            batch, images, targets = next(feed)
+            clock.mark()
+            loss = task.loss(engine, batch, images, targets)
+            clock.mark()
+            engine.backward(loss)
+            feed.prepare()
+            clock.mark()
+            engine.step(1e-4)
+    clock.mark()
+    times = clock.milliseconds()[3 * 4 :]
+    return {phase: statistics.median(times[i::4]) for i, phase in enumerate(("data", "forward", "backward", "optimizer"))}
 
 
 def bench_guard(config: Config, classes: int, runtime: Runtime, steps: int, folder: Path) -> dict[str, float]:
@@ -76,7 +115,8 @@ def bench_guard(config: Config, classes: int, runtime: Runtime, steps: int, fold
         engine.backward(loss)
         result = engine.step(1e-4)
         at += [time.perf_counter()]
-        skips.too_many(step, result.skipped)
+        skips.add(step, result.skipped)
+        skips.known(step)
         agreement.round(stop_signals.received)
         at += [time.perf_counter()]
         guarding += (at[1] - at[0]) + (at[3] - at[2]) + (at[5] - at[4])

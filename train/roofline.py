@@ -1,0 +1,166 @@
+"""What a device can do, measured on it: bytes and FLOPs per second; and what a model asks of it: bytes and FLOPs per image."""
+
+import contextlib
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+# --- the device --------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """bandwidth: bytes read and written per second by a large copy. flops: per second of a large matrix product in one precision."""
+
+    bandwidth: float
+    flops: float
+
+    def floor(self, flops: float, moved: float) -> float:
+        """The most images per second where one takes `flops` and `moved` bytes, arithmetic and memory each working without a pause."""
+        return 1 / max(flops / self.flops, moved / self.bandwidth)
+
+
+# As measured before by hand on one: a copy of 8.6 GB, and bf16 products of 8192 x 8192 matrices of random numbers.
+H200 = Roofline(4.3e12, 790e12)
+
+
+def finish(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_roofline(device: torch.device, dtype: torch.dtype, rounds: int = 9) -> Roofline:
+    """Medians of `rounds`, of random data: a processor that multiplies zeros needs less power, and is faster than it can be."""
+    elements, side = (2**31, 8192) if device.type == "cuda" else (2**25, 1024)
+    source = torch.empty(elements, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    copying = seconds(lambda: target.copy_(source), device, rounds)
+    multiplying = seconds(lambda: torch.mm(a, b, out=product), device, rounds)
+    return Roofline(2 * elements / copying, 2 * side**3 / multiplying)
+
+
+def seconds(work: Callable[[], object], device: torch.device, rounds: int = 9, repeats: int = 10) -> float:
+    """Median time of one call of `work` over `rounds`, after one that warms up. On a GPU a round is `repeats` calls without a pause."""
+    times, repeats = [], repeats if device.type == "cuda" else 1
+    for _ in range(rounds + 1):
+        finish(device)
+        began = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        finish(device)
+        times.append((time.perf_counter() - began) / repeats)
+    return statistics.median(times[1:])
+
+
+# --- the model ---------------------------------------------------------------------------------------------------------------------------
+
+
+def flops_per_image(model: nn.Module, size: int, *, training: bool) -> float:
+    """FLOPs of one image, a backward pass counted as two forward passes. The model lies on the meta device, and uses plain operators."""
+    image = torch.empty(1, 3, size, size, device="meta", dtype=next(model.parameters()).dtype)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    return counter.get_total_flops() * (3 if training else 1)
+
+
+def bytes_per_image(run: Callable[[int], object], batch: int, fused: bool = True) -> Counter:
+    """Bytes by operator that `run(n)`, which handles n images, moves per image where n = `batch`: its own and its share of the weights'.
+
+    Counted for 2 and 3 images: an operator's traffic is a constant and a part in proportion to the batch.
+    """
+    two, three = (count_bytes(lambda n=n: run(n), fused) for n in (2, 3))
+    return Counter({name: three[name] - two[name] + (3 * two[name] - 2 * three[name]) / batch for name in three})
+
+
+def count_bytes(run: Callable[[], object], fused: bool = True) -> Counter:
+    """Bytes that the operators called by `run` read and write, by operator: the sum of their inputs and outputs.
+
+    An analytic count of tensors on the meta device. PyTorch's fused attention is one operator, which keeps no weights in memory; with
+    `fused`, as on a GPU, the Triton kernels are used where the model wants them, and are one operator each, too. Views are free. Caches are
+    ignored: what one operator leaves in a GPU's L2 the next need not fetch again, so an operator can be faster than its bytes say.
+    """
+    from catmodel import kernels
+
+    if fused:
+        from catmodel.kernels import cross_patch, flash, inner_patch, mlp, pack  # noqa: F401 (registers the operators)
+
+    with _Traffic() as traffic:
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+            return _FusedAttention.apply(traffic, q, k, v, attn_mask)
+
+        with replaced(kernels, "usable", lambda device, dtype: fused), replaced(F, "scaled_dot_product_attention", attention):
+            run()
+    return traffic.bytes
+
+
+@contextlib.contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """`owner.name` is `value` for as long as this lasts."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+class _Traffic(TorchDispatchMode):
+    """Sums up the bytes of what operators read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        results = function(*arguments, **(options or {}))
+        if not _moves_nothing(function):
+            self.add(function.name(), arguments, options, results)
+        return results
+
+    def add(self, name: str, *tensors: object) -> None:
+        # An expanded tensor has more elements than memory.
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                self.bytes[name] += min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
+
+
+def _moves_nothing(function) -> bool:
+    """Views, and memory that is allocated but not written."""
+    name = function.name().split("::")[1].split(".")[0]
+    if name in ("_unsafe_view", "detach", "lift_fresh") or name.startswith(("empty", "new_empty")):
+        return True
+    return any(value.alias_info is not None and not value.alias_info.is_write for value in function._schema.returns)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Tensors of the shapes that fused attention reads and writes."""
+
+    @staticmethod
+    def forward(ctx, traffic: _Traffic, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.traffic = traffic
+        ctx.save_for_backward(q, k, v, bias)
+        result = torch.empty_like(q)
+        traffic.add("fused attention", q, k, v, bias, result)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        q, k, v, bias = ctx.saved_tensors
+        gradients = [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)]
+        gradients += [torch.empty_like(bias)] if ctx.needs_input_grad[4] else [None]
+        ctx.traffic.add("fused attention, backward", q, k, v, bias, q, gradient, gradients)  # q once more: of the size of the result
+        return (None, *gradients)
