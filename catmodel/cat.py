@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from catmodel import kernels
 from catmodel.attention import CrossPatchAttention, InnerPatchAttention, Patches
 from catmodel.layers import DropPathAdd, Mlp
-from catmodel.variants import build
+from catmodel.variants import build, stages_asked_for
 
 # ---------------------------------------------------------------------------------------------------------------------- layers
 
@@ -204,15 +204,13 @@ class CAT(nn.Module):
         stages = len(depths)
         if len(num_heads) != stages:
             raise ValueError(f"depths {list(depths)} and num_heads {list(num_heads)} must have one number per stage each")
-        if out_indices is not None and not features_only:
-            raise ValueError("out_indices needs features_only=True")
         for name, rate in (("drop_path_rate", drop_path_rate), ("ipsa_drop", ipsa_drop), ("cpsa_drop", cpsa_drop)):
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name} {rate} must be in [0, 1)")
         if not features_only:
             check_img_size(self.img_size, embed_patch_size * patch_size, stages)
         self.features_only, self.init_std = features_only, init_std
-        self.out_indices = self._check_out_indices(out_indices, stages) if features_only else ()
+        self.out_indices = stages_asked_for(out_indices, stages, features_only)
         built = self.out_indices[-1] + 1 if features_only else stages
         self.patch_embed = PatchEmbed(embed_patch_size, in_chans, embed_dim, patch_embed)
         self.grid_size = tuple(-(-side // embed_patch_size) for side in self.img_size)
@@ -250,13 +248,6 @@ class CAT(nn.Module):
             self.norm = nn.LayerNorm(self.num_features)
             self.reset_classifier(num_classes)
         self._init_weights()
-
-    @staticmethod
-    def _check_out_indices(out_indices: Sequence[int] | None, stages: int) -> tuple[int, ...]:
-        indices = range(stages) if out_indices is None else sorted({i + stages if i < 0 else i for i in out_indices})
-        if not indices or indices[0] < 0 or indices[-1] >= stages:
-            raise ValueError(f"out_indices {out_indices}: must name stages of 0 to {stages - 1}")
-        return tuple(indices)
 
     def _init_weights(self) -> None:
         """Truncated normals for linear weights and positions; biases 0. Norms and the patch convolution: PyTorch's default."""

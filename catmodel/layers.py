@@ -33,12 +33,13 @@ class DropPathAdd(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x_BNC: Tensor, branch_BNC: Tensor) -> Tensor:
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """x, branch [B, ...] -> the same."""
         if not self.training or self.rate == 0.0:
-            return x_BNC + branch_BNC
+            return x + branch
         keep = 1.0 - self.rate
-        mask_B11 = branch_BNC.new_empty(len(branch_BNC), 1, 1).bernoulli_(keep).div_(keep)
-        return torch.addcmul(x_BNC, branch_BNC, mask_B11)  # one pass over memory instead of two
+        mask = branch.new_empty(len(branch), *(1,) * (branch.ndim - 1)).bernoulli_(keep).div_(keep)
+        return torch.addcmul(x, branch, mask)  # one pass over memory instead of two
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"
