@@ -3,6 +3,8 @@
 Parameter names are those of the released checkpoints. Shape letters: B images, C channels, H W map.
 """
 
+import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,25 +14,64 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from catmodel import kernels
 from catmodel.layers import DropPathAdd
-from catmodel.variants import build, stages_asked_for
+from catmodel.variants import Staged, build, stages_asked_for
 
 SHARE = 8  # channels that share their aggregation weights
 
 
-def aggregate(values_BCHW: Tensor, weights_BGKHW: Tensor) -> Tensor:
+def aggregate(values_BCHW: Tensor, weights_BGKHW: Tensor, fused: bool = False) -> Tensor:
     """Local aggregation: every pixel's own 3 x 3 kernel over its neighbours, zeros outside (section 3.2, equation 5). [B, C, H, W].
 
-    weights [B, G, 9, H, W], G dividing C: channel c uses kernel c mod G. Nine shifted products, without a copy of the nine neighbours.
+    weights [B, G, 9, H, W], G dividing C: channel c uses kernel c mod G. Sums are in float32 (or float64), the result is in the values'
+    dtype. For the way back the values and the weights are kept, and nothing else: no copies of the nine neighbours.
+    fused: by a Triton kernel, where device and dtype allow.
     """
-    B, C, H, W = values_BCHW.shape
-    groups = weights_BGKHW.shape[1]
-    padded = F.pad(values_BCHW, (1, 1, 1, 1)).view(B, C // groups, groups, H + 2, W + 2)
-    y = padded.new_zeros(()).expand(B, C // groups, groups, H, W)
-    for k in range(9):
-        row, column = divmod(k, 3)
-        y = torch.addcmul(y, padded[..., row : row + H, column : column + W], weights_BGKHW[:, None, :, k])
-    return y.reshape(B, C, H, W)
+    if fused and kernels.usable(values_BCHW.device, values_BCHW.dtype):
+        return torch.ops.catmodel.aggregate(values_BCHW, weights_BGKHW)
+    # Converted out here: in there torch.compile of PyTorch 2.11 loses the gradients where there is nothing to convert.
+    return _Aggregate.apply(values_BCHW, weights_BGKHW).to(values_BCHW.dtype)
+
+
+class _Aggregate(torch.autograd.Function):
+    """The plain way: nine shifted products. Their derivative as PyTorch takes it makes a map of zeros for each: up to three times the time
+    on a CPU. In bfloat16, too, sums in float32 are the faster ones there.
+    """
+
+    @staticmethod
+    def forward(ctx, values_BCHW: Tensor, weights_BGKHW: Tensor) -> Tensor:
+        ctx.save_for_backward(values_BCHW, weights_BGKHW)
+        padded, weights = _prepare(values_BCHW, weights_BGKHW)
+        y = torch.zeros_like(_neighbours(padded, 0))
+        for k in range(9):
+            y.addcmul_(_neighbours(padded, k), weights[:, :, :, k])
+        return y.reshape_as(values_BCHW)
+
+    @staticmethod
+    def backward(ctx, dy_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        values_BCHW, weights_BGKHW = ctx.saved_tensors
+        padded, weights = _prepare(values_BCHW, weights_BGKHW)
+        dy = dy_BCHW.unflatten(1, padded.shape[1:3])
+        dpadded, dweights = torch.zeros_like(padded), []
+        for k in range(9):
+            _neighbours(dpadded, k).addcmul_(dy, weights[:, :, :, k])
+            dweights.append((dy * _neighbours(padded, k)).sum(1))
+        dvalues_BCHW = dpadded[..., 1:-1, 1:-1].reshape_as(values_BCHW)
+        return dvalues_BCHW.to(values_BCHW.dtype), torch.stack(dweights, 2).to(weights_BGKHW.dtype)
+
+
+def _prepare(values_BCHW: Tensor, weights_BGKHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Values padded with zeros [B, C/G, G, H + 2, W + 2] and weights [B, 1, G, 9, H, W], in the dtype of the sums."""
+    dtype = torch.promote_types(values_BCHW.dtype, torch.float32)
+    padded = F.pad(values_BCHW.to(dtype), (1, 1, 1, 1))
+    return padded.unflatten(1, (-1, weights_BGKHW.shape[1])), weights_BGKHW.to(dtype)[:, None]
+
+
+def _neighbours(padded: Tensor, k: int) -> Tensor:
+    """Every pixel's neighbour number k, row by row from the upper left: a view [..., H, W]."""
+    row, column = divmod(k, 3)
+    return padded[..., row : row + padded.shape[-2] - 2, column : column + padded.shape[-1] - 2]
 
 
 class ContextualAttention(nn.Module):
@@ -45,13 +86,13 @@ class ContextualAttention(nn.Module):
 
     def __init__(self, channels: int, key_groups: int, groups: int):
         super().__init__()
-        self.groups, kernels = groups, channels // SHARE
+        self.groups, self.kernels, per_pixel = groups, True, channels // SHARE
         self.key_embed = nn.Sequential(*conv_norm(channels, channels, 3, groups=key_groups), nn.ReLU(inplace=True))
         self.embed = nn.Sequential(
             *conv_norm(2 * channels, channels // 2, groups=groups),
             nn.ReLU(inplace=True),
-            nn.Conv2d(channels // 2, 9 * kernels, 1, groups=groups),
-            nn.GroupNorm(kernels, 9 * kernels),
+            nn.Conv2d(channels // 2, 9 * per_pixel, 1, groups=groups),
+            nn.GroupNorm(per_pixel, 9 * per_pixel),
         )
         self.conv1x1 = nn.Sequential(*conv_norm(channels, channels, groups=groups))
         self.bn = nn.BatchNorm2d(channels)
@@ -63,9 +104,9 @@ class ContextualAttention(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         keys = self.key_embed(x_BCHW)
         both = torch.cat([x_BCHW, keys], 1) if self.groups == 1 else torch.stack([x_BCHW, keys], 2).flatten(1, 2)
-        kernels = rearrange(self.embed(both), "B (g G K) H W -> (B g) G K H W", g=self.groups, K=9)
+        weights = rearrange(self.embed(both), "B (g G K) H W -> (B g) G K H W", g=self.groups, K=9)
         values = rearrange(self.conv1x1(x_BCHW), "B (g C) H W -> (B g) C H W", g=self.groups)
-        dynamic = aggregate(values, kernels).view_as(x_BCHW)
+        dynamic = aggregate(values, weights, self.kernels).view_as(x_BCHW)
         dynamic = F.silu(self.bn(dynamic))
         gate = self.se((dynamic + keys).mean((2, 3), keepdim=True))
         gate = rearrange(gate, "B (C two) 1 1 -> two B C 1 1", two=2).softmax(0)
@@ -92,7 +133,7 @@ class SplitAttention(nn.Module):
 class BlurPool(nn.Module):
     """Halves a map after a 3 x 3 binomial filter, reflected at the border (arXiv 1904.11486).
 
-    [B, C, H, W] -> [B, C, ceil(H/2), ceil(W/2)].
+    [B, C, H, W] -> [B, C, ceil(H/2), ceil(W/2)]. Where a side is a single pixel, which has no reflection, the border's pixels are repeated.
     """
 
     def __init__(self, channels: int):
@@ -101,7 +142,8 @@ class BlurPool(nn.Module):
         self.register_buffer("filter", torch.outer(line, line).expand(channels, 1, 3, 3).contiguous(), persistent=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return F.conv2d(F.pad(x_BCHW, (1, 1, 1, 1), mode="reflect"), self.filter, stride=2, groups=x_BCHW.shape[1])
+        mode = "reflect" if min(x_BCHW.shape[2:]) > 1 else "replicate"
+        return F.conv2d(F.pad(x_BCHW, (1, 1, 1, 1), mode=mode), self.filter, stride=2, groups=x_BCHW.shape[1])
 
 
 def conv_norm(channels: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
@@ -146,7 +188,7 @@ class Bottleneck(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------- model
 
 
-class CoTNet(nn.Module):
+class CoTNet(Staged):
     """CoTNet for classification, or with `features_only` as a backbone; images of any size. A ResNet whose 3 x 3 convolutions are CoT.
 
     img_size: taken for the sake of callers that tell every model its images' size; any works.
@@ -250,9 +292,27 @@ class CoTNet(nn.Module):
         """Names of the parameters of two or more dimensions that are not decayed: none."""
         return set()
 
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, for layer-wise learning rates: 0 the stem, one for every block, the last the head."""
+        before = [0, *itertools.accumulate(len(getattr(self, f"layer{i + 1}")) for i in range(self.stages))]
+        block = re.match(r"layer(\d+)\.(\d+)", name)
+        if block:
+            return before[int(block[1]) - 1] + int(block[2]) + 1
+        return before[-1] + 1 if name.startswith("fc.") else 0
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of storing them. Replays random draws: same gradients."""
         self.grad_checkpointing = enable
+
+    def set_kernels(self, enable: bool = True) -> None:
+        """Use the Triton kernels where device and dtype allow (the default), or plain PyTorch everywhere."""
+        for module in self.modules():
+            if isinstance(module, ContextualAttention):
+                module.kernels = enable
+
+    def stem_and_stages(self) -> list[list[nn.Module | nn.Parameter]]:
+        """What belongs to the stem, then to each stage."""
+        return [[self.conv1, self.bn1], *([getattr(self, f"layer{i + 1}")] for i in range(self.stages))]
 
     def maps(self, image: Tensor) -> list[Tensor]:
         """[B, in_chans, H, W] -> the map [B, C_i, ceil(H/stride_i), ceil(W/stride_i)] of every stage i."""

@@ -7,6 +7,17 @@ from torch import Tensor, nn
 from catmodel import kernels
 
 
+def missing(length: int, multiple: int) -> int:
+    """What a side lacks to a multiple: 0 to multiple - 1."""
+    # And not -length % multiple: of torch.export's symbols the sum with length is simple, and ONNX divides what is negative otherwise.
+    return (length + multiple - 1) // multiple * multiple - length
+
+
+def may_be_nonzero(*lengths: int) -> bool:
+    """Whether any of them is not 0, or may not be: torch.export must not decide by its example what holds for other sizes too."""
+    return any(not isinstance(length, int) or length != 0 for length in lengths)
+
+
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU between them, on the last dimension."""
 

@@ -3,7 +3,9 @@
 Parameter names are those of the released checkpoints. Shape letters: B images, H W map, N tokens, C channels, h heads, d channels per head.
 """
 
+import itertools
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from catmodel.cat import PatchConv
-from catmodel.layers import DropPathAdd, Mlp
-from catmodel.variants import build, stages_asked_for
+from catmodel.layers import DropPathAdd, Mlp, may_be_nonzero, missing
+from catmodel.variants import Staged, build, stages_asked_for
 
 BLOCK_EPS = 1e-6  # of the norms of the blocks and the last one; the others have PyTorch's 1e-5
 
@@ -41,9 +43,9 @@ class SpatialReductionAttention(nn.Module):
     def forward(self, x_BNC: Tensor, height: int, width: int) -> Tensor:
         q = rearrange(self.q(x_BNC), "B N (h d) -> B h N d", h=self.num_heads)
         if self.reduction > 1:
-            rows, columns = -height % self.reduction, -width % self.reduction
+            rows, columns = missing(height, self.reduction), missing(width, self.reduction)
             x_BCHW = rearrange(x_BNC, "B (H W) C -> B C H W", H=height)
-            x_BNC = self.norm(self.sr(F.pad(x_BCHW, (0, columns, 0, rows)) if rows or columns else x_BCHW).flatten(1, 2))
+            x_BNC = self.norm(self.sr(F.pad(x_BCHW, (0, columns, 0, rows)) if may_be_nonzero(rows, columns) else x_BCHW).flatten(1, 2))
         k, v = rearrange(self.kv(x_BNC), "B N (two h d) -> two B h N d", two=2, h=self.num_heads)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(y, "B h N d -> B N (h d)"))
@@ -75,11 +77,11 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        rows, columns = -x_BCHW.shape[2] % self.patch_size, -x_BCHW.shape[3] % self.patch_size
-        return self.norm(self.proj(F.pad(x_BCHW, (0, columns, 0, rows)) if rows or columns else x_BCHW))
+        rows, columns = missing(x_BCHW.shape[2], self.patch_size), missing(x_BCHW.shape[3], self.patch_size)
+        return self.norm(self.proj(F.pad(x_BCHW, (0, columns, 0, rows)) if may_be_nonzero(rows, columns) else x_BCHW))
 
 
-class PVT(nn.Module):
+class PVT(Staged):
     """PVT for classification, or with `features_only` as a backbone. Raises ValueError for settings that do not fit together.
 
     img_size: pixels, one number or (height, width), multiples of 32. A classifier takes images of exactly this size; with features_only it
@@ -110,6 +112,8 @@ class PVT(nn.Module):
         stages = len(depths)
         if not stages == len(embed_dims) == len(num_heads) == len(mlp_ratios) == len(sr_ratios):
             raise ValueError("embed_dims, depths, num_heads, mlp_ratios and sr_ratios must have one number per stage each")
+        if sr_ratios[-1] != 1 and not features_only:
+            raise ValueError(f"sr_ratios {list(sr_ratios)}: the last must be 1, for the class token is on no map that could be reduced")
         if any(side % 2 ** (stages + 1) for side in self.img_size):
             raise ValueError(f"img_size {self.img_size}: both sides must be multiples of {2 ** (stages + 1)}")
         if not 0.0 <= drop_path_rate < 1.0:
@@ -157,9 +161,31 @@ class PVT(nn.Module):
         """Names of the parameters of two or more dimensions that are not decayed: the positions are, as released."""
         return {"cls_token"}
 
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, for layer-wise learning rates: 0 the embedding, one for every block, the last norm and head.
+
+        Later embeddings, and the class token, belong to the block after them.
+        """
+        before = [0, *itertools.accumulate(len(getattr(self, f"block{i + 1}")) for i in range(self.stages))]
+        embedding = re.match(r"(?:patch|pos)_embed(\d+)", name)
+        block = re.match(r"block(\d+)\.(\d+)", name)
+        if block:
+            return before[int(block[1]) - 1] + int(block[2]) + 1
+        if embedding:
+            return before[int(embedding[1]) - 1] + (embedding[1] != "1")
+        return before[-2] + 1 if name == "cls_token" else before[-1] + 1
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of storing them. Replays random draws: same gradients."""
         self.grad_checkpointing = enable
+
+    def stem_and_stages(self) -> list[list[nn.Module | nn.Parameter]]:
+        """What belongs to the stem, then to each stage; the class token belongs to the last."""
+        stages = [[getattr(self, f"{part}{i + 1}") for part in ("patch_embed", "pos_embed", "block")] for i in range(self.stages)]
+        stem, stages[0] = stages[0][:2], stages[0][2:]
+        if not self.features_only:
+            stages[-1].append(self.cls_token)
+        return [stem, *stages]
 
     def stage(self, index: int, x_BCHW: Tensor) -> tuple[Tensor, int, int]:
         """Stage `index` (from 0): map [B, c, H, W] -> tokens [B, N, C] and the sides of their map; the classifier's last has one more."""
@@ -167,8 +193,8 @@ class PVT(nn.Module):
         height, width = x_BHWC.shape[1:3]
         x_BNC, position = x_BHWC.flatten(1, 2), getattr(self, f"pos_embed{index + 1}")
         if not self.features_only and index == self.stages - 1:
-            x_BNC = torch.cat([self.cls_token.expand(len(x_BNC), -1, -1), x_BNC], dim=1)
-        elif (height, width) != self.grids[index]:
+            x_BNC = torch.cat([self.cls_token.expand(x_BNC.shape[0], -1, -1), x_BNC], dim=1)
+        elif may_be_nonzero(height - self.grids[index][0], width - self.grids[index][1]):
             grid_1CHW = position.transpose(1, 2).unflatten(2, self.grids[index])
             position = F.interpolate(grid_1CHW, size=(height, width), mode="bilinear").flatten(2).transpose(1, 2)
         x_BNC = x_BNC + position

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure the data path, a training step, or the guard's cost on this machine: python launch/bench.py data|train|guard"""
+"""Measure the data path, a training step, the guard's cost or all models on this machine: python launch/bench.py data|train|guard|models"""
 
 import argparse
 import json
@@ -17,9 +17,12 @@ def main(arguments: argparse.Namespace) -> None:
     from data_pipeline.manifest import open_manifest
     from train.config import load_config
 
-    config = load_config(arguments.config, arguments.overrides)
-    manifest = open_manifest(config.data.path)
-    results = {"data": bench_data, "train": bench_train, "guard": bench_guard}[arguments.what](arguments, config, manifest)
+    if arguments.what == "models":
+        results = bench_models(arguments)
+    else:
+        config = load_config(arguments.config, arguments.overrides)
+        manifest = open_manifest(config.data.path)
+        results = {"data": bench_data, "train": bench_train, "guard": bench_guard}[arguments.what](arguments, config, manifest)
     if arguments.json and results:
         Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
         results = {"command": " ".join(sys.argv), "date": date.today().isoformat(), "machine": machine(), **results}
@@ -106,6 +109,22 @@ def bench_guard(arguments: argparse.Namespace, config, manifest) -> dict | None:
     return {"guard": {"world_size": runtime.world, **cost}} if runtime.is_main else None
 
 
+def bench_models(arguments: argparse.Namespace) -> dict:
+    """All models' parameters and MACs beside their papers' figures; with --speed one of each family beside timm's."""
+    from importlib.metadata import version
+
+    from launch.models_page import count_table, speed_table
+    from train.bench_models import count_models, time_models
+
+    results: dict = {"torch": version("torch"), "timm": version("timm"), "counts": count_models()}
+    print(count_table(results["counts"]), flush=True)
+    if arguments.speed:
+        batch, steps, rounds = arguments.batch or 4, arguments.steps, arguments.rounds
+        results |= {"batch": batch, "steps": steps, "rounds": rounds, "speed": time_models(batch, steps, rounds)}
+        print(f"\n{speed_table(results['speed'])}")
+    return results
+
+
 def machine() -> str:
     names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
@@ -114,7 +133,9 @@ def machine() -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Measure beside plain alternatives, interleaved in one run; medians of the rounds.")
     parser.add_argument(
-        "what", choices=["data", "train", "guard"], help="data: loading; train: training steps; guard: what it costs of one"
+        "what",
+        choices=["data", "train", "guard", "models"],
+        help="data: loading; train: training steps; guard: what it costs of one; models: all of them beside their papers",
     )
     parser.add_argument(
         "--config", default="configs/quickstart.yaml", metavar="FILE", help="whose model, dataset and sizes (default: %(default)s)"
@@ -125,6 +146,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=5, help="train: steps per round; guard: steps (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, interleaved (default: %(default)s)")
+    parser.add_argument("--speed", action="store_true", help="models: also time one of each family beside timm's, on the CPU")
+    parser.add_argument("--batch", type=int, metavar="N", help="models: images a step (default: 4)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")

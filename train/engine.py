@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from train.batch_norm import accept_low_precision
 from train.config import Config, ConfigError
 from train.optimizer import build_optimizer, initial_state
 
@@ -67,6 +68,8 @@ class Engine:
         self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.shapes = {name: tuple(parameter.shape) for parameter, name in self.names.items()}
 
+        if self.dtype != torch.float32:
+            accept_low_precision(model)
         base = build_optimizer(model.to(device), config.optimizer)
         self._groups = [list(group["params"]) for group in base.param_groups]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=base, config=self._settings(config, accumulation))
@@ -81,6 +84,11 @@ class Engine:
     def module(self) -> nn.Module:
         """The model itself. Call the engine, not this: ZeRO 3 gathers weights in the engine's hooks."""
         return self._engine.module
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What the model's state dict has beside weights, by name: whole on every rank, and in the type it was made in."""
+        saved = self.module.state_dict()
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in saved}
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of normalised images [m, 3, S, S], any float type."""
@@ -99,7 +107,7 @@ class Engine:
             self._engine.step()
             return StepResult(0.0, False)
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         norm, skipped = math.nan, False
         if self._plain:  # everywhere else DeepSpeed looks whether the norm is finite
             norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_grad or float("inf")))

@@ -12,12 +12,14 @@ from data_pipeline.loader import BadSample
 from data_pipeline.manifest import DataError, Manifest
 from data_pipeline.order import Order
 from train.bad_samples import BadSamples
+from train.batch_norm import RunningStatistics
 from train.checkpoint import checkpoint_path, clean_up, describe, write_final_weights
 from train.config import Config, dump_config
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluate import Scores
 from train.feed import Feed
+from train.fine_tune import begins, load_first_weights
 from train.guard import REMEDY, Agreed, Agreement, NotSaved, Skips, Stopped, TrainingFailed
 from train.lock import RunLock
 from train.monitor import Clock, Monitor, SampleRecord
@@ -86,8 +88,10 @@ class Run:
         self.share = order.share(runtime.rank, runtime.world)
         self.task = Classification(config, manifest, order, runtime)
         model = self.task.build_model()
+        notes = load_first_weights(model, config, manifest, runtime, begins(self.checkpoints, resume))
         flops = self.task.flops_per_image(model) if runtime.device.type == "cuda" else None
         self.engine = Engine(model, config, len(self.share), runtime.device)
+        self.statistics = RunningStatistics(self.engine.module)
         self.ema = Ema(self.engine, config.ema.decay) if config.ema.decay else None
         self.restored = restore(self.checkpoints, config, manifest, self.engine, self.ema, resume, with_changes)
         self.start, self.scores = self.restored.step, {}
@@ -103,7 +107,7 @@ class Run:
         self.samples = SampleRecord(output, runtime.rank, config.monitor.record_samples)
         if runtime.is_main:
             (output / "config.yaml").write_text(dump_config(config))
-        for sentence in self.restored.notes:
+        for sentence in notes + self.restored.notes:
             self.monitor.say(sentence)
         path, again = self.restored.path, f" ({lost} steps are taken again)" if lost else ""
         what = f"resumed from {path}" if path else f"training {config.model.name} on {config.data.path}"
@@ -133,6 +137,7 @@ class Run:
                 done, ids = step + 1, []
                 self.watchdog.enter("first_step" if step == start else "step", done)
                 losses = torch.zeros(order.micro_batches, dtype=torch.float64, device=self.runtime.device)
+                self.statistics.begin()
                 for index in self.share:
                     with agreement.alone():
                         batch, images, targets = next(feed)
@@ -142,10 +147,12 @@ class Run:
                     with agreement.alone(engine.stage < 3):  # ZeRO 3 gathers weights as it goes
                         loss = task.loss(engine, batch, images, targets)
                     engine.backward(loss)
+                    self.statistics.add()
                     feed.prepare()
                     losses[index] = loss.detach()
                     ids += batch.ids.tolist()
                     result = engine.step(learning_rate(config, step, order.steps_per_epoch))
+                self.statistics.finish(result.skipped)
                 if result.skipped:
                     self.monitor.event("skipped_step", done, f"step {done} skipped: its gradient is not finite (or overflowed in fp16)")
                 elif self.ema:
