@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 __all__ = ["create_model", "list_models", "load_published"]
 
 # Model name -> the module that has a function of this name. Kept here so that the list needs no torch.
-_MODELS = {name: "catmodel.cat" for name in ("cat_tiny", "cat_small", "cat_base", "cat_nano")}
+_FAMILIES = {
+    "catmodel.cat": ("cat_tiny", "cat_small", "cat_base", "cat_nano"),
+    "catmodel.pvt": ("pvt_tiny", "pvt_small", "pvt_medium", "pvt_large"),
+    "catmodel.cotnet": ("cotnet50", "cotnet101", "cotnext50", "cotnext101", "se_cotnetd50", "se_cotnetd101", "se_cotnetd152"),
+}
+_MODELS = {name: module for module, names in _FAMILIES.items() for name in names}
 
 
 def list_models() -> list[str]:

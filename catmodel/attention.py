@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from catmodel import kernels
 from catmodel.dropout import draw_seed, dropout
+from catmodel.layers import may_be_nonzero, missing
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class Patches:
     @property
     def padding(self) -> tuple[int, int]:
         """Rows and columns that are missing for whole patches."""
-        return -self.height % self.size, -self.width % self.size
+        return missing(self.height, self.size), missing(self.width, self.size)
 
     @property
     def by_patch(self) -> bool:
-        return self.padding == (0, 0) and not self.by_row
+        return not may_be_nonzero(*self.padding) and not self.by_row
 
     @property
     def can_shift(self) -> bool:
@@ -67,7 +68,7 @@ class Patches:
             return x_BNC.unflatten(1, (-1, self.size**2))
         x_BHWC = self.map_from_tokens(x_BNC)
         rows, columns = self.padding
-        if rows or columns:
+        if may_be_nonzero(rows, columns):
             x_BHWC = F.pad(x_BHWC, (0, 0, 0, columns, 0, rows))
         return self._cut(x_BHWC.roll((-shift, -shift), dims=(1, 2)) if shift else x_BHWC)
 
@@ -115,7 +116,7 @@ class Patches:
         return rearrange(x_BHWC, "B (rows p) (columns q) C -> B (rows columns) (p q) C", p=self.size, q=self.size)
 
     def _paste(self, x_BnPC: Tensor) -> Tensor:
-        columns = -(-self.width // self.size)
+        columns = (self.width + self.size - 1) // self.size
         return rearrange(x_BnPC, "B (rows columns) (p q) C -> B (rows p) (columns q) C", columns=columns, p=self.size)
 
 
@@ -142,7 +143,7 @@ class InnerPatchAttention(nn.Module):
 
     def forward(self, x_BNC: Tensor, patches: Patches) -> Tensor:
         """[B, N, C] -> [B, N, C]"""
-        shift = self.shift if patches.can_shift else 0
+        shift = self.shift if self.shift and patches.can_shift else 0
         rate = self.dropout if self.training else 0.0
         seed = draw_seed(x_BNC.device) if rate else None
         bias = self.position_bias()
@@ -212,7 +213,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, rate: fl
     fusing (together 4 % of a training step of cat_tiny, 12 % of one of cat_nano).
     """
     tokens, d = q.shape[-2:]
-    if rate or (q.device.type == "cpu" and (bias is not None or tokens <= 8)):
+    if rate or (q.device.type == "cpu" and (bias is not None or (isinstance(tokens, int) and tokens <= 8))):
         weights = (q * d**-0.5) @ k.transpose(-2, -1)
         weights = (weights if bias is None else weights + bias).softmax(dim=-1)
         return (dropout(weights, rate, seed) if rate else weights) @ v

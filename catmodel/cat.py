@@ -3,6 +3,7 @@
 Parameter names are those of the released checkpoints. Shape letters as in `attention.py`.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from catmodel import kernels
 from catmodel.attention import CrossPatchAttention, InnerPatchAttention, Patches
-from catmodel.layers import DropPathAdd, Mlp
-from catmodel.variants import build
+from catmodel.layers import DropPathAdd, Mlp, may_be_nonzero, missing
+from catmodel.variants import Staged, build, stages_asked_for
 
 # ---------------------------------------------------------------------------------------------------------------------- layers
 
@@ -63,8 +64,8 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        rows, columns = -image.shape[2] % self.patch_size, -image.shape[3] % self.patch_size
-        if rows or columns:
+        rows, columns = missing(image.shape[2], self.patch_size), missing(image.shape[3], self.patch_size)
+        if may_be_nonzero(rows, columns):
             image = F.pad(image, (0, columns, 0, rows))
         return self.norm(self.proj(image))
 
@@ -78,8 +79,8 @@ class PatchProjection(nn.Module):
         self.norm = nn.LayerNorm(4 * channels)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        rows, columns = x_BHWC.shape[1] % 2, x_BHWC.shape[2] % 2
-        if rows or columns:
+        rows, columns = missing(x_BHWC.shape[1], 2), missing(x_BHWC.shape[2], 2)
+        if may_be_nonzero(rows, columns):
             x_BHWC = F.pad(x_BHWC, (0, 0, 0, columns, 0, rows))
         return self.reduction(self.norm(rearrange(x_BHWC, "B (H dy) (W dx) C -> B H W (dx dy C)", dy=2, dx=2)))
 
@@ -157,7 +158,7 @@ class Stage(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------- model
 
 
-class CAT(nn.Module):
+class CAT(Staged):
     """CAT for classification, or with `features_only` as a backbone. Raises ValueError for settings that do not fit together.
 
     img_size: pixels, one number or (height, width). A classifier takes images of exactly this size; with features_only it only sets the
@@ -204,15 +205,13 @@ class CAT(nn.Module):
         stages = len(depths)
         if len(num_heads) != stages:
             raise ValueError(f"depths {list(depths)} and num_heads {list(num_heads)} must have one number per stage each")
-        if out_indices is not None and not features_only:
-            raise ValueError("out_indices needs features_only=True")
         for name, rate in (("drop_path_rate", drop_path_rate), ("ipsa_drop", ipsa_drop), ("cpsa_drop", cpsa_drop)):
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name} {rate} must be in [0, 1)")
         if not features_only:
             check_img_size(self.img_size, embed_patch_size * patch_size, stages)
         self.features_only, self.init_std = features_only, init_std
-        self.out_indices = self._check_out_indices(out_indices, stages) if features_only else ()
+        self.out_indices = stages_asked_for(out_indices, stages, features_only)
         built = self.out_indices[-1] + 1 if features_only else stages
         self.patch_embed = PatchEmbed(embed_patch_size, in_chans, embed_dim, patch_embed)
         self.grid_size = tuple(-(-side // embed_patch_size) for side in self.img_size)
@@ -251,13 +250,6 @@ class CAT(nn.Module):
             self.reset_classifier(num_classes)
         self._init_weights()
 
-    @staticmethod
-    def _check_out_indices(out_indices: Sequence[int] | None, stages: int) -> tuple[int, ...]:
-        indices = range(stages) if out_indices is None else sorted({i + stages if i < 0 else i for i in out_indices})
-        if not indices or indices[0] < 0 or indices[-1] >= stages:
-            raise ValueError(f"out_indices {out_indices}: must name stages of 0 to {stages - 1}")
-        return tuple(indices)
-
     def _init_weights(self) -> None:
         """Truncated normals for linear weights and positions; biases 0. Norms and the patch convolution: PyTorch's default."""
         for module in self.modules():
@@ -282,6 +274,17 @@ class CAT(nn.Module):
         """Names of the parameters of two or more dimensions that the paper does not decay."""
         return {name for name, _ in self.named_parameters() if name == "ape" or name.endswith("relative_position_bias_table")}
 
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, for layer-wise learning rates: 0 the embedding, one for every CAB, the last norm and head."""
+        before = [0, *itertools.accumulate(len(stage.cpsa_blocks) for stage in self.layers)]
+        parts = name.split(".")
+        if parts[0] in ("ape", "patch_embed"):
+            return 0
+        if parts[0] != "layers":
+            return before[-1] + 1
+        stage = int(parts[1])
+        return before[stage + 1] + 1 if parts[2] == "downsample" else before[stage] + int(parts[3]) + 1
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of storing them. Replays random draws: same gradients."""
         for stage in self.layers:
@@ -292,6 +295,11 @@ class CAT(nn.Module):
         for stage in self.layers:
             stage.kernels = enable
 
+    def stem_and_stages(self) -> list[list[nn.Module | nn.Parameter]]:
+        """What belongs to the stem, then to each stage. A backbone's norms of its maps belong to neither: no checkpoint has them."""
+        stem = [self.patch_embed] if self.ape is None else [self.patch_embed, self.ape]
+        return [stem, *([stage] for stage in self.layers)]
+
     def embed(self, image: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> the first stage's input [B, H/p, W/p, C], with the absolute position."""
         x_BHWC = self.patch_embed(image)
@@ -300,7 +308,7 @@ class CAT(nn.Module):
         if not self.features_only:
             return x_BHWC + self.ape.unflatten(1, self.grid_size)
         ape, size = self.ape, x_BHWC.shape[1:3]
-        if size != self.grid_size:
+        if may_be_nonzero(size[0] - self.grid_size[0], size[1] - self.grid_size[1]):
             ape = F.interpolate(ape, size=size, mode="bicubic", align_corners=False)
         return x_BHWC + ape.permute(0, 2, 3, 1)
 

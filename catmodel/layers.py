@@ -7,6 +7,17 @@ from torch import Tensor, nn
 from catmodel import kernels
 
 
+def missing(length: int, multiple: int) -> int:
+    """What a side lacks to a multiple: 0 to multiple - 1."""
+    # And not -length % multiple: of torch.export's symbols the sum with length is simple, and ONNX divides what is negative otherwise.
+    return (length + multiple - 1) // multiple * multiple - length
+
+
+def may_be_nonzero(*lengths: int) -> bool:
+    """Whether any of them is not 0, or may not be: torch.export must not decide by its example what holds for other sizes too."""
+    return any(not isinstance(length, int) or length != 0 for length in lengths)
+
+
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU between them, on the last dimension."""
 
@@ -33,12 +44,13 @@ class DropPathAdd(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x_BNC: Tensor, branch_BNC: Tensor) -> Tensor:
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """x, branch [B, ...] -> the same."""
         if not self.training or self.rate == 0.0:
-            return x_BNC + branch_BNC
+            return x + branch
         keep = 1.0 - self.rate
-        mask_B11 = branch_BNC.new_empty(len(branch_BNC), 1, 1).bernoulli_(keep).div_(keep)
-        return torch.addcmul(x_BNC, branch_BNC, mask_B11)  # one pass over memory instead of two
+        mask = branch.new_empty(len(branch), *(1,) * (branch.ndim - 1)).bernoulli_(keep).div_(keep)
+        return torch.addcmul(x, branch, mask)  # one pass over memory instead of two
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"

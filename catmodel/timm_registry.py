@@ -52,13 +52,22 @@ def _register_now(names: list[str]) -> None:
 
 
 def _entry_point(name: str) -> Any:
-    # The named arguments are those that timm.create_model always passes; of them only `pretrained` can ask for something.
-    def build(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **overrides: Any) -> Any:
+    # The named arguments are those of timm.create_model, which passes a folder's or repository's config.json as pretrained_cfg.
+    def build(
+        pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, pretrained_model_args=None, **overrides: Any
+    ) -> Any:
         import catmodel
 
-        if pretrained:
+        exported = isinstance(pretrained_cfg, dict) and pretrained_cfg.get("source") in ("local-dir", "hf-hub")
+        if pretrained and not exported:
             raise ValueError(f"{name}: no weights can be downloaded; get a published file and use catmodel.load_published(model, file)")
+        if exported:
+            overrides.setdefault("num_classes", pretrained_cfg["num_classes"])
         model = catmodel.create_model(name, **overrides)
+        if exported:
+            model.pretrained_cfg = model.default_cfg = {**pretrained_cfg, **(pretrained_cfg_overlay or {})}
+        if pretrained:
+            _load_exported(model, pretrained_cfg, cache_dir)
         if getattr(model, "features_only", False):
             from timm.models import FeatureInfo
 
@@ -69,3 +78,19 @@ def _entry_point(name: str) -> Any:
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"catmodel's {name}; see catmodel.create_model."
     return build
+
+
+def _load_exported(model: Any, config: dict[str, Any], cache_dir: Any) -> None:
+    """The weights that `catmodel.export` wrote beside a config.json; at another number of classes without the head, as timm does it."""
+    from pathlib import Path
+
+    from catmodel import pretrained
+
+    if config["source"] == "local-dir":
+        file = Path(config["file"]) / "model.safetensors"
+    else:
+        from timm.models._hub import download_from_hf
+
+        file = Path(download_from_hf(config["hf_hub_id"], "model.safetensors", cache_dir))
+    others = getattr(model, "num_classes", config["num_classes"]) != config["num_classes"]
+    pretrained.load_published(model, file, resize_positions=True, fresh_head=others)

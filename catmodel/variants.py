@@ -1,8 +1,11 @@
-"""What the named variants of all families share."""
+"""What the families share as a whole: how variants are built, which stages' maps a backbone returns, and frozen stages."""
 
 import difflib
 import inspect
+from collections.abc import Sequence
 from typing import Any, TypeVar
+
+from torch import nn
 
 Model = TypeVar("Model")
 
@@ -16,3 +19,52 @@ def build(model_class: type[Model], overrides: dict[str, Any], **defaults: Any) 
         hint = f"did you mean {close[0]!r}?" if close else f"{model_class.__name__} takes {', '.join(known)}"
         raise ValueError(f"unknown model setting {unknown[0]!r}: {hint}")
     return model_class(**{**defaults, **overrides})
+
+
+def stages_asked_for(out_indices: Sequence[int] | None, stages: int, features_only: bool) -> tuple[int, ...]:
+    """The stages whose maps a backbone returns, ascending (none for a classifier). Negative indices count from the last stage."""
+    if not features_only:
+        if out_indices is not None:
+            raise ValueError("out_indices needs features_only=True")
+        return ()
+    indices = range(stages) if out_indices is None else sorted({i + stages if i < 0 else i for i in out_indices})
+    if not indices or indices[0] < 0 or indices[-1] >= stages:
+        raise ValueError(f"out_indices {out_indices}: must name stages of 0 to {stages - 1}")
+    return tuple(indices)
+
+
+class Staged(nn.Module):
+    """A network of a stem and stages, the first of which can be frozen."""
+
+    frozen = 0  # of `stem_and_stages`, counted from the stem
+
+    def stem_and_stages(self) -> list[list[nn.Module | nn.Parameter]]:
+        """What belongs to the stem, then to each stage."""
+        raise NotImplementedError
+
+    def freeze(self, stages: int) -> None:
+        """Trains neither the stem nor the first `stages` stages (0: the stem alone), and does train the stages after them.
+
+        Frozen parameters require no gradient. Whatever `train()` is called later, frozen batch norms keep and use their running statistics,
+        and no drop-path or dropout is drawn there. A CAT's patch projection belongs to the stage before it, as in its state dict; a PVT's
+        stem is the patch embedding and position of its first stage.
+
+        Raises ValueError where the model has fewer stages.
+        """
+        parts = self.stem_and_stages()
+        if not 0 <= stages < len(parts):
+            raise ValueError(f"freeze({stages}): must be 0, the stem alone, to {len(parts) - 1}, the stem and all stages")
+        self.frozen = stages + 1
+        for number, part in enumerate(parts):
+            for piece in part:
+                piece.requires_grad_(number >= self.frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Staged":
+        """As of any module, except that what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for part in self.stem_and_stages()[: self.frozen]:
+            for piece in part:
+                if isinstance(piece, nn.Module):
+                    piece.eval()
+        return self

@@ -17,7 +17,7 @@ import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,6 +145,26 @@ def read_image(source: Source, name: str, offset: int, size: int) -> bytes:
     if len(data) != size:
         raise DataError(f"{name} in {source.path} has {len(data)} bytes, not {size} as when it was listed: the source has changed.")
     return data
+
+
+def find_images(names: Sequence[str]) -> list[Path]:
+    """Files as they are; of folders all images below them, sorted by name, hidden ones left out. In the order of `names`.
+
+    Raises UsageError for what is not there, and for a folder without images, DataError for a folder that cannot be read.
+    """
+    found = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(file for file, _, _ in _walk(path) if file.lower().endswith(IMAGE_SUFFIXES))
+            if not inside:
+                raise UsageError(f"{path} contains no images; their names end in {', '.join(IMAGE_SUFFIXES)}")
+            found += [path / file for file in inside]
+        elif path.exists():
+            found.append(path)
+        else:
+            raise UsageError(f"there is no image or folder {path}")
+    return found
 
 
 # --- folders and tars ------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure data path, training step, guard, model or kernels on this machine: python launch/bench.py data|train|guard|model|kernels"""
+"""Measure on this machine: python launch/bench.py data|train|guard|model|models|kernels"""
 
 import argparse
 import json
@@ -14,7 +14,14 @@ from launch.cli import Parser, run
 
 
 def main(arguments: argparse.Namespace) -> None:
-    benches = {"data": bench_data, "train": bench_train, "guard": bench_guard, "model": bench_model, "kernels": bench_kernels}
+    benches = {
+        "data": bench_data,
+        "train": bench_train,
+        "guard": bench_guard,
+        "model": bench_model,
+        "models": bench_models,
+        "kernels": bench_kernels,
+    }
     results = benches[arguments.what](arguments)
     if arguments.json and results:
         Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
@@ -208,6 +215,22 @@ def roofline_of(roofline) -> dict:
     return {"roofline": {"gigabytes_per_second": roofline.bandwidth / 1e9, "tflops": roofline.flops / 1e12}}
 
 
+def bench_models(arguments: argparse.Namespace) -> dict:
+    """All models' parameters and MACs beside their papers' figures; with --speed one of each family beside timm's."""
+    from importlib.metadata import version
+
+    from launch.models_page import count_table, speed_table
+    from train.bench_models import count_models, time_models
+
+    results: dict = {"torch": version("torch"), "timm": version("timm"), "counts": count_models()}
+    print(count_table(results["counts"]), flush=True)
+    if arguments.speed:
+        batch, steps, rounds = arguments.batch or 4, arguments.steps, arguments.rounds
+        results |= {"batch": batch, "steps": steps, "rounds": rounds, "speed": time_models(batch, steps, rounds)}
+        print(f"\n{speed_table(results['speed'])}")
+    return results
+
+
 def machine() -> str:
     names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     cores = f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
@@ -231,8 +254,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Measure beside plain alternatives, interleaved in one run; medians of the rounds.")
     parser.add_argument(
         "what",
-        choices=["data", "train", "guard", "model", "kernels"],
-        help="data: loading; train: training steps; guard: what it costs of one; model: models beside others; kernels: beside their twins",
+        choices=["data", "train", "guard", "model", "models", "kernels"],
+        help="data: loading; train: training steps; guard: what it costs of one; model: models beside others; models: all of them beside "
+        "their papers; kernels: beside their twins",
     )
     parser.add_argument(
         "--config", default="configs/quickstart.yaml", metavar="FILE", help="whose model, dataset and sizes (default: %(default)s)"
@@ -250,13 +274,14 @@ def parse_arguments() -> argparse.Namespace:
         help="model: of ours, compiled, plain (without kernels), released (its cost: recomputation, copies), timm (default: all)",
     )
     parser.add_argument("--mode", choices=["training", "inference", "both"], default="both", help="model (default: %(default)s)")
-    parser.add_argument("--batch", type=int, metavar="N", help="model, kernels: images (default: 128 on a GPU, 8 on a CPU)")
+    parser.add_argument("--batch", type=int, metavar="N", help="model, models, kernels: images (default: 128 on a GPU, 8 on a CPU)")
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="model, kernels (default: bf16 on a GPU, fp32 on a CPU)")
     parser.add_argument("--profile", metavar="FOLDER", help="model: also write a Chrome trace there, and print what took longest")
     parser.add_argument("--count-only", action="store_true", help="model: FLOPs and bytes, and what they allow an H200; runs nothing")
     parser.add_argument(
         "--compile-only", action="store_true", help="kernels: registers, memory and spills on an H100 or H200; needs no GPU"
     )
+    parser.add_argument("--speed", action="store_true", help="models: also time one of each family beside timm's, on the CPU")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")

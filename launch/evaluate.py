@@ -15,36 +15,25 @@ from launch.ranks import adopt_slurm_ranks
 def main(arguments: argparse.Namespace) -> None:
     adopt_slurm_ranks()
     from data_pipeline.storage import open_dataset
-    from train.config import ConfigError, parse_config
+    from train.config import ConfigError
+    from train.trained import check_target, read_trained
 
-    target = Path(arguments.target)
-    if not target.is_dir():
-        raise ConfigError(f"{target} is neither a run's folder nor a checkpoint")
+    target = check_target(arguments.target)
 
     import torch
 
     from data_pipeline.loader import BadSample
-    from train.checkpoint import newest_valid, read_weights, validate
     from train.runtime import start_runtime, stop_runtime
-    from train.tasks.classification import build_model, evaluate_split
+    from train.tasks.classification import evaluate_split
 
-    checkpoint = newest_valid(target / "checkpoints")[0] if (target / "checkpoints").is_dir() else target
-    if checkpoint is None:
-        raise ConfigError(f"{target / 'checkpoints'} has no sound checkpoint")
-    info = validate(checkpoint)
-    if arguments.data:
-        info.config["data"]["path"] = arguments.data
-    config = parse_config(info.config, source=str(checkpoint))
-    weights = arguments.weights or ("ema" if config.ema.decay else "model")
-    state = read_weights(checkpoint, weights)
+    trained = read_trained(target, arguments.weights, arguments.data)
+    config, checkpoint, weights = trained.config, trained.checkpoint, trained.weights
     manifest = open_dataset(config.data, training=False)
-    if list(manifest.classes) != info.classes:
+    if list(manifest.classes) != trained.classes:
         raise ConfigError(f"{config.data.path} has other classes than {checkpoint} was trained on")
 
     runtime = start_runtime()
-    model = build_model(config, len(info.classes))
-    model.load_state_dict(state)
-    model.to(runtime.device).eval()
+    model = trained.model().to(runtime.device)
     bad: list[BadSample] = []
     with torch.no_grad():
         scores = evaluate_split(model, config, manifest, runtime, bad.extend)

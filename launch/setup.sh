@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Virtual environment in .venv with the tested set of packages. System packages are installed where we are root, and named where not.
 #   bash launch/setup.sh            what training needs
-#   bash launch/setup.sh backends   FFCV and DALI, too: for the backends' tests and benches
+#   bash launch/setup.sh backends   FFCV, DALI and ONNX, too: for their tests and benches
 #   bash launch/setup.sh slurm      SLURM's daemons and strace: for the tests that start a cluster of their own, and break disks
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,7 +19,7 @@ if [ "${1:-}" = backends ]; then
         "sudo apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev, then run this again" >&2
     }
   fi
-  extras=dev,dali
+  extras=dev,dali,export
   if pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then extras=$extras,ffcv; fi
   echo "adding $extras to .venv (1 GB)"
   .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --constraint constraints.txt --editable ".[$extras]"

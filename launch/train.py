@@ -20,6 +20,7 @@ def main(arguments: argparse.Namespace) -> None:
     from data_pipeline.order import Order
     from data_pipeline.storage import open_dataset
     from train.config import ConfigError, load_config
+    from train.fine_tune import check_source
     from train.lock import RunLock
 
     config = load_config(arguments.config, arguments.overrides)
@@ -34,6 +35,7 @@ def main(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(f"{arguments.config}: {error}") from error
     output = Path(arguments.output or Path("runs") / Path(arguments.config).stem)
+    check_source(config, output / "checkpoints", arguments.resume)
     output.mkdir(parents=True, exist_ok=True)
     lock = RunLock(output) if os.environ.get("RANK", "0") == "0" else None
     if lock:

@@ -1,8 +1,9 @@
 """Checkpoints: a folder `step_%08d` of safetensors shards and a hashed manifest, committed by one rename.
 
 Every rank writes its share in `shard_%05d.safetensors`: flat pieces named `<kind>/<parameter>`, with the first element of each piece
-in the file's metadata. Kinds are `model` (fp32 weights), `ema`, the optimizer's moments (`exp_avg`, …) and `buffer`. Pieces carry
-their position, so nothing in the layout depends on world size or ZeRO stage. There is no random state to save: position is the state.
+in the file's metadata. Kinds are `model` (fp32 weights), `ema`, the optimizer's moments (`exp_avg`, …), `buffer` and `ema_buffer`, both
+whole and written by rank 0. Pieces carry their position, so nothing in the layout depends on world size or ZeRO stage. There is no
+random state to save: position is the state.
 """
 
 import contextlib
@@ -176,9 +177,11 @@ def load_checkpoint(path: Path, info: CheckpointInfo, engine: Engine, ema: Ema |
             for kind, target in {"model": fragment.master, **fragment.moments}.items():
                 pieces.fill(f"{kind}/{fragment.name}", fragment.start, target)
         if ema is not None:
-            for fragment, average in zip(ema.fragments, ema.averages, strict=True):
+            for fragment, average in zip(ema.fragments, ema.averages, strict=False):
                 pieces.fill(f"ema/{fragment.name}", fragment.start, average)
-        for name, buffer in engine.module.named_buffers():
+            for name, average in ema.buffers.items():
+                average.copy_(pieces.whole(f"ema_buffer/{name}"))
+        for name, buffer in engine.buffers().items():
             buffer.copy_(pieces.whole(f"buffer/{name}"))
     engine.set_optimizer_step_count(info.optimizer_step)
     engine.set_loss_scale_state(info.loss_scale)
@@ -193,8 +196,8 @@ def read_weights(path: Path, kind: str) -> dict[str, torch.Tensor]:
         for name, shape in info.shapes.items():
             state[name] = torch.empty(shape)
             pieces.fill(f"{kind}/{name}", 0, state[name].view(-1))
-        for key in pieces.keys("buffer/"):
-            state[key.removeprefix("buffer/")] = pieces.whole(key)
+        for prefix in ("buffer/", "ema_buffer/") if kind == "ema" else ("buffer/",):  # integers are not averaged
+            state |= {key.removeprefix(prefix): pieces.whole(key) for key in pieces.keys(prefix)}
     return state
 
 

@@ -14,6 +14,7 @@ import catmodel
 from data_pipeline.config import AugmentConfig, DataConfig, Fraction, Section
 
 Positive = Annotated[int, Field(ge=1)]
+Ratio = Annotated[float, Field(gt=0)]
 
 
 class ConfigError(Exception):
@@ -25,15 +26,34 @@ class ConfigError(Exception):
 class ModelConfig(Section):
     """What to build; a key left out keeps the named model's own default."""
 
-    name: str = Field(description="cat_nano, cat_tiny, cat_small, cat_base")
-    embed_dim: Positive | None = Field(None, description="channels of the first stage")
-    depths: tuple[Positive, ...] | None = Field(None, description="cross attention blocks per stage")
-    num_heads: tuple[Positive, ...] | None = Field(None, description="heads of inner-patch attention per stage")
-    embed_patch_size: Positive | None = Field(None, description="side of a token, in pixels")
-    patch_size: Positive | None = Field(None, description="side of an attention patch, in tokens")
+    name: str = Field(description="cat_…, pvt_…, cotnet…, cotnext… or se_cotnetd…: see catmodel.list_models()")
+    init_from: str | None = Field(
+        None, description="first weights: a published file, a .safetensors file, a run's folder or a checkpoint's"
+    )
+    depths: tuple[Positive, ...] | None = Field(None, description="blocks per stage; of CAT cross attention blocks")
     drop_path_rate: Fraction | None = Field(None, description="stochastic depth at the deepest block")
-    ipsa_drop: Fraction | None = Field(None, description="attention dropout in inner-patch attention")
-    cpsa_drop: Fraction | None = Field(None, description="attention dropout in cross-patch attention")
+    num_heads: tuple[Positive, ...] | None = Field(None, description="CAT, PVT: heads of (inner-patch) attention per stage")
+    embed_dim: Positive | None = Field(None, description="CAT: channels of the first stage")
+    mlp_ratio: Ratio | None = Field(None, description="CAT: hidden channels of an MLP, relative to its inputs")
+    embed_patch_size: Positive | None = Field(None, description="CAT: side of a token, in pixels")
+    patch_size: Positive | None = Field(None, description="CAT: side of an attention patch, in tokens")
+    patch_embed: Literal["conv", "slice"] | None = Field(None, description="CAT: how pixels become tokens")
+    ape: bool | None = Field(None, description="CAT: absolute position")
+    shifted_windows: bool | None = Field(None, description="CAT: in the second inner-patch attention of every block")
+    cpsa_num_heads: Positive | None = Field(None, description="CAT: heads of cross-patch attention")
+    ipsa_drop: Fraction | None = Field(None, description="CAT: attention dropout in inner-patch attention")
+    cpsa_drop: Fraction | None = Field(None, description="CAT: attention dropout in cross-patch attention")
+    init_std: Ratio | None = Field(None, description="CAT: standard deviation of the initial linear weights")
+    embed_dims: tuple[Positive, ...] | None = Field(None, description="PVT: channels per stage")
+    mlp_ratios: tuple[Ratio, ...] | None = Field(None, description="PVT: hidden channels of an MLP, relative to its inputs, per stage")
+    sr_ratios: tuple[Positive, ...] | None = Field(None, description="PVT: spatial reduction of keys and values per stage")
+    width: Ratio | None = Field(None, description="CoTNet: channels of the CoT, relative to a ResNet's")
+    key_groups: Positive | None = Field(None, description="CoTNet: groups of the keys' convolution")
+    groups: Positive | None = Field(None, description="CoTNet: groups of the CoT's other convolutions")
+    hybrid: bool | None = Field(None, description="CoTNet: the design of SE-CoTNetD")
+    stem_width: Positive | None = Field(None, description="CoTNet: channels of a hybrid's stem")
+    blur: bool | None = Field(None, description="CoTNet: filter before a map is halved")
+    drop_rate: Fraction | None = Field(None, description="CoTNet: dropout before the head")
 
     @field_validator("name")
     @classmethod
@@ -44,9 +64,37 @@ class ModelConfig(Section):
             raise ValueError(f"model.name: there is no model {name!r}{hint}")
         return name
 
+    @model_validator(mode="after")
+    def _of_its_family(self) -> "ModelConfig":
+        known = FAMILY_KEYS[family_of(self.name)]
+        for key in self.overrides():
+            if key not in known:
+                close = difflib.get_close_matches(key, known, 1)
+                hint = f"did you mean model.{close[0]}?" if close else f"it takes {', '.join(known)}"
+                raise ValueError(f"model.{key} is no setting of {self.name}; {hint}")
+        return self
+
     def overrides(self) -> dict[str, Any]:
-        """The keys that were given, as arguments of `catmodel.create_model`."""
-        return {key: value for key, value in self.model_dump(exclude={"name"}).items() if value is not None}
+        """The settings of the network that were given, as arguments of `catmodel.create_model`."""
+        settings = {key for keys in FAMILY_KEYS.values() for key in keys}
+        return {key: value for key, value in self.model_dump(include=settings).items() if value is not None}
+
+
+# What can be set of a network, by its family: arguments of its class. Written out, because the classes cannot be read without torch.
+FAMILY_KEYS = {
+    "cat": (
+        *("depths", "drop_path_rate", "num_heads", "embed_dim", "mlp_ratio", "embed_patch_size", "patch_size", "patch_embed"),
+        *("ape", "shifted_windows", "cpsa_num_heads", "ipsa_drop", "cpsa_drop", "init_std"),
+    ),
+    "pvt": ("depths", "drop_path_rate", "num_heads", "embed_dims", "mlp_ratios", "sr_ratios"),
+    "cotnet": ("depths", "drop_path_rate", "width", "key_groups", "groups", "hybrid", "stem_width", "blur", "drop_rate"),
+}
+
+
+def family_of(model: str) -> str:
+    """The key of FAMILY_KEYS for a model's name."""
+    prefix = model.split("_")[0]
+    return prefix if prefix in FAMILY_KEYS else "cotnet"
 
 
 class TrainConfig(Section):
@@ -92,6 +140,8 @@ class OptimizerConfig(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     momentum: Fraction = Field(0.9, description="sgd and muon")
+    nesterov: bool = Field(False, description="sgd: Nesterov's momentum")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="each layer's learning rate / the next one's, for fine-tuning; 1: all alike")
     clip_grad: float | None = Field(5.0, gt=0, description="largest norm of the whole gradient; null turns clipping off")
 
 

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, in fp32, each rank averaging only its own share."""
+"""Exponential moving average of the weights, in fp32, each rank averaging only its own share; and of running statistics, on all ranks."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,15 +12,18 @@ from train.engine import Engine
 class Ema:
     """Averages of the engine's fragments: `average = decay · average + (1 - decay) · master`, at any ZeRO stage without a gather.
 
-    `averages[i]` belongs to `engine.fragments()[i]`. They start as the weights are at construction.
+    `averages[i]` belongs to `engine.fragments()[i]`; those after them, also in `buffers` by name, to what batch norms keep beside weights.
+    They start as the weights are at construction.
     """
 
     def __init__(self, engine: Engine, decay: float):
         self.engine = engine
         self.decay = decay
         self.fragments = engine.fragments()
-        self._masters = [fragment.master for fragment in self.fragments]
+        buffers = {name: buffer for name, buffer in engine.buffers().items() if buffer.is_floating_point()}
+        self._masters = [*(fragment.master for fragment in self.fragments), *buffers.values()]
         self.averages = [master.clone() for master in self._masters]
+        self.buffers = dict(zip(buffers, self.averages[len(self.fragments) :], strict=True))
         # One step of SGD at rate r on ½ |average - master|² takes the average r of the way to the master, and torch's fused SGD can be
         # told by the device to do nothing. Here |average|² is its weight decay, and -master, by `maximize`, its gradient.
         self._sgd = torch.optim.SGD(self.averages, lr=0.0, weight_decay=1.0, maximize=True, fused=True)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from train.batch_norm import accept_low_precision
 from train.config import Config, ConfigError
 from train.optimizer import build_optimizer, initial_state
 
@@ -71,6 +72,8 @@ class Engine:
         self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.shapes = {name: tuple(parameter.shape) for parameter, name in self.names.items()}
 
+        if self.dtype != torch.float32:
+            accept_low_precision(model)
         self._base = base = build_optimizer(model.to(device), config.optimizer)
         self._groups = [list(group["params"]) for group in base.param_groups]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=base, config=self._settings(config, accumulation))
@@ -91,6 +94,11 @@ class Engine:
     def module(self) -> nn.Module:
         """The model itself. Call the engine, not this: ZeRO 3 gathers weights in the engine's hooks."""
         return self._engine.module
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What the model's state dict has beside weights, by name: whole on every rank, and in the type it was made in."""
+        saved = self.module.state_dict()
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in saved}
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of normalised images [m, 3, S, S], any float type."""
@@ -113,7 +121,7 @@ class Engine:
             self._engine.step()
             return None
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         if not self._checked_here:
             self._engine.step()
             skipped = not self._engine.was_step_applied()

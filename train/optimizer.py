@@ -1,5 +1,7 @@
 """Parameter groups, and the optimizers of the papers as torch has them."""
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor, nn
 
@@ -7,15 +9,24 @@ from train.config import OptimizerConfig
 from train.muon import Muon
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: with weight decay, and without for 1-D parameters (biases, norms) and those `model.no_weight_decay()` names."""
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Two groups: with weight decay, and without for 1-D parameters (biases, norms) and those `model.no_weight_decay()` names.
+
+    With a layer_decay below 1 it is two for each of the model's layers (`layer_of`), with `lr_scale`, what their learning rate is
+    multiplied by: layer_decay ** (the last layer's number - theirs) (BEiT, arXiv 2106.08254).
+    """
     exempt = model.no_weight_decay()
-    decayed, undecayed = [], []
+    layers = {name: model.layer_of(name) if layer_decay < 1 else 0 for name, _ in model.named_parameters()}
+    last = max(layers.values())
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             bare = parameter.ndim <= 1 or name in exempt
-            (undecayed if bare else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+            groups[layers[name], bare].append(parameter)
+    return [
+        {"params": groups[layer, bare], "weight_decay": 0.0 if bare else weight_decay, "lr_scale": layer_decay ** (last - layer)}
+        for layer, bare in sorted(groups)
+    ]
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -23,17 +34,20 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
     (DeepSpeed takes a step with zero gradients while it starts at ZeRO 0; at lr 0 that step changes no weight.)
     """
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
     if config.name == "muon":
-        hidden = {layer.weight for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name != "head"}
-        decayed, undecayed = groups
-        matrices = {"params": [p for p in decayed["params"] if p in hidden], "weight_decay": config.weight_decay, "matrices": True}
-        decayed["params"] = [p for p in decayed["params"] if p not in hidden]
-        groups = [matrices, {**decayed, "matrices": False}, {**undecayed, "matrices": False}]
+        linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+        hidden = {layer.weight for name, layer in linears.items() if name not in ("head", "fc")}
+        parts = [
+            {**group, "params": [p for p in group["params"] if (p in hidden) == matrices], "matrices": matrices}
+            for group in groups
+            for matrices in (True, False)
+        ]
+        groups = [part for part in parts if part["params"]]
         return Muon(groups, lr=0.0, momentum=config.momentum, betas=config.betas, eps=config.eps)
-    return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
 
 
 def initial_state(optimizer: torch.optim.Optimizer, group: dict, master: Tensor) -> dict[str, Tensor]:

@@ -12,12 +12,14 @@ from data_pipeline.loader import BadSample
 from data_pipeline.manifest import DataError, Manifest
 from data_pipeline.order import Order
 from train.bad_samples import BadSamples
+from train.batch_norm import RunningStatistics
 from train.checkpoint import checkpoint_path, clean_up, describe, write_final_weights
 from train.config import Config, dump_config
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluate import Scores
 from train.feed import Feed
+from train.fine_tune import begins, load_first_weights
 from train.guard import REMEDY, Agreed, Agreement, NotSaved, Skips, Stopped, TrainingFailed
 from train.lock import RunLock
 from train.micro_batch import settle_micro_batch
@@ -91,8 +93,10 @@ class Run:
         self.share = order.share(runtime.rank, runtime.world)
         self.task = Classification(config, manifest, order, runtime)
         model = self.task.build_model()
+        notes += load_first_weights(model, config, manifest, runtime, begins(self.checkpoints, resume))
         flops = self.task.flops_per_image(model) if runtime.device.type == "cuda" else None
         self.engine = Engine(model, config, len(self.share), runtime.device)
+        self.statistics = RunningStatistics(self.engine.module)
         self.ema = Ema(self.engine, config.ema.decay) if config.ema.decay else None
         self.restored = restore(self.checkpoints, config, manifest, self.engine, self.ema, resume, with_changes)
         self.start, self.scores = self.restored.step, {}
@@ -138,6 +142,7 @@ class Run:
                 done, ids = step + 1, []
                 self.watchdog.enter("first_step" if step == start else "step", done)
                 losses = torch.zeros(order.micro_batches, dtype=torch.float64, device=self.runtime.device)
+                self.statistics.begin()
                 for index in self.share:
                     with agreement.alone():
                         batch, images, targets = next(feed)
@@ -147,10 +152,12 @@ class Run:
                     with agreement.alone(engine.stage < 3):  # ZeRO 3 gathers weights as it goes
                         loss = task.loss(engine, batch, images, targets)
                     engine.backward(loss)
+                    self.statistics.add()
                     feed.prepare()
                     losses[index] = loss.detach()
                     ids += batch.ids.tolist()
                     result = engine.step(learning_rate(config, step, order.steps_per_epoch))
+                self.statistics.finish(result.skipped)
                 if self.ema:
                     self.ema.update(step, result.skipped)
                 self.skips.add(done, result.skipped)

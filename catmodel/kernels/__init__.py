@@ -29,7 +29,7 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype not in DTYPES:
         return _plain(f"they do not know {dtype}")
     try:
-        from catmodel.kernels import cross_patch, flash, inner_patch, mlp, pack  # noqa: F401 (registers the operators)
+        from catmodel.kernels import aggregate, cross_patch, flash, inner_patch, mlp, pack  # noqa: F401 (registers the operators)
     except ModuleNotFoundError as error:
         return _plain(f"{error.name} is not installed")
     return True

@@ -8,18 +8,23 @@ from itertools import product
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from catmodel import kernels
 from catmodel.attention import CrossPatchAttention, InnerPatchAttention, Patches
+from catmodel.cotnet import SHARE, aggregate
 from catmodel.layers import Mlp
 
 
 @dataclass(frozen=True)
 class Case:
-    """A module, its input [batch, height * width, channels], its patches and heads; rate: of attention dropout."""
+    """A module, its input [batch, height * width, channels], its patches and heads; rate: of attention dropout.
 
-    module: Literal["inner_patch", "cross_patch", "mlp"]
+    channels_last: how the map lies that is aggregated.
+    """
+
+    module: Literal["inner_patch", "cross_patch", "mlp", "aggregate"]
     batch: int
     height: int
     width: int
@@ -29,16 +34,33 @@ class Case:
     heads: int = 1
     shifted: bool = False
     rate: float = 0.0
+    channels_last: bool = False
 
     def build(self) -> nn.Module:
         """The module in training mode, with weights from torch's default generator."""
         if self.module == "mlp":
             return Mlp(self.channels, 4 * self.channels)
+        if self.module == "aggregate":
+            return Aggregation(self.channels, self.channels_last)
         if self.module == "cross_patch":
             return CrossPatchAttention(self.size, self.heads, self.rate)
         attention = InnerPatchAttention(self.channels, self.heads, self.size, self.shifted, self.rate)
         nn.init.normal_(attention.relative_position_bias_table, std=0.5)
         return attention
+
+
+class Aggregation(nn.Module):
+    """Local aggregation behind the layers that give its values and weights: as in CoT, but from tokens to tokens [B, N, C]."""
+
+    def __init__(self, channels: int, channels_last: bool):
+        super().__init__()
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.values, self.weights = nn.Linear(channels, channels), nn.Linear(channels, 9 * channels // SHARE)
+
+    def forward(self, x_BNC: Tensor, patches: Patches) -> Tensor:
+        maps = (rearrange(layer(x_BNC), "B (H W) C -> B C H W", H=patches.height) for layer in (self.values, self.weights))
+        values, weights = (x_BCHW.contiguous(memory_format=self.memory_format) for x_BCHW in maps)
+        return rearrange(aggregate(values, weights.unflatten(1, (-1, 9)), patches.kernels), "B C H W -> B (H W) C")
 
 
 def check(device: torch.device, seed: int, cases: Sequence[Case] | None = None) -> list[dict]:
@@ -94,11 +116,13 @@ FEW = (
     Case("cross_patch", 2, 9, 8, 8, "float16", size=4),
     Case("mlp", 1, 14, 7, 16),
     Case("mlp", 2, 5, 3, 16, "float16"),
+    Case("aggregate", 2, 5, 7, 16),
+    Case("aggregate", 1, 6, 5, 16, "float16", channels_last=True),
 )
 
 
 def many() -> Iterable[Case]:
-    """For a GPU: CAT-B's stages at 224 pixels, a dense 800 x 1280 image, windows of all sizes on ragged maps."""
+    """For a GPU: CAT-B's stages at 224 pixels, a dense 800 x 1280 image, windows of all sizes on ragged maps; CoTNet's."""
     stages = ((56, 96, 3), (28, 192, 6), (14, 384, 12), (7, 768, 24))
     for (side, channels, heads), dtype in product(stages, ("bfloat16", "float16", "float32")):
         yield Case("inner_patch", 8, side, side, channels, dtype, heads=heads)
@@ -115,3 +139,7 @@ def many() -> Iterable[Case]:
     yield Case("cross_patch", 1, 200, 320, 96, "float32")
     for channels, dtype in product((64, 96, 128, 192), ("bfloat16", "float16", "float32")):
         yield Case("mlp", 8, 55, 57, channels, dtype)
+    for (side, channels), dtype, last in product(((56, 64), (14, 256), (7, 512)), ("bfloat16", "float16", "float32"), (False, True)):
+        yield Case("aggregate", 8, side, side, channels, dtype, channels_last=last)
+    yield Case("aggregate", 6, 27, 31, 48, "bfloat16")  # half of CoTNeXt's first stage
+    yield Case("aggregate", 1, 200, 320, 64, "bfloat16")

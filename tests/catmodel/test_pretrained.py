@@ -3,14 +3,20 @@
 import os
 import sys
 import types
+from ast import literal_eval
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 import catmodel
+from tests.interpolation import resized
+
+KEYS = Path(__file__).parents[3] / "shared" / "golden" / "keys"
+SMALL_PVT = dict(embed_dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), num_heads=(1, 2, 3, 4))
 
 
 def nano(seed: int = 0, **overrides) -> nn.Module:
@@ -130,7 +136,7 @@ def test_every_problem_is_named_and_nothing_is_loaded(published):
         "missing: norm.bias",
         "missing: layers.1.cpsa_blocks.0.attn.qkv.weight",
         "not in the model: layers.0.extra",
-        "head.weight: shape [1000, 128], the model's is [10, 128] (create the model with the checkpoint's num_classes",
+        "head.weight: shape [1000, 128], the model's is [10, 128] (fresh_head=True leaves it out",
         "layers.0.pre_ipsa_blocks.0.attn.relative_position_index: other values",
     ):
         assert part in str(error.value)
@@ -168,15 +174,39 @@ def test_a_classifier_into_a_dense_model(published, out_indices):
 
 
 @pytest.mark.parametrize("features_only", [False, True])
-def test_another_resolution_only_on_request(published, features_only: bool):
-    model = nano(img_size=64, features_only=features_only)
-    with pytest.raises(ValueError, match="ape: shape .*resize_ape=True"):
+@pytest.mark.parametrize(("size", "other"), [(32, 48), (32, 16)])
+def test_cat_at_another_resolution_only_on_request(features_only: bool, size: int, other: int):
+    two_stages = {"depths": (1, 1), "num_heads": (2, 4)}
+    published = nano(seed=1, img_size=size, **two_stages).state_dict()
+    model = nano(img_size=other, features_only=features_only, **two_stages)
+    with pytest.raises(ValueError, match="ape: shape .*resize_positions=True"):
         catmodel.load_published(model, published)
-    catmodel.load_published(model, published, resize_ape=True)
-    as_map = published["ape"].transpose(1, 2).reshape(1, 32, 16, 16)
-    expected = nn.functional.interpolate(as_map, size=(32, 32), mode="bicubic", align_corners=False)
-    ours = model.ape if features_only else model.ape.transpose(1, 2).reshape(1, 32, 32, 32)
-    torch.testing.assert_close(ours.detach(), expected)
+    with pytest.raises(ValueError, match="ape: shape"):  # one entry too many is no class token here
+        catmodel.load_published(model, {**published, "ape": torch.zeros(1, size**2 // 4 + 1, 32)}, resize_positions=True)
+    report = catmodel.load_published(model, published, resize_positions=True)
+    side = size // 2
+    ours = model.ape.permute(0, 2, 3, 1) if features_only else model.ape.unflatten(1, model.grid_size)
+    expected = resized(published["ape"].unflatten(1, (side, side))[0].numpy(), *model.grid_size, "bicubic")
+    np.testing.assert_allclose(ours[0].detach().numpy(), expected, rtol=0, atol=1e-6)
+    assert report.resized == [f"ape {side} x {side} -> {other // 2} x {other // 2}"]
+
+
+def test_another_patch_size_is_refused_in_one_sentence(published):
+    model = nano(patch_size=3, img_size=24)
+    with pytest.raises(
+        ValueError, match="patches are 4 x 4 tokens, the model's 3 x 3.*patch_size=4, and an img_size that is a multiple of 32"
+    ):
+        catmodel.load_published(model, published, resize_positions=True)
+
+
+def test_other_classes(published):
+    model = nano(num_classes=3)
+    own = model.head.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"head.bias: shape \[10\], the model's is \[3\] \(fresh_head=True"):
+        catmodel.load_published(model, published)
+    report = catmodel.load_published(model, published, fresh_head=True)
+    assert report.left_out == report.fresh[::-1] == ["head.bias", "head.weight"]
+    assert_loaded(model, {**published, "head.weight": own, "head.bias": torch.zeros(3)})
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
@@ -195,3 +225,70 @@ def test_a_truncated_file_is_refused(tmp_path: Path, published):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ValueError, match="cut.pth"):
         catmodel.load_published(nano(), file)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- PVT and CoTNet
+
+
+@pytest.mark.skipif(not KEYS.exists(), reason=f"the names of the released weights are not in {KEYS}")
+@pytest.mark.parametrize(("name", "keys"), [("pvt_tiny", "pvt_tiny"), ("se_cotnetd50", "se_cotnetd_50")])
+def test_released_names_with_wrappers_and_running_statistics(tmp_path: Path, name: str, keys: str):
+    released = [line.split(" ", 1) for line in (KEYS / f"{keys}.txt").read_text().splitlines()]
+    published = {key: torch.rand(literal_eval(shape)) for key, shape in released}
+    published |= {key: torch.tensor(7) for key in published if key.endswith("num_batches_tracked")}
+    torch.save({"state_dict": {f"module.{key}": value for key, value in published.items()}, "epoch": 300}, tmp_path / "released.pth.tar")
+    model = catmodel.create_model(name)
+    report = catmodel.load_published(model, tmp_path / "released.pth.tar")
+    assert_loaded(model, published)
+    assert report.left_out == report.fresh == report.resized == []
+
+
+def small_pvt(seed: int = 0, **overrides) -> nn.Module:
+    torch.manual_seed(seed)
+    return catmodel.create_model("pvt_tiny", **{**SMALL_PVT, "img_size": 64, **overrides})
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+def test_pvt_at_another_resolution(features_only: bool):
+    """Four tables, bilinearly; the class token's entry stays, or is left out where there is no class token."""
+    published = small_pvt(seed=1).state_dict()
+    model = small_pvt(img_size=96, features_only=features_only)
+    with pytest.raises(ValueError, match="pos_embed4: shape .*resize_positions=True"):
+        catmodel.load_published(model, published)
+    report = catmodel.load_published(model, published, resize_positions=True)
+    assert [line.split()[0] for line in report.resized] == [f"pos_embed{i}" for i in (1, 2, 3, 4)]
+    for key, side in (("pos_embed1", 16), ("pos_embed2", 8), ("pos_embed3", 4), ("pos_embed4", 2)):
+        theirs, ours = published[key][0].numpy(), model.state_dict()[key][0].numpy()
+        if key == "pos_embed4":
+            if not features_only:
+                np.testing.assert_array_equal(ours[0], theirs[0])
+                ours = ours[1:]
+            theirs = theirs[1:]
+        expected = resized(theirs.reshape(side, side, -1), side * 3 // 2, side * 3 // 2, "bilinear")
+        np.testing.assert_allclose(ours.reshape(expected.shape), expected, rtol=0, atol=1e-6)
+    others = {key: value for key, value in model.state_dict().items() if not key.startswith("pos_embed")}
+    assert all(torch.equal(value, published[key]) for key, value in others.items())
+
+
+def test_pvt_classifier_into_a_dense_model():
+    published = small_pvt(seed=1).state_dict()
+    model = small_pvt(features_only=True)
+    report = catmodel.load_published(model, published)
+    assert report.left_out == ["cls_token", "head.bias", "head.weight", "norm.bias", "norm.weight"]
+    assert report.fresh == report.resized == []
+    assert_loaded(model, {**published, "pos_embed4": published["pos_embed4"][:, 1:]})
+    shallow = small_pvt(features_only=True, out_indices=(1,))
+    report = catmodel.load_published(shallow, published)
+    assert_loaded(shallow, published)
+    assert {key for key in published if key not in shallow.state_dict()} == set(report.left_out)
+
+
+def test_cotnet_classifier_into_a_dense_model():
+    torch.manual_seed(1)
+    published = catmodel.create_model("cotnet50", depths=(1, 1, 1, 1)).state_dict()
+    model = catmodel.create_model("cotnet50", depths=(1, 1, 1, 1), features_only=True, out_indices=(0, 1))
+    report = catmodel.load_published(model, published)
+    assert_loaded(model, published)
+    assert {key for key in published if key.startswith(("layer3.", "layer4.", "fc."))} == set(report.left_out)
+    with pytest.raises(ValueError, match="missing: layer1.0.bn1.running_mean"):
+        catmodel.load_published(model, {k: v for k, v in published.items() if k != "layer1.0.bn1.running_mean"})

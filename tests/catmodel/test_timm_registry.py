@@ -17,6 +17,11 @@ assert type(model).__module__ == "catmodel.cat" and model(torch.zeros(1, 3, 32, 
 assert model.layers[-1].cpsa_blocks[-1].add.rate > 0.19
 dense = timm.create_model("cat_tiny", features_only=True, out_indices=(1, 2))
 assert dense.feature_info.channels() == [128, 256] and dense.feature_info.reduction() == [8, 16]
+for name, channels in (("cat_tiny", [128, 256, 512]), ("pvt_tiny", [128, 320, 512]), ("cotnet50", [512, 1024, 2048])):
+    with torch.device("meta"):
+        dense = timm.create_model(name, features_only=True, out_indices=(1, 2, 3)).eval()
+        assert [out.shape[1] for out in dense(torch.empty(1, 3, 65, 97))] == dense.feature_info.channels() == channels, name
+    assert dense.feature_info.reduction() == [8, 16, 32], name
 try:
     timm.create_model("cat_nano", pretrained=True)
 except ValueError as error:

@@ -1,13 +1,66 @@
-"""The published recipes on real photographs, as a user starts them."""
+"""The published recipes: every one builds its network; and one on real photographs, as a user starts it."""
 
+import inspect
 import subprocess
 import sys
 
 import pytest
+import torch
 
+import catmodel
 from tests.runs import ROOT, metrics
+from train.config import FAMILY_KEYS, family_of, load_config
+from train.schedule import learning_rate
+from train.tasks.classification import build_model
 
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet_sample.tar"
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+IMAGENET = 1_281_167  # images
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_recipe_builds_its_network_and_its_schedule_fits(path):
+    config, text = load_config(path), path.read_text()
+    assert f"--config {path.relative_to(ROOT)}" in text and "# Expected: " in text
+    with torch.device("meta"):
+        model = build_model(config, 1000)
+    named = path.stem.split("_advanced")[0].replace("_320", "")
+    if path.parent.name == "configs" and named in catmodel.list_models():
+        assert config.model.name == named
+    steps = IMAGENET // config.train.global_batch
+    warm, last = round(config.schedule.warmup_epochs * steps), config.train.epochs * steps - 1
+    assert learning_rate(config, 0, steps) == config.schedule.warmup_lr < config.optimizer.lr
+    assert 0.9 * config.optimizer.lr < learning_rate(config, warm, steps) <= config.optimizer.lr
+    assert learning_rate(config, last, steps) < 1.01 * config.schedule.min_lr + 1e-6
+    if "imagenet" in config.data.path and config.model.init_from is None:  # the papers' rules; and a node of 8 GPUs can run it
+        per_image = 0.1 / 256 if config.optimizer.name == "sgd" else 5e-4 / 512
+        assert config.optimizer.lr == pytest.approx(per_image * config.train.global_batch)
+        assert config.train.global_batch // config.train.micro_batch % 8 == 0
+        assert sum(parameter.numel() for parameter in model.parameters()) > 1e7
+
+
+@pytest.mark.parametrize("name", ["cat_tiny", "pvt_tiny", "cotnet50"])
+def test_every_argument_of_a_network_can_be_set(name):
+    """But those that the run decides: the image's size, the classes, and what makes it a backbone."""
+    decided = {"img_size", "in_chans", "num_classes", "features_only", "out_indices"}
+    with torch.device("meta"):
+        model = catmodel.create_model(name)
+    assert set(inspect.signature(type(model)).parameters) - decided == set(FAMILY_KEYS[family_of(name)])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "count", "kind"),
+    [
+        ("ablations/slice_embedding", 37_294_258, "PatchSlice"),
+        ("ablations/no_absolute_position", 37_294_258 - 56 * 56 * 96, None),
+        ("cat_t_v2", 35_830_000, None),
+    ],
+)
+def test_an_ablation_changes_the_network(recipe, count, kind):
+    with torch.device("meta"):
+        model = build_model(load_config(ROOT / "configs" / f"{recipe}.yaml"), 1000)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(count, rel=0 if "t_v2" not in recipe else 1e-3)
+    assert kind is None or any(type(module).__name__ == kind for module in model.modules())
 
 
 @pytest.mark.slow

@@ -51,6 +51,8 @@ def test_resolved_config_reads_back_the_same(write):
         ("train.global_batch=100", "train.global_batch 100 is not a multiple of train.micro_batch 128"),
         ("schedule.warmup_epochs=300", "schedule.warmup_epochs 300 leaves nothing of train.epochs 300"),
         ("model.name=cat_nono", "there is no model 'cat_nono'; did you mean cat_nano?"),
+        ("model.embed_dims=[16]", "model.embed_dims is no setting of cat_nano; did you mean model.embed_dim?"),
+        ("model.blur=true", "model.blur is no setting of cat_nano; it takes depths, drop_path_rate"),
         ("train.epochs", "override 'train.epochs' is not of the form section.key=value"),
         ("train.epochs=[", "the value is not YAML"),
     ],

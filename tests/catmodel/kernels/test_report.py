@@ -61,7 +61,7 @@ def test_kernels_are_right(device):
     generator = torch.get_rng_state()
     rows = check.check(device, 11, check.FEW)
     assert json.loads(json.dumps(rows)) == rows
-    assert {row["module"] for row in rows} == {"inner_patch", "cross_patch", "mlp"}
+    assert {row["module"] for row in rows} == {"inner_patch", "cross_patch", "mlp", "aggregate"}
     for row in rows:
         assert row["passed"], row
         assert all(0 <= error < 1e-2 for errors in row["errors"].values() for error in errors.values()), row

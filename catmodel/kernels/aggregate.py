@@ -1,0 +1,204 @@
+"""CoT's local aggregation (`catmodel.cotnet.aggregate`), forward and backward: every pixel's own 3 x 3 kernels over its neighbours.
+
+The channels a * G + g, a = 0 .. C/G - 1, use kernel g of a pixel. A program takes a block of an image's G * H * W kernels, loads the nine
+weights of each once and goes over the a. On the way back the gradient of a value is gathered from the nine pixels that saw it, and that
+of a weight is a sum over the a: both are the program's own. Sums are in fp32.
+
+Elements moved per pixel: forward 2C + 9G, backward 3C + 18G. Each is read from memory once, but nine times by the program and those beside
+it: out of the caches. Of plain PyTorch's nine products each goes through memory. This is counted, not measured.
+
+Letters as in `catmodel.cotnet`. The values may be contiguous or channels-last; all else is to lie as they do, and is copied if it does not.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _steps(pixels, G: tl.constexpr, SHARE: tl.constexpr, LAST: tl.constexpr):
+    """Through memory: of values from pixel to pixel and from a to a + 1; of weights from pixel to pixel and from k to k + 1."""
+    if LAST:
+        return G * SHARE, G, G * 9, 1
+    else:
+        return 1, G * pixels, 1, pixels
+
+
+@triton.jit
+def _kernels(pixels, G: tl.constexpr, SHARE: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
+    """The program's image; the pixel of each of its kernels, in the order of memory; where in the image are the value for a = 0 and the
+    weight for k = 0; and whether there is such a kernel."""
+    blocks = tl.cdiv(pixels * G, BLOCK)
+    image = (tl.program_id(0) // blocks).to(tl.int64)  # only its start can be beyond 2^31 elements
+    kernel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    if LAST:
+        pixel, g = kernel // G, kernel % G
+        value, weight = pixel * (G * SHARE) + g, kernel * 9
+    else:
+        pixel, g = kernel % pixels, kernel // pixels
+        value, weight = kernel, g * (9 * pixels) + pixel
+    return image, pixel, value, weight, kernel < pixels * G
+
+
+@triton.jit
+def _neighbours(pixel, pixels, width, mask):
+    """How many pixels further each of the nine neighbours is, and where there is one. To look the other way: -steps[k] and has[8 - k]."""
+    steps, has = (), ()
+    for k in tl.static_range(9):
+        step = (k // 3 - 1) * width
+        column = pixel % width + (k % 3 - 1)
+        has += (mask & (pixel + step >= 0) & (pixel + step < pixels) & (column >= 0) & (column < width),)
+        steps += (step + (k % 3 - 1),)
+    return steps, has
+
+
+@triton.jit
+def _forward(values_ptr, weights_ptr, y_ptr, pixels, width, G: tl.constexpr, SHARE: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
+    image, pixel, value, weight, mask = _kernels(pixels, G, SHARE, LAST, BLOCK)
+    pixel_step, channel_step, _, weight_step = _steps(pixels, G, SHARE, LAST)
+    steps, has = _neighbours(pixel, pixels, width, mask)
+    values_ptr += image * G * SHARE * pixels + value
+    y_ptr += image * G * SHARE * pixels + value
+    weights_ptr += image * G * 9 * pixels + weight
+
+    weights = ()
+    for k in tl.static_range(9):
+        weights += (tl.load(weights_ptr + k * weight_step, mask=mask, other=0.0).to(tl.float32),)
+    for _ in range(SHARE):
+        y = tl.zeros((BLOCK,), tl.float32)
+        for k in tl.static_range(9):
+            y += weights[k] * tl.load(values_ptr + steps[k] * pixel_step, mask=has[k], other=0.0).to(tl.float32)
+        tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=mask)
+        values_ptr += channel_step
+        y_ptr += channel_step
+
+
+@triton.jit
+def _backward(
+    dy_ptr,
+    values_ptr,
+    weights_ptr,
+    dvalues_ptr,
+    dweights_ptr,
+    pixels,
+    width,
+    G: tl.constexpr,
+    SHARE: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image, pixel, value, weight, mask = _kernels(pixels, G, SHARE, LAST, BLOCK)
+    pixel_step, channel_step, kernel_step, weight_step = _steps(pixels, G, SHARE, LAST)
+    steps, has = _neighbours(pixel, pixels, width, mask)
+    dy_ptr += image * G * SHARE * pixels + value
+    values_ptr += image * G * SHARE * pixels + value
+    dvalues_ptr += image * G * SHARE * pixels + value
+    weights_ptr += image * G * 9 * pixels + weight
+    dweights_ptr += image * G * 9 * pixels + weight
+
+    weights, dweights = (), ()  # weights[k]: not of this pixel, but of the one whose neighbour k it is
+    for k in tl.static_range(9):
+        place = k * weight_step - steps[k] * kernel_step
+        weights += (tl.load(weights_ptr + place, mask=has[8 - k], other=0.0).to(tl.float32),)
+        dweights += (tl.zeros((BLOCK,), tl.float32),)
+    for _ in range(SHARE):
+        dy = tl.load(dy_ptr, mask=mask, other=0.0).to(tl.float32)
+        dvalue = tl.zeros((BLOCK,), tl.float32)
+        sums = ()
+        for k in tl.static_range(9):
+            step = steps[k] * pixel_step
+            dvalue += weights[k] * tl.load(dy_ptr - step, mask=has[8 - k], other=0.0).to(tl.float32)
+            sums += (dweights[k] + dy * tl.load(values_ptr + step, mask=has[k], other=0.0).to(tl.float32),)
+        dweights = sums
+        tl.store(dvalues_ptr, dvalue.to(dvalues_ptr.dtype.element_ty), mask=mask)
+        dy_ptr += channel_step
+        values_ptr += channel_step
+        dvalues_ptr += channel_step
+    for k in tl.static_range(9):
+        tl.store(dweights_ptr + k * weight_step, dweights[k].to(dweights_ptr.dtype.element_ty), mask=mask)
+
+
+def _channels_last(values_BCHW: Tensor) -> bool:
+    return not values_BCHW.is_contiguous() and values_BCHW.is_contiguous(memory_format=torch.channels_last)
+
+
+def _lay(x_BCHW: Tensor, last: bool) -> Tensor:
+    return x_BCHW.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _lay_weights(weights_BGKHW: Tensor, last: bool) -> Tensor:
+    return _lay(weights_BGKHW.flatten(1, 2), last).unflatten(1, (-1, 9))
+
+
+def _plan(C: int, G: int, last: bool) -> tuple[dict, dict]:
+    """The constants and the launch options of both kernels. Two kernels of pixels a thread: neighbours in one load of a warp."""
+    return dict(G=G, SHARE=C // G, LAST=last, BLOCK=512), dict(num_warps=8, num_stages=1)
+
+
+def _grid(weights_BGKHW: Tensor, constants: dict) -> tuple[int]:
+    B, G, _, H, W = weights_BGKHW.shape
+    return (B * triton.cdiv(G * H * W, constants["BLOCK"]),)
+
+
+@torch.library.custom_op("catmodel::aggregate", mutates_args=())
+def aggregate(values_BCHW: Tensor, weights_BGKHW: Tensor) -> Tensor:
+    """Values [B, C, H, W] and weights [B, G, 9, H, W], G dividing C -> [B, C, H, W] in the values' dtype, laid out as they are.
+
+    The two may be of different dtypes, as under autocast.
+    """
+    last = _channels_last(values_BCHW)
+    values_BCHW, weights_BGKHW = _lay(values_BCHW, last), _lay_weights(weights_BGKHW, last)
+    _, C, H, W = values_BCHW.shape
+    y_BCHW = torch.empty_like(values_BCHW)
+    constants, options = _plan(C, weights_BGKHW.shape[1], last)
+    _forward[_grid(weights_BGKHW, constants)](values_BCHW, weights_BGKHW, y_BCHW, H * W, W, **constants, **options)
+    return y_BCHW
+
+
+@aggregate.register_fake
+def _(values_BCHW, weights_BGKHW):
+    return torch.empty_like(_lay(values_BCHW, _channels_last(values_BCHW)))
+
+
+@torch.library.custom_op("catmodel::aggregate_backward", mutates_args=())
+def aggregate_backward(dy_BCHW: Tensor, values_BCHW: Tensor, weights_BGKHW: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the values and of the weights, each in its dtype."""
+    last = _channels_last(values_BCHW)
+    values_BCHW, dy_BCHW = _lay(values_BCHW, last), _lay(dy_BCHW, last)
+    weights_BGKHW = _lay_weights(weights_BGKHW, last)
+    _, C, H, W = values_BCHW.shape
+    dvalues_BCHW, dweights_BGKHW = torch.empty_like(values_BCHW), torch.empty_like(weights_BGKHW)
+    constants, options = _plan(C, weights_BGKHW.shape[1], last)
+    tensors = dy_BCHW, values_BCHW, weights_BGKHW, dvalues_BCHW, dweights_BGKHW
+    _backward[_grid(weights_BGKHW, constants)](*tensors, H * W, W, **constants, **options)
+    return dvalues_BCHW, dweights_BGKHW
+
+
+@aggregate_backward.register_fake
+def _(dy_BCHW, values_BCHW, weights_BGKHW):
+    last = _channels_last(values_BCHW)
+    return torch.empty_like(_lay(values_BCHW, last)), torch.empty_like(_lay_weights(weights_BGKHW, last))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+aggregate.register_autograd(lambda ctx, dy_BCHW: torch.ops.catmodel.aggregate_backward(dy_BCHW, *ctx.saved_tensors), setup_context=_save)
+
+
+def cases() -> list[dict]:
+    """For `catmodel.kernels.report`: the first and the last stage of CoTNet-50 at 224 x 224, in bfloat16; the first channels-last too."""
+    found = []
+    for channels, side, last in ((64, 56, False), (64, 56, True), (512, 7, False)):
+        constants, options = _plan(channels, channels // 8, last)
+        what = f"{channels} channels, {side} x {side}{', channels-last' if last else ''}"
+        for name, kernel, tensors in (
+            ("forward", _forward, ("values_ptr", "weights_ptr", "y_ptr")),
+            ("backward", _backward, ("dy_ptr", "values_ptr", "weights_ptr", "dvalues_ptr", "dweights_ptr")),
+        ):
+            signature = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(constants, "constexpr")
+            signature |= dict(pixels="i32:16" if side**2 % 16 == 0 else "i32", width="i32")
+            found.append(dict(name=f"aggregate {name}, {what}", fn=kernel, signature=signature, constexprs=constants, **options))
+    return found

@@ -1,0 +1,49 @@
+#!/usr/bin/env python
+"""Export a run's newest checkpoint, or one checkpoint: python launch/export.py runs/cat_b --to cat_b.onnx"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch.cli import Parser, run
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from catmodel import export
+    from train.trained import check_target, read_trained
+
+    export.check_target(arguments.to, arguments.features)
+    target = check_target(arguments.target)
+    trained = read_trained(target, arguments.weights)
+    model = trained.backbone() if arguments.features else trained.model()
+    settings = {**trained.settings(), "features_only": True} if arguments.features else trained.settings()
+    config = trained.config
+    about = {
+        "model": settings,
+        "classes": trained.classes,
+        "mean": list(config.augment.mean),
+        "std": list(config.augment.std),
+        "interpolation": config.data.interpolation,
+        "eval_crop": config.data.eval_crop,
+    }
+    difference = export.export(model, arguments.to, about)
+    print(f"{arguments.to}: {trained.checkpoint} ({trained.weights}), within {difference:.1e} of the model on random images")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(
+        description="Export a trained model. Every file is checked against the model on random images before it gets its name.",
+        epilog="exit codes: 0 exported, 70 the file differs by more than 1e-4 and was removed, 78 bad arguments. More: docs/export.md",
+    )
+    parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest sound checkpoint) or a checkpoint's")
+    parser.add_argument(
+        "--to", required=True, metavar="FILE", help="FILE.safetensors, FILE.onnx, FILE.pt2 (torch.export), or FOLDER/ for timm and the Hub"
+    )
+    parser.add_argument("--weights", choices=["ema", "model"], help="which weights (default: ema where the run has it)")
+    parser.add_argument("--features", action="store_true", help="the maps of all stages, for images of any size, in place of the logits")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, parse_arguments()))

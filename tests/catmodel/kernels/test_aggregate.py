@@ -1,0 +1,174 @@
+"""CoT's local aggregation, in plain PyTorch and by the Triton kernels, against its definition; and CoTNet with them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import opcheck
+
+from catmodel.cotnet import CoTNet, aggregate
+
+# Images, channels, kernels of a pixel, height, width.
+SHAPES = [
+    (1, 8, 1, 1, 1),
+    (2, 6, 3, 4, 5),
+    (1, 6, 3, 6, 1),
+    (1, 48, 6, 1, 5),  # of CoTNeXt: kernels that are no power of two
+    (1, 64, 8, 9, 11),  # more than one block of them
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def unfolded(values: Tensor, weights: Tensor) -> Tensor:
+    """The definition: with all nine neighbours of every pixel, copied."""
+    B, C, H, W = values.shape
+    neighbours = F.unfold(values, 3, padding=1).view(B, C, 9, H, W)
+    kernels = weights[:, torch.arange(C, device=values.device) % weights.shape[1]]
+    return (neighbours * kernels).sum(2)
+
+
+def plain(values: Tensor, weights: Tensor) -> Tensor:
+    return aggregate(values, weights)
+
+
+def fused(values: Tensor, weights: Tensor) -> Tensor:
+    return aggregate(values, weights, fused=True)
+
+
+def draw(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, weights and the gradient of the result, of numbers that every type holds exactly."""
+    B, C, G, H, W = shape
+    g = torch.Generator().manual_seed(sum(shape))
+    sizes = (B, C, H, W), (B, G, 9, H, W), (B, C, H, W)
+    return tuple(torch.randn(size, generator=g).bfloat16().to(device, dtype) for size in sizes)
+
+
+def outcome(function, values: Tensor, weights: Tensor, dy: Tensor) -> list[Tensor]:
+    """The result and the two gradients."""
+    values, weights = values.detach().requires_grad_(), weights.detach().requires_grad_()
+    y = function(values, weights)
+    return [y.detach(), *torch.autograd.grad(y, (values, weights), dy)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", [plain, fused])
+def test_value_and_gradients(function, dtype, shape, device):
+    """Of every type within one rounding of the definition in float64."""
+    drawn = draw(shape, device, dtype)
+    exact = outcome(unfolded, *(x.double() for x in drawn))
+    for found, expected in zip(outcome(function, *drawn), exact, strict=True):
+        assert found.dtype == dtype and found.shape == expected.shape
+        torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=2e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_plain_gradients_are_the_function_s(shape):
+    values, weights, _ = draw(shape, torch.device("cpu"), torch.float64)
+    torch.testing.assert_close(plain(values, weights), unfolded(values, weights))
+    assert torch.autograd.gradcheck(plain, (values.requires_grad_(), weights.requires_grad_()))
+
+
+@pytest.mark.parametrize("function", [plain, fused])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_keeps_its_two_inputs_only(function, dtype, device):
+    """Not the nine neighbours, nor anything padded or in another type."""
+    values, weights, _ = draw(SHAPES[1], device, dtype)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.untyped_storage().nbytes()}) or x, lambda x: x):
+        function(values.requires_grad_(), weights.requires_grad_())
+    assert sum(kept.values()) == values.nbytes + weights.nbytes
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_layouts(shape, device):
+    """Channels-last in, channels-last out; and any others. The numbers are those of contiguous tensors, to the last bit."""
+    values, weights, dy = draw(shape, device)
+    expected = outcome(fused, values, weights, dy)
+    last = dict(memory_format=torch.channels_last)
+    of_embed = weights.flatten(1, 2).contiguous(**last).unflatten(1, (-1, 9))
+    for inputs in (
+        (values.contiguous(**last), of_embed, dy.contiguous(**last)),
+        (values.contiguous(**last), weights, dy),
+        (values, of_embed, dy[:1, :1, :1, :1].expand_as(dy)),
+        (values.transpose(2, 3).contiguous().transpose(2, 3), weights[:, :, torch.arange(9, device=device)], dy),
+    ):
+        found = outcome(fused, *inputs)
+        wanted = expected if inputs[2].stride(1) else outcome(fused, values, weights, inputs[2].contiguous())
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert outcome(fused, values.contiguous(**last), of_embed, dy)[0].is_contiguous(**last)
+
+
+@pytest.mark.parametrize("function", [plain, fused])
+def test_weights_of_another_type(function, device):
+    """As under autocast, which leaves what a group norm puts out in float32."""
+    values, weights, dy = draw(SHAPES[1], device)
+    y, dvalues, dweights = outcome(function, values.bfloat16(), weights, dy.bfloat16())
+    exact = outcome(unfolded, values.double(), weights.double(), dy.double())
+    assert (y.dtype, dvalues.dtype, dweights.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    for found, expected in zip((y, dvalues, dweights), exact, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(found.dtype).eps, atol=1e-5)
+
+
+def test_the_same_to_the_last_bit_each_time(device):
+    drawn = draw(SHAPES[-1], device)
+    for first, second in zip(outcome(fused, *drawn), outcome(fused, *drawn), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_is_a_proper_operator(device):
+    """Its schema, its fake, its autograd registration, alone and in a traced graph of any size; channels-last, the harder layout."""
+    values, weights, dy = draw(SHAPES[1], device)
+    values = values.contiguous(memory_format=torch.channels_last)
+    opcheck(torch.ops.catmodel.aggregate_backward, (dy, values, weights))
+    opcheck(torch.ops.catmodel.aggregate, (values.requires_grad_(), weights.requires_grad_()))
+
+
+@pytest.mark.parametrize(("function", "dtype"), [(plain, torch.float32), (plain, torch.bfloat16), (fused, torch.float32)])
+def test_compiles_whole(function, dtype, device):
+    drawn = draw(SHAPES[1], device, dtype)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for found, expected in zip(outcome(compiled, *drawn), outcome(function, *drawn), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+# --------------------------------------------------------------------------------------------------------------------- CoTNet
+
+
+def test_model_computes_what_it_does_without(device):
+    """Maps and gradients of one block per stage.
+
+    Batch norms use their running statistics: those of so few pixels would magnify rounding errors.
+    """
+    torch.manual_seed(0)
+    model = CoTNet(depths=(1, 1, 1, 1), features_only=True).to(device).eval()
+    for stage in range(1, 5):
+        torch.nn.init.ones_(model.get_submodule(f"layer{stage}.0.bn3").weight)  # or the branch would be zero
+    images = torch.randn(1, 3, 32, 33, device=device)
+
+    def maps_and_gradients(kernels: bool) -> list[Tensor]:
+        model.set_kernels(kernels)
+        maps = model(images)
+        return [*maps, *torch.autograd.grad(sum(x.square().mean() for x in maps), list(model.parameters()))]
+
+    found, expected = maps_and_gradients(True), maps_and_gradients(False)
+    # Some gradients are zero but for rounding: of a bias that the next norm takes away again.
+    largest = max(x.abs().max().item() for x in expected)
+    for value, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_model_exports(kernels, device):
+    """With the kernels they are operators of the exported graph; without, a graph that runs anywhere. CoTNeXt's two groups."""
+    torch.manual_seed(0)
+    model = CoTNet(depths=(1,), width=1.5, key_groups=8, groups=2, num_classes=3).to(device).eval()
+    torch.nn.init.ones_(model.layer1[0].bn3.weight)
+    images = torch.randn(2, 3, 20, 24, device=device)
+    with torch.no_grad():
+        model.set_kernels(False)
+        expected = model(images)
+        model.set_kernels(kernels)
+        program = torch.export.export(model, (images,))
+        torch.testing.assert_close(program.module()(images), expected)
+    assert ("catmodel" in {str(node.target).split(".")[0] for node in program.graph.nodes}) == kernels

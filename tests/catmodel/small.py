@@ -1,0 +1,45 @@
+"""Every architecture that `catmodel` has, small enough for a CPU: one block per stage, few channels where they can be chosen."""
+
+import torch
+from torch import nn
+
+import catmodel
+
+# One of each architecture; the other names differ from one of these in depths, widths and numbers of heads alone.
+ARCHITECTURES = ("cat_nano", "cat_tiny", "pvt_tiny", "cotnet50", "cotnext50", "se_cotnetd50", "se_cotnetd152")
+
+
+def settings(name: str, stages: int = 4) -> dict:
+    """What makes the model of this name small, without drop-path and dropout; images are of 64 pixels (cat_nano: 32)."""
+    if name == "cat_nano":
+        return dict(depths=(1, 1, 1)[:stages], num_heads=(2, 4, 8)[:stages])
+    few = dict(depths=(1,) * stages, num_classes=10, img_size=64)
+    if name.startswith("cat"):
+        return dict(few, embed_dim=32, num_heads=(2, 4, 8, 16)[:stages], patch_size=2, drop_path_rate=0.0, cpsa_drop=0.0)
+    if name.startswith("pvt"):
+        per_stage = dict(embed_dims=(16, 32, 40, 64), num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4))
+        cut = {key: values[:stages] for key, values in per_stage.items()}
+        return dict(few, drop_path_rate=0.0, sr_ratios=(8, 4, 2, 1)[-stages:], **cut)
+    return dict(few, width=0.25, **({"stem_width": 16} if name.startswith("se") else {}))
+
+
+def small(name: str, stages: int = 4, **overrides) -> nn.Module:
+    torch.manual_seed(0)
+    return catmodel.create_model(name, **{**settings(name, stages), **overrides})
+
+
+def images(name: str, count: int = 2, size: tuple[int, int] | None = None) -> torch.Tensor:
+    side = 32 if name == "cat_nano" else 64
+    return torch.randn(count, 3, *(size or (side, side)), generator=torch.Generator().manual_seed(1))
+
+
+def jitter(model: nn.Module) -> nn.Module:
+    """Weights far from the initial ones, in which attention is nearly uniform and the last norm of a CoTNet's block is zero."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.2))
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.add_(torch.rand(buffer.shape, generator=generator) * 0.2)
+    return model

@@ -1,0 +1,148 @@
+"""PVT and CoTNet in training runs; and the running statistics of batch norm, equal on any number of ranks."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tests.oracle import assert_same_state, state
+from tests.runs import losses, metrics, run, start_command
+from train.batch_norm import RunningStatistics, accept_low_precision
+from train.checkpoint import checkpoint_path, read_weights
+
+SGD = "optimizer: {name: sgd, lr: 0.05, nesterov: true, weight_decay: 4.0e-5, clip_grad: null}\n"
+MODELS = {
+    "cotnet": "model: {name: cotnet50, depths: [1, 1], width: 0.25, drop_rate: 0.2, drop_path_rate: 0.2}\n" + SGD,
+    "pvt": "model: {name: pvt_tiny, depths: [1, 1], embed_dims: [16, 32], num_heads: [1, 2], mlp_ratios: [2, 2], sr_ratios: [2, 1]}\n",
+}
+
+
+@pytest.fixture(scope="module")
+def configs(tiny_config, tmp_path_factory):
+    """Family → a config of 24 steps with a tiny network of it."""
+    head, tail = tiny_config.read_text().split("model: {name: cat_nano")
+    rest = tail.partition("\n")[2].replace("epochs: 2", "epochs: 3")
+    folder = tmp_path_factory.mktemp("families")
+    for family, text in MODELS.items():
+        (folder / f"{family}.yaml").write_text(head + text + rest)
+    return {family: folder / f"{family}.yaml" for family in MODELS}
+
+
+def statistics(output, step, weights="model") -> dict[str, torch.Tensor]:
+    state = read_weights(checkpoint_path(output / "checkpoints", step), weights)
+    return {name: tensor for name, tensor in state.items() if "running" in name or "tracked" in name}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "stage", "precision"), [("cotnet", 1, "bf16"), ("cotnet", 3, "fp32"), ("pvt", 1, "fp32"), ("pvt", 3, "bf16")]
+)
+def test_trains_20_steps_and_resumes_bitwise(configs, tmp_path, family, stage, precision):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    settings = [f"zero.stage={stage}", f"train.precision={precision}", "train.max_steps=20", "train.evaluate_every=0"]
+    run(configs[family], whole, *settings, "checkpoint.every_steps=13", world=2)
+    shutil.copytree(checkpoint_path(whole / "checkpoints", 13), checkpoint_path(resumed / "checkpoints", 13))
+    job = run(configs[family], resumed, *settings, "checkpoint.every_steps=13", world=2)
+    assert "step 13 of 20" in job.text()
+    assert sorted(losses(whole)) == list(range(1, 21))
+    assert losses(resumed) == {step: loss for step, loss in losses(whole).items() if step > 13}
+    kinds = ("model", "ema", "exp_avg", "exp_avg_sq", "momentum_buffer")
+    assert_same_state(state(resumed, 20, kinds), state(whole, 20, kinds))
+    for weights in ("model", "ema"):
+        found = statistics(resumed, 20, weights)
+        assert_same_state(found, statistics(whole, 20, weights))
+        assert bool(found) == (family == "cotnet")
+        if found:  # in fp32, in whatever precision the weights are
+            assert not torch.equal(found["bn1.running_var"], found["bn1.running_var"].bfloat16().float())
+
+
+@pytest.mark.slow
+def test_running_statistics_and_evaluation_are_the_same_on_1_2_and_4_ranks(configs, tmp_path):
+    """With activations recomputed on 4 ranks, which calls every norm twice. A small rate: steps multiply what ReLUs make of rounding."""
+    sizes = ["train.global_batch=64", "train.micro_batch=16"]  # an epoch of 4 steps
+    for world in (1, 2, 4):
+        extra = [f"train.activation_checkpointing={world == 4}", "optimizer.lr=1e-3", *sizes, "train.max_steps=4"]
+        run(configs["cotnet"], tmp_path / f"{world}", *extra, world=world)
+    for weights in ("model", "ema"):
+        reference, *others = (statistics(tmp_path / f"{world}", 4, weights) for world in (1, 2, 4))
+        for other in others:
+            torch.testing.assert_close(other, reference, rtol=1e-4, atol=1e-5)
+        reference, *others = (line for world in (1, 2, 4) for line in metrics(tmp_path / f"{world}", "eval") if line["weights"] == weights)
+        for other in others:
+            assert (other["loss"], other["count"]) == (pytest.approx(reference["loss"], rel=1e-5), 101)
+    job = start_command("evaluate", tmp_path / "alone", str(tmp_path / "4"), "--weights", "ema", "--json")
+    assert job.wait() == [0], job.text()
+    assert json.loads(job.text().splitlines()[-1])["loss"] == other["loss"]  # the checkpoint has what the run had
+
+
+@pytest.fixture
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def step(model: nn.Module, tracker: RunningStatistics, batches: list[torch.Tensor], skipped: bool | torch.Tensor = False) -> None:
+    tracker.begin()
+    for batch in batches:
+        model(batch)
+        tracker.add()
+    tracker.finish(skipped)
+
+
+def test_a_step_moves_them_by_the_momentum_towards_the_average_of_its_micro_batches(alone):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=0.4))
+    tracker = RunningStatistics(model)
+    batches = [3 * torch.randn(8, 3, 5, 5) + 2 for _ in range(4)]
+    step(model, tracker, batches)
+    means = torch.stack([batch.mean((0, 2, 3)) for batch in batches])
+    variances = torch.stack([batch.transpose(0, 1).flatten(1).var(1) for batch in batches])  # unbiased, as PyTorch's
+    torch.testing.assert_close(model[0].running_mean, 0.1 * means.mean(0))
+    torch.testing.assert_close(model[0].running_var, 0.9 + 0.1 * variances.mean(0))
+    torch.testing.assert_close(model[1].running_var, torch.full((3,), 0.6 + 0.4 * 1.0), rtol=0.01, atol=0)  # its inputs are normalised
+    assert model[0].num_batches_tracked == 1
+    before = model[0].running_mean.clone()
+    step(model, tracker, batches)
+    torch.testing.assert_close(model[0].running_mean, 0.9 * before + 0.1 * means.mean(0))
+
+
+@pytest.mark.parametrize("skipped", [True, torch.tensor(1.0)])
+def test_a_skipped_step_leaves_them_as_they_were(alone, skipped):
+    model = nn.BatchNorm2d(3)
+    tracker = RunningStatistics(model)
+    step(model, tracker, [torch.randn(8, 3, 5, 5)])
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    step(model, tracker, [torch.full((8, 3, 5, 5), torch.inf), torch.randn(8, 3, 5, 5)], skipped)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    step(model, tracker, [torch.randn(8, 3, 5, 5)])
+    assert model.running_mean.isfinite().all() and not torch.equal(model.running_mean, before["running_mean"])
+
+
+def test_frozen_norms_and_models_without_any_are_left_alone(alone):
+    model = nn.Sequential(nn.BatchNorm2d(3).eval(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model[0].running_mean += 0.3
+    step(model, RunningStatistics(model), [torch.randn(8, 3, 5, 5)])
+    assert torch.equal(model[0].running_mean, torch.full((3,), 0.3)) and model[2].num_batches_tracked == 1
+    plain = nn.Linear(2, 2)
+    tracker = RunningStatistics(plain)
+    assert not tracker.enabled
+    step(plain, tracker, [torch.randn(2, 2)])
+
+
+def test_bf16_weights_keep_fp32_statistics(alone):
+    torch.manual_seed(0)
+    low, high = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    for parameter in low.parameters():
+        parameter.data = parameter.data.bfloat16()
+    accept_low_precision(low)
+    batches = [(torch.randn(8, 3, 5, 5) + 2).bfloat16() for _ in range(2)]
+    step(low, RunningStatistics(low), batches)
+    step(high, RunningStatistics(high), [batch.float() for batch in batches])
+    assert low.running_var.dtype == torch.float32
+    torch.testing.assert_close(low.running_var, high.running_var, rtol=1e-5, atol=0)
+    y = low.eval()(batches[0])
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), high.eval()(batches[0].float()), rtol=0.01, atol=0.01)
