@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from catmodel import kernels
 from catmodel.cat import PatchConv
 from catmodel.layers import DropPathAdd, Mlp, may_be_nonzero, missing
 from catmodel.variants import Staged, build, stages_asked_for
@@ -62,9 +63,9 @@ class Block(nn.Module):
         self.mlp = Mlp(channels, int(channels * mlp_ratio))
         self.add = DropPathAdd(drop_path)
 
-    def forward(self, x_BNC: Tensor, height: int, width: int) -> Tensor:
+    def forward(self, x_BNC: Tensor, height: int, width: int, fused: bool) -> Tensor:
         x_BNC = self.add(x_BNC, self.attn(self.norm1(x_BNC), height, width))
-        return self.add(x_BNC, self.mlp(self.norm2(x_BNC)))
+        return self.add(x_BNC, self.mlp(self.norm2(x_BNC), fused))
 
 
 class PatchEmbed(nn.Module):
@@ -121,7 +122,7 @@ class PVT(Staged):
         self.features_only = features_only
         self.out_indices = stages_asked_for(out_indices, stages, features_only)
         self.stages = self.out_indices[-1] + 1 if features_only else stages
-        self.grad_checkpointing = False
+        self.grad_checkpointing, self.kernels = False, True
         total = sum(depths)
         rates = [drop_path_rate * i / max(total - 1, 1) for i in range(total)]
         self.grids = []
@@ -179,6 +180,10 @@ class PVT(Staged):
         """Recompute each block's activations in the backward pass instead of storing them. Replays random draws: same gradients."""
         self.grad_checkpointing = enable
 
+    def set_kernels(self, enable: bool = True) -> None:
+        """Use the Triton kernels (of the MLP) where device, dtype and shapes allow (the default), or plain PyTorch everywhere."""
+        self.kernels = enable
+
     def stem_and_stages(self) -> list[list[nn.Module | nn.Parameter]]:
         """What belongs to the stem, then to each stage; the class token belongs to the last."""
         stages = [[getattr(self, f"{part}{i + 1}") for part in ("patch_embed", "pos_embed", "block")] for i in range(self.stages)]
@@ -199,8 +204,10 @@ class PVT(Staged):
             position = F.interpolate(grid_1CHW, size=(height, width), mode="bilinear").flatten(2).transpose(1, 2)
         x_BNC = x_BNC + position
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
+        fused = self.kernels and kernels.usable(x_BNC.device, x_BNC.dtype)
         for block in getattr(self, f"block{index + 1}"):
-            x_BNC = checkpoint(block, x_BNC, height, width, use_reentrant=False) if recompute else block(x_BNC, height, width)
+            inputs = x_BNC, height, width, fused
+            x_BNC = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         return x_BNC, height, width
 
     def forward_features(self, image: Tensor) -> Tensor:

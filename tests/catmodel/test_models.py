@@ -206,7 +206,7 @@ def test_activation_checkpointing_changes_no_gradient_and_keeps_less(name: str, 
 @pytest.mark.parametrize("name", ["cat_tiny", "pvt_tiny", "cotnext50"])
 def test_compiles_as_a_whole(name: str):
     """Without a break in the graph. By the compiler's front end: its back end does not know one model from another."""
-    model, x = jitter(small(name, 3 if name.startswith("se") else 2)).eval(), images(name)
+    model, x = jitter(small(name, stages=2)).eval(), images(name)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
