@@ -116,7 +116,7 @@ class Patches:
         return rearrange(x_BHWC, "B (rows p) (columns q) C -> B (rows columns) (p q) C", p=self.size, q=self.size)
 
     def _paste(self, x_BnPC: Tensor) -> Tensor:
-        columns = (self.width + self.size - 1) // self.size
+        columns = -(-self.width // self.size)
         return rearrange(x_BnPC, "B (rows columns) (p q) C -> B (rows p) (columns q) C", columns=columns, p=self.size)
 
 

@@ -134,11 +134,25 @@ def _to_pt2(model: "nn.Module", path: Path, about: dict) -> Callable:
 
 
 def _to_onnx(model: "nn.Module", path: Path, about: dict) -> Callable:
+    import operator
+
     import torch
+    from onnxscript import INT64, opset18
+
+    def floor_divide(dividend: INT64, divisor: INT64) -> INT64:
+        """As Python does it: sizes are rounded up by -(-length // multiple), and ONNX's Div, to which torch translates //, cuts off."""
+        return opset18.Div(opset18.Sub(dividend, opset18.Mod(dividend, divisor)), divisor)
 
     program = _program(model, about)
     names = [f"map{i}" for i in model.out_indices] if model.features_only else ["logits"]
-    onnx = torch.onnx.export(program, input_names=["images"], output_names=names, external_data=False, verbose=False)
+    onnx = torch.onnx.export(
+        program,
+        input_names=["images"],
+        output_names=names,
+        external_data=False,
+        verbose=False,
+        custom_translation_table={operator.floordiv: floor_divide},
+    )
     onnx.model.metadata_props[METADATA] = json.dumps(about)
     onnx.save(path)
 

@@ -9,8 +9,7 @@ from catmodel import kernels
 
 def missing(length: int, multiple: int) -> int:
     """What a side lacks to a multiple: 0 to multiple - 1."""
-    # And not -length % multiple: of torch.export's symbols the sum with length is simple, and ONNX divides what is negative otherwise.
-    return (length + multiple - 1) // multiple * multiple - length
+    return -(-length // multiple) * multiple - length  # not -length % multiple: of torch.export's symbols the sum with length is simple
 
 
 def may_be_nonzero(*lengths: int) -> bool:
