@@ -199,10 +199,13 @@ def on_this_device(arguments: argparse.Namespace) -> tuple:
     import torch
 
     from train.roofline import measure_roofline
+    from train.runtime import keep_memory
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    if device.type == "cpu":
+        keep_memory()  # as training does, for all ways alike
     roofline = measure_roofline(device, dtype)
     print(
         f"{machine()}: {roofline.bandwidth / 1e9:.1f} GB/s copied, {roofline.flops / 1e12:.3g} TFLOP/s multiplied in {precision}",
