@@ -66,8 +66,8 @@ def start_runtime() -> Runtime:
 def keep_memory() -> None:
     """Have this process keep the memory of freed tensors for the next ones.
 
-    glibc gives large pieces back at once, and every step would have all its activations' pages cleared anew: a sixth of a step's time
-    (docs/performance.md). Other C libraries go on as they are.
+    glibc gives large pieces back at once, and a step may have its activations' pages cleared anew: docs/performance.md has what that costs.
+    Other C libraries go on as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
