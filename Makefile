@@ -1,5 +1,5 @@
 # Everything a newcomer needs. `make demo` and `make test` do their own set-up; done once, it costs nothing.
-.PHONY: setup demo test faults lint bench gpu fuzz
+.PHONY: setup demo test faults long lint bench gpu fuzz
 
 export DS_ACCELERATOR ?= $(shell test -e /dev/nvidia0 && echo cuda || echo cpu)
 BIN := .venv/bin
@@ -27,6 +27,10 @@ test: .venv/backends .venv/slurm
 faults: .venv/backends .venv/slurm
 	$(BIN)/python -m pytest -m "slow or long" --results docs/results/faults.json tests/launch/test_slurm.py \
 	  $(addprefix tests/train/test_,random_kills.py save_faults.py stop.py not_finite.py hangs.py world_sizes.py data_faults.py)
+
+# The tests that take minutes and that `make faults` leaves out, too.
+long: .venv/backends .venv/slurm
+	$(BIN)/python -m pytest -m long
 
 lint: setup
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

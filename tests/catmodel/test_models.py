@@ -202,7 +202,7 @@ def test_activation_checkpointing_changes_no_gradient_and_keeps_less(name: str, 
     assert kept[1] < kept[0] / 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["cat_tiny", "pvt_tiny", "cotnext50"])
 def test_compiles_as_a_whole(name: str):
     """Without a break in the graph. By the compiler's front end: its back end does not know one model from another."""

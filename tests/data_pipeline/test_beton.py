@@ -160,6 +160,11 @@ def test_a_missing_file_is_named(copy, name):
 # --- failures while writing ------------------------------------------------------------------------------------------------------------
 
 
+def children() -> set[psutil.Process]:
+    """Of this process: other tests may have left a server for theirs."""
+    return set(psutil.Process().children(recursive=True))
+
+
 def shared_memory(processes: list[psutil.Process]) -> set[Path]:
     """The segments that the processes have mapped."""
     return {Path(part.path) for process in processes for part in process.memory_maps() if part.path.startswith("/dev/shm/psm_")}
@@ -170,6 +175,7 @@ def shared_memory(processes: list[psutil.Process]) -> set[Path]:
     [(b"\x89PNG\r\n", "Could not determine"), (None, "checksum")],
 )
 def test_a_sample_that_ffcv_cannot_hold_is_named(tmp_path, bad, why):
+    before = children()
     pictures = images()
     pictures[6] = bad or pictures[6]
     split = write_split(tmp_path, pictures, sizes=[(72, 48)] * 10)
@@ -177,7 +183,7 @@ def test_a_sample_that_ffcv_cannot_hold_is_named(tmp_path, bad, why):
         flip(tmp_path / split.shards[0].file, int(split.records["offset"][6]) + 100)
     with pytest.raises(DataError, match=f"train-00000.tar: sample 6 of split 'train' .*{why}"):
         write_beton(split, tmp_path / "train.beton", mode="jpeg", workers=2)
-    assert left_over(tmp_path) == [] and psutil.Process().children(recursive=True) == []
+    assert left_over(tmp_path) == [] and children() == before
 
 
 @pytest.fixture
@@ -195,6 +201,7 @@ def worker_of(process: psutil.Process) -> psutil.Process:
 
 
 def test_a_worker_that_is_killed_ends_the_writing(long):
+    before = children()
     segments = set()
 
     def kill_the_worker(done: int) -> None:
@@ -205,7 +212,7 @@ def test_a_worker_that_is_killed_ends_the_writing(long):
 
     with pytest.raises(OSError, match=r"FFCV's writer failed at sample \d+ of split 'train': it was killed"):
         write_beton(long, long.folder / "train.beton", mode="jpeg", workers=1, progress=kill_the_worker)
-    assert left_over(long.folder) == [] and psutil.Process().children(recursive=True) == []
+    assert left_over(long.folder) == [] and children() == before
     assert segments and not any(segment.exists() for segment in segments)
 
 

@@ -28,7 +28,7 @@ def test_a_cat_finds_the_boxes_again():
     assert float(iou) > 0.7 and int(found) == boxes >= 2, result.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("backbone", ["pvt_tiny", "se_cotnetd152"])
 def test_another_backbone_takes_its_place_by_name(example, backbone: str):
     import torch

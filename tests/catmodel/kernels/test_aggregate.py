@@ -116,6 +116,7 @@ def test_the_same_to_the_last_bit_each_time(device):
         assert torch.equal(first, second)
 
 
+@pytest.mark.long
 def test_is_a_proper_operator(device):
     """Its schema, its fake, its autograd registration, alone and in a traced graph of any size; channels-last, the harder layout."""
     values, weights, dy = draw(SHAPES[1], device)
