@@ -144,9 +144,12 @@ class Stage(nn.Module):
         self.post_ipsa_blocks = nn.ModuleList(ipsa(rate, shifted=shifted_windows) for rate in drop_path)
         self.downsample = PatchProjection(channels) if downsample else None
 
-    def forward(self, x_BHWC: Tensor) -> Tensor:
+    def patches(self, x_BHWC: Tensor) -> Patches:
         fused = self.kernels and kernels.usable(x_BHWC.device, x_BHWC.dtype)
-        patches = Patches(x_BHWC.shape[1], x_BHWC.shape[2], self.patch_size, by_row=fused, kernels=fused)
+        return Patches(x_BHWC.shape[1], x_BHWC.shape[2], self.patch_size, by_row=fused, kernels=fused)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        patches = self.patches(x_BHWC)
         x_BNC = patches.tokens_from_map(x_BHWC)
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         for cab in zip(self.pre_ipsa_blocks, self.cpsa_blocks, self.post_ipsa_blocks, strict=True):
@@ -314,13 +317,7 @@ class CAT(Staged):
 
     def forward_features(self, image: Tensor) -> Tensor:
         """[B, in_chans, H, W] of img_size -> normed map of the last stage [B, H/32, W/32, 8C] (for four stages of 4-pixel tokens)."""
-        if self.features_only:
-            raise RuntimeError("forward_features belongs to the classifier: call the features_only model itself")
-        if image.shape[2:] != self.img_size:
-            found = tuple(image.shape[2:])
-            raise ValueError(
-                f"images are {found}, the model was built for {self.img_size}: resize them, or create it with img_size={found}"
-            )
+        self.check_images(image)
         x_BHWC = self.embed(image)
         for stage in self.layers:
             x_BHWC = stage(x_BHWC)

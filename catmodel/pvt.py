@@ -212,13 +212,7 @@ class PVT(Staged):
 
     def forward_features(self, image: Tensor) -> Tensor:
         """[B, in_chans, H, W] of img_size -> normed tokens of the last stage [B, 1 + N, C], the class token first."""
-        if self.features_only:
-            raise RuntimeError("forward_features belongs to the classifier: call the features_only model itself")
-        if image.shape[2:] != self.img_size:
-            found = tuple(image.shape[2:])
-            raise ValueError(
-                f"images are {found}, the model was built for {self.img_size}: resize them, or create it with img_size={found}"
-            )
+        self.check_images(image)
         x_BCHW = image
         for index in range(self.stages - 1):
             x_BCHW = _as_map(*self.stage(index, x_BCHW))

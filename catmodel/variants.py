@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 Model = TypeVar("Model")
 
@@ -37,6 +37,18 @@ class Staged(nn.Module):
     """A network of a stem and stages, the first of which can be frozen."""
 
     frozen = 0  # of `stem_and_stages`, counted from the stem
+    features_only: bool
+    img_size: tuple[int, int]
+
+    def check_images(self, image: Tensor) -> None:
+        """Raises where a classifier of one image size is not one, or gets images [B, in_chans, H, W] of another size."""
+        if self.features_only:
+            raise RuntimeError("forward_features belongs to the classifier: call the features_only model itself")
+        found = tuple(image.shape[2:])
+        if found != self.img_size:
+            raise ValueError(
+                f"images are {found}, the model was built for {self.img_size}: resize them, or create it with img_size={found}"
+            )
 
     def stem_and_stages(self) -> list[list[nn.Module | nn.Parameter]]:
         """What belongs to the stem, then to each stage."""

@@ -222,12 +222,15 @@ def bench_models(arguments: argparse.Namespace) -> dict:
     """All models' parameters and MACs beside their papers' figures; with --speed one of each family beside timm's."""
     from importlib.metadata import version
 
-    from launch.models_page import count_table, speed_table
-    from train.bench_models import count_models, time_models
+    from launch.tables import count_table, speed_table
+    from train.bench_families import count_models, time_models
 
     results: dict = {"torch": version("torch"), "timm": version("timm"), "counts": count_models()}
     print(count_table(results["counts"]), flush=True)
     if arguments.speed:
+        from train.runtime import keep_memory
+
+        keep_memory()  # as training does, for all models alike
         batch, steps, rounds = arguments.batch or 4, arguments.steps, arguments.rounds
         results |= {"batch": batch, "steps": steps, "rounds": rounds, "speed": time_models(batch, steps, rounds)}
         print(f"\n{speed_table(results['speed'])}")

@@ -10,10 +10,10 @@ import torch
 from data_pipeline.bench import interleave
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
-from train.bench_model import COMPILED, Clock
+from train.bench_model import Clock
 from train.config import Config
 from train.ema import Ema
-from train.engine import Engine
+from train.engine import Engine, compile_settings
 from train.feed import Feed
 from train.guard import Agreement, Skips
 from train.optimizer import build_optimizer
@@ -34,7 +34,7 @@ def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, roun
     model = master if engine.dtype == torch.float32 else copy.deepcopy(master).to(engine.dtype)
     masters, weights = list(master.parameters()), list(model.parameters())
     if config.train.compile:
-        model.compile(**COMPILED)
+        model.compile(**compile_settings())
     size, batch = config.data.image_size, config.train.micro_batch
     images = torch.randn(batch, 3, size, size, device=runtime.device)
     labels = torch.randint(classes, (batch,), device=runtime.device)
@@ -63,7 +63,7 @@ def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, roun
             model.zero_grad()
         finish()
 
-    ways = {f"DeepSpeed ZeRO {config.zero.stage}": with_engine, "bare PyTorch": plain}
+    ways = {f"DeepSpeed ZeRO {engine.stage}": with_engine, "bare PyTorch": plain}
     return interleave(ways, steps * batch, rounds, time.perf_counter)
 
 

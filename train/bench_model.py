@@ -14,19 +14,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import catmodel
 from catmodel import attention
 from catmodel.attention import Patches
 from catmodel.cat import Stage
 from data_pipeline.bench import interleave, summary
+from train.engine import compile_settings
 from train.roofline import Roofline, bytes_per_image, finish, flops_per_image, replaced
 
 WAYS = ("ours", "compiled", "plain", "released", "timm")
 MODES = ("training", "inference")
-# How `train.engine` compiles: deterministic, and with the dropout of the model that is not compiled.
-COMPILED = {"options": {"fallback_random": True, "deterministic": True}, "dynamic": False}
 # timm's models of about the same GMACs at 224 x 224 (CAT-T 2.8, S 6.1, B 8.9): Swin-T 4.5, S 8.7; PVTv2-B1 2.1, B3 6.9, B4 10.1.
 SAME_SIZE = {
     "cat_tiny": ("swin_tiny_patch4_window7_224", "pvt_v2_b1"),
@@ -39,13 +37,10 @@ class ReleasedStage(Stage):
     """What the released code's stage costs: each block is recomputed in the backward pass, always, and tokens are kept row by row, so that
     every attention copies them into patches and back. To be run inside `released_attention`."""
 
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        patches = Patches(x_BHWC.shape[1], x_BHWC.shape[2], self.patch_size, by_row=True)
-        x_BNC = patches.tokens_from_map(x_BHWC)
-        for cab in zip(self.pre_ipsa_blocks, self.cpsa_blocks, self.post_ipsa_blocks, strict=True):
-            for block in cab:
-                x_BNC = checkpoint(block, x_BNC, patches, use_reentrant=False) if torch.is_grad_enabled() else block(x_BNC, patches)
-        return patches.map_from_tokens(x_BNC)
+    grad_checkpointing = True
+
+    def patches(self, x_BHWC: Tensor) -> Patches:
+        return Patches(x_BHWC.shape[1], x_BHWC.shape[2], self.patch_size, by_row=True)
 
 
 def released_attention():
@@ -131,12 +126,13 @@ def build_ways(name: str, setting: Setting, ways: tuple[str, ...]) -> list[Way]:
         if released:
             for stage in model.layers:
                 stage.__class__ = ReleasedStage
+                del stage.grad_checkpointing  # the instance's, so that the class's is seen
         shadow = copy.deepcopy(model).to(meta)
         size, step = image_size(model), one_step(shadow, training, released)
         fused = setting.device.type != "cpu"
         moved = None if compiled else bytes_per_image(lambda n: step(*setting.images(n, size, meta)), setting.batch, fused)
         flops = flops_per_image(plain(shadow), size, training=training)
-        built.append(Way(title, torch.compile(model, **COMPILED) if compiled else model, flops, moved, released))
+        built.append(Way(title, torch.compile(model, **compile_settings()) if compiled else model, flops, moved, released))
 
     def ours() -> nn.Module:
         return catmodel.create_model(name)

@@ -61,9 +61,9 @@ class Engine:
         deepspeed = _import_deepspeed()
         if config.train.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
             raise ConfigError("train.precision=fp16 is not supported by this device; use bf16 or fp32")
-        self.stage, self.offload = config.zero.stage, config.zero.offload
-        self.dtype = DTYPES[config.train.precision]
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.stage, self.offload = zero_stage(config, self.world), config.zero.offload
+        self.dtype = DTYPES[config.train.precision]
         self.device, self.clip_grad = device, config.optimizer.clip_grad
         # Where DeepSpeed decides whether a gradient is finite, the host waits for the device: at ZeRO 0 in bf16 once for every parameter,
         # at ZeRO 1 and 2 up to four times a step. There we do it, on the device. Only the loss scale of fp16, ZeRO 3 (one read a step)
@@ -78,6 +78,7 @@ class Engine:
         self._groups = [list(group["params"]) for group in base.param_groups]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=base, config=self._settings(config, accumulation))
         self._optimizer = self._engine.optimizer
+        self._engine.enable_backward_allreduce = self.stage > 0 or self.world > 1  # alone, there is nobody to average with
         self._copies: tuple[list[Tensor], list[Tensor]] | None = None  # fp32 masters that are ours, and the weights they are the masters of
         if self.stage == 0:
             self._masters = self._own_masters() if self._checked_here else self._optimizer.fp32_groups
@@ -269,12 +270,7 @@ class Engine:
         """Have the model compiled when it is first called, for training and for evaluation; results differ from eager ones by rounding."""
         if cuda_graphs and (self.device.type != "cuda" or accumulation > 1):
             raise ConfigError("train.cuda_graphs needs a GPU, and one micro-batch a rank and step: the next would overwrite its gradients")
-        options = {
-            "fallback_random": True,  # dropout and drop-path stay what torch.manual_seed makes them without compilation
-            "deterministic": True,  # nothing is chosen by timing, which would choose otherwise after a restart
-            "triton.cudagraphs": cuda_graphs,
-        }
-        self.module.compile(options=options, dynamic=False)
+        self.module.compile(**compile_settings(cuda_graphs))
 
     def _own_masters(self) -> list[list[Tensor]]:
         """ZeRO 0, where DeepSpeed was told of fp32 alone: in bf16, casts the weights and gives the optimizer fp32 masters of them."""
@@ -312,6 +308,21 @@ class Engine:
 
     def _scaler(self) -> object:
         return self._optimizer.loss_scaler if self.stage else self._optimizer.loss_scale_config
+
+
+def zero_stage(config: Config, world: int) -> int:
+    """The ZeRO stage that is run: stages 1 and 2 partition nothing on one rank, and copy every gradient several times for it."""
+    return 0 if world == 1 and config.zero.stage < 3 and not config.zero.offload else config.zero.stage
+
+
+def compile_settings(cuda_graphs: bool = False) -> dict:
+    """How models are compiled for training: the arguments of `nn.Module.compile`."""
+    options = {
+        "fallback_random": True,  # dropout and drop-path stay what torch.manual_seed makes them without compilation
+        "deterministic": True,  # nothing is chosen by timing, which would choose otherwise after a restart
+        "triton.cudagraphs": cuda_graphs,
+    }
+    return {"options": options, "dynamic": False}
 
 
 def _share(numel: int, rank: int, world: int) -> range:

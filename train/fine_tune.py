@@ -77,18 +77,15 @@ def read_source(source: Path) -> tuple[dict[str, "Tensor"], list[str] | None]:
     newest sound checkpoint; or a checkpoint's folder. Of checkpoints it is the EMA, where there is one.
     """
     from catmodel.pretrained import published_weights
-    from train.checkpoint import newest_valid, read_weights, validate
+    from train.trained import read_trained
 
     if (source / "model.safetensors").is_file():
         source = source / "model.safetensors"
     try:
         if not source.is_dir():
             return published_weights(source), _classes_in(source)
-        path = newest_valid(source / "checkpoints")[0] if (source / "checkpoints").is_dir() else source
-        if path is None:
-            raise ConfigError(f"{source / 'checkpoints'} has no sound checkpoint")
-        info = validate(path)
-        return read_weights(path, "ema" if info.config["ema"]["decay"] else "model"), info.classes
+        trained = read_trained(source)
+        return trained.state, trained.classes
     except (ValueError, ConfigError) as error:
         raise ConfigError(f"model.init_from: {error}") from error
 

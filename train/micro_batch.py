@@ -16,7 +16,7 @@ from torch import nn
 from data_pipeline.order import Order
 from train.checkpoint import read_info
 from train.config import Config, ConfigError
-from train.engine import BUCKET_ELEMENTS, DTYPES
+from train.engine import BUCKET_ELEMENTS, DTYPES, zero_stage
 from train.runtime import Runtime
 from train.tasks.classification import build_model
 
@@ -111,7 +111,7 @@ def _kept_beside(model: nn.Module, config: Config, runtime: Runtime) -> int:
     At ZeRO 3 the weights are partitioned too, which the trial does not show: what is found there is less than would fit.
     """
     weights = sum(parameter.numel() for parameter in model.parameters())
-    stage, world = config.zero.stage, runtime.world
+    stage, world = zero_stage(config, runtime.world), runtime.world
     moments = 4 if config.optimizer.name == "sgd" else 8
     master = 0 if stage == 0 and config.train.precision == "fp32" else 4
     averages = 4 if config.ema.decay else 0

@@ -116,9 +116,10 @@ class Run:
             self.monitor.say(sentence)
         path, again = self.restored.path, f" ({lost} steps are taken again)" if lost else ""
         what = f"resumed from {path}" if path else f"training {config.model.name} on {config.data.path}"
-        where = f"{runtime.describe()}, ZeRO {config.zero.stage}, {config.train.precision}"
+        alone = " (on one rank there is nothing to partition)" if self.engine.stage != config.zero.stage else ""
+        where = f"{runtime.describe()}, ZeRO {self.engine.stage}{alone}, {config.train.precision}"
         text = f"{what}: step {self.start} of {self.last}{again}, {where}, TensorBoard: tensorboard --logdir {output / 'tensorboard'}"
-        fields = {"world_size": runtime.world, "zero_stage": config.zero.stage, "lost_steps": lost, **start_times(lock)}
+        fields = {"world_size": runtime.world, "zero_stage": self.engine.stage, "lost_steps": lost, **start_times(lock)}
         self.monitor.event("resume" if path else "start", self.start, text, **fields)
 
     def go(self) -> None:

@@ -1,43 +1,15 @@
-#!/usr/bin/env python
-"""Make the tables of docs/performance.md from docs/results/performance-*.json and gpu-*.json: python launch/performance.py [--check]"""
+"""The tables of docs/: one function each, from what is committed in docs/results; `launch/docs.py` puts them into the pages."""
 
-import argparse
 import json
-import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from launch.cli import Parser
-
-RESULTS, PAGE = ROOT / "docs/results", ROOT / "docs/performance.md"
+RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
 UNMEASURED = "Not measured yet: `make gpu` has not been run on a machine with a GPU."
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """0; with --check 1 where the page is not what the results make of it."""
-    before = PAGE.read_text()
-    after = filled(before)
-    if arguments.check and before != after:
-        print("docs/performance.md is not made of docs/results: run python launch/performance.py", file=sys.stderr)
-        return 1
-    if not arguments.check:
-        PAGE.write_text(after)
-    return 0
-
-
-def filled(page: str) -> str:
-    """The page, with each table between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
-
-    def fill(match: re.Match) -> str:
-        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
-
-    return re.sub(r"(<!-- table: (\S+) -->)\n.*?(<!-- end -->)", fill, page, flags=re.DOTALL)
-
-
-def models(name: str, empty: str) -> str:
+def beside_others(name: str, empty: str) -> str:
     """Of `bench.py model`: a table for each model and mode."""
     result = load(name)
     if not result:
@@ -122,14 +94,69 @@ def parts() -> str:
     return markdown(["part", "", "s", "", "machine", "date"], rows) if rows else UNMEASURED
 
 
+def overhead() -> str:
+    """Of `bench.py train`: DeepSpeed beside a bare loop."""
+    rows, commands = [], []
+    for name in ("train-cat_t", "train-quickstart"):
+        result = load(name)
+        ways = result["train"]
+        commands.append(source(result))
+        spreads = [f"{number(row['median'])} ({number(row['min'])} – {number(row['max'])})" for row in ways.values()]
+        rows.append([result["model"], result["precision"], *spreads, f"{result['overhead']:+.1%}"])
+    titles = ["model", "precision", *(f"{way}, img/s (min – max)" for way in ways), "DeepSpeed's part of a bare step's time"]
+    return "\n\n".join([*commands, markdown(titles, rows)])
+
+
+def count_table(rows: list[dict[str, Any]]) -> str:
+    """The result of `train.bench_families.count_models`."""
+    titles = ["model", "size", "parameters", "paper", "difference", "GMACs", "paper", "difference", "paper's top-1, %"]
+    lines = []
+    for row in rows:
+        millions = row["parameters"] / 1e6
+        cells = [row["model"], str(row["size"]), f"{row['parameters']:,}", *beside(millions, row["paper_parameters"], "M")]
+        lines.append([*cells, f"{row['gmacs']:.3f}", *beside(row["gmacs"], row["paper_gmacs"], ""), row["paper_top1"] or "–"])
+    return markdown(titles, lines, numbers=True)
+
+
+def beside(value: float, paper: float | None, unit: str) -> list[str]:
+    """What the paper prints, and how far we are from it."""
+    if paper is None:
+        return ["–", "–"]
+    difference = round(value / paper - 1, 3) + 0.0  # which makes no -0.0%
+    return [f"{paper:g}{unit}", f"{difference:+.1%}"]
+
+
+def speed() -> str:
+    """Of `bench.py models --speed`."""
+    result = load("models")
+    taken = f"timm {result['timm']}; fp32, batch {result['batch']}, {result['rounds']} rounds of {result['steps']} steps."
+    return f"{source(result)} {taken}\n\n{speed_table(result['speed'])}"
+
+
+def speed_table(speed: dict[str, dict[str, dict]]) -> str:
+    """The result of `train.bench_families.time_models`."""
+    lines = []
+    for name, modes in speed.items():
+        for way in modes["inference"]:
+            cells = [f"**{way}**" if way == name else way]
+            for mode in ("inference", "training"):
+                row = modes[mode][way]
+                cells += [f"{row['median']:.2f}", f"{row['min']:.2f} – {row['max']:.2f}", f"{row['ratio']:.2f}"]
+            lines.append(cells)
+    return markdown(["", "inference, img/s", "min – max", "x", "training, img/s", "min – max", "x"], lines, numbers=True)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "cpu": lambda: models("performance-cpu", "Not measured yet."),
+    "cpu": lambda: beside_others("performance-cpu", "Not measured yet."),
+    "overhead": overhead,
     "predicted": predictions,
     "operators": operators,
     "resources": resources,
     "gpu": parts,
-    "gpu-model": lambda: models("gpu-model", UNMEASURED),
+    "gpu-model": lambda: beside_others("gpu-model", UNMEASURED),
     "gpu-kernels": kernels,
+    "counts": lambda: f"{source(load('models'))}\n\n{count_table(load('models')['counts'])}",
+    "speed": speed,
 }
 
 
@@ -144,8 +171,9 @@ def source(result: dict) -> str:
     return f"`python {result['command']}`, {result['date']}, {result['machine']}; {programs}."
 
 
-def markdown(titles: list[str], rows: list[list[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
+def markdown(titles: list[str], rows: list[list[str]], numbers: bool = False) -> str:
+    """A table; `numbers`: all columns but the first are right-aligned."""
+    lines = [titles, ["---", *["---:" if numbers else "---"] * (len(titles) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -154,13 +182,3 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description="Make the tables of docs/performance.md from docs/results.")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where the page is stale")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    sys.exit(main(parse_arguments()))

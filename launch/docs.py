@@ -1,0 +1,39 @@
+#!/usr/bin/env python
+"""Make the tables of docs/ from docs/results: python launch/docs.py [--check]"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from launch.cli import Parser
+from launch.tables import TABLES
+
+TABLE = re.compile(r"(<!-- table: (\S+) -->)\n.*?(<!-- end -->)", flags=re.DOTALL)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """0; with --check 1 where a page is not what the results make of it."""
+    stale = []
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        before = page.read_text()
+        after = TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}", before)
+        if before != after:
+            stale.append(f"docs/{page.name}")
+            if not arguments.check:
+                page.write_text(after)
+    if stale and arguments.check:
+        print(f"{', '.join(stale)}: not made of docs/results as it is; run python launch/docs.py", file=sys.stderr)
+    return int(bool(stale) and arguments.check)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description="Make the tables of docs/*.md (between `<!-- table: NAME -->` and `<!-- end -->`) from docs/results.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a page is stale")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_arguments()))
