@@ -1,71 +1,25 @@
-"""PVT and CoTNet in training runs; and the running statistics of batch norm, equal on any number of ranks."""
+"""The running statistics of batch norm: equal on any number of ranks."""
 
 import json
-import shutil
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.oracle import assert_same_state, state
-from tests.runs import losses, metrics, run, start_command
+from tests.runs import metrics, run, start_command
+from tests.train.test_families import TINY, statistics, with_model
 from train.batch_norm import RunningStatistics, accept_low_precision
-from train.checkpoint import checkpoint_path, read_weights
-
-SGD = "optimizer: {name: sgd, lr: 0.05, nesterov: true, weight_decay: 4.0e-5, clip_grad: null}\n"
-MODELS = {
-    "cotnet": "model: {name: cotnet50, depths: [1, 1], width: 0.25, drop_rate: 0.2, drop_path_rate: 0.2}\n" + SGD,
-    "pvt": "model: {name: pvt_tiny, depths: [1, 1], embed_dims: [16, 32], num_heads: [1, 2], mlp_ratios: [2, 2], sr_ratios: [2, 1]}\n",
-}
-
-
-@pytest.fixture(scope="module")
-def configs(tiny_config, tmp_path_factory):
-    """Family → a config of 24 steps with a tiny network of it."""
-    head, tail = tiny_config.read_text().split("model: {name: cat_nano")
-    rest = tail.partition("\n")[2].replace("epochs: 2", "epochs: 3")
-    folder = tmp_path_factory.mktemp("families")
-    for family, text in MODELS.items():
-        (folder / f"{family}.yaml").write_text(head + text + rest)
-    return {family: folder / f"{family}.yaml" for family in MODELS}
-
-
-def statistics(output, step, weights="model") -> dict[str, torch.Tensor]:
-    state = read_weights(checkpoint_path(output / "checkpoints", step), weights)
-    return {name: tensor for name, tensor in state.items() if "running" in name or "tracked" in name}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "stage", "precision"), [("cotnet", 1, "bf16"), ("cotnet", 3, "fp32"), ("pvt", 1, "fp32"), ("pvt", 3, "bf16")]
-)
-def test_trains_20_steps_and_resumes_bitwise(configs, tmp_path, family, stage, precision):
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    settings = [f"zero.stage={stage}", f"train.precision={precision}", "train.max_steps=20", "train.evaluate_every=0"]
-    run(configs[family], whole, *settings, "checkpoint.every_steps=13", world=2)
-    shutil.copytree(checkpoint_path(whole / "checkpoints", 13), checkpoint_path(resumed / "checkpoints", 13))
-    job = run(configs[family], resumed, *settings, "checkpoint.every_steps=13", world=2)
-    assert "step 13 of 20" in job.text()
-    assert sorted(losses(whole)) == list(range(1, 21))
-    assert losses(resumed) == {step: loss for step, loss in losses(whole).items() if step > 13}
-    kinds = ("model", "ema", "exp_avg", "exp_avg_sq", "momentum_buffer")
-    assert_same_state(state(resumed, 20, kinds), state(whole, 20, kinds))
-    for weights in ("model", "ema"):
-        found = statistics(resumed, 20, weights)
-        assert_same_state(found, statistics(whole, 20, weights))
-        assert bool(found) == (family == "cotnet")
-        if found:  # in fp32, in whatever precision the weights are
-            assert not torch.equal(found["bn1.running_var"], found["bn1.running_var"].bfloat16().float())
-
-
-@pytest.mark.slow
-def test_running_statistics_and_evaluation_are_the_same_on_1_2_and_4_ranks(configs, tmp_path):
+def test_running_statistics_and_evaluation_are_the_same_on_1_2_and_4_ranks(tiny_config, tmp_path):
     """With activations recomputed on 4 ranks, which calls every norm twice. A small rate: steps multiply what ReLUs make of rounding."""
+    config = with_model(tiny_config, tmp_path, TINY["cotnet"])
     sizes = ["train.global_batch=64", "train.micro_batch=16"]  # an epoch of 4 steps
     for world in (1, 2, 4):
         extra = [f"train.activation_checkpointing={world == 4}", "optimizer.lr=1e-3", *sizes, "train.max_steps=4"]
-        run(configs["cotnet"], tmp_path / f"{world}", *extra, world=world)
+        run(config, tmp_path / f"{world}", *extra, world=world)
     for weights in ("model", "ema"):
         reference, *others = (statistics(tmp_path / f"{world}", 4, weights) for world in (1, 2, 4))
         for other in others:
