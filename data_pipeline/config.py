@@ -15,10 +15,12 @@ class Section(BaseModel):
 
 class DataConfig(Section):
     path: str = Field(description="a prepared dataset (launch/prepare.py makes one): its folder, or a URL that fsspec reads")
-    backend: Literal["webdataset", "ffcv", "dali"] = "webdataset"
+    backend: Literal["webdataset", "ffcv", "dali"] = Field(
+        "webdataset", description="what reads and decodes: our decoder on tar shards or on FFCV files, or DALI on shards"
+    )
     device: Literal["cpu", "gpu"] = Field("cpu", description="gpu: dali decodes on the GPU")
     image_size: int = Field(224, ge=8, description="side of the square input, in pixels")
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="filter of the resize")
     eval_crop: float = Field(0.875, gt=0, le=1, description="side of evaluation's centre crop, relative to the image's short side")
     shuffle: Literal["full", "block"] = Field("full", description="block: by 256 contiguous samples, 64 such blocks into each other")
     repeats: int = Field(1, ge=1, description="uses of a sample in a row, augmented differently (repeated augmentation)")
@@ -29,6 +31,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DataConfig":
+        """data.device gpu needs data.backend dali; a URL as data.path, and data.cache_gb, need data.cache_dir."""
         if self.device == "gpu" and self.backend != "dali":
             raise ValueError(f"data.device gpu needs data.backend dali: {self.backend} decodes on the CPU")
         if "://" in self.path and self.cache_dir is None:
@@ -54,13 +57,14 @@ class AugmentConfig(Section):
     cutmix: float = Field(0.0, ge=0, description="alpha of cutmix's Beta distribution; 0 turns it off")
     mix_probability: Fraction = Field(1.0, description="probability that a micro-batch is mixed at all")
     switch_probability: Fraction = Field(0.5, description="where both are on: probability of cutmix rather than mixup")
-    label_smoothing: Fraction = 0.0
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    label_smoothing: Fraction = Field(0.0, description="share of a label that is spread over all classes")
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="of red, green and blue, subtracted from pixels in 0..1")
+    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="what they are divided by then")
 
     @field_validator("rand_augment")
     @classmethod
     def _is_rand_augment(cls, value: str | None) -> str | None:
+        """augment.rand_augment is what timm would read, with operations and settings that exist here."""
         from .augment_choices import parse_rand_augment
 
         if value is not None:
@@ -73,6 +77,7 @@ class AugmentConfig(Section):
     @field_validator("crop_scale", "crop_ratio")
     @classmethod
     def _is_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        """augment.crop_scale and augment.crop_ratio are two numbers above 0, the smaller one first."""
         if not 0 < value[0] <= value[1]:
             raise ValueError("must be a range: two numbers above 0, the smaller one first")
         return value
@@ -80,6 +85,7 @@ class AugmentConfig(Section):
     @field_validator("std")
     @classmethod
     def _is_positive(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
+        """augment.std is above 0 in every channel."""
         if min(value) <= 0:
             raise ValueError("must be above 0 in every channel")
         return value

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make the tables of docs/ from docs/results: python launch/docs.py [--check]"""
+"""Make the tables of docs/ from docs/results and the config's classes: python launch/docs.py [--check]"""
 
 import argparse
 import re
@@ -15,7 +15,7 @@ TABLE = re.compile(r"(<!-- table: (\S+) -->)\n.*?(<!-- end -->)", flags=re.DOTAL
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """0; with --check 1 where a page is not what the results make of it."""
+    """0; with --check 1 where a page is not what they make of it."""
     stale = []
     for page in sorted((ROOT / "docs").glob("*.md")):
         before = page.read_text()
@@ -25,12 +25,16 @@ def main(arguments: argparse.Namespace) -> int:
             if not arguments.check:
                 page.write_text(after)
     if stale and arguments.check:
-        print(f"{', '.join(stale)}: not made of docs/results as it is; run python launch/docs.py", file=sys.stderr)
+        print(
+            f"{', '.join(stale)}: not made of docs/results and the config's classes as they are; run python launch/docs.py", file=sys.stderr
+        )
     return int(bool(stale) and arguments.check)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description="Make the tables of docs/*.md (between `<!-- table: NAME -->` and `<!-- end -->`) from docs/results.")
+    parser = Parser(
+        description="The tables of docs/*.md (between `<!-- table: NAME -->` and `<!-- end -->`) of docs/results and the config's classes."
+    )
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a page is stale")
     return parser.parse_args()
 

@@ -36,7 +36,7 @@ def main(arguments: argparse.Namespace) -> None:
     model = trained.model().to(runtime.device)
     bad: list[BadSample] = []
     with torch.no_grad():
-        scores = evaluate_split(model, config, manifest, runtime, bad.extend)
+        scores, _ = evaluate_split(model, config, manifest, runtime, bad.extend)
     for sample in bad:
         print(f"left out: {sample.sentence}", file=sys.stderr)
     if runtime.is_main and arguments.json:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, run
-from train.goodput import Ledger, Start, goodput, hang_times, last_beat, read_lines
+from train.goodput import Ledger, Start, ending, goodput, hang_times, last_beat, read_lines
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -45,11 +45,8 @@ def main(arguments: argparse.Namespace) -> None:
 
 def about(start: Start, after: Start | None, hangs: list[float]) -> dict:
     """One start for the table; `after` is the next one, `hangs` is when the watchdog found a hang, in whole seconds."""
-    end = start.end or (after and "killed")
-    if end != "finished" and any(start.last - 1 < hang and (after is None or hang <= after.began) for hang in hangs):
-        end = "hung"
     steps = {"first_step": start.step, "last_step": start.last_step}
-    return {"time": start.began, "world_size": start.world_size, **steps, "end": end}
+    return {"time": start.began, "world_size": start.world_size, **steps, "end": ending(start, after, hangs)}
 
 
 def show(summary: dict) -> None:

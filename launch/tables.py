@@ -1,9 +1,11 @@
-"""The tables of docs/: one function each, from what is committed in docs/results; `launch/docs.py` puts them into the pages."""
+"""The tables of docs/: one function each, from docs/results and the config's classes; `launch/docs.py` puts them into the pages."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from launch.config_reference import reference
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
 UNMEASURED = "Not measured yet: `make gpu` has not been run on a machine with a GPU."
@@ -157,6 +159,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-kernels": kernels,
     "counts": lambda: f"{source(load('models'))}\n\n{count_table(load('models')['counts'])}",
     "speed": speed,
+    "config": reference,
 }
 
 

@@ -12,6 +12,28 @@ from torch.utils.tensorboard import summary
 
 from train.append import Alarm, Appender
 
+# TensorBoard's page "Custom scalars". Tags are regular expressions to it; a chart whose curves nobody has written stays empty.
+LAYOUT = {
+    "learning": {
+        "loss": ["Multiline", ["^learning/loss$", "^evaluation/model_loss$", "^evaluation/ema_loss$"]],
+        "top-1 of model and EMA, %": ["Multiline", ["^evaluation/model_top1$", "^evaluation/ema_top1$"]],
+        "learning rate": ["Multiline", ["^learning/lr$"]],
+        "norm of the gradient": ["Multiline", ["^learning/grad_norm$"]],
+    },
+    "speed": {
+        "images per second": ["Multiline", ["^speed/images_per_second$"]],
+        "milliseconds per step": ["Multiline", ["^speed/step_ms$"]],
+        "share of time waiting for data; MFU": ["Multiline", ["^speed/data_wait$", "^speed/mfu$"]],
+        "where all time went, over all starts": ["Multiline", ["^goodput/"]],
+    },
+    "health": {
+        "restarts, rollbacks": ["Multiline", ["^health/restarts$", "^health/rollbacks$"]],
+        "skipped steps": ["Multiline", ["^health/skipped_steps$"]],
+        "bad samples": ["Multiline", ["^health/bad_samples$"]],
+        "slow ranks, failed and slow saves": ["Multiline", ["^health/(slow_ranks|failed_saves|slow_saves)$"]],
+    },
+}
+
 
 class Board:
     """One event file of this start of the run; curves of other starts at `first` and later steps are replaced by its own."""
@@ -21,6 +43,7 @@ class Board:
         self._file = Appender(folder / f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}", alarm)
         self._records = RecordWriter(self._file)
         self._add(file_version="brain.Event:2")
+        self._add(summary=summary.custom_scalars(LAYOUT))
         self._add(step=first, session_log=SessionLog(status=SessionLog.START))
 
     def scalar(self, tag: str, value: float, step: int) -> None:

@@ -58,6 +58,7 @@ class ModelConfig(Section):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
+        """model.name is one of catmodel.list_models()."""
         if name not in catmodel.list_models():
             close = difflib.get_close_matches(name, catmodel.list_models(), 1)
             hint = f"; did you mean {close[0]}?" if close else f"; models: {', '.join(catmodel.list_models())}"
@@ -66,6 +67,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _of_its_family(self) -> "ModelConfig":
+        """A setting of another family than model.name's is refused."""
         known = FAMILY_KEYS[family_of(self.name)]
         for key in self.overrides():
             if key not in known:
@@ -98,13 +100,15 @@ def family_of(model: str) -> str:
 
 
 class TrainConfig(Section):
-    epochs: Positive = 300
+    epochs: Positive = Field(300, description="passes over the training samples; the learning rate's schedule spans them")
     global_batch: Positive = Field(1024, description="samples per optimizer step, over all ranks")
     micro_batch: Positive | Literal["auto"] = Field(
         128, description="samples per forward pass; mixup, cutmix and dropout act inside one. auto: the largest that fits, then kept"
     )
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    seed: int = Field(0, ge=0)
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16", description="of the network's arithmetic; the master weights are fp32 always"
+    )
+    seed: int = Field(0, ge=0, description="of the samples' order, augmentation, dropout and first weights")
     log_every: Positive = Field(50, description="steps between lines of metrics")
     max_steps: Positive | None = Field(None, description="end early after so many steps; the schedule still spans `epochs`")
     evaluate_every: int = Field(1, ge=0, description="epochs between evaluations; 0 turns them off")
@@ -122,12 +126,14 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _cuda_graphs(self) -> "TrainConfig":
+        """train.cuda_graphs needs train.compile."""
         if self.cuda_graphs and not self.compile:
             raise ValueError("train.cuda_graphs needs train.compile=true: it is the compiled network that is captured")
         return self
 
     @model_validator(mode="after")
     def _micro_batches(self) -> "TrainConfig":
+        """train.global_batch / train.micro_batch is a whole number, and a multiple of the number of ranks."""
         if self.global_batch % self.smallest_micro_batch:
             raise ValueError(f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}")
         return self
@@ -137,8 +143,8 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "sgd", "muon"] = Field("adamw", description="muon: for the matrices of hidden layers, AdamW for the rest")
     lr: float = Field(1e-3, gt=0, description="peak learning rate, for the whole global batch")
     weight_decay: float = Field(0.05, ge=0, description="not applied to biases, norms and what the model names in no_weight_decay()")
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW: decay of the two moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW: added to the root of the second moment")
     momentum: Fraction = Field(0.9, description="sgd and muon")
     nesterov: bool = Field(False, description="sgd: Nesterov's momentum")
     layer_decay: float = Field(1.0, gt=0, le=1, description="each layer's learning rate / the next one's, for fine-tuning; 1: all alike")
@@ -146,7 +152,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    warmup_epochs: float = Field(20, ge=0)
+    warmup_epochs: float = Field(20, ge=0, description="in which the learning rate rises to optimizer.lr; the cosine spans all epochs")
     warmup_lr: float = Field(1e-6, ge=0, description="learning rate at step 0")
     min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
 
@@ -156,11 +162,12 @@ class EmaConfig(Section):
 
 
 class ZeroConfig(Section):
-    stage: Literal[0, 1, 2, 3] = 1
+    stage: Literal[0, 1, 2, 3] = Field(1, description="divided over the ranks: 1 the optimizer's states, 2 gradients too, 3 weights too")
     offload: bool = Field(False, description="keep optimizer states and fp32 weights in host memory (stages 1–3)")
 
     @model_validator(mode="after")
     def _offload(self) -> "ZeroConfig":
+        """zero.offload needs zero.stage 1, 2 or 3."""
         if self.offload and self.stage == 0:
             raise ValueError("zero.offload needs zero.stage 1, 2 or 3: stage 0 does not partition what would be offloaded")
         return self
@@ -181,7 +188,7 @@ class TimeoutConfig(Section):
 
     startup: float = Field(1800, gt=0, description="until the first step can begin")
     first_step: float = Field(1800, gt=0, description="it compiles and fills caches")
-    step: float = Field(300, gt=0)
+    step: float = Field(300, gt=0, description="any other step")
     evaluation: float = Field(300, gt=0, description="for one batch of it")
     save: float = Field(600, gt=0, description="waiting for a checkpoint to be written; also what the slowest rank has for its share")
 
@@ -209,18 +216,21 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "Config":
+        """schedule.warmup_epochs is less than train.epochs."""
         if self.schedule.warmup_epochs >= self.train.epochs:
             raise ValueError(f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} leaves nothing of train.epochs {self.train.epochs}")
         return self
 
     @model_validator(mode="after")
     def _whole_network(self) -> "Config":
+        """train.compile needs zero.stage 0, 1 or 2."""
         if self.train.compile and self.zero.stage == 3:
             raise ValueError("train.compile needs zero.stage 0, 1 or 2: at stage 3 DeepSpeed gathers weights in between what is compiled")
         return self
 
     @model_validator(mode="after")
     def _whole_matrices(self) -> "Config":
+        """optimizer.name: muon needs zero.stage 0."""
         if self.optimizer.name == "muon" and self.zero.stage:
             raise ValueError(f"optimizer.name=muon needs zero.stage=0, not {self.zero.stage}: ZeRO cuts the matrices that it works on")
         return self

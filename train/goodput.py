@@ -22,7 +22,7 @@ and a start that began before the last sign of life of the one before cuts that 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -229,15 +229,20 @@ def goodput(split: dict[str, float]) -> float:
 
 
 def read_lines(path: Path) -> Iterator[dict]:
-    """The lines of a metrics.jsonl; one that a kill or a full disk left torn is skipped."""
+    """The lines of a metrics.jsonl."""
     with open(path, "rb") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict):
-                yield line
+        yield from parse_lines(file)
+
+
+def parse_lines(texts: Iterable[bytes]) -> Iterator[dict]:
+    """Lines of a metrics.jsonl; one that a kill or a full disk left torn is skipped."""
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            yield line
 
 
 def last_beat(run: Path) -> float | None:
@@ -249,12 +254,29 @@ def last_beat(run: Path) -> float | None:
 
 
 def hang_times(run: Path) -> list[float]:
-    """When ranks of the run were found to hang, in Unix seconds: the watchdog begins each record of stacks with a line that says when."""
-    times = []
+    """When ranks of the run were found to hang, in Unix seconds."""
+    return [when for when, _ in hangs(run)]
+
+
+def hangs(run: Path) -> list[tuple[float, str]]:
+    """(Unix seconds, sentence) of the hangs of the run: the watchdog begins each record of stacks with a line that says when, and who."""
+    found = []
     for path in sorted((run / "stacks").glob("rank_*.txt")):
         for text in path.read_text(errors="replace").splitlines():
+            words = text.split(maxsplit=3)
             try:
-                times.append(datetime.strptime(" ".join(text.split()[:3]), "%Y-%m-%d %H:%M:%S %z").timestamp())
+                found.append((datetime.strptime(" ".join(words[:3]), "%Y-%m-%d %H:%M:%S %z").timestamp(), " ".join(words[3:])))
             except ValueError:
                 continue
-    return times
+    return found
+
+
+def ending(start: Start, after: Start | None, hung: list[float]) -> str | None:
+    """How a start ended: "finished", "preempted", "failed", "hung", "killed", or None: it runs, or was killed.
+
+    after: the next start. hung: `hang_times`, in whole seconds.
+    """
+    end = start.end or (after and "killed")
+    if end != "finished" and any(start.last - 1 < hang and (after is None or hang <= after.began) for hang in hung):
+        return "hung"
+    return end

@@ -20,6 +20,17 @@ from train.goodput import CATEGORIES, ENDS, Ledger, read_lines
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L40": 181e12, "A10": 125e12, "T4": 65e12}
 
 
+# Events that are counted from the run's first start on, and the curve that shows how many.
+COUNTED = {
+    "rollback": "rollbacks",
+    "skipped_step": "skipped_steps",
+    "bad_sample": "bad_samples",
+    "slow_rank": "slow_ranks",
+    "save_failed": "failed_saves",
+    "save_slow": "slow_saves",
+}
+
+
 class Clock:
     """Time since the last reading, split into waiting for data and the rest; paused for evaluation and checkpoints."""
 
@@ -57,9 +68,10 @@ class Monitor:
         from train.board import Board
 
         self._ledger, self._goodput_due = Ledger(), False
+        self._counts = dict.fromkeys(COUNTED.values(), 0)
         if (output / "metrics.jsonl").exists():
             for line in read_lines(output / "metrics.jsonl"):
-                self._ledger.add(line)
+                self._count(line)
         alarm = Alarm()
         self._metrics = Appender(output / "metrics.jsonl", alarm)
         self._log = Appender(output / "train.log", alarm)
@@ -90,11 +102,14 @@ class Monitor:
         mfu = None
         if self._flops_per_step and self._peak:
             mfu = self._flops_per_step / seconds / self._peak / torch.distributed.get_world_size()
-        shown = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "images_per_second": speed, "data_wait": data_wait}
-        self._write({"kind": "train", "step": step, "epoch": round(epoch, 4), **shown, "step_ms": 1000 * seconds, "mfu": mfu})
-        groups = {"loss": "learning", "lr": "learning", "grad_norm": "learning", "images_per_second": "speed", "data_wait": "speed"}
-        for key, value in {**shown, **({"mfu": mfu} if mfu else {})}.items():
-            self._board.scalar(f"{groups.get(key, 'speed')}/{key}", value, step)
+        learning = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+        pace = {"images_per_second": speed, "data_wait": data_wait, "step_ms": 1000 * seconds, "mfu": mfu}
+        self._write({"kind": "train", "step": step, "epoch": round(epoch, 4), **learning, **pace})
+        health = {"restarts": len(self._ledger.starts) - 1, **self._counts}
+        for group, values in (("learning", learning), ("speed", pace), ("health", health)):
+            for key, value in values.items():
+                if value is not None:
+                    self._board.scalar(f"{group}/{key}", value, step)
         self._bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", img_s=f"{speed:.0f}", refresh=False)
         if self._bar.disable:
             self.say(
@@ -160,8 +175,13 @@ class Monitor:
 
     def _append(self, line: dict) -> None:
         line = {**line, "time": round(time.time(), 3)}
-        self._ledger.add(line)
+        self._count(line)
         self._metrics.write(_strict_json(line))
+
+    def _count(self, line: dict) -> None:
+        self._ledger.add(line)
+        if line.get("event") in COUNTED:
+            self._counts[COUNTED[line["event"]]] += 1
 
     def _goodput(self) -> None:
         """Where the time went until now: one line after the last of several evaluations and checkpoints."""

@@ -36,6 +36,13 @@ class Runtime:
         cuda = self.device.type == "cuda"
         return f"{self.world} × {torch.cuda.get_device_name(self.device) if cuda else f'CPU ({torch.get_num_threads()} threads)'}"
 
+    def device_name(self) -> str:
+        """Such as "NVIDIA H200", or the processor's name where the ranks have no GPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        names = (line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        return next(names, platform.machine())  # ARM's kernel gives no name
+
     def advice(self, precision: str) -> list[str]:
         """What a person may want to change, in sentences."""
         if precision == "bf16" and self.device.type == "cpu" and not any(torch.cpu.get_capabilities().get(name) for name in BF16):

@@ -1,6 +1,7 @@
 """The run, from start to finish. Read this first."""
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -48,7 +49,7 @@ def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: 
         try:
             run.go()
         except (DataError, TrainingFailed, NotSaved) as error:
-            run.monitor.event("failed", run.saver.begun, str(error))
+            run.monitor.event("failed", run.saver.begun, str(error), code=error.exit_code)
             raise
         finally:
             run.monitor.close()
@@ -119,7 +120,9 @@ class Run:
         alone = " (on one rank there is nothing to partition)" if self.engine.stage != config.zero.stage else ""
         where = f"{runtime.describe()}, ZeRO {self.engine.stage}{alone}, {config.train.precision}"
         text = f"{what}: step {self.start} of {self.last}{again}, {where}, TensorBoard: tensorboard --logdir {output / 'tensorboard'}"
-        fields = {"world_size": runtime.world, "zero_stage": self.engine.stage, "lost_steps": lost, **start_times(lock)}
+        machine = {"host": socket.gethostname(), "device": runtime.device_name(), "versions": about.versions}
+        fields = {"world_size": runtime.world, "zero_stage": self.engine.stage, "lost_steps": lost, **start_times(lock), **machine}
+        fields |= {"last": self.last, "steps_per_epoch": order.steps_per_epoch}
         self.monitor.event("resume" if path else "start", self.start, text, **fields)
 
     def go(self) -> None:
@@ -259,7 +262,7 @@ class Run:
 
     def score(self, done: int, weights: str, meet: Callable[[Iterable[BadSample]], None]) -> Scores:
         began = time.perf_counter()
-        scores = self.task.evaluate(self.engine, meet)
+        scores = self.task.evaluate(self.engine, meet, self.output / "evaluations" / f"{weights}.json", done)
         self.monitor.evaluation(done, done / self.order.steps_per_epoch, weights, scores, seconds=time.perf_counter() - began)
         return scores
 

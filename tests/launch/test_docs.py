@@ -1,4 +1,4 @@
-"""The tables of docs/ are made of docs/results."""
+"""The tables of docs/ are made of docs/results and of the config's classes."""
 
 import json
 import shutil
@@ -28,11 +28,17 @@ def test_every_table_is_on_a_page():
     assert sorted(used) == sorted(TABLES)
 
 
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what the pages are made of."""
+    for folder in ("launch", "docs", "train", "data_pipeline", "catmodel"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    return tmp_path
+
+
 @pytest.mark.parametrize("name", ["gpu-gradients", "models"])
-def test_a_new_result_makes_its_page_stale_until_it_is_made_anew(tmp_path, name):
-    for folder in ("launch", "docs", "train"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    path = tmp_path / f"docs/results/{name}.json"
+def test_a_new_result_makes_its_page_stale_until_it_is_made_anew(checkout, name):
+    path = checkout / f"docs/results/{name}.json"
     if name == "models":
         page, line = "docs/models.md", "| cat_tiny | 224 | 123,456,789 | 17M | +626.2% |"
         result = json.loads(path.read_text())
@@ -41,7 +47,35 @@ def test_a_new_result_makes_its_page_stale_until_it_is_made_anew(tmp_path, name)
         page, line = "docs/performance.md", "| gradients | passed | 3 | 0 of 7 differ | a new GPU | 2030-01-02 |"
         result = {"passed": True, "says": "0 of 7 differ", "seconds": 3.0, "machine": "a new GPU", "date": "2030-01-02"}
     path.write_text(json.dumps(result))
-    stale = docs(tmp_path, "--check")
-    assert stale.returncode == 1 and stale.stderr.startswith(f"{page}: ") and "run python launch/docs.py" in stale.stderr
-    assert docs(tmp_path).returncode == docs(tmp_path, "--check").returncode == 0
-    assert line in (tmp_path / page).read_text()
+    assert_stale_until_made(checkout, page, line)
+
+
+def test_a_new_config_key_makes_the_reference_stale_until_it_is_made_anew(checkout):
+    path = checkout / "train/config.py"
+    before = "class EmaConfig(Section):\n"
+    after = before + '    every: Literal["step", "epoch"] | None = Field(None, description="how often it is fed")\n'
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+    assert_stale_until_made(checkout, "docs/config.md", "| `ema.every` | `step`, `epoch`, or null | `null` | fixed | how often it is fed |")
+
+
+def assert_stale_until_made(root: Path, page: str, line: str) -> None:
+    stale = docs(root, "--check")
+    assert stale.returncode == 1 and stale.stderr.startswith(f"{page}: ") and "run python launch/docs.py" in stale.stderr, stale.stderr
+    assert docs(root).returncode == docs(root, "--check").returncode == 0
+    assert line in (root / page).read_text()
+
+
+def test_every_config_key_and_rule_says_what_it_does():
+    from launch.config_reference import reference
+    from train.config import Config, flatten, load_config
+
+    lines = reference().splitlines()
+    rows = {line.split("`")[1]: line.removesuffix(" |").split(" | ") for line in lines if line.startswith("| `")}
+    assert rows.keys() == flatten(load_config(ROOT / "configs/cat_b.yaml").model_dump()).keys()
+    assert not [key for key, cells in rows.items() if not cells[-1].strip() or len(cells) != 5]
+    assert "- None" not in lines and "## guard.timeout" in lines
+    assert rows["zero.stage"][1:4] == ["`0`, `1`, `2`, `3`", "`1`", "free"] and rows["train.epochs"][1:4] == ["int ≥ 1", "`300`", "fixed"]
+    assert [f"## {section}" for section in Config.model_fields] == [line for line in lines if line.startswith("## ") and "." not in line][
+        :-1
+    ]

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import subprocess
 import time
 
@@ -17,10 +18,10 @@ from train.config import load_config
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 128 KiB of its own."""
+    """A file system of 512 KiB of its own."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    with mounted(folder, "128k"):
+    with mounted(folder, "512k"):
         yield folder
 
 
@@ -65,11 +66,15 @@ def read(path):
 
 def curve(output):
     """TensorBoard's steps of the loss, as TensorBoard itself reads them."""
+    return [scalar.step for scalar in board(output).Scalars("learning/loss")]
+
+
+def board(output):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(output / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return [scalar.step for scalar in events.Scalars("learning/loss")]
+    return events
 
 
 def test_every_line_ends_with_its_time_and_what_is_not_finite_is_null(tiny_config, tmp_path):
@@ -85,6 +90,48 @@ def test_every_line_ends_with_its_time_and_what_is_not_finite_is_null(tiny_confi
     for line in (event, train):
         assert list(line)[-1] == "time"
         assert before - 0.001 <= line["time"] <= after + 0.001 and line["time"] == round(line["time"], 3)
+
+
+def test_every_chart_of_the_layout_has_its_curves(tiny_config, tmp_path):
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    from train.evaluate import Scores
+
+    monitor = open_monitor(tmp_path, tiny_config)
+    monitor.event("start", 0, "start")
+    train_line(monitor, 1)
+    for weights in ("model", "ema"):
+        monitor.evaluation(1, 0.1, weights, Scores(50.0, 90.0, 1.0, 10), seconds=1.0)
+    monitor.event("finished", 1, "finished")
+    monitor.close()
+    events = board(tmp_path)
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["learning", "speed", "health"]
+    wanted = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
+    written = events.Tags()["scalars"]
+    assert [tag for tag in wanted if not any(re.search(tag, curve) for curve in written)] == ["^speed/mfu$"]  # no GPU here
+    unseen = {curve for curve in written if not any(re.search(tag, curve) for tag in wanted)}
+    assert unseen == {"evaluation/model_top5", "evaluation/ema_top5"}
+
+
+def test_health_is_counted_over_all_starts(tiny_config, tmp_path):
+    monitor = open_monitor(tmp_path, tiny_config)
+    monitor.event("start", 0, "start")
+    for step in (1, 2):
+        monitor.event("skipped_step", step, "skipped")
+    monitor.event("bad_sample", 2, "bad")
+    train_line(monitor, 2)
+    monitor.close()
+    time.sleep(1.1)  # a start's event file is named by second and process
+    monitor = open_monitor(tmp_path, tiny_config, first=2)
+    monitor.event("resume", 2, "resume")
+    monitor.event("skipped_step", 3, "skipped")
+    train_line(monitor, 3)
+    monitor.close()
+    events = board(tmp_path)
+    curves = {name: [point.value for point in events.Scalars(f"health/{name}")] for name in ("skipped_steps", "bad_samples", "restarts")}
+    assert curves == {"skipped_steps": [2, 3], "bad_samples": [1, 1], "restarts": [0, 1]}
+    assert [point.value for point in events.Scalars("health/slow_ranks")] == [0, 0]
 
 
 def test_a_full_disk_tears_no_line_and_loses_none(tiny_config, small_disk, capfd):

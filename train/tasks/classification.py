@@ -1,6 +1,7 @@
 """Image classification with soft targets (mixup, cutmix, label smoothing)."""
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, make_key
 from train.config import Config, ConfigError
 from train.engine import Engine
-from train.evaluate import Scores, evaluate
+from train.evaluate import Details, Scores, evaluate, write_details
 from train.runtime import Runtime
 
 
@@ -62,10 +63,16 @@ class Classification:
         torch.manual_seed(make_key(self.config.train.seed, Stream.MODEL, batch.step, batch.index))
         return nn.functional.cross_entropy(engine(images).float(), targets)
 
-    def evaluate(self, engine: Engine, meet: Callable[[Iterable[BadSample]], None]) -> Scores:
-        """Scores of the engine's present weights on the whole `val` split; `meet` is told the samples that could not be read."""
+    def evaluate(self, engine: Engine, meet: Callable[[Iterable[BadSample]], None], record: Path, step: int) -> Scores:
+        """Scores of the engine's present weights on the whole `val` split; `meet` is told the samples that could not be read.
+
+        record: the file that gets what they are made of (evaluate.write_details), in place of what it had; `step`: steps done.
+        """
         with engine.evaluating():
-            return evaluate_split(engine, self.config, self.manifest, self.runtime, meet)
+            scores, details = evaluate_split(engine, self.config, self.manifest, self.runtime, meet)
+        if self.runtime.is_main:
+            write_details(record, step, self.manifest.classes, self.manifest.split("val").fingerprint, details)
+        return scores
 
 
 def build_model(config: Config, classes: int) -> nn.Module:
@@ -79,19 +86,22 @@ def build_model(config: Config, classes: int) -> nn.Module:
     return model
 
 
-def evaluate_split(model, config: Config, manifest: Manifest, runtime: Runtime, meet: Callable[[Iterable[BadSample]], None]) -> Scores:
+def evaluate_split(
+    model, config: Config, manifest: Manifest, runtime: Runtime, meet: Callable[[Iterable[BadSample]], None]
+) -> tuple[Scores, Details]:
     """Scores of `model` (normalised images → logits) on `manifest`'s `val` split; every rank calls.
 
     A sample that cannot be read is left out; `meet` is told of it.
     """
     split, size, device = manifest.split("val"), config.train.micro_batch, runtime.device
 
-    def normalised() -> Iterator[tuple[int, Tensor, Tensor]]:
+    def normalised() -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         for slot, batch in evaluation_batches(config.data, split, size, rank=runtime.rank, world=runtime.world):
             meet(batch.bad)
-            yield slot, normalise(_on(device, batch), config.augment), batch.labels.to(device, non_blocking=True)
+            ids, labels = (column.to(device, non_blocking=True) for column in (batch.ids, batch.labels))
+            yield slot, ids, normalise(_on(device, batch), config.augment), labels
 
-    return evaluate(model, normalised(), -(-split.samples // size), device)
+    return evaluate(model, normalised(), -(-split.samples // size), len(manifest.classes), device)
 
 
 def _on(device: torch.device, batch: MicroBatch) -> Tensor:

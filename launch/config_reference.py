@@ -1,0 +1,88 @@
+"""The reference of all config keys, made of the config's classes; `launch/docs.py` puts it into docs/config.md."""
+
+import inspect
+import types
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from data_pipeline.config import Section
+from train.config import FREE_KEYS, Config
+
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def reference() -> str:
+    """For each section a heading, a table of its keys, and what they must fulfil together."""
+    parts = [part for name, field in Config.model_fields.items() for part in section(name, field.annotation)]
+    return "\n\n".join([*parts, "## Across sections", rules(Config)])
+
+
+def section(name: str, kind: type[Section]) -> Iterator[str]:
+    """The parts of a section, and of those inside it."""
+    yield f"## {name}"
+    if kind.__doc__:
+        yield inspect.cleandoc(kind.__doc__)
+    rows, inner = [], []
+    for key, field in kind.model_fields.items():
+        path = f"{name}.{key}"
+        if is_section(field.annotation):
+            inner += section(path, field.annotation)
+        else:
+            cells = [f"`{path}`", type_of(field), default(field), "free" if path.startswith(FREE_KEYS) else "fixed"]
+            rows.append([*cells, (field.description or "").replace("|", "\\|")])
+    lines = [["key", "type", "default", "at a resume", "what it does"], ["---"] * 5, *rows]
+    yield "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if rules(kind):
+        yield rules(kind)
+    yield from inner
+
+
+def rules(kind: type[Section]) -> str:
+    """What the validators of a section check: their docstrings, as a list."""
+    decorators = kind.__pydantic_decorators__
+    found = [*decorators.field_validators.values(), *decorators.model_validators.values()]
+    return "\n".join(f"- {inspect.getdoc(decorator.func)}" for decorator in found)
+
+
+def is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def type_of(field: FieldInfo) -> str:
+    """Such as "int ≥ 1, or null"."""
+    return with_bounds(words(field.annotation), field.metadata)
+
+
+def words(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        kind, *metadata = arguments
+        return with_bounds(words(kind), [bound for item in metadata for bound in getattr(item, "metadata", [item])])
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (types.UnionType, typing.Union):
+        return ", or ".join(words(argument) for argument in arguments)
+    if origin is tuple:
+        return f"list of {words(arguments[0])}" if arguments[-1] is Ellipsis else f"{len(arguments)} × {words(arguments[0])}"
+    return "null" if annotation is type(None) else annotation.__name__
+
+
+def with_bounds(text: str, metadata: list) -> str:
+    """A bound is said of the first of several types: null has none."""
+    bounds = [f"{sign} {getattr(item, name):g}" for item in metadata for name, sign in SIGNS.items() if hasattr(item, name)]
+    first, *rest = text.split(", or ")
+    return ", or ".join([" ".join([first, " and ".join(bounds)]) if bounds else first, *rest])
+
+
+def default(field: FieldInfo) -> str:
+    """As it would stand in the YAML file."""
+    if field.default is PydanticUndefined:
+        return "none: must be given"
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    return f"`{text}`"

@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""A page about a run, or several side by side: python launch/report.py runs/cat_b"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch.cli import Parser, run
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from train.config import ConfigError
+    from train.report.history import names, read_history
+
+    output = Path(arguments.output)
+    if not output.parent.is_dir():
+        raise ConfigError(f"{output.parent} is no folder: choose another --output")
+    runs = [read_history(Path(folder)) for folder in arguments.runs]
+
+    from train.report.figures import figures
+    from train.report.page import page
+
+    called = names(runs)
+    plots = figures(runs, called)
+    try:
+        for plot in plots.values():
+            output.with_name(f"{output.stem}-{plot.name}.png").write_bytes(plot.png)
+        output.write_text(page(runs, called, plots, time.time()))
+    except OSError as error:
+        raise ConfigError(f"{error.filename} cannot be written ({error.strerror}): choose another --output") from error
+    print(f"{output} ({', '.join(called)}); its plots: {output.stem}-*.png beside it")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(
+        description="One HTML page, which needs nothing else, about a run or several: curves, speed, goodput, restarts, incidents, "
+        "classes, mistakes, config, versions. Of a run that goes on, too.",
+        epilog="exit codes: 0, 65 a run has not begun or its files are damaged, 78 bad arguments. docs/report.md shows one.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, e.g. runs/cat_b")
+    parser.add_argument("--output", default="report.html", metavar="FILE", help="default: report.html; plots go beside it, as PNG")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, parse_arguments()))

@@ -1,0 +1,189 @@
+#!/usr/bin/env python
+"""Watch a run in a terminal, from any node that sees its folder: python launch/watch.py runs/cat_b"""
+
+import argparse
+import os
+import shutil
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch.cli import Parser, run
+from train.config import ConfigError
+from train.watch import FINAL, History, Status, Watched, clock, span
+
+TURN = 2.0  # seconds between two looks
+LINE_EVERY = 60.0  # seconds between two lines where the output is not a terminal
+NARROWEST, WIDEST = 80, 120
+NAMES = {"model": "model", "ema": "EMA"}
+RED, GREEN, YELLOW, BOLD = "31", "32", "33", "1"
+COLOURS = {"running": GREEN, "finished": GREEN, "starting": YELLOW, "stopped": YELLOW, "not started": YELLOW}
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Ends with the exit code that says the run's state."""
+    folder = Path(arguments.run)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a run's folder")
+    watched, terminal = Watched(folder), sys.stdout.isatty()
+    try:
+        if arguments.once:
+            status = watched.look(patient=True)
+            print("\n".join(page(watched, status, colours=terminal)))
+        elif terminal:
+            status = redraw(watched)
+        else:
+            status = print_lines(watched)
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
+    sys.exit(status.code)
+
+
+def redraw(watched: Watched) -> Status:
+    """Draw the page over itself until the run is over."""
+    drawn = 0
+    while True:
+        status = watched.look()
+        lines = page(watched, status, colours=True)[: shutil.get_terminal_size().lines - 1]
+        up = f"\x1b[{drawn}F" if drawn else ""
+        print(up + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J", end="", flush=True)
+        drawn = len(lines)
+        if status.state in FINAL:
+            return status
+        time.sleep(TURN)
+
+
+def print_lines(watched: Watched) -> Status:
+    """A line a minute, and one for every change of state and every new alarm, until the run is over."""
+    said, state, alarms = float("-inf"), "", set()
+    while True:
+        status = watched.look()
+        new = [alarm for alarm in status.alarms if kind(alarm) not in alarms]
+        alarms = {kind(alarm) for alarm in status.alarms}
+        if status.state != state or new or time.monotonic() - said > LINE_EVERY:
+            why = f": {status.why}" if status.why and status.state != state else ""
+            parts = [clock(time.time()), status.state + why, summary(watched.history), *(f"ALARM {alarm}" for alarm in new)]
+            print("  ".join(part for part in parts if part), flush=True)
+            said, state = time.monotonic(), status.state
+        if status.state in FINAL:
+            return status
+        time.sleep(TURN)
+
+
+def kind(alarm: str) -> str:
+    """An alarm without its numbers, which change."""
+    return "".join(letter for letter in alarm if not letter.isdigit())
+
+
+def summary(history: History) -> str:
+    train, last = history.train, total(history)
+    if train is None:
+        return f"step {history.step}/{last}" if history.start else ""
+    text = f"step {history.step}/{last}  epoch {train['epoch']:.2f}  loss {number(train['loss'])}  {train['images_per_second']:,.0f} img/s"
+    scores = "".join(f"  {NAMES[weights]} {newest:.2f} %" for weights, (newest, _) in history.scores().items())
+    return f"{text}  data wait {train['data_wait']:.0%}{scores}  {left(history)} left"
+
+
+def page(watched: Watched, status: Status, *, colours: bool) -> list[str]:
+    """What is shown of a run, in lines no wider than the terminal."""
+    history = watched.history
+    width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size().columns) - 1)
+
+    def paint(text: str, *codes: str) -> str:
+        return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if colours and "NO_COLOR" not in os.environ else text
+
+    def wrap(text: str, title: str = "") -> list[str]:
+        return textwrap.wrap(text, width, initial_indent=f"{title:<12}", subsequent_indent=" " * 12)
+
+    state = paint(status.state, BOLD, COLOURS.get(status.state, RED))
+    name = shorten(str(watched.run), width - 45)
+    lines = [f"{paint(name, BOLD)}  {state}  {clock(time.time())}"]
+    if status.why:
+        lines += wrap(status.why)
+    if history.start:
+        lines += ["", *progress(history, status, width, paint), ""]
+        lines += [line for title, text in facts(history, status, watched.guard) for line in wrap(text, title)]
+    for alarm in status.alarms:
+        first, *more = wrap(alarm, "ALARM")
+        lines += [paint(line, BOLD, RED) for line in (first, *more)]
+    return lines
+
+
+def progress(history: History, status: Status, width: int, paint) -> list[str]:
+    last = history.start.get("last")
+    done = history.step / last if last else 0.0
+    text = f" {done:6.1%}  step {history.step:,} of {total(history)}"
+    room = width - len(text) - 2
+    full = int(done * room)
+    bar = f"[{paint('#' * full, GREEN)}{'-' * (room - full)}]{text}"
+    epoch = f"epoch {history.train['epoch']:.2f}" if history.train else "before its first step"
+    steps = history.start.get("steps_per_epoch")
+    if history.train and last and steps:
+        epoch += f" of {last / steps:g}"
+    parts = [epoch]
+    seconds = history.seconds_left
+    if status.state == "running" and seconds is not None:
+        parts.append(f"{span(seconds)} left ({time.strftime('%a %d %b %H:%M', time.localtime(time.time() + seconds))})")
+    if status.ago is not None:
+        parts.append(f"last line {span(status.ago)} ago")
+    return [bar, "   ".join(parts)]
+
+
+def facts(history: History, status: Status, guard: dict) -> list[tuple[str, str]]:
+    rows, train = [], history.train
+    if train:
+        rows.append(("learning", f"loss {number(train['loss'])}   lr {train['lr']:.2e}   |gradient| {number(train['grad_norm'])}"))
+        mfu = "" if train["mfu"] is None else f"   MFU {train['mfu']:.1%}"
+        speed = f"{train['images_per_second']:,.0f} img/s   {train['step_ms']:,.0f} ms a step   data wait {train['data_wait']:.1%}{mfu}"
+        rows.append(("speed", f"{speed}   {count(history.start['world_size'], 'rank')}"))
+    scores = [f"{NAMES[weights]} {newest:.2f} (best {best:.2f})" for weights, (newest, best) in history.scores().items()]
+    if scores:
+        rows.append(("top-1, %", f"{'   '.join(scores)}   at step {history.evaluations[-1]['step']:,}"))
+    if history.checkpoint:
+        ago = span(max(0.0, history.time + (status.ago or 0.0) - history.checkpoint["time"]))
+        rows.append(("checkpoint", f"step {history.checkpoint['step']:,}" + (f", {ago} ago" if status.ago is not None else "")))
+    share = f"{status.goodput:.1%} of all time was productive   " if status.goodput is not None else ""
+    rows.append(("all starts", f"{share}{count(status.restarts, 'restart')}   {count(status.lost_steps, 'step')} lost"))
+    health = f"{count(len(history.skipped), 'step')} skipped   bad samples {history.bad_samples} of {guard['bad_samples']}"
+    rows.append(("health", health))
+    return rows
+
+
+def total(history: History) -> str:
+    last = history.start.get("last")
+    return f"{last:,}" if last else "?"
+
+
+def left(history: History) -> str:
+    seconds = history.seconds_left
+    return "?" if seconds is None else span(seconds)
+
+
+def number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def count(value: int, name: str) -> str:
+    return f"{value:,} {name}{'' if value == 1 else 's'}"
+
+
+def shorten(text: str, room: int) -> str:
+    return text if len(text) <= room else f"…{text[1 - room :]}"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(
+        description="Watch a run in a terminal, from any node that sees its folder: progress, speed, scores, alarms. Ends with the run.",
+        epilog="exit codes: 10 running, 11 running with alarms, 12 not started, 13 died (killed, crashed, node lost); of a run that has "
+        "ended its own: 0 finished, 65, 70, 74 failed, 71 hung, 75 stopped; 78 bad arguments",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder, e.g. runs/cat_b")
+    parser.add_argument("--once", action="store_true", help="print the page once; the exit code says the state")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, parse_arguments()))

@@ -1,0 +1,46 @@
+"""What the page is written with: escaped text, tables, and how times and shares are said."""
+
+import time
+from collections.abc import Iterable, Sequence
+from html import escape
+
+
+class Raw(str):
+    """HTML that is made here, of what has been escaped."""
+
+
+def table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """head: in front of a column's name "#" says that it holds numbers, "~" that its lines may be broken.
+
+    Cells are escaped, but for `Raw` ones.
+    """
+    head = list(head)
+    kinds = [{"#": ' class="n"', "~": ' class="long"'}.get(name[:1], "") for name in head]
+    names = "".join(f"<th{kind}>{text(name.lstrip('#~'))}</th>" for name, kind in zip(head, kinds, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind}>{text(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>" for row in rows
+    )
+    return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def text(value: str) -> str:
+    return value if isinstance(value, Raw) else escape(value)
+
+
+def when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def duration(seconds: float) -> str:
+    """Such as "3 d 4 h", "4 h 12 min", "3 min 20 s" or "4.2 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = whole // 60
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
