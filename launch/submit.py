@@ -36,6 +36,7 @@ class Job:
     resume: str | None
     with_changes: bool
     stage_in: bool
+    doctor: bool
     max_restarts: int
 
     def folders(self) -> list[str]:
@@ -145,6 +146,7 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> Job:
         resume=resume,
         with_changes=arguments.resume_with_changes,
         stage_in=arguments.stage_in,
+        doctor=arguments.doctor,
         max_restarts=arguments.max_restarts,
     )
 
@@ -185,6 +187,7 @@ def render(job: Job, command: list[str]) -> str:
         "config": quote(job.config),
         "arguments": "".join(f" {argument}" for argument in arguments),
         "max_restarts": str(job.max_restarts),
+        "doctor": "yes" if job.doctor else "no",
         "stage": stage,
         "environment": "".join(f"{line}\n" for line in environment),
         "srun_options": "".join(f" {quote(option)}" for option in job.srun_options),
@@ -289,6 +292,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--job-name", metavar="NAME", help="(default: the run folder's)")
     parser.add_argument("--seeds", metavar="RANGE", help="one run per seed, 0-4 or 1,3,7, in OUTPUT/seed_<seed>: a job array")
     parser.add_argument("--stage-in", action="store_true", help="copy the dataset's files to the nodes' own disks on use (data.cache_dir)")
+    parser.add_argument(
+        "--doctor", action="store_true", help="look at the nodes first (launch/doctor.py), and end the job where they are not fit"
+    )
     parser.add_argument("--resume", metavar="CHECKPOINT", help="start from this one, until the run has one of its own")
     parser.add_argument("--resume-with-changes", action="store_true", help="as launch/train.py has it")
     parser.add_argument(

@@ -1,10 +1,5 @@
 """`train.micro_batch: auto`: the largest micro-batch that fits, found by trying."""
 
-import os
-import resource
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +12,11 @@ from data_pipeline.order import Order
 from train.checkpoint import read_info
 from train.config import Config, ConfigError
 from train.engine import BUCKET_ELEMENTS, DTYPES, zero_stage
+from train.memory import at_most, free_memory
 from train.runtime import Runtime
 from train.tasks.classification import build_model
 
 HEADROOM = 0.1  # of the memory that is free: fragmentation, communication, batches on their way
-
-THREADS = 2**30  # bytes of address space, used or not, that the threads take which are started later: their stacks and malloc's arenas
 
 
 def settle_micro_batch(
@@ -67,8 +61,8 @@ def _largest(config: Config, classes: int, runtime: Runtime) -> tuple[int, str]:
         return bool(everywhere)
 
     if fits(1):  # libraries start their threads and fill their caches: no part of what a size needs, so before the memory is measured
-        free = (1 - HEADROOM) * _free_memory(runtime.device) - _kept_beside(model, config, runtime)
-        with _at_most(free, runtime.device):
+        free = (1 - HEADROOM) * free_memory(runtime.device) - kept_beside(model, config, runtime)
+        with at_most(free, runtime.device):
             while too_large - fitting > 1:
                 middle = (fitting + too_large) // 2
                 fitting, too_large = (middle, too_large) if fits(sizes[middle]) else (fitting, middle)
@@ -105,7 +99,7 @@ def _step(model: nn.Module, config: Config, size: int) -> None:
     nn.functional.cross_entropy(logits.float(), torch.zeros(size, dtype=torch.int64, device=weight.device)).backward()
 
 
-def _kept_beside(model: nn.Module, config: Config, runtime: Runtime) -> int:
+def kept_beside(model: nn.Module, config: Config, runtime: Runtime) -> int:
     """Bytes of what a rank keeps beyond the model, its gradients and activations: see Engine, Ema and Saver.
 
     At ZeRO 3 the weights are partitioned too, which the trial does not show: what is found there is less than would fit.
@@ -121,46 +115,3 @@ def _kept_beside(model: nn.Module, config: Config, runtime: Runtime) -> int:
     buckets = 0 if stage == 0 else BUCKET_ELEMENTS * next(model.parameters()).element_size()
     snapshot = weights * (4 + moments + averages) // world if on_host else 0
     return kept + buckets + snapshot
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that this rank may still take: on a CPU its part of what is available to all ranks on this machine."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    hosts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    free //= hosts.count(socket.gethostname())
-    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return free if soft == resource.RLIM_INFINITY else min(free, soft - _address_space() - THREADS)
-
-
-def _address_space() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@contextmanager
-def _at_most(more: float, device: torch.device) -> Iterator[None]:
-    """Inside, an allocation fails that would take this process more than `more` bytes above what it has now.
-
-    On a CPU that is a limit of its address space: without one the system would give out memory that it has not got, and kill a process.
-    """
-    if device.type == "cuda":
-        total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, (torch.cuda.memory_reserved(device) + more) / total)), device)
-        try:
-            yield
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + max(0, int(more)), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

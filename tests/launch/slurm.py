@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,7 @@ PropagateResourceLimits=NONE
 PartitionName=low Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
 PartitionName=high Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF
 """
+THROTTLE = Path("/sys/fs/cgroup/blkio/blkio.throttle.write_bps_device")  # of the whole system, by device
 GRACE = 20  # seconds that a preempted job has
 
 
@@ -165,6 +167,31 @@ class Cluster:
 
     def start_slurmctld(self) -> None:
         self.run("slurmctld")
+
+    @contextmanager
+    def slow_link(self, node: str, rate: str) -> Iterator[None]:
+        """Inside, what the node sends goes through tc's token bucket of `rate`, such as "20mbit"."""
+        inside = ["nsenter", f"--net=/run/netns/{node}", "tc", "qdisc"]
+        self.run(*inside, "add", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "64kb", "latency", "400ms")
+        try:
+            yield
+        finally:
+            self.run(*inside, "del", "dev", "eth0", "root")
+
+    @contextmanager
+    def slow_disk(self, folder: Path, bytes_per_second: int) -> Iterator[None]:
+        """Inside, a disk of 500 MB is mounted on `folder`, for all nodes, to which the kernel writes no faster than that."""
+        image = folder.with_name(f"{folder.name}.img")
+        self.run("truncate", "--size=500M", str(image))
+        self.run("mkfs.ext4", "-q", "-F", str(image))
+        self.run("mount", "-o", "loop", str(image), str(folder))
+        device = self.run("findmnt", "--noheadings", "--output=MAJ:MIN", "--mountpoint", str(folder)).strip()
+        THROTTLE.write_text(f"{device} {bytes_per_second}")
+        try:
+            yield
+        finally:
+            THROTTLE.write_text(f"{device} 0")
+            self.run("umount", str(folder))
 
     def log(self) -> str:
         """The ends of all daemons' logs."""

@@ -1,0 +1,124 @@
+#!/usr/bin/env python
+"""Is this allocation fit for this run? srun python launch/doctor.py --config configs/cat_b.yaml [section.key=value …]"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from launch.cli import EXIT_CONFIG, Parser, run
+from launch.ranks import adopt_slurm_ranks, tasks_per_node
+
+
+class NotFit(Exception):
+    """A line of the page is red."""
+
+    exit_code = EXIT_CONFIG
+
+
+def main(arguments: argparse.Namespace) -> None:
+    began = time.monotonic()
+    adopt_slurm_ranks()
+    from train.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    output = Path(arguments.output or Path("runs") / Path(arguments.config).stem)
+    from torch.distributed import DistError
+
+    from train.doctor.case import RED, Case
+    from train.doctor.examine import checkpoint_bytes, examine
+    from train.doctor.judge import judge, one_micro_batch
+    from train.doctor.meeting import NobodyThere, meet
+    from train.doctor.page import document, page, verdict
+
+    try:
+        meeting = meet(arguments.wait, expected_hosts())
+    except NobodyThere as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise
+    try:
+        facts = examine(config, output, meeting)
+    except DistError as error:
+        print(f"error: rank {meeting.rank} has lost rank 0, which is dead: see its output", file=sys.stderr, flush=True)
+        raise NotFit("rank 0 has gone") from error
+    if meeting.rank:
+        return
+    rate = (arguments.gpu_rate, "--gpu-rate") if arguments.gpu_rate else measured_rate(config)
+    lines = judge(Case(config, meeting, facts, checkpoint_bytes(one_micro_batch(config)), rate))
+    seconds = time.monotonic() - began
+    about = {"config": arguments.config, "overrides": arguments.overrides, "output": str(output), "world": meeting.world}
+    print(page(lines, f"{arguments.config} on {', '.join(dict.fromkeys(meeting.hosts))}", seconds, colour=sys.stdout.isatty()), flush=True)
+    text = document(lines, about, seconds, facts, list(meeting.hosts))
+    for path in filter(None, (arguments.json, arguments.output and output / "doctor.json")):
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        except OSError as error:  # a full disk has its red line already
+            print(f"{path} was not written: {error.strerror}", file=sys.stderr)
+    if verdict(lines) == RED:
+        raise NotFit(f"not fit for this run: {', '.join(line.check for line in lines if line.status == RED)}")
+
+
+def expected_hosts() -> list[str]:
+    """The host of every rank as SLURM places them, in blocks; empty where this is no step of several tasks."""
+    if "SLURM_STEP_NODELIST" not in os.environ:
+        return []
+    command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
+    names = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    return [name for name, tasks in zip(names, tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"]), strict=False) for _ in range(tasks)]
+
+
+def measured_rate(config) -> tuple[float, str] | None:
+    """Images a second of one GPU in training, where `make gpu` has measured this model at this size."""
+    import torch
+
+    path = ROOT / "docs" / "results" / "gpu-model.json"
+    if not torch.cuda.is_available() or config.data.image_size != 224 or not path.exists():
+        return None
+    modes = json.loads(path.read_text()).get("models", {}).get(config.model.name, {})
+    rows = modes.get("training", {}).get("rows", {})
+    rates = [rows[way]["median"] for way in ("ours", "ours, compiled") if way in rows]
+    return (max(rates), f"measured: {path.relative_to(ROOT)}") if rates else None
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(
+        description="Look at the nodes of an allocation before a long job: versions, network, disks, dataset, cores, memory. Run it as the "
+        "training would be run (srun, deepspeed, torchrun), or with one process a node, or alone. docs/doctor.md explains every line.",
+        epilog="exit codes: 0 fit (yellow lines are what could not be checked), 78 not fit, or bad arguments",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's recipe, e.g. configs/cat_b.yaml")
+    parser.add_argument("--output", metavar="DIR", help="the run's folder (default: runs/<config name>); where given, it gets doctor.json")
+    parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
+    parser.add_argument(
+        "--gpu-rate", type=_rate, metavar="N", help="images/s that a device takes (default: what make gpu or the step here measured)"
+    )
+    parser.add_argument("--wait", type=_rate, default=120, metavar="SECONDS", help="for nodes that start slowly (default: 120)")
+    parser.add_argument("--resume", help=argparse.SUPPRESS)  # the arguments of launch/train.py can be given as they are
+    parser.add_argument("--resume-with-changes", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+    return parser.parse_intermixed_args()
+
+
+def _rate(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+if __name__ == "__main__":
+    code = run(main, parse_arguments())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a check that hangs, and the threads of the network, would keep this process
