@@ -1,0 +1,166 @@
+#!/usr/bin/env python
+"""What a run will take, before it is run: python launch/plan.py --config F --nodes N --gpus-per-node G --images-per-second R"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch.cli import Parser, run
+
+DECODING = "docs/results/data-cpu.json"
+IMAGENET = {"images": 1_281_167, "validation_images": 50_000, "classes": 1000}
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from train.config import ConfigError, load_config
+
+    if arguments.compare:
+        from train.plan.record import compare
+
+        print(compare(arguments.compare))
+        return
+    if not (arguments.config and arguments.nodes and arguments.gpus_per_node):
+        raise ConfigError("plan.py needs --config, --nodes and --gpus-per-node; or --compare and plans that --json has written")
+    config = load_config(arguments.config, arguments.overrides)
+    dataset, where = find_dataset(arguments, config)
+    cluster = assume(arguments, config)
+    measured = None
+    if arguments.calibrate:
+        from train.plan.calibrate import read_run
+
+        measured = read_run(arguments.calibrate)
+    elif cluster.images_per_second is None:
+        raise ConfigError(
+            "the speed of a GPU is not known: give --images-per-second, --calibrate RUN, or --bench FILE of launch/bench.py train"
+        )
+
+    from train.plan.job import check_sizes, count_job, memory
+
+    check_sizes(config, dataset["images"], cluster.world)
+    from train.plan.plan import make_plan, scale
+
+    job = count_job(config, **dataset)
+    if measured:
+        from train.plan.calibrate import calibrate
+
+        cluster = assume(arguments, config, calibrate(cluster, job, config, measured))
+    runs, seed = arguments.runs, arguments.seed
+    own, best = make_plan(job, cluster, runs, seed), make_plan(job, cluster, runs, seed, best=True)
+    plans = scale(job, cluster, runs, seed)
+    sizes = memory(config, job.classes, cluster.world)
+
+    from train.plan import text
+
+    title = f"{config.model.name}, {Path(arguments.config).stem}"
+    print(f"{title}: {text.page(own, best, sizes, plans)}\n\ndataset: {job.images:,} images, {where}; simulated: {runs} runs, seed {seed}")
+    if measured:
+        print(f"\nprediction and reality\n{reality(arguments, own)}")
+    if arguments.plot:
+        from train.plan.plot import plot
+
+        plot(Path(arguments.plot), title, own, best, plans, runs, seed)
+        print(f"plot: {arguments.plot}")
+    if arguments.json:
+        from train.plan.record import record
+
+        result = {"command": " ".join(sys.argv), **record(title, own, best, sizes, plans)}
+        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def assume(arguments: argparse.Namespace, config, calibrated=None):
+    """The cluster: guesses, above them what --bench files measured, above it the run's `calibrated` ones, above all what was given."""
+    from train.plan.cluster import NUMBERS, Cluster, read_bench
+
+    cluster = calibrated or Cluster(arguments.nodes, arguments.gpus_per_node)
+    if not calibrated:
+        root = Path(__file__).resolve().parents[1]
+        values, origin = read_bench(str(root / DECODING), config)
+        cluster = cluster.with_values(values, origin.replace(str(root / DECODING), DECODING))
+        for path in arguments.bench:
+            cluster = cluster.with_values(*read_bench(path, config))
+    given = {name: getattr(arguments, name) for name in NUMBERS if getattr(arguments, name) is not None}
+    return cluster.with_values(given, "given")
+
+
+def find_dataset(arguments: argparse.Namespace, config) -> tuple[dict[str, int], str]:
+    """Sizes of the dataset, and in words where they are from: given, of the prepared one, or guessed to be ImageNet's."""
+    from data_pipeline.manifest import FILE_NAME, open_manifest
+
+    found, where = dict(IMAGENET), "GUESSED to be ImageNet's, as there is no dataset at data.path"
+    if (Path(config.data.path) / FILE_NAME).is_file():
+        manifest = open_manifest(config.data.path)
+        validation = manifest.splits["val"].samples if "val" in manifest.splits else 0
+        found = {"images": manifest.split("train").samples, "validation_images": validation, "classes": len(manifest.classes)}
+        where = f"counted in {config.data.path}"
+    if arguments.images:
+        found["images"], where = arguments.images, "given"
+    return found, where
+
+
+def reality(arguments: argparse.Namespace, own) -> str:
+    """A run's time as it was, beside what the plan's numbers have for as many steps: on average, and with the failures that it had."""
+    from train.plan.calibrate import read_run
+    from train.plan.closed_form import expected
+    from train.plan.simulate import simulate
+    from train.plan.text import beside
+
+    measured = read_run(arguments.against or arguments.calibrate)
+    of_run = replace(own.timeline, steps=measured.steps)
+    replayed = simulate(of_run, arguments.seed, measured.failures)
+    return beside(measured, expected(of_run), replayed, own.step.data_wait / own.step.seconds)
+
+
+def parse_arguments() -> argparse.Namespace:
+    from train.plan.cluster import NUMBERS
+
+    parser = Parser(
+        description="What a run will take on a cluster: its step by ZeRO stage, memory, cores, checkpoint interval, goodput, time, price; "
+        "by a closed form, and beside it a simulation of failures, waits and stragglers. Each number says where it came from.",
+        epilog="docs/plan.md says how to read it",
+    )
+    parser.add_argument("--config", metavar="FILE", help="recipe, e.g. configs/cat_b.yaml")
+    parser.add_argument("--nodes", type=positive, metavar="N")
+    parser.add_argument("--gpus-per-node", type=positive, metavar="G")
+    parser.add_argument(
+        "--bench", action="append", default=[], metavar="FILE", help="what launch/bench.py … --json FILE measured; several times"
+    )
+    parser.add_argument(
+        "--calibrate", metavar="RUN", help="a run's folder: what it measured, in place of guesses; and prediction beside reality"
+    )
+    parser.add_argument("--against", metavar="RUN", help="beside this run's reality instead of the calibrating one's")
+    parser.add_argument("--images", type=positive, metavar="N", help="training images (default: those of data.path, or ImageNet's)")
+    parser.add_argument("--runs", type=positive, default=20, metavar="N", help="simulated runs for each mean (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the simulation (default: %(default)s)")
+    parser.add_argument("--plot", metavar="FILE.png")
+    parser.add_argument("--json", metavar="FILE", help="write the plan there too")
+    parser.add_argument("--compare", nargs="+", metavar="FILE", help="plans that --json has written, side by side")
+    numbers = parser.add_argument_group("assumptions")
+    for name, entry in NUMBERS.items():
+        unit, guess = entry.metadata["unit"].replace("%", "%%"), "" if entry.default is None else f" (guess: {entry.default:g})"
+        numbers.add_argument(f"--{name.replace('_', '-')}", type=number, metavar="X", help=f"{unit}: {entry.metadata['help']}{guess}")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+    arguments = parser.parse_intermixed_args()
+    if arguments.against and not arguments.calibrate:
+        parser.error("--against needs --calibrate: a plan of guesses is not compared with a run")
+    return arguments
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def number(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise ValueError
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, parse_arguments()))
