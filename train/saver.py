@@ -44,6 +44,7 @@ class Saver:
         self.folder, self.about, self.engine, self.ema, self.store = folder, about, engine, ema, store
         self.keep, self.timeout = settings.checkpoint.keep, settings.guard.timeout.save
         self.begun = self.saved = about.step  # the last checkpoint that was begun, and the newest that is on the disk
+        self.failure: str | None = None  # of the newest save that failed
         self._results: list[Saved] = []
         self._count = 0
         self._work: queue.SimpleQueue = queue.SimpleQueue()
@@ -83,6 +84,7 @@ class Saver:
         saves, self._results = self._results, []
         for save in saves:
             if save.error:
+                self.failure = save.error
                 text = f"checkpoint of step {save.step} NOT saved: {save.error}. Training goes on; the newest is that of step {self.saved}"
                 monitor.event("save_failed", save.step, text, reason=save.error)
             else:

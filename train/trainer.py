@@ -276,7 +276,7 @@ class Run:
         if done == self.last:
             self.saver.finish(self.monitor)
             if self.saver.saved != done:
-                raise NotSaved(f"the last checkpoint, of step {done}, could not be written: make room for it, and start the run again")
+                raise NotSaved(f"the last checkpoint, of step {done}, was not written ({self.saver.failure}): mend that, and start again")
 
     def finish(self) -> None:
         """Write `model.safetensors` from the last checkpoint, and the final scores."""
