@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, run
+from launch.cli import Parser, leave, run
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -295,4 +295,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, parse_arguments()))
+    leave(run(main, parse_arguments()))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from launch.cli import EXIT_CONFIG, Parser, run
+from launch.cli import EXIT_CONFIG, Parser, leave, run
 from launch.ranks import adopt_slurm_ranks, tasks_per_node
 
 
@@ -118,7 +118,4 @@ def _rate(text: str) -> float:
 
 
 if __name__ == "__main__":
-    code = run(main, parse_arguments())
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # a check that hangs, and the threads of the network, would keep this process
+    leave(run(main, parse_arguments()))  # a check that hangs, and the threads of the network, would keep this process

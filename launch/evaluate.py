@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, run
+from launch.cli import Parser, leave, run
 from launch.ranks import adopt_slurm_ranks
 
 
@@ -58,4 +58,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, parse_arguments()))
+    leave(run(main, parse_arguments()))

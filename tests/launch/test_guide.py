@@ -1,19 +1,22 @@
-"""docs/guide.md, run as it is written, on a SLURM cluster of its own: only its first block and the files it names are ours."""
+"""The commands of the docs, run as they stand: docs/guide.md from end to end on a SLURM cluster, other pages on runs made for them."""
 
 import io
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.launch.slurm import Cluster, missing
-from tests.runs import ROOT, events
+from tests.runs import ROOT, events, run
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1500), pytest.mark.skipif(missing() is not None, reason=f"no SLURM: {missing()}")]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
 BLOCKS = re.findall(r"^```\n(.*?)^```", (ROOT / "docs/guide.md").read_text(), flags=re.MULTILINE | re.DOTALL)
 RECIPE = """
@@ -78,6 +81,7 @@ def wait_for_lines(account: Account, more: int) -> None:
     account.cluster.wait("lines", lambda: path.exists() and len(path.read_text().splitlines()) > seen + more, 180)
 
 
+@pytest.mark.skipif(missing() is not None, reason=f"no SLURM: {missing()}")
 def test_every_command_of_the_guide(account):
     _, _, dataset, before, submit, watching, stopping, after = BLOCKS
     cluster, output = account.cluster, account.home / "shared" / "run"
@@ -107,3 +111,31 @@ def test_every_command_of_the_guide(account):
     said = account.shell(after)
     assert "top-1" in said and "class_" in said
     assert (account.home / "model.onnx").exists() and (output / "logs" / f"fit_{job}").exists()
+
+
+def commands(page: str) -> list[str]:
+    """What stands in a page's blocks and is run by plain `python launch/…`; without what has to be filled in, needs a cluster or images."""
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if re.match(r"python launch/(?!prepare|submit|bench)", line) and "…" not in line and "[" not in line]
+
+
+def test_the_other_pages_commands(tiny_config, tmp_path):
+    """On two finished runs that are called as in the pages."""
+    for name in ("launch", "configs", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("cat_b", "cat_b_lr", "shapes"):
+        run(tiny_config, tmp_path / "runs" / name, f"train.seed={len(name)}", "train.global_batch=64", "train.micro_batch=2")
+    for folder in ("folder", "holidays"):
+        (tmp_path / folder).mkdir()
+        Image.effect_noise((32, 32), 100).convert("RGB").save(tmp_path / folder / "one.jpg")
+    shutil.copy(tmp_path / "folder/one.jpg", tmp_path / "photo.jpg")
+    pages = ["README.md", *(f"docs/{name}.md" for name in ("plan", "report", "watch", "export", "doctor"))]
+    found = [command for page in pages for command in commands(page)]
+    assert len(found) > 15
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in found:
+        if "--compare" in command:
+            shutil.copy(tmp_path / "plan.json", tmp_path / "other.json")
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
