@@ -113,15 +113,28 @@ def test_every_command_of_the_guide(account):
     assert (account.home / "model.onnx").exists() and (output / "logs" / f"fit_{job}").exists()
 
 
-def commands(page: str) -> list[str]:
-    """What stands in a page's blocks and is run by plain `python launch/…`; without what has to be filled in, needs a cluster or images."""
-    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if re.match(r"python launch/(?!prepare|submit|bench)", line) and "…" not in line and "[" not in line]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("cifar10", "plan", "report", "watch", "export", "doctor", "finetuning"))]
+RUNS = "(deepspeed|torchrun) .*launch/"
 
 
-def test_the_other_pages_commands(tiny_config, tmp_path):
-    """On two finished runs that are called as in the pages."""
+def commands(pattern: str) -> list[str]:
+    """Lines of PAGES' blocks that begin so, in order; without those that leave something to be filled in."""
+    blocks = [re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL) for page in PAGES]
+    lines = "".join(sum(blocks, [])).replace("\\\n", " ").splitlines()
+    return [line for line in lines if re.match(pattern, line) and "…" not in line]
+
+
+def run_all(found: list[str], folder: Path) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    for command in found:
+        if "--compare" in command:
+            shutil.copy(folder / "plan.json", folder / "other.json")
+        done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def test_what_is_asked_of_a_run(tiny_config, tmp_path):
+    """The commands of other pages that read runs, on finished ones that are called as there."""
     for name in ("launch", "configs", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     for name in ("cat_b", "cat_b_lr", "shapes"):
@@ -130,12 +143,25 @@ def test_the_other_pages_commands(tiny_config, tmp_path):
         (tmp_path / folder).mkdir()
         Image.effect_noise((32, 32), 100).convert("RGB").save(tmp_path / folder / "one.jpg")
     shutil.copy(tmp_path / "folder/one.jpg", tmp_path / "photo.jpg")
-    pages = ["README.md", *(f"docs/{name}.md" for name in ("plan", "report", "watch", "export", "doctor"))]
-    found = [command for page in pages for command in commands(page)]
+    found = commands(r"python launch/(?!prepare|submit|bench)")
     assert len(found) > 15
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for command in found:
-        if "--compare" in command:
-            shutil.copy(tmp_path / "plan.json", tmp_path / "other.json")
-        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    run_all(found, tmp_path)
+
+
+def test_what_starts_runs(tiny_config, tiny_dataset, tmp_path):
+    """With recipes of a tiny CAT in place of those that the pages name."""
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    for folder in ("configs", "datasets", "runs"):
+        (tmp_path / folder).mkdir()
+    recipes = {name: tiny_config.read_text() for name in ("cat_b", "cat_t", "cifar10", "quickstart", "finetune_cat_b_448")}
+    recipes["finetune_cat_b_448"] = recipes["cat_b"].replace("model: {", "model: {init_from: runs/cat_b, ").replace("size: 16", "size: 32")
+    for name, text in recipes.items():
+        (tmp_path / "configs" / f"{name}.yaml").write_text(text)
+    for name in ("mine", "flowers"):
+        (tmp_path / "datasets" / name).symlink_to(tiny_dataset)
+    run(tiny_config, tmp_path / "runs" / "cat_t")
+    found = commands(RUNS)
+    assert len(found) == 6
+    run_all(found, tmp_path)
+    assert "position tables interpolated" in (tmp_path / "runs/finetune_cat_b_448/train.log").read_text()
+    assert "first weights from runs/cat_t" in (tmp_path / "runs/flowers/train.log").read_text()
