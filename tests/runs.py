@@ -100,10 +100,10 @@ def start_command(
     return RunningJob(output, processes)
 
 
-def run(config: Path, output: Path, *arguments: str, world: int = 1, **options: object) -> RunningJob:
+def run(config: Path, output: Path, *arguments: str, world: int = 1, timeout: float = 240, **options: object) -> RunningJob:
     """Start a job and wait until it has finished with exit code 0."""
     job = start(config, output, *arguments, world=world, **options)
-    codes = job.wait()
+    codes = job.wait(timeout)
     assert codes == [0] * world, f"exit codes {codes}:\n{job.text()}"
     return job
 

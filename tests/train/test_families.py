@@ -29,11 +29,11 @@ def assert_trains_20_steps_and_resumes_bitwise(config, folder, *settings: str) -
     """Returns the running statistics of batch norms at the end, by kind of weights."""
     whole, resumed = folder / "whole", folder / "resumed"
     settings = (*settings, "train.max_steps=20", "train.evaluate_every=0", "checkpoint.every_steps=13")
-    run(config, whole, *settings, world=2)
+    run(config, whole, *settings, world=2, timeout=900)
     resumed.mkdir()
     (resumed / "checkpoints").mkdir()
     shutil.copytree(checkpoint_path(whole / "checkpoints", 13), checkpoint_path(resumed / "checkpoints", 13))
-    job = run(config, resumed, *settings, world=2)
+    job = run(config, resumed, *settings, world=2, timeout=900)
     assert "step 13 of 20" in job.text()
     assert sorted(losses(whole)) == list(range(1, 21))
     assert losses(resumed) == {step: loss for step, loss in losses(whole).items() if step > 13}
@@ -65,7 +65,7 @@ def test_small_networks_in_both_precisions(tiny_config, tmp_path, family, stage,
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2000)
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("name", catmodel.list_models())
 def test_every_model_at_its_full_width_and_depth(tiny_config, tmp_path, name, stage):
