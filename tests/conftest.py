@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from datetime import date
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+# A shell that starts these tests in its background leaves SIGINT ignored, and every process that they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
