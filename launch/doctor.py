@@ -31,10 +31,11 @@ def main(arguments: argparse.Namespace) -> None:
     from torch.distributed import DistError
 
     from train.doctor.case import RED, Case
-    from train.doctor.examine import checkpoint_bytes, examine
-    from train.doctor.judge import judge, one_micro_batch
+    from train.doctor.examine import CLASSES, examine
+    from train.doctor.judge import judge
     from train.doctor.meeting import NobodyThere, meet
     from train.doctor.page import document, page, verdict
+    from train.estimate import checkpoint_bytes
 
     try:
         meeting = meet(arguments.wait, expected_hosts())
@@ -49,7 +50,7 @@ def main(arguments: argparse.Namespace) -> None:
     if meeting.rank:
         return
     rate = (arguments.gpu_rate, "--gpu-rate") if arguments.gpu_rate else measured_rate(config)
-    lines = judge(Case(config, meeting, facts, checkpoint_bytes(one_micro_batch(config)), rate))
+    lines = judge(Case(config, meeting, facts, checkpoint_bytes(config, CLASSES), rate))
     seconds = time.monotonic() - began
     about = {"config": arguments.config, "overrides": arguments.overrides, "output": str(output), "world": meeting.world}
     print(page(lines, f"{arguments.config} on {', '.join(dict.fromkeys(meeting.hosts))}", seconds, colour=sys.stdout.isatty()), flush=True)

@@ -4,12 +4,12 @@
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, run
 from train.goodput import Ledger, Start, ending, goodput, hang_times, last_beat, read_lines
+from train.words import clock, counted
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -51,7 +51,7 @@ def about(start: Start, after: Start | None, hangs: list[float]) -> dict:
 
 def show(summary: dict) -> None:
     print(f"{summary['run']}: {summary['goodput']:.1%} of {hms(summary['total'])} was productive")
-    print(f"{count(summary['restarts'], 'restart')}, {count(summary['lost_steps'], 'step')} lost")
+    print(f"{counted(summary['restarts'], 'restart')}, {counted(summary['lost_steps'], 'step')} lost")
     if summary["lines_left_out"]:
         print(f"left out: {summary['lines_left_out']} lines from before the first start that has a time")
     print(f"\n{'category':<18}{'time':>12}{'percent':>10}")
@@ -59,14 +59,9 @@ def show(summary: dict) -> None:
         print(f"{category.replace('_', ' '):<18}{hms(seconds):>12}{100 * seconds / (summary['total'] or 1):>10.1f}")
     print(f"\n{'start':<7}{'when':<21}{'ranks':>5}{'steps':>20}   end")
     for number, start in enumerate(summary["starts"], 1):
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start["time"]))
         steps = f"{start['first_step']} to {start['last_step']}"
         ranks = start["world_size"] or "?"
-        print(f"{number:<7}{when:<21}{ranks:>5}{steps:>20}   {start['end'] or 'none yet: it runs, or was killed'}")
-
-
-def count(number: int, name: str) -> str:
-    return f"{number} {name}{'' if number == 1 else 's'}"
+        print(f"{number:<7}{clock(start['time']):<21}{ranks:>5}{steps:>20}   {start['end'] or 'none yet: it runs, or was killed'}")
 
 
 def hms(seconds: float) -> str:

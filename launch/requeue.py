@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.ranks import FINAL, VERDICT_FILE
+from train.words import clock
 
 CONTROLLER_PATIENCE = 600  # seconds that slurmctld may be away
 
@@ -119,7 +120,7 @@ def end(run: Path, max_restarts: int, code: int) -> int:
 
 
 def say(sentence: str) -> None:
-    print(time.strftime("%Y-%m-%d %H:%M:%S"), sentence, flush=True)
+    print(clock(time.time()), sentence, flush=True)
 
 
 def _ask() -> JobState:

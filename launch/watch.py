@@ -12,7 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, run
 from train.config import ConfigError
-from train.watch import FINAL, History, Status, Watched, clock, span
+from train.watch import FINAL, History, Status, Watched
+from train.words import clock, counted, duration
 
 TURN = 2.0  # seconds between two looks
 LINE_EVERY = 60.0  # seconds between two lines where the output is not a terminal
@@ -126,9 +127,9 @@ def progress(history: History, status: Status, width: int, paint) -> list[str]:
     parts = [epoch]
     seconds = history.seconds_left
     if status.state == "running" and seconds is not None:
-        parts.append(f"{span(seconds)} left ({time.strftime('%a %d %b %H:%M', time.localtime(time.time() + seconds))})")
+        parts.append(f"{duration(seconds)} left ({time.strftime('%a %d %b %H:%M', time.localtime(time.time() + seconds))})")
     if status.ago is not None:
-        parts.append(f"last line {span(status.ago)} ago")
+        parts.append(f"last line {duration(status.ago)} ago")
     return [bar, "   ".join(parts)]
 
 
@@ -138,16 +139,16 @@ def facts(history: History, status: Status, guard: dict) -> list[tuple[str, str]
         rows.append(("learning", f"loss {number(train['loss'])}   lr {train['lr']:.2e}   |gradient| {number(train['grad_norm'])}"))
         mfu = "" if train["mfu"] is None else f"   MFU {train['mfu']:.1%}"
         speed = f"{train['images_per_second']:,.0f} img/s   {train['step_ms']:,.0f} ms a step   data wait {train['data_wait']:.1%}{mfu}"
-        rows.append(("speed", f"{speed}   {count(history.start['world_size'], 'rank')}"))
+        rows.append(("speed", f"{speed}   {counted(history.start['world_size'], 'rank')}"))
     scores = [f"{NAMES[weights]} {newest:.2f} (best {best:.2f})" for weights, (newest, best) in history.scores().items()]
     if scores:
         rows.append(("top-1, %", f"{'   '.join(scores)}   at step {history.evaluations[-1]['step']:,}"))
     if history.checkpoint:
-        ago = span(max(0.0, history.time + (status.ago or 0.0) - history.checkpoint["time"]))
+        ago = duration(max(0.0, history.time + (status.ago or 0.0) - history.checkpoint["time"]))
         rows.append(("checkpoint", f"step {history.checkpoint['step']:,}" + (f", {ago} ago" if status.ago is not None else "")))
     share = f"{status.goodput:.1%} of all time was productive   " if status.goodput is not None else ""
-    rows.append(("all starts", f"{share}{count(status.restarts, 'restart')}   {count(status.lost_steps, 'step')} lost"))
-    health = f"{count(len(history.skipped), 'step')} skipped   bad samples {history.bad_samples} of {guard['bad_samples']}"
+    rows.append(("all starts", f"{share}{counted(status.restarts, 'restart')}   {counted(status.lost_steps, 'step')} lost"))
+    health = f"{counted(len(history.skipped), 'step')} skipped   bad samples {history.bad_samples} of {guard['bad_samples']}"
     rows.append(("health", health))
     return rows
 
@@ -159,15 +160,11 @@ def total(history: History) -> str:
 
 def left(history: History) -> str:
     seconds = history.seconds_left
-    return "?" if seconds is None else span(seconds)
+    return "?" if seconds is None else duration(seconds)
 
 
 def number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
-
-
-def count(value: int, name: str) -> str:
-    return f"{value:,} {name}{'' if value == 1 else 's'}"
 
 
 def shorten(text: str, room: int) -> str:

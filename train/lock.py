@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from train.config import ConfigError
+from train.words import clock
 
 BEAT = 3.0  # seconds between two signs of life
 FIRST_BEAT = 1.0  # seconds to the first one, which also finds out whether two runs took the folder at once
@@ -137,8 +138,7 @@ class RunLock:
     def _refuse(self) -> NoReturn:
         who, holder = "another run", _parse(self._read())
         if holder:
-            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["started"]))
-            who = f"a run on host {holder['host']}, process {holder['pid']}, since {since}"
+            who = f"a run on host {holder['host']}, process {holder['pid']}, since {clock(holder['started'])}"
         self._let_go()
         raise ConfigError(f"{self._path.parent} is in use by {who}; wait for it, stop it, or choose another --output")
 

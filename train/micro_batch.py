@@ -11,7 +11,8 @@ from torch import nn
 from data_pipeline.order import Order
 from train.checkpoint import read_info
 from train.config import Config, ConfigError
-from train.engine import BUCKET_ELEMENTS, DTYPES, zero_stage
+from train.engine import DTYPES
+from train.estimate import kept_beside
 from train.memory import at_most, free_memory
 from train.runtime import Runtime
 from train.tasks.classification import build_model
@@ -60,6 +61,7 @@ def _largest(config: Config, classes: int, runtime: Runtime) -> tuple[int, str]:
         dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
         return bool(everywhere)
 
+    # At ZeRO 3 the weights are partitioned, too, which these trials of a whole model do not show: more would fit than is found.
     if fits(1):  # libraries start their threads and fill their caches: no part of what a size needs, so before the memory is measured
         free = (1 - HEADROOM) * free_memory(runtime.device) - kept_beside(model, config, runtime)
         with at_most(free, runtime.device):
@@ -97,21 +99,3 @@ def _step(model: nn.Module, config: Config, size: int) -> None:
     side = config.data.image_size
     logits = model(torch.zeros(size, 3, side, side, device=weight.device, dtype=weight.dtype))
     nn.functional.cross_entropy(logits.float(), torch.zeros(size, dtype=torch.int64, device=weight.device)).backward()
-
-
-def kept_beside(model: nn.Module, config: Config, runtime: Runtime) -> int:
-    """Bytes of what a rank keeps beyond the model, its gradients and activations: see Engine, Ema and Saver.
-
-    At ZeRO 3 the weights are partitioned too, which the trial does not show: what is found there is less than would fit.
-    """
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    stage, world = zero_stage(config, runtime.world), runtime.world
-    moments = 4 if config.optimizer.name == "sgd" else 8
-    master = 0 if stage == 0 and config.train.precision == "fp32" else 4
-    averages = 4 if config.ema.decay else 0
-    share = world if stage else 1
-    on_host = runtime.device.type == "cpu"
-    kept = 0 if config.zero.offload and not on_host else weights * (master + moments + 4) // share + weights * averages // world
-    buckets = 0 if stage == 0 else BUCKET_ELEMENTS * next(model.parameters()).element_size()
-    snapshot = weights * (4 + moments + averages) // world if on_host else 0
-    return kept + buckets + snapshot

@@ -15,6 +15,7 @@ from train.append import Alarm, Appender
 from train.config import Config, dump_config, flatten
 from train.evaluate import Scores
 from train.goodput import CATEGORIES, ENDS, Ledger, read_lines
+from train.words import clock
 
 # Peak dense half-precision throughput, FLOP/s, as the vendor states it; MFU is null on other devices.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L40": 181e12, "A10": 125e12, "T4": 65e12}
@@ -85,7 +86,7 @@ class Monitor:
     def say(self, text: str) -> None:
         """A line for people: in train.log, and on the terminal."""
         if self.active:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode())
+            self._log.write(f"{clock(time.time())} {text}\n".encode())
             with contextlib.suppress(OSError):  # stdout may be a file on a full disk
                 self._bar.write(text) if not self._bar.disable else print(text, flush=True)
 

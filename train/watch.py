@@ -16,6 +16,7 @@ import yaml
 
 from train.goodput import Ledger, goodput, hangs, parse_lines
 from train.lock import WATCH
+from train.words import clock, duration
 
 WINDOW = 20  # lines whose median is compared with the best median of as many lines before
 RISEN = 2.0  # x the spread of a window's losses, and at least LEAST_RISEN x the loss, above the best median: the loss is rising
@@ -281,7 +282,7 @@ class Watched:
         if ago is not None and state == "running":
             limit = max(LEAST_QUIET, QUIET * history.longest) if history.train else FIRST_QUIET
             if ago > limit:
-                alarms.append(f"no line for {span(ago)}, though the process lives: it hangs, or waits (see guard.timeout)")
+                alarms.append(f"no line for {duration(ago)}, though the process lives: it hangs, or waits (see guard.timeout)")
         if history.start:
             alarms += self._step_alarms(step)
             if state == "running" and (hang := self._hang()):
@@ -335,20 +336,3 @@ class Watched:
     def _output(self) -> str:
         log = self.run / "logs" / "rank_0.log"
         return str(log) if log.exists() else "what it printed"
-
-
-def clock(when: float) -> str:
-    """A Unix time as local date and time."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
-
-
-def span(seconds: float) -> str:
-    """A duration for people: 40 s, 12 min, 3 h 05 min, 2 d 04 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60:02} min"
-    return f"{minutes // 1440} d {minutes % 1440 // 60:02} h"

@@ -17,7 +17,6 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter")
 NODES = ("n1", "n2")
-CPUS = 2  # per node; the machine may have fewer
 HEAD = "10.0.0.254"
 # Ends with the pipe from the process that made the cluster; reaps what daemons leave behind.
 INIT = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('up', flush=True); sys.stdin.read()"
@@ -54,8 +53,8 @@ MailProg=/bin/true
 SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 {nodes}
-PartitionName=low Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
-PartitionName=high Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF
+PartitionName=low Nodes=ALL Default=YES MaxTime=UNLIMITED PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
+PartitionName=high Nodes=ALL MaxTime=UNLIMITED PriorityTier=10 PreemptMode=OFF
 """
 THROTTLE = Path("/sys/fs/cgroup/blkio/blkio.throttle.write_bps_device")  # of the whole system, by device
 GRACE = 20  # seconds that a preempted job has
@@ -81,10 +80,13 @@ class JobInfo:
 
 
 class Cluster:
-    """A cluster that is up; `folder` has its files. Close it."""
+    """A cluster that is up; `folder` has its files. Close it.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    cpus: of a node, as SLURM counts them; the machine may have fewer. As many GPUs, eight at most.
+    """
+
+    def __init__(self, folder: Path, cpus: int = 2):
+        self.folder, self.cpus, self.gpus = folder, cpus, min(cpus, 8)
         folder.mkdir(parents=True)
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
         self._unshare = subprocess.Popen(
@@ -204,10 +206,13 @@ class Cluster:
         addresses = {node: f"10.0.0.{number}" for number, node in enumerate(NODES, 1)}
         lines = [f"{address} {node}\n" for node, address in {"localhost": "127.0.0.1", "head": HEAD, **addresses}.items()]
         (folder / "hosts").write_text("".join(lines))
-        nodes = [f"NodeName={node} NodeAddr={address} CPUs={CPUS} RealMemory=1000 Gres=gpu:{CPUS}" for node, address in addresses.items()]
+        nodes = [
+            f"NodeName={node} NodeAddr={address} CPUs={self.cpus} RealMemory=1000 Gres=gpu:{self.gpus}"
+            for node, address in addresses.items()
+        ]
         (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, head=HEAD, nodes="\n".join(nodes), grace=GRACE))
         # What stands for a GPU: SLURM counts them and tells the tasks their numbers.
-        (folder / "gres.conf").write_text(f"Name=gpu File=/dev/tty[0-{CPUS - 1}]\n")
+        (folder / "gres.conf").write_text(f"Name=gpu File=/dev/tty[0-{self.gpus - 1}]\n")
 
         self.run("mount", "--bind", str(folder / "hosts"), "/etc/hosts")
         self.run("sh", "-c", "mkdir -p /run/netns && mount -t tmpfs tmpfs /run/netns && hostname head")

@@ -1,20 +1,17 @@
-"""The commands of the docs, run as they stand: docs/guide.md from end to end on a SLURM cluster, other pages on runs made for them."""
+"""docs/guide.md from end to end on a SLURM cluster, its commands run as they stand."""
 
 import io
-import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from tests.launch.slurm import Cluster, missing
-from tests.runs import ROOT, events, run
+from tests.runs import ROOT, events
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
@@ -74,11 +71,11 @@ def account(tiny_images, tiny_config, tmp_path):
     cluster.close()
 
 
-def wait_for_lines(account: Account, more: int) -> None:
-    """Wait until the run has written so many lines more."""
-    path = account.home / "shared" / "run" / "metrics.jsonl"
+def wait_for_lines(cluster: Cluster, output: Path, more: int) -> None:
+    """Wait until a run has written so many lines more."""
+    path = output / "metrics.jsonl"
     seen = len(path.read_text().splitlines()) if path.exists() else 0
-    account.cluster.wait("lines", lambda: path.exists() and len(path.read_text().splitlines()) > seen + more, 180)
+    cluster.wait("lines", lambda: path.exists() and len(path.read_text().splitlines()) > seen + more, 180)
 
 
 @pytest.mark.skipif(missing() is not None, reason=f"no SLURM: {missing()}")
@@ -89,14 +86,14 @@ def test_every_command_of_the_guide(account):
     assert "days" in account.shell(before)
 
     job = re.search(r"job (\d+)", account.shell(submit))[1]
-    wait_for_lines(account, 5)
+    wait_for_lines(cluster, output, 5)
     back, away = stopping.strip().splitlines()
     account.shell(away.replace("JOB", job))
     cluster.wait("the end", lambda: cluster.ended(job))
     assert cluster.job(job).state == "CANCELLED" and len(events(output, "preempted")) == 1
     job = re.search(r"job (\d+)", account.shell(submit))[1]
     cluster.wait("a resume", lambda: len(events(output, "resume")) == 1, 180)
-    wait_for_lines(account, 5)
+    wait_for_lines(cluster, output, 5)
     account.shell(back.replace("JOB", job))
     cluster.wait("another resume", lambda: len(events(output, "resume")) == 2, 180)
 
@@ -111,57 +108,3 @@ def test_every_command_of_the_guide(account):
     said = account.shell(after)
     assert "top-1" in said and "class_" in said
     assert (account.home / "model.onnx").exists() and (output / "logs" / f"fit_{job}").exists()
-
-
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("cifar10", "plan", "report", "watch", "export", "doctor", "finetuning"))]
-RUNS = "(deepspeed|torchrun) .*launch/"
-
-
-def commands(pattern: str) -> list[str]:
-    """Lines of PAGES' blocks that begin so, in order; without those that leave something to be filled in."""
-    blocks = [re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL) for page in PAGES]
-    lines = "".join(sum(blocks, [])).replace("\\\n", " ").splitlines()
-    return [line for line in lines if re.match(pattern, line) and "…" not in line]
-
-
-def run_all(found: list[str], folder: Path) -> None:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
-    for command in found:
-        if "--compare" in command:
-            shutil.copy(folder / "plan.json", folder / "other.json")
-        done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-
-
-def test_what_is_asked_of_a_run(tiny_config, tmp_path):
-    """The commands of other pages that read runs, on finished ones that are called as there."""
-    for name in ("launch", "configs", "docs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("cat_b", "cat_b_lr", "shapes"):
-        run(tiny_config, tmp_path / "runs" / name, f"train.seed={len(name)}", "train.global_batch=64", "train.micro_batch=2")
-    for folder in ("folder", "holidays"):
-        (tmp_path / folder).mkdir()
-        Image.effect_noise((32, 32), 100).convert("RGB").save(tmp_path / folder / "one.jpg")
-    shutil.copy(tmp_path / "folder/one.jpg", tmp_path / "photo.jpg")
-    found = commands(r"python launch/(?!prepare|submit|bench)")
-    assert len(found) > 15
-    run_all(found, tmp_path)
-
-
-def test_what_starts_runs(tiny_config, tiny_dataset, tmp_path):
-    """With recipes of a tiny CAT in place of those that the pages name."""
-    (tmp_path / "launch").symlink_to(ROOT / "launch")
-    for folder in ("configs", "datasets", "runs"):
-        (tmp_path / folder).mkdir()
-    recipes = {name: tiny_config.read_text() for name in ("cat_b", "cat_t", "cifar10", "quickstart", "finetune_cat_b_448")}
-    recipes["finetune_cat_b_448"] = recipes["cat_b"].replace("model: {", "model: {init_from: runs/cat_b, ").replace("size: 16", "size: 32")
-    for name, text in recipes.items():
-        (tmp_path / "configs" / f"{name}.yaml").write_text(text)
-    for name in ("mine", "flowers"):
-        (tmp_path / "datasets" / name).symlink_to(tiny_dataset)
-    run(tiny_config, tmp_path / "runs" / "cat_t")
-    found = commands(RUNS)
-    assert len(found) == 6
-    run_all(found, tmp_path)
-    assert "position tables interpolated" in (tmp_path / "runs/finetune_cat_b_448/train.log").read_text()
-    assert "first weights from runs/cat_t" in (tmp_path / "runs/flowers/train.log").read_text()

@@ -1,4 +1,4 @@
-"""A line of the doctor's page, what is judged, and how sentences name nodes and sizes."""
+"""A line of the doctor's page, what is judged, and how sentences name nodes."""
 
 from dataclasses import dataclass
 
@@ -63,12 +63,7 @@ def odd_one_out(case: Case, texts: dict[int, str]) -> str:
     return ", ".join(f"{case.names(ranks)} has {text}" for text, ranks in groups.items())
 
 
-def counted(number: int, name: str) -> str:
-    return f"{number} {name}{'' if number == 1 else 's'}"
-
-
-def size(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if number < 999.5 or unit == "TB":
-            return f"{number:.0f} {unit}" if unit == "B" or number >= 99.5 else f"{number:.3g} {unit}"
-        number /= 1000
+def one_micro_batch(config: Config) -> Config:
+    """`config` with a number for train.micro_batch, and without what takes minutes to compile."""
+    settings = {"micro_batch": config.train.smallest_micro_batch, "compile": False, "cuda_graphs": False}
+    return config.model_copy(update={"train": config.train.model_copy(update=settings)})

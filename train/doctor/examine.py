@@ -19,8 +19,9 @@ import torch.distributed as dist
 from data_pipeline.storage import open_dataset
 from train.config import Config
 from train.doctor import files, machine, network, step
-from train.doctor.judge import one_micro_batch
+from train.doctor.case import one_micro_batch
 from train.doctor.meeting import Meeting
+from train.estimate import checkpoint_bytes
 from train.runtime import Runtime, start_runtime
 
 # Seconds that a check may take: some ten times what it takes on a healthy cluster.
@@ -73,7 +74,7 @@ class Patient:
             self.mark = files.leave_mark(self.output)
             store.set("mark", self.mark)
         store.wait(["mark"], timedelta(seconds=LIMITS["disk"] / 2))
-        share = checkpoint_bytes(self.config) // self.meeting.world
+        share = checkpoint_bytes(self.config, CLASSES) // self.meeting.world
         return files.disk(self.output, share, store.get("mark").decode())
 
     def dataset(self) -> dict:
@@ -108,16 +109,6 @@ class Patient:
         classes = torch.tensor(self.classes, device=self.runtime.device)  # where a node has no dataset, the others know
         dist.all_reduce(classes, op=dist.ReduceOp.MAX)
         return step.take(self.config, int(classes) or CLASSES, self.runtime)
-
-
-def checkpoint_bytes(config: Config) -> int:
-    """Of a whole checkpoint: fp32 weights, moments and averages of all parameters."""
-    from train.tasks.classification import build_model
-
-    with torch.device("meta"):
-        model = build_model(config, CLASSES)
-    each = 4 + (4 if config.optimizer.name == "sgd" else 8) + (4 if config.ema.decay else 0)
-    return each * sum(parameter.numel() for parameter in model.parameters())
 
 
 def _leave(rank: int) -> None:

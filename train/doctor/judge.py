@@ -3,8 +3,8 @@
 import statistics
 from collections import Counter
 
-from train.config import Config
-from train.doctor.case import GREEN, NAMED, RED, YELLOW, Case, Line, counted, odd_one_out, size
+from train.doctor.case import GREEN, NAMED, RED, YELLOW, Case, Line, odd_one_out, one_micro_batch
+from train.words import counted, size
 
 # A link counts as slow below the others' median divided by this: three lanes of four gone, a cable at a tenth of its rate. Healthy links
 # differ by less, noise included, as the best of several transfers counts.
@@ -210,7 +210,7 @@ def network(case: Case, values: dict[int, dict]) -> list[Line]:
         return [*lines, Line("all-reduce", YELLOW, f"{says}; not judged: no step was measured to compare it with")]
     sizes = one_micro_batch(case.config).train
     compute = statistics.median(step["compute"] for step in steps) * max(1, sizes.global_batch // (sizes.micro_batch * world))
-    talk = one["latency"] + one["seconds"] * steps[0]["needed"]["weights"] / one["bytes"]
+    talk = one["latency"] + one["seconds"] * steps[0]["gradient"] / one["bytes"]
     says += f": {1000 * talk:.1f} ms for the gradient, beside {1000 * compute:.0f} ms of a step's own work"
     if talk > COMMUNICATION_SHARE * compute:
         remedy = "mend a slow link; the right interface (--interface ib0, NCCL_SOCKET_IFNAME); fewer nodes; or a larger global batch"
@@ -300,7 +300,7 @@ def memory(case: Case, values: dict[int, dict]) -> list[Line]:
     ]
 
 
-_PARTS = {"model": "model and gradients", "beside": "optimizer, EMA and buffers", "activations": "activations"}
+_PARTS = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer, EMA and buffers", "activations": "activations"}
 
 # By check: what judges it. A check that came to no end on some rank has a red line of its own.
 JUDGES = {
@@ -312,12 +312,6 @@ JUDGES = {
     "links": (links,),
     "step": (memory,),
 }
-
-
-def one_micro_batch(config: Config) -> Config:
-    """`config` with a number for train.micro_batch, and without what takes minutes to compile."""
-    settings = {"micro_batch": config.train.smallest_micro_batch, "compile": False, "cuda_graphs": False}
-    return config.model_copy(update={"train": config.train.model_copy(update=settings)})
 
 
 def _trouble(case: Case, check: str) -> Line | None:

@@ -9,61 +9,26 @@ from torch import nn
 
 from train.config import Config
 from train.ema import Ema
-from train.engine import DTYPES, Engine, zero_stage
+from train.engine import DTYPES, Engine
+from train.estimate import activations, held, meta_model
 from train.memory import at_most, free_memory
-from train.micro_batch import kept_beside
 from train.roofline import finish
 from train.runtime import Runtime
 from train.saver import snapshot
 from train.tasks.classification import build_model
 
 
-def estimate(config: Config, classes: int, runtime: Runtime) -> dict[str, int]:
-    """Bytes that a rank needs: model and gradients, what is kept beside them, and what a micro-batch's forward pass keeps for backward.
-
-    Counted on the meta device, of the plain path: kernels and compilation keep less.
-    """
-    with torch.device("meta"):
-        model = build_model(config, classes).to(DTYPES[config.train.precision])
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    stage, world = zero_stage(config, runtime.world), runtime.world
-    own = weights // (world if stage == 3 else 1) + weights // (world if stage >= 2 else 1)
-    return {
-        "model": own,
-        "beside": kept_beside(model, config, runtime),
-        "activations": activations(model, config),
-        "weights": weights,
-        "elements": sum(parameter.numel() for parameter in model.parameters()),
-    }
-
-
-def activations(model: nn.Module, config: Config) -> int:
-    """Bytes that the forward pass of a micro-batch keeps for the backward pass, every storage once."""
-    side, weight = config.data.image_size, next(model.parameters())
-    kept: dict[int, torch.UntypedStorage] = {}
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # held, so that no other gets its place
-        return tensor
-
-    images = torch.empty(config.train.micro_batch, 3, side, side, device="meta", dtype=weight.dtype)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(images)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
 def take(config: Config, classes: int, runtime: Runtime) -> dict:
     """The estimate, the memory that is free, and, where it fits on all ranks, one step of the engine; all ranks call this.
 
-    compute: seconds of a micro-batch's forward and backward, without other ranks. peak: bytes that the step took. taken: it was tried.
+    gradient: bytes that are averaged in a step. taken: it was tried. compute: seconds of a micro-batch's forward and backward, without
+    other ranks. peak: bytes that the step took.
     """
-    needed = estimate(config, classes, runtime)
-    free = free_memory(runtime.device)
-    total = needed["model"] + needed["beside"] + needed["activations"]
-    found = {"needed": needed, "estimated": total, "free": free, "taken": False, "device": runtime.device.type}
+    model = meta_model(config, classes)
+    needed = {**held(model, config, runtime), "activations": activations(model, config)}
+    total, free = sum(needed.values()), free_memory(runtime.device)
+    gradient = sum(parameter.nbytes for parameter in model.parameters())
+    found = {"needed": needed, "estimated": total, "gradient": gradient, "free": free, "taken": False, "device": runtime.device.type}
     everywhere = torch.tensor(float(total <= free), device=runtime.device)
     dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
     if not everywhere:

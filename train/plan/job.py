@@ -72,11 +72,11 @@ def check_sizes(config: Config, images: int, world: int) -> None:
 def count_job(config: Config, images: int, validation_images: int, classes: int) -> Job:
     """Of sizes that `check_sizes` has found good."""
     from train.engine import DTYPES
-    from train.tasks.classification import build_model
+    from train.estimate import meta_model
 
     sizes = config.train
     return Job(
-        parameters=sum(weight.numel() for weight in on_meta(lambda: build_model(config, classes)).parameters()),
+        parameters=sum(weight.numel() for weight in meta_model(config, classes).parameters()),
         element_bytes=DTYPES[sizes.precision].itemsize,
         classes=classes,
         images=images,
@@ -92,7 +92,7 @@ def count_job(config: Config, images: int, validation_images: int, classes: int)
     )
 
 
-def memory(config: Config, classes: int, world: int) -> dict[int, dict[str, float]]:
+def memory(config: Config, classes: int, world: int) -> dict[int, dict[str, int]]:
     """Bytes of GPU memory of a rank by ZeRO stage, and by what they are for. Activations are what autograd keeps for one micro-batch in the
     plain path.
 
@@ -100,51 +100,12 @@ def memory(config: Config, classes: int, world: int) -> dict[int, dict[str, floa
     """
     import torch
 
-    from train.engine import DTYPES, zero_stage
-    from train.micro_batch import kept_beside
+    from train.estimate import activations, held, meta_model
     from train.runtime import Runtime
-    from train.tasks.classification import build_model
 
-    dtype, rank = DTYPES[config.train.precision], Runtime(0, world, 0, torch.device("cuda"))
-    model = on_meta(lambda: build_model(config, classes)).to(dtype)
-    weights = sum(weight.nbytes for weight in model.parameters())
-    kept = activations(model, config.train.micro_batch, config.data.image_size, dtype)
-    sizes = {}
-    for asked in range(4):
-        zero = config.zero.model_copy(update={"stage": asked, "offload": config.zero.offload and asked > 0})
-        of_stage = config.model_copy(update={"zero": zero})
-        stage = zero_stage(of_stage, world)
-        sizes[asked] = {
-            "weights": weights / (world if stage == 3 else 1),
-            "gradients": weights / (world if stage >= 2 else 1),
-            "optimizer": float(kept_beside(model, of_stage, rank)),
-            "activations": kept,
-        }
+    model, rank = meta_model(config, classes), Runtime(0, world, 0, torch.device("cuda"))
+    kept, sizes = activations(model, config), {}
+    for stage in range(4):
+        zero = config.zero.model_copy(update={"stage": stage, "offload": config.zero.offload and stage > 0})
+        sizes[stage] = {**held(model, config.model_copy(update={"zero": zero}), rank), "activations": kept}
     return sizes
-
-
-def activations(model, images: int, size: int, dtype) -> float:
-    """Bytes that autograd keeps of a forward pass of `images`: each storage once, weights left out."""
-    import torch
-
-    kept: dict[int, int] = {}
-    own = {weight.untyped_storage()._cdata for weight in [*model.parameters(), *model.buffers()]}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = model(torch.zeros(images, 3, size, size, device="meta", dtype=dtype))
-    del result
-    return float(sum(kept.values()))
-
-
-def on_meta(build):
-    """A model that takes no memory."""
-    import torch
-
-    with torch.device("meta"):
-        return build()

@@ -11,7 +11,7 @@ from train.plan.step import STAGES, step
 from train.plan.text import headline
 
 
-def record(title: str, own: Plan, best: Plan, sizes: dict[int, dict[str, float]], plans: list[Plan]) -> dict:
+def record(title: str, own: Plan, best: Plan, sizes: dict[int, dict[str, int]], plans: list[Plan]) -> dict:
     """A plan as JSON can hold it: times in seconds, memory in bytes."""
 
     def of(plan: Plan) -> dict:

@@ -52,7 +52,7 @@ def assumptions(cluster: Cluster, evaluation: float) -> str:
     return "\n".join(lines)
 
 
-def step_table(plan: Plan, memory: dict[int, dict[str, float]]) -> str:
+def step_table(plan: Plan, memory: dict[int, dict[str, int]]) -> str:
     """Step and memory at every ZeRO stage; the one of the config is marked."""
     heads = "".join(f"{name:>13}" for name in ("collectives", "not hidden", "data wait", "step"))
     lines = [f"ZeRO{'sent/rank':>14}{heads}{'memory/rank':>15}   = {' + '.join(memory[plan.job.zero_stage])}"]
@@ -136,7 +136,7 @@ def beside(measured: Measured, closed: Outcome, replayed: Outcome, wait: float) 
     return "\n".join(lines)
 
 
-def page(own: Plan, best: Plan, memory: dict[int, dict[str, float]], plans: list[Plan]) -> str:
+def page(own: Plan, best: Plan, memory: dict[int, dict[str, int]], plans: list[Plan]) -> str:
     job, cluster = own.job, own.cluster
     share = job.accumulation(cluster.world)
     a_step = f"{job.global_batch:,} images, {share} micro-batch{'es' * (share > 1)} of {job.micro_batch} a rank"

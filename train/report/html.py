@@ -1,6 +1,5 @@
-"""What the page is written with: escaped text, tables, and how times and shares are said."""
+"""What the page is written with: escaped text, tables, and how shares are said."""
 
-import time
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -25,21 +24,6 @@ def table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
 
 def text(value: str) -> str:
     return value if isinstance(value, Raw) else escape(value)
-
-
-def when(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def duration(seconds: float) -> str:
-    """Such as "3 d 4 h", "4 h 12 min", "3 min 20 s" or "4.2 s"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    minutes = whole // 60
-    return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
 def percent(share: float) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 from train.goodput import CATEGORIES
 from train.report.figures import Picture
 from train.report.history import History, Launch
-from train.report.html import Raw, duration, percent, table, text, when
+from train.report.html import Raw, percent, table, text
 from train.report.pictures import pictures
+from train.words import clock, duration
 
 # What goodput.py counts as what, in short.
 MEANS = {
@@ -58,7 +59,7 @@ def page(runs: Sequence[History], names: Sequence[str], plots: dict[str, Picture
 <meta name="viewport" content="width=device-width">
 <style>{(Path(__file__).parent / "style.css").read_text()}</style></head><body>
 <h1>{text(title)}</h1>
-<p class="quiet">{text(folders)} as of {text(when(now))}</p>
+<p class="quiet">{text(folders)} as of {text(clock(now))}</p>
 <nav>{links}</nav>
 {body}</body></html>
 """
@@ -135,7 +136,7 @@ def starts(named: list[tuple[History, str]]) -> str:
         for number, launch in enumerate(run.launches, 1):
             line, start = launch.line, launch.start
             steps = [str(start.step), str(start.last_step), str(line.get("lost_steps") or 0)]
-            about = [when(start.began), duration(3600 * (launch.ended - launch.began)), str(line["world_size"]), str(line["zero_stage"])]
+            about = [clock(start.began), duration(3600 * (launch.ended - launch.began)), str(line["world_size"]), str(line["zero_stage"])]
             rows.append([*_of(name, named), str(number), *about, *steps, launch.end or "it runs"])
     return table(head, rows)
 
@@ -148,7 +149,7 @@ def incidents(named: list[tuple[History, str]]) -> str:
         if not found:
             parts.append("<p>None: no step was skipped, no sample was bad, no save failed.</p>")
             continue
-        rows = [[when(line.values["time"]), str(line.values["step"]), *_incident(line.values)] for line in found[-SHOWN_INCIDENTS:]]
+        rows = [[clock(line.values["time"]), str(line.values["step"]), *_incident(line.values)] for line in found[-SHOWN_INCIDENTS:]]
         left = len(found) - len(rows)
         parts.append(f"<p>The newest {len(rows)}; {left:,} earlier ones are in metrics.jsonl.</p>" if left else "")
         parts.append(table(["when", "#step", "what", "~"], rows))
