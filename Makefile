@@ -21,8 +21,8 @@ demo: setup
 
 test: .venv/backends .venv/slurm
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/catmodel tests/data_pipeline tests/examples
-	$(BIN)/python -m pytest tests/launch tests/train  # start processes of their own: one after the other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile tests/catmodel tests/data_pipeline tests/examples tests/launch
+	$(BIN)/python -m pytest tests/train  # ranks that have limits on their time: one test after the other
 
 # Faults injected for real, the long form: docs/reliability.md is made of what this measures.
 faults: .venv/backends .venv/slurm
