@@ -100,7 +100,11 @@ def test_what_prepares(tiny_images, tmp_path, link_at_root):
     assert len(found) == 7
     for command in found:
         name = command.split("#")[0].split()[3]
-        if " index " not in command and " verify " not in command:
+        if " index " in command:  # as others made it: shards and nothing else
+            for path in (tmp_path / name).iterdir():
+                if path.suffix != ".tar":
+                    path.unlink()
+        elif " verify " not in command:
             shutil.rmtree(tmp_path / name, ignore_errors=True)
         run_all([command], tmp_path)
         assert (tmp_path / name / "manifest.json").exists()
