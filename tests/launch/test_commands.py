@@ -24,7 +24,7 @@ COMMAND = "(make|source|git|pip|python|deepspeed|torchrun|tensorboard|srun|squeu
 READS_RUNS = "(python launch/(evaluate|export|goodput|plan|predict|report|watch)|deepspeed launch/doctor)"
 STARTS_RUNS = "(deepspeed|torchrun) .*launch/train.py"
 PREPARES = "python launch/prepare.py"
-NEEDS_CLUSTER = "(python launch/submit|srun|squeue|scancel|scontrol) ?"
+NEEDS_CLUSTER = "(python launch/submit.py|srun|squeue|scancel|scontrol) "
 FETCHES = "pip "
 ELSEWHERE = {
     "make (demo|test) ": ".ci/run and a person, in a fresh clone",
@@ -191,9 +191,10 @@ def on_a_cluster(cluster, tiny_config, tiny_dataset, folder, link_at_root):
 
     # docs/slurm.md: the same with more options, its script only, and one run per seed.
     assert "#SBATCH --cpus-per-task=12" in account.shell(dry.replace("…", arguments))
-    for command in (full, seeds.replace("…", f"{arguments} --output runs/seeds")):
+    of_seeds = f"{seeds.replace('…', arguments)} --output runs/seeds"
+    for command, begun in ((full, output), (of_seeds, folder / "runs/seeds/seed_0")):
         job = submitted(account, command)
-        cluster.wait("its ranks", lambda: "R" in cluster.run("squeue", "-h", "-o", "%t").split(), 180)
+        wait_for_lines(cluster, begun, 2)
         account.shell(cancel.replace("JOB", job))
         cluster.wait("an empty queue", lambda: not cluster.run("squeue", "-h").strip())
 
