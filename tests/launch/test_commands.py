@@ -21,8 +21,8 @@ PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "
 PAGES = [page for page in PAGES if page not in ("docs/design.md", "docs/guide.md")]  # the one has synopses, the other a test of its own
 COMMAND = "(make|source|git|pip|python|deepspeed|torchrun|tensorboard|srun|squeue|scancel|scontrol) "
 # Which commands are run by which test; and what is run elsewhere.
-READS_RUNS = "(python launch/(evaluate|export|goodput|plan|predict|report|watch)|deepspeed launch/doctor)"
-STARTS_RUNS = "(deepspeed|torchrun) .*launch/train.py"
+READS_RUNS = "python launch/(evaluate|export|goodput|plan|predict|report|watch).py"
+STARTS_RUNS = "(deepspeed|torchrun) .*launch/(train|doctor).py"
 PREPARES = "python launch/prepare.py"
 NEEDS_CLUSTER = "(python launch/submit.py|srun|squeue|scancel|scontrol) "
 FETCHES = "pip "
