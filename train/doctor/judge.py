@@ -344,7 +344,7 @@ HUNG = {
     "decoding": "the file system of the dataset hangs or crawls there: look at its server, or stage the files (data.cache_dir)",
     "network": "a firewall or the wrong interface between the nodes: --interface; NCCL_DEBUG=INFO says what was chosen",
     "links": "a firewall or the wrong interface between the nodes: --interface; NCCL_DEBUG=INFO says what was chosen",
-    "step": "see which ranks did not come (py-spy dump; NCCL_DEBUG=INFO); or, where this is a CPU, give a smaller model or train.micro_batch",
+    "step": "see which ranks did not come (py-spy dump; NCCL_DEBUG=INFO); on a CPU, give a smaller model or train.micro_batch",
 }
 
 
