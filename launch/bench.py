@@ -131,11 +131,11 @@ def bench_guard(arguments: argparse.Namespace) -> dict | None:
 def bench_model(arguments: argparse.Namespace) -> dict:
     """Models beside the same models done otherwise, and beside others of their size; and the roofline of the device."""
     import catmodel
-    from train.bench_model import MODES, WAYS, Setting, bench_model, count_model, model_table, profile
+    from train.bench_model import MODES, OTHERS, WAYS, Setting, bench_model, count_model, model_table, profile
     from train.config import ConfigError
 
     names, ways = arguments.models.split(","), tuple(arguments.ways.split(",")) if arguments.ways else WAYS
-    for kind, given, known in (("--models", names, catmodel.list_models()), ("--ways", ways, WAYS)):
+    for kind, given, known in (("--models", names, catmodel.list_models()), ("--ways", ways, WAYS + OTHERS)):
         if not set(given) <= set(known):
             raise ConfigError(f"{kind} {','.join(sorted(set(given) - set(known)))}: known are {', '.join(known)}")
     device, dtype, precision, roofline = predicted(arguments) if arguments.count_only else on_this_device(arguments)
@@ -277,7 +277,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ways",
         metavar="WAY,…",
-        help="model: of ours, compiled, plain (without kernels), released (its cost: recomputation, copies), timm (default: all)",
+        help="model: ours, compiled, plain (no kernels), released (its cost: recomputation, copies), timm (default: these); channels_last",
     )
     parser.add_argument("--mode", choices=["training", "inference", "both"], default="both", help="model (default: %(default)s)")
     parser.add_argument("--batch", type=int, metavar="N", help="model, models, kernels: images (default: 128 on a GPU, 8 on a CPU)")

@@ -197,6 +197,14 @@ def targets(mode: str, rows: dict[str, dict]) -> list[str]:
     return said
 
 
+def layout(job: Job) -> dict:
+    """CoTNet's convolutions, channels first and channels last."""
+    sizes = job.size(["--rounds", "5"], ["--rounds", "1", "--steps", "1", "--batch", "2"])
+    result = bench(job, "layout", "model", "--models", "cotnet50", "--ways", "ours,channels_last", *sizes)
+    ratios = {mode: found["rows"]["ours, channels-last"]["ratio"] for mode, found in result["models"]["cotnet50"].items()}
+    return {"says": "channels-last: " + ", ".join(f"{mode} {ratio:.2f} x" for mode, ratio in ratios.items()), **result}
+
+
 def overhead(job: Job) -> dict:
     sizes = job.size(["--config", "configs/cat_b.yaml", "train.micro_batch=128", "train.global_batch=1024"], ["train.micro_batch=16"])
     result = bench(job, "overhead", "train", *sizes, *job.size([], ["--steps", "1", "--rounds", "1"]), f"data.path={job.dataset}")
@@ -216,6 +224,7 @@ ROUNDS: tuple[tuple[int, tuple[Callable[[Job], dict], ...]], ...] = (
     (90, (kernels,)),
     (180, (model,)),
     (120, (overhead,)),
+    (60, (layout,)),
 )
 PARTS = {part.__name__: part for _, parts in ROUNDS for part in parts}
 

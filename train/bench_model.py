@@ -24,7 +24,9 @@ from train.engine import compile_settings
 from train.roofline import Roofline, bytes_per_image, finish, flops_per_image, replaced
 
 WAYS = ("ours", "compiled", "plain", "released", "timm")
+OTHERS = ("channels_last",)  # that are done when they are asked for
 MODES = ("training", "inference")
+CONTIGUOUS = torch.contiguous_format
 # timm's models of about the same GMACs at 224 x 224 (CAT-T 2.8, S 6.1, B 8.9): Swin-T 4.5, S 8.7; PVTv2-B1 2.1, B3 6.9, B4 10.1.
 SAME_SIZE = {
     "cat_tiny": ("swin_tiny_patch4_window7_224", "pvt_v2_b1"),
@@ -77,6 +79,7 @@ class Way:
     flops: float
     moved: Counter | None
     released: bool = False
+    memory_format: torch.memory_format = CONTIGUOUS  # of images and weights
     milliseconds: list[list[float]] = field(default_factory=list)
     peak_bytes: int | None = None
 
@@ -117,12 +120,18 @@ def count_model(name: str, setting: Setting, roofline: Roofline, ways: tuple[str
 
 
 def build_ways(name: str, setting: Setting, ways: tuple[str, ...]) -> list[Way]:
-    """The model `name` in the given ways (of WAYS), then timm's of its size. Raises ValueError where there is no such model."""
+    """The model `name` in the given ways (of WAYS and OTHERS), and timm's of its size. Raises ValueError where there is no such model."""
     built, dtype, training, meta = [], setting.dtype, setting.training, torch.device("meta")
 
-    def add(title: str, create: Callable[[], nn.Module], compiled: bool = False, released: bool = False) -> None:
+    def add(
+        title: str,
+        create: Callable[[], nn.Module],
+        compiled: bool = False,
+        released: bool = False,
+        layout: torch.memory_format = CONTIGUOUS,
+    ) -> None:
         with setting.device:  # where drawing weights takes no time
-            model = create().to(dtype).train(training)
+            model = create().to(dtype, memory_format=layout).train(training)
         if released:
             for stage in model.layers:
                 stage.__class__ = ReleasedStage
@@ -132,7 +141,7 @@ def build_ways(name: str, setting: Setting, ways: tuple[str, ...]) -> list[Way]:
         fused = setting.device.type != "cpu"
         moved = None if compiled else bytes_per_image(lambda n: step(*setting.images(n, size, meta)), setting.batch, fused)
         flops = flops_per_image(plain(shadow), size, training=training)
-        built.append(Way(title, torch.compile(model, **compile_settings()) if compiled else model, flops, moved, released))
+        built.append(Way(title, torch.compile(model, **compile_settings()) if compiled else model, flops, moved, released, layout))
 
     def ours() -> nn.Module:
         return catmodel.create_model(name)
@@ -147,6 +156,8 @@ def build_ways(name: str, setting: Setting, ways: tuple[str, ...]) -> list[Way]:
             add("ours, compiled", ours, compiled=True)
         elif way == "plain":
             add("plain", lambda: plain(ours()))
+        elif way == "channels_last":
+            add("ours, channels-last", ours, layout=torch.channels_last)
         else:
             add(way, ours, released=way == "released")
     return built
@@ -221,6 +232,7 @@ def runner(way: Way, setting: Setting, steps: int) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if setting.training else None
     device = setting.device
     images, labels = setting.images(setting.batch, image_size(model), device)
+    images = images.contiguous(memory_format=way.memory_format)
 
     def run() -> None:
         first = way.peak_bytes is None and device.type == "cuda"

@@ -69,10 +69,11 @@ def seconds(work: Callable[[], object], device: torch.device, rounds: int = 9, r
 
 
 def flops_per_image(model: nn.Module, size: int, *, training: bool) -> float:
-    """FLOPs of one image, a backward pass counted as two forward passes. The model lies on the meta device, and uses plain operators."""
+    """FLOPs of one image, a backward pass counted as two forward passes. The model lies on the meta device, and uses plain operators; it is
+    left in evaluation, as batch norm cannot train on one image."""
     image = torch.empty(1, 3, size, size, device="meta", dtype=next(model.parameters()).dtype)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
+        model.eval()(image)
     return counter.get_total_flops() * (3 if training else 1)
 
 
@@ -95,7 +96,7 @@ def count_bytes(run: Callable[[], object], fused: bool = True) -> Counter:
     from catmodel import kernels
 
     if fused:
-        from catmodel.kernels import cross_patch, flash, inner_patch, mlp, pack  # noqa: F401 (registers the operators)
+        kernels.register()
 
     with _Traffic() as traffic:
 

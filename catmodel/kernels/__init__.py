@@ -29,10 +29,15 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype not in DTYPES:
         return _plain(f"they do not know {dtype}")
     try:
-        from catmodel.kernels import aggregate, cross_patch, flash, inner_patch, mlp, pack  # noqa: F401 (registers the operators)
+        register()
     except ModuleNotFoundError as error:
         return _plain(f"{error.name} is not installed")
     return True
+
+
+def register() -> None:
+    """Make the operators, torch.ops.catmodel.*. Raises ModuleNotFoundError where there is no Triton."""
+    from catmodel.kernels import aggregate, cross_patch, flash, inner_patch, mlp, pack  # noqa: F401
 
 
 @functools.cache

@@ -21,7 +21,20 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_bench_of_a_model_measures_each_way_and_says_what_the_page_needs(tmp_path):
     path = tmp_path / "cpu.json"
-    sizes = "--models", "cat_nano", "--ways", "ours,released", "--mode", "training", "--batch", "2", "--rounds", "1", "--steps", "1"
+    sizes = (
+        "--models",
+        "cat_nano",
+        "--ways",
+        "ours,released,channels_last",
+        "--mode",
+        "training",
+        "--batch",
+        "2",
+        "--rounds",
+        "1",
+        "--steps",
+        "1",
+    )
     done = command("launch/bench.py", "model", *sizes, "--profile", str(tmp_path / "traces"), "--json", str(path))
     assert done.returncode == 0, done.stderr
     result = json.loads(path.read_text())
@@ -30,11 +43,24 @@ def test_bench_of_a_model_measures_each_way_and_says_what_the_page_needs(tmp_pat
     # Recomputation and copies: more bytes for the same arithmetic.
     assert rows["released"]["megabytes"] > 1.1 * rows["ours"]["megabytes"]
     assert rows["released"]["gflops"] == rows["ours"]["gflops"]
+    assert set(rows) == {"ours", "released", "ours, channels-last"}
     for row in rows.values():
         assert row["median"] > 0 and 0 < row["mfu"] < 1 and set(row["milliseconds"]) == {"forward", "backward", "optimizer"}
     assert result["machine"] and result["torch"] == torch.__version__.split("+")[0]
     assert json.loads((tmp_path / "traces/cat_nano-training.json").read_text())["traceEvents"]
     assert any("mm" in row["name"] for row in result["models"]["cat_nano"]["training"]["profile"])
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_what_a_model_of_each_family_moves_on_a_gpu_is_counted(tmp_path, mode):
+    path, models = tmp_path / "counts.json", ["cat_tiny", "pvt_small", "cotnet50", "se_cotnetd50"]
+    sizes = "--count-only", "--models", ",".join(models), "--ways", "ours,plain,channels_last", "--mode", mode, "--json", str(path)
+    done = command("launch/bench.py", "model", *sizes)
+    assert done.returncode == 0, done.stderr
+    for model in models:
+        rows = json.loads(path.read_text())["models"][model][mode]["rows"]
+        assert rows["ours"]["gflops"] == rows["plain"]["gflops"] == rows["ours, channels-last"]["gflops"] > 2
+        assert rows["ours"]["megabytes"] < rows["plain"]["megabytes"]
 
 
 def test_mistakes_are_one_sentence():

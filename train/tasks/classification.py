@@ -1,5 +1,6 @@
 """Image classification with soft targets (mixup, cutmix, label smoothing)."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -34,14 +35,9 @@ class Classification:
 
     def flops_per_image(self, model: nn.Module) -> float:
         """FLOPs of one image, forward and backward (backward counted as twice the forward)."""
-        import copy
+        from train.roofline import flops_per_image
 
-        from torch.utils.flop_counter import FlopCounterMode
-
-        size = self.config.data.image_size
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, size, size, device="meta"))
-        return 3 * counter.get_total_flops()
+        return flops_per_image(copy.deepcopy(model).to("meta"), self.config.data.image_size, training=True)
 
     def batches(self, start_step: int) -> Loader:
         """This rank's micro-batches from step `start_step` on, without end."""
