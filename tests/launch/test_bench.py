@@ -51,14 +51,13 @@ def test_bench_of_a_model_measures_each_way_and_says_what_the_page_needs(tmp_pat
     assert any("mm" in row["name"] for row in result["models"]["cat_nano"]["training"]["profile"])
 
 
-@pytest.mark.parametrize("mode", ["training", "inference"])
-def test_what_a_model_of_each_family_moves_on_a_gpu_is_counted(tmp_path, mode):
-    path, models = tmp_path / "counts.json", ["cat_tiny", "pvt_small", "cotnet50", "se_cotnetd50"]
-    sizes = "--count-only", "--models", ",".join(models), "--ways", "ours,plain,channels_last", "--mode", mode, "--json", str(path)
+def test_what_a_model_of_each_family_moves_on_a_gpu_is_counted(tmp_path):
+    path, models = tmp_path / "counts.json", ["cat_tiny", "pvt_small", "cotnet50"]
+    sizes = "--count-only", "--models", ",".join(models), "--ways", "ours,plain,channels_last", "--mode", "training", "--json", str(path)
     done = command("launch/bench.py", "model", *sizes)
     assert done.returncode == 0, done.stderr
     for model in models:
-        rows = json.loads(path.read_text())["models"][model][mode]["rows"]
+        rows = json.loads(path.read_text())["models"][model]["training"]["rows"]
         assert rows["ours"]["gflops"] == rows["plain"]["gflops"] == rows["ours, channels-last"]["gflops"] > 2
         assert rows["ours"]["megabytes"] < rows["plain"]["megabytes"]
 

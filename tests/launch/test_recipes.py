@@ -66,10 +66,11 @@ def test_an_ablation_changes_the_network(recipe, count, kind):
 @pytest.mark.slow
 @pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason="needs ../shared/data/imagenet_sample.tar: 800 ImageNet photographs")
 def test_cat_b_takes_steps_on_full_size_photographs(tmp_path):
-    """configs/cat_b.yaml with nothing replaced but dataset, batch sizes, the number of steps, and compilation, which takes minutes."""
+    """configs/cat_b.yaml with nothing replaced but dataset, batch sizes, the number of steps, and what takes minutes: compilation, bf16."""
     dataset, run = tmp_path / "dataset", tmp_path / "run"
     subprocess.run([sys.executable, "launch/prepare.py", str(PHOTOGRAPHS), str(dataset)], cwd=ROOT, check=True, capture_output=True)
-    settings = [f"data.path={dataset}", "train.global_batch=2", "train.micro_batch=2", "train.max_steps=2", "train.compile=false"]
+    settings = [f"data.path={dataset}", "train.global_batch=4", "train.micro_batch=2", "train.max_steps=2"]
+    settings += ["train.compile=false", "train.precision=fp32"]
     command = [sys.executable, "launch/train.py", "--config", "configs/cat_b.yaml", "--output", str(run), *settings]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

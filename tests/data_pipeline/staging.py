@@ -1,0 +1,75 @@
+"""Staging of a small dataset: by which processes, from a web server that can be slow, cut off, and counts, and what is in the cache."""
+
+import functools
+import hashlib
+import http.server
+import multiprocessing
+import threading
+import time
+from pathlib import Path
+
+from data_pipeline.config import DataConfig
+from data_pipeline.storage import open_dataset
+
+SAMPLES, PER_SHARD = 60, 5
+fork = multiprocessing.get_context("forkserver")
+
+
+def config(path: object, cache: object = None, **changes) -> DataConfig:
+    cache = None if cache is None else str(cache)
+    return DataConfig(path=str(path), cache_dir=cache, image_size=16, workers=2, prefetch=2, **changes)
+
+
+def staged(cache: Path) -> set[str]:
+    """Whole files in the cache, by name."""
+    return {path.name for path in cache.glob("*/*") if path.suffix not in (".lock", ".part")}
+
+
+def read_one(split, number: int = 0) -> bytes:
+    """The bytes of shard `number`, through the cache."""
+    descriptor = split.open_file(split.folder / split.shards[number].file, threading.Event())
+    with open(descriptor, "rb") as file:
+        return file.read()
+
+
+def stage_in_a_process(data: DataConfig, numbers: list[int]) -> None:
+    split = open_dataset(data).split("train")
+    for number in numbers:
+        assert hashlib.sha256(read_one(split, number)).hexdigest() == split.shards[number].sha256
+
+
+def start(data: DataConfig, numbers: list[int]) -> multiprocessing.Process:
+    process = fork.Process(target=stage_in_a_process, args=(data, numbers))
+    process.start()
+    return process
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def copyfile(self, source, output) -> None:
+        self.server.requests.append(self.path.rpartition("/")[2])
+        data = source.read()
+        if self.path.endswith(".tar") and self.server.cut > 0:
+            self.server.cut -= 1
+            data = data[: len(data) // 2]
+        if not self.path.endswith(".tar") or not self.server.slow:
+            output.write(data)
+            return
+        while data and not self.server.stopping:
+            output.write(data[:1000])
+            data = data[1000:]
+            time.sleep(self.server.slow)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """slow: seconds per kilobyte of a shard. cut: shards still to be sent only in half. requests: names of the files that were sent."""
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+        self.slow, self.cut, self.stopping, self.requests = 0.0, 0, False, []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_: object) -> None:
+        pass  # a client that was killed
