@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -131,13 +132,18 @@ def bench_guard(arguments: argparse.Namespace) -> dict | None:
 def bench_model(arguments: argparse.Namespace) -> dict:
     """Models beside the same models done otherwise, and beside others of their size; and the roofline of the device."""
     import catmodel
-    from train.bench_model import MODES, OTHERS, WAYS, Setting, bench_model, count_model, model_table, profile
     from train.config import ConfigError
 
-    names, ways = arguments.models.split(","), tuple(arguments.ways.split(",")) if arguments.ways else WAYS
-    for kind, given, known in (("--models", names, catmodel.list_models()), ("--ways", ways, WAYS + OTHERS)):
+    def check(kind: str, given: Sequence[str], known: Sequence[str]) -> None:
         if not set(given) <= set(known):
             raise ConfigError(f"{kind} {','.join(sorted(set(given) - set(known)))}: known are {', '.join(known)}")
+
+    names = arguments.models.split(",")
+    check("--models", names, catmodel.list_models())
+    from train.bench_model import MODES, OTHERS, WAYS, Setting, bench_model, count_model, model_table, profile
+
+    ways = tuple(arguments.ways.split(",")) if arguments.ways else WAYS
+    check("--ways", ways, WAYS + OTHERS)
     device, dtype, precision, roofline = predicted(arguments) if arguments.count_only else on_this_device(arguments)
     batch = arguments.batch or (8 if device.type == "cpu" else 128)
     results: dict = {"batch": batch, "precision": precision, "rounds": arguments.rounds, "steps": arguments.steps, "models": {}}
