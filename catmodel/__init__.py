@@ -9,7 +9,7 @@ from catmodel import timm_registry
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["create_model", "list_models", "load_published"]
+__all__ = ["create_model", "least_images", "list_models", "load_published"]
 
 # Model name -> the module that has a function of this name. Kept here so that the list needs no torch.
 _FAMILIES = {
@@ -23,6 +23,11 @@ _MODELS = {name: module for module, names in _FAMILIES.items() for name in names
 def list_models() -> list[str]:
     """The names that `create_model` takes."""
     return sorted(_MODELS)
+
+
+def least_images(name: str) -> int:
+    """How many images a training step of this model needs: CoTNet's gates normalise pooled images over the batch."""
+    return 2 if _MODELS[name] == "catmodel.cotnet" else 1
 
 
 def create_model(name: str, **overrides: Any) -> "nn.Module":

@@ -91,7 +91,7 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> Job:
         raise ConfigError("--tasks-per-node is for --gpus-per-node 0: every GPU gets one rank")
     sizes = config.train
     try:
-        Order(sizes.seed, sizes.global_batch, sizes.global_batch, sizes.smallest_micro_batch).share(0, arguments.nodes * tasks)
+        Order(sizes.seed, sizes.global_batch, sizes.global_batch, config.smallest_micro_batch).share(0, arguments.nodes * tasks)
     except ValueError as error:
         raise ConfigError(f"{arguments.config}: {error}") from error
     folder = os.path.abspath(arguments.output or os.path.join("runs", Path(arguments.config).stem))

@@ -30,7 +30,7 @@ def main(arguments: argparse.Namespace) -> None:
     samples = manifest.split("train").samples
     try:
         sizes = config.train
-        order = Order(sizes.seed, samples, sizes.global_batch, sizes.smallest_micro_batch, config.data.shuffle, config.data.repeats)
+        order = Order(sizes.seed, samples, sizes.global_batch, config.smallest_micro_batch, config.data.shuffle, config.data.repeats)
         order.share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
         raise ConfigError(f"{arguments.config}: {error}") from error

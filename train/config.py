@@ -119,11 +119,6 @@ class TrainConfig(Section):
         False, description="replay the compiled network as CUDA graphs, for small batches; one micro-batch a rank and step (not measured)"
     )
 
-    @property
-    def smallest_micro_batch(self) -> int:
-        """What `micro_batch` says, or for "auto" what it may come to: the number of ranks must share a global batch of these."""
-        return 1 if self.micro_batch == "auto" else self.micro_batch
-
     @model_validator(mode="after")
     def _cuda_graphs(self) -> "TrainConfig":
         """train.cuda_graphs needs train.compile."""
@@ -134,7 +129,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _micro_batches(self) -> "TrainConfig":
         """train.global_batch / train.micro_batch is a whole number, and a multiple of the number of ranks."""
-        if self.global_batch % self.smallest_micro_batch:
+        if self.micro_batch != "auto" and self.global_batch % self.micro_batch:
             raise ValueError(f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}")
         return self
 
@@ -219,6 +214,19 @@ class Config(Section):
         """schedule.warmup_epochs is less than train.epochs."""
         if self.schedule.warmup_epochs >= self.train.epochs:
             raise ValueError(f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} leaves nothing of train.epochs {self.train.epochs}")
+        return self
+
+    @property
+    def smallest_micro_batch(self) -> int:
+        """What train.micro_batch says, or for "auto" what it may come to: the number of ranks must share a global batch of these."""
+        return catmodel.least_images(self.model.name) if self.train.micro_batch == "auto" else self.train.micro_batch
+
+    @model_validator(mode="after")
+    def _pooled_images(self) -> "Config":
+        """train.micro_batch is 2 or more for a CoTNet, which normalises pooled images over the batch."""
+        least = catmodel.least_images(self.model.name)
+        if self.smallest_micro_batch < least:
+            raise ValueError(f"train.micro_batch {self.train.micro_batch} is too small for {self.model.name}: its batch norms need {least}")
         return self
 
     @model_validator(mode="after")

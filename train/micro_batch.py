@@ -52,7 +52,7 @@ def _before(output: Path, resume: str) -> int | None:
 def _largest(config: Config, classes: int, runtime: Runtime) -> tuple[int, str]:
     """By bisection; the sizes are those that give every rank the same number of micro-batches."""
     share = config.train.global_batch // runtime.world
-    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    sizes = [size for size in range(config.smallest_micro_batch, share + 1) if share % size == 0]
     fitting, too_large = -1, len(sizes)
     model = build_model(config, classes).to(runtime.device, DTYPES[config.train.precision])
 
@@ -61,8 +61,9 @@ def _largest(config: Config, classes: int, runtime: Runtime) -> tuple[int, str]:
         dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
         return bool(everywhere)
 
-    # At ZeRO 3 the weights are partitioned, too, which these trials of a whole model do not show: more would fit than is found.
-    if fits(1):  # libraries start their threads and fill their caches: no part of what a size needs, so before the memory is measured
+    # The first one lets libraries start their threads and fill their caches, which is no part of what a size needs: before the memory is
+    # measured. At ZeRO 3 the weights are partitioned, which these trials of a whole model do not show: more would fit than is found.
+    if fits(sizes[0]):
         free = (1 - HEADROOM) * free_memory(runtime.device) - kept_beside(model, config, runtime)
         with at_most(free, runtime.device):
             while too_large - fitting > 1:
@@ -70,7 +71,7 @@ def _largest(config: Config, classes: int, runtime: Runtime) -> tuple[int, str]:
                 fitting, too_large = (middle, too_large) if fits(sizes[middle]) else (fitting, middle)
     if fitting < 0:
         raise ConfigError(
-            "train.micro_batch=auto: not one image fits into memory; use train.activation_checkpointing=true, a higher zero.stage, "
+            f"train.micro_batch=auto: not even {sizes[0]} fits into memory; use train.activation_checkpointing=true, a higher zero.stage, "
             "or a smaller model"
         )
     above = f" ({sizes[too_large]} does not)" if too_large < len(sizes) else ""

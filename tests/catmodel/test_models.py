@@ -77,6 +77,15 @@ def test_published_parameters_and_multiplications(name: str):
     assert counter.get_total_flops() / 2 / 2e9 == pytest.approx(gmacs, rel=1e-3)
 
 
+@every_architecture
+def test_least_images_train_and_fewer_do_not(name: str):
+    model, least = small(name).train(), catmodel.least_images(name)
+    model(images(name, least))
+    if least > 1:
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            model(images(name, least - 1))
+
+
 @every_model
 def test_names_and_shapes_are_the_released_ones(name: str):
     file = KEYS / f"{RELEASED.get(name, name)}.txt"

@@ -64,6 +64,14 @@ def test_mistakes_are_named_with_the_remedy(write, override, sentence):
     assert "\n" not in str(raised.value)
 
 
+def test_batch_norm_of_pooled_images_needs_two(write):
+    small = SMALL.replace("cat_nano", "cotnet50")
+    with pytest.raises(ConfigError, match="train.micro_batch 1 is too small for cotnet50: its batch norms need 2"):
+        load_config(write(small), ["train.micro_batch=1"])
+    assert load_config(write(small), ["train.micro_batch=2"]).smallest_micro_batch == 2
+    assert load_config(write(small), ["train.micro_batch=auto"]).smallest_micro_batch == 2
+
+
 def test_offload_needs_a_partitioned_optimizer(write):
     with pytest.raises(ConfigError, match=r"zero\.offload needs zero\.stage 1, 2 or 3"):
         load_config(write(SMALL), ["zero.stage=0", "zero.offload=true"])

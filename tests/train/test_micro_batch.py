@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tests.runs import events, losses, run, start
+from tests.train.test_families import TINY, with_model
 
 SETTINGS = ["train.micro_batch=auto", "train.max_steps=2", "train.evaluate_every=0", "zero.stage=0"]
 SETTINGS += ["data.image_size=64", "model.patch_size=8"]
@@ -51,7 +52,14 @@ def test_all_ranks_take_what_fits_on_each(tiny_config, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_network_whose_batch_norms_need_two_images(tiny_config, tmp_path):
+    config = with_model(tiny_config, tmp_path, TINY["cotnet"])
+    job = run(config, tmp_path / "run", "train.micro_batch=auto", "train.max_steps=1", "train.evaluate_every=0", world=2)
+    assert micro_batch(tmp_path / "run") == 16 and "train.micro_batch: 16 is the largest that fits" in job.text()
+
+
+@pytest.mark.slow
 def test_where_nothing_fits_the_run_ends_with_one_sentence(tiny_config, tmp_path):
     job = start(tiny_config, tmp_path, *SETTINGS, "data.image_size=1024", before=LimitMemory(0, 500))
     assert job.wait() == [78]
-    assert "train.micro_batch=auto: not one image fits into memory" in job.text()
+    assert "train.micro_batch=auto: not even 1 fits into memory" in job.text()

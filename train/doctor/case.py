@@ -65,5 +65,5 @@ def odd_one_out(case: Case, texts: dict[int, str]) -> str:
 
 def one_micro_batch(config: Config) -> Config:
     """`config` with a number for train.micro_batch, and without what takes minutes to compile."""
-    settings = {"micro_batch": config.train.smallest_micro_batch, "compile": False, "cuda_graphs": False}
+    settings = {"micro_batch": config.smallest_micro_batch, "compile": False, "cuda_graphs": False}
     return config.model_copy(update={"train": config.train.model_copy(update=settings)})
