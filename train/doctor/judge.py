@@ -288,7 +288,7 @@ def memory(case: Case, values: dict[int, dict]) -> list[Line]:
     peak, free = max(value["peak"] for value in measured), min(value["free"] for value in values.values())
     lines = [Line("memory", GREEN, f"{size(peak)} a rank measured in a real step, {size(free)} free; {says}")]
     if case.config.train.micro_batch == "auto":
-        lines = [Line("memory", YELLOW, f"train.micro_batch is auto: tried with 1; the run finds the largest that fits. {says}")]
+        lines = [Line("memory", YELLOW, f"train.micro_batch is auto: tried with {batch}; the run finds the largest that fits. {says}")]
     step, compute = max(value["step"] for value in measured), statistics.median(value["compute"] for value in measured)
     skipped = [rank for rank, value in values.items() if value.get("skipped")]
     if skipped:
