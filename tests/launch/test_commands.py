@@ -1,4 +1,7 @@
-"""The commands of README.md and docs/, run as they stand, on stand-ins for datasets and recipes; of docs/guide.md in test_guide.py."""
+"""The commands in the blocks of README.md and docs/, on stand-ins for datasets and recipes; those of docs/guide.md in test_guide.py.
+
+As they stand, but for "…" and JOB, which are filled in, and a `tail -f`, which is ended. Commands inside sentences are not among them.
+"""
 
 import os
 import re
@@ -27,9 +30,9 @@ PREPARES = "python launch/prepare.py"
 NEEDS_CLUSTER = "(python launch/submit.py|srun|squeue|scancel|scontrol) "
 FETCHES = "pip "
 ELSEWHERE = {
-    "make (demo|test) ": ".ci/run and a person, in a fresh clone",
-    "source .venv/bin/activate": "docs/guide.md begins with it, too",
-    "tensorboard ": "test_guide.py",
+    "make (demo|test) ": "make test by .ci/run; make demo by a person, in a fresh clone",
+    "source .venv/bin/activate": "by a person, in a fresh clone",
+    "tensorboard ": "by a person; test_guide.py starts one on another folder",
 }
 
 
@@ -181,7 +184,7 @@ def on_a_cluster(cluster, tiny_config, tiny_dataset, folder, link_at_root):
     # README: a job of 16 ranks, which is looked at, saves when it is put back into the queue, and goes on.
     job = submitted(account, first)
     wait_for_lines(cluster, output, 2)
-    assert job in account.shell(look.replace("tail -f", "timeout 1 tail -f") + "|| true")
+    assert job in account.shell(look.replace("tail -f", "timeout 1 tail -f") + "|| true")  # of the tail nothing is asked
     account.shell(requeue.replace("JOB", job))
     cluster.wait("a restart", lambda: cluster.job(job).restarts == 1 and cluster.job(job).state == "RUNNING", 180)
     wait_for_lines(cluster, output, 2)
