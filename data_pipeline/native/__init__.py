@@ -10,11 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 
 # As in decode.h and resample.h.
-INTERFACE = 1
+INTERFACE = 2
 MESSAGE_LENGTH = 200
 AVX2, OWN_HUFFMAN = 1, 2
 ENCODINGS = {"jpeg": 0, "raw": 1}
 INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
+
+# Of a JPEG, in training and in preparation. A scan can take a few bytes of the file and a pass over the whole image.
+MOST_SCANS = 500
 
 
 def _load() -> ctypes.CDLL | None:
@@ -29,7 +32,8 @@ def _load() -> ctypes.CDLL | None:
         return None
     pointer = ctypes.c_void_p
     library.decoder_decode.argtypes = [
-        *(ctypes.c_int, ctypes.c_int, pointer, pointer, pointer, pointer),  # count, encoding, data, lengths, dimensions, windows
+        *(ctypes.c_int, ctypes.c_int, pointer, pointer, pointer),  # count, encoding, data, lengths, dimensions
+        *(ctypes.c_int, pointer),  # most_scans, windows
         *(ctypes.c_int, ctypes.c_int, ctypes.c_int, pointer, pointer),  # size, filter, features, out, messages
     ]
     return library
@@ -65,7 +69,7 @@ def decode_batch(
     lengths = np.fromiter(map(len, encoded), np.uintp, count)
     messages = np.empty((count, MESSAGE_LENGTH), np.uint8)
     failures = LIBRARY.decoder_decode(
-        *(count, ENCODINGS[encoding], data, lengths.ctypes.data, dimensions.ctypes.data, windows.ctypes.data),
+        *(count, ENCODINGS[encoding], data, lengths.ctypes.data, dimensions.ctypes.data, MOST_SCANS, windows.ctypes.data),
         *(size, INTERPOLATIONS[interpolation], features, out.ctypes.data, messages.ctypes.data),
     )
     if not failures:

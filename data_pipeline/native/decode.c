@@ -29,8 +29,6 @@ enum { ROWS = 8 };
 enum { LARGEST_WINDOW = 1 << 16 };
 /* A progressive image is held as coefficients: 1 GiB of them. */
 #define LARGEST_COEFFICIENTS ((uint64_t)1 << 30)
-/* A progressive scan can take a few bytes of the file and a pass over the whole image. */
-enum { MOST_SCANS = 500 };
 /* How an attempt at an image ends. GAVE_UP: huffman.c did not like the data. */
 enum { DONE, FAILED, GAVE_UP };
 
@@ -49,7 +47,7 @@ typedef struct {
     struct jpeg_progress_mgr progress;
     jmp_buf ended;
     char *message;
-    int encoding, size, filter, features;
+    int encoding, most_scans, size, filter, features;
     Huffman huffman;
     Resampler resampler;
     Buffer rows; /* of the window, as they go to the resampler: black outside the image */
@@ -86,7 +84,7 @@ static void on_message(j_common_ptr jpeg, int level) {
 
 static void on_progress(j_common_ptr jpeg) {
     Decoder *decoder = jpeg->client_data;
-    if (decoder->jpeg.input_scan_number > MOST_SCANS) fail(decoder, "it has more than %d scans", MOST_SCANS);
+    if (decoder->jpeg.input_scan_number > decoder->most_scans) fail(decoder, "it has more than %d scans", decoder->most_scans);
 }
 
 Huffman *huffman_of(j_decompress_ptr jpeg) { return &((Decoder *)jpeg->client_data)->huffman; }
@@ -226,7 +224,8 @@ static bool decode(Decoder *decoder, const uint8_t *data, size_t length, const i
 }
 
 EXPORT int decoder_decode(int count, int encoding, const uint8_t *const *data, const size_t *lengths, const int32_t *dimensions,
-                          const int32_t *windows, int size, int filter, int features, uint8_t *out, char *messages) {
+                          int most_scans, const int32_t *windows, int size, int filter, int features, uint8_t *out,
+                          char *messages) {
     Decoder *decoder = calloc(1, sizeof *decoder);
     if (!decoder) {
         for (int i = 0; i < count; i++) strcpy(messages + (size_t)i * MESSAGE_LENGTH, "out of memory");
@@ -237,7 +236,8 @@ EXPORT int decoder_decode(int count, int encoding, const uint8_t *const *data, c
     decoder->errors.error_exit = on_error;
     decoder->errors.emit_message = on_message;
     decoder->progress.progress_monitor = on_progress;
-    decoder->encoding = encoding, decoder->size = size, decoder->filter = filter, decoder->features = features & decoder_features();
+    decoder->encoding = encoding, decoder->most_scans = most_scans, decoder->size = size, decoder->filter = filter;
+    decoder->features = features & decoder_features();
     int failures = 0;
     for (int i = 0; i < count; i++) {
         Window window;

@@ -12,7 +12,7 @@
 #include "../decode.h"
 #include "../resample.h"
 
-enum { PARAMETERS = 16, MOST_PIXELS = 1 << 18 };
+enum { PARAMETERS = 16, MOST_PIXELS = 1 << 18, MOST_SCANS = 500 };
 
 struct failure {
     struct jpeg_error_mgr manager;
@@ -26,13 +26,18 @@ static void on_message(j_common_ptr jpeg, int level) {
 
 typedef struct {
     int32_t dimensions[2]; /* 0 where the header cannot be read */
-    uint8_t *pixels;       /* NULL where it cannot be decoded, or would take long */
+    uint8_t *pixels;       /* NULL where it cannot be decoded, or would take long, or has too many scans */
 } Reference;
+
+static void on_progress(j_common_ptr jpeg) {
+    if (((j_decompress_ptr)jpeg)->input_scan_number > MOST_SCANS) on_error(jpeg);
+}
 
 /* All of the image, by libjpeg alone, as strict as the decoder. */
 static void read_reference(Reference *reference, const uint8_t *data, size_t length) {
     struct jpeg_decompress_struct jpeg = {0};
     struct failure failure;
+    struct jpeg_progress_mgr progress = {.progress_monitor = on_progress};
     jpeg.err = jpeg_std_error(&failure.manager);
     failure.manager.error_exit = on_error;
     failure.manager.emit_message = on_message;
@@ -43,6 +48,7 @@ static void read_reference(Reference *reference, const uint8_t *data, size_t len
         return;
     }
     jpeg_create_decompress(&jpeg);
+    jpeg.progress = &progress;
     jpeg_mem_src(&jpeg, data, length);
     jpeg_read_header(&jpeg, TRUE);
     reference->dimensions[0] = jpeg.image_width, reference->dimensions[1] = jpeg.image_height;
@@ -96,8 +102,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t input_length) {
     const uint8_t *both[2] = {data, data};
     const size_t lengths[2] = {length, length};
     const int32_t twice[4] = {dimensions[0], dimensions[1], dimensions[0], dimensions[1]};
-    decoder_decode(2, JPEG, both, lengths, twice, windows[0], size, filter, AVX2 | OWN_HUFFMAN, fast, messages[0][0]);
-    decoder_decode(2, JPEG, both, lengths, twice, windows[0], size, filter, 0, plain, messages[1][0]);
+    decoder_decode(2, JPEG, both, lengths, twice, MOST_SCANS, windows[0], size, filter, AVX2 | OWN_HUFFMAN, fast, messages[0][0]);
+    decoder_decode(2, JPEG, both, lengths, twice, MOST_SCANS, windows[0], size, filter, 0, plain, messages[1][0]);
     for (int i = 0; i < 2; i++) {
         if (strcmp(messages[0][i], messages[1][i])) abort();
         if (!messages[0][i][0] && memcmp(fast + i * bytes / 2, plain + i * bytes / 2, bytes / 2)) abort();
@@ -105,7 +111,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t input_length) {
     if (reference.pixels) {
         const uint8_t *pixels[2] = {reference.pixels, reference.pixels};
         const size_t exact = (size_t)dimensions[0] * dimensions[1] * CHANNELS, sizes[2] = {exact, exact};
-        decoder_decode(2, RAW, pixels, sizes, twice, windows[0], size, filter, AVX2, expected, messages[2][0]);
+        decoder_decode(2, RAW, pixels, sizes, twice, MOST_SCANS, windows[0], size, filter, AVX2, expected, messages[2][0]);
         for (int i = 0; i < 2; i++) {
             if (strcmp(messages[0][i], messages[2][i])) abort();
             if (!messages[0][i][0] && memcmp(fast + i * bytes / 2, expected + i * bytes / 2, bytes / 2)) abort();
@@ -113,8 +119,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t input_length) {
     }
     /* Arbitrary bytes as pixels. */
     const int32_t width = 1 + parameters[15], any[4] = {width, length / CHANNELS / width, width, 1 + parameters[14]};
-    decoder_decode(2, RAW, both, (size_t[]){(size_t)any[0] * any[1] * CHANNELS, length}, any, windows[0], size, filter, AVX2, fast,
-                   messages[0][0]);
+    decoder_decode(2, RAW, both, (size_t[]){(size_t)any[0] * any[1] * CHANNELS, length}, any, MOST_SCANS, windows[0], size, filter, AVX2,
+                   fast, messages[0][0]);
 
     free(data), free(fast), free(plain), free(expected), free(reference.pixels);
     return 0;

@@ -32,6 +32,15 @@ KINDS = {
     "arithmetic": "-arithmetic",
     "arithmetic_progressive": "-arithmetic -progressive",
 }
+UNUSUAL = {
+    "441": "-sample 1x4",
+    "410": "-sample 4x2",
+    "3x1": "-sample 3x1",
+    "1x3_progressive": "-sample 1x3 -progressive",
+    "2x4_restarts": "-sample 2x4 -restart 1",
+    "chroma_larger": "-sample 1x1,2x2,1x2",
+    "gray_4x4": "-grayscale -sample 4x4",
+}
 
 
 def picture(width: int, height: int, seed: int) -> np.ndarray:
@@ -51,6 +60,30 @@ def cjpeg(image: np.ndarray, arguments: str) -> bytes:
     return subprocess.run(["cjpeg", *arguments.replace("SCANS", str(scans)).split()], input=ppm, stdout=subprocess.PIPE, check=True).stdout
 
 
+def segment(marker: int, body: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (2 + len(body)).to_bytes(2, "big") + body
+
+
+def many_scans(count: int) -> bytes:
+    """A gray, progressive image of 24x16 pixels, whose coefficients come bit by bit in `count` scans (64 to 883), a byte of data each."""
+    steps = [(count - 1) // 63 + (k <= (count - 1) % 63) for k in range(1, 64)]  # of each coefficient: one scan for each of its bits
+    scans = [(0, 0, 0, 0)]
+    scans += [(k, k, bit + 1 if bit + 1 < steps[k - 1] else 0, bit) for k in range(1, 64) for bit in reversed(range(steps[k - 1]))]
+    table = bytes([1, *bytes(15), 0])  # one code, of one bit: no difference, or no coefficients
+    parts = [b"\xff\xd8", segment(0xDB, b"\0" + bytes([8] * 64)), segment(0xC2, bytes([8, 0, 16, 0, 24, 1, 1, 0x11, 0]))]
+    parts += [segment(0xC4, b"\0" + table), segment(0xC4, b"\x10" + table)]
+    for first, last, high, low in scans:
+        parts += [segment(0xDA, bytes([1, 1, 0, first, last, high << 4 | low])), b"\x03"]  # six blocks: six codes 0, and two bits
+    return b"".join([*parts, b"\xff\xd9"])
+
+
+def without_scans(data: bytes, keep: int) -> bytes:
+    """The first `keep` scans of an image, and its end."""
+    places = [place for place in range(len(data)) if data.startswith(b"\xff\xda", place)]
+    tables = data.find(b"\xff\xc4", places[keep - 1], places[keep])  # of the next scan, where it has some
+    return data[: places[keep] if tables < 0 else tables] + b"\xff\xd9"
+
+
 def main() -> None:
     CORPUS.mkdir(exist_ok=True)
     images = {name: cjpeg(picture(49, 43, 1), arguments) for name, arguments in KINDS.items()}
@@ -66,11 +99,13 @@ def main() -> None:
     images["lossless"] = plain.replace(b"\xff\xc0", b"\xff\xc3", 1)
     images["truncated"] = plain[: len(plain) * 2 // 3]
     images["zero_tail"] = plain[: len(plain) * 2 // 3] + bytes(len(plain) // 3)
-    progressive = images["progressive"]
-    third = progressive.index(b"\xff\xda", progressive.index(b"\xff\xda", progressive.index(b"\xff\xda") + 2) + 2)
-    tables = progressive.rindex(b"\xff\xc4", 0, third)  # of the third scan
-    images["progressive_incomplete"] = progressive[:tables] + b"\xff\xd9"
+    images["progressive_incomplete"] = without_scans(images["progressive"], 2)
     images["garbage"] = b"no JPEG at all, but long enough to be one"
+    images |= {name: cjpeg(picture(49, 43, 1), arguments) for name, arguments in UNUSUAL.items()}
+    images["progressive_without_last"] = without_scans(images["progressive"], 9)
+    images["progressive_444_incomplete"] = without_scans(images["progressive_444"], 5)
+    images["scans_without_last"] = without_scans(images["scans"], 2)
+    images["scans_500"], images["scans_501"] = many_scans(500), many_scans(501)
     random = np.random.default_rng(0)
     for name, data in images.items():
         x, y = random.integers(-6, 20, 2)
