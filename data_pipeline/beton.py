@@ -37,7 +37,9 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.backends.stored import StoredSamples, stored_in_shards
+from data_pipeline.jpeg import read_header
 from data_pipeline.manifest import RECORD, Beton, DataError, Split, UsageError, publish, sha256_of
+from data_pipeline.validate import BadImage, one_sample
 
 MODES = ("jpeg", "raw")
 PAGE = 1 << 23  # bytes: FFCV's default; a sample lies inside one page, so a larger one needs larger pages
@@ -266,17 +268,18 @@ class _Samples:
         [data], failures = self.stored.read(np.array([number]))
         try:
             if failures:
-                raise ValueError(failures[0])
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            if colorspace in ("CMYK", "YCCK"):
-                raise ValueError(f"it is a {colorspace} JPEG, which an FFCV file cannot hold")
-            expected = tuple(int(self.records[name][number]) for name in ("width", "height"))
-            if (width, height) != expected:
-                raise ValueError(f"it is {width}x{height} pixels where the index says {expected[0]}x{expected[1]}")
-            stored = np.frombuffer(data, np.uint8)
-            if self.task.mode == "raw":
-                stored = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True).reshape(-1)
-        except ValueError as error:
+                raise BadImage(failures[0])
+            with one_sample():
+                width, height, colorspace = read_header(data)
+                if colorspace in ("CMYK", "YCCK"):
+                    raise BadImage(f"it is a {colorspace} JPEG, which an FFCV file cannot hold")
+                expected = tuple(int(self.records[name][number]) for name in ("width", "height"))
+                if (width, height) != expected:
+                    raise BadImage(f"it is {width}x{height} pixels where the index says {expected[0]}x{expected[1]}")
+                stored = np.frombuffer(data, np.uint8)
+                if self.task.mode == "raw":
+                    stored = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True).reshape(-1)
+        except BadImage as error:
             raise DataError(self.stored.sentence(number, str(error))) from error
         self.checksums[number] = zlib.crc32(stored)
         return _Image(stored, self.task.mode, width, height)

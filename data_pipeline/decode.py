@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from . import native
+from .jpeg import MOST_SCANS, has_too_many_scans, read_header
 
 
 def _first_there() -> str:
@@ -126,10 +127,16 @@ def _as_pixels(data: bytes, width: int, height: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(height, width, 3)
 
 
+def _refuse_too_many_scans(data: bytes) -> None:
+    if has_too_many_scans(data):
+        raise ValueError(f"it has more than {MOST_SCANS} scans")
+
+
 def _decode_with_simplejpeg(data: bytes, width: int, height: int) -> np.ndarray:
     import simplejpeg
 
-    if simplejpeg.decode_jpeg_header(data)[2] in ("CMYK", "YCCK"):
+    _refuse_too_many_scans(data)
+    if read_header(data)[2] in ("CMYK", "YCCK"):
         raise ValueError("it is CMYK")
     return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
 
@@ -146,6 +153,7 @@ def _resize_with_torch(image: np.ndarray, size: int, interpolation: str) -> np.n
 def _decode_with_pillow(data: bytes, width: int, height: int) -> np.ndarray:
     from PIL import Image
 
+    _refuse_too_many_scans(data)
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             if image.mode not in ("RGB", "L"):

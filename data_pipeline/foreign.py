@@ -8,7 +8,6 @@ only JPEGs that training reads as they are can be used; whatever prepare would t
 import json
 import os
 import re
-import shutil
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -16,43 +15,43 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.manifest import FILE_NAME, RECORD, DataError, Shard, UsageError, sha256_of
+from data_pipeline.faults import retried
+from data_pipeline.labels import LONGEST_NAME, check_names, fault_of_name, read_lines
+from data_pipeline.manifest import FILE_NAME, RECORD, DataError, Shard, UsageError, parse_manifest, sha256_of
+from data_pipeline.ownership import WORK, claim, remove_work_folder, work_folder
 from data_pipeline.pack import done_path, read_done, write_done
-from data_pipeline.prepare import REPORT_NAME, finish
+from data_pipeline.prepare import REPORT_NAME, files_beside, finish
 from data_pipeline.progress import Progress
-from data_pipeline.sources import IMAGE_SUFFIXES, tar_files
-from data_pipeline.validate import BadImage, check_image
-from data_pipeline.workers import count, locked, run_tasks
+from data_pipeline.tars import IMAGE_SUFFIXES, tar_files
+from data_pipeline.validate import BadImage, check_image, check_size, one_sample, shortened
+from data_pipeline.workers import count, run_tasks
 
 CLASSES_NAME = "classes.txt"
 LABEL_KEYS = ("label", "class", "cls")  # fields of .json, where --label-key is not given
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 MAX_CLASSES = 1_000_000
+MAX_LABEL_BYTES = 1 << 24  # of a .cls or .json
 
 
 def index(dest: Path, *, workers: int, split: str | None = None, label_key: str | None = None) -> None:
     """Index every `*.tar` below `dest`, or go on where a killed run stopped; an earlier index is replaced.
 
     split: the split of all shards; None: by their names. label_key: the field of `.json` with the label; None: `.cls`, or else LABEL_KEYS.
-    Raises UsageError, DataError, OSError, or BrokenProcessPool where a worker was killed.
+    Raises UsageError, DataError, StorageError, OSError, or BrokenProcessPool where a worker was killed.
     """
     if not dest.is_dir():
         raise UsageError(f"there is no folder {dest}.")
     dest = dest.resolve()
-    if (dest / FILE_NAME).exists() and "index" not in _arguments(dest):
-        raise UsageError(f"{dest} is a prepared dataset with its index: index is for shards that others made.")
-    if (dest / ".work/plan.json").exists():
-        raise UsageError(f"{dest} is being prepared from {json.loads((dest / '.work/plan.json').read_text())['arguments']['source']}.")
-    files = sorted(str(path.relative_to(dest)) for path in dest.rglob("*.tar"))
-    if not files:
-        raise DataError(f"there is no *.tar in {dest}. (Compressed shards cannot be read at any place: decompress them first.)")
+    earlier = _earlier_index(dest)
+    if source := _arguments(dest / WORK / "plan.json").get("source"):
+        raise UsageError(f"{dest} is being prepared from {source}.")
+    files = _find_shards(dest)
     splits = {}
     for file in files:
         splits.setdefault(split or _split_of(file), []).append(file)
-    work = dest / ".work"
-    with locked(work):
-        for left_over in [*work.glob("*.tmp"), *dest.glob("*.tmp")]:
-            left_over.unlink()
+    classes = _read_classes(dest / CLASSES_NAME)
+    with work_folder(dest):
+        stale = claim(dest, files_beside(splits), earlier)
         tasks = [_Task(dest, file, label_key, slot) for slot, file in enumerate(files)]
         sizes = [(dest / file).stat().st_size for file in files]
         missing = [task for task in tasks if not _is_done(task)]
@@ -60,7 +59,7 @@ def index(dest: Path, *, workers: int, split: str | None = None, label_key: str 
             if missing:
                 run_tasks(_index_shard, missing, min(workers, len(missing)), len(tasks), progress)
         found = {value: file for file in reversed(files) for value in read_done(done_path(dest, file))[0]["labels"]}
-        classes, numbers = _number_classes(dest, found)
+        classes, numbers = _number_classes(dest, found, classes)
 
         def read(file: str) -> tuple[dict, np.ndarray]:
             header, records = read_done(done_path(dest, file))
@@ -68,14 +67,38 @@ def index(dest: Path, *, workers: int, split: str | None = None, label_key: str 
             return header, records
 
         report = {"arguments": {"index": True, "split": split, "label_key": label_key}}
-        finish(dest, classes, {name: splits[name] for name in sorted(splits)}, report, read)
-    shutil.rmtree(work)
+        finish(dest, classes, {name: splits[name] for name in sorted(splits)}, report, read, stale)
+        remove_work_folder(dest)
 
 
-def _arguments(dest: Path) -> dict:
-    """What `dest` was made with: {} where no report says it."""
-    path = dest / REPORT_NAME
-    return json.loads(path.read_text())["arguments"] if path.exists() else {}
+def _earlier_index(dest: Path) -> list[str]:
+    """What an earlier `index` has written into `dest`. Raises UsageError where `prepare` has made the folder."""
+    try:
+        manifest = parse_manifest((dest / FILE_NAME).read_bytes(), dest, str(dest / FILE_NAME))
+    except (FileNotFoundError, DataError):  # none, or another program's
+        return []
+    if "index" not in _arguments(dest / REPORT_NAME):
+        raise UsageError(f"{dest} is a prepared dataset with its index: index is for shards that others made.")
+    return files_beside(name for name in manifest.splits if name in SPLIT_WORDS.values())
+
+
+def _arguments(path: Path) -> dict:
+    """What a dataset was made with, by its report or plan; {} where that is not there, or is another program's."""
+    try:
+        arguments = json.loads(path.read_bytes())["arguments"]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return {}
+    return arguments if isinstance(arguments, dict) else {}
+
+
+def _find_shards(dest: Path) -> list[str]:
+    """The names of all tars below `dest`, sorted."""
+    paths = [path for path in dest.rglob("*.tar") if path.parent != dest / WORK and not path.is_dir()]
+    if odd := next((path for path in paths if not path.is_file()), None):
+        raise DataError(f"{odd} is no regular file: move it away.")
+    if not paths:
+        raise DataError(f"there is no *.tar in {dest}. (Compressed shards cannot be read at any place: decompress them first.)")
+    return sorted(str(path.relative_to(dest)) for path in paths)
 
 
 def _split_of(file: str) -> str:
@@ -87,12 +110,24 @@ def _split_of(file: str) -> str:
     raise UsageError(f"the name {file} does not tell the split (train, val, …): name the one of all shards with --split.")
 
 
-def _number_classes(dest: Path, found: dict[int | str, str]) -> tuple[tuple[str, ...], dict[int | str, int]]:
-    """The class names in label order, and the number of each label in `found` (label → a shard that has it)."""
-    path = dest / CLASSES_NAME
+def _read_classes(path: Path) -> tuple[str, ...] | None:
+    """The names in the file, in label order; None where there is none. Raises DataError."""
+    if not path.exists():
+        return None
+    names = read_lines(path)
+    if "" in names:
+        raise DataError(f"{path}, line {names.index('') + 1} is empty: every line is the name of a class, in the order of the labels.")
+    check_names(path, names)
+    return tuple(names)
+
+
+def _number_classes(
+    dest: Path, found: dict[int | str, str], classes: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], dict[int | str, int]]:
+    """The class names in label order, and the number of each label in `found` (label → a shard that has it). classes: of the file."""
     words = [label for label in found if isinstance(label, str)]
-    if path.exists():
-        classes = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    if classes is not None:
+        path = dest / CLASSES_NAME
         numbers = {name: number for number, name in enumerate(classes)} | {number: number for number in range(len(classes))}
         for label, file in found.items():
             if label not in numbers:
@@ -104,6 +139,8 @@ def _number_classes(dest: Path, found: dict[int | str, str]) -> tuple[tuple[str,
         number = next(label for label in found if label not in words)
         raise DataError(f"some labels are words ({words[0]!r} in {found[words[0]]}), others numbers ({number} in {found[number]}).")
     if words:
+        if len(words) > MAX_CLASSES:
+            raise DataError(f"{dest} has {len(words)} different labels, no classes: name the field of the label with --label-key.")
         classes = tuple(sorted(words))
         return classes, {name: number for number, name in enumerate(classes)}
     largest = max(found, default=0)
@@ -135,6 +172,12 @@ def _is_done(task: _Task) -> bool:
 
 def _index_shard(task: _Task) -> None:
     """Check every sample of one shard, and write its `.done` file. There, `label` is a place in the header's list of labels."""
+    header, records = retried(lambda: _read_shard(task), str(task.dest / task.file))
+    write_done(done_path(task.dest, task.file), header, records)
+    count(task.slot, header["shard"]["bytes"])
+
+
+def _read_shard(task: _Task) -> tuple[dict, np.ndarray]:
     path, identity = task.dest / task.file, task.identity()
     records, codes, listed, outcomes = [], {}, [], Counter()
     with open(path, "rb") as file:
@@ -155,9 +198,7 @@ def _index_shard(task: _Task) -> None:
             count(task.slot, members[-1][1])
     records = np.sort(np.array(records, RECORD), order="offset")  # a shard is read from its start to its end
     shard = Shard(task.file, len(records), identity[0], sha256_of(path))
-    header = {"shard": asdict(shard), "outcomes": outcomes, "listed": listed, "labels": list(codes), "identity": identity}
-    write_done(done_path(task.dest, task.file), header, records)
-    count(task.slot, identity[0])
+    return {"shard": asdict(shard), "outcomes": outcomes, "listed": listed, "labels": list(codes), "identity": identity}, records
 
 
 class _Convertible(BadImage):
@@ -170,6 +211,7 @@ def _check_sample(descriptor: int, members: list[tuple[str, int, int]], label_ke
     if len(images) != 1:
         raise BadImage("more than one image" if images else "no image")
     [(_, offset, size)] = images
+    check_size(size)
     label = _read_label(descriptor, members, label_key)
     data = os.pread(descriptor, size, offset)
     image = check_image(data)
@@ -179,18 +221,27 @@ def _check_sample(descriptor: int, members: list[tuple[str, int, int]], label_ke
 
 
 def _read_label(descriptor: int, members: list[tuple[str, int, int]], label_key: str | None) -> int | str:
-    texts = {ending: os.pread(descriptor, size, offset) for ending, offset, size in members if ending in ("cls", "json")}
-    try:
+    texts = {}
+    for ending, offset, size in members:
+        if ending in ("cls", "json"):
+            if ending in texts:
+                raise BadImage(f"more than one .{ending}")
+            if size > MAX_LABEL_BYTES:
+                raise BadImage(f"no label: its .{ending} has {size} bytes, and may have {MAX_LABEL_BYTES}")
+            texts[ending] = os.pread(descriptor, size, offset)
+    with one_sample("its label cannot be read: "):  # no JSON, no text, JSON that is no object
         if "cls" in texts and label_key is None:
             label = texts["cls"].decode().strip()
         else:
             fields = json.loads(texts.get("json", b"{}"))
             label = next((fields[key] for key in ([label_key] if label_key else LABEL_KEYS) if key in fields), None)
-    except (ValueError, TypeError) as error:  # no JSON, no text, JSON that is no object
-        raise BadImage(f"its label cannot be read: {error}") from error
-    if isinstance(label, str) and re.fullmatch(r"-?\d+", label):
-        label = int(label)
-    if isinstance(label, bool) or not isinstance(label, int | str) or label == "" or (isinstance(label, int) and label < 0):
+        if isinstance(label, str) and re.fullmatch(r"-?\d+", label):
+            label = int(label)
+    if label is None:
         wanted = f"a field {label_key!r}" if label_key else f".cls, or a field {' or '.join(map(repr, LABEL_KEYS))} in .json"
-        raise BadImage(f"no label: {label!r}" if label is not None else f"no label: it has no {wanted}")
+        raise BadImage(f"no label: it has no {wanted}")
+    if isinstance(label, str) and (fault := fault_of_name(label)):
+        raise BadImage(f"no label: {label[:LONGEST_NAME]!r} {fault}")
+    if isinstance(label, bool) or not isinstance(label, int | str) or (isinstance(label, int) and not 0 <= label < 1 << 63):
+        raise BadImage(f"no label: {shortened(repr(label))}")
     return label

@@ -1,5 +1,7 @@
-"""The label file of a flat validation folder, in the forms that ImageNet's comes in."""
+"""The names of classes, and the label file of a flat validation folder, in the forms that ImageNet's comes in."""
 
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +12,48 @@ KAGGLE_HEADER = "ImageId,PredictionString"
 FORMS = "a class name per line, in the order of the files' names; `file class` per line; or Kaggle's LOC_val_solution.csv"
 
 
+LONGEST_NAME = 500  # characters
+
+
+def fault_of_name(name: str) -> str | None:
+    """Why a class cannot be called so: logs, reports and terminals show the names of classes."""
+    if not name:
+        return "is empty"
+    if len(name) > LONGEST_NAME:
+        return f"has {len(name)} characters, and may have {LONGEST_NAME}"
+    if any(unicodedata.category(character) in ("Cc", "Cs") and character != "\t" for character in name):
+        return "has control characters, or is no UTF-8"
+    return None
+
+
+def check_names(where: str | Path, names: Iterable[str]) -> None:
+    """Raise DataError where one of the classes' names cannot be used."""
+    for name in names:
+        if fault := fault_of_name(name):
+            raise DataError(f"{where}: the class name {name[:LONGEST_NAME]!r} {fault}: call it something else.")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, without white space around them. Raises DataError where it cannot be read.
+
+    A line ends where an editor ends it. Not at U+0085, U+2028 and others, which str.splitlines takes for ends: a name may hold them.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}.") from error
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
 def read_labels(path: Path, files: list[str], classes: tuple[str, ...]) -> np.ndarray:
     """The label of each of `files` (names sorted, folders and all), int32 [n], by the label file `path`. See FORMS.
 
     A class is written by its name; or, beside a file's name, by its number, counted from 0 in the sorted names.
     Raises DataError where the file is of another form, or says nothing, or two things, about an image.
     """
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the label file {path}: {error}.") from error
-    lines = [line for line in lines if line]
+    lines = [line for line in read_lines(path) if line]
     numbers = {name: number for number, name in enumerate(classes)}
     if not lines:
         raise DataError(f"the label file {path} is empty.")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.manifest import RECORD, Shard, publish, write_atomically
+from data_pipeline.ownership import WORK
 from data_pipeline.sources import Items, read_image
 from data_pipeline.validate import BadImage, Encoding, check_image
 from data_pipeline.workers import count
@@ -32,7 +33,7 @@ class ShardTask:
 
 
 def done_path(dest: Path, file: str) -> Path:
-    return dest / ".work" / f"{file}.done"
+    return dest / WORK / f"{file}.done"
 
 
 def write_done(path: Path, header: dict, records: np.ndarray) -> None:
@@ -52,7 +53,7 @@ def pack(task: ShardTask) -> None:
     records, samples = np.zeros(len(items.names), RECORD), 0
     outcomes, listed = Counter(), []
     digest, position = hashlib.sha256(), 0
-    temporary = task.dest / ".work" / f"{task.file}.{os.getpid()}.tmp"
+    temporary = task.dest / WORK / f"{task.file}.{os.getpid()}.tmp"
     with open(temporary, "wb") as file:
         columns = (column.tolist() for column in (items.labels, items.offsets, items.sizes))
         for number, (name, label, offset, size) in enumerate(zip(items.names, *columns, strict=True)):

@@ -5,13 +5,13 @@ arguments: worker processes write shards in any order, a killed run goes on with
 the byte. A sample's key in its shard is its position in the plan; its id is its position in the index. The two differ only behind an
 image that was found corrupt and left out.
 
-In `DEST/.work`: `plan.json` (what is being prepared), and per finished shard `<shard>.done` (pack.py).
+In `DEST/.work` (ownership.py): `plan.json` (what is being prepared), and per finished shard `<shard>.done` (pack.py).
 """
 
 import json
-import shutil
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,11 +30,12 @@ from data_pipeline.manifest import (
     write_atomically,
     write_manifest,
 )
+from data_pipeline.ownership import WORK, claim, remove_work_folder, work_folder
 from data_pipeline.pack import BLOCK, ShardTask, done_path, pack, read_done
 from data_pipeline.progress import Progress
 from data_pipeline.sources import SPLITS, Items, Listing, add_val, list_source, open_source, read_image
 from data_pipeline.validate import AS_IT_IS, BadImage, Encoding, check_image
-from data_pipeline.workers import locked, run_tasks
+from data_pipeline.workers import run_tasks
 
 REPORT_NAME = "report.json"  # how many images became what, and by which arguments
 LIST_NAME = "report.jsonl"  # each image that was repaired, transcoded or excluded, with the reason
@@ -60,7 +61,7 @@ def prepare(
     `beton_mode` "jpeg" or "raw": an FFCV file for each split as well. Raises UsageError, DataError, OSError (a full disk), or
     BrokenProcessPool where a worker was killed.
     """
-    dest, work = dest.resolve(), dest.resolve() / ".work"
+    dest, work = dest.resolve(), dest.resolve() / WORK
     arguments = {
         "source": _absolute(source_text),
         "shard_bytes": shard_bytes,
@@ -84,9 +85,7 @@ def prepare(
             return False
     elif dest.is_dir() and any(path != work for path in dest.iterdir()) and not (work / "plan.json").exists():
         raise UsageError(f"{dest} is not empty: choose a new folder, or delete it.")
-    with locked(work):
-        for left_over in [*work.glob("*.tmp"), *dest.glob("*.tmp")]:
-            left_over.unlink()
+    with work_folder(dest):
         if not finished:
             _refuse_other(dest, arguments, work / "plan.json")
             listing = list_source(open_source(source_text, work))
@@ -94,7 +93,7 @@ def prepare(
                 listing = add_val(listing, open_source(val, work), val_labels)
             _write_shards(dest, _draw_val(listing, val_fraction, seed), shard_bytes, seed, encoding, arguments, workers)
         changed = _add_betons(dest, beton_mode, workers) or not finished
-    shutil.rmtree(work)
+        remove_work_folder(dest)
     return changed
 
 
@@ -181,7 +180,7 @@ def _size_after_encoding(listing: Listing, encoding: Encoding) -> float:
 def _write_shards(dest: Path, listing: Listing, shard_bytes: int, seed: int, encoding: Encoding, arguments: dict, workers: int) -> None:
     """Everything from the plan to the manifest."""
     state = {"arguments": arguments, "listing": listing.digest()}
-    path = dest / ".work/plan.json"
+    path = dest / WORK / "plan.json"
     if path.exists():
         earlier = json.loads(path.read_text())
         scale = earlier.pop("scale")
@@ -191,6 +190,7 @@ def _write_shards(dest: Path, listing: Listing, shard_bytes: int, seed: int, enc
         scale = _size_after_encoding(listing, encoding)
         write_atomically(path, json.dumps({**state, "scale": scale}).encode())
     plans = [_plan_split(split, items, shard_bytes, scale, seed) for split, items in listing.splits.items()]
+    claim(dest, [*files_beside(plan.split for plan in plans), *(file for plan in plans for file in plan.files())])
     total = sum(len(plan.order) for plan in plans)
     missing = [(plan, number) for plan in plans for number, file in enumerate(plan.files()) if not _is_done(dest, file)]
     left = sum(plan.cuts[number + 1] - plan.cuts[number] for plan, number in missing)
@@ -216,20 +216,31 @@ def _is_done(dest: Path, file: str) -> bool:
         return False
 
 
+def files_beside(splits: Iterable[str]) -> list[str]:
+    """The names of what `finish` writes for these splits."""
+    return [FILE_NAME, REPORT_NAME, LIST_NAME, *(f"{split}.index" for split in splits)]
+
+
 def finish(
     dest: Path,
     classes: tuple[str, ...],
     files: dict[str, list[str]],
     report: dict,
     read: Callable[[str], tuple[dict, np.ndarray]],
+    stale: Iterable[str] = (),
 ) -> None:
-    """Join what `read` gives for each split's shards (pack.read_done) into its index, then write the reports, and last the manifest."""
+    """Join what `read` gives for each split's shards (pack.read_done) into its index, then write the reports, and last the manifest.
+
+    stale: files of an earlier `index` that go.
+    """
     splits, report = {}, {**report, "splits": {}}
-    listed_path = dest / f"{LIST_NAME}.tmp"
+    listed_path, report_path, *index_paths = (
+        dest / WORK / f"{name}.{os.getpid()}.tmp" for name in (LIST_NAME, REPORT_NAME, *(f"{split}.index" for split in files))
+    )
     with open(listed_path, "w") as listed:
-        for split, names in files.items():
+        for (split, names), index_path in zip(files.items(), index_paths, strict=True):
             shards, outcomes, first_excluded = [], Counter(), None
-            with open(dest / f"{split}.index.tmp", "wb") as index:
+            with open(index_path, "wb") as index:
                 for number, file in enumerate(names):
                     header, records = read(file)
                     records["shard"] = number
@@ -244,14 +255,15 @@ def finish(
             samples = sum(shard.samples for shard in shards)
             if not samples:
                 raise DataError(f"none of the {outcomes['excluded']} images of {split} can be used; the first is {first_excluded}.")
-            splits[split] = Split(dest, split, samples, sha256_of(dest / f"{split}.index.tmp"), tuple(shards))
+            splits[split] = Split(dest, split, samples, sha256_of(index_path), tuple(shards))
             report["splits"][split] = {"samples": samples, **{outcome: count for outcome, count in sorted(outcomes.items()) if count}}
-    for stale in [dest / FILE_NAME, *dest.glob("*.index")]:  # of an earlier `index`: that manifest must not meet the new files
-        stale.unlink(missing_ok=True)
-    for split in splits.values():
-        publish(dest / f"{split.name}.index.tmp", split.index_path)
+    report_path.write_text(json.dumps(report, indent=1))
+    for name in (FILE_NAME, *stale):  # of an earlier `index`: that manifest must not meet the new files
+        (dest / name).unlink(missing_ok=True)
+    for split, index_path in zip(splits.values(), index_paths, strict=True):
+        publish(index_path, split.index_path)
     publish(listed_path, dest / LIST_NAME)
-    write_atomically(dest / REPORT_NAME, json.dumps(report, indent=1).encode())
+    publish(report_path, dest / REPORT_NAME)
     write_manifest(Manifest(dest, classes, splits))
 
 
@@ -270,6 +282,7 @@ def _add_betons(dest: Path, mode: str | None, workers: int) -> bool:
     """Write each missing FFCV file from the finished shards, and enter it in the manifest. True if there was one to write."""
     manifest = open_manifest(dest)
     missing = _without_beton(manifest, mode)
+    claim(dest, [f"{split.name}.beton{ending}" for split in missing for ending in ("", ".index")])
     for split in missing:
         from data_pipeline.beton import write_beton
 

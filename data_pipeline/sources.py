@@ -6,28 +6,25 @@ about 130 bytes an image, and half as much again while it is sorted.
 """
 
 import array
-import bz2
 import dataclasses
 import functools
-import gzip
 import hashlib
 import itertools
-import lzma
 import os
-import shutil
-import subprocess
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.labels import read_labels
+from data_pipeline.faults import retried
+from data_pipeline.labels import check_names, read_labels
 from data_pipeline.manifest import DataError, UsageError
+from data_pipeline.ownership import DOWNLOAD
 from data_pipeline.progress import Progress
+from data_pipeline.tars import IMAGE_SUFFIXES, check_name, plain_tar, tar_files
+from data_pipeline.validate import check_size
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 SPLITS = ("train", "val")
 
 
@@ -84,7 +81,7 @@ def open_source(text: str, work: Path) -> Source:
     if path.is_dir():
         return Source("folder", path.resolve())
     if path.is_file():
-        return Source("tar", _plain_tar(path.resolve(), work))
+        return Source("tar", plain_tar(path.resolve(), work))
     name, _, root = text.partition(":")
     if name.lower() == "imagefolder":
         # The folder's own reader keeps the original bytes and knows train/ and val/; torchvision's ImageFolder would do neither.
@@ -95,7 +92,7 @@ def open_source(text: str, work: Path) -> Source:
         from data_pipeline import torchvision_source
 
         if dataset := torchvision_source.class_named(name):
-            return Source("torchvision", Path(root).resolve() if root else work / "download", dataset)
+            return Source("torchvision", Path(root).resolve() if root else work / DOWNLOAD, dataset)
     raise UsageError(f"{text} is neither a folder, nor a tar file, nor the name of a torchvision dataset.")
 
 
@@ -130,21 +127,34 @@ def add_val(listing: Listing, source: Source, labels: Path | None) -> Listing:
 
 
 def read_image(source: Source, name: str, offset: int, size: int) -> bytes:
-    """One image's encoded bytes: as they lie in the source, or, from torchvision, as a JPEG. Raises DataError where it cannot be read."""
+    """One image's encoded bytes: as they lie in the source, or, from torchvision, as a JPEG.
+
+    Raises DataError where it cannot be read, StorageError where that may pass, BadImage where it is too large to be an image.
+    """
     if source.kind == "torchvision":
         from data_pipeline import torchvision_source
 
         return torchvision_source.read_image(source, name)
+    check_size(size)
     try:
-        if source.kind == "folder":
-            data = (source.path / name).read_bytes()
-        else:
-            data = os.pread(_descriptor(source.path), size, offset)
+        data = retried(lambda: _read_once(source, name, offset, size), f"{name} in {source.path}")
     except OSError as error:
         raise DataError(f"cannot read {name} from {source.path}: {error.strerror}.") from error
     if len(data) != size:
         raise DataError(f"{name} in {source.path} has {len(data)} bytes, not {size} as when it was listed: the source has changed.")
     return data
+
+
+def _read_once(source: Source, name: str, offset: int, size: int) -> bytes:
+    """The `size` bytes at `offset` of the tar, or all of a file of a folder: one byte more tells that it has grown."""
+    if source.kind == "folder":
+        with open(source.path / name, "rb") as file:
+            return file.read(size + 1)
+    try:
+        return os.pread(_descriptor(source.path), size, offset)
+    except OSError:
+        _descriptor.cache_clear()  # the next attempt opens it anew
+        raise
 
 
 def find_images(names: Sequence[str]) -> list[Path]:
@@ -186,6 +196,7 @@ def _list_files(source: Source) -> tuple[_Files, int]:
     with Progress("files", "listing") as progress:
         for name, offset, size in _walk(source.path) if source.kind == "folder" else _tar_members(source.path):
             if name.lower().endswith(IMAGE_SUFFIXES):
+                check_name(source.path, name)
                 names.append(name)
                 offsets.append(offset)
                 sizes.append(size)
@@ -202,16 +213,26 @@ def _list_files(source: Source) -> tuple[_Files, int]:
     return _Files(source, names, np.array(offsets)[order], np.array(sizes)[order]), others
 
 
-def _walk(root: Path, prefix: str = "") -> Iterator[tuple[str, int, int]]:
-    """(name relative to the root, 0, size) of every file below `root`, links followed, hidden ones left out."""
+def _walk(root: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int, int]]:
+    """(name relative to the root, 0, size) of every file below `root`, links followed, hidden ones left out.
+
+    above: the folders that this one lies in, as (device, inode): a link to one of them would go round for ever.
+    """
     try:
+        here = os.stat(root / prefix)
+        if (here.st_dev, here.st_ino) in above:
+            raise DataError(f"{root / prefix} is a link to a folder that it lies in: remove it.")
+        above = (*above, (here.st_dev, here.st_ino))
         for entry in os.scandir(root / prefix):
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                yield from _walk(root, f"{prefix}{entry.name}/")
-            else:
-                yield prefix + entry.name, 0, entry.stat().st_size
+                yield from _walk(root, f"{prefix}{entry.name}/", above)
+                continue
+            size = entry.stat().st_size
+            if not entry.is_file() and entry.name.lower().endswith(IMAGE_SUFFIXES):
+                raise DataError(f"{root / prefix / entry.name} is no regular file: remove it.")
+            yield prefix + entry.name, 0, size
     except OSError as error:  # a dangling link, a folder without permission
         raise DataError(f"cannot read {error.filename}: {error.strerror}.") from error
 
@@ -225,30 +246,6 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
                     yield f"{name[:-4]}/{inner}", *place
             else:
                 yield name, offset, size
-
-
-def tar_files(what: str | Path, file, start: int, end: int) -> Iterator[tuple[str, int, int]]:
-    """(name, offset in `file`, size) of every regular file of the tar that lies in the bytes start … end of `file`."""
-    file.seek(start)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile keeps every member otherwise: gigabytes for a million images
-                if member.offset_data + member.size > end:
-                    raise DataError(f"{what} is cut off: {member.name} does not end inside it.")
-                name = member.name.removeprefix("./")
-                if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
-                    continue
-                if member.isreg():
-                    yield name, member.offset_data, member.size
-                elif (member.islnk() or member.issym()) and name.lower().endswith(IMAGE_SUFFIXES):
-                    raise DataError(f"{name} in {what} is a link: pack the files themselves (tar --dereference --hard-dereference).")
-            # tarfile takes a damaged header, or the file's end, for the archive's end: that is a block of zeros.
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE) or file.tell() > end:
-                raise DataError(f"{what} is damaged or cut off: behind byte {tar.offset - start} is neither a file nor the archive's end.")
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{what} is not a whole tar archive ({error}).") from error
 
 
 def _sort_into_splits(files: _Files, ignored: int) -> Listing:
@@ -282,6 +279,7 @@ def _sort_into_splits(files: _Files, ignored: int) -> Listing:
     if found["train"] and found["val"]:
         _check_same_classes(root, found["train"], found["val"])
     classes = tuple(sorted(found["train"] or found["val"]))
+    check_names(root, classes)
     everything = Items(files.source, names, labels, files.offsets, files.sizes)
     splits = {}
     for number, split in enumerate(SPLITS):
@@ -313,53 +311,6 @@ def _check_same_classes(what: str | Path, train: Iterable[str], val: Iterable[st
 def _some(names) -> str:
     names = sorted(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _plain_tar(path: Path, work: Path) -> Path:
-    """The tar itself, or where it is compressed a plain copy in `work`: only a plain tar can be read at any place."""
-    with open(path, "rb") as file:
-        magic = file.read(6)
-    openers = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open, b"\x28\xb5\x2f\xfd": _open_zstd}
-    opener = next((opener for start, opener in openers.items() if magic.startswith(start)), None)
-    if opener is None:
-        return path
-    # Named after the content's identity, so that a copy of an earlier state of the file is never taken for this one.
-    stat = path.stat()
-    plain = work / f"source-{stat.st_size}-{stat.st_mtime_ns}.tar"
-    if not plain.exists():
-        temporary = work / "source.tmp"
-        try:
-            with opener(path, "rb") as compressed, open(temporary, "wb") as file:
-                shutil.copyfileobj(compressed, file, 1 << 20)
-                file.flush()
-                os.fsync(file.fileno())
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, subprocess.CalledProcessError) as error:
-            raise DataError(f"{path} cannot be decompressed: {error}.") from error
-        except OSError as error:
-            if error.errno is not None:  # the disk's error, not the compressed stream's
-                raise
-            raise DataError(f"{path} cannot be decompressed: {error}.") from error
-        os.replace(temporary, plain)
-    return plain
-
-
-class _open_zstd:
-    """A .zst file's content, through the `zstd` program: Python reads the format itself only from 3.14 on."""
-
-    def __init__(self, path: Path, mode: str):
-        if shutil.which("zstd") is None:
-            raise UsageError(f"{path} is compressed with zstd, and there is no zstd program here: install it, or decompress the file.")
-        self.process = subprocess.Popen(["zstd", "-dcq", str(path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-
-    def __enter__(self):
-        return self.process.stdout
-
-    def __exit__(self, kind, *_):
-        if kind is not None:
-            self.process.kill()
-        self.process.stdout.close()
-        if self.process.wait() and kind is None:
-            raise subprocess.CalledProcessError(self.process.returncode, "zstd")
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,14 +4,20 @@ A sound RGB or gray JPEG keeps its bytes. Everything else is repaired, transcode
 Orientation in EXIF and colour profiles are ignored, as is the practice with ImageNet: no decoder of the run applies them.
 """
 
+import contextlib
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.jpeg import MOST_SCANS, UnusualSampling, has_too_many_scans, is_complete, read_header
+
 MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs
+MAX_BYTES = 1 << 30  # of the file
 MAX_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION; the index has 16 bits for a side
 QUALITY = 90
+LONGEST_REASON = 300  # characters
 
 # What Pillow may take an image for. It knows more, but some of those run other programs on the file (EPS).
 FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG", "JPEG2000", "AVIF")
@@ -23,6 +29,36 @@ COMMON_FRAMES = (0xC0, 0xC1, 0xC2)
 
 class BadImage(Exception):
     """The bytes are no image that can be used; the message says why."""
+
+
+def shortened(text: str) -> str:
+    """On one line, and no longer than a reason may be."""
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} …"
+
+
+@contextlib.contextmanager
+def one_sample(what: str = "") -> Iterator[None]:
+    """What goes wrong in this block is the sample's fault, and raised as BadImage: decoders and parsers raise nearly every kind there is.
+
+    Not so the machine's faults: no memory, an error of the system (which has an errno), a library that is not there. They stay as they are.
+    what: begins the message.
+    """
+    try:
+        yield
+    except (BadImage, MemoryError, ImportError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        plain = isinstance(error, ValueError | OSError | SyntaxError) and str(error)
+        raise BadImage(what + shortened(str(error) if plain else f"{type(error).__name__} {error}")) from error
+
+
+def check_size(size: int) -> None:
+    """Raise BadImage for a file that is not even to be read into memory."""
+    if size > MAX_BYTES:
+        raise BadImage(f"{size} bytes: an image may have {MAX_BYTES}")
 
 
 @dataclass(frozen=True)
@@ -62,6 +98,11 @@ def check_image(data: bytes, encoding: Encoding = AS_IT_IS) -> StoredImage:
 
     Strict means that libjpeg's warnings are failures, because they are in training, too; Pillow reads the other formats, first frames only.
     """
+    with one_sample():
+        return _check(data, encoding)
+
+
+def _check(data: bytes, encoding: Encoding) -> StoredImage:
     if not data:
         raise BadImage("an empty file")
     if data.startswith(b"\xff\xd8"):
@@ -124,10 +165,8 @@ def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, str]:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(*image.size)
             return to_pixels(image), f"{image.format} to JPEG"
-    except BadImage:
-        raise
-    except Exception as error:  # Pillow's plugins raise nearly every kind there is
-        raise BadImage("not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)) from error
+    except Image.UnidentifiedImageError as error:
+        raise BadImage("not an image") from error
 
 
 # --- JPEG ------------------------------------------------------------------------------------------------------------------------------
@@ -135,16 +174,20 @@ def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, str]:
 
 def _decode_jpeg(data: bytes) -> tuple[bytes, np.ndarray, str]:
     """The JPEG's bytes, repaired where that was necessary; its pixels; and why it cannot stay a JPEG of this kind ("" where it can)."""
+    if has_too_many_scans(data):
+        raise BadImage(f"more than {MOST_SCANS} scans")
     repaired, frame = _repair_header(data)
     try:
         pixels, reason = _decode_strictly(data)
-    except BadImage:
+    except ValueError:
         if repaired == data:
             raise
         # libjpeg tells only its first warning: what else there is to warn about shows once the header is mended.
         data, (pixels, reason) = repaired, _decode_strictly(repaired)
     if not reason and frame not in COMMON_FRAMES:
         reason = "lossless or arithmetic-coded JPEG"
+    if not reason and not is_complete(data):
+        reason = "JPEG that lacks scans, in whose place each decoder guesses differently"
     return data, pixels, reason
 
 
@@ -153,18 +196,16 @@ def _decode_strictly(data: bytes) -> tuple[np.ndarray, str]:
     import simplejpeg
 
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_pixels(width, height)
-        if colorspace in ("CMYK", "YCCK"):
-            simplejpeg.decode_jpeg(data, "CMYK")
-            return _decode_with_pillow(data)[0], "CMYK JPEG"  # Pillow knows Adobe's inverted CMYK
-        if colorspace == "Gray":
-            return simplejpeg.decode_jpeg(data, "GRAY")[..., 0], ""
-        return simplejpeg.decode_jpeg(data, "RGB"), ""
-    except ValueError as error:
-        if "subsampling" in str(error):  # libjpeg's wrapper does not know these; libjpeg itself, in Pillow, reads them
-            return _decode_with_pillow(data)[0], "JPEG with unusual chroma sampling"
-        raise BadImage(str(error)) from error
+        width, height, colorspace = read_header(data)
+    except UnusualSampling:  # libjpeg itself, in Pillow, reads them
+        return _decode_with_pillow(data)[0], "JPEG with unusual chroma sampling"
+    _check_pixels(width, height)
+    if colorspace in ("CMYK", "YCCK"):
+        simplejpeg.decode_jpeg(data, "CMYK")
+        return _decode_with_pillow(data)[0], "CMYK JPEG"  # Pillow knows Adobe's inverted CMYK
+    if colorspace == "Gray":
+        return simplejpeg.decode_jpeg(data, "GRAY")[..., 0], ""
+    return simplejpeg.decode_jpeg(data, "RGB"), ""
 
 
 def _repair_header(data: bytes) -> tuple[bytes, int]:

@@ -1,7 +1,6 @@
-"""Tasks in worker processes that outlive nothing: not a killed parent, not a killed sibling, not Ctrl-C. And one preparation at a time."""
+"""Tasks in worker processes that outlive nothing: not a killed parent, not a killed sibling, not Ctrl-C."""
 
 import contextlib
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -9,10 +8,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
-from data_pipeline.manifest import UsageError
 from data_pipeline.progress import Progress
 
 
@@ -45,18 +42,6 @@ def run_tasks(function: Callable[[Any], None], tasks: Iterable, workers: int, sl
             for child in set(multiprocessing.active_children()) - before:
                 child.kill()
             raise
-
-
-@contextlib.contextmanager
-def locked(work: Path):
-    """Hold the work folder, made where it is not there, for this process alone; the lock goes with the process, however it ends."""
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another process is preparing {work.parent} at this moment.") from None
-        yield
 
 
 def count(slot: int, done: int) -> None:

@@ -15,6 +15,7 @@ from data_pipeline.augment import normalise
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.crop import evaluation_windows
 from data_pipeline.decode import decode_batch
+from data_pipeline.jpeg import read_header
 from data_pipeline.validate import MAX_PIXELS, BadImage, check_image
 
 AHEAD = 3  # batches that are decoded while the model has one
@@ -86,12 +87,10 @@ def _read(path: Path, pixels: np.ndarray, data: DataConfig) -> str | None:
 
 def _size_of_jpeg(encoded: bytes) -> tuple[int, int] | None:
     """(width, height) of a JPEG that the decoder takes as it is, as far as its header tells."""
-    import simplejpeg
-
     if not encoded.startswith(b"\xff\xd8"):
         return None
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+        width, height, colorspace = read_header(encoded)
     except ValueError:
         return None
     return (width, height) if colorspace not in ("CMYK", "YCCK") and width * height <= MAX_PIXELS else None

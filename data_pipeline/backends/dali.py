@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..jpeg import MOST_SCANS, has_too_many_scans, read_header
 from ..manifest import DataError, Split, UsageError
 from .stored import StoredSamples, stored_in_beton, stored_in_shards
 
@@ -121,10 +122,10 @@ def _stored_jpegs(split: Split) -> StoredSamples:
 
 def _unfit(data: bytes, width: int, height: int) -> str | None:
     """Why an image is none that the other backends decode. DALI would: from PNG, from CMYK, gray where the data ends too soon."""
-    import simplejpeg
-
+    if has_too_many_scans(data):
+        return f"it has more than {MOST_SCANS} scans"
     try:
-        found_height, found_width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        found_width, found_height, colorspace = read_header(data)
     except ValueError as error:
         return str(error)
     if colorspace in ("CMYK", "YCCK"):

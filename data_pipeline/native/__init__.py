@@ -9,15 +9,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..jpeg import MOST_SCANS
+
 # As in decode.h and resample.h.
 INTERFACE = 2
 MESSAGE_LENGTH = 200
 AVX2, OWN_HUFFMAN = 1, 2
 ENCODINGS = {"jpeg": 0, "raw": 1}
 INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
-
-# Of a JPEG, in training and in preparation. A scan can take a few bytes of the file and a pass over the whole image.
-MOST_SCANS = 500
 
 
 def _load() -> ctypes.CDLL | None:

@@ -38,3 +38,36 @@ def every_kind(width: int, height: int) -> dict[str, bytes]:
 
 
 SUBSAMPLINGS = ("444", "422", "420", "440", "411")
+
+
+def with_sampling(factors: list[tuple[int, int]], width: int, height: int) -> bytes:
+    """A baseline YCbCr JPEG whose components have these (horizontal, vertical) sampling factors, 1 to 4 each; blocks of one colour.
+
+    Pillow and simplejpeg write only the usual ones.
+    """
+    random = np.random.default_rng(0)
+    widest, highest = (max(column) for column in zip(*factors, strict=True))
+    units = -(-width // (8 * widest)) * -(-height // (8 * highest))
+    bits, last = [], [0, 0, 0]
+    for _ in range(units):
+        for component, (horizontal, vertical) in enumerate(factors):
+            for _ in range(horizontal * vertical):
+                value = int(random.integers(-60, 61))  # of the block's mean, in steps of the quantization: 16 / 8 = 2 of 255
+                difference, last[component] = value - last[component], value
+                length = abs(difference).bit_length()
+                bits.append(f"{length:04b}")  # the code of a length is its number, in 4 bits
+                bits.append(f"{difference if difference > 0 else difference + (1 << length) - 1:0{length}b}" if length else "")
+                bits.append("0")  # no other coefficient
+    text = "".join(bits)
+    text += "1" * (-len(text) % 8)
+    data = int(text, 2).to_bytes(len(text) // 8, "big").replace(b"\xff", b"\xff\0")
+    frame = bytes([8, *height.to_bytes(2, "big"), *width.to_bytes(2, "big"), 3])
+    frame += bytes(byte for number, (x, y) in enumerate(factors) for byte in (number + 1, x << 4 | y, 0))
+    segments = {
+        0xDB: b"\0" + bytes([16] * 64),
+        0xC0: frame,
+        0xC4: bytes([0, 0, 0, 0, 12, *bytes(12), *range(12)]) + bytes([0x10, 1, *bytes(15), 0]),
+        0xDA: bytes([3, 1, 0, 2, 0, 3, 0, 0, 63, 0]),
+    }
+    parts = [bytes([0xFF, marker]) + (2 + len(body)).to_bytes(2, "big") + body for marker, body in segments.items()]
+    return b"".join([b"\xff\xd8", *parts, data, b"\xff\xd9"])

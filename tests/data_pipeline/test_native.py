@@ -12,6 +12,7 @@ from data_pipeline import native
 from data_pipeline.config import AugmentConfig
 from data_pipeline.crop import training_windows
 from data_pipeline.decode import decode_batch
+from data_pipeline.jpeg import MOST_SCANS
 from tests.data_pipeline.jpegs import CORPUS, every_kind, noisy, with_pillow
 
 pytestmark = pytest.mark.skipif(native.LIBRARY is None, reason="the compiled decoder is not built")
@@ -95,7 +96,7 @@ def test_every_kind_of_file_decodes_alike_or_is_refused(name):
         "cmyk": "CMYK",
         "garbage": "Not a JPEG",
         "lossless": "SOF type",
-        "scans_501": f"more than {native.MOST_SCANS} scans",
+        "scans_501": f"more than {MOST_SCANS} scans",
         "truncated": "end",
         "zero_tail": "",
     }
