@@ -43,7 +43,11 @@ def work_folder(dest: Path) -> Iterator[Path]:
         left_over = [path for path in dest.iterdir() if _TEMPORARY.fullmatch(path.name)]
         for path in [*left_over, *(path for path in work.glob("*.tmp") if _INSIDE.fullmatch(path.name))]:
             path.unlink()
-        yield work
+        try:
+            yield work
+        finally:
+            if work.is_dir() and os.listdir(work) == [MARK]:  # nothing has been done yet
+                remove_work_folder(dest)
 
 
 def claim(dest: Path, names: Iterable[str], earlier: Iterable[str] = ()) -> list[str]:

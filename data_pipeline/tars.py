@@ -103,9 +103,8 @@ def _decompress(path: Path, opener: Callable, temporary: Path, most: int) -> Non
         with opener(path, "rb") as compressed, open(temporary, "wb") as file:
             while chunk := compressed.read(1 << 20):
                 if file.tell() + len(chunk) > most:
-                    raise DataError(
-                        f"{path} has {path.stat().st_size} bytes, and more than {most} when decompressed: decompress it yourself."
-                    )
+                    size = path.stat().st_size
+                    raise DataError(f"{path} grows from {size} to more than {most} bytes: if that is right, decompress it yourself.")
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())

@@ -4,7 +4,8 @@
     python launch/prepare.py verify DEST
     python launch/prepare.py index DEST [--split NAME] [--label-key KEY]
 
-Exit codes: 0 finished, 65 bad data, 70 failed otherwise (a full disk, a killed worker), 78 bad arguments, 130 interrupted.
+Exit codes: 0 finished, 65 bad data, 70 failed otherwise (a full disk, no memory, a killed worker), 74 files could not be read for now,
+78 bad arguments, 130 interrupted.
 """
 
 import argparse
@@ -48,12 +49,15 @@ def main(arguments: list[str]) -> int:
 
     from concurrent.futures.process import BrokenProcessPool
 
+    from data_pipeline.faults import StorageError
     from data_pipeline.manifest import DataError, UsageError
 
     try:
         return command(options)
-    except (UsageError, DataError) as error:
+    except (UsageError, DataError, StorageError) as error:
         return fail(error.exit_code, error)
+    except MemoryError:
+        return fail(EXIT_FAILED, "out of memory: give fewer --workers; the same command goes on from here.")
     except BrokenProcessPool:
         return fail(EXIT_FAILED, "a worker process was killed (out of memory?): start the same command again, finished shards are kept.")
     except OSError as error:

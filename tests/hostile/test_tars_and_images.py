@@ -1,0 +1,455 @@
+"""Tars, images, labels and folders from strangers: prepare and index stop with a sentence or leave a sample out with its reason.
+
+They write nothing outside DEST, run nothing, and give no label that is out of range.
+"""
+
+import gzip
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline import native, tars
+from data_pipeline.decode import DECODERS, decode_batch
+from data_pipeline.foreign import index
+from data_pipeline.jpeg import MOST_SCANS
+from data_pipeline.labels import read_labels
+from data_pipeline.manifest import DataError, UsageError, open_manifest
+from data_pipeline.sources import Source, list_source, open_source
+from data_pipeline.tars import tar_files
+from data_pipeline.validate import BadImage, check_image, one_sample
+from tests.data_pipeline.images import encoded, listed, picture, run, stored
+from tests.data_pipeline.jpegs import CORPUS, with_sampling
+
+GOOD = encoded(picture(1), quality=90)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def corpus(name: str) -> bytes:
+    return (CORPUS / f"{name}.jpg").read_bytes()[:-16]  # what follows the image is the fuzzer's
+
+
+# --- images ----------------------------------------------------------------------------------------------------------------------------
+
+ALL = [(x, y) for x in (1, 2, 3, 4) for y in (1, 2, 3, 4)]
+# Ten blocks is the most that the standard lets an interleaved scan have in a unit.
+SAMPLINGS = [factors for factors in itertools.product(ALL, repeat=3) if sum(x * y for x, y in factors) <= 10]
+
+
+def test_what_prepare_keeps_training_reads_for_every_sampling():
+    """As it is, or transcoded; and every decoder gives the same pixels. What libjpeg does not read is left out."""
+    outcomes = {}
+    for factors in SAMPLINGS:
+        data = with_sampling(list(factors), 37, 29)
+        try:
+            Image.open(io.BytesIO(data)).load()
+            readable = True
+        except OSError:
+            readable = False
+        try:
+            image = check_image(data)
+        except BadImage:
+            assert not readable, factors
+            outcomes["excluded"] = outcomes.get("excluded", 0) + 1
+            continue
+        outcomes[image.outcome] = outcomes.get(image.outcome, 0) + 1
+        pixels = []
+        for decoder in (name for name in DECODERS if name != "native" or native.LIBRARY):
+            out = np.zeros((1, 40, 40, 3), np.uint8)
+            window = np.array([[-1, -2, 40, 40, 0]], np.int32)
+            assert decode_batch([image.data], np.array([[37, 29]]), window, 40, "bicubic", out, decoder=decoder) == {}, (factors, decoder)
+            pixels.append(out)
+        assert all(np.array_equal(pixels[0], others) for others in pixels), factors
+    assert len(SAMPLINGS) == 515 and outcomes["kept"] >= 10 and outcomes["transcoded"] > 100 and outcomes["excluded"] > 100
+
+
+def test_four_four_one_is_transcoded():
+    image = check_image(corpus("441"))
+    assert (image.outcome, image.why) == ("transcoded", "JPEG with unusual chroma sampling")
+    original = np.asarray(Image.open(io.BytesIO(corpus("441")))).astype(int)
+    assert np.abs(np.asarray(Image.open(io.BytesIO(image.data))) - original).mean() < 3
+
+
+def test_there_is_one_limit_of_scans():
+    """In preparation and in every decoder: 500 are kept, 501 left out."""
+    assert MOST_SCANS == 500
+    assert check_image(corpus("scans_500")).outcome == "kept"
+    with pytest.raises(BadImage, match="more than 500 scans"):
+        check_image(corpus("scans_501"))
+    for decoder in (name for name in DECODERS if name != "native" or native.LIBRARY):
+        for name, reason in (("scans_500", {}), ("scans_501", {0: "it has more than 500 scans"})):
+            out, window = np.zeros((1, 8, 8, 3), np.uint8), np.array([[0, 0, 24, 16, 0]], np.int32)
+            assert decode_batch([corpus(name)], np.array([[24, 16]]), window, 8, "bicubic", out, decoder=decoder) == reason
+
+
+@pytest.mark.parametrize("name", ["progressive_incomplete", "progressive_444_incomplete", "progressive_without_last", "scans_without_last"])
+def test_what_lacks_scans_is_transcoded(name):
+    """libjpeg fills in what is missing, and each version of it differently: such an image is stored as this one sees it."""
+    image = check_image(corpus(name))
+    assert image.outcome == "transcoded" and "lacks scans" in image.why
+    assert check_image(image.data).outcome == "kept"
+
+
+@pytest.mark.parametrize("name", ["progressive", "progressive_444", "1x3_progressive", "scans", "gray", "rgb", "restarts_rows"])
+def test_what_has_all_its_scans_is_not_touched_for_them(name):
+    image = check_image(corpus(name))
+    assert "lacks scans" not in image.why
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG whose header alone says that it is that large."""
+    small = bytearray(encoded(Image.new("1", (1, 1)), "PNG"))
+    small[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    small[29:33] = zlib.crc32(small[12:29]).to_bytes(4, "big")
+    return bytes(small)
+
+
+def jpeg_of(width: int, height: int) -> bytes:
+    place = GOOD.index(b"\xff\xc0")
+    return GOOD[: place + 5] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + GOOD[place + 9 :]
+
+
+BAD_IMAGES = {
+    "a bomb.png": png_of(60_000, 60_000),
+    "a larger bomb.png": png_of(2**31 - 1, 2**31 - 1),
+    "a bomb.jpg": jpeg_of(65_500, 65_500),
+    "no pixels.jpg": jpeg_of(0, 0),
+    "PostScript.jpg": encoded(picture(7), "EPS"),
+    "only its first line.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/tmp/x) (w) file\n",
+    "a PDF.jpg": encoded(picture(7), "PDF"),
+    "a zip.png": b"PK\x03\x04" + bytes(300),
+    "a script.gif": b"#!/bin/sh\ntouch /tmp/was-run\n",
+    "an SVG.png": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
+    "a header without end.jpg": b"\xff\xd8" + b"\xff\xe1\xff\xff" * 5000,
+    "only markers.jpg": b"\xff\xd8" + b"\xff\xda\x00\x00" * 5000,
+    "a PPM of many digits.ppm": b"P6 " + b"9" * 5000 + b" 1 255\n",
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_images_that_are_none(name):
+    with pytest.raises(BadImage) as raised:
+        check_image(BAD_IMAGES[name])
+    assert 0 < len(str(raised.value)) < 400
+
+
+def test_damaged_files_of_every_kind_are_bad_images_or_usable():
+    """Whatever a decoder raises: 2,000 files with bytes changed, cut out, or doubled."""
+    random = np.random.default_rng(0)
+    kinds = ["PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG", "JPEG2000"]
+    files = [encoded(picture(number, size=(24, 18)), kind) for number, kind in enumerate(kinds)]
+    files += [corpus(path.stem) for path in sorted(CORPUS.glob("*.jpg"))]
+    usable = 0
+    for number in range(2000):
+        data = bytearray(files[number % len(files)])
+        for _ in range(random.integers(1, 6)):
+            at = int(random.integers(len(data)))
+            data[at : at + int(random.integers(0, 9))] = random.bytes(int(random.integers(0, 9)))
+        try:
+            image = check_image(bytes(data))
+        except BadImage:
+            continue
+        usable += 1
+        out, window = np.zeros((1, 8, 8, 3), np.uint8), np.array([[0, 0, image.width, image.height, 0]], np.int32)
+        assert decode_batch([image.data], np.array([[image.width, image.height]]), window, 8, "bicubic", out) == {}, number
+    assert 100 < usable < 1900
+
+
+def test_no_memory_and_the_machines_errors_are_no_faults_of_a_sample():
+    for error in (MemoryError(), OSError(5, "Input/output error"), ImportError("no simplejpeg")):
+        with pytest.raises(type(error)), one_sample():
+            raise error
+    for error in (KeyError(6), RecursionError("deep"), OSError("image file is truncated"), AssertionError(), OverflowError("large")):
+        with pytest.raises(BadImage), one_sample():
+            raise error
+
+
+# --- tars ------------------------------------------------------------------------------------------------------------------------------
+
+
+def header(name: bytes, size: int | bytes, kind: bytes = b"0", link: bytes = b"") -> bytes:
+    """A tar header as it is not written by tar. size: as a number, or the field's 12 bytes."""
+    field = b"%011o\0" % size if isinstance(size, int) else size
+    block = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + field + b"00000000000\0" + b" " * 8 + kind + link.ljust(100, b"\0")
+    block = (block + b"ustar\x0000").ljust(512, b"\0")
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def member(name: str, data: bytes, kind: bytes = b"0") -> bytes:
+    return header(name.encode(), len(data), kind) + data + bytes(-len(data) % 512)
+
+
+def pax(**records: str) -> bytes:
+    text = b""
+    for key, value in records.items():
+        body = f" {key.replace('__', '.')}={value}\n".encode()
+        length = next(n for n in range(len(body), len(body) + 9) if n == len(body) + len(str(n)))
+        text += str(length).encode() + body
+    return member("pax", text, b"x")
+
+
+def base256(number: int) -> bytes:
+    return (b"\x80" if number >= 0 else b"\xff") + (number % (1 << 88)).to_bytes(11, "big")
+
+
+END = bytes(1024)
+IMAGE = member("a/1.jpg", GOOD)
+HOSTILE_TARS = {
+    "a name outside": (member("a/../../b/1.jpg", GOOD), "has an image outside itself"),
+    "a link to a file": (header(b"a/2.jpg", 0, b"2", b"/etc/passwd"), "is a link"),
+    "a hard link": (header(b"a/2.jpg", 0, b"1", b"../../x"), "is a link"),
+    "a device": (header(b"a/2.jpg", 0, b"3"), "is no plain file"),
+    "a block device": (header(b"a/2.jpg", 0, b"4"), "is no plain file"),
+    "a pipe": (header(b"a/2.jpg", 0, b"6"), "is no plain file"),
+    "a line break in a name": (member("a\nb/2.jpg", GOOD), "control characters"),
+    "an escape in a name": (member("a/\x1b[2J.jpg", GOOD), "control characters"),
+    "8 GB": (header(b"a/2.jpg", b"77777777777\0"), "is cut off"),
+    "2^80 bytes": (header(b"a/2.jpg", base256(1 << 80)), "is cut off"),
+    "2^80 bytes of a pipe's": (header(b"a/pipe", base256(1 << 80), b"y"), "is cut off"),
+    "less than nothing": (header(b"a/2.jpg", base256(-512)), "is not a whole tar"),
+    "far back": (header(b"a/2.jpg", base256(-(1 << 40))), "is not a whole tar"),
+    "less than nothing, by pax": (pax(size="-1024") + member("a/2.jpg", GOOD), "is damaged|not a whole tar"),
+    "more than there is, by pax": (pax(size=str(1 << 70)) + member("a/2.jpg", GOOD), "is cut off"),
+    "sparse, without a map": (pax(GNU__sparse__realsize="1500") + member("a/2.jpg", GOOD[:100]), "is damaged"),
+    "sparse": (pax(GNU__sparse__size="1500") + member("a/2.jpg", GOOD[:100]), "is damaged|is no plain file"),
+    "sparse, as no number": (pax(GNU__sparse__size="x") + member("a/2.jpg", GOOD), "is not a whole tar"),
+    "a number of many digits": (pax(GNU__sparse__realsize="9" * 5000) + member("a/2.jpg", GOOD), "is not a whole tar"),
+    "a record of no length": (member("pax", b"0 a=b\n", b"x") + IMAGE, "damaged|not a whole tar"),
+    "a long name of 8 GB": (header(b"long", b"77777777777\0", b"L") + IMAGE, "is not a whole tar"),
+    "a pax header of 1 MB": (member("pax", b"1" * (1 << 20), b"x") + IMAGE, "is not a whole tar"),
+    "names of names": (member("long", b"x", b"L") * 3000 + IMAGE, "is not a whole tar"),
+    "a pax header before itself": (pax(path="b/1.jpg") * 3000 + IMAGE, "is not a whole tar"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TARS)
+def test_hostile_tars_are_one_sentence(tmp_path, name):
+    """For prepare, which lists a tar first, and for index."""
+    data, message = HOSTILE_TARS[name]
+    path = tmp_path / "hostile.tar"
+    path.write_bytes(IMAGE + data + END)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=message) as raised:
+        list_source(open_source(str(path), tmp_path))
+    assert "\n" not in str(raised.value) and "\x1b" not in str(raised.value)
+    with pytest.raises(DataError, match=message), open(path, "rb") as file:
+        list(tar_files(path, file, 0, path.stat().st_size))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_absolute_names_and_double_slashes_are_read_as_tar_does_it(tmp_path):
+    (tmp_path / "a.tar").write_bytes(member("/cats/1.jpg", GOOD) + member("cats//2.jpg", GOOD) + member("./dogs/./3.jpg", GOOD) + END)
+    listing = list_source(open_source(str(tmp_path / "a.tar"), tmp_path))
+    assert listing.classes == ("cats", "dogs") and listing.splits["train"].names == ["cats/1.jpg", "cats/2.jpg", "dogs/3.jpg"]
+
+
+def test_a_tar_in_a_tar_in_a_tar_is_no_class(tmp_path):
+    """One level is read, as ImageNet's own file has it."""
+    inner = member("1.jpg", GOOD) + END
+    nested = inner
+    for _ in range(50):
+        nested = member("deeper.tar", nested) + END
+    (tmp_path / "a.tar").write_bytes(member("cat.tar", inner) + member("bomb.tar", nested) + END)
+    listing = list_source(open_source(str(tmp_path / "a.tar"), tmp_path))
+    assert listing.splits["train"].names == ["cat/1.jpg"] and listing.ignored == 1
+
+
+def test_a_compressed_bomb_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    """The limit of 4 GiB is lowered, or the test would write as much."""
+    monkeypatch.setattr(tars, "ALWAYS_ALLOWED", 1 << 20)
+    path = tmp_path / "bomb.tar.gz"
+    with gzip.open(path, "wb") as file:
+        for _ in range(300):
+            file.write(bytes(1 << 20))
+    assert path.stat().st_size < 1 << 19
+    with pytest.raises(DataError, match="bomb.tar.gz grows from .* decompress it yourself"):
+        run(path, tmp_path / "set")
+    assert not list((tmp_path / "set").rglob("*.t*"))
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.7z", "a.rar", "a.tar"])
+def test_what_is_no_tar(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("../cat/1.jpg", GOOD)
+    else:
+        path.write_bytes({"a.7z": b"7z\xbc\xaf\x27\x1c", "a.rar": b"Rar!\x1a\x07", "a.tar": b"\x1f\x8b"}[name] + bytes(2000))
+    with pytest.raises(DataError, match="is not a whole tar archive|cannot be decompressed|contains no images"):
+        run(path, tmp_path / "set")
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_folders_with_pipes_and_circles(tmp_path):
+    (tmp_path / "set/cat").mkdir(parents=True)
+    (tmp_path / "set/cat/1.jpg").write_bytes(GOOD)
+    (tmp_path / "set/cat/again").symlink_to(tmp_path / "set")
+    with pytest.raises(DataError, match="again is a link to a folder that it lies in"):
+        list_source(Source("folder", tmp_path / "set"))
+    (tmp_path / "set/cat/again").unlink()
+    os.mkfifo(tmp_path / "set/cat/2.jpg")
+    with pytest.raises(DataError, match=r"2\.jpg is no regular file"):
+        list_source(Source("folder", tmp_path / "set"))
+    (tmp_path / "set/cat/2.jpg").unlink()
+    (tmp_path / "set/cat/2.jpg").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"2\.jpg is no regular file"):
+        list_source(Source("folder", tmp_path / "set"))
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\x85b", os.fsdecode(b"caf\xe9")])
+def test_names_of_classes_that_are_refused(tmp_path, name):
+    (tmp_path / "set" / name).mkdir(parents=True)
+    (tmp_path / "set" / name / "1.jpg").write_bytes(GOOD)
+    with pytest.raises(DataError, match="control characters") as raised:
+        list_source(Source("folder", tmp_path / "set"))
+    str(raised.value).encode()  # can be written to a log
+    assert "\n" not in str(raised.value) and "\x1b" not in str(raised.value)
+
+
+def test_a_huge_file_is_left_out_before_it_is_read(tmp_path):
+    for name in ("1", "2"):
+        (tmp_path / "set/cat").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"set/cat/{name}.jpg").write_bytes(GOOD)
+    os.truncate(tmp_path / "set/cat/2.jpg", 1 << 40)  # a hole
+    run(tmp_path / "set", tmp_path / "out", shard_bytes=1 << 45)
+    assert listed(tmp_path / "out")["cat/2.jpg"] == ("excluded", "1099511627776 bytes: an image may have 1073741824")
+    assert stored(tmp_path / "out", "train") == [(GOOD, 0)]
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------------------------
+
+LABELS = {  # key: (the .cls, the .json, words of the reason)
+    "digits": (b"9" * 5000, None, "no label: '999.* has 5000 characters|its label cannot be read"),
+    "huge": (b"9" * 40, None, "no label: 9999"),
+    "negative": (b"-3", None, "no label: -3"),
+    "nothing": (b" \n", None, "no label: '' is empty"),
+    "no text": (b"\xff\xfe", None, "its label cannot be read"),
+    "escape": (b"\x1b[2Jcat", None, "has control characters"),
+    "line": (b"cat\ndog", None, "has control characters"),
+    "long": (b"c" * 501, None, "has 501 characters"),
+    "nested": (None, b"[" * 100_000 + b"]" * 100_000, "its label cannot be read: RecursionError"),
+    "nested object": (None, b'{"label":' * 50_000 + b"1" + b"}" * 50_000, "its label cannot be read: RecursionError"),
+    "a number of digits": (None, b'{"label": ' + b"9" * 5000 + b"}", "its label cannot be read"),
+    "a huge number": (None, b'{"label": ' + b"9" * 4000 + b"}", "no label: 999"),
+    "infinity": (None, b'{"label": 1e999}', "no label: inf"),
+    "no number": (None, b'{"label": NaN}', "no label: nan"),
+    "half": (None, b'{"label": 0.5}', "no label: 0.5"),
+    "true": (None, b'{"label": true}', "no label: True"),
+    "a list": (None, b'{"label": [[[]]]}', "no label: "),
+    "a surrogate": (None, rb'{"label": "\ud800"}', "no UTF-8"),
+    "no object": (None, b'"label"', "its label cannot be read"),
+    "a list of labels": (None, b"[1, 2]", "no label"),
+    "16 MB": (None, b'{"label": 0, "text": "' + b"x" * (1 << 24) + b'"}', "and may have 16777216"),
+}
+
+
+def test_labels_that_are_none_are_left_out_with_their_reason(tmp_path):
+    with open(tmp_path / "train-0.tar", "wb") as file:
+        for key, (word, fields, _) in LABELS.items():
+            file.write(member(f"{key}.jpg", GOOD))
+            for ending, data in (("cls", word), ("json", fields)):
+                if data is not None:
+                    file.write(member(f"{key}.{ending}", data))
+        file.write(member("441.jpg", corpus("441")) + member("441.cls", b"0") + member("scans.jpg", corpus("scans_501")))
+        file.write(member("scans.cls", b"0") + member("good.jpg", GOOD) + member("good.cls", b"1") + END)
+    index(tmp_path, workers=1)
+    report = listed(tmp_path)
+    assert report.keys() == {f"train-0.tar/{key}" for key in [*LABELS, "441", "scans"]}
+    for key, (_, _, words) in LABELS.items():
+        outcome, why = report[f"train-0.tar/{key}"]
+        assert outcome == "excluded" and re.search(words, why) and len(why) < 1200, (key, why)
+    assert "unusual chroma sampling" in report["train-0.tar/441"][1] and "more than 500 scans" in report["train-0.tar/scans"][1]
+    manifest = open_manifest(tmp_path)
+    assert stored(tmp_path, "train") == [(GOOD, 1)] and manifest.split("train").records["label"].max() < len(manifest.classes)
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u200b", "\t"])
+def test_characters_that_pass_for_line_ends_do_not_shift_labels(tmp_path, character):
+    """Neither in classes.txt nor in a label file: str.splitlines would take them for the ends of lines."""
+    names = ["ant", f"b{character}ee", "cat"]
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/classes.txt").write_text("\r\n".join(names) + "\n\n")
+    (tmp_path / "shards/train-0.tar").write_bytes(member("1.jpg", GOOD) + member("1.cls", b"cat") + END)
+    index(tmp_path / "shards", workers=1)
+    assert open_manifest(tmp_path / "shards").classes == tuple(names) and stored(tmp_path / "shards", "train") == [(GOOD, 2)]
+
+    (tmp_path / "labels.txt").write_text("\n".join(names))
+    assert read_labels(tmp_path / "labels.txt", ["1.jpg", "2.jpg", "3.jpg"], tuple(sorted(names))).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ant\n\ncat\n", r"classes\.txt, line 2 is empty"),
+        ("ant\nb\x85ee\ncat\n", "control characters"),
+        ("ant\nb\x1cee\ncat\n", "control characters"),
+        ("ant\nb\x1b[2J\ncat\n", "control characters"),
+    ],
+)
+def test_classes_that_are_refused_before_anything_is_read(tmp_path, text, message):
+    (tmp_path / "classes.txt").write_text(text)
+    (tmp_path / "train-0.tar").write_bytes(member("1.jpg", GOOD) + member("1.cls", b"cat") + END)
+    with pytest.raises(DataError, match=message):
+        index(tmp_path, workers=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["classes.txt", "train-0.tar"]
+
+
+def test_class_names_may_hold_what_paths_are_made_of(tmp_path):
+    """A class is a name, never a path: nothing is written under it."""
+    words = ["../../evil", "/etc/cron.d/evil", "n/a", "CON", "a;rm -rf b", "$(touch evil)", "<script>"]
+    with open(tmp_path / "train-0.tar", "wb") as file:
+        for number, word in enumerate(words):
+            file.write(member(f"{number}.jpg", GOOD) + member(f"{number}.cls", word.encode()))
+        file.write(END)
+    index(tmp_path, workers=1)
+    assert open_manifest(tmp_path).classes == tuple(sorted(words))
+    assert not list(tmp_path.parent.rglob("*evil*"))
+
+
+def test_a_strangers_manifest_does_not_have_index_delete_files(tmp_path):
+    """One that names a split which is a path, beside a report that says `index`."""
+    (tmp_path / "mine.index").write_text("my own")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    entry = {"samples": 1, "fingerprint": "0" * 64, "shards": []}
+    splits = {name: entry for name in ("../mine", str(tmp_path / "mine"), "image")}
+    (folder / "manifest.json").write_text(json.dumps({"version": 1, "classes": ["a"], "splits": splits}))
+    (folder / "report.json").write_text(json.dumps({"arguments": {"index": True}}))
+    (folder / "image.index").write_text("of another program")
+    (folder / "train-0.tar").write_bytes(IMAGE + member("a/1.cls", b"0") + END)
+    try:
+        index(folder, workers=1)
+    except UsageError:
+        pass  # the manifest is refused: just as well
+    assert (tmp_path / "mine.index").read_text() == "my own" and (folder / "image.index").read_text() == "of another program"
+
+
+# --- faults that pass ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="making system calls fail needs strace")
+def test_a_stale_handle_is_opened_anew(tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes(IMAGE + END)
+    program = """
+import sys
+from data_pipeline.sources import Path, Source, read_image
+print(len(read_image(Source("tar", Path(sys.argv[1])), "a/1.jpg", 512, 400)))
+"""
+    strace = ["strace", "-qq", "-o", str(tmp_path / "log"), "-P", str(path), "-e", "inject=pread64:error=ESTALE:when=1..2"]
+    result = subprocess.run([*strace, sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert result.stdout == "400\n", result.stderr
+    assert (tmp_path / "log").read_text().count("ESTALE") == 2 and (tmp_path / "log").read_text().count("openat") == 3
