@@ -4,6 +4,7 @@ import bz2
 import gzip
 import lzma
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -16,7 +17,8 @@ from data_pipeline.manifest import DataError, UsageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 MAX_HEADER = 1 << 16  # bytes of one extended header in a tar: a long name, a pax record
-EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *PAX)
 # A compressed tar may become this many bytes, or else this many times as many: images hardly shrink, and a bomb grows a thousandfold.
 ALWAYS_ALLOWED = 4 << 30
 MOST_GROWTH = 200
@@ -29,11 +31,16 @@ def check_name(what: str | Path, name: str) -> None:
 
 
 class _Header(tarfile.TarInfo):
-    """A header whose own data is no larger than it can reasonably be: tarfile reads that into memory."""
+    """A header whose own data is what it can reasonably be: tarfile reads that into memory, and looks long through many digits."""
 
     def _proc_member(self, tar):
         if self.size < 0 or (self.type in EXTENDED and self.size > MAX_HEADER):
             raise ValueError(f"the header at byte {self.offset} says {self.size} bytes")
+        if self.type in PAX:
+            place = tar.fileobj.tell()
+            if re.search(rb"\d{99}", tar.fileobj.read(self.size)):
+                raise ValueError(f"the header at byte {self.offset} has a number of 99 digits or more")
+            tar.fileobj.seek(place)
         return super()._proc_member(tar)
 
 

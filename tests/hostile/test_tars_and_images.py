@@ -228,6 +228,7 @@ HOSTILE_TARS = {
     "a record of no length": (member("pax", b"0 a=b\n", b"x") + IMAGE, "damaged|not a whole tar"),
     "a long name of 8 GB": (header(b"long", b"77777777777\0", b"L") + IMAGE, "is not a whole tar"),
     "a pax header of 1 MB": (member("pax", b"1" * (1 << 20), b"x") + IMAGE, "is not a whole tar"),
+    "a pax header of digits": (member("pax", b"1" * 60_000, b"x") + IMAGE, "has a number of 99 digits"),
     "names of names": (member("long", b"x", b"L") * 3000 + IMAGE, "is not a whole tar"),
     "a pax header before itself": (pax(path="b/1.jpg") * 3000 + IMAGE, "is not a whole tar"),
 }
