@@ -1,13 +1,14 @@
 """What the markers of a JPEG say (ITU T.81, annex B), without decoding it; and what of it is not for every decoder."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 # In preparation and in training. A scan can take a few bytes of the file and a pass over the whole image; photographs have about ten.
 MOST_SCANS = 500
 
 PROGRESSIVE = 0xC2
-_ALL = range(64)  # the coefficients of a block
+_ALL = (1 << 64) - 1  # the coefficients of a block, a bit each
 # Not 0xFF 0x00, which is a byte of image data, nor a marker between blocks, nor a 0xFF that stands before another one.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
@@ -18,11 +19,12 @@ class UnusualSampling(ValueError):
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan: the ids of its components, the coefficients that it brings, and how many of their lowest bits are still to come."""
+    """One scan: the ids of its components, its coefficients (a bit each), and how many of their lowest bits are still to come."""
 
     components: bytes
-    coefficients: range
+    coefficients: int
     low: int
+    frame: bytes  # the ids of all components of the image
 
 
 def read_header(data: bytes) -> tuple[int, int, str]:
@@ -40,13 +42,13 @@ def read_header(data: bytes) -> tuple[int, int, str]:
     return width, height, colorspace
 
 
-def read_scans(data: bytes) -> tuple[bytes, list[Scan]]:
-    """The ids of the image's components, and its scans, in their order. What is no JPEG has none."""
-    frame, progressive, scans, position = b"", False, [], 2
+def read_scans(data: bytes) -> Iterator[Scan]:
+    """The scans of an image, in their order. What is no JPEG has none."""
+    frame, progressive, position = b"", False, 2
     while match := _MARKER.search(data, position):
         marker, position = data[match.start() + 1], match.end()
         if marker == 0xD9:  # the end; what lies behind it is not of this image
-            break
+            return
         if marker in (0x01, 0xD8):  # these stand alone
             continue
         length = int.from_bytes(data[position : position + 2], "big")
@@ -56,21 +58,29 @@ def read_scans(data: bytes) -> tuple[bytes, list[Scan]]:
             frame, progressive = segment[8::3], marker == PROGRESSIVE
         elif marker == 0xDA and len(segment) > 5:
             first, last, bits = segment[-3:]
-            coefficients = range(first, last + 1) if progressive else _ALL
-            scans.append(Scan(segment[3:-3:2], coefficients, bits & 15 if progressive else 0))
-    return frame, scans
+            if progressive:
+                yield Scan(segment[3:-3:2], (2 << last) - (1 << first) & _ALL, bits & 15, frame)
+            else:
+                yield Scan(segment[3:-3:2], _ALL, 0, frame)
 
 
 def has_too_many_scans(data: bytes) -> bool:
     """Whether there are more than MOST_SCANS."""
-    return data.count(b"\xff\xda") > MOST_SCANS and len(read_scans(data)[1]) > MOST_SCANS
+    for number, scan in enumerate(read_scans(data), start=1):
+        if number > MOST_SCANS:
+            return True
+        if scan.coefficients == _ALL and set(scan.components) >= set(scan.frame):  # the usual JPEG, of one scan: no decoder looks further
+            return False
+    return False
 
 
 def is_complete(data: bytes) -> bool:
     """Whether each coefficient comes with all its bits. What is missing libjpeg guesses from the neighbours, each version differently."""
-    frame, scans = read_scans(data)
-    missing = {(component, coefficient) for component in frame for coefficient in _ALL}
-    for scan in scans:
-        brought = {(component, coefficient) for component in scan.components for coefficient in scan.coefficients}
-        missing = missing | brought if scan.low else missing - brought
-    return not missing
+    complete = {}
+    for scan in read_scans(data):
+        for component in scan.components:
+            before = complete.get(component, 0)
+            complete[component] = before & ~scan.coefficients if scan.low else before | scan.coefficients
+        if all(complete.get(component) == _ALL for component in scan.frame):
+            return True
+    return False
