@@ -20,7 +20,7 @@ from data_pipeline.labels import LONGEST_NAME, check_names, fault_of_name, read_
 from data_pipeline.manifest import FILE_NAME, RECORD, DataError, Shard, UsageError, parse_manifest, sha256_of
 from data_pipeline.ownership import WORK, claim, remove_work_folder, work_folder
 from data_pipeline.pack import done_path, read_done, write_done
-from data_pipeline.prepare import REPORT_NAME, files_beside, finish
+from data_pipeline.prepare import REPORT_NAME, files_beside, finish, read_arguments
 from data_pipeline.progress import Progress
 from data_pipeline.tars import IMAGE_SUFFIXES, tar_files
 from data_pipeline.validate import BadImage, check_image, check_size, one_sample, shortened
@@ -43,7 +43,7 @@ def index(dest: Path, *, workers: int, split: str | None = None, label_key: str 
         raise UsageError(f"there is no folder {dest}.")
     dest = dest.resolve()
     earlier = _earlier_index(dest)
-    if source := _arguments(dest / WORK / "plan.json").get("source"):
+    if source := read_arguments(dest / WORK / "plan.json").get("source"):
         raise UsageError(f"{dest} is being prepared from {source}.")
     files = _find_shards(dest)
     splits = {}
@@ -77,18 +77,9 @@ def _earlier_index(dest: Path) -> list[str]:
         manifest = parse_manifest((dest / FILE_NAME).read_bytes(), dest, str(dest / FILE_NAME))
     except (FileNotFoundError, DataError):  # none, or another program's
         return []
-    if "index" not in _arguments(dest / REPORT_NAME):
+    if "index" not in read_arguments(dest / REPORT_NAME):
         raise UsageError(f"{dest} is a prepared dataset with its index: index is for shards that others made.")
     return files_beside(name for name in manifest.splits if name in SPLIT_WORDS.values())
-
-
-def _arguments(path: Path) -> dict:
-    """What a dataset was made with, by its report or plan; {} where that is not there, or is another program's."""
-    try:
-        arguments = json.loads(path.read_bytes())["arguments"]
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
-        return {}
-    return arguments if isinstance(arguments, dict) else {}
 
 
 def _find_shards(dest: Path) -> list[str]:

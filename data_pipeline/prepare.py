@@ -101,10 +101,19 @@ def _absolute(text: str) -> str:
     return str(Path(text).resolve()) if Path(text).exists() else text
 
 
+def read_arguments(path: Path) -> dict:
+    """What a dataset was made with, by its report or plan; {} where that is not there, or is another program's."""
+    try:
+        arguments = json.loads(path.read_bytes())["arguments"]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return {}
+    return arguments if isinstance(arguments, dict) else {}
+
+
 def _refuse_other(dest: Path, arguments: dict, path: Path) -> None:
     """Raise UsageError if `path` (a plan or a report) says that `dest` was begun with other arguments."""
     if path.exists():
-        earlier = json.loads(path.read_text())["arguments"]
+        earlier = read_arguments(path)
         changed = [f"{key} {earlier.get(key)} and not {value}" for key, value in arguments.items() if earlier.get(key) != value]
         if changed:
             raise UsageError(f"{dest} was prepared with {', '.join(changed)}: give another folder, or delete it.")

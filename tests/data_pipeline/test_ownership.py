@@ -66,6 +66,14 @@ def test_index_is_refused_where_a_name_is_in_use(shards, name):
     assert contents(shards) == before and not (shards / ".work").exists()
 
 
+def test_prepare_is_refused_where_another_program_has_left_a_manifest(pictures, tmp_path):
+    for name in ("manifest.json", "report.json"):
+        (tmp_path / name).write_text("[1]")
+    before = contents(tmp_path)
+    fails_with(78, call(pictures, tmp_path), "give another folder, or delete it")
+    assert contents(tmp_path) == before
+
+
 def test_a_dangling_link_is_a_name_in_use(shards, tmp_path):
     (shards / "report.json").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match=r"report\.json is in the way"):
