@@ -43,14 +43,14 @@ def index(dest: Path, *, workers: int, split: str | None = None, label_key: str 
         raise UsageError(f"there is no folder {dest}.")
     dest = dest.resolve()
     earlier = _earlier_index(dest)
-    if source := read_arguments(dest / WORK / "plan.json").get("source"):
-        raise UsageError(f"{dest} is being prepared from {source}.")
     files = _find_shards(dest)
     splits = {}
     for file in files:
         splits.setdefault(split or _split_of(file), []).append(file)
     classes = _read_classes(dest / CLASSES_NAME)
-    with work_folder(dest):
+    with work_folder(dest) as work:
+        if (work / "plan.json").exists():
+            raise UsageError(f"{dest} is being prepared from {read_arguments(work / 'plan.json')['source']}.")
         stale = claim(dest, files_beside(splits), earlier)
         tasks = [_Task(dest, file, label_key, slot) for slot, file in enumerate(files)]
         sizes = [(dest / file).stat().st_size for file in files]

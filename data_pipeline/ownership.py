@@ -1,8 +1,8 @@
 """What prepare and index may delete and overwrite in a dataset's folder: what they made, and nothing else.
 
-What is under way lies in `DEST/.work`, which holds a file that marks it as theirs. Beside it they write names that they have claimed there
-before: a name that is in use, and neither claimed nor of an earlier index, is the owner's, and the command is refused. So a run that was
-killed at any moment finds its own files again, and takes nobody else's for them.
+What is under way lies in `DEST/.work`, where a file that holds DEST's path marks it as theirs: a `.work` that came with a dataset is not
+trusted. Beside it they write names that they have claimed there before: a name that is in use, and neither claimed nor of an earlier index,
+is the owner's, and the command is refused. So a run that was killed at any moment finds its own files again, and takes nobody else's for them.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ WORK = ".work"
 MARK = "made-by-prepare"
 # What is written beside `.work` before it gets its name (manifest.write_atomically, beton.write_beton), and what is written into it.
 _TEMPORARY = re.compile(r"(manifest\.json|(train|val|test)\.beton(\.index)?)\.\d+\.tmp")
-_INSIDE = re.compile(rf"{MARK}|(plan|claimed)\.json|source-\d+-\d+\.tar|source\.tmp|.+\.done|.+\.\d+\.tmp")
+_INSIDE = re.compile(rf"{MARK}|lock|(plan|claimed)\.json|source-\d+-\d+\.tar|source\.tmp|.+\.done|.+\.\d+\.tmp")
 DOWNLOAD = "download"  # inside: torchvision's folder
 
 
@@ -28,14 +28,17 @@ DOWNLOAD = "download"  # inside: torchvision's folder
 def work_folder(dest: Path) -> Iterator[Path]:
     """`dest/.work`, made where it is not there, for this process alone; what a killed run left half-written is gone from both folders.
 
-    The lock goes with the process, however it ends. Raises UsageError where another process has it, or where the folder is somebody's own.
+    dest: resolved. The lock goes with the process, however it ends. Raises UsageError where another process has it, or where the folder is
+    somebody's own.
     """
     work = dest / WORK
     work.mkdir(parents=True, exist_ok=True)
-    if work.is_symlink() or (any(work.iterdir()) and not (work / MARK).is_file()):
-        raise UsageError(f"{work} was not made by this program (or by an earlier version of it): move it away, or delete it.")
-    (work / MARK).touch()
-    with open(work / MARK) as file:
+    marked = (work / MARK).is_file() and (work / MARK).read_bytes() == os.fsencode(dest)
+    if not marked:
+        if work.is_symlink() or any(not name.startswith(MARK) for name in os.listdir(work)):
+            raise UsageError(f"{work} was not made here by this program (or by an earlier version of it): move it away, or delete it.")
+        write_atomically(work / MARK, os.fsencode(dest))
+    with open(work / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -46,7 +49,7 @@ def work_folder(dest: Path) -> Iterator[Path]:
         try:
             yield work
         finally:
-            if work.is_dir() and os.listdir(work) == [MARK]:  # nothing has been done yet
+            if work.is_dir() and set(os.listdir(work)) == {MARK, "lock"}:  # nothing has been done yet
                 remove_work_folder(dest)
 
 

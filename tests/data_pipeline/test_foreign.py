@@ -13,6 +13,7 @@ import webdataset
 from data_pipeline.backends import open_backend
 from data_pipeline.foreign import index
 from data_pipeline.manifest import DataError, UsageError, open_manifest
+from data_pipeline.ownership import MARK
 from data_pipeline.verify import verify
 from tests.data_pipeline.images import contents, encoded, listed, make_folder, picture, run, stored
 from tests.data_pipeline.test_sources import add
@@ -188,6 +189,8 @@ def test_what_is_no_folder_of_foreign_shards(tmp_path):
         index(tmp_path / "set", workers=1)
     (tmp_path / "half/.work").mkdir(parents=True)
     (tmp_path / "half/.work/plan.json").write_text('{"arguments": {"source": "pictures"}}')
+    (tmp_path / "half/.work" / MARK).write_text(str(tmp_path / "half"))
+    shutil.copy(next((tmp_path / "set").glob("*.tar")), tmp_path / "half")
     with pytest.raises(UsageError, match="is being prepared from pictures"):
         index(tmp_path / "half", workers=1)
     (tmp_path / "broken").mkdir()

@@ -107,7 +107,7 @@ def test_a_work_folder_of_somebody_else_is_not_used(pictures, shards, tmp_path, 
     for name in ("lock", "x.tmp", "thesis.txt"):
         (dest / ".work" / name).write_text("mine")
     before = contents(dest)
-    with pytest.raises(UsageError, match=r"\.work was not made by this program"):
+    with pytest.raises(UsageError, match=r"\.work was not made here by this program"):
         index(dest, workers=1) if what == "index" else run(pictures, dest)
     assert contents(dest) == before
 
@@ -116,15 +116,34 @@ def test_a_work_folder_that_is_a_link_is_not_used(pictures, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "new").mkdir()
     (tmp_path / "new/.work").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match=r"\.work was not made by this program"):
+    with pytest.raises(UsageError, match=r"\.work was not made here by this program"):
         run(pictures, tmp_path / "new")
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_work_folder_that_came_with_a_dataset_is_not_trusted(shards, tmp_path):
+    """It would say which files are whose, and what is in the shards."""
+    (tmp_path / "thesis.txt").write_text("mine")
+    (shards / ".work").mkdir()
+    (shards / ".work" / MARK).write_text("/where/a/stranger/made/it")
+    (shards / ".work/claimed.json").write_text('["../thesis.txt", "image.index"]')
+    with pytest.raises(UsageError, match=r"\.work was not made here"):
+        index(shards, workers=1)
+    assert theirs_is_there(shards) and (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_mark_that_is_a_link_is_not_written_through(pictures, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "new/.work").mkdir(parents=True)
+    (tmp_path / "new/.work" / MARK).symlink_to(tmp_path / "thesis.txt")
+    run(pictures, tmp_path / "new")
+    assert (tmp_path / "thesis.txt").read_text() == "mine" and verify(tmp_path / "new") == []
 
 
 def test_what_somebody_puts_into_the_work_folder_stays(pictures, tmp_path):
     dest = tmp_path / "new"
     (dest / ".work").mkdir(parents=True)
-    (dest / ".work" / MARK).touch()
+    (dest / ".work" / MARK).write_text(str(dest.resolve()))
     (dest / ".work/thesis.txt").write_text("mine")
     run(pictures, dest)
     assert verify(dest) == [] and [path.name for path in (dest / ".work").iterdir()] == ["thesis.txt"]

@@ -144,6 +144,7 @@ def test_images_that_are_none(name):
     assert 0 < len(str(raised.value)) < 400
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about damaged TIFF files
 def test_damaged_files_of_every_kind_are_bad_images_or_usable():
     """Whatever a decoder raises: 2,000 files with bytes changed, cut out, or doubled."""
     random = np.random.default_rng(0)
