@@ -2,7 +2,7 @@
 
 What is under way lies in `DEST/.work`, where a file that holds DEST's path marks it as theirs: a `.work` that came with a dataset is not
 trusted. Beside it they write names that they have claimed there before: a name that is in use, and neither claimed nor of an earlier index,
-is the owner's, and the command is refused. So a run that was killed at any moment finds its own files again, and takes nobody else's for them.
+is the owner's, and the command is refused. So a run that was killed at any moment knows its own files again, and no others.
 """
 
 import contextlib
