@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from data_pipeline.config import DataConfig
+from data_pipeline.fetch import unheard
 from data_pipeline.storage import open_dataset
 
 SAMPLES, PER_SHARD = 60, 5
@@ -22,12 +23,12 @@ def config(path: object, cache: object = None, **changes) -> DataConfig:
 
 def staged(cache: Path) -> set[str]:
     """Whole files in the cache, by name."""
-    return {path.name for path in cache.glob("*/*") if path.suffix not in (".lock", ".part")}
+    return {path.name for path in cache.glob("cat-cache-*/*/files/*")}
 
 
 def read_one(split, number: int = 0) -> bytes:
     """The bytes of shard `number`, through the cache."""
-    descriptor = split.open_file(split.folder / split.shards[number].file, threading.Event())
+    descriptor = split.open_file(split.folder / split.shards[number].file, threading.Event(), unheard)
     with open(descriptor, "rb") as file:
         return file.read()
 
