@@ -1,9 +1,11 @@
 """Staging of a small dataset: by which processes, from a web server that can be slow, cut off, and counts, and what is in the cache."""
 
+import contextlib
 import functools
 import hashlib
 import http.server
 import multiprocessing
+import os
 import threading
 import time
 from pathlib import Path
@@ -43,6 +45,14 @@ def start(data: DataConfig, numbers: list[int]) -> multiprocessing.Process:
     process = fork.Process(target=stage_in_a_process, args=(data, numbers))
     process.start()
     return process
+
+
+def open_files(pid: int) -> list[str]:
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            found.append(os.readlink(link))
+    return found
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

@@ -1,4 +1,3 @@
-import contextlib
 import hashlib
 import importlib.util
 import os
@@ -23,7 +22,7 @@ from data_pipeline.manifest import DataError, UsageError, open_manifest
 from data_pipeline.order import Order
 from data_pipeline.storage import open_dataset
 from tests.data_pipeline.shards import jpeg, write_split
-from tests.data_pipeline.staging import PER_SHARD, SAMPLES, Server, config, read_one, stage_in_a_process, staged, start
+from tests.data_pipeline.staging import PER_SHARD, SAMPLES, Server, config, open_files, read_one, stage_in_a_process, staged, start
 
 
 @pytest.fixture
@@ -108,14 +107,6 @@ def wait_for(condition, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.005)
-
-
-def open_files(pid: int) -> list[str]:
-    found = []
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
-            found.append(os.readlink(link))
-    return found
 
 
 def test_processes_of_a_node_fetch_a_file_once(server, tmp_path):
