@@ -54,8 +54,11 @@ class Source:
 
         class Until(Callback):
             def relative_update(self, increment: int = 1) -> None:
+                super().relative_update(increment)
                 if closing.is_set():
                     raise CancelledError
+                if self.value > size:
+                    raise OSError(f"it has more bytes than the {size} of the manifest")
 
         def copy() -> None:
             try:

@@ -173,13 +173,11 @@ def read_manifest(folder: str | Path) -> Manifest:
     folder = Path(folder)
     path = folder / FILE_NAME
     try:
-        text = retried(path.read_bytes, str(path))
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(
-            f"no dataset at {folder}: {FILE_NAME} is missing. Make one with: python launch/prepare.py SOURCE {folder}"
-        ) from None
+        text = retried(lambda: path.read_bytes() if path.is_file() else None, str(path))
     except LASTING as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}. Make it readable.") from error
+        raise DataError(f"{path} cannot be read: {error.strerror}. See that you may read it.") from error
+    if text is None:
+        raise DataError(f"no dataset at {folder}: {FILE_NAME} is missing. Make one with: python launch/prepare.py SOURCE {folder}")
     return parse_manifest(text, folder, str(path))
 
 

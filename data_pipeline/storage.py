@@ -117,7 +117,7 @@ class Cache:
         self.files = {name: (size, sha256) for split in manifest.splits.values() for name, size, sha256 in split.listing()}
         self._sound: set[Path] = set()  # what `mend` has found to be as the manifest says
         _own(root)
-        for part in root.glob("*/parts/*"):
+        for part in _parts(root):
             _remove_if_abandoned(part)
 
     def open(self, path: Path, closing: Event, note: Note) -> int:
@@ -200,7 +200,7 @@ class Cache:
     def _remove_for(self, size: int) -> bool:
         """False where files that are being copied leave no room at present."""
         total, others, removable = size, False, []
-        for part in self.root.glob("*/parts/*"):
+        for part in _parts(self.root):
             if not _remove_if_abandoned(part):
                 total, others = total + int(part.suffix[1:]), True
         for folder in self.root.glob("*/files"):
@@ -331,9 +331,18 @@ def _locked(lock: IO, closing: Event, wait: bool) -> bool:
             raise CancelledError
 
 
+def _parts(root: Path) -> list[Path]:
+    """Half-copied files of all datasets."""
+    return [part for part in root.glob("*/parts/*") if _lock_of_part(part).exists()]
+
+
+def _lock_of_part(part: Path) -> Path:
+    return part.parent.with_name("locks") / part.stem
+
+
 def _remove_if_abandoned(part: Path) -> bool:
     """Remove a half-copied file that nobody is copying any more."""
-    with open(part.parent.with_name("locks") / part.stem, "a") as lock:
+    with open(_lock_of_part(part), "a") as lock:
         if not _locked(lock, Event(), wait=False):
             return False
         part.unlink(missing_ok=True)

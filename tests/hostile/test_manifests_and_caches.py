@@ -201,9 +201,11 @@ def test_a_cache_with_a_limit_leaves_a_users_files_alone(dataset, tmp_path):
     split = open_dataset(data, training=False).split("train")
     own = next(cache.glob("cat-cache-*"))
     (split.folder / "by hand").write_bytes(bytes(100_000))
+    (split.folder.with_name("parts")).joinpath("by hand").write_bytes(bytes(100_000))
     for number in (0, 1, 2):
         assert read_one(split, number) == (dataset / split.shards[number].file).read_bytes()
     assert staged(cache) == {"by hand", "train.index", "train-00002.tar"}
+    assert [path.name for path in own.glob("*/parts/*")] == ["by hand"]
     assert {path: data for path, data in contents(cache).items() if own not in path.parents} == before
 
 
@@ -443,6 +445,33 @@ def test_what_a_server_sends_us_on_to_is_not_repeated(tmp_path, serve, monkeypat
     with pytest.raises(StorageError, match=r"manifest\.json cannot be read after 1 attempts: .*500") as caught:
         open_dataset(config(serve(tmp_path, Elsewhere).url, tmp_path / "cache"))
     assert "SECRET" not in str(caught.value)
+
+
+def test_a_server_that_never_ends(dataset, tmp_path, serve, monkeypatch):
+    monkeypatch.setattr(faults, "PAUSES", ())
+
+    class Endless(Handler):
+        def copyfile(self, source, output) -> None:
+            output.write(source.read())
+            while self.path.endswith(".tar"):
+                output.write(bytes(100_000))
+
+        def send_header(self, name: str, value: str) -> None:
+            if name != "Content-Length" or not self.path.endswith(".tar"):
+                super().send_header(name, value)
+
+    split = open_dataset(config(serve(dataset, Endless).url, tmp_path / "cache")).split("train")
+    with pytest.raises(
+        StorageError, match=r"train-00000\.tar cannot be read after 1 attempts: it has more bytes than the \d+ of the manifest"
+    ):
+        read_one(split)
+    assert staged(tmp_path / "cache") == {"train.index"}
+
+
+def test_a_manifest_that_is_no_file(tmp_path):
+    (tmp_path / "manifest.json").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"manifest\.json is missing"):
+        open_manifest(tmp_path)
 
 
 def test_credentials_that_fsspec_has(dataset, tmp_path, serve):
