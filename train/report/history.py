@@ -179,7 +179,7 @@ def _read_config(folder: Path) -> dict:
         config = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise DataError(f"{folder / 'config.yaml'} cannot be read ({type(error).__name__}): copy it from where the run was made") from error
-    if has_secret(config["data.path"]):  # as runs of before November 2026 may have it
+    if has_secret(config.get("data.path", "")):  # as runs of before November 2026 may have it
         config["data.path"] = without_secrets(config["data.path"])
     return config
 
