@@ -37,7 +37,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     def meet(batch: MicroBatch) -> None:
         for fault in batch.faults:
-            print(f"rank {runtime.rank} read again {fault.count} x: {fault.file}: {fault.error}", file=sys.stderr)
+            print(f"rank {runtime.rank} reads {fault.file} again: {fault.count} x {fault.error}", file=sys.stderr)
         for sample in batch.bad:
             print(f"left out: {sample.sentence}", file=sys.stderr)
 

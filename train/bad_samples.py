@@ -43,8 +43,8 @@ class BadSamples:
         dist.all_gather_object(found, (self._new, self._faults))
         self._new, self._faults, last = {}, {}, ""
         for fields in [fault for _, faults in found for fault in faults.values()]:
-            times = "once" if fields["count"] == 1 else f"{fields['count']} times"
-            text = f"rank {fields['rank']} read again {times}, and lost nothing: {fields['file']}: {fields['error']}"
+            attempts = "1 attempt" if fields["count"] == 1 else f"{fields['count']} attempts"
+            text = f"rank {fields['rank']} reads {fields['file']} again: {attempts} failed ({fields['error']})"
             monitor.event("io_retry", fields.pop("step"), text, **fields)
         for key, fields in [item for samples, _ in found for item in samples.items()]:
             if key not in self._known:
