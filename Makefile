@@ -21,13 +21,13 @@ demo: setup
 
 test: .venv/backends .venv/slurm
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile tests/catmodel tests/data_pipeline tests/examples tests/launch
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile tests/catmodel tests/data_pipeline tests/examples tests/hostile tests/launch
 	$(BIN)/python -m pytest tests/train  # ranks that have limits on their time: one test after the other
 
 # Faults injected for real, the long form: docs/reliability.md is made of what this measures.
 faults: .venv/backends .venv/slurm
 	$(BIN)/python -m pytest -m "slow or long" --results docs/results/faults.json tests/launch/test_slurm.py \
-	  $(addprefix tests/train/test_,random_kills.py save_faults.py stop.py not_finite.py hangs.py world_sizes.py data_faults.py)
+	  $(addprefix tests/train/test_,random_kills.py save_faults.py stop.py not_finite.py hangs.py world_sizes.py data_faults.py read_faults.py)
 
 # The tests that take minutes and that `make faults` leaves out, too.
 long: .venv/backends .venv/slurm

@@ -16,7 +16,7 @@ import torch
 
 from .augment import augment, sample_keys
 from .backends import open_backend
-from .backends.stored import StoredSamples
+from .backends.stored import stored_in_shards
 from .config import AugmentConfig, DataConfig
 from .crop import training_windows
 from .decode import decode_batch
@@ -43,7 +43,7 @@ class Images:
     def of(cls, split: Split, count: int, size: int, config: AugmentConfig) -> "Images":
         ids = np.arange(min(count, split.samples), dtype=np.int64)
         records = split.records[ids]
-        encoded, failures = stored(split).read(ids)
+        encoded, failures = stored_in_shards(split).read(ids)
         if failures:
             raise ValueError(f"samples that cannot be read: {failures}")
         dimensions = np.stack([records["width"], records["height"]], axis=1)
@@ -52,10 +52,6 @@ class Images:
 
     def batches(self) -> Iterator[slice]:
         return (slice(start, start + BATCH) for start in range(0, len(self.ids), BATCH))
-
-
-def stored(split: Split) -> StoredSamples:
-    return StoredSamples(split.records, [split.folder / shard.file for shard in split.shards], split)
 
 
 # --- decode + crop + resize + flip → uint8 ---------------------------------------------------------------------------------------------

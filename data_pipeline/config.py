@@ -1,5 +1,7 @@
 """The `data` and `augment` sections of a config. Light: imports nothing heavy, so that a bad config is answered at once."""
 
+import os
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -11,6 +13,20 @@ class Section(BaseModel):
     """Base of all config sections: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# A password before the host (a colon there that no port follows), a token before it, what a web server is asked for, key=value elsewhere.
+_SECRET = re.compile(r"://[^/@]*:(?!\d+(/|$))[^@]*@|^https?://[^/@]*@|^https?://.*[?#]|://.*\?.*=")
+
+
+def has_secret(url: str) -> bool:
+    """Whether a path that is a URL has a password, a token or a signature in it."""
+    return bool(_SECRET.search(url))
+
+
+def without_secrets(text: str) -> str:
+    """`text` without what URLs in it may carry of passwords, tokens and signatures."""
+    return re.sub(r"(://[^\s'\"?#]*)[?#][^\s'\"]*", r"\1", re.sub(r"://[^/\s'\"]*@", "://", text))
 
 
 class DataConfig(Section):
@@ -28,6 +44,23 @@ class DataConfig(Section):
     prefetch: int = Field(4, ge=1, description="micro-batches decoded ahead per rank")
     cache_dir: str | None = Field(None, description="folder on the node's own disk to which files of the dataset are copied before use")
     cache_gb: float | None = Field(None, gt=0, description="size that cache_dir is kept below, in GB (10^9 bytes); null: no limit")
+
+    @field_validator("path", "cache_dir")
+    @classmethod
+    def _is_expanded(cls, value: str | None) -> str | None:
+        """~ at the start of data.path and data.cache_dir is the home folder."""
+        return value if value is None or "://" in value else os.path.expanduser(value)
+
+    @field_validator("path")
+    @classmethod
+    def _has_no_secret(cls, value: str) -> str:
+        """A URL in data.path has no password, token or signature in it: config.yaml and checkpoints would keep it."""
+        if has_secret(value):
+            raise ValueError(
+                f"data.path {without_secrets(value)}: the URL has a password, a token or a query in it, which would be printed and stored; "
+                "leave it out, and give it to fsspec in a file of ~/.config/fsspec (docs/data.md, Credentials)"
+            )
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DataConfig":

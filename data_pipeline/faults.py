@@ -4,8 +4,9 @@ Only the file system is asked again here. Damaged contents (a wrong checksum, a 
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
+from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -21,20 +22,32 @@ class StorageError(Exception):
     exit_code = 74
 
 
+@dataclass(frozen=True)
+class PassingFault:
+    """`count` attempts to read `file` that failed with `error`, and were followed by others."""
+
+    file: str
+    error: str
+    count: int
+
+
 def retried(
     action: Callable[[], T],
     what: str,
     *,
     note: Callable[[OSError], None] = lambda error: None,
     closing: threading.Event | None = None,
+    pauses: Sequence[float] | None = None,
 ) -> T:
-    """The result of `action`, which is called again after each OSError, with PAUSES in between; it should open its files anew.
+    """The result of `action`, which is called again after each OSError, with pauses in between; it should open its files anew.
 
     what: names the file in the error. note: called with each error that is followed by another attempt. closing: ends the pauses early.
+    pauses: seconds, in place of PAUSES.
     Raises LASTING errors as they are, at once; StorageError after the last attempt; CancelledError once `closing` is set.
     """
     closing = closing or threading.Event()
-    for pause in PAUSES:
+    pauses = PAUSES if pauses is None else pauses
+    for pause in pauses:
         try:
             return action()
         except LASTING:
@@ -48,5 +61,6 @@ def retried(
     except LASTING:
         raise
     except OSError as error:
-        text = f"{what} cannot be read after {len(PAUSES) + 1} attempts: {error.strerror or error}. Start again once its disk answers."
+        reason = error.strerror or str(error) or type(error).__name__
+        text = f"{what} cannot be read after {len(pauses) + 1} attempts: {reason}. Start again once it can be."
         raise StorageError(text) from error

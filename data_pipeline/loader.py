@@ -3,8 +3,8 @@
 Threads, not processes: decoding releases the GIL, so there is nothing to fork, to pickle or to share. Everything that a
 micro-batch holds is a function of (seed, step, index); threads, prefetching and ranks only decide who computes it and when.
 
-A sample that cannot be read is replaced by another, which (seed, id) alone decides; in evaluation it is left out. Either way the
-micro-batch names it: what to make of that is the caller's business.
+A damaged sample is replaced by another, which (seed, id) alone decides; in evaluation it is left out. Either way the micro-batch names
+it, and the faults of the file system that have passed: what to make of that is the caller's business.
 """
 
 from collections import deque
@@ -21,6 +21,7 @@ import torch
 from .backends import Backend, open_backend
 from .config import AugmentConfig, DataConfig
 from .crop import evaluation_windows, training_windows
+from .faults import PassingFault
 from .manifest import DataError, Split, UsageError
 from .order import POOL, Order
 from .randomness import Stream, fold, make_key
@@ -52,7 +53,8 @@ class MicroBatch:
 
     ids int64 [m]; images uint8 [m, 3, S, S], RGB, in channels-last memory (on the GPU for data.device=gpu); labels int64 [m], UNCOUNTED
     for what evaluation must leave out. draws (numpy int64 [m]): a number per use of a sample in its epoch (id + samples · copy), from which
-    the keys of its crop and augmentation are made. bad: the samples that could not be read; all else is of those that were.
+    the keys of its crop and augmentation are made. bad: the samples that could not be read; all else is of those that were. faults:
+    attempts to read that failed since the batch before it, and were followed by others.
     """
 
     step: int
@@ -62,6 +64,7 @@ class MicroBatch:
     images: torch.Tensor
     labels: torch.Tensor
     bad: tuple[BadSample, ...] = ()
+    faults: tuple[PassingFault, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def evaluation_batches(
         for number in range(rounds):
             batch = next(loader, batch)
             if number >= len(mine):
-                batch = replace(batch, labels=torch.full_like(batch.labels, UNCOUNTED), bad=())
+                batch = replace(batch, labels=torch.full_like(batch.labels, UNCOUNTED), bad=(), faults=())
             yield batch.index, batch
 
 
@@ -183,15 +186,16 @@ class Loader(AbstractContextManager):
         except BaseException:
             self.close()
             raise
-        return replace(batch, bad=tuple(bad)) if bad else batch
+        return replace(batch, bad=tuple(bad), faults=self._backend.stored.take_faults())
 
     def close(self) -> None:
-        """End the threads: what has not begun is dropped, what has is waited for (at most LARGEST_CHUNK images each)."""
+        """End the threads: what has not begun is dropped, what has is waited for (at most LARGEST_CHUNK images each). Close all files."""
         self._pending.clear()
         self._backend.stored.closing.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
         if self._ahead:
             self._ahead.close()
+        self._backend.stored.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()

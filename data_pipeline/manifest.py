@@ -10,15 +10,23 @@ A split may also lie there as one FFCV file (beton.py), with an index of its own
 import hashlib
 import json
 import os
+import posixpath
+import re
+import resource
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from .faults import LASTING, retried
+
 VERSION = 1
 FILE_NAME = "manifest.json"
+LARGEST = 2**48  # samples, or bytes of a file: beyond it a manifest is damaged
+CHUNK = 2**20  # records of an index that are checked at once: 28 MB
 
 # offset and size locate the encoded image inside its shard (bytes); checksum is the CRC-32 of those bytes.
 RECORD = np.dtype(
@@ -82,12 +90,21 @@ class Split:
     shards: tuple[Shard, ...]
     beton: Beton | None = None
 
-    # What reads files keeps this many open at most: below the usual limit of 1024, with room for everything else the process opens.
-    keep_open = 256
+    @property
+    def keep_open(self) -> int:
+        """Files that a reader keeps open at most: a quarter of what the process may open, as training and evaluation both read."""
+        return min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
-    def open_file(self, path: Path, closing: threading.Event) -> int:
-        """A descriptor, for reading, of one of this split's files. `closing` is set when the reader is about to close."""
+    def open_file(self, path: Path, closing: threading.Event, note: Callable[[str, str], None]) -> int:
+        """A descriptor, for reading, of one of this split's files.
+
+        closing: set when the reader is about to close. note: told (file, what was wrong) of faults that passed.
+        """
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def mend(self, path: Path, closing: threading.Event, note: Callable[[str, str], None]) -> bool:
+        """Called where `path` has a damaged sample. True: reading it anew may give other bytes."""
+        return False
 
     @property
     def index_path(self) -> Path:
@@ -97,6 +114,15 @@ class Split:
     def records(self) -> np.ndarray:
         """The memory-mapped table of `RECORD`s, [samples]."""
         return np.memmap(self.index_path, dtype=RECORD, mode="r", shape=(self.samples,))
+
+    def listing(self) -> list[tuple[str, int, str]]:
+        """(name in the dataset's folder, size in bytes, SHA-256) of each of its files."""
+        files = [(self.index_path.name, self.samples * RECORD.itemsize, self.fingerprint)]
+        files += [(shard.file, shard.bytes, shard.sha256) for shard in self.shards]
+        if self.beton:
+            files += [(self.beton.file, self.beton.bytes, self.beton.sha256)]
+            files += [(f"{self.beton.file}.index", self.samples * RECORD.itemsize, self.beton.fingerprint)]
+        return files
 
     @property
     def beton_index_path(self) -> Path:
@@ -125,46 +151,153 @@ class Manifest:
 
 
 def open_manifest(folder: str | Path) -> Manifest:
-    """Read `folder`'s manifest and check, without reading any sample, that every file it names is there and has its size.
+    """Read `folder`'s manifest, and check what can be checked without reading a sample: every file's size, and all of every index.
 
-    Raises DataError with one sentence otherwise. Contents are checked by `verify.verify`, not here.
+    One process of a node checks, that of LOCAL_RANK 0 (or where there is none); the others take its word, as none trains without it.
+    Raises DataError with one sentence where something is wrong, StorageError where it cannot be read for now.
     """
-    folder = Path(folder)
-    path = folder / FILE_NAME
-    if not path.is_file():
-        raise DataError(f"no dataset at {folder}: {FILE_NAME} is missing. Make one with: python launch/prepare.py SOURCE {folder}")
-    manifest = parse_manifest(path.read_bytes(), folder, str(path))
-    for split in manifest.splits.values():
-        _check_size(split.index_path, split.samples * RECORD.itemsize)
-        for shard in split.shards:
-            _check_size(folder / shard.file, shard.bytes)
-        if split.beton:
-            _check_size(folder / split.beton.file, split.beton.bytes)
-            _check_size(split.beton_index_path, split.samples * RECORD.itemsize)
+    manifest = read_manifest(folder)
+    if first_of_node():
+        check_sizes(manifest)
+        check_indexes(manifest)
     return manifest
 
 
+def first_of_node() -> bool:
+    """Whether this process looks at a dataset's files for all ranks of its node."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """`folder`'s manifest, without a look at the files that it names. Raises DataError."""
+    folder = Path(folder)
+    path = folder / FILE_NAME
+    try:
+        text = retried(lambda: path.read_bytes() if path.is_file() else None, str(path))
+    except LASTING as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. See that you may read it.") from error
+    if text is None:
+        raise DataError(f"no dataset at {folder}: {FILE_NAME} is missing. Make one with: python launch/prepare.py SOURCE {folder}")
+    return parse_manifest(text, folder, str(path))
+
+
 def parse_manifest(text: bytes, folder: Path, path: str) -> Manifest:
-    """The manifest in `text`, of a dataset in `folder`. Raises DataError, which names `path`, where it is damaged."""
+    """The manifest in `text`, of a dataset in `folder`. Raises DataError, which names `path`, where it is damaged.
+
+    It may be a stranger's: every file that it names lies inside `folder`, each has one name, and every number is one that can be.
+    """
     try:
         document = json.loads(text)
         version = document["version"]
         if version != VERSION:
             raise DataError(f"{path} has format version {version}, this program reads version {VERSION}. Prepare the dataset again.")
-        splits = {
-            name: Split(
-                folder,
-                name,
-                entry["samples"],
-                entry["fingerprint"],
-                tuple(Shard(**shard) for shard in entry["shards"]),
-                Beton(**entry["beton"]) if "beton" in entry else None,
-            )
-            for name, entry in document["splits"].items()
-        }
-        return Manifest(folder, tuple(document["classes"]), splits)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        splits = {name: _parse_split(folder, name, entry) for name, entry in document["splits"].items()}
+        classes = document["classes"]
+        if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+            raise ValueError("classes must be a list of names")
+        _check_names([name for split in splits.values() for name, _, _ in split.listing()])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}). Prepare the dataset again.") from error
+    return Manifest(folder, tuple(classes), splits)
+
+
+def _parse_split(folder: Path, name: str, entry: dict) -> Split:
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise ValueError(f"{name!r} cannot be a split's name")
+    shards = tuple(Shard(**shard) for shard in entry["shards"])
+    beton = Beton(**entry["beton"]) if "beton" in entry else None
+    split = Split(folder, name, entry["samples"], entry["fingerprint"], shards, beton)
+    _check_number("samples", split.samples)
+    if not split.samples:
+        raise ValueError(f"split {name!r} has no samples")
+    for shard in shards:
+        _check_number("samples", shard.samples)
+    if shards and sum(shard.samples for shard in shards) != split.samples:
+        raise ValueError(f"the shards of split {name!r} do not add up to its {split.samples} samples")
+    for file in (*shards, *([beton] if beton else [])):
+        _check_number("bytes", file.bytes)
+    for digest in (split.fingerprint, *(shard.sha256 for shard in shards), *((beton.sha256, beton.fingerprint) if beton else ())):
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ValueError(f"{digest!r} is no SHA-256")
+    if beton and beton.mode not in ("jpeg", "raw"):
+        raise ValueError(f"{beton.mode!r} is no mode of an FFCV file")
+    return split
+
+
+def _check_number(name: str, value: object) -> None:
+    if type(value) is not int or not 0 <= value <= LARGEST:
+        raise ValueError(f"{name} must be a whole number from 0 to {LARGEST}")
+
+
+def _check_names(names: list[str]) -> None:
+    """Raise ValueError where a file would lie outside the dataset's folder, or in another one's place."""
+    seen = {FILE_NAME}
+    for name in names:
+        if not isinstance(name, str) or not name or re.search(r"[\x00-\x1f\x7f]", name) or name != posixpath.normpath(name):
+            raise ValueError(f"{name!r} cannot be a file's name")
+        os.fsencode(name)  # a ValueError where it is no text
+        if name.startswith(("/", "../")) or name in (".", ".."):
+            raise ValueError(f"{name!r} lies outside the dataset's folder")
+        if name in seen:
+            raise ValueError(f"there are two files {name!r}")
+        seen.add(name)
+    for name in names:
+        if any(parent in seen for parent in map(str, Path(name).parents)):
+            raise ValueError(f"{name!r} lies in a folder whose name is a file's")
+
+
+def check_sizes(manifest: Manifest) -> None:
+    """Raise DataError unless every file that the manifest names is there and has its size."""
+    for split in manifest.splits.values():
+        for name, size, _ in split.listing():
+            _check_size(manifest.folder / name, size)
+
+
+def check_indexes(manifest: Manifest) -> None:
+    """Read every index, once: raise DataError unless it is the manifest's, and all that it says lies inside files and classes."""
+    for split in manifest.splits.values():
+        classes = len(manifest.classes)
+        _check_index(split.index_path, split.fingerprint, classes, [shard.bytes for shard in split.shards])
+        if split.beton:
+            _check_index(split.beton_index_path, split.beton.fingerprint, classes, [split.beton.bytes])
+
+
+def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -> None:
+    """files: bytes of each file that the index says places in; none where those are gone, and only the samples count."""
+    sizes = np.array(files, np.uint64)
+
+    def first_fault(records: np.ndarray) -> tuple[int, str] | None:
+        fine = {
+            f"its class is none of the {classes}": records["label"] < classes,
+            "it has no pixels": (records["width"] > 0) & (records["height"] > 0),
+        }
+        if files:
+            inside = records["shard"] < len(sizes)
+            end = sizes[np.where(inside, records["shard"], 0)]
+            # Without a sum, which might not fit into 64 bits.
+            fine["it lies outside the files"] = inside & (records["size"] <= end) & (records["offset"] <= end - records["size"])
+        wrong = {int(np.argmin(mask)): why for why, mask in fine.items() if not mask.all()}
+        return min(wrong.items()) if wrong else None
+
+    def read() -> tuple[str, str | None]:
+        digest, first, fault = hashlib.sha256(), 0, None
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK * RECORD.itemsize):
+                digest.update(chunk)
+                records = np.frombuffer(chunk, RECORD, len(chunk) // RECORD.itemsize)
+                if fault is None and (found := first_fault(records)):
+                    fault = f"{path} cannot be right: of sample {first + found[0]} it says that {found[1]}. Prepare the dataset again."
+                first += len(records)
+        return digest.hexdigest(), fault
+
+    try:
+        sha256, fault = retried(read, str(path))
+    except LASTING as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Copy it again, or prepare the dataset again.") from error
+    if sha256 != fingerprint:
+        raise DataError(f"{path} is damaged: its SHA-256 is not the manifest's. Copy it again, or prepare the dataset again.")
+    if fault:
+        raise DataError(fault)
 
 
 def write_manifest(manifest: Manifest) -> None:
@@ -213,8 +346,10 @@ def sha256_of(path: Path) -> str:
 
 def _check_size(path: Path, expected: int) -> None:
     try:
-        size = path.stat().st_size
+        size = retried(path.stat, str(path)).st_size
     except FileNotFoundError:
         raise DataError(f"{path} is missing, though the manifest names it. Copy it again, or prepare the dataset again.") from None
+    except LASTING as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Copy it again, or prepare the dataset again.") from error
     if size != expected:
         raise DataError(f"{path} has {size} bytes where the manifest says {expected}. Copy it again, or prepare the dataset again.")

@@ -1,26 +1,28 @@
 """Datasets that are copied to the node's own disk before use: `data.cache_dir`, and any URL that fsspec reads as `data.path`.
 
-`cache_dir` has a folder per dataset, named after its manifest's SHA-256, with the files that were needed so far:
+All lies in one folder of `cache_dir`, `cat-cache-<user number>`, which this user alone may write to and which CACHEDIR.TAG marks as a
+cache. In it there is a folder per dataset, named after its manifest's SHA-256, with the files that were needed so far:
 
-    <name>                whole, its SHA-256 is the manifest's; never written to again
-    <name>.<bytes>.part   being copied; or left behind by a process that was killed, until the next start, or the next need of its room
-    <name>.lock           empty; held by whoever copies, so that one process of a node copies a file while the others wait
+    files/<name>         whole, its SHA-256 was the manifest's; never written to again
+    parts/<key>.<bytes>  being copied; or left behind by a process that was killed, until the next start, or the next need of its room
+    locks/<key>          empty; held by whoever copies, so that one process of a node copies a file while the others wait
+
+A file's key is a hash of its name. What has no lock was not made here: it is neither counted nor removed.
 
 `cache_gb` bounds the sum of these files, whatever dataset they are of: those opened longest ago are removed first. A process that reads
 one at that moment is not disturbed, as its descriptor outlives the name; and with a limit set no descriptor is kept for later, so what
 was removed does not go on taking room.
 """
 
-import errno
 import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_IMODE, S_ISDIR, S_ISREG
 from threading import Event
 from typing import IO
 
@@ -28,36 +30,62 @@ import numpy as np
 
 from .backends.stored import StoredSamples
 from .config import DataConfig
-from .manifest import FILE_NAME, RECORD, DataError, Manifest, Split, UsageError, open_manifest, parse_manifest, publish, sha256_of
+from .faults import retried
+from .fetch import Note, Source, unheard
+from .manifest import (
+    FILE_NAME,
+    DataError,
+    Manifest,
+    Split,
+    UsageError,
+    check_indexes,
+    check_sizes,
+    first_of_node,
+    fsync,
+    open_manifest,
+    parse_manifest,
+    publish,
+    read_manifest,
+    sha256_of,
+)
 from .order import BLOCK, POOL
 
 COPIERS = 4  # files that a rank copies at once, ahead of their use
-ATTEMPTS = 4  # to fetch a file, with 1, 2 and 4 seconds in between
-TIMEOUT = 60  # seconds of silence after which a web server is given up
+TAG = "CACHEDIR.TAG"  # bford.info/cachedir: what makes backups leave a folder out
+SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n# Copies of datasets, made by data.cache_dir; all of it may be deleted.\n"
 
 
 def open_dataset(data: DataConfig, *, training: bool = True) -> Manifest:
     """The dataset that `data` describes: as manifest.open_manifest, or, where there is a `cache_dir`, with files that are staged on use.
 
     The manifest and the indexes are fetched at once. `training`: check that cache_gb has room for what data.shuffle keeps in use.
-    Raises DataError for a dataset that is missing or damaged, UsageError for settings that cannot be.
+    Raises DataError for a dataset that is missing or damaged, UsageError for settings that cannot be, StorageError where it cannot be
+    fetched for now.
     """
     if data.cache_dir is None:
         return open_manifest(data.path)
-    if "://" not in data.path:
-        open_manifest(data.path)  # a folder can be checked as a whole
-    source = _Source(data.path)
-    text = source.read(FILE_NAME)
-    root = Path(data.cache_dir)
-    manifest = parse_manifest(text, root / hashlib.sha256(text).hexdigest()[:16], source.url(FILE_NAME))
+    if "://" not in data.path and first_of_node():
+        check_sizes(read_manifest(data.path))  # a folder can be checked as a whole
+    source = Source(data.path)
+    text = source.read_manifest()
+    root = Path(data.cache_dir) / f"cat-cache-{os.geteuid()}"
+    manifest = parse_manifest(text, root / hashlib.sha256(text).hexdigest()[:16] / "files", source.url(FILE_NAME))
     if training and data.cache_gb is not None:
         _check_room(manifest, data)
     cache = Cache(source, root, manifest, None if data.cache_gb is None else int(data.cache_gb * 1e9))
     splits = {}
     for name, split in manifest.splits.items():
         splits[name] = StagedSplit(**{field.name: getattr(split, field.name) for field in fields(split)}, cache=cache)
-        for index in [split.index_path] + ([split.beton_index_path] if split.beton else []):
-            os.close(cache.open(index, Event()))
+    indexes = [split.index_path for split in splits.values()] + [split.beton_index_path for split in splits.values() if split.beton]
+    for index in indexes:
+        os.close(retried(lambda index=index: cache.open(index, Event(), unheard), str(index)))
+    if first_of_node():
+        try:
+            check_indexes(manifest)
+        except DataError:
+            for index in indexes:
+                cache.mend(index, Event(), unheard)
+            check_indexes(manifest)
     return replace(manifest, splits=splits)
 
 
@@ -69,63 +97,95 @@ class StagedSplit(Split):
 
     @property
     def keep_open(self) -> int:
-        return Split.keep_open if self.cache.limit is None else 0
+        return super().keep_open if self.cache.limit is None else 0
 
-    def open_file(self, path: Path, closing: Event) -> int:
-        return self.cache.open(path, closing)
+    def open_file(self, path: Path, closing: Event, note: Note) -> int:
+        return self.cache.open(path, closing, note)
+
+    def mend(self, path: Path, closing: Event, note: Note) -> bool:
+        return self.cache.mend(path, closing, note)
 
 
 class Cache:
-    """The files of one dataset in the folder `root`, which other runs and other datasets may share. Thread-safe and process-safe.
+    """The files of one dataset in the folder `root`, which this user's other runs and other datasets share. Thread-safe, process-safe.
 
     limit: bytes that all files below `root` may take, or None.
     """
 
-    def __init__(self, source: "_Source", root: Path, manifest: Manifest, limit: int | None):
+    def __init__(self, source: Source, root: Path, manifest: Manifest, limit: int | None):
         self.source, self.root, self.folder, self.limit = source, root, manifest.folder, limit
-        self.files = _files_of(manifest)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"data.cache_dir {root} cannot be used: {error.strerror}.") from error
-        for part in root.glob("*/**/*.part"):
+        self.files = {name: (size, sha256) for split in manifest.splits.values() for name, size, sha256 in split.listing()}
+        self._sound: set[Path] = set()  # what `mend` has found to be as the manifest says
+        _own(root)
+        for part in _parts(root):
             _remove_if_abandoned(part)
 
-    def open(self, path: Path, closing: Event) -> int:
+    def open(self, path: Path, closing: Event, note: Note) -> int:
         """A descriptor, for reading, of the file `path` of `folder`; it is fetched first where it is not there.
 
-        Raises DataError where that fails, CancelledError as soon as `closing` is set.
+        Raises DataError where it is missing or damaged at its source, StorageError where that does not answer, CancelledError as soon as
+        `closing` is set.
         """
         while True:
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
-                self.stage(path, closing)
+                self.stage(path, closing, note)
                 continue  # and look again: another process may have needed its room already
             os.utime(descriptor)  # room is made by what was opened longest ago
             return descriptor
 
-    def stage(self, path: Path, closing: Event, *, wait: bool = True) -> None:
+    def stage(self, path: Path, closing: Event, note: Note, *, wait: bool = True) -> None:
         """Fetch the file `path` of `folder`, unless it is there. Where somebody else is fetching it: wait for that, or leave it to them."""
-        name = path.relative_to(self.folder).as_posix()
-        size, sha256 = self.files[name]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(_lock_of(path), "w") as lock:
-            if not _locked(lock, closing, wait) or path.exists():
-                return
-            part = path.with_name(f"{path.name}.{size}.part")
-            part.unlink(missing_ok=True)
+        with self._lock(path, closing, wait) as mine:
+            if mine and not path.exists():
+                self._fetch(path, closing, note)
+
+    def mend(self, path: Path, closing: Event, note: Note) -> bool:
+        """Fetch `path` anew where it is not what the manifest says. False where it is known to be: it need not be read again."""
+        if path in self._sound:
+            return False
+        with self._lock(path, closing, wait=True):
             try:
-                self._make_room(part, size, closing)
-                self.source.fetch(name, part, size, closing)
-                if sha256_of(part) != sha256:
+                sha256 = retried(lambda: sha256_of(path), str(path), closing=closing)
+            except FileNotFoundError:  # its room was needed
+                return True
+            if sha256 == self._wanted(path)[2]:
+                self._sound.add(path)
+                return True
+            note(str(path), "damaged on this node's disk, and fetched again")
+            with self._lock_all():
+                path.unlink(missing_ok=True)
+            self._fetch(path, closing, note)
+        return True
+
+    def _wanted(self, path: Path) -> tuple[str, int, str]:
+        """Name, size in bytes and SHA-256 of a file of `folder`."""
+        name = path.relative_to(self.folder).as_posix()
+        return name, *self.files[name]
+
+    def _fetch(self, path: Path, closing: Event, note: Note) -> None:
+        """Copy a file whose lock is held, and give it its name when it is whole."""
+        name, size, sha256 = self._wanted(path)
+        part = self.folder.with_name("parts") / f"{_key(name)}.{size}"
+        for folder in (path.parent, part.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)
+        try:
+            self._make_room(part, size, closing)
+            for attempt in range(2):  # the copy may have been damaged on its way
+                self.source.fetch(name, part, size, closing, note)
+                if sha256_of(part) == sha256:
+                    break
+                if attempt:
                     url = self.source.url(name)
                     raise DataError(f"{url} is damaged: its SHA-256 is not the manifest's. Copy it again, or prepare the dataset again.")
-                _flush(part)
-                with self._lock_all():  # so that who adds up the files meets this one once
-                    publish(part, path)
-            finally:
-                part.unlink(missing_ok=True)
+                note(self.source.url(name), "damaged on its way, and fetched again")
+            fsync(part)
+            with self._lock_all():  # so that who adds up the files meets this one once
+                publish(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
     def _make_room(self, part: Path, size: int, closing: Event) -> None:
         """Remove files until `size` bytes more stay within the limit, and claim them by creating `part`."""
@@ -140,17 +200,17 @@ class Cache:
     def _remove_for(self, size: int) -> bool:
         """False where files that are being copied leave no room at present."""
         total, others, removable = size, False, []
-        for path in self.root.glob("*/**/*"):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:  # a part that was given up
-                continue
-            if not S_ISREG(stat.st_mode):
-                continue
-            if path.suffix == ".part":
-                if not _remove_if_abandoned(path):
-                    total, others = total + int(path.suffixes[-2][1:]), True
-            elif path.suffix != ".lock":
+        for part in _parts(self.root):
+            if not _remove_if_abandoned(part):
+                total, others = total + int(part.suffix[1:]), True
+        for folder in self.root.glob("*/files"):
+            for path in folder.rglob("*"):
+                try:
+                    stat = path.lstat()
+                except FileNotFoundError:  # damaged, and removed by who met it
+                    continue
+                if not S_ISREG(stat.st_mode) or not (folder.with_name("locks") / _key(path.relative_to(folder).as_posix())).exists():
+                    continue
                 total += stat.st_size
                 if path.suffix != ".index":
                     removable.append((stat.st_mtime_ns, stat.st_size, path))
@@ -158,7 +218,7 @@ class Cache:
         if excess > sum(bytes for _, bytes, _ in removable):
             if others:
                 return False
-            raise DataError(f"data.cache_gb {self.limit / 1e9:g} has no room for a file of {size / 1e9:.3g} GB: raise it.")
+            raise UsageError(f"data.cache_gb {self.limit / 1e9:g} has no room for a file of {size / 1e9:.3g} GB: raise it.")
         for _, bytes, path in sorted(removable):
             if excess <= 0:
                 break
@@ -166,9 +226,17 @@ class Cache:
             excess -= bytes
         return True
 
+    @contextmanager
+    def _lock(self, path: Path, closing: Event, wait: bool) -> Iterator[bool]:
+        """Hold the lock of a file of `folder`; False where somebody else has it and we do not wait."""
+        lock = self.folder.with_name("locks") / _key(self._wanted(path)[0])
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with open(lock, "a") as file:
+            yield _locked(file, closing, wait)
+
     def _lock_all(self) -> IO:
         """A lock on all of `root`, held while files are added up, removed or named; closing it lets go."""
-        lock = open(self.root / ".lock", "w")
+        lock = open(self.root / "lock", "a")
         fcntl.flock(lock, fcntl.LOCK_EX)
         return lock
 
@@ -205,89 +273,8 @@ class Ahead:
     def _stage(self, path: Path) -> None:
         # Whoever needs the file meets the same failure in its turn, and says it.
         with suppress(Exception):
-            self._stored.split.cache.stage(path, self._stored.closing, wait=False)
+            self._stored.split.cache.stage(path, self._stored.closing, self._stored.note, wait=False)
         self._begun.discard(path)
-
-
-class _Source:
-    """Where a dataset is fetched from: a folder or a URL, through fsspec."""
-
-    def __init__(self, path: str):
-        self.path = path.rstrip("/")
-        try:
-            self._filesystem, self._root = _open_filesystem(self.path)
-        except (ImportError, ValueError) as error:  # a library that is not installed, a protocol that nobody knows
-            raise UsageError(f"data.path {path} cannot be opened: {error}.") from error
-
-    def url(self, name: str) -> str:
-        return f"{self.path}/{name}"
-
-    def read(self, name: str) -> bytes:
-        """The contents of a small file."""
-        return self._try(name, lambda: self._filesystem.cat_file(f"{self._root}/{name}"), Event())
-
-    def fetch(self, name: str, target: Path, size: int, closing: Event) -> None:
-        """Copy a file of `size` bytes to `target`."""
-        from fsspec.callbacks import Callback
-
-        class Until(Callback):
-            def relative_update(self, increment: int = 1) -> None:
-                if closing.is_set():
-                    raise CancelledError
-
-        def copy() -> None:
-            self._filesystem.get_file(f"{self._root}/{name}", str(target), callback=Until())
-            if target.stat().st_size != size:
-                raise OSError(f"it has {target.stat().st_size} bytes where the manifest says {size}")
-
-        try:
-            self._try(name, copy, closing)
-        except OSError as error:
-            raise DataError(f"data.cache_dir: {target.parent} is full: free some room, or set data.cache_gb below what it has.") from error
-
-    def _try(self, name: str, action, closing: Event):
-        """The result of `action`, after some attempts. DataError where all fail; OSError where the disk is full."""
-        for attempt in range(ATTEMPTS):
-            try:
-                return action()
-            except FileNotFoundError:
-                hint = "Make one with: python launch/prepare.py SOURCE DEST" if name == FILE_NAME else "Copy it again."
-                raise DataError(f"{self.url(name)} is missing. {hint}") from None
-            except CancelledError:
-                raise
-            except Exception as error:  # every file system has its own
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                if attempt + 1 == ATTEMPTS:
-                    reason = " ".join(str(error).split()) or type(error).__name__
-                    raise DataError(f"{self.url(name)} cannot be fetched: {reason}. Start again once it can.") from error
-            if closing.wait(2**attempt):
-                raise CancelledError
-
-
-def _open_filesystem(path: str):
-    """fsspec's file system for a path or URL, and the path in it."""
-    import fsspec
-
-    options = {}
-    if path.startswith(("http://", "https://")):
-        import aiohttp
-
-        # Its default gives up a file that takes more than five minutes, however well it comes along.
-        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)}
-    return fsspec.core.url_to_fs(path, **options)
-
-
-def _files_of(manifest: Manifest) -> dict[str, tuple[int, str]]:
-    """Size in bytes and SHA-256 of every file that the manifest names."""
-    files = {}
-    for split in manifest.splits.values():
-        files[split.index_path.name] = (split.samples * RECORD.itemsize, split.fingerprint)
-        files |= {shard.file: (shard.bytes, shard.sha256) for shard in split.shards}
-        if split.beton:
-            files[split.beton.file] = (split.beton.bytes, split.beton.sha256)
-            files[split.beton_index_path.name] = (split.samples * RECORD.itemsize, split.beton.fingerprint)
-    return files
 
 
 def _check_room(manifest: Manifest, data: DataConfig) -> None:
@@ -308,13 +295,27 @@ def _check_room(manifest: Manifest, data: DataConfig) -> None:
         raise UsageError(f"data.cache_gb {data.cache_gb:g} is less than the {used / 1e9:.3g} GB that training keeps in use: {hint}.")
 
 
-def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def _own(root: Path) -> None:
+    """Make the folder of this user's cache, or see that it is one. Raises UsageError."""
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            root.mkdir(mode=0o700)
+        stat = root.lstat()
+        if not S_ISDIR(stat.st_mode) or stat.st_uid != os.geteuid() or S_IMODE(stat.st_mode) & 0o022:
+            raise UsageError(f"data.cache_dir: {root} was not made by you, or others may write to it: choose another data.cache_dir.")
+        tag = root / TAG
+        if any(root.iterdir()) and not tag.exists():
+            raise UsageError(f"data.cache_dir: {root} is no cache, as there is no {TAG} in it: choose another data.cache_dir.")
+        with suppress(FileExistsError), open(tag, "x") as file:
+            file.write(SIGNATURE)
+    except OSError as error:
+        raise UsageError(f"data.cache_dir {root.parent} cannot be used: {error.strerror}.") from error
 
 
-def _lock_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.lock")
+def _key(name: str) -> str:
+    """What a file's lock and its part are called."""
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
 
 
 def _locked(lock: IO, closing: Event, wait: bool) -> bool:
@@ -330,10 +331,18 @@ def _locked(lock: IO, closing: Event, wait: bool) -> bool:
             raise CancelledError
 
 
+def _parts(root: Path) -> list[Path]:
+    """Half-copied files of all datasets."""
+    return [part for part in root.glob("*/parts/*") if _lock_of_part(part).exists()]
+
+
+def _lock_of_part(part: Path) -> Path:
+    return part.parent.with_name("locks") / part.stem
+
+
 def _remove_if_abandoned(part: Path) -> bool:
     """Remove a half-copied file that nobody is copying any more."""
-    name = part.name.removesuffix("".join(part.suffixes[-2:]))
-    with open(_lock_of(part.with_name(name)), "w") as lock:
+    with open(_lock_of_part(part), "a") as lock:
         if not _locked(lock, Event(), wait=False):
             return False
         part.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from data_pipeline.beton import check_beton
-from data_pipeline.manifest import Split, open_manifest, sha256_of
+from data_pipeline.manifest import Split, check_sizes, read_manifest, sha256_of
 from data_pipeline.progress import Progress
 
 
@@ -16,7 +16,9 @@ def verify(folder: Path, workers: int | None = None) -> list[str]:
 
     Raises DataError where the manifest or a file it names is missing. Hashing releases the GIL: `workers` are threads.
     """
-    splits = open_manifest(folder).splits.values()
+    manifest = read_manifest(folder)
+    check_sizes(manifest)
+    splits = manifest.splits.values()
     checks, sizes = [], {}  # sizes: of each check's file, in bytes
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for split in splits:

@@ -22,7 +22,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from data_pipeline.loader import BadSample
+    from data_pipeline.loader import MicroBatch
     from train.runtime import start_runtime, stop_runtime
     from train.tasks.classification import evaluate_split
 
@@ -34,11 +34,15 @@ def main(arguments: argparse.Namespace) -> None:
 
     runtime = start_runtime()
     model = trained.model().to(runtime.device)
-    bad: list[BadSample] = []
+
+    def meet(batch: MicroBatch) -> None:
+        for fault in batch.faults:
+            print(f"rank {runtime.rank} reads {fault.file} again: {fault.count} x {fault.error}", file=sys.stderr)
+        for sample in batch.bad:
+            print(f"left out: {sample.sentence}", file=sys.stderr)
+
     with torch.no_grad():
-        scores, _ = evaluate_split(model, config, manifest, runtime, bad.extend)
-    for sample in bad:
-        print(f"left out: {sample.sentence}", file=sys.stderr)
+        scores, _ = evaluate_split(model, config, manifest, runtime, meet)
     if runtime.is_main and arguments.json:
         print(json.dumps({"checkpoint": str(checkpoint), "weights": weights, "data": config.data.path, **asdict(scores)}))
     elif runtime.is_main:

@@ -164,14 +164,11 @@ def render(job: Job, command: list[str]) -> str:
     inside = f"/seed_{seed}" if job.seeds else ""
     arguments = [f"train.seed={seed}"] * bool(job.seeds) + ["--resume-with-changes"] * job.with_changes
     environment = list(job.environment)
-    stage = ""
     if job.stage_in:
         environment += [
-            "# The node's own disk, for the files of the dataset that training needs; this user's alone.",
-            'stage="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/cat-data-$(id -un)"',
-            'arguments+=("data.cache_dir=$stage")',
+            "# The node's own disk: training makes a folder there that is this user's alone.",
+            'arguments+=("data.cache_dir=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}")',
         ]
-        stage = 'srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 install -d -m 700 "$stage" &&\n  '
     if job.resume:
         environment += [
             "# Until the run has a checkpoint of its own it starts from this one.",
@@ -188,7 +185,6 @@ def render(job: Job, command: list[str]) -> str:
         "arguments": "".join(f" {argument}" for argument in arguments),
         "max_restarts": str(job.max_restarts),
         "doctor": "yes" if job.doctor else "no",
-        "stage": stage,
         "environment": "".join(f"{line}\n" for line in environment),
         "srun_options": "".join(f" {quote(option)}" for option in job.srun_options),
     }

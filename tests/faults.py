@@ -1,12 +1,17 @@
-"""Faults that happen inside a rank's own process, at a place that the test names: to be given to tests.runs.start as `before`.
+"""Faults that happen inside a rank's own process, at a place that the test names: to be given to tests.runs.start as `before`; and strace.
 
 The faults are real ones (a signal is sent, the process is killed, a loss is not a number); only the moment is arranged.
 """
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -111,3 +116,38 @@ class KillAtWrite:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
+
+
+@dataclass(frozen=True)
+class ShortPauses:
+    """All ranks give a file up after `pauses` seconds of trying, not after a minute."""
+
+    pauses: tuple[float, ...]
+
+    def __call__(self, rank: int) -> None:
+        from data_pipeline import faults
+
+        faults.PAUSES = self.pauses
+
+
+@contextlib.contextmanager
+def system_calls(pid: int, injection: str, paths: Iterable[Path] = ()) -> Iterator[None]:
+    """The process's system calls as `injection` says, e.g. "fsync:error=EIO": strace changes them on their way to the kernel.
+
+    paths: only those on these files.
+    """
+    name = injection.partition(":")[0]
+    command = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={name}", "-e", f"inject={injection}", "-p", str(pid)]
+    command += [part for path in paths for part in ("-P", str(path))]
+    os.kill(pid, signal.SIGSTOP)  # or the run might be over before strace has come
+    with subprocess.Popen(command) as tracer:
+        try:
+            tasks = list(Path(f"/proc/{pid}/task").iterdir())
+            while any("TracerPid:\t0" in (task / "status").read_text() for task in tasks):
+                assert tracer.poll() is None, "strace has ended"
+                time.sleep(0.01)
+            os.kill(pid, signal.SIGCONT)
+            yield
+        finally:
+            tracer.send_signal(signal.SIGINT)  # it lets go of the process
+            tracer.wait(10)

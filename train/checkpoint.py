@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from data_pipeline.config import has_secret, without_secrets
 from data_pipeline.manifest import Manifest, fsync, sha256_of
 from train.config import Config, ConfigError
 from train.ema import Ema
@@ -130,6 +131,9 @@ def read_info(path: Path) -> CheckpointInfo:
         document = json.loads((path / MANIFEST).read_text())
         if document["version"] != VERSION:
             raise CheckpointError(f"{path} has format version {document['version']}, this program reads version {VERSION}")
+        data = document["config"]["data"]
+        if has_secret(data["path"]):  # as checkpoints of before November 2026 may have it
+            data["path"] = without_secrets(data["path"])
         return CheckpointInfo(**document)
     except OSError as error:
         raise CheckpointError(f"{path} is not a checkpoint: {MANIFEST}: {error.strerror}") from error

@@ -3,13 +3,14 @@
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from data_pipeline.loader import BadSample
+from data_pipeline.faults import StorageError
+from data_pipeline.loader import MicroBatch
 from data_pipeline.manifest import DataError, Manifest
 from data_pipeline.order import Order
 from train.bad_samples import BadSamples
@@ -38,8 +39,8 @@ from train.watchdog import Watchdog
 def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: RunLock | None, *, resume: str, with_changes: bool) -> None:
     """Train `config` in the folder `output` until `train.epochs` (or `train.max_steps`) are done; every rank calls this.
 
-    lock: rank 0's, of `output`. `resume` is "auto", "never" or a checkpoint's path. Raises ConfigError, DataError, TrainingFailed, NotSaved
-    or Stopped.
+    lock: rank 0's, of `output`. `resume` is "auto", "never" or a checkpoint's path. Raises ConfigError, DataError, StorageError,
+    TrainingFailed, NotSaved or Stopped.
     """
     rank, world, guard = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), config.guard
     watchdog = Watchdog(rank, world, guard.timeout.model_dump(), output / "stacks", guard.grace)
@@ -48,7 +49,7 @@ def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: 
         run = Run(config, manifest, order, output, lock, watchdog, resume, with_changes)
         try:
             run.go()
-        except (DataError, TrainingFailed, NotSaved) as error:
+        except (DataError, StorageError, TrainingFailed, NotSaved) as error:
             run.monitor.event("failed", run.saver.begun, str(error), code=error.exit_code)
             raise
         finally:
@@ -150,7 +151,7 @@ class Run:
                 for index in self.share:
                     with agreement.alone():
                         batch, images, targets = next(feed)
-                    self.bad_samples.meet("train", done, batch.bad)
+                    self.bad_samples.meet("train", done, batch)
                     if step % order.steps_per_epoch == 0 and index == 0:
                         self.monitor.images(step, images)
                     with agreement.alone(engine.stage < 3):  # ZeRO 3 gathers weights as it goes
@@ -240,10 +241,10 @@ class Run:
     def evaluate(self, done: int) -> None:
         """Score the weights and their EMA."""
 
-        def meet(samples: Iterable[BadSample]) -> None:
+        def meet(batch: MicroBatch) -> None:
             """Called before every batch, by all ranks."""
             self.watchdog.enter("evaluation", done)
-            self.bad_samples.meet("val", done, samples)
+            self.bad_samples.meet("val", done, batch)
             agreed = self.agreement.round(stop_signals.received)
             if agreed.stop:
                 raise _AskedToStop(agreed)
@@ -260,7 +261,7 @@ class Run:
         self.bad_samples.agree(self.monitor)
         self.obey(self.agreement.close(), done)
 
-    def score(self, done: int, weights: str, meet: Callable[[Iterable[BadSample]], None]) -> Scores:
+    def score(self, done: int, weights: str, meet: Callable[[MicroBatch], None]) -> Scores:
         began = time.perf_counter()
         scores = self.task.evaluate(self.engine, meet, self.output / "evaluations" / f"{weights}.json", done)
         self.monitor.evaluation(done, done / self.order.steps_per_epoch, weights, scores, seconds=time.perf_counter() - began)

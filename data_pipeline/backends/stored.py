@@ -1,57 +1,78 @@
 """The stored bytes of samples, by id, from whatever files hold them: one pread per sample. No file format is read here, only the index."""
 
-import functools
+import errno
 import os
 import threading
 import zlib
-from collections.abc import Sequence
+from collections import Counter
 from contextlib import suppress
-from pathlib import Path
+from functools import cached_property
 
 import numpy as np
 
+from ..faults import LASTING, PassingFault, StorageError, retried
 from ..manifest import DataError, Split
 
 
 class StoredSamples:
-    """Random access to the bytes at `records` (manifest.RECORD, [samples]), whose `shard` is an index into `files`, files of `split`.
+    """Random access to the bytes of `split`'s samples in its shards, or in its beton.
 
-    Thread-safe: pread has no position to share, and files open on first use. Set `closing` before leaving: it ends a file's staging.
+    Thread-safe: pread has no position to share, and files and index open on first use. Set `closing` before leaving, as it ends a file's
+    staging and the pauses between attempts; then `close`.
     """
 
-    def __init__(self, records: np.ndarray, files: Sequence[Path], split: Split):
-        self.records, self.files, self.split = records, files, split
+    def __init__(self, split: Split, *, beton: bool = False):
+        self.split, self._beton = split, beton
+        self.files = [split.folder / file.file for file in ([split.beton] if beton else split.shards)]
         self.closing = threading.Event()
-        self._file = functools.lru_cache(split.keep_open)(self._open)
+        self._lock = threading.Lock()
+        self._open: dict[int, _File] = {}  # the one used longest ago is the first
+        self._faults: Counter[tuple[str, str]] = Counter()
+
+    @cached_property
+    def records(self) -> np.ndarray:
+        """manifest.RECORD, [samples]; `shard` is an index into `files`."""
+        return self.split.beton_records if self._beton else self.split.records
 
     def read(self, ids: np.ndarray) -> tuple[list[bytes], dict[int, str]]:
-        """The bytes of each sample, and {row: why} of those that cannot be read (their bytes are empty).
+        """The bytes of each sample, and {row: why} of those that are damaged (their bytes are empty).
 
-        Every read is checked against the index's CRC-32: 2 % of the decoding time for a photograph of 110 KB.
+        Every read is checked against the index's CRC-32: 2 % of the decoding time for a photograph of 110 KB. What the file system
+        refuses is asked for again, and is no damage: StorageError where it stays.
         """
         records = self.records[ids]  # one gather from the memory map for the batch
         columns = (records[name].tolist() for name in ("shard", "offset", "size", "checksum"))
         encoded, failures = [], {}
-        for row, (shard, offset, length, checksum) in enumerate(zip(*columns, strict=True)):
+        for row, place in enumerate(zip(*columns, strict=True)):
             data = b""
             try:
-                file = self._file(shard)  # held while reading: the cache alone does not keep it open
-                data = os.pread(file.descriptor, length, offset)
-                if len(data) != length:
-                    raise ValueError(f"only {len(data)} of {length} bytes are there")
-                if zlib.crc32(data) != checksum:
-                    raise ValueError("its checksum does not match the index")
-            except (ValueError, OSError, IndexError) as error:
-                data, failures[row] = b"", str(error)
+                data = self._read_sound(*place)
+            except ValueError as error:
+                failures[row] = str(error)
             encoded.append(data)
         return encoded, failures
+
+    def take_faults(self) -> tuple[PassingFault, ...]:
+        """The faults that have passed since the last call."""
+        with self._lock:
+            faults, self._faults = self._faults, Counter()
+        return tuple(PassingFault(*key, count) for key, count in faults.items())
+
+    def note(self, file: str, error: str) -> None:
+        """Count a fault of `file` that did no harm."""
+        with self._lock:
+            self._faults[file, error] += 1
 
     def will_need(self, ids: np.ndarray) -> None:
         """Have the system begin to read these samples from the disk, so that the threads that decode need not wait for it."""
         records = self.records[ids]
         for shard, offset, length in zip(*(records[name].tolist() for name in ("shard", "offset", "size")), strict=True):
-            with suppress(OSError, IndexError):  # `read` meets it again, and says so
+            with suppress(OSError):  # `read` meets it again, and says so
                 os.posix_fadvise(self._file(shard).descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """Close all files. Nothing may read any more."""
+        self._forget(*self._open)
 
     def dimensions(self, ids: np.ndarray) -> np.ndarray:
         """The (width, height) of each image according to the index, [n, 2]."""
@@ -61,25 +82,75 @@ class StoredSamples:
     def sentence(self, number: int, reason: str) -> str:
         """Names the file and the sample of a failure."""
         shard, offset, size = (int(self.records[name][number]) for name in ("shard", "offset", "size"))
-        path = self.files[shard] if shard < len(self.files) else f"shard {shard}"
-        return f"{path}: sample {number} of split {self.split.name!r} (bytes {offset} to {offset + size}) cannot be read: {reason}."
+        place = f"sample {number} of split {self.split.name!r} (bytes {offset} to {offset + size})"
+        return f"{self.files[shard]}: {place} cannot be read: {reason}."
 
     def sentences(self, ids: np.ndarray, failures: dict[int, str]) -> dict[int, str]:
         """{row: why} with each reason as a sentence that names the file and the sample."""
         return {row: self.sentence(int(ids[row]), reason) for row, reason in failures.items()}
 
-    def _open(self, shard: int) -> "_File":
-        return _File(self.split.open_file(self.files[shard], self.closing))
+    def _read_sound(self, shard: int, offset: int, length: int, checksum: int) -> bytes:
+        """The bytes that the checksum is of: of a staged file that is damaged, those of a new copy. ValueError where there are none."""
+        try:
+            return _check(self._read(shard, offset, length), length, checksum)
+        except ValueError:
+            if not self.split.mend(self.files[shard], self.closing, self.note):
+                raise
+        self._forget(shard)
+        return _check(self._read(shard, offset, length), length, checksum)
+
+    def _read(self, shard: int, offset: int, length: int) -> bytes:
+        path = self.files[shard]
+
+        def attempt() -> bytes:
+            file = self._file(shard)  # held while reading: the table alone does not keep it open
+            return os.pread(file.descriptor, length, offset)
+
+        def again(error: OSError) -> None:
+            self.note(str(path), error.strerror or str(error))
+            # A handle may have gone stale; and where there are too many, all can be spared.
+            self._forget(*(list(self._open) if error.errno in (errno.EMFILE, errno.ENFILE) else [shard]))
+
+        try:
+            return retried(attempt, str(path), note=again, closing=self.closing)
+        except LASTING as error:  # it was there at the start
+            raise StorageError(f"{path} cannot be read any more: {error.strerror}. Start again once it can.") from error
+
+    def _file(self, shard: int) -> "_File":
+        """The open file; at most `split.keep_open` stay open."""
+        with self._lock:
+            if file := self._open.pop(shard, None):
+                self._open[shard] = file
+                return file
+        file = _File(self.split.open_file(self.files[shard], self.closing, self.note))
+        with self._lock:
+            self._open[shard] = file
+            while len(self._open) > self.split.keep_open:
+                del self._open[next(iter(self._open))]
+        return file
+
+    def _forget(self, *shards: int) -> None:
+        with self._lock:
+            for shard in shards:
+                self._open.pop(shard, None)
 
 
 class _File:
-    """An open file, closed when the last thread that reads it lets go: the cache may drop it while another thread is reading."""
+    """An open file, closed when the last thread that reads it lets go: the table may drop it while another thread is reading."""
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
 
     def __del__(self) -> None:
         os.close(self.descriptor)
+
+
+def _check(data: bytes, length: int, checksum: int) -> bytes:
+    if len(data) != length:
+        raise ValueError(f"only {len(data)} of {length} bytes are there")
+    if zlib.crc32(data) != checksum:
+        raise ValueError("its checksum does not match the index")
+    return data
 
 
 def stored_in_shards(split: Split) -> StoredSamples:
@@ -89,7 +160,7 @@ def stored_in_shards(split: Split) -> StoredSamples:
             f"{split.folder} has no WebDataset shards of split {split.name!r}, only an FFCV file: train with data.backend=ffcv, or make "
             "them with: python launch/prepare.py SOURCE DEST --formats webdataset"
         )
-    return StoredSamples(split.records, [split.folder / shard.file for shard in split.shards], split)
+    return StoredSamples(split)
 
 
 def stored_in_beton(split: Split) -> StoredSamples:
@@ -99,4 +170,4 @@ def stored_in_beton(split: Split) -> StoredSamples:
             f"{split.folder} has no FFCV file of split {split.name!r}: train with data.backend=webdataset, or make one with: "
             f"python launch/prepare.py SOURCE {split.folder} --formats webdataset,ffcv"
         )
-    return StoredSamples(split.beton_records, [split.folder / split.beton.file], split)
+    return StoredSamples(split, beton=True)

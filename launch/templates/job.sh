@@ -31,7 +31,7 @@ if [ "$doctor" = yes ] && [ ! -e "$run/logs/fit_$SLURM_JOB_ID" ]; then
 fi
 
 # One task per rank. The first that fails ends the others. Training goes on from the newest checkpoint.
-{{stage}}srun --kill-on-bad-exit=1 --open-mode=append --output="$run/logs/rank_%t.log"{{srun_options}} \
+srun --kill-on-bad-exit=1 --open-mode=append --output="$run/logs/rank_%t.log"{{srun_options}} \
   "$python" "$repository/launch/train.py" "${arguments[@]}"
 code=$?
 

@@ -1,14 +1,17 @@
 """Staging of a small dataset: by which processes, from a web server that can be slow, cut off, and counts, and what is in the cache."""
 
+import contextlib
 import functools
 import hashlib
 import http.server
 import multiprocessing
+import os
 import threading
 import time
 from pathlib import Path
 
 from data_pipeline.config import DataConfig
+from data_pipeline.fetch import unheard
 from data_pipeline.storage import open_dataset
 
 SAMPLES, PER_SHARD = 60, 5
@@ -22,12 +25,12 @@ def config(path: object, cache: object = None, **changes) -> DataConfig:
 
 def staged(cache: Path) -> set[str]:
     """Whole files in the cache, by name."""
-    return {path.name for path in cache.glob("*/*") if path.suffix not in (".lock", ".part")}
+    return {path.name for path in cache.glob("cat-cache-*/*/files/*")}
 
 
 def read_one(split, number: int = 0) -> bytes:
     """The bytes of shard `number`, through the cache."""
-    descriptor = split.open_file(split.folder / split.shards[number].file, threading.Event())
+    descriptor = split.open_file(split.folder / split.shards[number].file, threading.Event(), unheard)
     with open(descriptor, "rb") as file:
         return file.read()
 
@@ -42,6 +45,14 @@ def start(data: DataConfig, numbers: list[int]) -> multiprocessing.Process:
     process = fork.Process(target=stage_in_a_process, args=(data, numbers))
     process.start()
     return process
+
+
+def open_files(pid: int) -> list[str]:
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            found.append(os.readlink(link))
+    return found
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

@@ -191,7 +191,9 @@ def long(tmp_path) -> Split:
     """A split that keeps FFCV's writer for a while: the same ten images again and again."""
     split = write_split(tmp_path, images())
     np.tile(np.array(split.records), 30_000).tofile(split.index_path)
-    return replace(split, samples=300_000, fingerprint=sha256_of(split.index_path))
+    [shard] = split.shards
+    shards = (replace(shard, samples=300_000),)
+    return replace(split, samples=300_000, fingerprint=sha256_of(split.index_path), shards=shards)
 
 
 def worker_of(process: psutil.Process) -> psutil.Process:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import DataConfig
+from data_pipeline.fetch import unheard
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.manifest import DataError, UsageError
+from data_pipeline.manifest import UsageError
 from data_pipeline.storage import open_dataset
 from tests.data_pipeline.shards import jpeg, write_split
 from tests.data_pipeline.staging import PER_SHARD, SAMPLES, config, fork, read_one, staged, start
@@ -18,9 +19,9 @@ from tests.data_pipeline.staging import PER_SHARD, SAMPLES, config, fork, read_o
 def size_of(cache: Path) -> int:
     """What the cache takes; of what is being copied, what it will take."""
     total = 0
-    for path in cache.glob("*/*"):
+    for path in [*cache.glob("cat-cache-*/*/files/*"), *cache.glob("cat-cache-*/*/parts/*")]:
         try:
-            total += int(path.suffixes[-2][1:]) if path.suffix == ".part" else path.stat().st_size
+            total += int(path.suffix[1:]) if path.parent.name == "parts" else path.stat().st_size
         except FileNotFoundError:
             continue
     return total
@@ -43,7 +44,7 @@ def test_the_file_opened_longest_ago_makes_room(dataset, tmp_path):
 def test_a_file_that_is_being_read_stays_readable_and_no_descriptor_is_kept(dataset, tmp_path):
     data = limited(dataset, tmp_path, 1.1)
     split = open_dataset(data, training=False).split("train")
-    descriptor = split.open_file(split.folder / "train-00000.tar", threading.Event())
+    descriptor = split.open_file(split.folder / "train-00000.tar", threading.Event(), unheard)
     read_one(split, 1)
     assert staged(tmp_path) == {"train.index", "train-00001.tar"}
     with open(descriptor, "rb") as file:
@@ -86,7 +87,7 @@ def test_other_datasets_make_room_too(dataset, tmp_path):
     split = open_dataset(limited(dataset, cache, 4.5), training=False).split("train")
     for number in range(4):
         read_one(split, number)
-    assert {path.name for path in cache.glob("*/*.tar")} == {f"train-{number:05d}.tar" for number in range(4)}
+    assert {path for path in staged(cache) if path.endswith(".tar")} == {f"train-{number:05d}.tar" for number in range(4)}
     assert len(list(old.folder.glob("*.tar"))) == 0
     assert read_one(old, 2) == (other / "train-00002.tar").read_bytes()
 
@@ -99,5 +100,5 @@ def test_a_limit_below_what_training_keeps_in_use_is_refused(dataset, tmp_path):
 
 def test_a_file_that_is_larger_than_the_limit_is_refused(dataset, tmp_path):
     split = open_dataset(limited(dataset, tmp_path, 0.5), training=False).split("train")
-    with pytest.raises(DataError, match=r"data\.cache_gb .* has no room for a file of"):
+    with pytest.raises(UsageError, match=r"data\.cache_gb .* has no room for a file of"):
         read_one(split)

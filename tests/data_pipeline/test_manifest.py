@@ -13,6 +13,7 @@ def folder(tmp_path):
     (tmp_path / "train-000000.tar").write_bytes(b"x" * 2048)
     records = np.zeros(3, dtype=RECORD)
     records["label"] = [0, 1, 1]
+    records["width"] = records["height"] = 1
     (tmp_path / "train.index").write_bytes(records.tobytes())
     shard = Shard("train-000000.tar", 3, 2048, sha256_of(tmp_path / "train-000000.tar"))
     split = Split(tmp_path, "train", 3, sha256_of(tmp_path / "train.index"), (shard,))

@@ -1,4 +1,3 @@
-import contextlib
 import hashlib
 import importlib.util
 import os
@@ -15,14 +14,15 @@ import fsspec
 import numpy as np
 import pytest
 
-from data_pipeline import storage
+from data_pipeline import faults
 from data_pipeline.config import AugmentConfig, DataConfig
+from data_pipeline.faults import StorageError
 from data_pipeline.loader import build_loader, evaluation_batches
 from data_pipeline.manifest import DataError, UsageError, open_manifest
 from data_pipeline.order import Order
 from data_pipeline.storage import open_dataset
 from tests.data_pipeline.shards import jpeg, write_split
-from tests.data_pipeline.staging import PER_SHARD, SAMPLES, Server, config, read_one, stage_in_a_process, staged, start
+from tests.data_pipeline.staging import PER_SHARD, SAMPLES, Server, config, open_files, read_one, stage_in_a_process, staged, start
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def every_batch(data: DataConfig, **order) -> list[tuple]:
 
 
 def parts(cache: Path) -> list[Path]:
-    return list(cache.glob("*/*.part"))
+    return list(cache.glob("cat-cache-*/*/parts/*"))
 
 
 # --- what a loader sees ----------------------------------------------------------------------------------------------------------------
@@ -109,14 +109,6 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
-def open_files(pid: int) -> list[str]:
-    found = []
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
-            found.append(os.readlink(link))
-    return found
-
-
 def test_processes_of_a_node_fetch_a_file_once(server, tmp_path):
     server.slow = 0.002
     data = config(server.url, tmp_path / "cache")
@@ -134,7 +126,7 @@ def test_a_process_that_is_killed_while_copying_is_relieved_by_one_that_waits(se
     first = start(data, [3])
     wait_for(lambda: any(part.stat().st_size for part in parts(tmp_path / "cache")))
     second = start(data, [3])
-    wait_for(lambda: any(path.endswith("/train-00003.tar.lock") for path in open_files(second.pid)))
+    wait_for(lambda: any("/locks/" in path for path in open_files(second.pid)))
     assert first.is_alive()
     os.kill(first.pid, signal.SIGKILL)
     server.slow = 0.0
@@ -154,7 +146,7 @@ def test_what_a_killed_process_left_behind_is_removed_and_what_it_finished_is_ke
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     server.slow = 0.0
-    assert [part.name.split(".")[0] for part in parts(tmp_path / "cache")] == ["train-00002"]
+    assert len(parts(tmp_path / "cache")) == 1 and staged(tmp_path / "cache") == {"train.index", "train-00001.tar"}
     split = open_dataset(data).split("train")
     assert parts(tmp_path / "cache") == []
     read_one(split, 1)
@@ -215,12 +207,12 @@ def test_another_dataset_in_the_same_place_is_another(copied, tmp_path):
     ("url", "sentence"),
     [
         ("memory://nowhere", r"memory://nowhere/manifest\.json is missing\. Make one with: python launch/prepare\.py"),
-        ("http://127.0.0.1:1/dataset", r"http://127\.0\.0\.1:1/dataset/manifest\.json cannot be fetched: .*127\.0\.0\.1"),
+        ("http://127.0.0.1:1/dataset", r"http://127\.0\.0\.1:1/dataset/manifest\.json cannot be read after 1 attempts: .*127\.0\.0\.1"),
     ],
 )
 def test_no_dataset_there(url, sentence, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "ATTEMPTS", 1)  # they take 7 seconds
-    with pytest.raises(DataError, match=sentence):
+    monkeypatch.setattr(faults, "PAUSES", ())
+    with pytest.raises((DataError, StorageError), match=sentence):
         open_dataset(config(url, tmp_path))
 
 
@@ -266,7 +258,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(dataset, tmp_path):
         pytest.skip("no right to mount a small disk here")
     try:
         split = open_dataset(config(dataset, disk / "cache")).split("train")
-        with pytest.raises(DataError, match=r"data\.cache_dir: .* is full: free some room"):
+        with pytest.raises(StorageError, match=r"data\.cache_dir: .* is full: free some room"):
             for number in range(12):
                 read_one(split, number)
         assert parts(disk / "cache") == []

@@ -195,3 +195,13 @@ def test_forms_of_seeds_and_times():
     assert parse_seeds("7,1-2%2") == [7, 1, 2]
     minutes = {"90": 90, "90:30": 90.5, "1:30:00": 90, "1-0": 1440, "1-12:30": 2190, "1-00:00:30": 1440.5, "UNLIMITED": None}
     assert {text: parse_minutes(text) for text in minutes} == minutes
+
+
+def test_stage_in_leaves_the_folder_to_the_cache(tiny_config, tmp_path):
+    """Which makes one of this user's own, and sees that nobody else did."""
+    lines = [line for line in script(tiny_config, "--stage-in").splitlines() if line.startswith("arguments")]
+    lines = ["run=r", *lines, 'printf "%s\\n" "${arguments[@]}"']
+    for variables, folder in (([], "/tmp"), (["TMPDIR=/a b"], "/a b"), (["TMPDIR=/a", "SLURM_TMPDIR=/c"], "/c")):
+        command = ["env", "-u", "TMPDIR", "-u", "SLURM_TMPDIR", *variables, "bash", "-c", "\n".join(lines)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert result.stdout.splitlines()[-1] == f"data.cache_dir={folder}"

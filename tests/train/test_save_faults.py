@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import KillAtWrite
+from tests.faults import KillAtWrite, system_calls
 from tests.oracle import assert_same_state, state
 from tests.runs import RunningJob, events, losses, run, start
 from train.checkpoint import checkpoint_path, list_checkpoints, newest_valid, step_of, validate
@@ -148,25 +148,6 @@ def test_a_file_system_turns_read_only(tiny_config, tmp_path):
         remount(checkpoints, "rw")
         assert job.wait() == [0, 0]
         assert newest_valid(checkpoints) == (checkpoint_path(checkpoints, 80), [])
-
-
-@contextlib.contextmanager
-def system_calls(pid: int, injection: str) -> Iterator[None]:
-    """All of the process's system calls as `injection` says, e.g. "fsync:error=EIO": strace changes them on their way to the kernel."""
-    name = injection.partition(":")[0]
-    command = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={name}", "-e", f"inject={injection}", "-p", str(pid)]
-    os.kill(pid, signal.SIGSTOP)  # or the run might be over before strace has come
-    with subprocess.Popen(command) as tracer:
-        try:
-            tasks = list(Path(f"/proc/{pid}/task").iterdir())
-            while any("TracerPid:\t0" in (task / "status").read_text() for task in tasks):
-                assert tracer.poll() is None, "strace has ended"
-                time.sleep(0.01)
-            os.kill(pid, signal.SIGCONT)
-            yield
-        finally:
-            tracer.send_signal(signal.SIGINT)  # it lets go of the process
-            tracer.wait(10)
 
 
 @needs_strace

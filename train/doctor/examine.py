@@ -78,15 +78,16 @@ class Patient:
         return files.disk(self.output, share, store.get("mark").decode())
 
     def dataset(self) -> dict:
-        self.classes = len(open_dataset(self.config.data).classes)
-        return files.dataset(self.config.data, self.meeting.rank)
+        self.manifest = open_dataset(self.config.data)
+        self.classes = len(self.manifest.classes)
+        return files.dataset(self.config.data, self.manifest, self.meeting.rank)
 
     def decoding(self) -> dict:
         # With one process a node, it stands for all ranks that the run will have there: one for each GPU.
         ranks = self.meeting.hosts.count(self.meeting.hosts[self.meeting.rank])
         devices = max(1, torch.cuda.device_count() // ranks)
         data = self.config.data.model_copy(update={"workers": devices * self.config.data.workers})
-        return {**files.decoding(data, self.config.augment, open_dataset(data).split("train"), self.meeting.rank), "devices": devices}
+        return {**files.decoding(data, self.config.augment, self.manifest.split("train"), self.meeting.rank), "devices": devices}
 
     def network(self) -> dict:
         meeting = self.meeting

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.backends import open_backend
+from data_pipeline.backends.stored import StoredSamples
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import build_loader
-from data_pipeline.manifest import FILE_NAME, DataError, Manifest, Split, sha256_of
+from data_pipeline.manifest import FILE_NAME, Manifest, Split
 from data_pipeline.order import Order
-from data_pipeline.storage import open_dataset
 
 CHUNK = 8 * 2**20  # bytes between two fsyncs
 MOST = 2**30  # bytes that a rank writes at most
@@ -74,20 +74,15 @@ def _write(folder: Path, amount: int) -> float:
     return written / seconds
 
 
-def dataset(data: DataConfig, rank: int) -> dict:
-    """Open the dataset, and check what can be checked in seconds: all files' sizes, the indexes' hashes, and a sample of images' checksums.
+def dataset(data: DataConfig, manifest: Manifest, rank: int) -> dict:
+    """Check the checksums of a sample of images, another one on every rank; opening `manifest` has checked sizes and indexes.
 
-    Another sample on every rank. `fingerprints` are compared between the nodes.
+    `fingerprints` are compared between the nodes.
     """
-    manifest = open_dataset(data)
     damaged, checked = [], 0
     for split in manifest.splits.values():
-        if sha256_of(split.index_path) != split.fingerprint:
-            raise DataError(
-                f"{split.index_path} is damaged: its SHA-256 is not the manifest's. Copy it again, or prepare the dataset again."
-            )
         stored = open_backend(data.backend, split).stored
-        ids = sample_ids(stored.records, 1 if data.cache_dir else SHARDS, rank)  # with a cache, to look into a shard is to copy it
+        ids = sample_ids(stored, 1 if data.cache_dir else SHARDS, rank)  # with a cache, to look into a shard is to copy it
         failures = stored.read(ids)[1]
         damaged += stored.sentences(ids, failures).values()
         checked += len(ids)
@@ -100,13 +95,17 @@ def dataset(data: DataConfig, rank: int) -> dict:
     }
 
 
-def sample_ids(records: np.ndarray, shards: int, seed: int) -> np.ndarray:
-    """Ids of up to SAMPLES samples that lie in up to `shards` shards, which `seed` chooses."""
+def sample_ids(stored: StoredSamples, shards: int, seed: int) -> np.ndarray:
+    """Ids of up to SAMPLES samples that lie in up to `shards` files, which `seed` chooses. In memory that does not grow with the split."""
     random = np.random.default_rng(seed)
-    numbers = records["shard"]
-    chosen = random.permutation(int(numbers.max()) + 1)[:shards]
-    candidates = np.flatnonzero(np.isin(numbers, chosen))
-    return np.sort(random.permutation(candidates)[:SAMPLES])
+    chosen = np.sort(random.permutation(len(stored.files))[:shards])
+    # A shard's samples have ids that follow each other.
+    counts = [shard.samples for shard in stored.split.shards] if len(stored.files) > 1 else [stored.split.samples]
+    ends = np.cumsum(counts)
+    sizes = np.array(counts)[chosen]
+    places = random.choice(int(sizes.sum()), min(SAMPLES, int(sizes.sum())), replace=False)
+    within = np.searchsorted(np.cumsum(sizes), places, side="right")
+    return np.sort(places - (np.cumsum(sizes) - sizes)[within] + (ends - counts)[chosen][within])
 
 
 def decoding(data: DataConfig, augment: AugmentConfig, split: Split, rank: int) -> dict:

@@ -9,6 +9,7 @@ from statistics import median
 
 import yaml
 
+from data_pipeline.config import has_secret, without_secrets
 from data_pipeline.manifest import DataError
 from train.config import ConfigError
 from train.goodput import Ledger, Start, ending, goodput, hang_times, last_beat, read_lines
@@ -175,9 +176,12 @@ def _read_config(folder: Path) -> dict:
     from train.config import flatten
 
     try:
-        return flatten(yaml.safe_load((folder / "config.yaml").read_text()))
+        config = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise DataError(f"{folder / 'config.yaml'} cannot be read ({type(error).__name__}): copy it from where the run was made") from error
+    if has_secret(config.get("data.path", "")):  # as runs of before November 2026 may have it
+        config["data.path"] = without_secrets(config["data.path"])
+    return config
 
 
 def _place(lines: list[dict], began: float, steps_per_epoch: int) -> list[Line]:

@@ -6,6 +6,7 @@ from io import BytesIO
 
 import numpy as np
 
+from data_pipeline.faults import StorageError
 from data_pipeline.manifest import DataError, Split, UsageError, open_manifest
 
 
@@ -23,7 +24,7 @@ def pictures(config: dict, fingerprint: str, ids: Iterable[int]) -> tuple[dict[i
         if split.fingerprint != fingerprint:
             return {}, f"No pictures: {path} has been prepared anew since, and holds other images."
         pixels, failures = _decode(split, np.array(ids, dtype=np.int64), config)
-    except (DataError, UsageError, OSError) as error:
+    except (DataError, StorageError, UsageError, OSError) as error:
         return {}, f"No pictures: {error}"
     found = {number: _data_uri(image) for row, (number, image) in enumerate(zip(ids, pixels, strict=True)) if row not in failures}
     return found, " ".join(failures.values())

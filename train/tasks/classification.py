@@ -1,7 +1,7 @@
 """Image classification with soft targets (mixup, cutmix, label smoothing)."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import catmodel
 from data_pipeline.augment import augment, normalise, sample_keys
-from data_pipeline.loader import BadSample, Loader, MicroBatch, build_loader, evaluation_batches
+from data_pipeline.loader import Loader, MicroBatch, build_loader, evaluation_batches
 from data_pipeline.manifest import Manifest
 from data_pipeline.mix import mix
 from data_pipeline.order import Order
@@ -59,8 +59,8 @@ class Classification:
         torch.manual_seed(make_key(self.config.train.seed, Stream.MODEL, batch.step, batch.index))
         return nn.functional.cross_entropy(engine(images).float(), targets)
 
-    def evaluate(self, engine: Engine, meet: Callable[[Iterable[BadSample]], None], record: Path, step: int) -> Scores:
-        """Scores of the engine's present weights on the whole `val` split; `meet` is told the samples that could not be read.
+    def evaluate(self, engine: Engine, meet: Callable[[MicroBatch], None], record: Path, step: int) -> Scores:
+        """Scores of the engine's present weights on the whole `val` split; `meet` is given every batch, of this rank, before it is scored.
 
         record: the file that gets what they are made of (evaluate.write_details), in place of what it had; `step`: steps done.
         """
@@ -83,17 +83,17 @@ def build_model(config: Config, classes: int) -> nn.Module:
 
 
 def evaluate_split(
-    model, config: Config, manifest: Manifest, runtime: Runtime, meet: Callable[[Iterable[BadSample]], None]
+    model, config: Config, manifest: Manifest, runtime: Runtime, meet: Callable[[MicroBatch], None]
 ) -> tuple[Scores, Details]:
     """Scores of `model` (normalised images → logits) on `manifest`'s `val` split; every rank calls.
 
-    A sample that cannot be read is left out; `meet` is told of it.
+    A sample that cannot be read is left out; `meet` is given every batch, and finds it there.
     """
     split, size, device = manifest.split("val"), config.train.micro_batch, runtime.device
 
     def normalised() -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         for slot, batch in evaluation_batches(config.data, split, size, rank=runtime.rank, world=runtime.world):
-            meet(batch.bad)
+            meet(batch)
             ids, labels = (column.to(device, non_blocking=True) for column in (batch.ids, batch.labels))
             yield slot, ids, normalise(_on(device, batch), config.augment), labels
 
