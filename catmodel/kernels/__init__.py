@@ -47,6 +47,14 @@ def _plain(reason: str) -> bool:
     return False
 
 
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one device as a matrix product there would take them: where torch.autocast is on, in its type."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
 def inner_patch_fits(size: int, head_dim: int) -> bool:
     return (
         size <= 12
@@ -75,6 +83,7 @@ def cross_patch_attention(
     In one kernel for up to 64 patches, which the images have that classifiers are trained on; otherwise flash attention between the two
     linear layers. So too in float32: without tensor cores that one kernel takes minutes to compile, and has far too few registers.
     """
+    x_BNC, qkv_weight, qkv_bias, proj_weight, proj_bias = autocast(x_BNC, qkv_weight, qkv_bias, proj_weight, proj_bias)
     place = patches.height, patches.width, patches.size
     x_BCnP = torch.ops.catmodel.pack(x_BNC, *place)
     B, C, n, P = x_BCnP.shape

@@ -82,7 +82,10 @@ def test_registered_as_pytorch_wants_it(size, shift, rate, device):
     qkv = torch.randn(1, N, 3 * 16, device=device, requires_grad=True)
     bias = torch.randn(2, P, P, device=device, requires_grad=True)
     seed = torch.tensor(5, dtype=torch.int32, device=device) if rate else None
-    torch.library.opcheck(torch.ops.catmodel.inner_patch_attention.default, (qkv, bias, size, 2 * size, size, shift, rate, seed))
+    rest = size, 2 * size, size, shift, rate, seed
+    torch.library.opcheck(torch.ops.catmodel.inner_patch_attention.default, (qkv, bias, *rest))
+    inputs = torch.randn(1, N, 16, device=device), qkv.detach(), bias.detach()
+    torch.library.opcheck(torch.ops.catmodel.inner_patch_attention_backward.default, (*inputs, *rest))
 
 
 def test_compiled_and_checkpointed_it_gives_the_same(device):
