@@ -24,6 +24,8 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels run here: on NVIDIA GPUs from Ampere on, or in Triton's interpreter (TRITON_INTERPRET=1, for tests)."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return _plain("torch.func's transforms do not take PyTorch's custom operators")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return _plain(f"{torch.cuda.get_device_name(device)} is older than Ampere")
     if dtype not in DTYPES:
