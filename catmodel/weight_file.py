@@ -59,10 +59,9 @@ def _records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
         # orig_filename: Python cuts a name at a null byte.
         known = RECORDS.fullmatch(record.orig_filename)
         if not known:
-            what = "a TorchScript program" if {"constants.pkl", "code"} & {*record.filename.split("/")} else "not a file of torch.save's"
-            raise _Refused(
-                f"holds {record.orig_filename!r}, so it is {what}: it is not read; save the model's state_dict() with torch.save"
-            )
+            script = {"constants.pkl", "code"} & {*record.filename.split("/")}
+            what = "a TorchScript program" if script else "not a file of torch.save's"
+            raise _Refused(f"holds {record.orig_filename!r}, so it is {what}: save the model's state_dict() with torch.save")
         if known[1] in found:
             raise _Refused(f"holds {known[1]} twice")
         if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size or record.flag_bits & 1:
@@ -70,9 +69,7 @@ def _records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
         found[known[1]] = record
         folders.add(record.orig_filename[: known.start(1)])
     if "data.pkl" not in found or len(folders) > 1:
-        raise _Refused(
-            "not a file of torch.save's: it has no data.pkl" if "data.pkl" not in found else "its records lie in several folders"
-        )
+        raise _Refused("not a file of torch.save's, which has one folder with a data.pkl")
     if sum(record.file_size for record in found.values()) > size:
         raise _Refused("says that it holds more bytes than it has")
     return found
