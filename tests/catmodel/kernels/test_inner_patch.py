@@ -54,8 +54,8 @@ def test_agrees_with_the_plain_twin_in_float64(size, height, width, heads, d, sh
     fused = outcome(module, height, width, size, True, dtype, device)
     for e, p, f in zip(exact, plain, fused, strict=True):
         assert f.dtype == dtype
-        # At least two roundings of the largest number: a plain result may be right by chance.
-        allowed = 2 * max((p - e).abs().max(), torch.finfo(dtype).eps * e.abs().max())
+        # At least three roundings of the largest number: a plain result may be right by chance.
+        allowed = 3 * max((p - e).abs().max(), torch.finfo(dtype).eps * e.abs().max())
         assert (f - e).abs().max() <= allowed
 
 
