@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -123,6 +124,7 @@ def test_compiled_it_computes_the_same(name, recompute, device):
 @every_model
 @pytest.mark.parametrize("recompute", [False, True])
 def test_inductor_computes_the_same(name, recompute, device):
+    """With the random numbers of eager execution, which Inductor would draw in another way."""
     model, images = build(name, device)
     model.set_kernels(False)
     exact = step(model, images, contextlib.nullcontext())
@@ -130,7 +132,9 @@ def test_inductor_computes_the_same(name, recompute, device):
     model.set_kernels(True)
     model.set_grad_checkpointing(recompute)
     compiled = torch.compile(model, fullgraph=True)
-    assert_as_good(step(model, images, torch.autocast(device.type, torch.bfloat16), run=compiled), plain, exact)
+    with torch._inductor.config.patch(fallback_random=True):
+        found = step(model, images, torch.autocast(device.type, torch.bfloat16), run=compiled)
+    assert_as_good(found, plain, exact)
 
 
 @pytest.mark.parametrize("name", ["pvt_tiny", "cotnet50"])  # CAT in float32 takes the interpreter many seconds
