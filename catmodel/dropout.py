@@ -2,8 +2,8 @@
 
 A matrix's element (row, column) is kept where a hash of (seed, row, column), taken as a number in [0, 1), is at least the rate.
 The hash is the 32-bit finaliser "lowbias32" (Wellons, 2018, "Prospecting for hash functions"): two multiplications and three shifts.
-The seed enters twice: by its hash before the row's is taken, and as it is after that. Were it but once, by either, two seeds that differ
-there in the bits of a row's number would give the same rows in another order, of which a long run draws many.
+The seed enters twice: its hash before the row's is taken, itself after that. With the first alone, two seeds whose
+hashes differ by the bits of a row's number give the same rows in another order, and a long run draws many such pairs.
 """
 
 import torch

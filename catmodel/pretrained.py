@@ -54,8 +54,8 @@ def load_published(
         state dict.
     rename: {dotted part of a key: its name here}, for checkpoints with older module names, e.g. {"ipsa_1": "pre_ipsa_blocks"}.
     resize_positions: where the model was built for another img_size, interpolate the position tables: CAT's bicubically, PVT's bilinearly,
-        as the released detectors do (a class token's entry stays as it is). A table [1, L, C] is taken for that of a square image, unless
-        it comes from the state_dict() of a model of this package, or from a file with that, or from an exported file: those name its size.
+        as the released detectors do (a class token's entry stays as it is). A table [1, L, C] is taken to be a square
+        image's, unless it comes from a state_dict() of this package's models, or a file of one: those name its size.
     fresh_head: leave the file's head out; the model keeps its own, for other classes.
 
     A prefix that all keys share (module., model., backbone., encoder.) is removed. The index buffers of the file must equal the model's.
@@ -112,7 +112,7 @@ def published_weights(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The dict in a .safetensors file, or in a .pth file of the zip format, which `weight_file` reads without running anything of it.
+    """The dict in a .safetensors file, or in a .pth file of the zip format, of which `weight_file` runs nothing.
 
     Raises ValueError for a file that is missing, damaged or of another format.
     """
@@ -133,9 +133,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def about(path: Path) -> dict[str, Any]:
-    """What `catmodel.export`, or a run at its end, has written of a model into its .safetensors file: {} in others' files.
+    """What `catmodel.export`, or a run at its end, has written about a model into its .safetensors file; otherwise {}.
 
-    {"model": {"name": …, "img_size": …, …}, "classes": names, …}; either may be missing. Raises ValueError for anything else.
+    {"model": {"name": …, "img_size": …, …}, "classes": names, …}; either may be missing. Raises ValueError for others.
     """
     from safetensors import safe_open
 
@@ -191,7 +191,7 @@ def _is_beyond_features(key: str, model: nn.Module) -> bool:
 
 
 def _image_size(weights: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The size of the images that a model's weights are for, where they say it: state dicts of our models do (`variants.Staged`)."""
+    """The size of the images that weights are for, where they name it: state dicts of our models do (`variants.Staged`)."""
     metadata = getattr(weights, "_metadata", None)
     for entry in metadata.values() if isinstance(metadata, dict) else ():
         size = entry.get("img_size") if isinstance(entry, dict) else None
@@ -219,9 +219,10 @@ def _place_positions(
     resize: bool,
     report: LoadReport,
 ) -> dict[str, str]:
-    """Puts the position tables of `weights` into the form of `own`, and returns a problem for each that cannot be: {key: problem}.
+    """Puts the position tables of `weights` into the form of `own`. Returns {key: problem} of those that do not fit.
 
-    size: of the images that the weights are for, where they name it. with_class: the table whose first entry is a class token's.
+    size: of the images that the weights are for, where they name it. with_class: the table that begins with a class
+    token's entry. resize: interpolate. report: gets what was interpolated.
     """
     problems = {}
     theirs = {key: grid for key, (grid, _) in _position_tables(model, size).items()} if size else {}
@@ -250,8 +251,8 @@ def _place_positions(
 def _grid_of(table: Tensor, before: int, named: tuple[int, int] | None, ours: tuple[int, int]) -> tuple[int, int] | None:
     """The grid of a position table [1, before + L, C] or [1, C, H, W]; None: not known.
 
-    The former has no shape of its own. It is the one that its file names; or square, as all released ones are; or, where L is no square
-    but as many as the model's, the model's.
+    The former has no shape of its own. It is the one that its file names; or square, as all released ones are; or, where
+    L is no square number but as large as the model's, the model's.
     """
     if table.dim() == 4:
         return tuple(table.shape[2:])
@@ -263,7 +264,7 @@ def _grid_of(table: Tensor, before: int, named: tuple[int, int] | None, ours: tu
 
 
 def _fit_positions(table: Tensor, before: int, found: tuple[int, int], own: Tensor, grid: tuple[int, int], mode: str) -> Tensor:
-    """A position table of the grid `found`, with `before` entries before it, in the form of `own`, whose grid is `grid`."""
+    """A position table of the grid `found`, behind `before` entries, in the form of `own`, whose grid is `grid`."""
     if table.dim() == 3:
         token_1eC, table_1CHW = table[:, :before], table[:, before:].transpose(1, 2).unflatten(2, found)
     else:

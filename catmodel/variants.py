@@ -87,6 +87,6 @@ class Staged(nn.Module):
 
 
 def _name_image_size(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
-    """A position table [1, L, C] does not show how many rows and columns it has: a state dict's metadata, which torch.save keeps, does."""
+    """Into a state dict's metadata, which torch.save keeps: a position table [1, L, C] does not show its rows and columns."""
     if hasattr(model, "img_size"):
         metadata["img_size"] = model.img_size

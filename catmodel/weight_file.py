@@ -1,14 +1,15 @@
 """Reads what `torch.save` writes, of files that anybody may have made: it runs nothing of them, and writes nothing.
 
-A file is a zip archive with a pickle, `data.pkl`, and the bytes of each storage, `data/0`, `data/1`, …, uncompressed. torch.load does more
-than read it: it runs TorchScript programs and unpacks tar archives that it finds in their place. With `weights_only=True` it does not, but
-refuses the released files, whose `config` is a pickled yacs CfgNode. So the archive is read here, by one parser alone, and all but tensors
-and plain containers becomes inert stubs.
+A file is a zip archive with a pickle, `data.pkl`, and the bytes of each storage, `data/0`, `data/1`, …, uncompressed.
+torch.load does more than read it: it runs TorchScript programs and unpacks tar archives that it finds in its place. With
+`weights_only=True` it does not, but refuses the released files, whose `config` is a pickled yacs CfgNode. So the archive
+is read here, by one parser alone, and all but tensors and plain containers becomes inert stubs.
 """
 
 import io
 import math
 import pickle
+import pickletools
 import re
 import sys
 import zipfile
@@ -21,11 +22,12 @@ from torch import Tensor
 
 # All that torch.save of PyTorch 1.6 to 2.15 writes, inside a folder of any name.
 RECORDS = re.compile(r"[^/]+/(data\.pkl|data/[0-9]+|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id)")
+DEEPEST = 100
 LARGEST_PICKLE = 2**25  # bytes; of released files it is below a megabyte, for the weights are not in it
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The dict in a .pth file: its tensors on the CPU; an object of a class that is no plain container is an empty dict.
+    """The dict in a .pth file, with its tensors on the CPU; an object of any other class is an empty dict.
 
     Raises ValueError for a file that is damaged or not as torch.save writes it.
     """
@@ -126,11 +128,40 @@ class _Stub(dict):
         pass
 
 
+def _check_depth(content: bytes) -> None:
+    """Refuses a pickle with tuples deep in tuples: Python takes their hash by a recursion without limit, and crashes."""
+    stack, marks, memo = [], [], {}
+    for operation, argument, _ in pickletools.genops(content):
+        name, taken = operation.name, []
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name == "MEMOIZE" or name.endswith("PUT"):
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+        elif name.endswith("GET"):
+            stack.append(memo[argument])
+        elif name == "DUP":
+            stack.append(stack[-1])
+        else:
+            below = operation.stack_before
+            if pickletools.markobject in below:
+                begin, below = marks.pop(), below[: below.index(pickletools.markobject)]
+                taken += stack[begin:]
+                del stack[begin:]
+            for _ in below:
+                taken.append(stack.pop())
+            depth = 1 + max(taken, default=0) if "TUPLE" in name else 0
+            if depth > DEEPEST:
+                raise _Refused(f"its data.pkl has tuples in tuples, more than {DEEPEST} deep, which describe no weights")
+            stack += [depth] * len(operation.stack_after)
+
+
 class _Unpickler(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo]):
         if records["data.pkl"].file_size > LARGEST_PICKLE:
             raise _Refused(f"its data.pkl has {records['data.pkl'].file_size} bytes, which is no description of weights")
-        super().__init__(io.BytesIO(archive.read(records["data.pkl"])), encoding="utf-8")
+        content = archive.read(records["data.pkl"])
+        _check_depth(content)
+        super().__init__(io.BytesIO(content), encoding="utf-8")
         self.archive, self.records, self.storages = archive, records, {}
         order = archive.read(records["byteorder"]).decode() if "byteorder" in records else "little"
         if order != sys.byteorder:

@@ -34,9 +34,9 @@ class Roofline:
 H200 = Roofline(4.3e12, 790e12)
 
 
-# Dense FLOPs per second in half precision with sums in fp32, in 10^12, as NVIDIA's data sheets state them: in bf16, or in fp16 on cards
-# without it; half of what is stated with sparsity. By the whole names that the driver reports: an L40S is no L40. What is not here, a part
-# of a card (MIG) too, has no known peak.
+# Dense FLOPs per second in half precision with sums in fp32, in 10^12, as NVIDIA's data sheets state them: in bf16, or in
+# fp16 on cards without it; half of what is stated with sparsity. By the whole names that drivers report: an L40S is no
+# L40. What is not here, a part of a card (MIG) too, has no known peak.
 PEAK_TFLOPS = {
     "NVIDIA B200": 2250,
     **dict.fromkeys(("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H800", "NVIDIA GH200 480GB", "NVIDIA GH200 120GB"), 989),
@@ -63,7 +63,7 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(name: str) -> float | None:
-    """The FLOPs per second that MFU is a share of, for a device of this name (`torch.cuda.get_device_name`); None where it is not known."""
+    """The FLOPs per second that MFU is a share of, of a device by its `torch.cuda.get_device_name`; None: not known."""
     peak = PEAK_TFLOPS.get(name) or PEAK_TFLOPS.get(f"NVIDIA {name}")  # drivers before 2021 leave the maker out
     return peak and peak * 1e12
 

@@ -23,13 +23,15 @@ def padded(n: int) -> int:
 def operator(name: str) -> Callable[[Callable], torch.library.CustomOpDef]:
     """Makes a function the operator torch.ops.catmodel.NAME. Its first argument is a tensor.
 
-    Autocast is off inside: an operator computes in the types of its arguments, which is what its fake promises and its gradient relies on.
-    Who calls it casts them before (`kernels.autocast`).
+    Autocast is off inside: an operator computes in the types of its arguments, as its fake promises and its gradient
+    relies on. Who calls it casts them before (`kernels.autocast`).
     """
 
     def define(function: Callable) -> torch.library.CustomOpDef:
         @functools.wraps(function)
         def without_autocast(x: torch.Tensor, *arguments: object) -> object:
+            if not torch.is_autocast_enabled(x.device.type):  # the usual case, in which the context would cost microseconds
+                return function(x, *arguments)
             with torch.autocast(x.device.type, enabled=False):
                 return function(x, *arguments)
 

@@ -43,7 +43,7 @@ def unhash(x: int) -> int:
 
 
 def test_no_two_seeds_give_the_same_rows_in_another_order():
-    """Of seeds that differ in a row's bits, or whose hashes do: at a million rows a micro-batch draws such pairs now and then."""
+    """Of seeds that differ in a row's bits, or whose hashes do: of a million rows, a run draws such pairs."""
     seed = torch.tensor(123456789, dtype=torch.int32)
     hashed = _hash(seed).item() % 2**32
     assert unhash(hashed) == seed

@@ -197,6 +197,21 @@ def test_what_a_pickle_may_call(tmp_path, name):
     assert not trace.exists()
 
 
+DEEP = {
+    "alone": b")" + b"\x85" * 10**6,
+    "marked": b"(" * 10**5 + b")" + b"t" * 10**5,
+    "memoized": b")" + b"\x85q\0h\0\x86" * 10**5,
+    "twice in each": b")" + b"2\x86" * 10**6,
+    "with lists between": b")" + b"\x85]Na0" * 10**5,
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_tuples_in_tuples(tmp_path, name):
+    """As the key of a dict, of which Python takes the hash and crashes."""
+    refused(write(tmp_path / "deep.pth", ("archive/data.pkl", b"\x80\x02}" + DEEP[name] + b"K\x01s.")), "tuples in tuples")
+
+
 def test_of_two_pickles_none_is_taken(tmp_path, weights):
     trace = tmp_path / "trace"
     names = records(released(tmp_path, weights))

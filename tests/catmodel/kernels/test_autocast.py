@@ -27,7 +27,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def build(name: str, device: torch.device) -> tuple[nn.Module, Tensor]:
-    """A model whose drop-path and dropout are off, in evaluation (batch norms of so few pixels magnify rounding), and two images."""
+    """A model with dropout and drop-path, and two images. CoTNet in evaluation: its norms would magnify rounding."""
     size, settings = MODELS[name]
     torch.manual_seed(0)
     if name.startswith("cat"):
@@ -87,7 +87,7 @@ OPERATORS = {
 @every_model
 @pytest.mark.parametrize("dtype", TYPES)
 def test_gradients_are_as_good_as_the_plain_path_s(name, dtype, device):
-    """By the kernels that a model in that type would use; wherever the backward pass is called; with each block computed twice, too."""
+    """By the kernels of a model in that type; wherever the backward pass is called; with each block computed twice."""
     model, images = build(name, device)
     model.set_kernels(False)
     exact = step(model, images, contextlib.nullcontext())
@@ -173,7 +173,7 @@ def test_cross_patch_attention_by_flash_attention(heads, device):
 
 
 def test_operators_compute_in_the_types_they_are_given(device):
-    """Called directly under autocast, backward too: they cast nothing inside, of which neither their fakes nor their gradients know."""
+    """Called directly under autocast, backward too: they cast nothing inside."""
     torch.manual_seed(0)
     mlp, attention = Mlp(16, 64).to(device), jitter(CrossPatchAttention(2)).to(device)
     weights = [mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, *attention.parameters()]
