@@ -85,8 +85,8 @@ def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[i
     return storage.as_strided(size, stride, offset)
 
 
-def _parameter(data: Tensor, *_hooks_and_flags: Any) -> Tensor:
-    return data
+def _parameter(data: Any, *_hooks_and_flags: Any) -> Any:
+    return data if isinstance(data, Tensor) else _Stub()
 
 
 _STORAGES = {
@@ -139,6 +139,8 @@ def _check_depth(content: bytes) -> None:
             memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
         elif name.endswith("GET"):
             stack.append(memo[argument])
+        elif name == "POP" and marks and marks[-1] == len(stack):
+            marks.pop()
         elif name == "DUP":
             stack.append(stack[-1])
         else:

@@ -203,6 +203,7 @@ DEEP = {
     "memoized": b")" + b"\x85q\0h\0\x86" * 10**5,
     "twice in each": b")" + b"2\x86" * 10**6,
     "with lists between": b")" + b"\x85]Na0" * 10**5,
+    "with marks that are taken back": b")" + b"N(00\x85" * 10**5,
 }
 
 
@@ -210,6 +211,13 @@ DEEP = {
 def test_tuples_in_tuples(tmp_path, name):
     """As the key of a dict, of which Python takes the hash and crashes."""
     refused(write(tmp_path / "deep.pth", ("archive/data.pkl", b"\x80\x02}" + DEEP[name] + b"K\x01s.")), "tuples in tuples")
+
+
+def test_tuples_that_pass_for_parameters(tmp_path):
+    """What is rebuilt as a parameter is a tensor: a tuple that went through would be counted anew."""
+    level = b"\x85q\x000ctorch._utils\n_rebuild_parameter\nh\x00\x85R"
+    found = read_source(write(tmp_path / "deep.pth", ("archive/data.pkl", b"\x80\x02}S'x'\n)" + level * 10**4 + b"s.")))[0]
+    assert found == {"x": {}}
 
 
 def test_of_two_pickles_none_is_taken(tmp_path, weights):
