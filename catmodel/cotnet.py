@@ -39,22 +39,27 @@ class _Aggregate(torch.autograd.Function):
     on a CPU. In bfloat16, too, sums in float32 are the faster ones there.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, values_BCHW: Tensor, weights_BGKHW: Tensor) -> Tensor:
-        ctx.save_for_backward(values_BCHW, weights_BGKHW)
+    def forward(values_BCHW: Tensor, weights_BGKHW: Tensor) -> Tensor:
         padded, weights = _prepare(values_BCHW, weights_BGKHW)
-        y = torch.zeros_like(_neighbours(padded, 0))
-        for k in range(9):
+        y = _neighbours(padded, 0) * weights[:, :, :, 0]
+        for k in range(1, 9):
             y.addcmul_(_neighbours(padded, k), weights[:, :, :, k])
         return y.reshape_as(values_BCHW)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, dy_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         values_BCHW, weights_BGKHW = ctx.saved_tensors
         padded, weights = _prepare(values_BCHW, weights_BGKHW)
         dy = dy_BCHW.unflatten(1, padded.shape[1:3])
-        dpadded, dweights = torch.zeros_like(padded), []
-        for k in range(9):
+        dpadded, dweights = F.pad(dy * weights[:, :, :, 0], (0, 2, 0, 2)), [(dy * _neighbours(padded, 0)).sum(1)]
+        for k in range(1, 9):
             _neighbours(dpadded, k).addcmul_(dy, weights[:, :, :, k])
             dweights.append((dy * _neighbours(padded, k)).sum(1))
         dvalues_BCHW = dpadded[..., 1:-1, 1:-1].reshape_as(values_BCHW)

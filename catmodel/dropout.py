@@ -2,6 +2,8 @@
 
 A matrix's element (row, column) is kept where a hash of (seed, row, column), taken as a number in [0, 1), is at least the rate.
 The hash is the 32-bit finaliser "lowbias32" (Wellons, 2018, "Prospecting for hash functions"): two multiplications and three shifts.
+The seed enters twice: its hash before the row's is taken, itself after that. With the first alone, two seeds whose
+hashes differ by the bits of a row's number give the same rows in another order, and a long run draws many such pairs.
 """
 
 import torch
@@ -26,7 +28,7 @@ def keep_mask(seed: Tensor, shape: tuple[int, ...], rate: float) -> Tensor:
     """bool, True where an element stays. shape [..., rows, columns]: the leading dimensions number the rows on, in order."""
     *rows, columns = shape
     total = torch.Size(rows).numel()
-    row_key = _hash(torch.arange(total, dtype=torch.int32, device=seed.device) ^ seed)
+    row_key = _hash(torch.arange(total, dtype=torch.int32, device=seed.device) ^ _hash(seed)) ^ seed
     column_key = torch.arange(columns, dtype=torch.int32, device=seed.device) * GOLDEN
     return (_hash(row_key[:, None] ^ column_key) >= threshold(rate)).view(shape)
 

@@ -29,7 +29,7 @@ class Mlp(nn.Module):
         """fused: by the Triton kernels, where they pay."""
         if fused and kernels.mlp_pays(self.fc1.in_features):
             weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-            return torch.ops.catmodel.mlp(x, *weights, torch.is_grad_enabled())[0]
+            return torch.ops.catmodel.mlp(*kernels.autocast(x, *weights), torch.is_grad_enabled())[0]
         return self.fc2(F.gelu(self.fc1(x)))
 
 

@@ -40,6 +40,10 @@ class Staged(nn.Module):
     features_only: bool
     img_size: tuple[int, int]
 
+    def __init__(self):
+        super().__init__()
+        self.register_state_dict_post_hook(_name_image_size)
+
     def check_images(self, image: Tensor) -> None:
         """Raises where a classifier of one image size is not one, or gets images [B, in_chans, H, W] of another size."""
         if self.features_only:
@@ -80,3 +84,9 @@ class Staged(nn.Module):
                 if isinstance(piece, nn.Module):
                     piece.eval()
         return self
+
+
+def _name_image_size(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+    """Into a state dict's metadata, which torch.save keeps: a position table [1, L, C] does not show its rows and columns."""
+    if hasattr(model, "img_size"):
+        metadata["img_size"] = model.img_size

@@ -1,6 +1,5 @@
 """Where a run's first weights come from: `model.init_from`. A run that has a checkpoint takes that, and never looks here again."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +54,7 @@ def _load(model: "nn.Module", config: Config, classes: list[str]) -> list[str]:
 
     source = Path(config.model.init_from)
     weights, their_classes = read_source(source)
-    count = next((len(weights[key]) for key in ("head.weight", "fc.weight") if key in weights), 0)
+    count = next((len(head) for head in map(weights.get, ("head.weight", "fc.weight")) if getattr(head, "ndim", 0)), 0)
     others = count != len(classes) or their_classes not in (None, classes)
     try:
         report = load_published(model, weights, resize_positions=True, fresh_head=others)
@@ -92,10 +91,6 @@ def read_source(source: Path) -> tuple[dict[str, "Tensor"], list[str] | None]:
 
 def _classes_in(file: Path) -> list[str] | None:
     """The classes that a run has written into its model.safetensors."""
-    if file.suffix != ".safetensors":
-        return None
-    from safetensors import safe_open
+    from catmodel.pretrained import about
 
-    with safe_open(file, framework="pt") as opened:
-        about = (opened.metadata() or {}).get("catmodel")
-    return json.loads(about)["classes"] if about else None
+    return about(file).get("classes") if file.suffix == ".safetensors" else None

@@ -15,11 +15,8 @@ from train.append import Alarm, Appender
 from train.config import Config, dump_config, flatten
 from train.evaluate import Scores
 from train.goodput import CATEGORIES, ENDS, Ledger, read_lines
+from train.roofline import peak_flops
 from train.words import clock
-
-# Peak dense half-precision throughput, FLOP/s, as the vendor states it; MFU is null on other devices.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L40": 181e12, "A10": 125e12, "T4": 65e12}
-
 
 # Events that are counted from the run's first start on, and the curve that shows how many.
 COUNTED = {
@@ -81,7 +78,7 @@ class Monitor:
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=last, initial=first, unit="step", disable=not terminal, dynamic_ncols=True, smoothing=0.05)
         self._flops_per_step = None if flops_per_image is None else flops_per_image * config.train.global_batch
-        self._peak = _peak_flops()
+        self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
     def say(self, text: str) -> None:
         """A line for people: in train.log, and on the terminal."""
@@ -235,10 +232,3 @@ def _grid(images: Tensor, gap: int = 2) -> Tensor:
         top, left = index // columns * side, index % columns * side
         grid[:, top : top + side - gap, left : left + side - gap] = image
     return grid
-
-
-def _peak_flops() -> float | None:
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in name), None)

@@ -34,6 +34,40 @@ class Roofline:
 H200 = Roofline(4.3e12, 790e12)
 
 
+# Dense FLOPs per second in half precision with sums in fp32, in 10^12, as NVIDIA's data sheets state them: in bf16, or in
+# fp16 on cards without it; half of what is stated with sparsity. By the whole names that drivers report: an L40S is no
+# L40. What is not here, a part of a card (MIG) too, has no known peak.
+PEAK_TFLOPS = {
+    "NVIDIA B200": 2250,
+    **dict.fromkeys(("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H800", "NVIDIA GH200 480GB", "NVIDIA GH200 120GB"), 989),
+    **dict.fromkeys(("NVIDIA H200 NVL", "NVIDIA H100 NVL"), 835),
+    "NVIDIA H100 PCIe": 756,
+    **dict.fromkeys(("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"), 312),
+    **dict.fromkeys(("NVIDIA A800-SXM4-80GB", "NVIDIA A800 80GB PCIe"), 312),
+    "NVIDIA A40": 149.7,
+    "NVIDIA A30": 165,
+    "NVIDIA A10": 125,
+    "NVIDIA A10G": 70,
+    "NVIDIA L40S": 362,
+    "NVIDIA L40": 181,
+    "NVIDIA L4": 121,
+    **dict.fromkeys(("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB", "Tesla V100-SXM3-32GB"), 125),
+    **dict.fromkeys(("Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB"), 112),
+    "Tesla V100S-PCIE-32GB": 130,
+    "Tesla T4": 65,
+    "NVIDIA RTX 6000 Ada Generation": 364,
+    "NVIDIA RTX A6000": 154.8,
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 3090": 71,
+}
+
+
+def peak_flops(name: str) -> float | None:
+    """The FLOPs per second that MFU is a share of, of a device by its `torch.cuda.get_device_name`; None: not known."""
+    peak = PEAK_TFLOPS.get(name) or PEAK_TFLOPS.get(f"NVIDIA {name}")  # drivers before 2021 leave the maker out
+    return peak and peak * 1e12
+
+
 def finish(device: torch.device) -> None:
     """Wait until the device has done all it was given."""
     if device.type == "cuda":

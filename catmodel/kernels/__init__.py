@@ -24,6 +24,8 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels run here: on NVIDIA GPUs from Ampere on, or in Triton's interpreter (TRITON_INTERPRET=1, for tests)."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return _plain("torch.func's transforms do not take PyTorch's custom operators")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return _plain(f"{torch.cuda.get_device_name(device)} is older than Ampere")
     if dtype not in DTYPES:
@@ -45,6 +47,14 @@ def _plain(reason: str) -> bool:
     """Says once why plain PyTorch is used. Always False."""
     logging.getLogger(__name__).warning("plain PyTorch in place of the Triton kernels: %s", reason)
     return False
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one device as a matrix product there would take them: where torch.autocast is on, in its type."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 def inner_patch_fits(size: int, head_dim: int) -> bool:
@@ -75,6 +85,7 @@ def cross_patch_attention(
     In one kernel for up to 64 patches, which the images have that classifiers are trained on; otherwise flash attention between the two
     linear layers. So too in float32: without tensor cores that one kernel takes minutes to compile, and has far too few registers.
     """
+    x_BNC, qkv_weight, qkv_bias, proj_weight, proj_bias = autocast(x_BNC, qkv_weight, qkv_bias, proj_weight, proj_bias)
     place = patches.height, patches.width, patches.size
     x_BCnP = torch.ops.catmodel.pack(x_BNC, *place)
     B, C, n, P = x_BCnP.shape

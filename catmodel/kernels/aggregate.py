@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from catmodel.kernels.launch import operator
+
 
 @triton.jit
 def _steps(pixels, G: tl.constexpr, SHARE: tl.constexpr, LAST: tl.constexpr):
@@ -141,7 +143,7 @@ def _grid(weights_BGKHW: Tensor, constants: dict) -> tuple[int]:
     return (B * triton.cdiv(G * H * W, constants["BLOCK"]),)
 
 
-@torch.library.custom_op("catmodel::aggregate", mutates_args=())
+@operator("aggregate")
 def aggregate(values_BCHW: Tensor, weights_BGKHW: Tensor) -> Tensor:
     """Values [B, C, H, W] and weights [B, G, 9, H, W], G dividing C -> [B, C, H, W] in the values' dtype, laid out as they are.
 
@@ -161,7 +163,7 @@ def _(values_BCHW, weights_BGKHW):
     return torch.empty_like(_lay(values_BCHW, _channels_last(values_BCHW)))
 
 
-@torch.library.custom_op("catmodel::aggregate_backward", mutates_args=())
+@operator("aggregate_backward")
 def aggregate_backward(dy_BCHW: Tensor, values_BCHW: Tensor, weights_BGKHW: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the values and of the weights, each in its dtype."""
     last = _channels_last(values_BCHW)

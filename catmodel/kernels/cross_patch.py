@@ -24,7 +24,7 @@ from torch import Tensor
 
 from catmodel.dropout import threshold
 from catmodel.kernels.dropout import keep_mask
-from catmodel.kernels.launch import padded, programs
+from catmodel.kernels.launch import operator, padded, programs
 
 # ------------------------------------------------------------------------------------------------------------------- in kernels
 
@@ -178,7 +178,7 @@ def _backward(
 # -------------------------------------------------------------------------------------------------------------------- operators
 
 
-@torch.library.custom_op("catmodel::cross_patch_attention", mutates_args=())
+@operator("cross_patch_attention")
 def cross_patch_attention(
     x_BCnP: Tensor,
     qkv_weight: Tensor,
@@ -208,7 +208,7 @@ def _(x_BCnP, qkv_weight, qkv_bias, proj_weight, proj_bias, rate, seed):
     return torch.empty_like(x_BCnP, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("catmodel::cross_patch_attention_backward", mutates_args=())
+@operator("cross_patch_attention_backward")
 def cross_patch_attention_backward(
     dy_BCnP: Tensor,
     x_BCnP: Tensor,

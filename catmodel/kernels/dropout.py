@@ -14,7 +14,8 @@ def keep_mask(seed, rows, columns, THRESHOLD: tl.constexpr):
 
     THRESHOLD: of `catmodel.dropout.threshold`.
     """
-    row_key = _hash((rows ^ seed).to(tl.uint32))
+    key = seed.to(tl.uint32)
+    row_key = _hash(rows.to(tl.uint32) ^ _hash(key)) ^ key
     column_key = columns.to(tl.uint32) * _GOLDEN
     return _hash(row_key[:, None] ^ column_key[None, :]).to(tl.int32, bitcast=True) >= THRESHOLD
 

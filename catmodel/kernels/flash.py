@@ -14,7 +14,7 @@ from torch import Tensor
 
 from catmodel.dropout import threshold
 from catmodel.kernels.dropout import keep_mask
-from catmodel.kernels.launch import padded
+from catmodel.kernels.launch import operator, padded
 
 # ------------------------------------------------------------------------------------------------------------------- in kernels
 
@@ -185,7 +185,7 @@ def _backward_kv(
 # -------------------------------------------------------------------------------------------------------------------- operators
 
 
-@torch.library.custom_op("catmodel::flash_attention", mutates_args=())
+@operator("flash_attention")
 def flash_attention(qkv_Tn3hd: Tensor, rate: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(d)) v of T sequences of n tokens, in h heads: [T, n, 3, h, d] -> [T, n, h, d].
 
@@ -206,7 +206,7 @@ def _new_outputs(qkv_Tn3hd, rate, seed):
     return qkv_Tn3hd.new_empty(T, n, h, d), qkv_Tn3hd.new_empty(T, h, n, dtype=torch.float32)
 
 
-@torch.library.custom_op("catmodel::flash_attention_backward", mutates_args=())
+@operator("flash_attention_backward")
 def flash_attention_backward(
     dy_Tnhd: Tensor, qkv_Tn3hd: Tensor, y_Tnhd: Tensor, lse_Thn: Tensor, rate: float, seed: Tensor | None
 ) -> Tensor:

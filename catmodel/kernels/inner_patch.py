@@ -15,7 +15,7 @@ from torch import Tensor
 
 from catmodel.dropout import threshold
 from catmodel.kernels.dropout import keep_mask
-from catmodel.kernels.launch import padded, programs
+from catmodel.kernels.launch import operator, padded, programs
 
 # ------------------------------------------------------------------------------------------------------------------- in kernels
 
@@ -213,7 +213,7 @@ def _backward(
 # -------------------------------------------------------------------------------------------------------------------- operators
 
 
-@torch.library.custom_op("catmodel::inner_patch_attention", mutates_args=())
+@operator("inner_patch_attention")
 def inner_patch_attention(
     qkv_BNF: Tensor, bias_hPP: Tensor, height: int, width: int, size: int, shift: int, rate: float, seed: Tensor | None
 ) -> Tensor:
@@ -241,7 +241,7 @@ def _(qkv_BNF, bias_hPP, height, width, size, shift, rate, seed):
     return qkv_BNF.new_empty(B, N, F // 3)
 
 
-@torch.library.custom_op("catmodel::inner_patch_attention_backward", mutates_args=())
+@operator("inner_patch_attention_backward")
 def inner_patch_attention_backward(
     dy_BNC: Tensor, qkv_BNF: Tensor, bias_hPP: Tensor, height: int, width: int, size: int, shift: int, rate: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:

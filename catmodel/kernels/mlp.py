@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from catmodel.kernels.launch import operator
+
 
 @triton.jit
 def _product(
@@ -89,7 +91,7 @@ def _launch(x_MK: Tensor, w_KN: Tensor, bias_N: Tensor | None, h_MN: Tensor | No
     _product[grid](x_MK, w_KN, *w_KN.stride(), bias_N, h_MN, out_MN, sums, M, N, K, **modes, **sizes, **options)
 
 
-@torch.library.custom_op("catmodel::mlp", mutates_args=())
+@operator("mlp")
 def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, train: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """GELU(x w1^T + b1) w2^T + b2: x [..., C], w1 [hidden, C], b1 [hidden], w2 [C, hidden], b2 [C], of one dtype.
 
@@ -112,7 +114,7 @@ def _(x, w1, b1, w2, b2, train=True):
     return x.new_empty(x.shape), x.new_empty(hidden), x.new_empty(hidden)
 
 
-@torch.library.custom_op("catmodel::mlp_backward", mutates_args=())
+@operator("mlp_backward")
 def mlp_backward(dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, b1, w2 and b2."""
     x_MC, dy_MC = (z.reshape(-1, x.shape[-1]).contiguous() for z in (x, dy))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catmodel.kernels.launch import padded
+from catmodel.kernels.launch import operator, padded
 
 # Elements of a tile: 32 a thread.
 TILE = 4096
@@ -66,7 +66,7 @@ def _plan(size: int, to_x: bool) -> tuple[dict, dict]:
     return dict(SIZE=size, TOKENS=tokens, CHANNELS=min(TILE // tokens, 64), TO_X=to_x), dict(num_warps=4, num_stages=1)
 
 
-@torch.library.custom_op("catmodel::pack", mutates_args=())
+@operator("pack")
 def pack(x_BNC: Tensor, height: int, width: int, size: int) -> Tensor:
     """Tokens [B, height * width, C], row by row -> [B, C, n, P]: in every channel, the values of each patch of size x size tokens.
 
@@ -78,7 +78,7 @@ def pack(x_BNC: Tensor, height: int, width: int, size: int) -> Tensor:
     return y_BCnP
 
 
-@torch.library.custom_op("catmodel::unpack", mutates_args=())
+@operator("unpack")
 def unpack(y_BCnP: Tensor, height: int, width: int, size: int) -> Tensor:
     """The inverse of `pack`: [B, C, n, P] -> [B, height * width, C]. Values outside the map are left behind."""
     y_BCnP = y_BCnP.contiguous()

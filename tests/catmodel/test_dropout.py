@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from catmodel.dropout import draw_seed, dropout, keep_mask
+from catmodel.dropout import _hash, draw_seed, dropout, keep_mask
 
 CPU = torch.device("cpu")
 
@@ -31,6 +31,27 @@ def test_the_mask_is_a_function_of_the_seed_and_the_place():
     assert torch.equal(mask[:1, :, :20], keep_mask(seed, (1, 40, 20), 0.3)), "a place's fate does not depend on the size"
     agree = (mask == keep_mask(other, (3, 40, 50), 0.3)).double().mean()
     assert abs(agree - (0.7**2 + 0.3**2)) < 0.03
+
+
+def unhash(x: int) -> int:
+    """The inverse of lowbias32."""
+    x ^= x >> 16
+    x = x * 0x43021123 % 2**32
+    x ^= x >> 15 ^ x >> 30
+    x = x * 0x1D69E2A5 % 2**32
+    return x ^ x >> 16
+
+
+def test_no_two_seeds_give_the_same_rows_in_another_order():
+    """Of seeds that differ in a row's bits, or whose hashes do: of a million rows, a run draws such pairs."""
+    seed = torch.tensor(123456789, dtype=torch.int32)
+    hashed = _hash(seed).item() % 2**32
+    assert unhash(hashed) == seed
+    rows = {bytes(row.tolist()) for row in keep_mask(seed, (64, 100), 0.2)}
+    for difference in (1, 5, 63):
+        for other in (seed.item() ^ difference, unhash(hashed ^ difference)):
+            mask = keep_mask(torch.tensor(other - 2**32 * (other >= 2**31), dtype=torch.int32), (64, 100), 0.2)
+            assert not rows & {bytes(row.tolist()) for row in mask}
 
 
 def test_what_stays_is_scaled_so_that_the_mean_is_kept():

@@ -1,5 +1,8 @@
 """Published checkpoints: what is accepted, what is refused and why, and that a file cannot run code."""
 
+import contextlib
+import copy
+import json
 import os
 import sys
 import types
@@ -13,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import catmodel
+from tests.catmodel.small import small
 from tests.interpolation import resized
 
 KEYS = Path(__file__).parents[3] / "shared" / "golden" / "keys"
@@ -189,6 +193,76 @@ def test_cat_at_another_resolution_only_on_request(features_only: bool, size: in
     expected = resized(published["ape"].unflatten(1, (side, side))[0].numpy(), *model.grid_size, "bicubic")
     np.testing.assert_allclose(ours[0].detach().numpy(), expected, rtol=0, atol=1e-6)
     assert report.resized == [f"ape {side} x {side} -> {other // 2} x {other // 2}"]
+
+
+def wide(**overrides) -> nn.Module:
+    """A cat_nano of one stage for images of 32 x 128 pixels: 16 x 64 tokens, as many as of 64 x 64 pixels."""
+    return nano(**{"img_size": (32, 128), "depths": (1,), "num_heads": (2,), **overrides})
+
+
+@pytest.mark.parametrize("through", ["state dict", "file", "exported"])
+def test_as_many_positions_of_another_shape_are_not_taken_as_they_are(tmp_path: Path, through: str):
+    """Of 16 x 64 tokens into 32 x 32, both ways: refused, or interpolated where that is asked for."""
+    published, square = wide(seed=1), wide(img_size=64)
+    source = published.state_dict()
+    if through == "file":
+        torch.save({"model": source}, tmp_path / "wide.pth")
+        source = tmp_path / "wide.pth"
+    elif through == "exported":
+        about = {"model": {"name": "cat_nano", "img_size": [32, 128]}, "classes": []}
+        save_file(source, tmp_path / "wide.safetensors", {"catmodel": json.dumps(about)})
+        source = tmp_path / "wide.safetensors"
+    with pytest.raises(ValueError, match=r"ape: shape \[1, 1024, 32\] of 16 x 64 positions, .* of 32 x 32 \(resize_positions=True"):
+        catmodel.load_published(square, source)
+    assert catmodel.load_published(square, source, resize_positions=True).resized == ["ape 16 x 64 -> 32 x 32"]
+    expected = resized(published.ape.detach().unflatten(1, (16, 64))[0].numpy(), 32, 32, "bicubic")
+    np.testing.assert_allclose(square.ape.detach().unflatten(1, (32, 32))[0].numpy(), expected, rtol=0, atol=1e-6)
+    again = wide()
+    assert catmodel.load_published(again, source).resized == []
+    assert_loaded(again, published.state_dict())
+
+    released = dict(wide(seed=1, img_size=64).state_dict())  # as released ones it names no size: it is square
+    with pytest.raises(ValueError, match="ape: .* of 32 x 32 positions, .* of 16 x 64"):
+        catmodel.load_published(wide(), released)
+    assert catmodel.load_published(wide(), released, resize_positions=True).resized == ["ape 32 x 32 -> 16 x 64"]
+
+
+def test_positions_of_an_unknown_grid_are_refused_with_a_remedy_that_helps():
+    published = dict(wide(seed=1, img_size=(32, 96)).state_dict())  # 16 x 48 are no square number
+    same, other = wide(img_size=(32, 96)), wide(img_size=64)
+    catmodel.load_published(same, published)  # as many as the model's, and no square: the model's
+    assert_loaded(same, published)
+    for resize in (False, True):
+        with pytest.raises(ValueError, match=r"ape: shape \[1, 768, 32\], of neither a square grid nor .*: fill a model"):
+            catmodel.load_published(other, published, resize_positions=resize)
+    same.load_state_dict(published)  # the remedy
+    assert catmodel.load_published(other, same.state_dict(), resize_positions=True).resized == ["ape 16 x 48 -> 32 x 32"]
+
+
+def test_pvt_s_positions_of_another_shape():
+    """Also in the last table, of which the entry for the class token makes a square: 6 x 8 + 1 = 7 x 7."""
+    published = small_pvt(seed=1, img_size=(192, 256))
+    model = small_pvt(img_size=224)
+    report = catmodel.load_published(model, published.state_dict(), resize_positions=True)
+    assert report.resized[-1] == "pos_embed4 6 x 8 -> 7 x 7"
+    assert torch.equal(model.pos_embed4[:, 0], published.pos_embed4[:, 0])
+    expected = resized(published.pos_embed4[0, 1:].detach().unflatten(0, (6, 8)).numpy(), 7, 7, "bilinear")
+    np.testing.assert_allclose(model.pos_embed4[0, 1:].detach().unflatten(0, (7, 7)).numpy(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cat_nano", "pvt_tiny", "cotnet50"])
+def test_any_value_in_the_place_of_a_weight_loads_or_is_named(name: str):
+    model = small(name, stages=2)
+    published = copy.deepcopy(model.state_dict())
+    odd = [torch.ones(()), torch.ones(0), torch.ones(1, 0, 3), torch.ones(1, 3, 0, 0), torch.ones(2, 3, 4, 5), None, "x", {}, [1], 3]
+    for key, weight in published.items():
+        for value in (*odd, weight.to(torch.complex64), weight.bool(), weight[None], weight.double()):
+            with contextlib.suppress(ValueError):
+                catmodel.load_published(model, {**published, key: value}, resize_positions=True)
+        with pytest.raises(ValueError, match=f"{key}: numbers of type torch.complex64"):
+            catmodel.load_published(model, {**published, key: weight.to(torch.complex64)})
+    with pytest.raises(ValueError, match="no weights by their names"):
+        catmodel.load_published(model, {**published, 3: torch.ones(1)})
 
 
 def test_another_patch_size_is_refused_in_one_sentence(published):

@@ -47,6 +47,34 @@ def fill(folder):
     return path
 
 
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("A100-SXM4-40GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L4", 121),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("Tesla V100-PCIE-16GB", 112),
+        ("Tesla T4", 65),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA T400 4GB", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H100", None),
+        ("", None),
+    ],
+)
+def test_peaks_are_of_the_whole_name(name, tflops):
+    from train.roofline import peak_flops
+
+    assert peak_flops(name) == (tflops and tflops * 1e12)
+
+
 def open_monitor(output, config, first=0):
     from train.monitor import Monitor
 

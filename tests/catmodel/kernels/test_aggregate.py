@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from catmodel.cotnet import CoTNet, aggregate
+from tests.catmodel.small import images, small
 
 # Images, channels, kernels of a pixel, height, width.
 SHAPES = [
@@ -67,6 +68,42 @@ def test_plain_gradients_are_the_function_s(shape):
     values, weights, _ = draw(shape, torch.device("cpu"), torch.float64)
     torch.testing.assert_close(plain(values, weights), unfolded(values, weights))
     assert torch.autograd.gradcheck(plain, (values.requires_grad_(), weights.requires_grad_()))
+
+
+TRANSFORMS = {
+    "vjp": lambda function, v, w: torch.func.vjp(function, v, w)[1](v + 1),
+    "jacrev": lambda function, v, w: torch.func.jacrev(function, (0, 1))(v, w),
+    "vmap": lambda function, v, w: torch.vmap(function)(v[:, None], w[:, None]),
+    "per sample": lambda function, v, w: torch.vmap(torch.func.grad(lambda v: function(v, w[:1]).square().sum()))(v[:, None]),
+    "hessian": lambda function, v, w: torch.func.jacrev(torch.func.grad(lambda w: function(v, w).square().sum()))(w),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_torch_func_are_the_definition_s(name):
+    values, weights, _ = draw(SHAPES[1], torch.device("cpu"), torch.float64)
+    torch.testing.assert_close(TRANSFORMS[name](plain, values, weights), TRANSFORMS[name](unfolded, values, weights))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", ["cat_nano", "pvt_tiny", "cotnet50"])
+def test_models_under_torch_func(name, device):
+    """One gradient per sample, though the model would use kernels: PyTorch's custom operators do not take these transforms."""
+    model = small(name, stages=2, drop_path_rate=0.0).to(device).eval()
+    parameters = dict(model.named_parameters())
+    x = images(name).to(device)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
+
+    found = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    model.set_kernels(False)
+    for number in range(len(x)):
+        expected = torch.autograd.grad(loss(parameters, x[number]), list(parameters.values()))
+        largest = max(value.abs().max().item() for value in expected)
+        for value, reference in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(value[number], reference, rtol=1e-4, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("function", [plain, fused])

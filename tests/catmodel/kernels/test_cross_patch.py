@@ -115,6 +115,10 @@ def test_registered_as_pytorch_wants_it(rate, device):
     torch.library.opcheck(ops.flash_attention.default, (number(1, 5, 3, 2, 8), rate, seed))
     torch.library.opcheck(ops.pack.default, (number(1, 12, 3), 3, 4, 3))
     torch.library.opcheck(ops.unpack.default, (number(1, 3, 2, 9), 3, 4, 3))
+    x, dy, qkv, *weights = (tensor.detach() for tensor in (number(1, 2, 3, 16), number(1, 2, 3, 16), number(1, 5, 3, 2, 8), *parameters))
+    torch.library.opcheck(ops.cross_patch_attention_backward.default, (dy, x, *weights, rate, seed))
+    y, lse = ops.flash_attention(qkv, rate, seed)
+    torch.library.opcheck(ops.flash_attention_backward.default, (torch.ones_like(y), qkv, y, lse, rate, seed))
 
 
 def test_gradients_of_the_plain_twin():

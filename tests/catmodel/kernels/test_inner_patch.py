@@ -54,8 +54,8 @@ def test_agrees_with_the_plain_twin_in_float64(size, height, width, heads, d, sh
     fused = outcome(module, height, width, size, True, dtype, device)
     for e, p, f in zip(exact, plain, fused, strict=True):
         assert f.dtype == dtype
-        # At least two roundings of the largest number: a plain result may be right by chance.
-        allowed = 2 * max((p - e).abs().max(), torch.finfo(dtype).eps * e.abs().max())
+        # At least three roundings of the largest number: a plain result may be right by chance.
+        allowed = 3 * max((p - e).abs().max(), torch.finfo(dtype).eps * e.abs().max())
         assert (f - e).abs().max() <= allowed
 
 
@@ -82,7 +82,10 @@ def test_registered_as_pytorch_wants_it(size, shift, rate, device):
     qkv = torch.randn(1, N, 3 * 16, device=device, requires_grad=True)
     bias = torch.randn(2, P, P, device=device, requires_grad=True)
     seed = torch.tensor(5, dtype=torch.int32, device=device) if rate else None
-    torch.library.opcheck(torch.ops.catmodel.inner_patch_attention.default, (qkv, bias, size, 2 * size, size, shift, rate, seed))
+    rest = size, 2 * size, size, shift, rate, seed
+    torch.library.opcheck(torch.ops.catmodel.inner_patch_attention.default, (qkv, bias, *rest))
+    inputs = torch.randn(1, N, 16, device=device), qkv.detach(), bias.detach()
+    torch.library.opcheck(torch.ops.catmodel.inner_patch_attention_backward.default, (*inputs, *rest))
 
 
 def test_compiled_and_checkpointed_it_gives_the_same(device):
