@@ -5,15 +5,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import nn
 
+from data_pipeline.faults import StorageError
 from data_pipeline.order import Order
 from train.checkpoint import read_info
-from train.config import Config, ConfigError
+from train.config import Config, ConfigError, parse_config
 from train.engine import DTYPES
 from train.estimate import kept_beside
 from train.memory import at_most, free_memory
+from train.resume import candidates
 from train.runtime import Runtime
 from train.tasks.classification import build_model
 
@@ -25,11 +26,18 @@ def settle_micro_batch(
 ) -> tuple[Config, Order, str]:
     """`config` and `order` with a number in place of "auto", and a sentence for the log; every rank calls this and gets the same.
 
-    It is the number that the run in `output` (or the checkpoint `resume`) has had before, because mixup and dropout act inside a
-    micro-batch; else the largest size that fits on all ranks. Raises ConfigError where that number cannot be used here, or nothing fits.
+    It is the number of the checkpoint that the run goes on from, because mixup and dropout act inside a micro-batch; else the largest size
+    that fits on all ranks. Raises ConfigError where that number cannot be used here, or nothing fits.
     """
-    before: list = [_before(output, resume) if runtime.is_main else None]
+    before: list = [None]
+    if runtime.is_main:
+        try:
+            before[0] = _before(output / "checkpoints", resume)
+        except (ConfigError, StorageError) as error:
+            before[0] = error
     dist.broadcast_object_list(before)
+    if isinstance(before[0], Exception):
+        raise before[0]
     if before[0]:
         size, sentence = before[0], f"train.micro_batch: {before[0]}, as this run has had it before"
     else:
@@ -42,11 +50,19 @@ def settle_micro_batch(
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": size})}), order, sentence
 
 
-def _before(output: Path, resume: str) -> int | None:
-    if resume not in ("auto", "never"):
-        return read_info(Path(resume)).config["train"]["micro_batch"]
-    path = output / "config.yaml"
-    return yaml.safe_load(path.read_text())["train"]["micro_batch"] if resume == "auto" and path.exists() else None
+def _before(checkpoints: Path, resume: str) -> int | None:
+    """The size of the checkpoint that the run goes on from; None where it begins. Where no step has been saved, the size may be why."""
+    if resume == "never":
+        return None
+    damaged = None
+    for path in candidates(checkpoints, resume):
+        try:
+            return parse_config(read_info(path).config, source=str(path)).train.micro_batch
+        except ConfigError as error:
+            damaged = damaged or error
+    if damaged:
+        raise damaged
+    return None
 
 
 def _largest(config: Config, classes: int, runtime: Runtime) -> tuple[int, str]:

@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.runs import metrics, run, start
-from train.checkpoint import CheckpointError, list_checkpoints, newest_valid, read_info, read_weights, validate
+from train.checkpoint import CheckpointError, first_sound, list_checkpoints, read_info, read_weights, validate
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_damage_is_found_and_named(finished, tmp_path, damage):
         (newest / "manifest.json").write_text((newest / "manifest.json").read_text()[:-40])
     with pytest.raises(CheckpointError, match=r"manifest\.json|shard_00001"):
         validate(newest)
-    path, skipped = newest_valid(copy)
+    path, _, skipped = first_sound(list_checkpoints(copy))
     assert path == older and len(skipped) == 1
 
 

@@ -1,0 +1,200 @@
+"""The shards of a checkpoint, read: any range of any tensor, whoever wrote it.
+
+A shard is a safetensors file. It is read here by ranges and not memory-mapped, so a fault of the file system is an error that can be tried
+again, where a mapped file would end the process. What a file says of itself is checked before it is used: it may be a stranger's.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipeline.faults import LASTING, retried
+from train.config import ConfigError
+from train.words import printable
+
+HEADER = 100_000_000  # bytes that safetensors allows for a file's header
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+}
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint cannot be used; the message names it and says why."""
+
+    def __init__(self, text: str):
+        super().__init__(printable(text))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a shard: elements [start, start + numel) of the whole one, in C order; `offset` is where its bytes begin in the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass
+class Wanted:
+    """Elements [start, start + target.numel()) of the flattened tensor `key`, to be copied into the 1-D `target`."""
+
+    key: str
+    start: int
+    target: Tensor
+    missing: int = field(init=False)
+    found: list[tuple[int, int]] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.missing = self.target.numel()
+
+
+class Shard:
+    """One shard, open for reading. `pieces`: what is in it, by key. Raises CheckpointError where it is damaged, StorageError where its
+    disk does not answer."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file: int | None = None
+        size = self._attempt(lambda: os.fstat(self._file).st_size)
+        length = int.from_bytes(self._bytes(8, 0), "little")
+        if length > min(HEADER, size - 8):
+            raise CheckpointError(f"{path} is damaged: its header does not fit into it")
+        try:
+            self.pieces = _parse(self._bytes(length, 8), 8 + length, size)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged: its header is not one of a shard ({type(error).__name__}: {error})") from error
+
+    def __enter__(self) -> "Shard":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def read(self, piece: Piece, first: int, target: Tensor) -> None:
+        """Copy elements [first, first + target.numel()) of `piece`, counted from its own first one, into the 1-D `target`."""
+        straight = target.dtype == piece.dtype and target.device.type == "cpu" and target.is_contiguous()
+        buffer = target.detach() if straight else torch.empty(target.numel(), dtype=piece.dtype)
+        self._fill(memoryview(buffer.view(torch.uint8).numpy()), piece.offset + first * piece.dtype.itemsize)
+        if not straight:
+            target.copy_(buffer)
+
+    def _bytes(self, count: int, offset: int) -> bytearray:
+        buffer = bytearray(count)
+        self._fill(memoryview(buffer), offset)
+        return buffer
+
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        def read() -> None:
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(self._file, [buffer[done:]], offset + done)
+                if not count:
+                    raise CheckpointError(f"{self.path} is damaged: it is cut off")
+                done += count
+
+        self._attempt(read)
+
+    def _attempt(self, action):
+        """The result of `action` on the open file, which is opened anew after a fault."""
+
+        def attempt():
+            try:
+                if self._file is None:
+                    self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                return action()
+            except OSError:
+                self._close()
+                raise
+
+        try:
+            return retried(attempt, str(self.path))
+        except LASTING as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
+
+    def _close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._file)
+            self._file = None
+
+
+def _parse(header: bytearray, begin: int, size: int) -> dict[str, Piece]:
+    """The pieces that the header of a file of `size` bytes names; the tensors' bytes begin at `begin`. Raises ValueError and others."""
+    document = json.loads(header)
+    starts = json.loads(document.pop("__metadata__", {}).get("starts", "{}"))
+    pieces = {}
+    for key, entry in document.items():
+        first, last = entry["data_offsets"]
+        shape, start = tuple(entry["shape"]), starts.get(key, 0)
+        if any(type(number) is not int or number < 0 for number in (first, last, start, *shape)):
+            raise ValueError(f"{key!r} has a place that is not a number of elements or bytes")
+        piece = Piece(DTYPES[entry["dtype"]], shape, start, begin + first)
+        if last - first != piece.numel * piece.dtype.itemsize or begin + last > size:
+            raise ValueError(f"{key!r} does not lie inside the file")
+        pieces[key] = piece
+    return pieces
+
+
+def fill(shards: Iterable[Path], wanted: Iterable[Wanted]) -> None:
+    """Copy all that is `wanted` from `shards`, which are opened one after the other, in their order, until nothing is missing.
+
+    Raises CheckpointError where something is in none of them, or twice.
+    """
+    missing: dict[str, list[Wanted]] = {}
+    for want in wanted:
+        if want.missing:
+            missing.setdefault(want.key, []).append(want)
+    path = None
+    for path in shards:
+        if not missing:
+            return
+        with Shard(path) as shard:
+            for key in [key for key in missing if key in shard.pieces]:
+                for want in missing[key]:
+                    _take(shard, shard.pieces[key], want)
+                missing[key] = [want for want in missing[key] if want.missing > 0]
+                if not missing[key]:
+                    del missing[key]
+    if missing:
+        key, (want, *_) = next(iter(missing.items()))
+        where = path.parent if path else "a checkpoint without shards"
+        if not want.found:
+            raise CheckpointError(f"{where} has no {key}; it was written with other settings (EMA, optimizer) than this run has")
+        count = want.target.numel()
+        raise CheckpointError(f"{where}: {key} has {count - want.missing} of the {count} elements from {want.start} on")
+
+
+def _take(shard: Shard, piece: Piece, want: Wanted) -> None:
+    low, high = max(piece.start, want.start), min(piece.start + piece.numel, want.start + want.target.numel())
+    if low >= high:
+        return
+    shard.read(piece, low - piece.start, want.target[low - want.start : high - want.start])
+    want.missing -= high - low
+    want.found.append((low, high))
+    if want.missing <= 0:  # as many elements as are wanted, so none of them twice is all of them
+        ends = [want.start, *(end for pair in sorted(want.found) for end in pair)]
+        if any(begin != end for end, begin in zip(ends[::2], ends[1::2], strict=False)):
+            raise CheckpointError(f"{shard.path} is damaged: elements of {want.key} are in another shard, too")
+
+
+def pieces_of(shards: Iterable[Path]) -> dict[str, list[Piece]]:
+    """All pieces of `shards`, by key, read from the headers alone."""
+    found: dict[str, list[Piece]] = {}
+    for path in shards:
+        with Shard(path) as shard:
+            for key, piece in shard.pieces.items():
+                found.setdefault(key, []).append(piece)
+    return found
