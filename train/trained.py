@@ -39,8 +39,11 @@ class Trained:
 
         if sum(self.config.model.depths or ()) > len(self.state):
             raise CheckpointError(f"{self.checkpoint} has more model.depths than weights")
-        with torch.device("meta"):
-            model = build_model(self.config, len(self.classes))
+        try:
+            with torch.device("meta"):
+                model = build_model(self.config, len(self.classes))
+        except (ConfigError, RuntimeError, ValueError, ArithmeticError) as error:
+            raise CheckpointError(f"{self.checkpoint}: the model of its config cannot be built ({error})") from error
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         differing = [name for name in shapes.keys() | self.state if name not in shapes or name not in self.state]
         differing += [name for name in shapes if name in self.state and self.state[name].shape != shapes[name]]
@@ -65,10 +68,12 @@ class Trained:
         return {"name": config.model.name, **sizes, **config.model.overrides()}
 
 
-def check_target(target: str) -> Path:
-    """Raises ConfigError, before torch is imported, where there is no such folder."""
+def check_target(target: str, best: bool = False) -> Path:
+    """Raises ConfigError, before torch is imported, where there is no such folder, or with `best` where it is no run's."""
     if not Path(target).is_dir():
         raise ConfigError(f"{target} is neither a run's folder nor a checkpoint")
+    if best and not (Path(target) / "checkpoints").is_dir():
+        raise ConfigError(f"--best chooses among a run's checkpoints, and {target} is no run's folder; leave it out")
     return Path(target)
 
 
@@ -88,8 +93,6 @@ def read_trained(target: Path, weights: str | None = None, *, best: bool = False
         if checkpoint is None:
             kind = "no sound checkpoint that was evaluated; leave out --best" if best else "no sound checkpoint"
             raise ConfigError(f"{folder} has {kind}")
-    elif best:
-        raise ConfigError(f"--best chooses among a run's checkpoints, and {target} is no run's folder; leave it out")
     else:
         checkpoint, info, notes = target, validate(target), []
     try:
