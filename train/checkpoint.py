@@ -48,7 +48,7 @@ class CheckpointInfo:
     classes: list[str]
     config: dict[str, Any]
     optimizer_step: Count
-    loss_scale: dict[str, float]
+    loss_scale: dict[str, bool | int | Annotated[float, Field(allow_inf_nan=False)]]
     shapes: dict[str, list[Count]]
     versions: dict[str, str]  # of python, torch and deepspeed, and the git commit of this program ("" outside a checkout)
     world_size: Count

@@ -7,6 +7,7 @@ again, where a mapped file would end the process. What a file says of itself is 
 import contextlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
@@ -19,6 +20,7 @@ from data_pipeline.faults import LASTING, retried
 from train.config import ConfigError
 from train.words import printable
 
+AT_ONCE = 1024  # buffers that one system call fills
 HEADER = 100_000_000  # bytes that safetensors allows for a file's header
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
@@ -33,18 +35,15 @@ class CheckpointError(ConfigError):
         super().__init__(printable(text))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Piece:
     """A tensor of a shard: elements [start, start + numel) of the whole one, in C order; `offset` is where its bytes begin in the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    numel: int
     start: int
     offset: int
-
-    @property
-    def numel(self) -> int:
-        return prod(self.shape)
 
 
 @dataclass
@@ -56,9 +55,12 @@ class Wanted:
     target: Tensor
     missing: int = field(init=False)
     found: list[tuple[int, int]] = field(init=False, default_factory=list)
+    bytes: memoryview | None = field(init=False, default=None)  # the target's own, where they lie in the host's memory in one piece
 
     def __post_init__(self) -> None:
         self.missing = self.target.numel()
+        if self.target.device.type == "cpu" and self.target.is_contiguous():
+            self.bytes = _bytes_of(self.target)
 
 
 class Shard:
@@ -83,27 +85,35 @@ class Shard:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def read(self, piece: Piece, first: int, target: Tensor) -> None:
-        """Copy elements [first, first + target.numel()) of `piece`, counted from its own first one, into the 1-D `target`."""
-        straight = target.dtype == piece.dtype and target.device.type == "cpu" and target.is_contiguous()
-        buffer = target.detach() if straight else torch.empty(target.numel(), dtype=piece.dtype)
-        self._fill(memoryview(buffer.view(torch.uint8).numpy()), piece.offset + first * piece.dtype.itemsize)
-        if not straight:
-            target.copy_(buffer)
+    def read(self, places: list[tuple[int, memoryview]]) -> None:
+        """Fill buffers, each from its offset in the file; what lies side by side there is read at once."""
+        beside: list[memoryview] = []
+        begin = end = 0
+        for offset, buffer in sorted(places, key=lambda place: place[0]):
+            if offset != end or len(beside) == AT_ONCE:
+                self._fill(beside, begin)
+                beside, begin, end = [], offset, offset
+            beside.append(buffer)
+            end += len(buffer)
+        self._fill(beside, begin)
 
     def _bytes(self, count: int, offset: int) -> bytearray:
         buffer = bytearray(count)
-        self._fill(memoryview(buffer), offset)
+        self._fill([memoryview(buffer)], offset)
         return buffer
 
-    def _fill(self, buffer: memoryview, offset: int) -> None:
+    def _fill(self, buffers: list[memoryview], offset: int) -> None:
         def read() -> None:
-            done = 0
-            while done < len(buffer):
-                count = os.preadv(self._file, [buffer[done:]], offset + done)
+            left, place = deque(buffer for buffer in buffers if len(buffer)), offset
+            while left:
+                count = os.preadv(self._file, left, place)
                 if not count:
                     raise CheckpointError(f"{self.path} is damaged: it is cut off")
-                done += count
+                place += count
+                while left and count >= len(left[0]):
+                    count -= len(left.popleft())
+                if count:
+                    left[0] = left[0][count:]
 
         self._attempt(read)
 
@@ -141,10 +151,10 @@ def _parse(header: bytearray, begin: int, size: int) -> dict[str, Piece]:
         shape, start = tuple(entry["shape"]), starts.get(key, 0)
         if any(type(number) is not int or number < 0 for number in (first, last, start, *shape)):
             raise ValueError(f"{key!r} has a place that is not a number of elements or bytes")
-        piece = Piece(DTYPES[entry["dtype"]], shape, start, begin + first)
-        if last - first != piece.numel * piece.dtype.itemsize or begin + last > size:
+        dtype, numel = DTYPES[entry["dtype"]], prod(shape)
+        if last - first != numel * dtype.itemsize or begin + last > size:
             raise ValueError(f"{key!r} does not lie inside the file")
-        pieces[key] = piece
+        pieces[key] = Piece(dtype, shape, numel, start, begin + first)
     return pieces
 
 
@@ -162,12 +172,14 @@ def fill(shards: Iterable[Path], wanted: Iterable[Wanted]) -> None:
         if not missing:
             return
         with Shard(path) as shard:
+            straight: list[tuple[int, memoryview]] = []
             for key in [key for key in missing if key in shard.pieces]:
                 for want in missing[key]:
-                    _take(shard, shard.pieces[key], want)
+                    _take(shard, shard.pieces[key], want, straight)
                 missing[key] = [want for want in missing[key] if want.missing > 0]
                 if not missing[key]:
                     del missing[key]
+            shard.read(straight)
     if missing:
         key, (want, *_) = next(iter(missing.items()))
         where = path.parent if path else "a checkpoint without shards"
@@ -177,11 +189,19 @@ def fill(shards: Iterable[Path], wanted: Iterable[Wanted]) -> None:
         raise CheckpointError(f"{where}: {key} has {count - want.missing} of the {count} elements from {want.start} on")
 
 
-def _take(shard: Shard, piece: Piece, want: Wanted) -> None:
+def _take(shard: Shard, piece: Piece, want: Wanted, straight: list[tuple[int, memoryview]]) -> None:
+    """Copy what is wanted of `piece`, or note it in `straight`, where its bytes can be read right to where they belong."""
     low, high = max(piece.start, want.start), min(piece.start + piece.numel, want.start + want.target.numel())
     if low >= high:
         return
-    shard.read(piece, low - piece.start, want.target[low - want.start : high - want.start])
+    size, first = piece.dtype.itemsize, low - want.start
+    offset = piece.offset + (low - piece.start) * size
+    if want.bytes is not None and want.target.dtype == piece.dtype:
+        straight.append((offset, want.bytes[first * size : (first + high - low) * size]))
+    else:
+        copy = torch.empty(high - low, dtype=piece.dtype)
+        shard.read([(offset, _bytes_of(copy))])
+        want.target[first : first + high - low].copy_(copy)
     want.missing -= high - low
     want.found.append((low, high))
     if want.missing <= 0:  # as many elements as are wanted, so none of them twice is all of them
@@ -198,3 +218,7 @@ def pieces_of(shards: Iterable[Path]) -> dict[str, list[Piece]]:
             for key, piece in shard.pieces.items():
                 found.setdefault(key, []).append(piece)
     return found
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().view(torch.uint8).numpy())
