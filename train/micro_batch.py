@@ -19,6 +19,7 @@ from train.runtime import Runtime
 from train.tasks.classification import build_model
 
 HEADROOM = 0.1  # of the memory that is free: fragmentation, communication, batches on their way
+ON_GPU = 2**30  # bytes beside: buffers of NCCL, what compilation and CUDA graphs keep, which a trial of the plain network lacks
 
 
 def settle_micro_batch(
@@ -80,7 +81,8 @@ def _largest(config: Config, classes: int, runtime: Runtime) -> tuple[int, str]:
     # The first one lets libraries start their threads and fill their caches, which is no part of what a size needs: before the memory is
     # measured. At ZeRO 3 the weights are partitioned, which these trials of a whole model do not show: more would fit than is found.
     if fits(sizes[0]):
-        free = (1 - HEADROOM) * free_memory(runtime.device) - kept_beside(model, config, runtime)
+        beside = kept_beside(model, config, runtime) + ON_GPU * (runtime.device.type == "cuda")
+        free = (1 - HEADROOM) * free_memory(runtime.device) - beside
         with at_most(free, runtime.device):
             while too_large - fitting > 1:
                 middle = (fitting + too_large) // 2

@@ -2,6 +2,8 @@
 
 import json
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,26 @@ from tests.runs import events, run, start
 from tests.train.test_save_faults import SETTINGS, needs_strace, system_calls, wait_for_event
 from train.checkpoint import CheckpointInfo, list_checkpoints, write_manifest
 from train.prune import clean_up, prune
+
+
+@dataclass(frozen=True)
+class CountKeys:
+    """Writes into `file`, after each save that is waited for, which of the savers' keys rank 0's store still has."""
+
+    file: Path
+
+    def __call__(self, rank: int) -> None:
+        from train.saver import Saver
+
+        finish = Saver.finish
+
+        def counting(saver, monitor) -> None:
+            finish(saver, monitor)
+            names = [f"save/{count}/{name}" for count in range(1, saver._count + 1) for name in ("0", "1", "end")]
+            self.file.write_text(" ".join(name for name in names if saver.store.get(name) is not None))
+
+        if rank == 0:
+            Saver.finish = counting
 
 
 def checkpoint(folder, step: int, top1: float | None = None):
@@ -62,6 +84,13 @@ def test_a_run_killed_between_two_renames_has_its_checkpoint_again(tmp_path):
     assert names(tmp_path) == [".step_00000008.1234abcd.replaced", "step_00000009"]  # the one that has no other
     assert clean_up(tmp_path) == []
     assert names(tmp_path) == ["step_00000008", "step_00000009"]
+
+
+@pytest.mark.slow
+def test_saves_leave_nothing_in_the_store(tiny_config, tmp_path):
+    """Of eight saves on two ranks: rank 0 keeps the store, for months where a run takes months."""
+    run(tiny_config, tmp_path, *SETTINGS, world=2, before=CountKeys(tmp_path / "keys"))
+    assert len(events(tmp_path, "checkpoint")) == 8 and (tmp_path / "keys").read_text() == "save/8/end"
 
 
 @needs_strace
