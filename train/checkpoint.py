@@ -229,7 +229,7 @@ def load_checkpoint(path: Path, info: CheckpointInfo, engine: Engine, ema: Ema |
         ]
         whole |= {f"ema_buffer/{name}": average for name, average in ema.buffers.items()}
     read = {key: torch.empty_like(buffer, memory_format=torch.contiguous_format) for key, buffer in whole.items()}
-    fill(_shards(path, info, engine.rank / engine.world), wanted + [Wanted(key, 0, buffer.view(-1)) for key, buffer in read.items()])
+    fill(nearest_first(path, info, engine.rank, engine.world), wanted + [Wanted(key, 0, buffer.view(-1)) for key, buffer in read.items()])
     for key, buffer in whole.items():
         buffer.copy_(read[key])
     engine.set_optimizer_step_count(info.optimizer_step)
@@ -238,13 +238,12 @@ def load_checkpoint(path: Path, info: CheckpointInfo, engine: Engine, ema: Ema |
     engine.publish()
 
 
-def _shards(path: Path, info: CheckpointInfo, place: float = 0.0) -> list[Path]:
-    """A checkpoint's shards, nearest first for a rank that lies at `place`, 0 to 1, among all; the first one, which has buffers, second.
-
-    A rank that goes on with its own share finds all of it in one or two files, and opens no others.
+def nearest_first(path: Path, info: CheckpointInfo, rank: int = 0, world: int = 1) -> list[Path]:
+    """A checkpoint's shards, for rank `rank` of `world`: what lies where it lies among all, the first one, which has the buffers, and then
+    the others by their distance. A rank that goes on with its own share finds all of it in these two, and opens no others.
     """
     names = sorted(info.shards, key=lambda name: (len(name), name))
-    own = int(place * len(names))
+    own = rank * len(names) // world
     order = sorted(range(len(names)), key=lambda index: (index != own, index != 0, abs(index - own)))
     return [path / names[index] for index in order]
 
@@ -255,7 +254,7 @@ def read_weights(path: Path, kind: str) -> dict[str, torch.Tensor]:
     Raises CheckpointError, StorageError.
     """
     info = read_info(path)
-    shards = _shards(path, info)
+    shards = nearest_first(path, info)
     pieces = pieces_of(shards)
     state, wanted = {}, []
     for name, shape in info.shapes.items():
