@@ -27,7 +27,8 @@ test: .venv/backends .venv/slurm
 # Faults injected for real, the long form: docs/reliability.md is made of what this measures.
 faults: .venv/backends .venv/slurm
 	$(BIN)/python -m pytest -m "slow or long" --results docs/results/faults.json tests/launch/test_slurm.py \
-	  $(addprefix tests/train/test_,random_kills.py save_faults.py stop.py not_finite.py hangs.py world_sizes.py data_faults.py read_faults.py)
+	  $(addprefix tests/train/test_,random_kills.py save_faults.py checkpoint_faults.py prune.py best.py resume_elsewhere.py stop.py \
+	    not_finite.py hangs.py world_sizes.py data_faults.py read_faults.py)
 
 # The tests that take minutes and that `make faults` leaves out, too.
 long: .venv/backends .venv/slurm

@@ -6,10 +6,14 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, leave, run
 from launch.ranks import adopt_slurm_ranks
+
+if TYPE_CHECKING:
+    from train.config import Config
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -18,7 +22,7 @@ def main(arguments: argparse.Namespace) -> None:
     from train.config import ConfigError
     from train.trained import check_target, read_trained
 
-    target = check_target(arguments.target)
+    target = check_target(arguments.target, arguments.best)
 
     import torch
 
@@ -26,8 +30,9 @@ def main(arguments: argparse.Namespace) -> None:
     from train.runtime import start_runtime, stop_runtime
     from train.tasks.classification import evaluate_split
 
-    trained = read_trained(target, arguments.weights, arguments.data)
+    trained = read_trained(target, arguments.weights, best=arguments.best)
     config, checkpoint, weights = trained.config, trained.checkpoint, trained.weights
+    config = _place(config, arguments.data, arguments.cache_dir)
     manifest = open_dataset(config.data, training=False)
     if list(manifest.classes) != trained.classes:
         raise ConfigError(f"{config.data.path} has other classes than {checkpoint} was trained on")
@@ -43,6 +48,8 @@ def main(arguments: argparse.Namespace) -> None:
 
     with torch.no_grad():
         scores, _ = evaluate_split(model, config, manifest, runtime, meet)
+    for note in trained.notes if runtime.is_main else ():
+        print(note, file=sys.stderr)
     if runtime.is_main and arguments.json:
         print(json.dumps({"checkpoint": str(checkpoint), "weights": weights, "data": config.data.path, **asdict(scores)}))
     elif runtime.is_main:
@@ -51,11 +58,28 @@ def main(arguments: argparse.Namespace) -> None:
     stop_runtime()
 
 
+def _place(config: "Config", path: str | None, cache_dir: str | None) -> "Config":
+    """`config` with the place of the images. Of what a checkpoint says, a folder is read where it lies; only the person who asks can
+    have a URL fetched, or a folder written to: the checkpoint may be a stranger's."""
+    from train.config import ConfigError, parse_config
+
+    if path is None and "://" in config.data.path:
+        raise ConfigError("the run's dataset is behind a URL; name it: --data URL --cache-dir FOLDER")
+    path = path or config.data.path
+    if "://" in path and cache_dir is None:
+        raise ConfigError("--data is a URL: give --cache-dir, a folder for its files")
+    tree = config.model_dump(mode="json")
+    tree["data"] |= {"path": path, "cache_dir": cache_dir, "cache_gb": None}
+    return parse_config(tree, source="--data")
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Evaluate in fp32 on the val split, every sample once; several ranks share the work.")
     parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest sound checkpoint) or a checkpoint's")
+    parser.add_argument("--best", action="store_true", help="of a run: the checkpoint with the best top-1 in its evaluations (the EMA's)")
     parser.add_argument("--weights", choices=["ema", "model"], help="which weights (default: ema where the run has it)")
-    parser.add_argument("--data", metavar="PATH", help="a prepared dataset (default: the run's own)")
+    parser.add_argument("--data", metavar="PATH", help="a prepared dataset, or its URL (default: the run's own)")
+    parser.add_argument("--cache-dir", metavar="FOLDER", help="copy files of the dataset there before use; needed for a URL")
     parser.add_argument("--json", action="store_true", help="print one line of JSON, unrounded")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args()

@@ -14,8 +14,10 @@ def main(arguments: argparse.Namespace) -> None:
     from train.trained import check_target, read_trained
 
     export.check_target(arguments.to, arguments.features)
-    target = check_target(arguments.target)
-    trained = read_trained(target, arguments.weights)
+    target = check_target(arguments.target, arguments.best)
+    trained = read_trained(target, arguments.weights, best=arguments.best)
+    for note in trained.notes:
+        print(note, file=sys.stderr)
     model = trained.backbone() if arguments.features else trained.model()
     settings = {**trained.settings(), "features_only": True} if arguments.features else trained.settings()
     config = trained.config
@@ -40,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--to", required=True, metavar="FILE", help="FILE.safetensors, FILE.onnx, FILE.pt2 (torch.export), or FOLDER/ for timm and the Hub"
     )
+    parser.add_argument("--best", action="store_true", help="of a run: the checkpoint with the best top-1 in its evaluations (the EMA's)")
     parser.add_argument("--weights", choices=["ema", "model"], help="which weights (default: ema where the run has it)")
     parser.add_argument("--features", action="store_true", help="the maps of all stages, for images of any size, in place of the logits")
     return parser.parse_args()

@@ -18,13 +18,16 @@ def main(arguments: argparse.Namespace) -> None:
     from data_pipeline.sources import find_images
     from train.trained import check_target, read_trained
 
-    target, paths = check_target(arguments.run), find_images(arguments.images)
+    target, paths = check_target(arguments.run, arguments.best), find_images(arguments.images)
 
     import torch
 
     from train.predict import predict
+    from train.words import printable
 
-    trained = read_trained(target, arguments.weights)
+    trained = read_trained(target, arguments.weights, best=arguments.best)
+    for note in trained.notes:
+        print(note, file=sys.stderr)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, data, augment = trained.model().to(device), trained.config.data, trained.config.augment
     bad = 0
@@ -38,7 +41,7 @@ def main(arguments: argparse.Namespace) -> None:
             classes = [{"class": name, "probability": probability} for name, probability in best]
             print(json.dumps({"image": str(found.path), "top": classes}), flush=True)
         else:
-            print(found.path, *(f"  {100 * probability:5.1f} %  {name}" for name, probability in best), sep="\n", flush=True)
+            print(found.path, *(f"  {100 * probability:5.1f} %  {printable(name)}" for name, probability in best), sep="\n", flush=True)
     if bad:
         raise Unreadable(f"{bad} of {len(paths)} images could not be read")
 
@@ -52,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--run", required=True, metavar="RUN_OR_CHECKPOINT", help="a run's folder (newest sound checkpoint) or a checkpoint's"
     )
+    parser.add_argument("--best", action="store_true", help="of a run: the checkpoint with the best top-1 in its evaluations (the EMA's)")
     parser.add_argument("--weights", choices=["ema", "model"], help="which weights (default: ema where the run has it)")
     parser.add_argument("--top", type=_positive, default=5, metavar="N", help="classes per image (default: 5)")
     parser.add_argument("--batch", type=_positive, default=64, metavar="N", help="images per forward pass (default: 64)")

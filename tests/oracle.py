@@ -5,22 +5,20 @@ import json
 import torch
 
 from tests.runs import metrics
-from train.checkpoint import Pieces, checkpoint_path, read_info
+from train.checkpoint import checkpoint_path, read_info
+from train.pieces import Wanted, fill, pieces_of
 
 
 def state(output, step, kinds=("model", "ema", "exp_avg", "exp_avg_sq")) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole: weights, EMA, moments."""
     path = checkpoint_path(output / "checkpoints", step)
     info = read_info(path)
-    tensors = {"optimizer_step": torch.tensor(info.optimizer_step)}
-    with Pieces(path, info) as pieces:
-        for kind in kinds:
-            for name, shape in info.shapes.items():
-                if f"{kind}/{name}" not in pieces.keys(f"{kind}/"):
-                    continue
-                tensors[f"{kind}/{name}"] = torch.empty(shape)
-                pieces.fill(f"{kind}/{name}", 0, tensors[f"{kind}/{name}"].view(-1))
-    return tensors
+    shards = [path / name for name in sorted(info.shards)]
+    there = pieces_of(shards)
+    places = [(f"{kind}/{name}", shape) for kind in kinds for name, shape in info.shapes.items() if f"{kind}/{name}" in there]
+    tensors = {key: torch.empty(shape) for key, shape in places}
+    fill(shards, [Wanted(key, 0, tensor.view(-1)) for key, tensor in tensors.items()])
+    return {"optimizer_step": torch.tensor(info.optimizer_step), **tensors}
 
 
 def ids_by_step(output, world) -> dict[int, list[int]]:

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,6 +30,18 @@ class Scores:
     top5: float
     loss: float
     count: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The newest evaluation of a run: Scores of the weights "model" and, where there is an EMA, "ema", after `step` steps."""
+
+    step: int = -1  # none yet
+    scores: dict[str, Scores] = field(default_factory=dict)
+
+    def top1(self, step: int) -> float | None:
+        """Percent, after `step` steps: the EMA's, where there is one. None where this is of another step."""
+        return (self.scores.get("ema") or self.scores["model"]).top1 if self.step == step else None
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,21 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import nn
 
+from data_pipeline.faults import StorageError
 from data_pipeline.order import Order
 from train.checkpoint import read_info
-from train.config import Config, ConfigError
+from train.config import Config, ConfigError, parse_config
 from train.engine import DTYPES
 from train.estimate import kept_beside
 from train.memory import at_most, free_memory
+from train.resume import candidates
 from train.runtime import Runtime
 from train.tasks.classification import build_model
 
 HEADROOM = 0.1  # of the memory that is free: fragmentation, communication, batches on their way
+ON_GPU = 2**30  # bytes beside: buffers of NCCL, what compilation and CUDA graphs keep, which a trial of the plain network lacks
 
 
 def settle_micro_batch(
@@ -25,11 +27,18 @@ def settle_micro_batch(
 ) -> tuple[Config, Order, str]:
     """`config` and `order` with a number in place of "auto", and a sentence for the log; every rank calls this and gets the same.
 
-    It is the number that the run in `output` (or the checkpoint `resume`) has had before, because mixup and dropout act inside a
-    micro-batch; else the largest size that fits on all ranks. Raises ConfigError where that number cannot be used here, or nothing fits.
+    It is the number of the checkpoint that the run goes on from, because mixup and dropout act inside a micro-batch; else the largest size
+    that fits on all ranks. Raises ConfigError where that number cannot be used here, or nothing fits.
     """
-    before: list = [_before(output, resume) if runtime.is_main else None]
+    before: list = [None]
+    if runtime.is_main:
+        try:
+            before[0] = _before(output / "checkpoints", resume)
+        except (ConfigError, StorageError) as error:
+            before[0] = error
     dist.broadcast_object_list(before)
+    if isinstance(before[0], Exception):
+        raise before[0]
     if before[0]:
         size, sentence = before[0], f"train.micro_batch: {before[0]}, as this run has had it before"
     else:
@@ -42,11 +51,19 @@ def settle_micro_batch(
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": size})}), order, sentence
 
 
-def _before(output: Path, resume: str) -> int | None:
-    if resume not in ("auto", "never"):
-        return read_info(Path(resume)).config["train"]["micro_batch"]
-    path = output / "config.yaml"
-    return yaml.safe_load(path.read_text())["train"]["micro_batch"] if resume == "auto" and path.exists() else None
+def _before(checkpoints: Path, resume: str) -> int | None:
+    """The size of the checkpoint that the run goes on from; None where it begins. Where no step has been saved, the size may be why."""
+    if resume == "never":
+        return None
+    damaged = None
+    for path in candidates(checkpoints, resume):
+        try:
+            return parse_config(read_info(path).config, source=str(path)).train.micro_batch
+        except ConfigError as error:
+            damaged = damaged or error
+    if damaged:
+        raise damaged
+    return None
 
 
 def _largest(config: Config, classes: int, runtime: Runtime) -> tuple[int, str]:
@@ -64,7 +81,8 @@ def _largest(config: Config, classes: int, runtime: Runtime) -> tuple[int, str]:
     # The first one lets libraries start their threads and fill their caches, which is no part of what a size needs: before the memory is
     # measured. At ZeRO 3 the weights are partitioned, which these trials of a whole model do not show: more would fit than is found.
     if fits(sizes[0]):
-        free = (1 - HEADROOM) * free_memory(runtime.device) - kept_beside(model, config, runtime)
+        beside = kept_beside(model, config, runtime) + ON_GPU * (runtime.device.type == "cuda")
+        free = (1 - HEADROOM) * free_memory(runtime.device) - beside
         with at_most(free, runtime.device):
             while too_large - fitting > 1:
                 middle = (fitting + too_large) // 2

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data_pipeline.manifest import write_atomically
 from train.append import Alarm, Appender
 from train.config import Config, dump_config, flatten
 from train.evaluate import Scores
@@ -203,6 +204,15 @@ class SampleRecord:
     def close(self) -> None:
         if self._file:
             self._file.close()
+
+
+def write_config(output: Path, config: Config) -> list[str]:
+    """Write `output/config.yaml`, for people; returns a sentence for the log where the disk does not take it."""
+    try:
+        write_atomically(output / "config.yaml", dump_config(config).encode())
+    except OSError as error:
+        return [f"alarm: {output / 'config.yaml'} cannot be written ({error.strerror})"]
+    return []
 
 
 def _strict_json(line: dict) -> bytes:

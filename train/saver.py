@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.checkpoint import CheckpointInfo, checkpoint_path, commit, prune, write_manifest, write_shard
+from train.checkpoint import CheckpointInfo, checkpoint_path, commit, write_manifest, write_shard
 from train.config import Config
 from train.ema import Ema
 from train.engine import Engine
 from train.monitor import Monitor
+from train.prune import prune
 from train.store import Store
 
 
@@ -34,16 +35,19 @@ class Saved:
     seconds: float
     stall: float  # seconds of them that training stood still
     error: str | None
+    left: list[str]  # what should have been removed and could not be, in sentences
 
 
 class Saver:
     """This rank's part of writing `folder/step_%08d`, one save at a time."""
 
-    def __init__(self, folder: Path, about: CheckpointInfo, engine: Engine, ema: Ema | None, store: Store, settings: Config):
-        """about: what all checkpoints say alike, and the step that the run starts from."""
+    def __init__(
+        self, folder: Path, about: CheckpointInfo, best: float | None, engine: Engine, ema: Ema | None, store: Store, settings: Config
+    ):
+        """about: what all checkpoints say alike, and the step that the run starts from. best: top-1 of the best checkpoint until then."""
         self.folder, self.about, self.engine, self.ema, self.store = folder, about, engine, ema, store
         self.keep, self.timeout = settings.checkpoint.keep, settings.guard.timeout.save
-        self.begun = self.saved = about.step  # the last checkpoint that was begun, and the newest that is on the disk
+        self.go_back(about.step, best)
         self.failure: str | None = None  # of the newest save that failed
         self._results: list[Saved] = []
         self._count = 0
@@ -51,6 +55,17 @@ class Saver:
         self._idle = threading.Event()
         self._idle.set()
         threading.Thread(target=self._run_all, name="saver", daemon=True).start()
+
+    def go_back(self, step: int, best: float | None) -> None:
+        """Training goes on from the checkpoint of `step`; the best one until then has the top-1 `best`. No save is under way."""
+        self.begun = self.saved = step  # the last checkpoint that was begun, and the newest that is on the disk
+        self.best = best  # percent, of the best checkpoint that is on the disk, or on its way there
+
+    def improves(self, top1: float) -> bool:
+        """Whether `top1` is above that of every checkpoint. All ranks call this, and all get what rank 0 knows: a save may just fail."""
+        answer = torch.tensor(self.best is None or top1 > self.best, dtype=torch.uint8, device=self.engine.device)
+        dist.broadcast(answer, 0)
+        return bool(answer)
 
     def save(self, step: int, top1: float | None, monitor: Monitor) -> None:
         """Take a snapshot of the state after `step` steps, and start writing it. All ranks call this at the same step.
@@ -68,9 +83,11 @@ class Saver:
         counts = {"optimizer_step": self.engine.optimizer_step_count(), "loss_scale": self.engine.loss_scale_state()}
         info = replace(self.about, step=step, top1=top1, **counts)
         tensors, starts = snapshot(self.engine, self.ema)
-        self.begun = step
+        self.begun, before = step, self.best
+        if top1 is not None:
+            self.best = top1 if before is None else max(before, top1)
         self._idle.clear()
-        self._work.put((info, tensors, starts, f"save/{self._count}", began, time.monotonic() - began))
+        self._work.put((info, before, tensors, starts, began, time.monotonic() - began))
 
     def finish(self, monitor: Monitor) -> None:
         """Wait for the save that is under way, if any, on all ranks: rank 0, which keeps the store, may leave only then."""
@@ -91,6 +108,8 @@ class Saver:
                 self.saved, stall = save.step, save.stall + waited
                 text = f"checkpoint {save.path} in {save.seconds:.1f} s, training stood still for {1000 * stall:.0f} ms"
                 monitor.event("checkpoint", save.step, text, seconds=save.seconds, stall_seconds=stall)
+            for sentence in save.left:
+                monitor.event("prune_failed", save.step, f"{sentence}; it is tried again at the next save or start", reason=sentence)
 
     def _run_all(self) -> None:
         while True:
@@ -99,8 +118,11 @@ class Saver:
             finally:
                 self._idle.set()  # also where rank 0 is gone: then the main thread finds out, too
 
-    def _run(self, info: CheckpointInfo, tensors: dict[str, Tensor], starts: dict[str, int], key: str, began: float, stall: float) -> None:
-        final = checkpoint_path(self.folder, info.step)
+    def _run(
+        self, info: CheckpointInfo, best: float | None, tensors: dict[str, Tensor], starts: dict[str, int], began: float, stall: float
+    ) -> None:
+        """best: what self.best is again where this fails."""
+        final, key = checkpoint_path(self.folder, info.step), f"save/{self._count}"
         # Named after this start of the run: what a killed one left behind is never taken for a part of this.
         temporary = self.folder / f".{final.name}.{self.store.run_id}.tmp"
         who = f"rank {self.engine.rank}: "
@@ -108,10 +130,21 @@ class Saver:
         if self.engine.rank == 0:
             self._report(f"{key}/end", "", lambda: self._commit(info, key, temporary, final, began))
         answer = self.store.wait_for(f"{key}/end", self.timeout + 60) or "rank 0 does not answer"
-        error = None if answer == "ok" else answer
+        error, left = None if answer == "ok" else answer, []
+        if error:
+            self.best = best
         if self.engine.rank == 0:
-            error = self._tidy(info.step, temporary, error)
-        self._results.append(Saved(info.step, final, time.monotonic() - began, stall, error))
+            if error:
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                left = self._prune(info.step)
+        self._results.append(Saved(info.step, final, time.monotonic() - began, stall, error, left))
+
+    def _prune(self, step: int) -> list[str]:
+        try:
+            return prune(self.folder, step, self.keep)
+        except OSError as error:
+            return [f"no old checkpoint is removed ({error})"]
 
     def _report(self, key: str, who: str, work: Callable[[], str]) -> None:
         """Put what `work` returns, or `who` and the error that it ends with, under `key`: whatever it is, training goes on."""
@@ -139,20 +172,12 @@ class Saver:
                 raise OSError(answer)
             _, name, sha256 = answer.split(" ")
             shards[name] = sha256
+        # All have gone on from the save before this, so nobody looks for its keys any more, nor for those read above.
+        for old in (f"save/{self._count - 1}/end", *(f"{key}/{rank}" for rank in range(self.engine.world))):
+            self.store.delete(old)
         write_manifest(temporary, replace(info, shards=shards))
         commit(temporary, final)
         return "ok"
-
-    def _tidy(self, step: int, temporary: Path, error: str | None) -> str | None:
-        """Remove what this save has made superfluous; returns the save's error, or what went wrong here."""
-        if error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            return error
-        try:
-            prune(self.folder, step, self.keep)
-        except OSError as failure:
-            return f"it is written, but an old one cannot be removed: {failure}"
-        return None
 
 
 def snapshot(engine: Engine, ema: Ema | None) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-POLL = 0.05  # seconds between two looks for a key
+POLL, LONGEST_POLL = 0.05, 1.0  # seconds between two looks for a key: an eighth of the time waited so far, between these
 CONNECT = timedelta(seconds=60)
 CONNECTIONS = 4  # a rank's: of the main thread, the saver, the watchdog, and the watchdog's last words
 
@@ -62,17 +62,22 @@ class Store:
         return [self.get(key) for key in keys]
 
     def wait_for(self, key: str, seconds: float) -> str | None:
-        """The value as soon as it is there; None after `seconds`, or where rank 0 is dead."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        """The value as soon as it is there; None after `seconds`, or where rank 0 is dead. The longer it takes, the rarer are the looks."""
+        began = time.monotonic()
+        while (waited := time.monotonic() - began) < seconds:
             try:
                 value = self.get(key)
             except ConnectionError:
                 return None
             if value is not None:
                 return value
-            time.sleep(POLL)
+            time.sleep(min(max(POLL, waited / 8), LONGEST_POLL, seconds - waited))
         return None
+
+    def delete(self, key: str) -> None:
+        """Forget a key, whether it has a value or not: rank 0 would keep all values until the run's end."""
+        with _translated():
+            self._connection().delete_key(key)
 
     def sender(self) -> Callable[[str, str], None]:
         """A `set` with a connection made now: for a thread that may find rank 0 frozen at its first call."""

@@ -15,17 +15,18 @@ from data_pipeline.manifest import DataError, Manifest
 from data_pipeline.order import Order
 from train.bad_samples import BadSamples
 from train.batch_norm import RunningStatistics
-from train.checkpoint import checkpoint_path, clean_up, describe, write_final_weights
-from train.config import Config, dump_config
+from train.checkpoint import checkpoint_path, describe, write_final_weights
+from train.config import Config
 from train.ema import Ema
 from train.engine import Engine
-from train.evaluate import Scores
+from train.evaluate import Evaluation, Scores
 from train.feed import Feed
 from train.fine_tune import begins, load_first_weights
 from train.guard import REMEDY, Agreed, Agreement, NotSaved, Skips, Stopped, TrainingFailed
 from train.lock import RunLock
 from train.micro_batch import settle_micro_batch
-from train.monitor import Clock, Monitor, SampleRecord
+from train.monitor import Clock, Monitor, SampleRecord, write_config
+from train.prune import clean_up
 from train.resume import lost_steps, restore
 from train.runtime import start_runtime, start_times, stop_runtime
 from train.saver import Saver
@@ -90,8 +91,7 @@ class Run:
         self.config, self.manifest, self.order, self.output = config, manifest, order, output
         self.lock, self.watchdog = lock, watchdog
         self.checkpoints = output / "checkpoints"
-        if runtime.is_main:
-            clean_up(self.checkpoints)
+        notes += clean_up(self.checkpoints) if runtime.is_main else []
         self.share = order.share(runtime.rank, runtime.world)
         self.task = Classification(config, manifest, order, runtime)
         model = self.task.build_model()
@@ -100,12 +100,12 @@ class Run:
         self.engine = Engine(model, config, len(self.share), runtime.device)
         self.statistics = RunningStatistics(self.engine.module)
         self.ema = Ema(self.engine, config.ema.decay) if config.ema.decay else None
-        self.restored = restore(self.checkpoints, config, manifest, self.engine, self.ema, resume, with_changes)
-        self.start, self.scores = self.restored.step, {}
+        self.restored = restore(self.checkpoints, config, manifest, order, self.engine, self.ema, resume, with_changes)
+        self.start, self.evaluation = self.restored.step, Evaluation()
         self.total = config.train.epochs * order.steps_per_epoch
         self.last = max(self.start, min(self.total, config.train.max_steps or self.total))
-        about = describe(self.start, config, manifest, self.engine)
-        self.saver = Saver(self.checkpoints, about, self.engine, self.ema, store, config)
+        about = describe(self.start, config, manifest, self.engine, order.steps_per_epoch, self.restored.began)
+        self.saver = Saver(self.checkpoints, about, self.restored.best, self.engine, self.ema, store, config)
         self.agreement = Agreement(runtime.device, config.guard.agree_every)
         self.skips = Skips(config.guard.max_skipped)
         lost = lost_steps(output / "metrics.jsonl", self.start)
@@ -113,7 +113,7 @@ class Run:
         self.bad_samples = BadSamples(config, runtime.rank)
         self.samples = SampleRecord(output, runtime.rank, config.monitor.record_samples)
         if runtime.is_main:
-            (output / "config.yaml").write_text(dump_config(config))
+            notes += write_config(output, config)
         for sentence in notes + self.restored.notes:
             self.monitor.say(sentence)
         path, again = self.restored.path, f" ({lost} steps are taken again)" if lost else ""
@@ -179,9 +179,8 @@ class Run:
                     self.report(done, losses, result.grad_norm, clock)
                 began = time.perf_counter()
                 self.obey(agreement.round(stop_signals.received), done)
-                if self.evaluation_due(done):
-                    self.evaluate(done)
-                if self.checkpoint_due(done):
+                better = self.evaluation_due(done) and self.evaluate(done)
+                if better or self.checkpoint_due(done):
                     self.save(done)
                 self.saver.tell(self.monitor)
                 clock.skip(time.perf_counter() - began)
@@ -207,9 +206,11 @@ class Run:
         self.watchdog.enter("save", steps[-1])
         self.saver.finish(self.monitor)
         sentence = self.skips.go_back()
-        restored = restore(self.checkpoints, self.config, self.manifest, self.engine, self.ema, "auto", True)
+        restored = restore(self.checkpoints, self.config, self.manifest, self.order, self.engine, self.ema, "auto", True)
         if restored.path is None:
             raise TrainingFailed(f"{sentence}, and there is no checkpoint to go back to; {REMEDY}")
+        self.saver.go_back(restored.step, restored.best)
+        self.evaluation = Evaluation()
         self.monitor.event("rollback", steps[-1], f"{sentence}: back to {restored.path}", steps=steps, to=restored.step)
         return restored.step
 
@@ -238,8 +239,8 @@ class Run:
     def checkpoint_due(self, done: int) -> bool:
         return done == self.last or done % (self.config.checkpoint.every_steps or self.order.steps_per_epoch) == 0
 
-    def evaluate(self, done: int) -> None:
-        """Score the weights and their EMA."""
+    def evaluate(self, done: int) -> bool:
+        """Score the weights and their EMA; returns whether they are better than those of every checkpoint."""
 
         def meet(batch: MicroBatch) -> None:
             """Called before every batch, by all ranks."""
@@ -249,7 +250,6 @@ class Run:
             if agreed.stop:
                 raise _AskedToStop(agreed)
 
-        self.scores = {}
         try:
             scores = {"model": self.score(done, "model", meet)}
             if self.ema:
@@ -257,9 +257,10 @@ class Run:
                     scores["ema"] = self.score(done, "ema", meet)
         except _AskedToStop as asked:
             self.obey(asked.agreed, done)
-        self.scores = scores
+        self.evaluation = Evaluation(done, scores)
         self.bad_samples.agree(self.monitor)
         self.obey(self.agreement.close(), done)
+        return self.saver.improves(self.evaluation.top1(done))
 
     def score(self, done: int, weights: str, meet: Callable[[MicroBatch], None]) -> Scores:
         began = time.perf_counter()
@@ -272,8 +273,7 @@ class Run:
         self.watchdog.enter("save", done)
         if self.lock:
             self.lock.check()  # flock does not reach other nodes on every file system
-        top1 = _best_weights(self.scores).top1 if self.scores and self.evaluation_due(done) else None
-        self.saver.save(done, top1, self.monitor)
+        self.saver.save(done, self.evaluation.top1(done), self.monitor)
         if done == self.last:
             self.saver.finish(self.monitor)
             if self.saver.saved != done:
@@ -284,7 +284,7 @@ class Run:
         self.agreement.close()
         if self.runtime.is_main:
             write_final_weights(self.output, checkpoint_path(self.checkpoints, self.last), "ema" if self.ema else "model")
-        self.monitor.finish(self.last, self.scores)
+        self.monitor.finish(self.evaluation.step, self.evaluation.scores)
         self.monitor.event("finished", self.last, f"finished {self.last} steps: {self.output / 'model.safetensors'}")
 
 
@@ -293,7 +293,3 @@ class _AskedToStop(Exception):
 
     def __init__(self, agreed: Agreed):
         self.agreed = agreed
-
-
-def _best_weights(scores: dict[str, Scores]) -> Scores:
-    return scores.get("ema", scores["model"])

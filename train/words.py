@@ -32,3 +32,8 @@ def size(number: float) -> str:
 def counted(number: int, name: str) -> str:
     """Such as "1 step" or "1,200 steps"."""
     return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal obeys: characters that do not print are shown as Python writes them."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape", "backslashreplace").decode() for letter in text)

@@ -2,12 +2,32 @@
 
 import json
 import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from tests.runs import metrics, run, start
-from train.checkpoint import CheckpointError, list_checkpoints, newest_valid, read_info, read_weights, validate
+from train.checkpoint import CheckpointError, first_sound, list_checkpoints, read_info, read_weights, validate
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Writes into `file` which shards rank `rank` reads."""
+
+    rank: int
+    file: Path
+
+    def __call__(self, rank: int) -> None:
+        def hook(event: str, arguments: tuple) -> None:
+            if event == "open" and str(arguments[0]).endswith(".safetensors") and "/checkpoints/step_" in str(arguments[0]):
+                with self.file.open("a") as file:
+                    print(Path(arguments[0]).name, file=file)
+
+        if rank == self.rank:
+            sys.addaudithook(hook)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +148,7 @@ def test_damage_is_found_and_named(finished, tmp_path, damage):
         (newest / "manifest.json").write_text((newest / "manifest.json").read_text()[:-40])
     with pytest.raises(CheckpointError, match=r"manifest\.json|shard_00001"):
         validate(newest)
-    path, skipped = newest_valid(copy)
+    path, _, skipped = first_sound(list_checkpoints(copy))
     assert path == older and len(skipped) == 1
 
 
@@ -138,6 +158,17 @@ def test_the_manifest_names_step_layout_and_data(finished):
     assert (info.step, info.optimizer_step, info.world_size) == (32, 32, 2)
     assert sorted(info.shards) == ["shard_00000.safetensors", "shard_00001.safetensors"]
     assert info.config["train"]["epochs"] == 4 and len(info.classes) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_rank_that_goes_on_with_its_own_share_opens_no_other_shard(tiny_config, tmp_path, stage):
+    """The fourth of four ranks, whose shard and the first, with the buffers, are all that it looks for."""
+    settings = [f"zero.stage={stage}", "train.max_steps=1", "train.evaluate_every=0"]
+    run(tiny_config, tmp_path, *settings, world=4)
+    run(tiny_config, tmp_path, *settings, world=4, before=Opened(3, tmp_path / "opened"))
+    opened = (tmp_path / "opened").read_text().split()
+    assert "shard_00003.safetensors" in opened and set(opened) <= {"shard_00003.safetensors", "shard_00000.safetensors"}
 
 
 @pytest.mark.slow

@@ -46,6 +46,15 @@ def test_the_largest_that_fits_is_found_and_kept(tiny_config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("text", ["train: {micro_batch: 3}", ""], ids=["too large", "torn"])
+def test_a_size_that_led_to_no_checkpoint_is_not_kept(tiny_config, tmp_path, text):
+    """config.yaml of a start that ran out of memory at its first step; or of one that a full disk or a kill cut short."""
+    (tmp_path / "config.yaml").write_text(text)
+    job = run(tiny_config, tmp_path, "train.micro_batch=auto", "train.max_steps=1", "train.evaluate_every=0")
+    assert "train.micro_batch: 32 is the largest that fits" in job.text() and micro_batch(tmp_path) == 32
+
+
+@pytest.mark.slow
 def test_all_ranks_take_what_fits_on_each(tiny_config, tmp_path):
     run(tiny_config, tmp_path, *SETTINGS, "train.global_batch=256", world=2, before=LimitMemory(1, 2500))
     assert micro_batch(tmp_path) < 128

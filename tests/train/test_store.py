@@ -97,6 +97,9 @@ def test_ranks_see_what_others_set(start):
     assert second.call("get", "key", thread="b") == "välue"  # one thread waits, the other does not
     first.call("set", "late", "there")
     assert second.answer() == ("a", "there")
+    second.call("delete", "key")
+    second.call("delete", "never")
+    assert first.call("get", "key") is None and first.call("get", "late") == "there"
 
 
 def test_frozen_rank_0_holds_up_only_the_threads_that_ask(start):
