@@ -52,8 +52,9 @@ def main(arguments: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="Train a model, under deepspeed, torchrun or plain python. A run that was stopped goes on when started again.",
-        epilog="exit codes: 0 finished; start again after 71 (a rank hung), 74 (last checkpoint not written), 75 (stopped on request); "
-        "mend first after 65 (bad data), 70 (training failed), 78 (bad configuration)",
+        epilog="exit codes: 0 finished; start again after 69 (a port in use, out of memory), 71 (a rank hung), 74 (files cannot be read or "
+        "written), 75 (stopped on request), and after any other, a crash; mend first after 65 (bad data), 70 (training failed), 78 (bad "
+        "configuration)",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="recipe, e.g. configs/cat_b.yaml")
     parser.add_argument("--output", metavar="DIR", help="the run's folder (default: runs/<config name>)")

@@ -42,8 +42,9 @@ def whole(cluster, tiny_config, tmp_path_factory):
 
 
 def submit(cluster: Cluster, config: Path, output: Path | str, *arguments: str, **options) -> str:
-    """The number of the job."""
-    command = [sys.executable, str(ROOT / "launch" / "submit.py"), "--config", str(config), "--output", str(output), *arguments]
+    """The number of the job. The cluster's nodes are too small for the cores that a rank gets by default."""
+    command = [sys.executable, str(ROOT / "launch" / "submit.py"), "--config", str(config), "--output", str(output), "--cpus-per-task=1"]
+    command += arguments
     said = cluster.run(*command, **options)
     return re.match(r"job (\d+)\n", said)[1]
 
