@@ -5,7 +5,6 @@ import errno
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -33,7 +32,7 @@ def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Names
     except Exception as error:
         if hasattr(error, "exit_code"):
             return fail(error.exit_code, error, everywhere=getattr(error, "everywhere", False))
-        traceback.print_exc()
+        sys.excepthook(type(error), error, error.__traceback__)  # torch's own names the rank in every line
         return fail(*_shortage(error))
     report_verdict(0)
     return 0

@@ -70,6 +70,7 @@ def test_a_rank_that_crashes_or_has_no_memory(tiny_config, tmp_path, wanted, cod
     """Its own code and sentence; the neighbour, which loses it, ends with a traceback and 1, and nobody stays."""
     job = start(tiny_config, tmp_path, world=2, before=CrashWith(1, wanted))
     assert job.wait(120) == [1, code]
+    assert "[rank1]: Traceback" in job.text(1)
     assert job.text(0).count("Traceback") >= 1 and errors(job.text(0)) == []
     if wanted:
         (sentence,) = errors(job.text(1))
