@@ -31,6 +31,7 @@ def gloo(seconds: float) -> None:
     for rank in range(dist.get_world_size()):
         if store.wait_for(f"doctor/{rank}", seconds) is None:
             raise RuntimeError(f"the store that rank 0 keeps has no word of rank {rank} after {seconds:g} s")
+    dist.barrier(group=group)  # the store ends with rank 0's part of this
 
 
 def clocks() -> list[float]:
