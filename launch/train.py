@@ -14,6 +14,7 @@ from train.signals import stop_signals
 
 def main(arguments: argparse.Namespace) -> None:
     stop_signals.install()  # first of all: a request to stop must not be lost
+    stop_signals.follow_launcher()
     adopt_slurm_ranks()
     # The light half first: a mistake in the config or a missing dataset is answered before torch is imported.
     from data_pipeline.backends import open_backend
