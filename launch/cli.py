@@ -1,6 +1,7 @@
 """What the commands share: exit codes, and how an error is said."""
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
@@ -43,8 +44,9 @@ def leave(code: int) -> NoReturn:
 
     While Python shuts down, a thread of gloo that still has a tensor to drop would abort it, and after an error of a GPU it may hang.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a file on a full disk
+            stream.flush()
     os._exit(code)
 
 
@@ -55,24 +57,26 @@ def fail(code: int, error: Exception | str | None, *, everywhere: bool = False) 
     other nodes have left theirs for launch/requeue.py.
     """
     report_verdict(code, everywhere=everywhere)
+    before = stop_signals.received
     rank, prefix = os.environ.get("RANK", "0"), "" if code == EXIT_STOPPED else "error: "
+
+    def ended() -> bool:
+        """A launcher asks this rank to end, as another one has failed."""
+        return stop_signals.received != before
+
     if rank != "0":
         prefix += f"rank {rank}: "
         if code in (*ALL_SAY_SO, EXIT_CONFIG):
-            _pause(TURN)
-            error = None if code in ALL_SAY_SO or stop_signals.received else error
+            deadline = time.monotonic() + TURN
+            while time.monotonic() < deadline and not ended():
+                time.sleep(0.05)
+            error = None if code in ALL_SAY_SO or ended() else error
     if error is not None:
-        print(f"{prefix}{error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"{prefix}{error}", file=sys.stderr, flush=True)
     if code in FINAL:
-        wait_for_verdicts(lambda: stop_signals.received is not None)
+        wait_for_verdicts(ended)
     return code
-
-
-def _pause(seconds: float) -> None:
-    """Shorter where a launcher asks this rank to end."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not stop_signals.received:
-        time.sleep(0.05)
 
 
 def _shortage(error: Exception) -> tuple[int, str | None]:

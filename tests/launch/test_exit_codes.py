@@ -34,6 +34,20 @@ leave(run(crash, None))
     assert done.stderr.startswith("Traceback ") and done.stderr.endswith("an illegal memory access was encountered\n")
 
 
+def test_a_log_on_a_full_disk_changes_no_exit_code():
+    program = """
+from launch.cli import leave, run
+def fail(arguments):
+    print("said")
+    raise MemoryError
+leave(run(fail, None))
+"""
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=full, env=buffered, timeout=60)
+    assert done.returncode == 69
+
+
 @dataclass(frozen=True)
 class CrashWith:
     """Rank `rank` meets an error of its own in its second step; an exit handler and a thread would keep the process for ever."""
