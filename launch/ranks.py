@@ -1,12 +1,45 @@
-"""A rank's place among the others, from SLURM's variables. Standard library only: it runs before the command line is read."""
+"""A rank's place among the others, from SLURM's variables, and the exit code that it ends with.
+
+Standard library only: it runs before the command line is read.
+"""
 
 import contextlib
 import os
 import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
-VERDICT_FILE = "CAT_VERDICT_FILE"  # environment variable: where a rank leaves the exit code that the run ends with
-# Exit codes of launch/train.py after which another start would end the same way.
-FINAL = {0: "finished", 65: "bad data", 70: "training failed", 78: "bad configuration"}
+VERDICT_FILE = "CAT_VERDICT_FILE"  # environment variable: beside this path the ranks leave the exit codes that they end with
+PATIENCE = 15.0  # seconds that a rank waits for the other nodes' words: they may have started later
+
+
+class Failure(NamedTuple):
+    """A row of the table in docs/failures.md: what ends a run, who says so, with which exit codes, and whether it is started again."""
+
+    what: str
+    who: str
+    codes: tuple[int, ...]  # empty: any other
+    again: bool
+
+
+FAILURES = (
+    Failure("finished", "rank 0", (0,), False),
+    Failure("bad data: samples that cannot be read, a dataset that is not whole", "every node", (65,), False),
+    Failure("a port is in use", "rank 0", (69,), True),
+    Failure("out of memory", "any rank", (69,), True),
+    Failure("training failed: gradients that are not finite", "every node", (70,), False),
+    Failure("a rank hangs, or ranks do not find each other", "any rank", (71,), True),
+    Failure("files cannot be read or written: an I/O error, a full disk, the last checkpoint", "any rank", (74,), True),
+    Failure("stopped on request, or not in time", "any rank", (75,), True),
+    Failure("bad configuration: a config that is refused, settings changed, the folder is in use", "every node", (78,), False),
+    Failure("one node differs", "some nodes", (65, 70, 78), True),
+    Failure("a rank crashes, or NCCL or gloo have lost a neighbour", "any rank", (1,), True),
+    Failure("a rank is killed", "any rank", (), True),
+)
+# Exit codes after which another start would end the same way, where a rank of every node has said so.
+FINAL = {code: failure.what.partition(":")[0] for failure in FAILURES if not failure.again for code in failure.codes}
 
 
 def adopt_slurm_ranks() -> None:
@@ -66,15 +99,35 @@ def master_port(job: int, step: int, restart: int) -> int:
     return 10000 + 2 * ((job * 7919 + step * 101 + restart) % 10000)
 
 
-def report_verdict(code: int) -> None:
-    """Leave a final exit code where launch/requeue.py reads it, if a job that launch/submit.py made is waiting for it.
+def report_verdict(code: int, *, everywhere: bool = False) -> None:
+    """Leave this node's word where launch/requeue.py reads it, if a job that launch/submit.py made is waiting for it.
 
-    srun's own does not tell: the first rank that fails ends the step, and ranks that are ended so have the highest code; and where it
-    could not start the ranks, it may be 0.
+    everywhere: what is said holds for every node. srun's own exit code does not tell: the first rank that fails ends the step, and ranks
+    that are ended so have the highest code; and where it could not start the ranks, it may be 0.
     """
-    path, rank = os.environ.get(VERDICT_FILE), os.environ.get("RANK", "0")
-    if path and code in FINAL and (code or rank == "0"):
-        with contextlib.suppress(OSError):  # a full disk
-            with open(f"{path}.{rank}", "w") as file:
-                file.write(str(code))
-            os.replace(f"{path}.{rank}", path)
+    path = os.environ.get(VERDICT_FILE)
+    if not path or (code == 0 and os.environ.get("RANK", "0") != "0"):
+        return
+    nodes = range(int(os.environ["SLURM_STEP_NUM_NODES"])) if everywhere else [os.environ["SLURM_NODEID"]]
+    with contextlib.suppress(OSError):  # a full disk
+        for node in nodes:
+            Path(f"{path}.{code}.{node}").touch()
+
+
+def verdicts(path: str) -> dict[int, set[int]]:
+    """The words beside `path`: by exit code, the nodes of which a rank has ended with it."""
+    found: dict[int, set[int]] = {}
+    with contextlib.suppress(OSError):
+        for name in os.listdir(os.path.dirname(path)):
+            if match := re.fullmatch(re.escape(os.path.basename(path)) + r"\.(\d+)\.(\d+)", name):
+                found.setdefault(int(match[1]), set()).add(int(match[2]))
+    return found
+
+
+def wait_for_verdicts(given_up: Callable[[], bool]) -> None:
+    """Return when a rank of every node has left its word, or after PATIENCE: srun ends all ranks as soon as one has failed."""
+    path, deadline = os.environ.get(VERDICT_FILE), time.monotonic() + PATIENCE
+    while path and time.monotonic() < deadline and not given_up():
+        if len(set().union(*verdicts(path).values())) >= int(os.environ["SLURM_STEP_NUM_NODES"]):
+            return
+        time.sleep(0.2)

@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.ranks import FINAL, VERDICT_FILE
+from launch.ranks import FINAL, VERDICT_FILE, verdicts
 from train.words import clock
 
 CONTROLLER_PATIENCE = 600  # seconds that slurmctld may be away
+CAUSES = (65, 69, 70, 74, 78)  # what a rank ends with for a reason of its own; the others follow from it, with other codes
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,45 @@ class JobState:
     reason: str
 
 
-def final(code: int, restarts: int) -> bool:
+@dataclass(frozen=True)
+class Verdict:
+    """The exit code that a run has ended with; `nodes`: of how many nodes of the job's `of` a rank has said so."""
+
+    code: int
+    nodes: int
+    of: int
+
+    def __str__(self) -> str:
+        alone = self.code in FINAL and self.nodes < self.of
+        return f"exit code {self.code}" + (f", on {self.nodes} of {self.of} nodes alone" if alone else "")
+
+
+def conclude(words: dict[int, set[int]], of: int, code: int) -> Verdict:
+    """From the ranks' words (by exit code, the nodes that said it) on `of` nodes, and from srun's exit code.
+
+    srun returns 0 where it could not start the ranks, and a rank that it ended has a higher code: of final codes only words count.
+    """
+    if 0 in words:
+        return Verdict(0, of, of)
+    for one in sorted(words, key=lambda one: -len(words[one])):
+        if one in CAUSES:
+            return Verdict(one, len(words[one]), of)
+    return Verdict(1 if code in FINAL else code, of, of)
+
+
+def final(verdict: Verdict, restarts: int) -> bool:
     """Whether another start would end the same way.
 
     A configuration that was good at the first start is not what is wrong at a later one: the folder is still in use by ranks that live
-    on at a node which SLURM has lost.
+    on at a node which SLURM has lost. Nor is a dataset or a configuration bad that only one node finds so.
     """
-    return code in FINAL and not (code == 78 and restarts > 0)
+    return verdict.code in FINAL and verdict.nodes >= verdict.of and not (verdict.code == 78 and restarts > 0)
 
 
-def decide(code: int, after: Starts, max_restarts: int, restarts: int, job: JobState) -> tuple[bool, str]:
-    """Whether to requeue, and why: after exit code `code` of start number `restarts`, where another start would be counted as `after`."""
-    if final(code, restarts):
-        return False, FINAL[code]
+def decide(verdict: Verdict, after: Starts, max_restarts: int, restarts: int, job: JobState) -> tuple[bool, str]:
+    """Whether to requeue, and why: after `verdict` on start number `restarts`, where another start would be counted as `after`."""
+    if final(verdict, restarts):
+        return False, FINAL[verdict.code]
     if job.restarts != restarts:
         return False, "SLURM has requeued this job already"
     # Cancelled, preempted without grace or requeued by somebody, a job is COMPLETING: SLURM knows already what becomes of it, and a
@@ -77,7 +104,9 @@ def newest_step(run: Path) -> int:
 
 def begin(run: Path, max_restarts: int) -> int:
     """Count this start. The exit code of the job where there have been too many, else 0."""
-    Path(os.environ[VERDICT_FILE]).unlink(missing_ok=True)
+    path = Path(os.environ[VERDICT_FILE])
+    for word in path.parent.glob(f"{path.name}.*"):
+        word.unlink(missing_ok=True)
     starts, step = _read_starts(run), newest_step(run)
     starts = starts.next(step) if starts else Starts(step, 0)
     try:
@@ -94,27 +123,25 @@ def begin(run: Path, max_restarts: int) -> int:
 
 def end(run: Path, max_restarts: int, code: int) -> int:
     """Requeue the job where that is right; `code` is srun's. The exit code of the job."""
-    verdict = Path(os.environ[VERDICT_FILE])
-    # Of final codes the ranks' word counts: srun returns 0 where it could not start them, and a rank that it ended has a higher code.
-    code = int(verdict.read_text()) if verdict.exists() else 1 if code in FINAL else code
-    if final(code, _restarts()):
-        say(f"exit code {code}: {FINAL[code]}")
-        return code
+    ended = conclude(verdicts(os.environ[VERDICT_FILE]), int(os.environ["SLURM_JOB_NUM_NODES"]), code)
+    if final(ended, _restarts()):
+        say(f"{ended}: {FINAL[ended.code]}")
+        return ended.code
     after, deadline = (_read_starts(run) or Starts(-1, 0)).next(newest_step(run)), time.monotonic() + CONTROLLER_PATIENCE
     while True:
         error = None
         try:
-            requeue, reason = decide(code, after, max_restarts, _restarts(), _ask())
+            requeue, reason = decide(ended, after, max_restarts, _restarts(), _ask())
             if requeue:
                 subprocess.run(["scontrol", "requeue", _job()], check=True, capture_output=True, text=True)
         except subprocess.CalledProcessError as failed:
             error = " ".join(failed.stderr.split())
         if error is None:
-            say(f"exit code {code}, {_name(after.step)}: {reason}")
-            return code
+            say(f"{ended}, {_name(after.step)}: {reason}")
+            return ended.code
         if time.monotonic() > deadline:
-            say(f"exit code {code}, {_name(after.step)}: cannot be put back into the queue ({error}); submit it again")
-            return code
+            say(f"{ended}, {_name(after.step)}: cannot be put back into the queue ({error}); submit it again")
+            return ended.code
         say(f"slurmctld does not answer, trying again ({error})")
         time.sleep(5)
 

@@ -20,6 +20,7 @@ from launch.cli import Parser, run
 TEMPLATE = ROOT / "launch" / "templates" / "job.sh"
 MARGIN = 30  # seconds between the end of guard.grace and the time limit: to end the step and to requeue
 MAX_SEEDS = 1000
+BESIDE_WORKERS = 2  # cores of a rank beside its decoding threads': of the main thread, and of all that it starts
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,11 @@ def main(arguments: argparse.Namespace) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
-        raise ConfigError(f"sbatch refused the job: {' '.join(result.stderr.split())}")
+        hint = ""
+        if not arguments.cpus_per_task:
+            cores = config.data.workers + BESIDE_WORKERS
+            hint = f". It was asked for {cores} cores a rank (data.workers + {BESIDE_WORKERS}): --cpus-per-task asks for another number"
+        raise ConfigError(f"sbatch refused the job: {' '.join(result.stderr.split())}{hint}")
     number = result.stdout.strip().split(";")[0]
     print(f"job {number}")
     for folder in job.folders():
@@ -114,11 +119,12 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> Job:
             f"--time {arguments.time} leaves no time to train: ranks are told to stop {signal_before} s before its end "
             f"(guard.grace {config.guard.grace:g} s and {MARGIN} s)"
         )
+    cores = arguments.cpus_per_task or config.data.workers + BESIDE_WORKERS  # SLURM's own default is one
     options = {
         "nodes": arguments.nodes,
         "ntasks-per-node": tasks,
         "gpus-per-node": arguments.gpus_per_node or None,
-        "cpus-per-task": arguments.cpus_per_task,
+        "cpus-per-task": cores,
         "mem": arguments.mem,
         "time": arguments.time,
         "partition": arguments.partition,
@@ -132,7 +138,7 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> Job:
         if not re.match(r"--\w", option):
             raise ConfigError(f"--sbatch={option} is not an option of sbatch in its long form, such as --sbatch=--constraint=a100")
         lines.append(_word("--sbatch", option))
-    srun_options = [f"--cpus-per-task={arguments.cpus_per_task}"] if arguments.cpus_per_task else []  # srun does not ask sbatch since 22.05
+    srun_options = [f"--cpus-per-task={cores}"]  # srun does not ask sbatch since 22.05
     if arguments.cpu_bind:
         srun_options.append(f"--cpu-bind={arguments.cpu_bind}")
     return Job(
@@ -276,7 +282,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--partition", metavar="NAME")
     parser.add_argument("--account", metavar="NAME")
     parser.add_argument("--qos", metavar="NAME")
-    parser.add_argument("--cpus-per-task", type=count, metavar="N", help="cores for a rank's decoding threads")
+    parser.add_argument("--cpus-per-task", type=count, metavar="N", help="cores of a rank (default: data.workers + 2)")
     parser.add_argument("--mem", metavar="SIZE", help="memory per node, such as 200G")
     parser.add_argument("--cpu-bind", metavar="TYPE", help="srun's: cores, none, map_cpu:…")
     parser.add_argument("--interface", metavar="NAME", help="network interface for NCCL and gloo, such as ib0")

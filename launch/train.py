@@ -14,6 +14,7 @@ from train.signals import stop_signals
 
 def main(arguments: argparse.Namespace) -> None:
     stop_signals.install()  # first of all: a request to stop must not be lost
+    stop_signals.follow_launcher()
     adopt_slurm_ranks()
     # The light half first: a mistake in the config or a missing dataset is answered before torch is imported.
     from data_pipeline.backends import open_backend
@@ -52,8 +53,9 @@ def main(arguments: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="Train a model, under deepspeed, torchrun or plain python. A run that was stopped goes on when started again.",
-        epilog="exit codes: 0 finished; start again after 71 (a rank hung), 74 (last checkpoint not written), 75 (stopped on request); "
-        "mend first after 65 (bad data), 70 (training failed), 78 (bad configuration)",
+        epilog="exit codes: 0 finished; start again after 69 (a port in use, out of memory), 71 (a rank hung), 74 (files cannot be read or "
+        "written), 75 (stopped on request), and after any other, a crash; mend first after 65 (bad data), 70 (training failed), 78 (bad "
+        "configuration)",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="recipe, e.g. configs/cat_b.yaml")
     parser.add_argument("--output", metavar="DIR", help="the run's folder (default: runs/<config name>)")

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from train.config import TimeoutConfig
+
+MARGIN = 120.0  # seconds from a section's limit on in which the watchdog finds out who it is, and ends the run
+
 # A rank is slow where its own time was above FACTOR x the median rank's, and LEAST seconds above it, in IN_A_ROW rounds.
 FACTOR, LEAST, IN_A_ROW = 2.0, 0.05, 5
 
@@ -33,6 +37,11 @@ class Stopped(Exception):
     """The run was asked to stop, and has: started again it goes on."""
 
     exit_code = 75
+
+
+def patience(limits: TimeoutConfig) -> float:
+    """Seconds that a collective may take: longer than any section of a run, so that the watchdog has the first word, and a name."""
+    return max(limits.model_dump().values()) + MARGIN
 
 
 @dataclass(frozen=True)

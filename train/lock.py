@@ -22,6 +22,12 @@ SIZE = 512  # bytes of a record: always one write of the same place
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
+class FolderInUse(ConfigError):
+    """Another run lives in the folder. Rank 0 alone looks, for all nodes."""
+
+    everywhere = True
+
+
 class RunLock:
     """`output/.lock`: a flock, which the kernel releases when the process dies, and a record, rewritten as long as the process lives.
 
@@ -50,7 +56,7 @@ class RunLock:
     def acquire(self) -> None:
         """Take the folder. At once, but after another machine's run that did not end cleanly, which is watched for WATCH seconds.
 
-        Raises ConfigError where a run lives in the folder, or it cannot be written.
+        Raises FolderInUse where a run lives in the folder, ConfigError where it cannot be written.
         """
         try:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -67,7 +73,7 @@ class RunLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises ConfigError where another machine's run, which flock does not stop, took the folder nevertheless: of two, one goes on.
+        """Raises FolderInUse where another machine's run, which flock does not stop, took the folder nevertheless: of two, one goes on.
 
         That is where both started at the same moment, or this one was suspended. Call it before the first step, where it may wait until
         FIRST_BEAT seconds after `acquire`, and before whatever must not be done twice.
@@ -140,7 +146,7 @@ class RunLock:
         if holder:
             who = f"a run on host {holder['host']}, process {holder['pid']}, since {clock(holder['started'])}"
         self._let_go()
-        raise ConfigError(f"{self._path.parent} is in use by {who}; wait for it, stop it, or choose another --output")
+        raise FolderInUse(f"{self._path.parent} is in use by {who}; wait for it, stop it, or choose another --output")
 
     def _let_go(self) -> None:
         """Also in a forked child: the lock is the parent's, and must not live as long as the child."""

@@ -3,10 +3,12 @@
 import ctypes
 import os
 import platform
+import resource
 import socket
 import subprocess
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,10 +16,20 @@ import torch
 import torch.distributed as dist
 
 from train.engine import init_process_group
+from train.interface import choose_interface
 from train.lock import RunLock
 
 # Instructions that multiply bf16, as torch names them: on x86 and on ARM.
 BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+PATIENCE = 1800.0  # seconds that a collective may take where nobody knows better
+
+
+class Unavailable(Exception):
+    """The machine has not got now what the run needs; another start may find it."""
+
+    exit_code = 69
 
 
 @dataclass(frozen=True)
@@ -50,8 +62,12 @@ class Runtime:
         return []
 
 
-def start_runtime() -> Runtime:
-    """Join the other ranks (launched by deepspeed, torchrun, or nobody: then this is the only one) and pick the device."""
+def start_runtime(patience: float = PATIENCE) -> Runtime:
+    """Join the other ranks (launched by deepspeed, torchrun, or nobody: then this is the only one) and pick the device.
+
+    patience: seconds that a collective may take. Raises Unavailable where the port at which they meet is in use.
+    """
+    allow_open_files()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -63,11 +79,31 @@ def start_runtime() -> Runtime:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    init_process_group(device)
+    choose_interface()
+    try:
+        init_process_group(device, timedelta(seconds=patience))
+    except dist.DistNetworkError as error:
+        raise port_in_use(error) or error from None
     if device.type == "cpu":
         torch.set_num_threads(_cores_of_this_rank())
         keep_memory()
     return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def port_in_use(error: dist.DistNetworkError) -> Unavailable | None:
+    """What to say of `error` where rank 0 could not listen, because somebody else does."""
+    if "EADDRINUSE" not in str(error):
+        return None
+    return Unavailable(
+        f"port {os.environ['MASTER_PORT']} of {socket.gethostname()} is in use, perhaps by another run: give deepspeed or torchrun another "
+        "with --master_port; under SLURM the next start takes another by itself"
+    )
+
+
+def allow_open_files() -> None:
+    """As many as this process may have: gloo alone takes a connection to every other rank, and shells start with 1,024."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def keep_memory() -> None:

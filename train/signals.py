@@ -3,7 +3,9 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -28,11 +30,23 @@ class StopSignals:
         for number in STOP:
             signal.signal(number, self._handle)
 
+    def follow_launcher(self) -> None:
+        """Where the `deepspeed` command has started this rank: its end is a request to stop, too, as it hands no signal on."""
+        launcher = os.getppid()
+        command = _parent(launcher)
+        if command and b"deepspeed.launcher.launch" in _command_line(launcher) and b"deepspeed" in _command_line(command):
+            threading.Thread(target=self._follow, args=[launcher, command], name="launcher", daemon=True).start()
+
     def call(self, action: Callable[[], None]) -> None:
         """Call `action` when a signal comes, from another thread; at once where one has come already."""
         self._call = action
         if self.received:
             action()
+
+    def _follow(self, launcher: int, command: int) -> None:
+        while _parent(launcher) == command:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _handle(self, number: int, frame: object) -> None:
         self._interrupts += number == signal.SIGINT
@@ -46,6 +60,20 @@ class StopSignals:
                 self.received = signal.Signals(number)
                 if self._call:
                     self._call()
+
+
+def _parent(process: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it has ended
+        return None
+
+
+def _command_line(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 stop_signals = StopSignals()

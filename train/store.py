@@ -1,7 +1,6 @@
 """What the ranks tell each other beside the collectives: a key-value store that rank 0 keeps, for threads that must not wait for a GPU."""
 
 import os
-import resource
 import secrets
 import threading
 import time
@@ -13,7 +12,6 @@ import torch.distributed as dist
 
 POLL, LONGEST_POLL = 0.05, 1.0  # seconds between two looks for a key: an eighth of the time waited so far, between these
 CONNECT = timedelta(seconds=60)
-CONNECTIONS = 4  # a rank's: of the main thread, the saver, the watchdog, and the watchdog's last words
 
 
 class Store:
@@ -100,11 +98,6 @@ class Store:
 
 
 def _serve() -> dist.TCPStore:
-    # 1,000 ranks take more descriptors than the 1,024 that a process has as a rule.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = soft + CONNECTIONS * dist.get_world_size()
-    if soft != resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
     return dist.TCPStore(os.environ["MASTER_ADDR"], 0, is_master=True, timeout=CONNECT, wait_for_workers=False)
 
 

@@ -22,7 +22,7 @@ from train.engine import Engine
 from train.evaluate import Evaluation, Scores
 from train.feed import Feed
 from train.fine_tune import begins, load_first_weights
-from train.guard import REMEDY, Agreed, Agreement, NotSaved, Skips, Stopped, TrainingFailed
+from train.guard import REMEDY, Agreed, Agreement, NotSaved, Skips, Stopped, TrainingFailed, patience
 from train.lock import RunLock
 from train.micro_batch import settle_micro_batch
 from train.monitor import Clock, Monitor, SampleRecord, write_config
@@ -41,7 +41,7 @@ def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: 
     """Train `config` in the folder `output` until `train.epochs` (or `train.max_steps`) are done; every rank calls this.
 
     lock: rank 0's, of `output`. `resume` is "auto", "never" or a checkpoint's path. Raises ConfigError, DataError, StorageError,
-    TrainingFailed, NotSaved or Stopped.
+    Unavailable, TrainingFailed, NotSaved or Stopped.
     """
     rank, world, guard = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), config.guard
     watchdog = Watchdog(rank, world, guard.timeout.model_dump(), output / "stacks", guard.grace)
@@ -81,7 +81,7 @@ class Run:
         resume: str,
         with_changes: bool,
     ):
-        self.runtime = runtime = start_runtime()
+        self.runtime = runtime = start_runtime(patience(config.guard.timeout))
         store = Store()
         watchdog.connect(store)
         notes = runtime.advice(config.train.precision)
@@ -189,6 +189,7 @@ class Run:
     def tell_skipped(self, done: int) -> None:
         for step in self.skips.known(done):
             self.monitor.event("skipped_step", step, f"step {step} skipped: its gradient is not finite (or overflowed in fp16)")
+        self.watchdog.completed = done
 
     def report(self, done: int, losses: torch.Tensor, grad_norm: torch.Tensor, clock: Clock) -> None:
         """Metrics of the step just finished: its mean loss over all micro-batches of all ranks."""

@@ -24,12 +24,16 @@ HEARTBEAT = 1.0  # seconds
 SILENT = 3.0  # seconds without a heartbeat after which a rank is called frozen or dead
 FROZEN = 3.0  # seconds by which a tick is late where this process itself was stopped
 WAKING = 10.0  # seconds after having been stopped in which a store that is gone means that the others have ended
+JUDGING = 3 * SILENT  # seconds that the others give the one who reads all heartbeats, before another does
 LINGER = 2.5  # seconds: the others find out and write their stacks before a launcher kills them
 NAMED = 4  # ranks that a sentence lists
 
 
 class Beat(NamedTuple):
-    """A rank's sign of life. `inside`: seconds in the section. `place`: what its main thread executes. `waiting`: in a collective."""
+    """A rank's sign of life. `inside`: seconds in the section. `place`: what its main thread executes. `waiting`: in a collective.
+
+    completed: the last step that its device is known to have finished.
+    """
 
     count: int
     section: str
@@ -37,14 +41,23 @@ class Beat(NamedTuple):
     inside: float
     place: str
     waiting: bool
+    completed: int
+
+
+class _Place(NamedTuple):
+    section: str
+    step: int
+    since: float  # time.monotonic()
+    limit: float  # seconds
 
 
 class Watchdog:
     """Two threads beside the main one. The watch looks at this process only, never blocks, and ends it; the heart talks to the store.
 
-    A second of a healthy run costs a rank one set and one check. Past a section's limit the heart reads the heartbeats of all ranks, twice,
-    and puts a sentence under "hung", which ends all ranks with EXIT_HUNG. Where rank 0, which keeps the store, is frozen or dead, each rank
-    ends by its own limit. Each writes the stacks of its threads to `stacks/rank_<rank>.txt`.
+    A second of a healthy run costs a rank one set and one check. Past a section's limit one heart, the judge's, reads the heartbeats of all
+    ranks, twice, and puts a sentence under "hung", which ends all ranks with EXIT_HUNG; the judge is who comes first, and the next one
+    where no sentence comes. Where rank 0, which keeps the store, is frozen or dead, each rank ends by its own limit. Each writes the stacks
+    of its threads to `stacks/rank_<rank>.txt`.
 
     Time in which this process was stopped itself (SIGSTOP, `scontrol suspend`) does not count.
     """
@@ -52,13 +65,15 @@ class Watchdog:
     def __init__(self, rank: int, world: int, limits: dict[str, float], stacks: Path, grace: float):
         """`limits`: seconds by section. `grace`: seconds between a stop signal and `stop_by`'s deadline. Begins in "startup"."""
         self._rank, self._world, self._limits, self._stacks, self._grace = rank, world, limits, stacks, grace
-        self._place: tuple[str, int, float] = ("startup", 0, time.monotonic())  # section, step, since: replaced, never changed
+        self._place = _Place("startup", 0, time.monotonic(), limits["startup"])  # replaced, never changed
+        self._evaluates = False  # has begun to
+        self.completed = 0  # the last step that the device is known to have finished: the main thread says so
         self._inside = 0.0
         self._stop_asked: float | None = None
         self._closed, self._has_beaten = threading.Event(), threading.Event()
         self._heart: threading.Thread | None = None
         self._send = None
-        self._overdue: tuple[tuple[str, int, float], str] | None = None  # the watch asks the heart: who is it?
+        self._overdue: tuple[_Place, str] | None = None  # the watch asks the heart: who is it?
         self._verdict: str | None = None  # the heart answers
         self._answered, self._lost = time.monotonic(), False  # when the store last answered; it has broken the connection
         self._watch = threading.Thread(target=self._keep_watch, name="watchdog", daemon=True)
@@ -73,8 +88,14 @@ class Watchdog:
         self._has_beaten.wait()  # it has its connection: once rank 0 is frozen or dead, it could no longer get one
 
     def enter(self, section: str, step: int) -> None:
-        """The main thread begins `section` of step `step`; a section entered anew has its whole limit again."""
-        self._place = section, step, time.monotonic()
+        """The main thread begins `section` of step `step`; a section entered anew has its whole limit again.
+
+        The first batch that is evaluated compiles what evaluation needs: it has the first step's time for that.
+        """
+        limit = self._limits[section]
+        if section == "evaluation" and not self._evaluates:
+            self._evaluates, limit = True, max(limit, self._limits["first_step"])
+        self._place = _Place(section, step, time.monotonic(), limit)
 
     def stop_by(self, deadline: float) -> None:
         """A stop was asked for: if this process still lives at `deadline` (time.monotonic()), it ends with EXIT_STOPPED as it is."""
@@ -106,13 +127,12 @@ class Watchdog:
             if gap > FROZEN:
                 woke, frozen = now, gap
             place = self._place
-            section, step, since = place
-            self._inside = inside.read(since, now, gap)
+            self._inside = inside.read(place.since, now, gap)
             if self._stop_asked is not None and since_stop.read(self._stop_asked, now, gap) > self._grace:
                 self._leave_without_save()
-            if self._inside > self._limits[section]:
-                where = section if section == "startup" else f"{section} of step {step}"
-                found = f"rank {self._rank} has been {self._inside:.0f} s in {where} (limit {self._limits[section]:g} s)."
+            if self._inside > place.limit:
+                where = place.section if place.section == "startup" else f"{place.section} of step {place.step}"
+                found = f"rank {self._rank} has been {self._inside:.0f} s in {where} (limit {place.limit:g} s)."
                 if self._heart is None:
                     self._verdict = (
                         f"{found} The ranks have not found each other: a rank or its node is missing, or cannot reach the others."
@@ -131,16 +151,17 @@ class Watchdog:
 
     def _beat(self, store: "Store") -> None:
         keys = [f"beat/{rank}" for rank in range(self._world)]
-        count, reading = 0, None
+        count, reading, judge = 0, None, _Judge(store, str(self._rank))
         try:
             while not self._closed.is_set():
                 count += 1
-                section, step, _ = self._place
-                store.set(keys[self._rank], json.dumps(Beat(count, section, step, round(self._inside, 1), *_main_thread_place())))
+                place = self._place
+                beat = Beat(count, place.section, place.step, round(self._inside, 1), *_main_thread_place(), self.completed)
+                store.set(keys[self._rank], json.dumps(beat))
                 self._verdict = self._verdict or store.get("hung")
                 self._answered = now = time.monotonic()
                 overdue = self._overdue
-                if overdue is None or self._verdict:
+                if overdue is None or self._verdict or not judge.is_me(overdue[0], now):
                     reading = None
                 # Read anew where it is another section, or where this thread was stopped in between.
                 elif reading is None or reading[0] != overdue[0] or now - reading[1] > 2 * SILENT:
@@ -186,14 +207,15 @@ class Watchdog:
 def blame(first: list[Beat | None], second: list[Beat | None]) -> str:
     """A sentence about the rank that the others wait for, from two readings of all ranks' heartbeats SILENT seconds apart.
 
-    Those who have not beaten in between; or, where all live, whoever has the smallest step or an earlier section; among equals who is
-    not in a collective, then who is where the fewest are.
+    Those who have not beaten in between; or, where all live, whose device has completed the fewest steps: the hosts run ahead, and all
+    wait for their devices; then whoever has the smallest step or an earlier section; among equals who is not in a collective, then who
+    is where the fewest are.
     """
     silent = [rank for rank, beat in enumerate(second) if beat is None or (first[rank] is not None and beat.count == first[rank].count)]
     if silent:
         return f"Silent, so frozen or dead: {_list(silent, second)}."
     crowd = Counter(beat.place for beat in second)
-    places = [(beat.step, SECTIONS.index(beat.section), beat.waiting, crowd[beat.place]) for beat in second]
+    places = [(beat.completed, beat.step, SECTIONS.index(beat.section), beat.waiting, crowd[beat.place]) for beat in second]
     behind = [rank for rank, place in enumerate(places) if place == min(places)]
     return f"All ranks live; furthest behind: {_list(behind, second)}."
 
@@ -204,7 +226,9 @@ def _list(ranks: list[int], beats: list[Beat | None]) -> str:
 
 
 def _describe(beat: Beat | None) -> str:
-    return "never heard of" if beat is None else f"{beat.inside:.0f} s in {beat.section} of step {beat.step}, at {beat.place}"
+    if beat is None:
+        return "never heard of"
+    return f"{beat.inside:.0f} s in {beat.section} of step {beat.step}, at {beat.place}, step {beat.completed} complete"
 
 
 def _parse(values: list[str | None]) -> list[Beat | None]:
@@ -219,6 +243,23 @@ def _main_thread_place() -> tuple[str, bool]:
         waiting = "/torch/distributed/" in frame.f_code.co_filename
         frame = frame.f_back
     return place, waiting
+
+
+class _Judge:
+    """Who of those that are past a limit reads all heartbeats: if all did, rank 0 would answer the square of their number."""
+
+    def __init__(self, store: "Store", me: str):
+        self._store, self._me = store, me
+        self._place: _Place | None = None
+        self._turn, self._mine, self._since = 0, False, 0.0
+
+    def is_me(self, place: _Place, now: float) -> bool:
+        """Whether this rank, which is past the limit of `place`, is to judge; asked once a heartbeat."""
+        if place != self._place or (not self._mine and now - self._since > JUDGING):
+            self._turn = self._turn + 1 if self._place and self._place[:2] == place[:2] else 0
+            self._place, self._since = place, now
+            self._mine = self._store.set_once(f"judge/{place.section}/{place.step}/{self._turn}", self._me) == self._me
+        return self._mine
 
 
 class _Stopwatch:

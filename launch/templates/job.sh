@@ -16,7 +16,7 @@ doctor={{doctor}}
 # What the submitting shell may have had: the ranks find their place from SLURM's variables (launch/ranks.py).
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 export PYTHONUNBUFFERED=1
-export CAT_VERDICT_FILE="$run/logs/verdict_$SLURM_JOB_ID"  # where the ranks leave the run's exit code: srun's may be another
+export CAT_VERDICT_FILE="$run/logs/verdict_$SLURM_JOB_ID"  # beside it the ranks leave their exit codes: srun's may be another
 {{environment}}
 # Counts the starts; ends the job here after $max_restarts restarts that brought no newer checkpoint.
 "$python" "$repository/launch/requeue.py" begin "$run" --max-restarts "$max_restarts" || exit
@@ -35,5 +35,5 @@ srun --kill-on-bad-exit=1 --open-mode=append --output="$run/logs/rank_%t.log"{{s
   "$python" "$repository/launch/train.py" "${arguments[@]}"
 code=$?
 
-# Finished, bad data, failed or bad configuration (0, 65, 70, 78): the job ends. Anything else: scontrol requeue.
+# Finished, bad data, failed or bad configuration (0, 65, 70, 78) on all nodes: the job ends. Anything else: scontrol requeue.
 "$python" "$repository/launch/requeue.py" end "$run" --max-restarts "$max_restarts" --code "$code"

@@ -157,12 +157,14 @@ class Cluster:
         """kill -9 a node's slurmd. What it has started runs on, as on a real node."""
         self.run("kill", "-9", (self.folder / f"{node}.pid").read_text().strip())
 
-    def start_slurmd(self, node: str) -> None:
+    def start_slurmd(self, node: str, prepare: str = "") -> None:
+        """`prepare`: shell that changes what is mounted, on this node alone."""
         # A core of its own, if there are as many: jobs find out how many threads they may have.
         cores = sorted(os.sched_getaffinity(0))
         core = cores[NODES.index(node) % len(cores)]
-        start = 'hostname "$1" && exec slurmd -N "$1"'
-        self.run("nsenter", f"--net=/run/netns/{node}", "taskset", "-c", str(core), "unshare", "--uts", "sh", "-c", start, "sh", node)
+        start = f'{prepare or "true"} && hostname "$1" && exec slurmd -N "$1"'
+        unshare = ["unshare", "--uts", *(["--mount"] if prepare else [])]
+        self.run("nsenter", f"--net=/run/netns/{node}", "taskset", "-c", str(core), *unshare, "sh", "-c", start, "sh", node)
 
     def kill_slurmctld(self) -> None:
         self.run("kill", "-9", (self.folder / "slurmctld.pid").read_text().strip())

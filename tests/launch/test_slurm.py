@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.slurm import NODES, Cluster, missing
+from tests.launch.slurm import HEAD, NODES, Cluster, missing
 from tests.oracle import assert_same_state, ids_by_step, state
 from tests.runs import ROOT, losses, metrics
 
@@ -42,8 +42,9 @@ def whole(cluster, tiny_config, tmp_path_factory):
 
 
 def submit(cluster: Cluster, config: Path, output: Path | str, *arguments: str, **options) -> str:
-    """The number of the job."""
-    command = [sys.executable, str(ROOT / "launch" / "submit.py"), "--config", str(config), "--output", str(output), *arguments]
+    """The number of the job. The cluster's nodes are too small for the cores that a rank gets by default."""
+    command = [sys.executable, str(ROOT / "launch" / "submit.py"), "--config", str(config), "--output", str(output), "--cpus-per-task=1"]
+    command += arguments
     said = cluster.run(*command, **options)
     return re.match(r"job (\d+)\n", said)[1]
 
@@ -144,6 +145,48 @@ def test_a_cancelled_job_stays_cancelled(cluster, tiny_config, tmp_path):
     cluster.wait("the end", lambda: cluster.ended(job))
     assert (cluster.job(job).state, cluster.job(job).restarts) == ("CANCELLED", 0)
     assert "it was cancelled" in log(tmp_path / "run")
+
+
+@pytest.mark.parametrize("spoilt", [["n2"], ["n1", "n2"]])
+def test_a_cache_folder_that_cannot_be_used(cluster, tiny_config, tmp_path, spoilt):
+    """On one of two nodes: said there, and the job comes back, as SLURM may give it other nodes. On both: it ends with 78."""
+    output, cache = tmp_path / "run", tmp_path / "cache"
+    cache.mkdir()
+    for node in spoilt:
+        cluster.kill_slurmd(node)
+        cluster.start_slurmd(node, f"mount -t tmpfs -o ro tmpfs {cache}")
+    try:
+        cluster.wait("idle nodes", lambda: cluster.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "2")
+        arguments = ["--nodes=2", "--gpus-per-node=0", "--tasks-per-node=1", "guard.grace=3", f"data.cache_dir={cache}"]
+        job = submit(cluster, tiny_config, output, *arguments)
+        cluster.wait("the end of a start", lambda: cluster.ended(job) or cluster.job(job).restarts)
+        info, sentence = cluster.job(job), f"data.cache_dir {cache} cannot be used: Read-only file system"
+        cluster.run("scancel", job)
+        cluster.wait("the end", lambda: cluster.ended(job))
+    finally:
+        for node in spoilt:
+            cluster.kill_slurmd(node)
+            cluster.start_slurmd(node)
+    if spoilt == ["n2"]:
+        assert info.restarts == 1 and f"error: rank 1: {sentence}" in (output / "logs" / "rank_1.log").read_text(), log(output)
+        assert "exit code 78, on 1 of 2 nodes alone, the beginning: put back into the queue" in log(output)
+    else:
+        assert (info.state, info.exit_code, info.restarts) == ("FAILED", "78:0", 0), log(output)
+        assert f"error: {sentence}" in (output / "logs" / "rank_0.log").read_text() and "exit code 78: bad configuration" in log(output)
+
+
+@pytest.mark.parametrize("program", ["train", pytest.param("doctor", marks=pytest.mark.long)])
+def test_nodes_whose_own_names_lead_to_loopback(cluster, tiny_config, tmp_path, program):
+    """Ubuntu's "127.0.1.1 hostname": gloo's own choice would be loopback, where no other node reaches it."""
+    for node, address, other in (("n1", "10.0.0.2", "n2"), ("n2", "10.0.0.1", "n1")):
+        hosts = tmp_path / f"hosts_{node}"
+        hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {node}\n{address} {other}\n")
+    on_node = f'mount --bind {tmp_path}/hosts_$SLURMD_NODENAME /etc/hosts && exec "$@"'
+    cluster.run("nsenter", "--net=/run/netns/n1", "ip", "route", "replace", "default", "via", HEAD)
+    start = ["srun", "--nodes=2", "--ntasks-per-node=1", "unshare", "--mount", "sh", "-c", on_node, "sh"]
+    arguments = ["--config", str(tiny_config), "--output", str(tmp_path / "run"), "train.max_steps=2", "guard.timeout.startup=40"]
+    cluster.run(*start, sys.executable, str(ROOT / "launch" / f"{program}.py"), *arguments)  # which asserts that it ends with 0
+    assert program == "doctor" or sorted(losses(tmp_path / "run")) == [1, 2]
 
 
 @pytest.mark.long

@@ -2,14 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from launch.ranks import FINAL, VERDICT_FILE
-from launch.requeue import JobState, Starts, decide, newest_step
+from launch.ranks import FAILURES, FINAL, VERDICT_FILE, verdicts
+from launch.requeue import JobState, Starts, Verdict, conclude, decide, newest_step
 from launch.submit import parse_minutes, parse_seeds
 from tests.runs import ROOT
 
@@ -48,6 +49,21 @@ def test_the_options_of_a_job(tiny_config, tmp_path):
     }
     assert "srun --kill-on-bad-exit=1 --open-mode=append" in text and "--cpus-per-task=12 " in text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_gets_the_cores_that_its_config_needs(tiny_config, tmp_path):
+    """For its decoding threads, and two; for the job and for its steps."""
+    text = script(tiny_config, "--output", str(tmp_path / "run"), "data.workers=7")
+    assert "#SBATCH --cpus-per-task=9\n" in text and re.search(r"srun --kill-on-bad-exit=1 .* --cpus-per-task=9 ", text)
+
+
+def test_where_sbatch_refuses_the_default_is_said(tiny_config, tmp_path):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: Requested node configuration is not available' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result = submit("--config", str(tiny_config), "--gpus-per-node=2", "--output", str(tmp_path / "run"), PATH=path)
+    assert result.returncode == 78 and "3 cores a rank (data.workers + 2): --cpus-per-task asks for another" in result.stderr
 
 
 def test_the_command_in_the_script_is_the_one_that_submits_it(tiny_config, tmp_path):
@@ -122,20 +138,86 @@ def test_resume_waits_for_the_run_to_have_a_checkpoint(tiny_config, tmp_path):
     assert result.returncode == 78 and "has checkpoints of its own" in result.stderr
 
 
-@pytest.mark.parametrize("code", [1, 71, 74, 75, 134, 137, 143])
+def of_all(code: int) -> Verdict:
+    return Verdict(code, 1, 1)
+
+
+@pytest.mark.parametrize("code", [1, 69, 71, 74, 75, 134, 137, 143])
 def test_what_stopped_or_crashed_comes_back(code):
-    assert decide(code, FIRST, 5, 0, RUNNING)[0]
+    assert decide(of_all(code), FIRST, 5, 0, RUNNING)[0]
 
 
 @pytest.mark.parametrize("code", FINAL)
 def test_what_is_over_does_not(code):
-    assert decide(code, FIRST, 5, 0, RUNNING) == (False, FINAL[code])
+    assert decide(of_all(code), FIRST, 5, 0, RUNNING) == (False, FINAL[code])
 
 
 def test_a_good_configuration_does_not_become_bad():
     """At a restart, 78 says that the folder is in use still, by ranks on a lost node."""
-    assert decide(78, FIRST, 5, 1, JobState(1, "RUNNING", "None"))[0]
-    assert not decide(65, FIRST, 5, 1, JobState(1, "RUNNING", "None"))[0]
+    assert decide(of_all(78), FIRST, 5, 1, JobState(1, "RUNNING", "None"))[0]
+    assert not decide(of_all(65), FIRST, 5, 1, JobState(1, "RUNNING", "None"))[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "srun", "verdict", "again"),
+    [
+        ({78: {0, 1}}, 78, Verdict(78, 2, 2), False),
+        ({78: {1}}, 78, Verdict(78, 1, 2), True),
+        ({78: {1}, 75: {0}}, 143, Verdict(78, 1, 2), True),  # rank 0 was told to stop when rank 1 had left
+        ({78: {1}, 1: {0}}, 78, Verdict(78, 1, 2), True),  # it has lost its neighbour
+        ({65: {0, 1}, 1: {1}}, 65, Verdict(65, 2, 2), False),
+        ({65: {0}, 78: {1}}, 78, Verdict(65, 1, 2), True),
+        ({65: {0}, 74: {1}}, 74, Verdict(65, 1, 2), True),
+        ({70: {0, 1}}, 143, Verdict(70, 2, 2), False),
+        ({69: {0}}, 143, Verdict(69, 1, 2), True),
+        ({74: {0, 1}}, 74, Verdict(74, 2, 2), True),
+        ({0: {0}, 1: {1}}, 1, Verdict(0, 2, 2), False),
+        ({}, 0, Verdict(1, 2, 2), True),  # srun could not start the ranks
+        ({}, 78, Verdict(1, 2, 2), True),
+        ({}, 137, Verdict(137, 2, 2), True),
+        ({75: {0, 1}}, 75, Verdict(75, 2, 2), True),
+    ],
+)
+def test_a_final_code_is_one_that_every_node_says(words, srun, verdict, again):
+    assert conclude(words, 2, srun) == verdict
+    assert decide(verdict, FIRST, 5, 0, RUNNING)[0] == again
+
+
+def test_what_one_node_says_is_named():
+    assert str(Verdict(78, 1, 2)) == "exit code 78, on 1 of 2 nodes alone" and str(Verdict(74, 1, 2)) == "exit code 74"
+
+
+def test_the_words_of_two_nodes(tmp_path):
+    """As ranks leave them, and as they are read; those of the start before are removed."""
+    program = (
+        "import sys; from launch.ranks import *; report_verdict(int(sys.argv[1]), everywhere=len(sys.argv) > 2); wait_for_verdicts(bool)"
+    )
+    path = tmp_path / "logs" / "verdict"
+
+    def word(node: int, *arguments: str) -> None:
+        environment = {"SLURM_NODEID": str(node), "SLURM_STEP_NUM_NODES": "2", "RANK": str(node), VERDICT_FILE: str(path)}
+        subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, env={**os.environ, **environment}, check=True)
+
+    path.parent.mkdir()
+    word(0, "78", "for all nodes")
+    assert verdicts(str(path)) == {78: {0, 1}}
+    word(1, "65")
+    assert verdicts(str(path)) == {65: {1}, 78: {0, 1}}
+    assert begin(tmp_path, 0, 1).returncode == 0
+    assert verdicts(str(path)) == {}
+
+
+def test_the_table_of_the_docs_is_that_of_the_code():
+    rows = [[re.sub(r"\[(.*?)\]\(.*?\)", r"\1", cell).strip() for cell in line.strip("|\n").split("|")] for line in table_of_failures()]
+    codes = lambda failure: ", ".join(map(str, failure.codes)) or "any other, such as 137, 247, -9"  # noqa: E731
+    expected = [[codes(failure), failure.what, failure.who, "yes" if failure.again else "no"] for failure in FAILURES]
+    assert [row[:4] for row in rows] == expected
+
+
+def table_of_failures() -> list[str]:
+    lines = (ROOT / "docs" / "failures.md").read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("| exit code "))
+    return [line for line in lines[first + 2 : lines.index("", first)]]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +232,7 @@ def test_a_good_configuration_does_not_become_bad():
     ],
 )
 def test_only_what_slurm_would_end_is_requeued(job, requeue):
-    assert decide(75, FIRST, 5, 0, job)[0] == requeue
+    assert decide(of_all(75), FIRST, 5, 0, job)[0] == requeue
 
 
 def test_restarts_without_a_newer_checkpoint_are_bounded():
@@ -158,8 +240,8 @@ def test_restarts_without_a_newer_checkpoint_are_bounded():
     for _ in range(3):
         starts = starts.next(-1)
     assert starts.idle == 3
-    assert decide(1, starts, 3, 0, RUNNING)[0]
-    assert not decide(1, starts.next(-1), 3, 0, RUNNING)[0]
+    assert decide(of_all(1), starts, 3, 0, RUNNING)[0]
+    assert not decide(of_all(1), starts.next(-1), 3, 0, RUNNING)[0]
     assert starts.next(10) == Starts(10, 0)
 
 
@@ -173,7 +255,12 @@ def test_newest_step_counts_whole_checkpoints(tmp_path):
 def begin(run: Path, restart: int, max_restarts: int) -> subprocess.CompletedProcess:
     """What the batch script calls at each start of job 7."""
     (run / "logs").mkdir(exist_ok=True)
-    environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": str(restart), VERDICT_FILE: str(run / "verdict")}
+    environment = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_RESTART_COUNT": str(restart),
+        VERDICT_FILE: str(run / "logs" / "verdict"),
+    }
     command = [sys.executable, str(ROOT / "launch" / "requeue.py"), "begin", str(run), "--max-restarts", str(max_restarts)]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
 

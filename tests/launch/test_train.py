@@ -1,14 +1,21 @@
 """The command as a user types it: mistakes, exit codes, and the deepspeed launcher."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tests.runs import ROOT, metrics
+from train.checkpoint import list_checkpoints, step_of
 
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
 
@@ -33,7 +40,7 @@ def assert_one_sentence(result: subprocess.CompletedProcess, code: int, sentence
 def test_help_names_the_exit_codes():
     result = command("--help")
     assert result.returncode == 0
-    assert "75 (stopped on request)" in result.stdout and "--resume-with-changes" in result.stdout
+    assert "75 (stopped on request)" in " ".join(result.stdout.split()) and "--resume-with-changes" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -111,6 +118,46 @@ def test_under_the_deepspeed_launcher(tiny_config, tmp_path):
     assert (tmp_path / "model.safetensors").is_file()
     ids = [json.loads(line)["ids"] for rank in (0, 1) for line in (tmp_path / "samples" / f"rank_{rank}.jsonl").read_text().splitlines()]
     assert sum(map(len, ids)) == 3 * 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_end_of_the_deepspeed_command_stops_the_run(tiny_config, tmp_path, number):
+    """It hands no signal on: its ranks see that it is gone, save, and leave nobody behind."""
+    arguments = ["--config", str(tiny_config), "--output", str(tmp_path), "train.epochs=1000", "train.evaluate_every=0"]
+    command = subprocess.Popen([*DEEPSPEED, "--master_port", free_port(), "launch/train.py", *arguments], cwd=ROOT)
+    wait = lambda what, seconds: wait_for(what, seconds, command)  # noqa: E731
+    wait(lambda: any(line["step"] >= 3 for line in metrics(tmp_path, "train", missing_ok=True)), 200)
+    command.send_signal(number)
+    assert command.wait() == -number
+    wait(lambda: any(line["event"] == "preempted" for line in metrics(tmp_path, "event")), 60)
+    wait(lambda: not processes_of(tmp_path), 60)
+    last = metrics(tmp_path, "train")[-1]["step"]
+    assert [step_of(path) for path in list_checkpoints(tmp_path / "checkpoints")][0] == last
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def wait_for(what: Callable[[], bool], seconds: float, command: subprocess.Popen) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > deadline:
+            command.kill()
+            raise AssertionError(f"not within {seconds} s")
+        time.sleep(0.1)
+
+
+def processes_of(output: Path) -> list[bytes]:
+    """The command lines that name the run's folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [line for line in [path.read_bytes()] if str(output).encode() in line]
+    return found
 
 
 @pytest.mark.slow

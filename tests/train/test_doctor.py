@@ -60,7 +60,7 @@ def test_few_files_and_a_full_page(tiny_config, tmp_path):
     found, codes, said = doctor(tiny_config, tmp_path, before=FewFiles(1))
     assert codes == [78, 0], said
     assert list(reds(found["lines"])) == ["open files"] and "(rank 1): 400 allowed" in reds(found["lines"])["open files"]
-    assert "remedy: ulimit -n" in said and "RED: 1 red" in said
+    assert "raise the hard limit" in said and "RED: 1 red" in said
     assert found["ranks"][1]["step"]["value"]["peak"] > 0
 
 

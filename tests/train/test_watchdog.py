@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import _forkserver  # it has imported torch
-from train.watchdog import FROZEN, Beat, Watchdog, _Stopwatch, blame
+from train.watchdog import FROZEN, JUDGING, Beat, Watchdog, _Judge, _Place, _Stopwatch, blame
 
 LIMIT = 4.0  # seconds for a step
 
@@ -255,24 +255,54 @@ def test_grace_exceeded(outcomes):
     assert job.said(0) == ["error: not stopped within guard.grace 2 s: leaving without a save, the last checkpoint counts"]
 
 
-def beat(count, section="step", step=7, *, place="all_reduce (c.py:1)", waiting=True):
-    return Beat(count, section, step, 5.0, place, waiting)
+def beat(count, section="step", step=7, *, place="all_reduce (c.py:1)", waiting=True, completed=6):
+    return Beat(count, section, step, 5.0, place, waiting, completed)
 
 
 @pytest.mark.parametrize(
     "first, second, sentence",
     [
-        ([beat(1), beat(1), beat(1)], [beat(4), beat(1), None], "rank 1 (5 s in step of step 7, at all_reduce (c.py:1)); rank 2 (never"),
+        ([beat(1), beat(1), beat(1)], [beat(4), beat(1), None], "at all_reduce (c.py:1), step 6 complete); rank 2 (never"),
         ([beat(1), None], [beat(4), beat(1)], "All ranks live; furthest behind: rank 0"),
         ([beat(1), beat(1)], [beat(4), beat(4, step=6)], "furthest behind: rank 1 (5 s in step of step 6"),
         ([beat(1), beat(1)], [beat(4, "save"), beat(4, "evaluation")], "furthest behind: rank 1 (5 s in evaluation of step 7"),
         ([beat(1), beat(1)], [beat(4), beat(4, place="next (f.py:2)", waiting=False)], "behind: rank 1 (5 s in step of step 7, at next"),
         ([beat(1)] * 3, [beat(4), beat(4, place="wait (g.py:2)"), beat(4)], "furthest behind: rank 1 ("),
         ([beat(1)] * 9, [beat(4)] * 9, "and 5 more."),
+        # All hosts wait for their devices; one of these has not finished what the others have.
+        ([beat(1)] * 3, [beat(4), beat(4), beat(4, completed=5)], "behind: rank 2 (5 s in step of step 7, at all_reduce"),
     ],
 )  # fmt: skip
 def test_blame(first, second, sentence):
     assert sentence in blame(first, second)
+
+
+class Shelf(dict):
+    """What `_Judge` asks of the store."""
+
+    set_once = dict.setdefault
+
+
+def test_one_judges_and_the_next_where_no_sentence_comes():
+    shelf, place = Shelf(), _Place("step", 7, 0.0, 4.0)
+    first, second, third = (_Judge(shelf, name) for name in "123")
+    assert [judge.is_me(place, 10) for judge in (first, second, third)] == [True, False, False]
+    assert first.is_me(place, 11) and not second.is_me(place, 10 + JUDGING)
+    assert second.is_me(place, 10.5 + JUDGING) and not third.is_me(place, 11 + JUDGING)  # the first one has been silent
+    assert third.is_me(_Place("evaluation", 7, 90.0, 4.0), 100)  # another section, another judge
+    later = _Place("evaluation", 7, 200.0, 4.0)  # entered anew, while the judge of the time before lives on and has nothing to say
+    assert not second.is_me(later, 300) and second.is_me(later, 301 + JUDGING)
+
+
+def test_the_first_batch_that_is_evaluated_may_compile(tmp_path):
+    limits = {"startup": 60.0, "first_step": 50.0, "step": 4.0, "evaluation": 3.0, "save": 5.0}
+    watchdog = Watchdog(0, 1, limits, tmp_path, grace=1.0)
+    found = []
+    for section in ("first_step", "step", "evaluation", "evaluation", "step", "evaluation"):
+        watchdog.enter(section, 1)
+        found.append(watchdog._place.limit)
+    watchdog.close()
+    assert found == [50, 4, 50, 3, 4, 3]
 
 
 def test_time_stopped_is_left_out():

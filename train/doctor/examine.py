@@ -22,6 +22,7 @@ from train.doctor import files, machine, network, step
 from train.doctor.case import one_micro_batch
 from train.doctor.meeting import Meeting
 from train.estimate import checkpoint_bytes
+from train.interface import choose_interface
 from train.runtime import Runtime, start_runtime
 
 # Seconds that a check may take: some ten times what it takes on a healthy cluster.
@@ -91,11 +92,13 @@ class Patient:
 
     def network(self) -> dict:
         meeting = self.meeting
+        choose_interface()
         store = dist.PrefixStore("ranks", meeting.connection())
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=meeting.rank, world_size=meeting.world, timeout=timedelta(seconds=ALL))
         self.runtime = start_runtime()
         self.threads = torch.get_num_threads()
+        network.gloo(LIMITS["network"] / 2)
         clocks = network.clocks()
         return {"clocks": clocks, "all_reduce": network.all_reduce(self.runtime.device) if meeting.world > 1 else None}
 

@@ -96,13 +96,13 @@ def limits(case: Case, values: dict[int, dict]) -> list[Line]:
     world = case.meeting.world
     wanted = OPEN_FILES + world
     most = wanted + STORE_CONNECTIONS * world
-    few = [rank for rank, value in values.items() if 0 <= value["limits"]["open_files"] < wanted]
-    few += [rank for rank, value in values.items() if 0 <= value["limits"]["open_files_hard"] < most and rank not in few]
-    lowest = min(value["limits"]["open_files"] for value in values.values())
+    # The hard limit: a run raises its own to that.
+    few = [rank for rank, value in values.items() if 0 <= value["limits"]["open_files_hard"] < (wanted if rank else most)]
+    lowest = min(value["limits"]["open_files_hard"] for value in values.values())
     files = Line("open files", GREEN, f"at least {lowest}" if lowest >= 0 else "no limit")
     if few:
-        remedy = f"ulimit -n {most} in --setup's file; where the hard limit is lower, the administrator's LimitNOFILE of slurmd"
-        files = Line("open files", RED, f"{case.names(few)}: {lowest} allowed, a rank needs {wanted}", remedy)
+        remedy = f"have the administrator raise the hard limit to {most} (ulimit -Hn; LimitNOFILE of slurmd)"
+        files = Line("open files", RED, f"{case.names(few)}: {lowest} allowed, a rank needs {wanted}, and rank 0 {most}", remedy)
     gpus = {rank: value for rank, value in values.items() if value["devices"]["kind"] == "gpu"}
     if not gpus:
         return [files]
@@ -335,7 +335,7 @@ def _trouble(case: Case, check: str) -> Line | None:
 REMEDIES = {
     "dataset": "copy the dataset there, or mount it on all nodes under the same path",
     "decoding": "mend the dataset first",
-    "network": "the address must be reachable from all nodes: --interface, MASTER_ADDR, a firewall between the nodes",
+    "network": "the address must be reachable from all nodes: --interface, GLOO_SOCKET_IFNAME, MASTER_ADDR, a firewall between the nodes",
     "links": "see NCCL_DEBUG=INFO; the interface (--interface), a firewall between the nodes",
 }
 HUNG = {

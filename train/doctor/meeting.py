@@ -9,6 +9,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from train.runtime import port_in_use
+
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -96,7 +98,8 @@ class Meeting:
 def meet(seconds: float, expected: list[str]) -> Meeting:
     """Find the other ranks of this launch (SLURM, deepspeed, torchrun; alone without one). Who does not come in `seconds` is `absent`.
 
-    expected: the host of every rank, for the names of those; empty where nobody knows. Raises NobodyThere where it is rank 0 that does not.
+    expected: the host of every rank, for the names of those; empty where nobody knows. Raises NobodyThere where it is rank 0 that does not,
+    Unavailable where its port is in use.
     """
     if "RANK" not in os.environ:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -119,6 +122,8 @@ def meet(seconds: float, expected: list[str]) -> Meeting:
         store.wait(["roll"], timedelta(seconds=seconds + 30))
         hosts, late = json.loads(store.get("roll"))
     except dist.DistError as error:
+        if keeps_store and (taken := port_in_use(error)):
+            raise taken from error
         if keeps_store:
             raise NobodyThere(f"rank 0 on {socket.gethostname()} cannot listen at port {port}: {str(error).splitlines()[0]}") from error
         raise NobodyThere(

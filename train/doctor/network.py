@@ -1,17 +1,37 @@
 """The clocks of the ranks, and what goes through the network between them."""
 
+import os
+import socket
 import statistics
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from train.roofline import finish
+from train.store import Store
 
 LONG_ENOUGH = 0.03  # seconds of one transfer, from which on a larger one would say no more
 SMALLEST, LARGEST = 2**20, 2**28  # bytes
 REPEATS = 3  # the best counts: everything that disturbs makes it slower
 ROUNDS = 31  # of pairs: all pairs of 32 nodes, and of more nodes 31 partners for each
+
+
+def gloo(seconds: float) -> None:
+    """What a run has beside NCCL: a collective of gloo over all ranks, and the store that rank 0 keeps. Raises what goes wrong."""
+    try:
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+        dist.all_reduce(torch.zeros(1), group=group)
+    except RuntimeError as error:
+        about = f"gloo on {socket.gethostname()}, interface {os.environ.get('GLOO_SOCKET_IFNAME', 'of its choice')}"
+        raise RuntimeError(f"{about}: {str(error).splitlines()[0]}") from error
+    store = Store()
+    store.set(f"doctor/{dist.get_rank()}", "here")
+    for rank in range(dist.get_world_size()):
+        if store.wait_for(f"doctor/{rank}", seconds) is None:
+            raise RuntimeError(f"the store that rank 0 keeps has no word of rank {rank} after {seconds:g} s")
+    dist.barrier(group=group)  # the store ends with rank 0's part of this
 
 
 def clocks() -> list[float]:

@@ -1,0 +1,154 @@
+"""What a failing rank says, and how it ends: the table in docs/failures.md, on real processes. Its rows under SLURM: test_slurm.py."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ROOT, start
+
+
+def errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def test_a_crash_ends_a_rank_at_once():
+    """With its traceback, though an exit handler and a thread would keep the process for ever."""
+    program = """
+import atexit, threading
+from launch.cli import leave, run
+def crash(arguments):
+    atexit.register(threading.Event().wait)
+    threading.Thread(target=threading.Event().wait).start()
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+leave(run(crash, None))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback ") and done.stderr.endswith("an illegal memory access was encountered\n")
+
+
+def test_a_log_on_a_full_disk_changes_no_exit_code():
+    program = """
+from launch.cli import leave, run
+def fail(arguments):
+    print("said")
+    raise MemoryError
+leave(run(fail, None))
+"""
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=full, env=buffered, timeout=60)
+    assert done.returncode == 69
+
+
+@dataclass(frozen=True)
+class CrashWith:
+    """Rank `rank` meets an error of its own in its second step; an exit handler and a thread would keep the process for ever."""
+
+    rank: int
+    wanted: int  # bytes: more than there are. 0: the error is another
+
+    def __call__(self, rank: int) -> None:
+        if rank != self.rank:
+            return
+        import atexit
+
+        import torch
+
+        from train.tasks.classification import Classification
+
+        loss = Classification.loss
+
+        def failing(task, engine, batch, images, targets):
+            if batch.step == 1:
+                atexit.register(threading.Event().wait)
+                threading.Thread(target=threading.Event().wait).start()
+                if not self.wanted:
+                    raise RuntimeError("CUDA error: unspecified launch failure")
+                torch.empty(self.wanted, dtype=torch.uint8)
+            return loss(task, engine, batch, images, targets)
+
+        Classification.loss = failing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("wanted", "code"), [(0, 1), (2**50, 69)])
+def test_a_rank_that_crashes_or_has_no_memory(tiny_config, tmp_path, wanted, code):
+    """Its own code and sentence; the neighbour, which loses it, ends with a traceback and 1, and nobody stays."""
+    job = start(tiny_config, tmp_path, world=2, before=CrashWith(1, wanted))
+    assert job.wait(120) == [1, code]
+    assert "[rank1]: Traceback" in job.text(1)
+    assert job.text(0).count("Traceback") >= 1 and errors(job.text(0)) == []
+    if wanted:
+        (sentence,) = errors(job.text(1))
+        assert sentence.startswith("error: rank 1: out of memory: ") and "train.micro_batch" in sentence
+        assert job.text(1).index("can't allocate memory") < job.text(1).index(sentence)
+    else:
+        assert "unspecified launch failure" in job.text(1) and errors(job.text(1)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "doctor"])
+def test_a_port_in_use(tiny_config, tmp_path, command):
+    """One sentence with the remedy, and a code after which the run is started again."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        program = [sys.executable, str(ROOT / "launch" / f"{command}.py"), "--config", str(tiny_config), "--output", str(tmp_path)]
+        done = subprocess.run(program, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 69, done.stderr
+    (sentence,) = errors(done.stderr)
+    assert f"port {port} of {socket.gethostname()} is in use" in sentence and "--master_port" in sentence
+    assert "Traceback" not in done.stderr
+
+
+@dataclass(frozen=True)
+class WorkIn:
+    """Rank n works in the folder n of `folder`."""
+
+    folder: Path
+
+    def __call__(self, rank: int) -> None:
+        os.chdir(self.folder / str(rank))
+
+
+@pytest.mark.slow
+def test_what_one_rank_alone_finds_is_said_by_it(tiny_config, tmp_path):
+    """A cache folder that can be used on the first of two nodes only."""
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    (tmp_path / "1" / "cache").touch()
+    job = start(tiny_config, tmp_path / "run", "data.cache_dir=cache", "guard.timeout.startup=20", world=2, before=WorkIn(tmp_path))
+    deadline = time.monotonic() + 120
+    while job.processes[1].exitcode is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.kill()
+    assert job.processes[1].exitcode == 78
+    (sentence,) = errors(job.text(1))
+    assert sentence.startswith("error: rank 1: data.cache_dir cache") and "Traceback" not in job.text(1)
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_the_start(tiny_config, tmp_path):
+    """The run goes on without its logs; that its last checkpoint is not written ends it with a code after which it is started again."""
+    run = tmp_path / "run"
+    run.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(run)], check=True)
+    try:
+        (run / "full").write_bytes(bytes(8192))
+        program = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(tiny_config), "--output", str(run)]
+        done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    finally:
+        subprocess.run(["umount", str(run)], check=True)
+    assert done.returncode == 74, done.stderr
+    assert "No space left on device" in errors(done.stderr)[-1]
