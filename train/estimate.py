@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from train.config import Config
-from train.engine import BUCKET_ELEMENTS, DTYPES, zero_stage
+from train.deepspeed_config import BUCKET_ELEMENTS, zero_stage
+from train.engine import DTYPES
 from train.runtime import Runtime
 from train.tasks.classification import build_model
 

@@ -61,7 +61,7 @@ def all_reduce(size: float, cluster: Cluster) -> float:
 def step(job: Job, cluster: Cluster, stage: int) -> Step:
     """What hides: the gradients' averaging behind the backward pass, at stages 1 and 2 between nodes only (train/engine.py), and at stage 3
     everything behind everything. Perfectly so, as far as the time suffices: a guess on the hopeful side."""
-    from train.engine import BUCKET_ELEMENTS
+    from train.deepspeed_config import BUCKET_ELEMENTS
 
     micro_batches, size = job.accumulation(cluster.world), float(job.parameters * job.element_bytes)
     rate = cluster.images_per_second
