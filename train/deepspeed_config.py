@@ -27,8 +27,8 @@ def checked_here(config: Config, world: int) -> bool:
 def deepspeed_config(config: Config, accumulation: int, device: torch.device) -> dict:
     """DeepSpeed's settings. The process group must exist, and every rank must call this.
 
-    Where it is `checked_here`, DeepSpeed is told of fp32 alone, while the weights are bf16 or fp16: then it accumulates and reduces in fp32,
-    at ZeRO 1 too (told of bf16 it would choose BF16_Optimizer there, which checks on the host), and leaves the loss scale alone.
+    Where it is `checked_here`, DeepSpeed is told of fp32 alone, while the weights are bf16 or fp16: then it sums in fp32, at ZeRO 1 too
+    (told of bf16 it would choose BF16_Optimizer there, which checks on the host), and leaves the loss scale alone.
     """
     stage = zero_stage(config, dist.get_world_size())
     ours = checked_here(config, dist.get_world_size())

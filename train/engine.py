@@ -139,6 +139,8 @@ class Engine:
         if not self._checked_here:
             self._engine.step()
             skipped = not self._engine.was_step_applied()
+            if skipped and self.stage < 3:
+                self._optimizer.averaged_gradients.clear()  # DeepSpeed adds the next gradients to what it has not applied
             norm = torch.nan if skipped else self._engine.get_global_grad_norm()
             return StepResult(torch.as_tensor(norm).float(), torch.full((), float(skipped), device=next(iter(self._moments)).device))
         norm, scale = self._gradient_norm(), None
