@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from tests.runs import _forkserver
 from train.config import load_config
+from train.loss_scale import LossScale
 
 MICRO_BATCHES = 6  # of a step: on one rank and on two, no power of two
 IMAGES = 4
@@ -156,3 +157,40 @@ def test_gradients_of_micro_batches_and_ranks_are_summed_in_fp32(tiny_config, wo
     """Within 2e-6 of the fp32 mean; a sum in bf16 is about 4e-3 from it, one in fp16 5e-4."""
     for far in on_ranks(world, gradients, tiny_config, WAYS, precision):
         assert all(distance < 2e-6 for distance in far.values()), far
+
+
+def scale_goes_on(path) -> list[float]:
+    """The loss scales of engines that take it over from each other, the first of them from DeepSpeed's own at ZeRO 1."""
+    one = build(path, 1, True, "fp16").engine
+    as_before = one.loss_scale_state() | {"cur_scale": 2.0**9, "raise_error_at_min_scale": True, "scale_factor": 2.0, "min_scale": 1}
+    one.destroy()
+    scales, state = [], as_before  # as older checkpoints have it: settings too
+    for stage in (3, 0, 2, 3):
+        engine = build(path, stage, False, "fp16").engine
+        engine.set_loss_scale_state(state)
+        state = engine.loss_scale_state()
+        scales.append(state["cur_scale"])
+        if stage == 3:
+            assert not engine._optimizer.loss_scaler.raise_error_at_min_scale
+        engine.destroy()
+    return scales
+
+
+@pytest.mark.slow
+def test_a_loss_scale_goes_on_at_another_stage_and_from_older_checkpoints(tiny_config):
+    assert on_ranks(1, scale_goes_on, tiny_config) == [[2.0**9] * 4]
+
+
+def test_a_loss_scale_is_halved_by_an_overflow_down_to_1_and_doubled_after_1000_steps():
+    scale, overflowed, fine = LossScale(torch.device("cpu")), torch.tensor(1.0), torch.tensor(0.0)
+    for expected in [*(2.0**power for power in range(15, -1, -1)), 1.0]:
+        scale.update(overflowed)
+        assert scale.value == expected
+    for _ in range(999):
+        scale.update(fine)
+    again = LossScale(torch.device("cpu"))
+    again.load(scale.state())
+    for one in (scale, again):
+        assert one.value == 1.0
+        one.update(fine)
+        assert one.value == 2.0
