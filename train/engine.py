@@ -1,4 +1,4 @@
-"""DeepSpeed, and the only file that knows it.
+"""DeepSpeed, and with deepspeed_config.py the only file that knows it.
 
 DeepSpeed keeps the fp32 weights (the *master*) and the optimizer's moments in a different place at every ZeRO stage. `Engine` shows
 them in one form: a list of `Fragment`s, flat pieces of named parameters. EMA and checkpoints work on fragments, and so are the same
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from train.batch_norm import accept_low_precision
 from train.config import Config, ConfigError
+from train.deepspeed_config import checked_here, deepspeed_config, zero_stage
+from train.loss_scale import LossScale
 from train.optimizer import build_optimizer, initial_state
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# DeepSpeed's default buckets of 5e8 elements would take gigabytes of a laptop's memory; these still hide a network's latency.
-BUCKET_ELEMENTS = 25_000_000
+# The state of DeepSpeed's loss scaler; what else it has are settings.
+LOSS_SCALE = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class StepResult:
 class Engine:
     """A model under DeepSpeed: forward, backward, step, and its fp32 state as fragments.
 
-    `accumulation` is the number of micro-batches a rank takes per step. Weights are cast to `config.train.precision`; the process
-    group must exist.
+    `accumulation` is the number of micro-batches a rank takes per step. Weights are cast to `config.train.precision`; their fp32 masters
+    are what `model` has, to the bit. Gradients of micro-batches and ranks are summed in fp32. The process group must exist.
     """
 
     def __init__(self, model: nn.Module, config: Config, accumulation: int, device: torch.device):
@@ -66,31 +68,37 @@ class Engine:
         self.stage, self.offload = zero_stage(config, self.world), config.zero.offload
         self.dtype = DTYPES[config.train.precision]
         self.device, self.clip_grad = device, config.optimizer.clip_grad
-        # Where DeepSpeed decides whether a gradient is finite, the host waits for the device: at ZeRO 0 in bf16 once for every parameter,
-        # at ZeRO 1 and 2 up to four times a step. There we do it, on the device. Only the loss scale of fp16, ZeRO 3 (one read a step)
-        # and offloading have no way round DeepSpeed's own.
-        self._checked_here = self.dtype != torch.float16 and self.stage < 3 and not self.offload
+        self._checked_here = checked_here(config, self.world)
+        # What a loss is divided by: the same on any number of ranks, before anything is rounded. But ZeRO 3 divides by their number itself.
+        self._divisor = accumulation if self.stage == 3 else accumulation * self.world
         self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.shapes = {name: tuple(parameter.shape) for parameter, name in self.names.items()}
 
-        if self.dtype != torch.float32:
-            accept_low_precision(model)
+        originals = self._cast(model)
         self._base = base = build_optimizer(model.to(device), config.optimizer)
         self._groups = [list(group["params"]) for group in base.param_groups]
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=base, config=self._settings(config, accumulation))
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=base, config=deepspeed_config(config, accumulation, device))
         self._optimizer = self._engine.optimizer
-        self._engine.enable_backward_allreduce = self.stage > 0 or self.world > 1  # alone, there is nobody to average with
+        self._sum: Tensor | None = None  # ZeRO 0 in half precision: of this step's gradients so far, flat, fp32
         self._copies: tuple[list[Tensor], list[Tensor]] | None = None  # fp32 masters that are ours, and the weights they are the masters of
         if self.stage == 0:
-            self._masters = self._own_masters() if self._checked_here else self._optimizer.fp32_groups
+            self._masters = self._own_masters()
+        # Alone, there is nobody to reduce with; and our own sum we reduce ourselves.
+        self._engine.enable_backward_allreduce = self.stage > 0 or (self.world > 1 and not self._copies)
+        fp16 = self.dtype == torch.float16
+        self._loss_scale = LossScale(device) if fp16 and self._checked_here else None
+        if fp16 and not self._checked_here:
+            self._optimizer.loss_scaler.raise_error_at_min_scale = False  # the guard ends a run that does not recover
         self._compiled_for = config.train.micro_batch if config.train.compile else 0  # images: another number would be compiled again
         if config.train.compile:
             self._compile(config.train.cuda_graphs, accumulation)
-        # Present from the start, so that loading needs no case of its own; it also undoes the dummy step with which DeepSpeed
-        # starts ZeRO 0 in half precision, and which would leave Adam's step count one too high.
+        # Present from the start, so that loading needs no case of its own.
         groups = {parameter: group for group, parameters in zip(base.param_groups, self._groups, strict=True) for parameter in parameters}
         self._moments = {master: initial_state(base, groups[parameters[0]], master) for parameters, master, _ in self._layout()}
         base.state.update(self._moments)
+        if originals:  # DeepSpeed has made the masters of the rounded weights
+            for fragment in self.fragments(everything=True):
+                fragment.master.copy_(originals[fragment.name].view(-1)[fragment.start : fragment.start + fragment.numel])
 
     @property
     def module(self) -> nn.Module:
@@ -110,11 +118,16 @@ class Engine:
         return self._engine(images.to(self.dtype))[:count]
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one micro-batch's mean loss; the last of a step also averages it over ranks.
+        """Add the gradient of one micro-batch's mean loss to the step's, in fp32; the last of a step also adds up the ranks'.
 
         A loss that is not finite makes the gradient so, and with it the norm that all ranks see: no message and no waiting is needed.
         """
-        self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
+        loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        if self._loss_scale:
+            loss = loss * self._loss_scale.value
+        self._engine.backward(loss / self._divisor, scale_wrt_gas=False)
+        if self._copies:
+            self._add_up(self._copies[1])
 
     @torch.no_grad()
     def step(self, lr: float) -> StepResult | None:
@@ -127,24 +140,31 @@ class Engine:
         if not self._checked_here:
             self._engine.step()
             skipped = not self._engine.was_step_applied()
+            if skipped and self.stage < 3:
+                self._optimizer.averaged_gradients.clear()  # DeepSpeed adds the next gradients to what it has not applied
             norm = torch.nan if skipped else self._engine.get_global_grad_norm()
             return StepResult(torch.as_tensor(norm).float(), torch.full((), float(skipped), device=next(iter(self._moments)).device))
-        norm = self._gradient_norm()
+        norm, scale = self._gradient_norm(), None
+        if self._loss_scale:
+            scale = self._loss_scale.value
+            norm = norm / scale
         skipped = norm.isfinite().logical_not().float()
-        # torch's fused optimizers divide by the one, and do nothing at all where the other is 1: what torch.amp's scaler uses.
-        self._base.found_inf = skipped
         if self.clip_grad:
-            self._base.grad_scale = ((norm + 1e-6) / self.clip_grad).clamp(min=1)
+            clip = ((norm + 1e-6) / self.clip_grad).clamp(min=1)
+            scale = clip if scale is None else clip * scale
+        # torch's fused optimizers divide by the one, and do nothing at all where the other is 1: what torch.amp's scaler uses.
+        self._base.grad_scale, self._base.found_inf = scale, skipped
         if self._copies:
             masters, weights = self._copies
-            gradients = [torch.empty_like(master) for master in masters]
-            torch._foreach_copy_(gradients, [weight.grad for weight in weights])
-            for master, gradient in zip(masters, gradients, strict=True):
-                master.grad = gradient
+            for master, gradient in zip(masters, self._sum.split([master.numel() for master in masters]), strict=True):
+                master.grad = gradient.view(master.shape)
         self._engine.step()
         if self._copies:
             torch._foreach_copy_(weights, masters)
             self._base.zero_grad()
+            self._sum = None
+        if self._loss_scale:
+            self._loss_scale.update(skipped)
         return StepResult(norm, skipped)
 
     @contextlib.contextmanager
@@ -202,43 +222,18 @@ class Engine:
         """The dynamic loss scale's numbers (fp16); empty in other precisions."""
         if self.dtype != torch.float16:
             return {}
-        return {key: value for key, value in vars(self._scaler()).items() if isinstance(value, int | float)}
+        return self._loss_scale.state() if self._loss_scale else {key: getattr(self._optimizer.loss_scaler, key) for key in LOSS_SCALE}
 
     def set_loss_scale_state(self, state: dict[str, float]) -> None:
-        for key, value in state.items():
-            setattr(self._scaler(), key, value)
+        if self._loss_scale and state:
+            self._loss_scale.load(state)
+        elif self.dtype == torch.float16:
+            for key in LOSS_SCALE & state.keys():
+                setattr(self._optimizer.loss_scaler, key, state[key])
 
     def destroy(self) -> None:
         """Remove DeepSpeed's hooks; the model is of no use afterwards."""
         self._engine.destroy()
-
-    def _settings(self, config: Config, accumulation: int) -> dict:
-        zero = {
-            "stage": self.stage,
-            # At stages 1 and 2 DeepSpeed reduces gradients beside the backward pass only if the host may wait for the device after it.
-            # That costs more than it hides while the network is NVLink or PCI; from one machine to another it pays. (Not measured.)
-            "overlap_comm": self.stage == 3 or (self.device.type == "cuda" and self.world > torch.cuda.device_count()),
-            "contiguous_gradients": True,  # reduced in copies: no holes are left between the activations' memory
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
-            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
-        }
-        if self.offload:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        settings = {
-            "train_micro_batch_size_per_gpu": config.train.micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": 0.0 if self._checked_here else (self.clip_grad or 0.0),
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU too, and compiles nothing at start-up
-        }
-        if self._checked_here and self.stage:
-            zero["compute_grad_norm"] = False
-        if self._checked_here and self.stage == 0:  # see _own_masters
-            return {**settings, "communication_data_type": "bf16" if self.dtype == torch.bfloat16 else "fp32"}
-        bf16 = {"enabled": self.dtype == torch.bfloat16, "check_grad_overflow": not self._checked_here}
-        return {**settings, "bf16": bf16, "fp16": {"enabled": self.dtype == torch.float16}}
 
     def _layout(self) -> Iterator[tuple[list[nn.Parameter], Tensor, list[tuple[int, int, int]]]]:
         """Per fp32 tensor of this rank: its parameters, itself, and for each parameter (first element held, its offset here, numel)."""
@@ -273,22 +268,42 @@ class Engine:
             raise ConfigError("train.cuda_graphs needs a GPU, and one micro-batch a rank and step: the next would overwrite its gradients")
         self.module.compile(**compile_settings(cuda_graphs))
 
+    def _cast(self, model: nn.Module) -> dict[str, Tensor]:
+        """Cast the weights of `model`; returns what they were, on the host, or nothing in fp32."""
+        if self.dtype == torch.float32:
+            return {}
+        accept_low_precision(model)
+        originals = {name: parameter.detach().to("cpu", copy=True) for parameter, name in self.names.items()}
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(self.dtype)
+        return originals
+
     def _own_masters(self) -> list[list[Tensor]]:
-        """ZeRO 0, where DeepSpeed was told of fp32 alone: in bf16, casts the weights and gives the optimizer fp32 masters of them."""
+        """ZeRO 0: in half precision the optimizer, which DeepSpeed has taken as it is, gets fp32 masters of the weights."""
         if self.dtype == torch.float32:
             return self._groups
-        for parameter in self.names:
-            parameter.data = parameter.data.to(self.dtype)
         for group in self._base.param_groups:
             group["params"] = [nn.Parameter(parameter.detach().float()) for parameter in group["params"]]
         masters = [group["params"] for group in self._base.param_groups]
         self._copies = sum(masters, []), sum(self._groups, [])
         return masters
 
+    @torch.no_grad()
+    def _add_up(self, weights: list[Tensor]) -> None:
+        """ZeRO 0 in half precision: add the gradients of one micro-batch to the step's sum, and after the last one the ranks' sums."""
+        gradient = torch.cat([weight.grad.reshape(-1) for weight in weights])
+        self._sum = gradient.float() if self._sum is None else self._sum.add_(gradient)
+        for weight in weights:
+            weight.grad = None
+        if self.world > 1 and self._engine.is_gradient_accumulation_boundary():
+            dist.all_reduce(self._sum)
+
     def _gradient_norm(self) -> Tensor:
-        """Of all gradients, averaged over the ranks as they are after `backward`."""
+        """Of the whole gradient, as it is after the last `backward` of a step."""
         if self.stage:  # each rank has those of its share
             gradients = [gradient for group in self._optimizer.averaged_gradients.values() for gradient in group]
+        elif self._copies:
+            gradients = self._sum.split([weight.numel() for weight in self._copies[1]])
         else:
             gradients = [parameter.grad for parameter in self.names]
         square = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).double().square().sum()
@@ -306,14 +321,6 @@ class Engine:
         whole = flat.new_empty(width * self.world)
         dist.all_gather_into_tensor(whole, mine)
         flat.copy_(whole[: flat.numel()])
-
-    def _scaler(self) -> object:
-        return self._optimizer.loss_scaler if self.stage else self._optimizer.loss_scale_config
-
-
-def zero_stage(config: Config, world: int) -> int:
-    """The ZeRO stage that is run: stages 1 and 2 partition nothing on one rank, and copy every gradient several times for it."""
-    return 0 if world == 1 and config.zero.stage < 3 and not config.zero.offload else config.zero.stage
 
 
 def compile_settings(cuda_graphs: bool = False) -> dict:

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from train.config import Config
-from train.engine import BUCKET_ELEMENTS, DTYPES, zero_stage
+from train.deepspeed_config import BUCKET_ELEMENTS, zero_stage
+from train.engine import DTYPES
 from train.runtime import Runtime
 from train.tasks.classification import build_model
 
@@ -28,16 +29,21 @@ def held(model: nn.Module, config: Config, runtime: Runtime) -> dict[str, int]:
 
 def kept_beside(model: nn.Module, config: Config, runtime: Runtime) -> int:
     """What a rank keeps beyond the model, its gradients and activations: see Engine, Ema and Saver."""
-    weights = sum(parameter.numel() for parameter in model.parameters())
+    weights, element = sum(parameter.numel() for parameter in model.parameters()), next(model.parameters()).element_size()
     stage, world = zero_stage(config, runtime.world), runtime.world
     moments, averages = _moments(config), _averages(config)
     master = 0 if stage == 0 and config.train.precision == "fp32" else 4
     share = world if stage else 1
     on_host = runtime.device.type == "cpu"
     kept = 0 if config.zero.offload and not on_host else weights * (master + moments + 4) // share + weights * averages // world
-    buckets = 0 if stage == 0 else BUCKET_ELEMENTS * next(model.parameters()).element_size()
+    # In half precision the fp32 sum of gradients is whole at ZeRO 1, and there beside this rank's share of it; at ZeRO 3 it is a share.
+    sums = (4 - element) * weights // (world if stage == 3 else 1) if stage in (1, 3) else 0
+    if config.zero.offload and not on_host and element < 4:
+        sums += 4 * weights // world
+    # Gradients on their way: at ZeRO 2 a bucket of them as they are, and an fp32 copy of it.
+    buckets = 0 if stage == 0 else BUCKET_ELEMENTS * (4 + element if stage == 2 and element < 4 else 4)
     snapshot = weights * (4 + moments + averages) // world if on_host else 0
-    return kept + buckets + snapshot
+    return kept + sums + buckets + snapshot
 
 
 def activations(model: nn.Module, config: Config) -> int:

@@ -13,17 +13,22 @@ import torch.distributed as dist
 THREADS = 2**30  # bytes of address space, used or not, that the threads take which are started later: their stacks and malloc's arenas
 
 
+def hosts() -> list[str]:
+    """The name of each rank's machine; every rank calls this."""
+    names: list = [None] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that this rank may still take: on a CPU its part of what is available to all ranks on this machine."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    hosts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) * 1024
     room = cgroup_room()
-    free = (free if room is None else min(free, room)) // hosts.count(socket.gethostname())
+    free = (free if room is None else min(free, room)) // hosts().count(socket.gethostname())
     soft = resource.getrlimit(resource.RLIMIT_AS)[0]
     return free if soft == resource.RLIM_INFINITY else min(free, soft - _address_space() - THREADS)
 

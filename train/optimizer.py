@@ -30,10 +30,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW, SGD with momentum, or Muon. The learning rate starts at 0: the trainer sets it before every step.
-
-    (DeepSpeed takes a step with zero gradients while it starts at ZeRO 0; at lr 0 that step changes no weight.)
-    """
+    """AdamW, SGD with momentum, or Muon. The learning rate starts at 0: the trainer sets it before every step."""
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)

@@ -84,8 +84,8 @@ def start_runtime(patience: float = PATIENCE) -> Runtime:
         init_process_group(device, timedelta(seconds=patience))
     except dist.DistNetworkError as error:
         raise port_in_use(error) or error from None
+    torch.set_num_threads(_cores_of_this_rank())  # on a GPU, too: with zero.offload the optimizer's step is the CPU's
     if device.type == "cpu":
-        torch.set_num_threads(_cores_of_this_rank())
         keep_memory()
     return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device)
 

@@ -8,20 +8,21 @@ from tests.oracle import assert_same_state, ids_by_step, state
 from tests.runs import events, losses, run, start
 from train.checkpoint import checkpoint_path, read_info
 
-LONG = [(0, "bf16"), (2, "bf16"), (1, "fp16"), (2, "fp16"), (3, "fp16")]
+LONG = [(0, "bf16", False), (2, "bf16", False), (1, "fp16", False), (2, "fp16", False), (3, "fp16", False), (1, "bf16", True)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "precision"),
+    ("stage", "precision", "offload"),
     [
-        *((stage, "fp32") for stage in range(4)),
-        *((1, "bf16"), (3, "bf16"), (0, "fp16")),
-        *(pytest.param(stage, precision, marks=pytest.mark.long) for stage, precision in LONG),
+        *((stage, "fp32", False) for stage in range(4)),
+        *((1, "bf16", False), (3, "bf16", False), (0, "fp16", False), (2, "bf16", True)),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in LONG),
     ],
 )
-def test_all_ranks_skip_the_step_and_nothing_changes(tiny_config, tmp_path, stage, precision):
+def test_all_ranks_skip_the_step_and_nothing_changes(tiny_config, tmp_path, stage, precision, offload):
     settings = [f"zero.stage={stage}", f"train.precision={precision}", "checkpoint.every_steps=1", "checkpoint.keep=9", "train.max_steps=6"]
+    settings.append(f"zero.offload={offload}")
     job = run(
         tiny_config, tmp_path, *settings, "train.evaluate_every=0", world=2, allow_fp16=precision == "fp16", before=NanLoss(1, steps=(4,))
     )
@@ -85,6 +86,17 @@ def test_what_does_not_help_ends_the_run(tiny_config, tmp_path, every_steps, sen
     assert job.wait() == [70, 70]
     assert sentence in job.text().splitlines()[-1]
     assert len(events(tmp_path, "rollback")) == (every_steps == 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "offload"), [(3, False), pytest.param(1, True, marks=pytest.mark.long)])
+def test_fp16_that_does_not_recover_is_the_guards_to_end(tiny_config, tmp_path, stage, offload):
+    """More overflows in a row than halve the loss scale to its least, which DeepSpeed takes for an error of its own."""
+    settings = [f"zero.stage={stage}", f"zero.offload={offload}", "train.precision=fp16", "train.evaluate_every=0", "guard.max_skipped=20"]
+    settings += ["train.global_batch=2", "train.micro_batch=2", "checkpoint.every_steps=100", "model.depths=[1]", "model.num_heads=[2]"]
+    job = start(tiny_config, tmp_path, *settings, allow_fp16=True, before=NanLoss(0, steps=tuple(range(2, 22))))
+    assert job.wait() == [70], job.text()
+    assert "steps 2 to 21 had no finite gradient, and there is no checkpoint to go back to" in job.text().splitlines()[-1]
 
 
 @pytest.mark.slow

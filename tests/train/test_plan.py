@@ -136,11 +136,11 @@ def test_collectives_by_hand():
 
 
 def test_bytes_and_time_of_the_zero_stages():
-    """Of 1 M parameters in 16 bits, seven eighths of 2 MB pass: to average gradients twice, to gather weights once; 4 micro-batches."""
+    """Of 1 M parameters, seven eighths pass: to sum gradients (4 bytes) twice, to gather weights (2 bytes) once; 4 micro-batches."""
     steps = {stage: step(JOB, CLUSTER, stage) for stage in STAGES}
-    assert [steps[stage].sent / 1.75e6 for stage in STAGES] == pytest.approx([2, 3, 2 * 4 + 1, 3 * 4])
+    assert [steps[stage].sent / 1.75e6 for stage in STAGES] == pytest.approx([2 * 2, 2 * 2 + 1, 4 * 2 * 2 + 1, 4 * (2 + 2)])
     assert all(one.compute == pytest.approx(64 / 100) for one in steps.values())
-    assert steps[0].exposed == steps[0].communication == pytest.approx(0.35e-3)
+    assert steps[0].exposed == steps[0].communication == pytest.approx(0.7e-3)
     assert steps[1].exposed == pytest.approx(0.175e-3)  # between nodes the backward pass hides the gradients
     assert step(JOB, replace(CLUSTER, nodes=1), 1).exposed == step(JOB, replace(CLUSTER, nodes=1), 1).communication
     assert steps[3].exposed == 0

@@ -9,12 +9,15 @@ import pytest
 from tests.faults import NanLoss
 from tests.runs import events, run
 
-READS = {(stage, precision): int(stage == 3) for stage in range(4) for precision in ("fp32", "bf16")}
+READS = {(stage, precision): int(stage == 3) for stage in range(4) for precision in ("fp32", "bf16")} | {(1, "fp16"): 0}
 
 
 @dataclass(frozen=True)
 class CountReads:
-    """Rank 0 writes what it has entered, and where in the training loop it has asked for a tensor's value until then."""
+    """Rank 0 writes what it has entered, and where in the training loop it has waited for the device until then.
+
+    That is to ask for a tensor's value, and to call what DeepSpeed waits by: on a CPU that does nothing, but is called all the same.
+    """
 
     path: Path
 
@@ -23,6 +26,7 @@ class CountReads:
             return
         import traceback
 
+        from deepspeed.accelerator import get_accelerator
         from torch.utils._python_dispatch import TorchDispatchMode
 
         from train.trainer import Run
@@ -30,10 +34,15 @@ class CountReads:
 
         steps, places = [], []
 
+        def note(*_: object) -> None:
+            places.append([f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_stack()[-9:-1]])
+
+        get_accelerator().synchronize = note
+
         class Count(TorchDispatchMode):
             def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
                 if function.overloadpacket.__name__ in ("_local_scalar_dense", "equal", "nonzero"):
-                    places.append([f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_stack()[-9:-1]])
+                    note()
                 return function(*arguments, **(keywords or {}))
 
         train_from, enter = Run.train_from, Watchdog.enter
@@ -53,12 +62,14 @@ class CountReads:
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "precision"), READS)
 def test_between_two_lines_of_metrics_the_host_does_not_wait(tiny_config, tmp_path, stage, precision):
-    settings = [f"zero.stage={stage}", f"train.precision={precision}", "train.log_every=4", "train.max_steps=4", "train.evaluate_every=0"]
-    run(tiny_config, tmp_path, *settings, "optimizer.clip_grad=1.0", world=2, before=CountReads(tmp_path / "reads.json"))
+    """Steps 2 to 5 of two micro-batches each on a rank: DeepSpeed's timers, were they on, would begin to wait in step 3."""
+    settings = [f"zero.stage={stage}", f"train.precision={precision}", "train.log_every=6", "train.max_steps=6", "train.evaluate_every=0"]
+    options = {"world": 2, "allow_fp16": precision == "fp16", "before": CountReads(tmp_path / "reads.json")}
+    run(tiny_config, tmp_path, *settings, "optimizer.clip_grad=1.0", **options)
     steps, places = json.loads((tmp_path / "reads.json").read_text())
     at = {step: count for section, step, count in steps if section in ("first_step", "step")}
-    read = [at[3] - at[2], at[4] - at[3]]
-    assert read == [READS[stage, precision]] * 2, places[at[2] : at[4]]
+    read = [at[step + 1] - at[step] for step in range(2, 6)]
+    assert read == [READS[stage, precision]] * 4, places[at[2] : at[6]]
 
 
 @pytest.mark.slow

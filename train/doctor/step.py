@@ -21,13 +21,13 @@ from train.tasks.classification import build_model
 def take(config: Config, classes: int, runtime: Runtime) -> dict:
     """The estimate, the memory that is free, and, where it fits on all ranks, one step of the engine; all ranks call this.
 
-    gradient: bytes that are averaged in a step. taken: it was tried. compute: seconds of a micro-batch's forward and backward, without
-    other ranks. peak: bytes that the step took.
+    gradient: bytes that are summed over the ranks in a step, in fp32. taken: it was tried. compute: seconds of a micro-batch's forward and
+    backward, without other ranks. peak: bytes that the step took.
     """
     model = meta_model(config, classes)
     needed = {**held(model, config, runtime), "activations": activations(model, config)}
     total, free = sum(needed.values()), free_memory(runtime.device)
-    gradient = sum(parameter.nbytes for parameter in model.parameters())
+    gradient = 4 * sum(parameter.numel() for parameter in model.parameters())
     found = {"needed": needed, "estimated": total, "gradient": gradient, "free": free, "taken": False, "device": runtime.device.type}
     everywhere = torch.tensor(float(total <= free), device=runtime.device)
     dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)

@@ -1,8 +1,8 @@
 """A step's time, by ZeRO stage: computing, and what its collectives add.
 
 Bytes by stage: Rajbhandari et al. 2020, "ZeRO: Memory optimizations toward training trillion parameter models", section 7, but that
-DeepSpeed 0.19 averages the gradients of stages 1 and 2 by a whole all-reduce (`use_multi_rank_bucket_allreduce`), where a reduce-scatter
-would do.
+gradients are summed over the ranks in fp32 whatever the weights are in, and that DeepSpeed 0.19 does so at stages 1 and 2 by a whole
+all-reduce (`use_multi_rank_bucket_allreduce`), where a reduce-scatter would do.
 Time of a collective: Thakur, Rabenseifner, Gropp 2005, "Optimization of collective communication operations in MPICH"; Patarasuk and Yuan
 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations". Trees: Sanders, Speck, Träff 2009, as NCCL uses them.
 """
@@ -61,9 +61,10 @@ def all_reduce(size: float, cluster: Cluster) -> float:
 def step(job: Job, cluster: Cluster, stage: int) -> Step:
     """What hides: the gradients' averaging behind the backward pass, at stages 1 and 2 between nodes only (train/engine.py), and at stage 3
     everything behind everything. Perfectly so, as far as the time suffices: a guess on the hopeful side."""
-    from train.engine import BUCKET_ELEMENTS
+    from train.deepspeed_config import BUCKET_ELEMENTS
 
-    micro_batches, size = job.accumulation(cluster.world), float(job.parameters * job.element_bytes)
+    micro_batches, weights = job.accumulation(cluster.world), float(job.parameters * job.element_bytes)
+    gradient = 4.0 * job.parameters
     rate = cluster.images_per_second
     if cluster.cores_per_gpu:
         rate = min(rate, cluster.cores_per_gpu * cluster.decode_rate)
@@ -71,21 +72,23 @@ def step(job: Job, cluster: Cluster, stage: int) -> Step:
     compute = images / cluster.images_per_second
     alone = cluster.world == 1
     buckets = ceil(job.parameters / BUCKET_ELEMENTS)
-    once = (cluster.world - 1) / cluster.world * size
-    reduce = all_reduce(size / buckets, cluster) * buckets
-    gather = all_gather(size / buckets, cluster) * buckets
+    others = (cluster.world - 1) / cluster.world
+    reduce = all_reduce(gradient / buckets, cluster) * buckets
+    gather = all_gather(weights / buckets, cluster) * buckets
+    scatter = all_gather(gradient / buckets, cluster) * buckets  # a reduce-scatter takes as long
     backward = BACKWARD * compute / micro_batches
     if alone:
         sent = communication = exposed = 0.0
     elif stage == 0:
-        sent, communication = 2 * once, reduce
+        sent, communication = 2 * others * gradient, reduce
         exposed = communication
     elif stage < 3:
         times = micro_batches if stage == 2 else 1  # stage 2 keeps no whole gradient from one micro-batch to the next
-        sent, communication = (2 * times + 1) * once, times * reduce + gather
+        sent, communication = others * (2 * times * gradient + weights), times * reduce + gather
         exposed = times * (max(0.0, reduce - backward) if cluster.nodes > 1 else reduce) + gather
     else:
-        sent, communication = 3 * micro_batches * once, 3 * micro_batches * gather
+        sent = micro_batches * others * (2 * weights + gradient)
+        communication = micro_batches * (2 * gather + scatter)
         exposed = max(0.0, communication - compute)
     # Decoding goes on during all of a step.
     busy = compute + exposed
