@@ -71,3 +71,8 @@ def with_sampling(factors: list[tuple[int, int]], width: int, height: int) -> by
     }
     parts = [bytes([0xFF, marker]) + (2 + len(body)).to_bytes(2, "big") + body for marker, body in segments.items()]
     return b"".join([b"\xff\xd8", *parts, data, b"\xff\xd9"])
+
+
+def corpus(name: str) -> bytes:
+    """A seed of the fuzzer, without its last 16 bytes, which are the fuzzer's settings."""
+    return (CORPUS / f"{name}.jpg").read_bytes()[:-16]
