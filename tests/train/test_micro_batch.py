@@ -69,6 +69,6 @@ def test_a_network_whose_batch_norms_need_two_images(tiny_config, tmp_path):
 
 @pytest.mark.slow
 def test_where_nothing_fits_the_run_ends_with_one_sentence(tiny_config, tmp_path):
-    job = start(tiny_config, tmp_path, *SETTINGS, "data.image_size=1024", before=LimitMemory(0, 500))
+    job = start(tiny_config, tmp_path, *SETTINGS, "data.image_size=2048", before=LimitMemory(0, 1000))
     assert job.wait() == [78]
     assert "train.micro_batch=auto: not even 1 fits into memory" in job.text()

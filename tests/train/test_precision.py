@@ -6,6 +6,7 @@ Each case is a real engine on one or two ranks over gloo.
 import multiprocessing
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def _rank(rank: int, world: int, port: int, pipe, function, arguments) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but the same arithmetic
     torch.set_num_threads(1)
-    init_process_group(torch.device("cpu"))
+    init_process_group(torch.device("cpu"), timedelta(seconds=120))
     pipe.send(function(*arguments))
     dist.barrier()
     dist.destroy_process_group()
