@@ -38,7 +38,8 @@ def checkpoint(folder, step: int, top1: float | None = None):
     path = folder / f"step_{step:08d}"
     path.mkdir(parents=True)
     (path / "shard_00000.safetensors").write_bytes(b"")
-    write_manifest(path, CheckpointInfo(step, top1, "", [], {"data": {"path": ""}}, step, {}, {}, {}, 1, {"shard_00000.safetensors": 64 * "0"}))
+    shards = {"shard_00000.safetensors": 64 * "0"}
+    write_manifest(path, CheckpointInfo(step, top1, "", [], {"data": {"path": ""}}, step, {}, {}, {}, 1, shards))
     return path
 
 
