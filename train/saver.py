@@ -96,6 +96,11 @@ class Saver:
         dist.barrier()
         self.tell(monitor, waited=time.monotonic() - began)
 
+    def settle(self, monitor: Monitor) -> None:
+        """Wait for the save that is under way, if any, before this rank ends because of an error. The other ranks need not call this."""
+        self._idle.wait()
+        self.tell(monitor)
+
     def tell(self, monitor: Monitor, waited: float = 0.0) -> None:
         """Say how saves ended since the last call; training has `waited` for them."""
         saves, self._results = self._results, []
@@ -163,18 +168,21 @@ class Saver:
         return f"ok {name} {write_shard(folder / name, tensors, starts)}"
 
     def _commit(self, info: CheckpointInfo, key: str, temporary: Path, final: Path, began: float) -> str:
-        shards = {}
+        shards, failures = {}, []
         for rank in range(self.engine.world):
             answer = self.store.wait_for(f"{key}/{rank}", max(0.0, began + self.timeout - time.monotonic()))
             if answer is None:
                 raise TimeoutError(f"rank {rank} has not written its share after {self.timeout:g} s")
-            if not answer.startswith("ok "):
-                raise OSError(answer)
-            _, name, sha256 = answer.split(" ")
-            shards[name] = sha256
+            if answer.startswith("ok "):
+                _, name, sha256 = answer.split(" ")
+                shards[name] = sha256
+            else:
+                failures.append(answer)
         # All have gone on from the save before this, so nobody looks for its keys any more, nor for those read above.
         for old in (f"save/{self._count - 1}/end", *(f"{key}/{rank}" for rank in range(self.engine.world))):
             self.store.delete(old)
+        if failures:  # only now: no rank writes into the folder any more, which is removed next
+            raise OSError(failures[0])
         write_manifest(temporary, replace(info, shards=shards))
         commit(temporary, final)
         return "ok"

@@ -51,6 +51,7 @@ def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: 
         try:
             run.go()
         except (DataError, StorageError, TrainingFailed, NotSaved) as error:
+            run.saver.settle(run.monitor)
             run.monitor.event("failed", run.saver.begun, str(error), code=error.exit_code)
             raise
         finally:
