@@ -15,9 +15,9 @@ from .faults import LASTING, StorageError, retried
 from .manifest import FILE_NAME, DataError, UsageError
 
 TIMEOUT = 60  # seconds of silence after which a web server is given up
-AT_START = 3  # pauses between the attempts to read the manifest: somebody may be waiting for a mistyped URL
+AT_START = 3  # pauses between the attempts to read the manifest: few, because the URL may be mistyped
 
-Note = Callable[[str, str], None]  # is told (file, what was wrong) of faults that passed
+Note = Callable[[str, str], None]  # called with (file, error) for each fault that passed
 T = TypeVar("T")
 
 
@@ -32,14 +32,14 @@ class Source:
         self.path = path.rstrip("/")
         try:
             self._filesystem, self._root = _open_filesystem(self.path)
-        except (ImportError, ValueError) as error:  # a library that is not installed, a protocol that nobody knows
+        except (ImportError, ValueError) as error:  # a library that is not installed, an unknown protocol
             raise UsageError(f"data.path {path} cannot be opened: {error}.") from error
 
     def url(self, name: str) -> str:
         return f"{self.path}/{name}"
 
     def read_manifest(self) -> bytes:
-        """Raises DataError where it is not there, or not for us; StorageError where nobody answers."""
+        """Raises DataError where it is missing or may not be read, StorageError where the server does not answer."""
         url, place = self.url(FILE_NAME), self._place(FILE_NAME)
         try:
             return self._try(url, lambda: self._filesystem.cat_file(place), Event(), unheard, faults.PAUSES[:AT_START])

@@ -68,7 +68,7 @@ def claim(dest: Path, names: Iterable[str], earlier: Iterable[str] = ()) -> list
 
 
 def remove_work_folder(dest: Path) -> None:
-    """When all is done. What somebody else has put there stays."""
+    """Remove the work folder when all is done. Files that this program did not make stay."""
     work = dest / WORK
     if (work / DOWNLOAD).is_dir():
         shutil.rmtree(work / DOWNLOAD)

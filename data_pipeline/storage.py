@@ -5,7 +5,7 @@ cache. In it there is a folder per dataset, named after its manifest's SHA-256, 
 
     files/<name>         whole, its SHA-256 was the manifest's; never written to again
     parts/<key>.<bytes>  being copied; or left behind by a process that was killed, until the next start, or the next need of its room
-    locks/<key>          empty; held by whoever copies, so that one process of a node copies a file while the others wait
+    locks/<key>          empty; locked by the process that copies the file, while the others on the node wait
 
 A file's key is a hash of its name. What has no lock was not made here: it is neither counted nor removed.
 
@@ -228,7 +228,7 @@ class Cache:
 
     @contextmanager
     def _lock(self, path: Path, closing: Event, wait: bool) -> Iterator[bool]:
-        """Hold the lock of a file of `folder`; False where somebody else has it and we do not wait."""
+        """Hold the lock of a file of `folder`; False where another process holds it and `wait` is false."""
         lock = self.folder.with_name("locks") / _key(self._wanted(path)[0])
         lock.parent.mkdir(parents=True, exist_ok=True)
         with open(lock, "a") as file:

@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19 is told: its settings for a run of ours."""
+"""DeepSpeed 0.19's settings for a run."""
 
 import torch
 import torch.distributed as dist

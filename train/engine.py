@@ -83,7 +83,7 @@ class Engine:
         self._copies: tuple[list[Tensor], list[Tensor]] | None = None  # fp32 masters that are ours, and the weights they are the masters of
         if self.stage == 0:
             self._masters = self._own_masters()
-        # Alone, there is nobody to reduce with; and our own sum we reduce ourselves.
+        # One rank has nothing to reduce; and our own sum is reduced in _add_up.
         self._engine.enable_backward_allreduce = self.stage > 0 or (self.world > 1 and not self._copies)
         fp16 = self.dtype == torch.float16
         self._loss_scale = LossScale(device) if fp16 and self._checked_here else None

@@ -20,7 +20,7 @@ def choose_interface() -> None:
 def interface_to(host: str) -> str | None:
     """The interface by which packets to `host` leave; that of the default route where `host` is this machine by way of loopback.
 
-    None where nobody can say.
+    None where it cannot be determined.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]

@@ -1,4 +1,4 @@
-"""The shards of a checkpoint, read: any range of any tensor, whoever wrote it.
+"""The shards of a checkpoint, read: any range of any tensor, at any world size.
 
 A shard is a safetensors file. It is read here by ranges and not memory-mapped, so a fault of the file system is an error that can be tried
 again, where a mapped file would end the process. What a file says of itself is checked before it is used: it may be a stranger's.

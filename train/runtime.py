@@ -23,7 +23,7 @@ from train.lock import RunLock
 BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
-PATIENCE = 1800.0  # seconds that a collective may take where nobody knows better
+PATIENCE = 1800.0  # seconds that a collective may take, by default
 
 
 class Unavailable(Exception):
@@ -91,7 +91,7 @@ def start_runtime(patience: float = PATIENCE) -> Runtime:
 
 
 def port_in_use(error: dist.DistNetworkError) -> Unavailable | None:
-    """What to say of `error` where rank 0 could not listen, because somebody else does."""
+    """The error to raise where rank 0 could not listen because the port is in use; None for other errors."""
     if "EADDRINUSE" not in str(error):
         return None
     return Unavailable(

@@ -44,7 +44,10 @@ class Saver:
     def __init__(
         self, folder: Path, about: CheckpointInfo, best: float | None, engine: Engine, ema: Ema | None, store: Store, settings: Config
     ):
-        """about: what all checkpoints say alike, and the step that the run starts from. best: top-1 of the best checkpoint until then."""
+        """about: what is the same in all checkpoints, and the step that the run starts from.
+
+        best: top-1 of the best checkpoint until then, or None.
+        """
         self.folder, self.about, self.engine, self.ema, self.store = folder, about, engine, ema, store
         self.keep, self.timeout = settings.checkpoint.keep, settings.guard.timeout.save
         self.go_back(about.step, best)
@@ -178,7 +181,7 @@ class Saver:
                 shards[name] = sha256
             else:
                 failures.append(answer)
-        # All have gone on from the save before this, so nobody looks for its keys any more, nor for those read above.
+        # All have gone on from the save before this, so its keys are not read any more, nor are those read above.
         for old in (f"save/{self._count - 1}/end", *(f"{key}/{rank}" for rank in range(self.engine.world))):
             self.store.delete(old)
         if failures:  # only now: no rank writes into the folder any more, which is removed next

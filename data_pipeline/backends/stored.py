@@ -67,7 +67,7 @@ class StoredSamples:
         """Have the system begin to read these samples from the disk, so that the threads that decode need not wait for it."""
         records = self.records[ids]
         for shard, offset, length in zip(*(records[name].tolist() for name in ("shard", "offset", "size")), strict=True):
-            with suppress(OSError):  # `read` meets it again, and says so
+            with suppress(OSError):  # `read` meets the same error, and reports it
                 os.posix_fadvise(self._file(shard).descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
