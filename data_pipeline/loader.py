@@ -53,8 +53,8 @@ class MicroBatch:
 
     ids int64 [m]; images uint8 [m, 3, S, S], RGB, in channels-last memory (on the GPU for data.device=gpu); labels int64 [m], UNCOUNTED
     for what evaluation must leave out. draws (numpy int64 [m]): a number per use of a sample in its epoch (id + samples · copy), from which
-    the keys of its crop and augmentation are made. bad: the samples that could not be read; all else is of those that were. faults:
-    attempts to read that failed since the batch before it, and were followed by others.
+    the keys of its crop and augmentation are made. bad: the samples that could not be read; the other
+    fields are those of their replacements. faults: reads that failed since the batch before, and were repeated.
     """
 
     step: int

@@ -29,7 +29,7 @@ def work_folder(dest: Path) -> Iterator[Path]:
     """`dest/.work`, made where it is not there, for this process alone; what a killed run left half-written is gone from both folders.
 
     dest: resolved. The lock goes with the process, however it ends. Raises UsageError where another process has it, or where the folder is
-    somebody's own.
+    not this program's.
     """
     work = dest / WORK
     work.mkdir(parents=True, exist_ok=True)
