@@ -29,13 +29,13 @@ BATCHES = (1, 2, 5)
 class ExportError(Exception):
     """The file does not compute what the model computes."""
 
-    exit_code = 70
+    exit_code = os.EX_SOFTWARE
 
 
 class CannotExport(ValueError):
     """What was asked for cannot be exported; the message says why, and the remedy."""
 
-    exit_code = 78
+    exit_code = os.EX_CONFIG
 
 
 def check_target(to: str, features_only: bool) -> None:

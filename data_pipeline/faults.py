@@ -3,6 +3,7 @@
 Only the file system is asked again here. Damaged contents (a wrong checksum, a file that is too short) are not a fault of this kind.
 """
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
@@ -19,7 +20,7 @@ LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionE
 class StorageError(Exception):
     """A file could not be read or written, though nothing is wrong with its contents; another start may find the file system well."""
 
-    exit_code = 74
+    exit_code = os.EX_IOERR
 
 
 @dataclass(frozen=True)

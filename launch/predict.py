@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import EXIT_DATA, Parser, run
+from launch.cli import Parser, run
+from train import exit_codes
 
 
 class Unreadable(Exception):
-    exit_code = EXIT_DATA
+    """Some images could not be read; the message has their number."""
+
+    exit_code = exit_codes.BAD_DATA
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -36,12 +39,20 @@ def main(arguments: argparse.Namespace) -> None:
             bad += 1
             print(f"left out: {found.path}: {found.problem}", file=sys.stderr, flush=True)
             continue
-        best = [(trained.classes[number], probability) for number, probability in zip(found.classes, found.probabilities, strict=True)]
+        best = [
+            (trained.classes[number], probability)
+            for number, probability in zip(found.classes, found.probabilities, strict=True)
+        ]
         if arguments.json:
             classes = [{"class": name, "probability": probability} for name, probability in best]
             print(json.dumps({"image": str(found.path), "top": classes}), flush=True)
         else:
-            print(found.path, *(f"  {100 * probability:5.1f} %  {printable(name)}" for name, probability in best), sep="\n", flush=True)
+            print(
+                found.path,
+                *(f"  {100 * probability:5.1f} %  {printable(name)}" for name, probability in best),
+                sep="\n",
+                flush=True,
+            )
     if bad:
         raise Unreadable(f"{bad} of {len(paths)} images could not be read")
 
@@ -53,12 +64,21 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders: all images below them")
     parser.add_argument(
-        "--run", required=True, metavar="RUN_OR_CHECKPOINT", help="a run's folder (newest sound checkpoint) or a checkpoint's"
+        "--run",
+        required=True,
+        metavar="RUN_OR_CHECKPOINT",
+        help="a run's folder (newest sound checkpoint) or a checkpoint's",
     )
-    parser.add_argument("--best", action="store_true", help="of a run: the checkpoint with the best top-1 in its evaluations (the EMA's)")
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="of a run: the checkpoint with the best top-1 in its evaluations (the EMA's)",
+    )
     parser.add_argument("--weights", choices=["ema", "model"], help="which weights (default: ema where the run has it)")
     parser.add_argument("--top", type=_positive, default=5, metavar="N", help="classes per image (default: 5)")
-    parser.add_argument("--batch", type=_positive, default=64, metavar="N", help="images per forward pass (default: 64)")
+    parser.add_argument(
+        "--batch", type=_positive, default=64, metavar="N", help="images per forward pass (default: 64)"
+    )
     parser.add_argument("--json", action="store_true", help="a line of JSON for each image, unrounded")
     return parser.parse_args()
 

@@ -15,9 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.cli import EXIT_DATA, EXIT_FAILED, Parser, fail
-
-EXIT_INTERRUPTED = 130  # as a shell says it
+from launch.cli import Parser, fail
+from train import exit_codes
 
 DESCRIPTION = """\
 Pack images into WebDataset shards with an index. Every image is decoded; broken ones are left out and listed in DEST/report.jsonl.
@@ -57,13 +56,16 @@ def main(arguments: list[str]) -> int:
     except (UsageError, DataError, StorageError) as error:
         return fail(error.exit_code, error)
     except MemoryError:
-        return fail(EXIT_FAILED, "out of memory: give fewer --workers; the same command goes on from here.")
+        return fail(exit_codes.FAILED, "out of memory: give fewer --workers; the same command goes on from here.")
     except BrokenProcessPool:
-        return fail(EXIT_FAILED, "a worker process was killed (out of memory?): start the same command again, finished shards are kept.")
+        return fail(
+            exit_codes.FAILED,
+            "a worker process was killed (out of memory?): start the same command again, finished shards are kept.",
+        )
     except OSError as error:
-        return fail(EXIT_FAILED, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+        return fail(exit_codes.FAILED, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
     except KeyboardInterrupt:
-        return fail(EXIT_INTERRUPTED, "interrupted; the same command goes on from here.")
+        return fail(exit_codes.INTERRUPTED, "interrupted; the same command goes on from here.")
 
 
 def run_prepare(options: argparse.Namespace) -> int:
@@ -115,13 +117,18 @@ def _print_report(dest: Path) -> None:
     }
     listed = False
     for name, split in report["splits"].items():
-        parts = [f"{split['samples']} images", *(f"{split[outcome]} {words}" for outcome, words in names.items() if outcome in split)]
+        parts = [
+            f"{split['samples']} images",
+            *(f"{split[outcome]} {words}" for outcome, words in names.items() if outcome in split),
+        ]
         print(f"  {name}: {'; '.join(parts)}")
         listed = listed or bool(split.keys() & {"transcoded", "repaired", "excluded"})
     if listed:
         print(f"  {dest / LIST_NAME} names the images that were transcoded, repaired or left out, with the reason")
     if convertible := sum(split.get("convertible", 0) for split in report["splits"].values()):
-        print(f"  {convertible} of those left out are sound, but no JPEGs as training reads them, and shards of others are not rewritten:")
+        print(
+            f"  {convertible} of those left out are sound, but no JPEGs as training reads them, and shards of others are not rewritten:"
+        )
         print("  to keep them, unpack the shards into class folders and prepare those")
     if report.get("ignored_files"):
         print(f"  {report['ignored_files']} files that are no images of these splits were ignored")
@@ -132,9 +139,9 @@ def run_verify(options: argparse.Namespace) -> int:
 
     faults = verify(options.dest, options.workers)
     for fault in faults:
-        fail(EXIT_DATA, fault)
+        fail(exit_codes.BAD_DATA, fault)
     if faults:
-        return EXIT_DATA
+        return exit_codes.BAD_DATA
     print(f"{options.dest} is whole: every file and every image has its checksum.")
     return 0
 
@@ -149,13 +156,23 @@ def _prepare_parser() -> Parser:
     source.add_argument("--val", metavar="SOURCE", help="a folder or tar: in class folders, or flat with --val-labels")
     source.add_argument("--val-labels", type=Path, metavar="FILE", help=LABELS_HELP)
     source.add_argument(
-        "--val-fraction", type=_fraction, default=0.0, metavar="F", help="part of a source without val that becomes val (default: none)"
+        "--val-fraction",
+        type=_fraction,
+        default=0.0,
+        metavar="F",
+        help="part of a source without val that becomes val (default: none)",
     )
 
     size = parser.add_argument_group("smaller images; without these, sound JPEGs keep their bytes")
-    size.add_argument("--resize-short", type=_positive(int), metavar="N", help="shrink the short side to N pixels, where it is longer")
-    size.add_argument("--max-side", type=_positive(int), metavar="N", help="shrink the long side to N pixels, where it is longer")
-    size.add_argument("--quality", type=_quality, metavar="Q", help="encode again as JPEG of this quality, 4:2:0 (with the above: 90)")
+    size.add_argument(
+        "--resize-short", type=_positive(int), metavar="N", help="shrink the short side to N pixels, where it is longer"
+    )
+    size.add_argument(
+        "--max-side", type=_positive(int), metavar="N", help="shrink the long side to N pixels, where it is longer"
+    )
+    size.add_argument(
+        "--quality", type=_quality, metavar="Q", help="encode again as JPEG of this quality, 4:2:0 (with the above: 90)"
+    )
 
     output = parser.add_argument_group("what is written")
     output.add_argument(
@@ -165,14 +182,28 @@ def _prepare_parser() -> Parser:
         metavar="LIST",
         help="webdataset (default), or webdataset,ffcv: both",
     )
-    output.add_argument("--ffcv-mode", choices=("jpeg", "raw"), help="the shards' bytes (jpeg, the default), or pixels (raw: fast, large)")
-    output.add_argument("--shard-size", type=_positive(float), default=128.0, metavar="MB", help="size of a shard (default: %(default)s)")
-    output.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the shuffle and of --val-fraction (default: %(default)s)")
+    output.add_argument(
+        "--ffcv-mode",
+        choices=("jpeg", "raw"),
+        help="the shards' bytes (jpeg, the default), or pixels (raw: fast, large)",
+    )
+    output.add_argument(
+        "--shard-size",
+        type=_positive(float),
+        default=128.0,
+        metavar="MB",
+        help="size of a shard (default: %(default)s)",
+    )
+    output.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="of the shuffle and of --val-fraction (default: %(default)s)"
+    )
     return parser
 
 
 def _verify_parser() -> Parser:
-    parser = Parser(prog="prepare.py verify", description="Check every shard, FFCV file, index and image of a prepared dataset.")
+    parser = Parser(
+        prog="prepare.py verify", description="Check every shard, FFCV file, index and image of a prepared dataset."
+    )
     parser.add_argument("dest", metavar="DEST", type=Path, help="folder of the dataset")
     _add_workers(parser)
     return parser
@@ -187,14 +218,22 @@ def _index_parser() -> Parser:
         help="the split of all shards (default: by their names: train-…, val-…, validation-…)",
     )
     parser.add_argument(
-        "--label-key", metavar="KEY", help="take the label from this field of .json (default: .cls, or else the field label, class or cls)"
+        "--label-key",
+        metavar="KEY",
+        help="take the label from this field of .json (default: .cls, or else the field label, class or cls)",
     )
     _add_workers(parser)
     return parser
 
 
 def _add_workers(parser: Parser) -> None:
-    parser.add_argument("--workers", type=_positive(int), default=_cpus(), metavar="N", help="at a time (default: the CPUs, %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=_positive(int),
+        default=_cpus(),
+        metavar="N",
+        help="at a time (default: the CPUs, %(default)s)",
+    )
 
 
 def _positive(kind: type):
@@ -217,7 +256,9 @@ def _quality(text: str) -> int:
 def _formats(text: str) -> tuple[str, ...]:
     formats = tuple(text.split(","))
     if unknown := set(formats) - {"webdataset", "ffcv"}:
-        raise argparse.ArgumentTypeError(f"there is no format {', '.join(sorted(unknown))}: the formats are webdataset and ffcv")
+        raise argparse.ArgumentTypeError(
+            f"there is no format {', '.join(sorted(unknown))}: the formats are webdataset and ffcv"
+        )
     if "webdataset" not in formats:
         raise argparse.ArgumentTypeError("FFCV files are made from the WebDataset shards: give webdataset,ffcv")
     return formats

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from train import exit_codes
 from train.guard.run_lock import WATCH
 from train.telemetry.formatting import clock, duration
 from train.telemetry.goodput import Ledger, goodput, hangs, parse_lines
@@ -31,7 +32,15 @@ LEAST_ROOM = 1e9  # bytes
 
 # Exit codes of `launch/watch.py --once`. What has ended has the code of the run itself, "failed" the one that its event says.
 RUNNING, ALARMED, NOT_STARTED, DIED = 10, 11, 12, 13
-CODES = {"not started": NOT_STARTED, "starting": RUNNING, "running": RUNNING, "finished": 0, "stopped": 75, "hung": 71, "died": DIED}
+CODES = {
+    "not started": NOT_STARTED,
+    "starting": RUNNING,
+    "running": RUNNING,
+    "finished": 0,
+    "stopped": exit_codes.STOPPED,
+    "hung": exit_codes.HUNG,
+    "died": DIED,
+}
 FINAL = ("finished", "failed")  # states that another start would not change
 ENDED = {"finished": "finished", "preempted": "stopped", "failed": "failed"}
 

@@ -20,10 +20,12 @@ from data_pipeline.storage import open_dataset
 from operate.doctor import files, machine, network, step
 from operate.doctor.case import one_micro_batch
 from operate.doctor.meeting import Meeting
+from train import exit_codes
 from train.config import Config
 from train.engine.estimate import checkpoint_bytes
 from train.engine.network_interface import choose_interface
 from train.engine.runtime import Runtime, start_runtime
+from train.exit_codes import exit_code_of
 
 # Seconds that a check may take: some ten times what it takes on a healthy cluster.
 LIMITS = {"machine": 60, "disk": 40, "dataset": 60, "decoding": 40, "network": 60, "links": 90, "step": 120}
@@ -117,7 +119,7 @@ class Patient:
 
 def _leave(rank: int) -> None:
     print(f"error: the doctor is not done after {ALL} s on rank {rank}", file=sys.stderr, flush=True)
-    os._exit(78)
+    os._exit(exit_codes.BAD_CONFIG)
 
 
 def _together(name: str, check: Callable[[], dict], meeting: Meeting) -> dict:
@@ -144,7 +146,7 @@ def _run(name: str, check: Callable[[], dict], meeting: Meeting, given_up: Calla
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # a thread has its own
             outcome["value"] = check()
         except Exception as error:
-            if not hasattr(error, "exit_code"):  # not an error that says itself what to do
+            if exit_code_of(error) is None:
                 traceback.print_exc()
             outcome["error"] = str(error).splitlines()[0] if str(error) else type(error).__name__
 

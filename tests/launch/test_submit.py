@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.ranks import FAILURES, FINAL, VERDICT_FILE, verdicts
+from launch.ranks import VERDICT_FILE, verdicts
 from launch.requeue import JobState, Starts, Verdict, conclude, decide, newest_step
 from launch.submit import parse_minutes, parse_seeds
 from tests.runs import ROOT
+from train.exit_codes import FAILURES, FINAL
 
 RUNNING = JobState(0, "RUNNING", "None")
 FIRST = Starts(100, 0)

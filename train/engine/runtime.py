@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from train import exit_codes
 from train.engine.deepspeed_engine import init_process_group
 from train.engine.network_interface import choose_interface
 from train.guard.run_lock import RunLock
@@ -29,7 +30,7 @@ PATIENCE = 1800.0  # seconds that a collective may take, by default
 class Unavailable(Exception):
     """The machine has not got now what the run needs; another start may find it."""
 
-    exit_code = 69
+    exit_code = exit_codes.UNAVAILABLE
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from train import exit_codes
+
 if TYPE_CHECKING:
     from train.guard.rank_store import Store
 
-EXIT_HUNG, EXIT_STOPPED = 71, 75
 SECTIONS = ("startup", "first_step", "step", "evaluation", "save")  # in the order of their places in a step
 TICK = 0.5  # seconds between two looks at the main thread
 HEARTBEAT = 1.0  # seconds
@@ -55,7 +56,7 @@ class Watchdog:
     """Two threads beside the main one. The watch looks at this process only, never blocks, and ends it; the heart talks to the store.
 
     A second of a healthy run costs a rank one set and one check. Past a section's limit one heart, the judge's, reads the heartbeats of all
-    ranks, twice, and puts a sentence under "hung", which ends all ranks with EXIT_HUNG; the judge is who comes first, and the next one
+    ranks, twice, and puts a sentence under "hung", which ends all ranks with HUNG; the judge is who comes first, and the next one
     where no sentence comes. Where rank 0, which keeps the store, is frozen or dead, each rank ends by its own limit. Each writes the stacks
     of its threads to `stacks/rank_<rank>.txt`.
 
@@ -98,11 +99,11 @@ class Watchdog:
         self._place = _Place(section, step, time.monotonic(), limit)
 
     def stop_by(self, deadline: float) -> None:
-        """A stop was asked for: if this process still lives at `deadline` (time.monotonic()), it ends with EXIT_STOPPED as it is."""
+        """A stop was asked for: if this process still lives at `deadline` (time.monotonic()), it ends with exit_codes.STOPPED as it is."""
         self._stop_asked = deadline - self._grace
 
     def settle(self) -> None:
-        """An error has ended training: does not return where it comes from a hang, which ends this process with EXIT_HUNG.
+        """An error has ended training: does not return where it comes from a hang, which ends this process with exit_codes.HUNG.
 
         A rank that was frozen, and wakes up when the others have ended, sees broken connections before it sees anything else. So may a rank
         whose neighbours have just ended. Takes as long as it takes to know, 2 heartbeats and a tick.
@@ -178,7 +179,7 @@ class Watchdog:
         # What this says may wait for a disk or a pipe that hangs, so another thread says it.
         threading.Thread(target=self._last_words, args=(sentence,), daemon=True).start()
         time.sleep(LINGER)
-        os._exit(EXIT_HUNG)
+        os._exit(exit_codes.HUNG)
 
     def _last_words(self, sentence: str) -> None:
         path = self._stacks / f"rank_{self._rank}.txt"
@@ -201,7 +202,7 @@ class Watchdog:
         say = threading.Thread(target=print, args=(sentence,), kwargs={"file": sys.stderr, "flush": True}, daemon=True)
         say.start()
         say.join(1)
-        os._exit(EXIT_STOPPED)
+        os._exit(exit_codes.STOPPED)
 
 
 def blame(first: list[Beat | None], second: list[Beat | None]) -> str:
