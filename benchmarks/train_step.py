@@ -1,20 +1,23 @@
-"""Speed of a training step beside a bare PyTorch loop, interleaved in one run; and what the guard costs it."""
+"""Speed of a training step compared with a bare PyTorch loop, interleaved; and the cost of the guard in a step."""
 
 import copy
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from benchmarks.data import interleave
-from benchmarks.model import Clock
+from benchmarks.measure import DeviceTimer, interleave, rates_table, summary
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
 from train.checkpoint.saver import snapshot
 from train.config import Config
 from train.engine.deepspeed_engine import Engine, compile_settings
 from train.engine.ema import Ema
+from train.engine.flops import finish
 from train.engine.optimizer import build_optimizer
 from train.engine.prefetch import Feed
 from train.engine.runtime import Runtime
@@ -26,9 +29,44 @@ from train.guard.watchdog import Watchdog
 from train.tasks.classification.task import Classification, build_model
 
 
+def run(config: Config, manifest: Manifest, runtime: Runtime, steps: int, rounds: int) -> dict | None:
+    """Measure training steps; print and return the results on the main rank. All ranks call this."""
+    rows = summary(bench_train(config, len(manifest.classes), runtime, steps, rounds), "bare PyTorch")
+    split = split_step(config, manifest, runtime, steps * rounds)
+    if not runtime.is_main:
+        return None
+    overhead = 1 / next(iter(rows.values()))["ratio"] - 1
+    print(rates_table(rows, "img/s", "bare PyTorch"))
+    print(f"DeepSpeed takes {overhead:+.1%} of a bare step's time")
+    print("a step from prepared data: " + ", ".join(f"{phase} {spent:.1f} ms" for phase, spent in split.items()))
+    about = {"precision": config.train.precision, "model": config.model.name}
+    return {"train": rows, "overhead": overhead, "milliseconds": split, **about}
+
+
+def run_guard(config: Config, manifest: Manifest, runtime: Runtime, steps: int) -> dict | None:
+    """Measure the guard's share of a training step; print and return the results on the main rank. All ranks call this."""
+    with tempfile.TemporaryDirectory() as folder:
+        cost = bench_guard(config, len(manifest.classes), runtime, steps, Path(folder))
+    if not runtime.is_main:
+        return None
+    share = f"guard {cost['guard_ms']:.3f} ms of a step of {cost['step_ms']:.0f} ms: {cost['share']:.3%}"
+    print(f"{runtime.describe()}: {share}")
+    stall, size = cost["save_stall_ms"], cost["save_megabytes"]
+    print(f"a checkpoint stops training for {stall:.0f} ms ({size:.0f} MB of rank 0)")
+    return {"guard": {"world_size": runtime.world, **cost}}
+
+
+def random_batch(config: Config, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A micro-batch of random images and labels."""
+    size, batch = config.data.image_size, config.train.micro_batch
+    return torch.randn(batch, 3, size, size, device=device), torch.randint(classes, (batch,), device=device)
+
+
 def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, rounds: int = 5) -> dict[str, list[float]]:
-    """Images per second of steps of one micro-batch of random images: the engine, and a bare PyTorch loop that does the same arithmetic,
-    in 16 bits with an fp32 master of the weights, too."""
+    """Images per second of steps of one micro-batch: with the engine, and with a bare PyTorch loop of the same arithmetic.
+
+    In 16 bits, the bare loop also keeps fp32 master weights.
+    """
     engine = Engine(build_model(config, classes), config, accumulation=1, device=runtime.device)
     master = build_model(config, classes).to(runtime.device)
     optimizer = build_optimizer(master, config.optimizer)
@@ -36,23 +74,17 @@ def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, roun
     masters, weights = list(master.parameters()), list(model.parameters())
     if config.train.compile:
         model.compile(**compile_settings())
-    size, batch = config.data.image_size, config.train.micro_batch
-    images = torch.randn(batch, 3, size, size, device=runtime.device)
-    labels = torch.randint(classes, (batch,), device=runtime.device)
-
-    def finish() -> None:
-        if runtime.device.type == "cuda":
-            torch.cuda.synchronize()
+    images, labels = random_batch(config, classes, runtime.device)
 
     def with_engine() -> None:
         for _ in range(steps):
-            engine.backward(torch.nn.functional.cross_entropy(engine(images).float(), labels))
+            engine.backward(cross_entropy(engine(images).float(), labels))
             engine.step(1e-4)
-        finish()
+        finish(runtime.device)
 
     def plain() -> None:
         for _ in range(steps):
-            torch.nn.functional.cross_entropy(model(images.to(engine.dtype)).float(), labels).backward()
+            cross_entropy(model(images.to(engine.dtype)).float(), labels).backward()
             if model is not master:
                 for weight, of_master in zip(weights, masters, strict=True):
                     of_master.grad = weight.grad.float()
@@ -62,55 +94,68 @@ def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, roun
                 with torch.no_grad():
                     torch._foreach_copy_(weights, masters)
             model.zero_grad()
-        finish()
+        finish(runtime.device)
 
     ways = {f"DeepSpeed ZeRO {engine.stage}": with_engine, "bare PyTorch": plain}
-    return interleave(ways, steps * batch, rounds, time.perf_counter)
+    return interleave(ways, steps * len(images), rounds, time.perf_counter)
 
 
 def split_step(config: Config, manifest: Manifest, runtime: Runtime, steps: int) -> dict[str, float]:
-    """Where the time of training steps of one micro-batch from `manifest` goes: milliseconds (medians of `steps`) that the model waits for
-    its images, and of forward, backward and optimizer, as the device sees them."""
-    order = Order(config.train.seed, manifest.split("train").samples, config.train.micro_batch * runtime.world, config.train.micro_batch)
+    """Milliseconds of a step of one micro-batch from `manifest`: waiting for data, forward, backward and optimizer.
+
+    Measured on the device; medians of `steps` steps.
+    """
+    order = Order(
+        config.train.seed,
+        manifest.split("train").samples,
+        config.train.micro_batch * runtime.world,
+        config.train.micro_batch,
+    )
     task = Classification(config, manifest, order, runtime)
-    engine, clock = Engine(task.build_model(), config, accumulation=1, device=runtime.device), Clock(runtime.device)
+    engine = Engine(task.build_model(), config, accumulation=1, device=runtime.device)
+    timer = DeviceTimer(runtime.device)
     with Feed(task.batches(0), task.inputs, runtime.device, waited=lambda seconds: None) as feed:
-        for _ in range(-3, steps):  # the first ones warm up
-            clock.mark()
+        for _ in range(-3, steps):  # the first three warm up
+            timer.mark()
             batch, images, targets = next(feed)
-            clock.mark()
+            timer.mark()
             loss = task.loss(engine, batch, images, targets)
-            clock.mark()
+            timer.mark()
             engine.backward(loss)
             feed.prepare()
-            clock.mark()
+            timer.mark()
             engine.step(1e-4)
-    clock.mark()
-    times = clock.milliseconds()[3 * 4 :]
-    return {phase: statistics.median(times[i::4]) for i, phase in enumerate(("data", "forward", "backward", "optimizer"))}
+    timer.mark()
+    times = timer.milliseconds()[3 * 4 :]
+    return {
+        phase: statistics.median(times[i::4]) for i, phase in enumerate(("data", "forward", "backward", "optimizer"))
+    }
 
 
 def bench_guard(config: Config, classes: int, runtime: Runtime, steps: int, folder: Path) -> dict[str, float]:
-    """What the guard costs a step: milliseconds on the main thread of what the trainer calls, of the step, and their ratio; and how long
-    training stands still for a checkpoint of this rank's share.
+    """Milliseconds per step on the main thread of the guard's calls, of the whole step, and their ratio; and how long training
+    stops for a checkpoint of this rank's share.
 
-    A difference of whole steps would drown in their noise, so the calls are timed between the step's own work. `folder`: for stacks.
+    The guard's calls are timed inside the step, because the difference between steps with and without them would be smaller
+    than the noise. folder: for stacks.
     """
     engine = Engine(build_model(config, classes), config, accumulation=1, device=runtime.device)
-    size, batch = config.data.image_size, config.train.micro_batch
-    images = torch.randn(batch, 3, size, size, device=runtime.device)
-    labels = torch.randint(classes, (batch,), device=runtime.device)
+    images, labels = random_batch(config, classes, runtime.device)
     watchdog = Watchdog(runtime.rank, runtime.world, config.guard.timeout.model_dump(), folder, config.guard.grace)
     watchdog.connect(Store())
-    agreement, skips, guarding = Agreement(runtime.device, config.guard.agree_every), Skips(config.guard.max_skipped), 0.0
+    agreement, skips, guarding = (
+        Agreement(runtime.device, config.guard.agree_every),
+        Skips(config.guard.max_skipped),
+        0.0,
+    )
     for step in range(-3, steps):
-        if step == 0:  # the first ones warm up
+        if step == 0:  # the first three warm up
             began, guarding = time.perf_counter(), 0.0
         at = [time.perf_counter()]
         watchdog.enter("step", step)
         with agreement.alone():
             at.append(time.perf_counter())
-            loss = torch.nn.functional.cross_entropy(engine(images).float(), labels)
+            loss = cross_entropy(engine(images).float(), labels)
             at.append(time.perf_counter())
         at += [time.perf_counter()]
         engine.backward(loss)

@@ -29,13 +29,13 @@ BATCHES = (1, 2, 5)
 class ExportError(Exception):
     """The file does not compute what the model computes."""
 
-    exit_code = os.EX_SOFTWARE
+    exit_code = 70
 
 
 class CannotExport(ValueError):
     """What was asked for cannot be exported; the message says why, and the remedy."""
 
-    exit_code = os.EX_CONFIG
+    exit_code = 78
 
 
 def check_target(to: str, features_only: bool) -> None:
