@@ -1,6 +1,7 @@
-"""Speed of the data path compared with other libraries, on the same images, interleaved. Rates are images per CPU-second.
+"""Speed of the data path compared with other libraries, interleaved, in images per CPU-second.
 
-All decoders run on one thread and produce the same: random resized crops of `size` pixels as uint8, half of them mirrored.
+All decoders run on one thread and produce the same: random resized crops of `size` pixels as uint8, half of them
+mirrored.
 """
 
 import importlib.util
@@ -60,9 +61,10 @@ class Images:
 
 
 def run(config: Config, manifest: Manifest, count: int, rounds: int, gpu_rate: float) -> dict[str, Any]:
-    """Measure decoding, the whole training path, the loader and each operation of the recipe; print and return the results.
+    """Measure decoding, the training path, the loader and the recipe's operations; print and return the results.
 
-    count: images per round. gpu_rate: images per second of a GPU, from which the number of cores that it needs is computed.
+    count: images per round. gpu_rate: images per second of a GPU, from which the number of cores that it needs is
+    computed.
     """
     torch.set_num_threads(1)
     images = Images.read(manifest.split("train"), count, config.data.image_size, config.augment)
@@ -101,11 +103,11 @@ def run(config: Config, manifest: Manifest, count: int, rounds: int, gpu_rate: f
     return results
 
 
-# --- decode + crop + resize + flip → uint8 ------------------------------------------------------------------------------
+# --- decode + crop + resize + flip → uint8 ----------------------------------------------------------------------------
 
 
 def decoding(images: Images) -> dict[str, Callable[[], None]]:
-    """Ways from stored bytes to cropped uint8 pixels. Ways whose library or file is missing are left out: see `absent`."""
+    """Ways from stored bytes to cropped uint8 pixels, without those whose library or file is missing (`absent`)."""
     out = np.empty((len(images.ids), images.size, images.size, 3), np.uint8)
 
     def backend(name: str) -> Callable[[], None]:
@@ -274,7 +276,7 @@ def _exhaust(iterable: Iterable) -> None:
         pass
 
 
-# --- stored bytes → normalised float batch ------------------------------------------------------------------------------
+# --- stored bytes → normalised float batch ----------------------------------------------------------------------------
 
 
 def training_path(images: Images) -> dict[str, Callable[[], None]]:
@@ -294,11 +296,11 @@ def training_path(images: Images) -> dict[str, Callable[[], None]]:
     }
 
 
-# --- the loader ---------------------------------------------------------------------------------------------------------
+# --- the loader -------------------------------------------------------------------------------------------------------
 
 
 def loading(images: Images, data: DataConfig, workers: int) -> dict[str, Callable[[], None]]:
-    """The loader with `workers` threads in steady state, and the decoder alone on one thread. To be timed by wall clock."""
+    """The loader with `workers` threads in steady state, and the decoder on one thread, for wall-clock timing."""
     config = data.model_copy(update={"image_size": images.size, "workers": workers})
     batches = 2 * -(-len(images.ids) // BATCH)
     order = Order(0, images.split.samples, BATCH, BATCH)

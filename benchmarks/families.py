@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import catmodel
 from benchmarks.measure import interleave, summary
 
-# (model, image size, and from its paper: millions of parameters, GMACs, top-1 in percent). CoTNet's two accuracies are those
-# of the default recipe with EMA and of the advanced recipe. None: the paper does not state the figure.
+# (model, image size, and from its paper: millions of parameters, GMACs, top-1 in percent). CoTNet's two accuracies are
+# those of the default recipe with EMA and of the advanced recipe. None: the paper does not state the figure.
 PUBLISHED: tuple[tuple[str, int, float | None, float | None, str | None], ...] = (
     ("cat_nano", 32, None, None, None),
     ("cat_tiny", 224, 17, 2.8, "80.3"),
@@ -42,9 +42,10 @@ PEERS = {
 
 
 def count_models() -> list[dict[str, Any]]:
-    """Per entry of PUBLISHED: model, size, parameters, gmacs, and the paper's paper_parameters (M), paper_gmacs and paper_top1.
+    """Per entry of PUBLISHED: model, size, parameters, gmacs, and the PAPER figures (paper_parameters in millions).
 
-    gmacs: multiply-adds of convolutions and matrix products, as counted by PyTorch, without norms and CoT's aggregation.
+    gmacs: multiply-adds of convolutions and matrix products, as counted by PyTorch, without norms and CoT's
+    aggregation.
     """
     return [{**counted(name, size), **dict(zip(PAPER, paper, strict=True))} for name, size, *paper in PUBLISHED]
 

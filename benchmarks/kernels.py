@@ -16,7 +16,8 @@ from catmodel.layers import Mlp
 from train.config import ConfigError
 from train.engine.flops import Roofline, seconds
 
-# Side of the map in tokens, channels, heads (cat_base at 224 x 224), and whether plain PyTorch is also compiled, which is slow.
+# Side of the map in tokens, channels, heads (cat_base at 224 x 224), and whether plain PyTorch is also compiled, which
+# is slow.
 STAGES = ((56, 96, 3, True), (28, 192, 6, False), (14, 384, 12, True), (7, 768, 24, False))
 SIZE = 7
 
@@ -41,7 +42,7 @@ class Workload:
 def workloads(
     device: torch.device, dtype: torch.dtype, batch: int, compiled: bool, stages: tuple = STAGES
 ) -> Iterator[Workload]:
-    """The workloads of one batch. Plain PyTorch keeps its own order of tokens. compiled: add plain PyTorch, compiled."""
+    """The workloads of one batch. Plain PyTorch uses its own order of tokens. compiled: also compile it."""
     for number, (side, C, h, compile_too) in enumerate(stages, 1):
         rows, whole = Patches(side, side, SIZE, by_row=True, kernels=True), Patches(side, side, SIZE)
         x = torch.randn(batch, side * side, C, device=device, dtype=dtype, requires_grad=True)
@@ -104,9 +105,9 @@ def bench_kernels(
 ) -> list[dict]:
     """A row per kernel, stage, direction and way, interleaved.
 
-    Keys: name, stage, direction, way; microseconds, the median of the rounds; speedup over plain PyTorch; megabytes, the
-    fewest that must be moved; bandwidth, the rate of moving these as a share of the measured bandwidth. Raises ConfigError if
-    the kernels do not run on the device.
+    Keys: name, stage, direction, way; microseconds, the median of the rounds; speedup over plain PyTorch; megabytes,
+    the fewest that must be moved; bandwidth, the rate of moving these as a share of the measured bandwidth. Raises
+    ConfigError if the kernels do not run on the device.
     """
     if not kernels.usable(device, dtype):
         raise ConfigError(f"the kernels do not run on this machine's {device}")

@@ -17,8 +17,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Rates of each way in images per second, one per round, after a round that warms up.
 
-    In a round the ways run one after the other, so that other load on the machine affects all of them equally. A way handles
-    `count` images and is timed by `clock`, unless it returns (images, seconds) itself.
+    In a round the ways run one after the other, so that other load on the machine affects all of them equally. A way
+    handles `count` images and is timed by `clock`, unless it returns (images, seconds) itself.
     """
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):

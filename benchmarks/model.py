@@ -1,7 +1,7 @@
 """Speed of a model's steps compared with other implementations of it and with timm's models of its size, interleaved.
 
-Weights and images have the requested precision, as under DeepSpeed. The optimizer is a fused AdamW on those weights, for all
-ways: the fp32 master weights that DeepSpeed keeps would cost all of them the same.
+Weights and images have the requested precision, as under DeepSpeed. The optimizer is a fused AdamW on those weights,
+for all ways: the fp32 master weights that DeepSpeed keeps would cost all of them the same.
 """
 
 import copy
@@ -29,7 +29,8 @@ OTHERS = ("channels_last",)  # measured only on request
 MODES = ("training", "inference")
 PHASES = ("forward", "backward", "optimizer")
 CONTIGUOUS = torch.contiguous_format
-# timm's models with about the same GMACs at 224 x 224 (CAT-T 2.8, S 6.1, B 8.9): Swin-T 4.5, S 8.7; PVTv2-B1 2.1, B3 6.9, B4 10.1.
+# timm's models with about the same GMACs at 224 x 224 (CAT-T 2.8, S 6.1, B 8.9): Swin-T 4.5, S 8.7; PVTv2-B1 2.1, B3
+# 6.9, B4 10.1.
 SAME_SIZE = {
     "cat_tiny": ("swin_tiny_patch4_window7_224", "pvt_v2_b1"),
     "cat_small": ("swin_tiny_patch4_window7_224", "pvt_v2_b3"),
@@ -38,8 +39,9 @@ SAME_SIZE = {
 
 
 class ReleasedStage(Stage):
-    """A stage with the cost of the released code's: the backward pass always recomputes each block, and tokens are stored row
-    by row, so that every attention copies them into patches and back. To be run inside `released_attention`."""
+    """A stage with the cost of the released code's: the backward pass always recomputes each block, and tokens are
+    stored row by row, so that every attention copies them into patches and back. To be run inside
+    `released_attention`."""
 
     grad_checkpointing = True
 
@@ -48,7 +50,7 @@ class ReleasedStage(Stage):
 
 
 def released_attention() -> AbstractContextManager[None]:
-    """Replace attention by the released code's: unfused, with PyTorch's dropout instead of masks that kernels can draw."""
+    """Replace attention by the released code's: unfused, with PyTorch's own dropout."""
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, rate: float = 0.0, seed: Tensor | None = None
@@ -80,8 +82,8 @@ class Setting:
 class Way:
     """One implementation of a step.
 
-    flops, moved: floating-point operations and bytes of an image; moved is None if not known. milliseconds: of the phases of
-    every step. peak_bytes: of device memory, in the first call.
+    flops, moved: floating-point operations and bytes of an image; moved is None if not known. milliseconds: of the
+    phases of every step. peak_bytes: of device memory, in the first call.
     """
 
     name: str
@@ -106,7 +108,7 @@ def run(
     rounds: int,
     profile_folder: str | None,
 ) -> dict[str, dict[str, dict]]:
-    """Measure each model in each mode, or count it if the device is the meta device; print and return model → mode → rows."""
+    """Measure (on the meta device: count) each model in each mode; print and return model → mode → rows."""
     results: dict[str, dict[str, dict]] = {}
     for name in names:
         for mode in modes:
@@ -128,8 +130,8 @@ def run(
 
 
 def count_model(name: str, setting: Setting, roofline: Roofline, ways: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """Per way whose operators are known: gflops, megabytes and floor as in `bench_model`, and the megabytes of the operators
-    that move most. The setting's device is the meta device."""
+    """Per way whose operators are known: gflops, megabytes and floor as in `bench_model`, and the megabytes of the
+    operators that move most. The setting's device is the meta device."""
     rows = {}
     for way in build_ways(name, setting, ways):
         if way.moved:
@@ -238,8 +240,8 @@ def bench_model(
     """Per way: `summary` of its images/s relative to the way "released" (or the first one), and
 
     gflops: of an image. per_gflop: images/s per GFLOP of an image. mfu: share of the measured rate of matrix products.
-    megabytes: moved per image by forward and backward; None if compiled, because the operators are not known. floor: the
-    most images/s that the roofline allows. of_floor: the share of it. peak_gb: of device memory; None on a CPU.
+    megabytes: moved per image by forward and backward; None if compiled, because the operators are not known. floor:
+    the most images/s that the roofline allows. of_floor: the share of it. peak_gb: of device memory; None on a CPU.
     milliseconds: medians over the steps of forward, backward and optimizer.
     """
     built = build_ways(name, setting, ways)
@@ -268,7 +270,7 @@ def bench_model(
 
 
 def runner(way: Way, setting: Setting, steps: int) -> Callable[[], None]:
-    """A function that runs `steps` steps of one batch and records their times; its first call also records peak memory."""
+    """A function that runs `steps` steps of one batch and records their times and, the first time, peak memory."""
     model, weights = way.model, sum(weight.nbytes for weight in way.model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if setting.training else None
     device = setting.device

@@ -44,7 +44,7 @@ def run(config: Config, manifest: Manifest, runtime: Runtime, steps: int, rounds
 
 
 def run_guard(config: Config, manifest: Manifest, runtime: Runtime, steps: int) -> dict | None:
-    """Measure the guard's share of a training step; print and return the results on the main rank. All ranks call this."""
+    """Measure the guard's share of a step; print and return the results on the main rank. All ranks call this."""
     with tempfile.TemporaryDirectory() as folder:
         cost = bench_guard(config, len(manifest.classes), runtime, steps, Path(folder))
     if not runtime.is_main:
@@ -63,7 +63,7 @@ def random_batch(config: Config, classes: int, device: torch.device) -> tuple[Te
 
 
 def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, rounds: int = 5) -> dict[str, list[float]]:
-    """Images per second of steps of one micro-batch: with the engine, and with a bare PyTorch loop of the same arithmetic.
+    """Images per second in steps of one micro-batch, of the engine and of a bare PyTorch loop of the same arithmetic.
 
     In 16 bits, the bare loop also keeps fp32 master weights.
     """
@@ -133,11 +133,11 @@ def split_step(config: Config, manifest: Manifest, runtime: Runtime, steps: int)
 
 
 def bench_guard(config: Config, classes: int, runtime: Runtime, steps: int, folder: Path) -> dict[str, float]:
-    """Milliseconds per step on the main thread of the guard's calls, of the whole step, and their ratio; and how long training
-    stops for a checkpoint of this rank's share.
+    """Milliseconds per step on the main thread of the guard's calls, of the whole step, and their ratio; and how long
+    training stops for a checkpoint of this rank's share.
 
-    The guard's calls are timed inside the step, because the difference between steps with and without them would be smaller
-    than the noise. folder: for stacks.
+    The guard's calls are timed inside the step, because the difference between steps with and without them would be
+    smaller than the noise. folder: for stacks.
     """
     engine = Engine(build_model(config, classes), config, accumulation=1, device=runtime.device)
     images, labels = random_batch(config, classes, runtime.device)

@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
-    """Run a command and return its exit code. Print one sentence for errors that the user can correct, else a traceback."""
+    """Run a command and return its exit code. Errors that the user can correct are one sentence, others a traceback."""
     try:
         command(arguments)
     except Exception as error:
@@ -53,8 +53,8 @@ def leave(code: int) -> NoReturn:
 def fail(code: int, error: Exception | str | None, *, everywhere: bool = False) -> int:
     """Print an error as one sentence on stderr and return `code`. everywhere: the error holds for all nodes.
 
-    The first rank that exits ends the job. So a rank whose error may be the same as rank 0's exits later and stays silent
-    if the launcher ends it first; and all ranks wait until every node has left its code for launch/requeue.py.
+    The first rank that exits ends the job. So a rank whose error may be the same as rank 0's exits later and stays
+    silent if the launcher ends it first; and all ranks wait until every node has left its code for launch/requeue.py.
     """
     report_verdict(code, everywhere=everywhere)
     before = stop_signals.received
@@ -90,9 +90,9 @@ def _classify(error: Exception) -> tuple[int, str | None]:
         or (isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "out of memory" in text))
     ):
         return exit_codes.UNAVAILABLE, (
-            "out of memory: see which other processes use it (nvidia-smi, free -h). For a GPU's: lower train.micro_batch, "
-            "set train.activation_checkpointing=true, raise zero.stage. For the host's: lower data.workers or "
-            "data.prefetch, or ask SLURM for more with --mem"
+            "out of memory: see which other processes use it (nvidia-smi, free -h). For a GPU's: lower "
+            "train.micro_batch, set train.activation_checkpointing=true, raise zero.stage. For the host's: lower "
+            "data.workers or data.prefetch, or ask SLURM for more with --mem"
         )
     if isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS:
         return (

@@ -29,8 +29,8 @@ def main(arguments: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="Check the kernels, and measure kernels, models and training on a GPU; one JSON file per part.",
-        epilog="exit codes: 0 all parts passed, 70 a part failed, 78 bad arguments or no GPU. A part passes if it ran to "
-        "its end and its results are correct; speeds are reported beside the project's aims.",
+        epilog="exit codes: 0 all parts passed, 70 a part failed, 78 bad arguments or no GPU. A part passes if it ran "
+        "to its end and its results are correct; speeds are reported beside the project's aims.",
     )
     parser.add_argument(
         "--output", default="docs/results", metavar="DIR", help="folder of the gpu-<part>.json (default: %(default)s)"

@@ -17,8 +17,8 @@ NODES_TIMEOUT = 15.0  # seconds that a rank waits for the other nodes' exit code
 def adopt_slurm_ranks() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in a task of an srun step.
 
-    Change nothing if the step has one task, under a launcher that has set RANK (deepspeed, torchrun), in a batch script, and
-    in the shell of `salloc` or `srun --pty`. A MASTER_ADDR or MASTER_PORT that is set already is kept.
+    Change nothing if the step has one task, under a launcher that has set RANK (deepspeed, torchrun), in a batch
+    script, and in the shell of `salloc` or `srun --pty`. A MASTER_ADDR or MASTER_PORT that is set already is kept.
     """
     ranks = slurm_ranks(os.environ)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -70,8 +70,8 @@ def tasks_per_node(short: str) -> list[int]:
 def master_port(job: int, step: int, restart: int) -> int:
     """A port in 10000 … 29998, below the ephemeral ports: the same for all ranks of a step.
 
-    Jobs whose ids differ by less than 10,000 have different ports, and the next port is left free. A start whose port is
-    taken fails, and the next start uses another.
+    Jobs whose ids differ by less than 10,000 have different ports, and the next port is left free. A start whose port
+    is taken fails, and the next start uses another.
     """
     return 10000 + 2 * ((job * 7919 + step * 101 + restart) % 10000)
 
@@ -79,8 +79,8 @@ def master_port(job: int, step: int, restart: int) -> int:
 def report_verdict(code: int, *, everywhere: bool = False) -> None:
     """Report this node's exit code to launch/requeue.py, in a job that launch/submit.py made; elsewhere do nothing.
 
-    everywhere: the code holds for every node. srun's own exit code is not enough: the first rank that fails ends the step,
-    and the ranks that srun then ends have the highest code; if srun could not start the ranks, its code may be 0.
+    everywhere: the code holds for every node. srun's own exit code is not enough: the first rank that fails ends the
+    step, and the ranks that srun then ends have the highest code; if srun could not start the ranks, its code may be 0.
     """
     path = os.environ.get(VERDICT_FILE)
     if not path or (code == 0 and os.environ.get("RANK", "0") != "0"):

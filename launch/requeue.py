@@ -37,8 +37,8 @@ CAUSES = (
 class Starts:
     """Progress over a job's starts.
 
-    step: of the newest checkpoint at the last start, -1 for none. idle: restarts in a row, the last one included, that found
-    no newer checkpoint.
+    step: of the newest checkpoint at the last start, -1 for none. idle: restarts in a row, the last one included, that
+    found no newer checkpoint.
     """
 
     step: int
@@ -74,8 +74,8 @@ class Verdict:
 def conclude(reports: dict[int, set[int]], of: int, code: int) -> Verdict:
     """The verdict from the ranks' reports (exit code -> nodes) on `of` nodes, and from srun's exit code.
 
-    A final code counts only if a rank has reported it: srun returns 0 if it could not start the ranks, and a rank that srun
-    ended has a higher code.
+    A final code counts only if a rank has reported it: srun returns 0 if it could not start the ranks, and a rank that
+    srun ended has a higher code.
     """
     if 0 in reports:
         return Verdict(0, of, of)
@@ -88,8 +88,9 @@ def conclude(reports: dict[int, set[int]], of: int, code: int) -> Verdict:
 def final(verdict: Verdict, restarts: int) -> bool:
     """Whether another start would end the same way.
 
-    Two cases are not final. At a restart, BAD_CONFIG means that the folder is still in use by ranks on a node that SLURM has
-    lost, because the first start accepted the configuration. And a code that only some nodes report is a fault of a node.
+    Two cases are not final. At a restart, BAD_CONFIG means that the folder is still in use by ranks on a node that
+    SLURM has lost, because the first start accepted the configuration. And a code that only some nodes report is a
+    fault of a node.
     """
     return (
         verdict.code in FINAL
@@ -99,13 +100,14 @@ def final(verdict: Verdict, restarts: int) -> bool:
 
 
 def decide(verdict: Verdict, after: Starts, max_restarts: int, restarts: int, job: JobState) -> tuple[bool, str]:
-    """Whether to requeue after `verdict` on start number `restarts`, and why. after: the state that another start would have."""
+    """Whether to requeue after `verdict` on start `restarts`, and why. after: the state after another start."""
     if final(verdict, restarts):
         return False, FINAL[verdict.code]
     if job.restarts != restarts:
         return False, "SLURM has requeued this job already"
-    # A job that was cancelled, preempted without grace or requeued by a user is COMPLETING: SLURM has decided what happens
-    # next, and a requeue would restart a cancelled job. A job at its time limit is COMPLETING too, but would end.
+    # A job that was cancelled, preempted without grace or requeued by a user is COMPLETING: SLURM has decided what
+    # happens next, and a requeue would restart a cancelled job. A job at its time limit is COMPLETING too, but would
+    # end.
     if not (job.state == "RUNNING" or (job.state == "COMPLETING" and job.reason == "TimeLimit")):
         return False, f"SLURM has decided already (the job is {job.state}): it was cancelled, or will be started again"
     if after.idle > max_restarts:
@@ -135,9 +137,8 @@ def begin(run: Path, max_restarts: int) -> int:
         starts = Starts(step, _restarts())
     say(f"start {_restarts()} of job {_job()} on {os.environ['SLURM_JOB_NODELIST']}, from {_name(starts.step)}")
     if starts.idle > max_restarts:
-        say(
-            f"not started: no newer checkpoint than {_name(starts.step)} after {max_restarts} restarts; see the ranks' logs"
-        )
+        why = f"no newer checkpoint than {_name(starts.step)} after {max_restarts} restarts"
+        say(f"not started: {why}; see the ranks' logs")
         return 1
     return 0
 
