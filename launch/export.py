@@ -45,7 +45,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="Export a trained model. The file is compared with the model on random images before it gets its name.",
+        description="Export a trained model. The file is compared with the model on random images before it is named.",
         epilog="exit codes: 0 exported, 70 the file differs by more than 1e-4 and was removed, 78 bad arguments. See "
         "docs/export.md",
     )
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--best",
         action="store_true",
-        help="of a run: use the checkpoint with the best top-1 of the EMA in the run's evaluations",
+        help="of a run: use the checkpoint whose EMA has the best score in the run's evaluations",
     )
     parser.add_argument(
         "--weights", choices=["ema", "model"], help="which weights (default: ema if the run has an EMA)"

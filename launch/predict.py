@@ -75,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--best",
         action="store_true",
-        help="of a run: use the checkpoint with the best top-1 of the EMA in the run's evaluations",
+        help="of a run: use the checkpoint whose EMA has the best score in the run's evaluations",
     )
     parser.add_argument(
         "--weights", choices=["ema", "model"], help="which weights (default: ema if the run has an EMA)"

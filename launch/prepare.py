@@ -127,8 +127,8 @@ def _print_report(dest: Path) -> None:
     if listed:
         print(f"  {dest / LIST_NAME} names the images that were transcoded, repaired or left out, with the reason")
     if convertible := sum(split.get("convertible", 0) for split in report["splits"].values()):
-        print(f"  {convertible} of those left out are sound, but not JPEGs that training can read. Existing shards are not")
-        print("  rewritten: to keep these images, unpack the shards into class folders and prepare those")
+        print(f"  {convertible} of those left out are sound, but not JPEGs that training can read. Existing shards are")
+        print("  not rewritten: to keep these images, unpack the shards into class folders and prepare those")
     if report.get("ignored_files"):
         print(f"  {report['ignored_files']} files that are not images of these splits were ignored")
 

@@ -282,8 +282,8 @@ def _printable(option: str, value: str) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="Submit a training run to SLURM. The run stops before its time limit; after that, after preemption, "
-        "a crash or a lost node it is requeued and continues from its newest checkpoint. See docs/slurm.md.",
+        description="Submit a training run to SLURM. The run stops before its time limit. After that, after preemption, "
+        "a crash or a lost node, it is requeued and continues from its newest checkpoint. See docs/slurm.md.",
     )
     count = _at_least(1)
     parser.add_argument("--config", required=True, metavar="FILE", help="recipe, e.g. configs/cat_b.yaml")
@@ -292,7 +292,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIR",
         help="the run's folder, on a file system that all nodes share (default: runs/<config name>)",
     )
-    parser.add_argument("--nodes", type=count, default=1, metavar="N", help="(default: 1)")
+    parser.add_argument("--nodes", type=count, default=1, metavar="N", help="number of nodes (default: 1)")
     parser.add_argument(
         "--gpus-per-node",
         type=_at_least(0),
@@ -304,9 +304,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--time", metavar="TIME", help="time limit of a start, in sbatch's formats (default: the partition's)"
     )
-    parser.add_argument("--partition", metavar="NAME")
-    parser.add_argument("--account", metavar="NAME")
-    parser.add_argument("--qos", metavar="NAME")
+    parser.add_argument("--partition", metavar="NAME", help="SLURM partition")
+    parser.add_argument("--account", metavar="NAME", help="SLURM account")
+    parser.add_argument("--qos", metavar="NAME", help="SLURM quality of service")
     parser.add_argument("--cpus-per-task", type=count, metavar="N", help="cores of a rank (default: data.workers + 2)")
     parser.add_argument("--mem", metavar="SIZE", help="memory per node, such as 200G")
     parser.add_argument("--cpu-bind", metavar="TYPE", help="srun's option: cores, none, map_cpu:…")
