@@ -10,13 +10,17 @@ from train.checkpoint.format import checkpoint_path, read_info
 from train.checkpoint.pieces import Wanted, fill, pieces_of
 
 
-def state(output: Path, step: int, kinds: tuple[str, ...] =("model", "ema", "exp_avg", "exp_avg_sq")) -> dict[str, torch.Tensor]:
+def state(
+    output: Path, step: int, kinds: tuple[str, ...] = ("model", "ema", "exp_avg", "exp_avg_sq")
+) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint: weights, EMA, moments."""
     path = checkpoint_path(output / "checkpoints", step)
     info = read_info(path)
     shards = [path / name for name in sorted(info.shards)]
     there = pieces_of(shards)
-    places = [(f"{kind}/{name}", shape) for kind in kinds for name, shape in info.shapes.items() if f"{kind}/{name}" in there]
+    places = [
+        (f"{kind}/{name}", shape) for kind in kinds for name, shape in info.shapes.items() if f"{kind}/{name}" in there
+    ]
     tensors = {key: torch.empty(shape) for key, shape in places}
     fill(shards, [Wanted(key, 0, tensor.view(-1)) for key, tensor in tensors.items()])
     return {"optimizer_step": torch.tensor(info.optimizer_step), **tensors}
@@ -46,4 +50,7 @@ def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tenso
 
 def scores(output: Path) -> dict[tuple[int, str], list[float]]:
     """(step, weights) → top-1, top-5, loss and count."""
-    return {(line["step"], line["weights"]): [line[key] for key in ("top1", "top5", "loss", "count")] for line in metrics(output, "eval")}
+    return {
+        (line["step"], line["weights"]): [line[key] for key in ("top1", "top5", "loss", "count")]
+        for line in metrics(output, "eval")
+    }

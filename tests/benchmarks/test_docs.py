@@ -56,12 +56,16 @@ def test_a_new_config_key_makes_the_reference_stale_until_it_is_made_anew(checko
     after = before + '    every: Literal["step", "epoch"] | None = Field(None, description="how often it is fed")\n'
     assert before in path.read_text()
     path.write_text(path.read_text().replace(before, after))
-    assert_stale_until_made(checkout, "docs/config.md", "| `ema.every` | `step`, `epoch`, or null | `null` | fixed | how often it is fed |")
+    assert_stale_until_made(
+        checkout, "docs/config.md", "| `ema.every` | `step`, `epoch`, or null | `null` | fixed | how often it is fed |"
+    )
 
 
 def assert_stale_until_made(root: Path, page: str, line: str) -> None:
     stale = docs(root, "--check")
-    assert stale.returncode == 1 and stale.stderr.startswith(f"{page}: ") and "run python launch/docs.py" in stale.stderr, stale.stderr
+    assert (
+        stale.returncode == 1 and stale.stderr.startswith(f"{page}: ") and "run python launch/docs.py" in stale.stderr
+    ), stale.stderr
     assert docs(root).returncode == docs(root, "--check").returncode == 0
     assert line in (root / page).read_text()
 
@@ -75,7 +79,11 @@ def test_every_config_key_and_rule_says_what_it_does():
     assert rows.keys() == flatten(load_config(ROOT / "configs/cat_b.yaml").model_dump()).keys()
     assert not [key for key, cells in rows.items() if not cells[-1].strip() or len(cells) != 5]
     assert "- None" not in lines and "## guard.timeout" in lines
-    assert rows["zero.stage"][1:4] == ["`0`, `1`, `2`, `3`", "`1`", "free"] and rows["train.epochs"][1:4] == ["int ≥ 1", "`300`", "fixed"]
-    assert [f"## {section}" for section in Config.model_fields] == [line for line in lines if line.startswith("## ") and "." not in line][
-        :-1
+    assert rows["zero.stage"][1:4] == ["`0`, `1`, `2`, `3`", "`1`", "free"] and rows["train.epochs"][1:4] == [
+        "int ≥ 1",
+        "`300`",
+        "fixed",
     ]
+    assert [f"## {section}" for section in Config.model_fields] == [
+        line for line in lines if line.startswith("## ") and "." not in line
+    ][:-1]

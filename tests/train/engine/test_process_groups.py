@@ -54,6 +54,7 @@ def test_the_guard_has_the_first_word(tiny_config, tmp_path, stage):
 NAMES = "import sys; from train.engine.network_interface import interface_to; print([interface_to(host) for host in sys.argv[1:]])"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="a network of its own needs root and iproute2")
 @pytest.mark.parametrize(
     ("route", "expected"),
