@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from train.config import TimeoutConfig
+from train.config_sections import TimeoutConfig
 
 MARGIN = 120.0  # seconds from a section's limit on in which the watchdog finds out who it is, and ends the run
 
