@@ -5,12 +5,14 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.measure import DeviceTimer, interleave, rates_table, summary
+from data_pipeline.loader import MicroBatch
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
 from train.checkpoint.saver import snapshot
@@ -19,14 +21,14 @@ from train.engine.deepspeed_engine import Engine, compile_settings
 from train.engine.ema import Ema
 from train.engine.flops import finish
 from train.engine.optimizer import build_optimizer
-from train.engine.prefetch import Feed
+from train.engine.prefetch import Prefetcher
 from train.engine.runtime import Runtime
 from train.guard.agreement import Agreement
 from train.guard.rank_store import Store
 from train.guard.signals import stop_signals
 from train.guard.skips import Skips
 from train.guard.watchdog import Watchdog
-from train.tasks.classification.task import Classification, build_model
+from train.tasks.base import build_task, training_batches
 
 
 def run(config: Config, manifest: Manifest, runtime: Runtime, steps: int, rounds: int) -> dict | None:
@@ -67,8 +69,9 @@ def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, roun
 
     In 16 bits, the bare loop also keeps fp32 master weights.
     """
-    engine = Engine(build_model(config, classes), config, accumulation=1, device=runtime.device)
-    master = build_model(config, classes).to(runtime.device)
+    task = build_task(config, [""] * classes)
+    engine = Engine(task.build_model(), config, accumulation=1, device=runtime.device)
+    master = task.build_model().to(runtime.device)
     optimizer = build_optimizer(master, config.optimizer)
     model = master if engine.dtype == torch.float32 else copy.deepcopy(master).to(engine.dtype)
     masters, weights = list(master.parameters()), list(model.parameters())
@@ -105,21 +108,21 @@ def split_step(config: Config, manifest: Manifest, runtime: Runtime, steps: int)
 
     Measured on the device; medians of `steps` steps.
     """
-    order = Order(
-        config.train.seed,
-        manifest.split("train").samples,
-        config.train.micro_batch * runtime.world,
-        config.train.micro_batch,
-    )
-    task = Classification(config, manifest, order, runtime)
-    engine = Engine(task.build_model(), config, accumulation=1, device=runtime.device)
-    timer = DeviceTimer(runtime.device)
-    with Feed(task.batches(0), task.inputs, runtime.device, waited=lambda seconds: None) as feed:
+    split, size = manifest.split("train"), config.train.micro_batch
+    order = Order(config.train.seed, split.samples, size * runtime.world, size)
+    task, timer = build_task(config, manifest.classes), DeviceTimer(runtime.device)
+    engine = Engine(task.initial_model(), config, accumulation=1, device=runtime.device)
+    batches = training_batches(task, split, order, runtime.rank, runtime.world, 0)
+
+    def inputs(batch: MicroBatch) -> Any:
+        return task.inputs(batch, order.epoch_of(batch.step), runtime.device)
+
+    with Prefetcher(batches, inputs, runtime.device, waited=lambda seconds: None) as feed:
         for _ in range(-3, steps):  # the first three warm up
             timer.mark()
-            batch, images, targets = next(feed)
+            _, inputs_of_batch = next(feed)
             timer.mark()
-            loss = task.loss(engine, batch, images, targets)
+            loss = sum(task.loss(engine, inputs_of_batch).values())
             timer.mark()
             engine.backward(loss)
             feed.prepare()
@@ -139,21 +142,18 @@ def bench_guard(config: Config, classes: int, runtime: Runtime, steps: int, fold
     The guard's calls are timed inside the step, because the difference between steps with and without them would be
     smaller than the noise. folder: for stacks.
     """
-    engine = Engine(build_model(config, classes), config, accumulation=1, device=runtime.device)
+    engine = Engine(build_task(config, [""] * classes).build_model(), config, accumulation=1, device=runtime.device)
     images, labels = random_batch(config, classes, runtime.device)
     watchdog = Watchdog(runtime.rank, runtime.world, config.guard.timeout.model_dump(), folder, config.guard.grace)
     watchdog.connect(Store())
-    agreement, skips, guarding = (
-        Agreement(runtime.device, config.guard.agree_every),
-        Skips(config.guard.max_skipped),
-        0.0,
-    )
+    agreement, skips = Agreement(runtime.device, config.guard.agree_every), Skips(config.guard.max_skipped)
+    guarding = 0.0
     for step in range(-3, steps):
         if step == 0:  # the first three warm up
             began, guarding = time.perf_counter(), 0.0
         at = [time.perf_counter()]
         watchdog.enter("step", step)
-        with agreement.alone():
+        with agreement.local_work():
             at.append(time.perf_counter())
             loss = cross_entropy(engine(images).float(), labels)
             at.append(time.perf_counter())
@@ -167,7 +167,7 @@ def bench_guard(config: Config, classes: int, runtime: Runtime, steps: int, fold
         at += [time.perf_counter()]
         guarding += (at[1] - at[0]) + (at[3] - at[2]) + (at[5] - at[4])
     total = time.perf_counter() - began
-    agreement.close()
+    agreement.collect_pending()
     watchdog.close()
     ema, stalls = Ema(engine, config.ema.decay), []
     for _ in range(5):

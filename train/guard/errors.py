@@ -1,4 +1,4 @@
-"""How a run ends before its last step."""
+"""The errors by which a run ends, with their exit codes."""
 
 from train import exit_codes
 
