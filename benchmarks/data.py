@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.augment import RECIPE, operation_costs
-from benchmarks.measure import interleave, rates_table, summary, text_table
+from benchmarks.measure import interleave, rates_table, summary
 from data_pipeline.augment import augment, sample_keys
 from data_pipeline.backends import open_backend
 from data_pipeline.backends.stored import stored_in_shards
@@ -29,6 +29,7 @@ from data_pipeline.manifest import DataError, Manifest, Split
 from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, fold, make_key
 from train.config import Config
+from train.telemetry.formatting import table
 
 BATCH = 64
 
@@ -82,7 +83,8 @@ def run(config: Config, manifest: Manifest, count: int, rounds: int, gpu_rate: f
     pillow, timm = "Pillow, the same windows", "timm create_transform, the same recipe"
     rows = measure("decoding", f"decode + random resized crop {images.size} + flip → uint8", decoding(images), pillow)
     bare = rows["bare full decode (libjpeg-turbo)"]["median"]
-    print(text_table(["", "x bare full decode"], [[name, f"{row['median'] / bare:.2f}"] for name, row in rows.items()]))
+    shares = [[name, f"{row['median'] / bare:.2f}"] for name, row in rows.items()]
+    print(table([["", "x bare full decode"], *shares]))
     title = "the whole training path → normalised float batch"
     path = measure("training_path", title, training_path(images), timm)
     title, one = f"ready batches on {cores} cores, wall clock", "this decoder, 1 thread"
@@ -91,7 +93,7 @@ def run(config: Config, manifest: Manifest, count: int, rounds: int, gpu_rate: f
     print(f"the loader reaches {share:.2f} of the decoder's own rate x {cores} cores")
     costs = results["operations"] = operation_costs(images.size)
     print("\nthe recipe")
-    print(text_table(["", "ms per image"], [[name, f"{cost:.3f}"] for name, cost in costs.items()]))
+    print(table([["", "ms per image"], *([name, f"{cost:.3f}"] for name, cost in costs.items())]))
     decoded, augmented = rows["webdataset backend"]["median"], next(iter(path.values()))["median"]
     needed = {"gpu_rate": gpu_rate, "decoding": gpu_rate / decoded, "recipe_too": gpu_rate / augmented}
     results["cores_per_gpu"] = needed

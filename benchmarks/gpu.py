@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.gpu_parts import PARTS, ROOT, ROUNDS, Session, draw_dataset, installed
 from train import exit_codes
+from train.telemetry.formatting import table
 
 # Modules that the parts import -> their names in a package registry, with which the file names of their wheels begin.
 NEEDED = {
@@ -58,9 +59,11 @@ def run(session: Session, seconds: float, wheels: Path | None) -> bool:
         limit = seconds if session.rehearsal else min(limit, left)
         results |= run_together([part.__name__ for part in parts], session, environment, limit)
     print(f"\n{time.monotonic() - began:.0f} s in all; results: {session.output}/gpu-*.json")
-    for name, result in results.items():
-        outcome = "passed" if result["passed"] else "FAILED"
-        print(f"{name:12}{outcome:8}{result['seconds']:7.0f} s  {result['says']}")
+    rows = [
+        [name, "passed" if result["passed"] else "FAILED", f"{result['seconds']:.0f} s", result["says"]]
+        for name, result in results.items()
+    ]
+    print(table(rows, align="<<><"))
     return all(result["passed"] for result in results.values())
 
 

@@ -9,12 +9,12 @@ import torch._functorch.config
 from einops import rearrange
 from torch import Tensor
 
-from benchmarks.measure import text_table
 from catmodel import kernels
 from catmodel.attention import CrossPatchAttention, Patches, attend
 from catmodel.layers import Mlp
 from train.config import ConfigError
 from train.engine.flops import Roofline, seconds
+from train.telemetry.formatting import table
 
 # Side of the map in tokens, channels, heads (cat_base at 224 x 224), and whether plain PyTorch is also compiled, which
 # is slow.
@@ -146,4 +146,4 @@ def kernel_table(rows: list[dict]) -> str:
         + [f"{row['bandwidth']:.0%}"]
         for row in rows
     ]
-    return text_table(["", "direction", "way", "µs", "speed-up", "MB", "bandwidth"], cells)
+    return table([["", "direction", "way", "µs", "speed-up", "MB", "bandwidth"], *cells], align="<<<>")

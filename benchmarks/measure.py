@@ -2,11 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from train.engine.flops import finish
+from train.telemetry.formatting import table
 
 
 def interleave(
@@ -49,17 +50,7 @@ def rates_table(rows: dict[str, dict[str, float]], unit: str, base: str) -> str:
         [name, *(f"{row[key]:.1f}" for key in ("median", "min", "max")), f"{row['ratio']:.2f}"]
         for name, row in rows.items()
     ]
-    return text_table(["", unit, "min", "max", f"x {base}"], cells)
-
-
-def text_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for a terminal: the first column is left-aligned, the others are right-aligned."""
-    lines = [titles, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in lines
-    )
+    return table([["", unit, "min", "max", f"x {base}"], *cells])
 
 
 class DeviceTimer:

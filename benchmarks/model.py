@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import catmodel
-from benchmarks.measure import DeviceTimer, interleave, summary, text_table
+from benchmarks.measure import DeviceTimer, interleave, summary
 from catmodel import attention
 from catmodel.attention import Patches
 from catmodel.cat import Stage
 from train.engine.deepspeed_engine import DTYPES, compile_settings
 from train.engine.flops import Roofline, bytes_per_image, finish, flops_per_image, replaced
+from train.telemetry.formatting import table
 
 WAYS = ("ours", "compiled", "plain", "released", "timm")
 OTHERS = ("channels_last",)  # measured only on request
@@ -125,7 +126,7 @@ def run(
                 top = found["profile"] = profile(name, setting, Path(profile_folder))
                 cells = [[row["name"][:110], f"{row['milliseconds']:.2f}", f"{row['calls']:.0f}"] for row in top]
                 print(f"\ntrace: {profile_folder}/{name}-{mode}.json")
-                print(text_table(["", "ms per step", "calls"], cells), flush=True)
+                print(table([["", "ms per step", "calls"], *cells]), flush=True)
     return results
 
 
@@ -335,7 +336,7 @@ def model_table(rows: dict[str, dict]) -> str:
     for name, row in rows.items():
         values = [row[key] for key in keys] + [row["milliseconds"].get(phase) for phase in PHASES]
         cells.append([name, *(_number(value) for value in values)])
-    return text_table([*titles, "fwd ms", "bwd ms", "opt ms"], cells)
+    return table([[*titles, "fwd ms", "bwd ms", "opt ms"], *cells])
 
 
 def count_table(rows: dict[str, dict]) -> str:
@@ -343,7 +344,7 @@ def count_table(rows: dict[str, dict]) -> str:
     cells = [
         [name, f"{row['gflops']:.1f}", f"{row['megabytes']:.0f}", f"{row['floor']:.0f}"] for name, row in rows.items()
     ]
-    return text_table(["", "GFLOP/img", "MB/img", "at most, img/s"], cells)
+    return table([["", "GFLOP/img", "MB/img", "at most, img/s"], *cells])
 
 
 def _number(value: float | None) -> str:
