@@ -1,4 +1,4 @@
-"""launch/bench.py model and kernels, and launch/gpu.py, as their users start them."""
+"""launch/bench.py model and kernels, and launch/gpu.py, as commands."""
 
 import json
 import subprocess
@@ -92,7 +92,7 @@ def test_what_needs_a_gpu_says_so_in_one_sentence(arguments):
 
 
 class Linear(torch.nn.Module):
-    """One product of 3 x 4 x 4 inputs, without a bias, to 10."""
+    """A linear layer from 3 x 4 x 4 inputs to 10 outputs, without bias."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The tables of docs/ are made of docs/results and of the config's classes."""
+"""The tables of docs/ are up to date with docs/results and the config's classes."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def test_every_table_is_on_a_page():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of what the pages are made of."""
+    """A copy of the sources of the pages."""
     for folder in ("launch", "benchmarks", "docs", "train", "data_pipeline", "catmodel"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     return tmp_path

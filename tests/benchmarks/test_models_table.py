@@ -1,4 +1,4 @@
-"""docs/results/models.json is made of the models."""
+"""docs/results/models.json is up to date with the models."""
 
 import json
 
