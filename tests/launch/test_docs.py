@@ -31,7 +31,7 @@ def test_every_table_is_on_a_page():
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what the pages are made of."""
-    for folder in ("launch", "docs", "train", "data_pipeline", "catmodel"):
+    for folder in ("launch", "benchmarks", "docs", "train", "data_pipeline", "catmodel"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     return tmp_path
 
