@@ -1,8 +1,10 @@
 """Reading docs/results, and Markdown tables from what is in it."""
 
 import json
+import textwrap
 from pathlib import Path
 
+WIDTH = 120
 RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
 
 
@@ -36,3 +38,14 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def wrapped(text: str) -> str:
+    """`text` with lines of at most WIDTH columns; tables and headings, which cannot be wrapped, stay as they are."""
+    lines = []
+    for line in text.splitlines():
+        indent = "  " if line.startswith("- ") else ""
+        long = len(line) > WIDTH and not line.startswith(("|", "#"))
+        options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": indent}
+        lines += textwrap.wrap(line, WIDTH, **options) if long else [line]
+    return "\n".join(lines)
