@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 def main(arguments: argparse.Namespace) -> None:
     adopt_slurm_ranks()
     from data_pipeline.storage import open_dataset
+    from train.checkpoint.trained_model import check_target, read_trained
     from train.config import ConfigError
-    from train.trained import check_target, read_trained
 
     target = check_target(arguments.target, arguments.best)
 
     import torch
 
     from data_pipeline.loader import MicroBatch
-    from train.runtime import start_runtime, stop_runtime
-    from train.tasks.classification import evaluate_split
+    from train.engine.runtime import start_runtime, stop_runtime
+    from train.tasks.classification.task import evaluate_split
 
     trained = read_trained(target, arguments.weights, best=arguments.best)
     config, checkpoint, weights = trained.config, trained.checkpoint, trained.weights

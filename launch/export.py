@@ -11,7 +11,7 @@ from launch.cli import Parser, run
 
 def main(arguments: argparse.Namespace) -> None:
     from catmodel import export
-    from train.trained import check_target, read_trained
+    from train.checkpoint.trained_model import check_target, read_trained
 
     export.check_target(arguments.to, arguments.features)
     target = check_target(arguments.target, arguments.best)

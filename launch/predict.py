@@ -16,14 +16,14 @@ class Unreadable(Exception):
 
 def main(arguments: argparse.Namespace) -> None:
     from data_pipeline.sources import find_images
-    from train.trained import check_target, read_trained
+    from train.checkpoint.trained_model import check_target, read_trained
 
     target, paths = check_target(arguments.run, arguments.best), find_images(arguments.images)
 
     import torch
 
-    from train.predict import predict
-    from train.words import printable
+    from train.tasks.classification.predict import predict
+    from train.telemetry.formatting import printable
 
     trained = read_trained(target, arguments.weights, best=arguments.best)
     for note in trained.notes:

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, leave, run
 from launch.ranks import adopt_slurm_ranks
-from train.signals import stop_signals
+from train.guard.signals import stop_signals
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -20,9 +20,9 @@ def main(arguments: argparse.Namespace) -> None:
     from data_pipeline.backends import open_backend
     from data_pipeline.order import Order
     from data_pipeline.storage import open_dataset
+    from train.checkpoint.init_from import check_source
     from train.config import ConfigError, load_config
-    from train.fine_tune import check_source
-    from train.lock import RunLock
+    from train.guard.run_lock import RunLock
 
     config = load_config(arguments.config, arguments.overrides)
     manifest = open_dataset(config.data)

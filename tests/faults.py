@@ -26,7 +26,7 @@ class SignalIn:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        from train.watchdog import Watchdog
+        from train.guard.watchdog import Watchdog
 
         enter, left = Watchdog.enter, self.count
 
@@ -51,7 +51,7 @@ class NanLoss:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        from train.tasks.classification import Classification
+        from train.tasks.classification.task import Classification
 
         loss, left = Classification.loss, dict.fromkeys(self.steps, self.times)
 
@@ -78,7 +78,7 @@ class FlipBits:
             return
         import torch
 
-        from train.ema import Ema
+        from train.engine.ema import Ema
 
         update, flipped = Ema.update, False
 

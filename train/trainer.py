@@ -13,28 +13,30 @@ from data_pipeline.faults import StorageError
 from data_pipeline.loader import MicroBatch
 from data_pipeline.manifest import DataError, Manifest
 from data_pipeline.order import Order
-from train.bad_samples import BadSamples
-from train.batch_norm import RunningStatistics
-from train.checkpoint import checkpoint_path, describe, write_final_weights
+from train.auto_micro_batch import settle_micro_batch
+from train.checkpoint.format import checkpoint_path, describe, write_final_weights
+from train.checkpoint.init_from import begins, load_first_weights
+from train.checkpoint.prune import clean_up
+from train.checkpoint.resume import lost_steps, restore
+from train.checkpoint.saver import Saver
 from train.config import Config
-from train.ema import Ema
-from train.engine import Engine
-from train.evaluate import Evaluation, Scores
-from train.feed import Feed
-from train.fine_tune import begins, load_first_weights
-from train.guard import REMEDY, Agreed, Agreement, NotSaved, Skips, Stopped, TrainingFailed, patience
-from train.lock import RunLock
-from train.micro_batch import settle_micro_batch
-from train.monitor import Clock, Monitor, SampleRecord, write_config
-from train.prune import clean_up
-from train.resume import lost_steps, restore
-from train.runtime import start_runtime, start_times, stop_runtime
-from train.saver import Saver
-from train.schedule import evaluation_due, learning_rate
-from train.signals import stop_signals
-from train.store import Store
-from train.tasks.classification import Classification
-from train.watchdog import Watchdog
+from train.engine.batch_norm import RunningStatistics
+from train.engine.deepspeed_engine import Engine
+from train.engine.ema import Ema
+from train.engine.prefetch import Feed
+from train.engine.runtime import start_runtime, start_times, stop_runtime
+from train.engine.schedule import evaluation_due, learning_rate
+from train.guard.agreement import Agreed, Agreement, patience
+from train.guard.bad_samples import BadSamples
+from train.guard.errors import REMEDY, NotSaved, Stopped, TrainingFailed
+from train.guard.rank_store import Store
+from train.guard.run_lock import RunLock
+from train.guard.signals import stop_signals
+from train.guard.skips import Skips
+from train.guard.watchdog import Watchdog
+from train.tasks.classification.scores import Evaluation, Scores
+from train.tasks.classification.task import Classification
+from train.telemetry.monitor import Clock, Monitor, SampleRecord, write_config
 
 
 def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: RunLock | None, *, resume: str, with_changes: bool) -> None:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.augment import operation_costs
 from data_pipeline import augment as module
 from data_pipeline.augment import augment, normalise, sample_keys
-from data_pipeline.augment_bench import operation_costs
 from data_pipeline.augment_choices import OPERATIONS, erasing_boxes
 from data_pipeline.config import AugmentConfig
 from data_pipeline.randomness import Stream, fold, normals, uniform

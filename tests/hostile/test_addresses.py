@@ -149,7 +149,7 @@ def test_credentials_that_fsspec_has(dataset, tmp_path, serve):
 
 
 def test_a_checkpoint_of_before_is_read_without_its_secret(tmp_path):
-    from train.checkpoint import CheckpointInfo, read_info, write_manifest
+    from train.checkpoint.format import CheckpointInfo, read_info, write_manifest
 
     config = {"data": {"path": "s3://key:SECRET@bucket/dataset"}}
     write_manifest(tmp_path, CheckpointInfo(0, None, "", [], config, 0, {}, {}, {}, world_size=1))

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from tests.runs import ROOT
-from train.checkpoint import CheckpointInfo, write_manifest
+from train.checkpoint.format import CheckpointInfo, write_manifest
+from train.checkpoint.pieces import CheckpointError
+from train.checkpoint.trained_model import read_trained
 from train.config import ConfigError, load_config
-from train.pieces import CheckpointError
-from train.tasks.classification import build_model
-from train.trained import read_trained
+from train.tasks.classification.task import build_model
 
 
 class Forged:

@@ -10,8 +10,8 @@ import torch
 import catmodel
 from tests.runs import ROOT, metrics
 from train.config import FAMILY_KEYS, family_of, load_config
-from train.schedule import learning_rate
-from train.tasks.classification import build_model
+from train.engine.schedule import learning_rate
+from train.tasks.classification.task import build_model
 
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet_sample.tar"
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.runs import losses, metrics, run, start_command
-from train.checkpoint import checkpoint_path, read_weights
+from train.checkpoint.format import checkpoint_path, read_weights
 from train.config import load_config
-from train.tasks.classification import build_model
+from train.tasks.classification.task import build_model
 
 
 def initial_weights(config_path) -> dict[str, torch.Tensor]:
