@@ -62,7 +62,7 @@ def start(data: str, output: Path) -> list[subprocess.Popen]:
 def finish(ranks: list[subprocess.Popen], output: Path) -> None:
     codes = [rank.wait() for rank in ranks]
     if any(codes):
-        raise SystemExit(f"the ranks ended with {codes}; see {output}/rank_*.log")
+        raise SystemExit(f"the ranks ended with {codes}:\n{(output / 'rank_0.log').read_text()[-2000:]}")
 
 
 def train_lines(output: Path) -> list[dict]:
@@ -76,7 +76,8 @@ def kill_at(ranks: list[subprocess.Popen], output: Path, step: int) -> None:
     """Send SIGKILL to all ranks as soon as the metrics contain `step`."""
     while not any(line["step"] >= step for line in train_lines(output)):
         if any(rank.poll() is not None for rank in ranks):
-            raise SystemExit(f"the run ended before step {step}; see {output}/rank_*.log")
+            finish(ranks, output)
+            raise SystemExit(f"the run ended before step {step}")
         time.sleep(0.02)
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)
