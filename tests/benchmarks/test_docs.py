@@ -1,6 +1,7 @@
 """The tables of docs/ are up to date with docs/results and the config's classes."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,37 @@ def test_every_table_is_on_a_page():
 
     used = [found[1] for page in (ROOT / "docs").glob("*.md") for found in TABLE.findall(page.read_text())]
     assert sorted(used) == sorted(TABLES)
+
+
+def anchors(page: Path) -> set[str]:
+    """Names of a page's headings in links, as GitHub forms them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_has_its_target():
+    missing = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if "://" not in link and not (target.exists() and (not anchor or anchor in anchors(target))):
+                missing.append(f"{page.relative_to(ROOT)}: {link}")
+    assert not missing
+
+
+def test_every_named_program_exists():
+    """Outside of blocks, whose commands test_commands.py runs."""
+    rooms = [folder for folder in ROOT.iterdir() if not folder.name.startswith(".")]
+    programs = {str(path.relative_to(ROOT)) for room in rooms for path in room.rglob("*.py")}
+    names = {path.rsplit("/", 1)[1] for path in programs}
+    missing = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for name in re.findall(r"(?<![\w/.])([\w/]+\.py)\b", text):
+            if name not in (programs if "/" in name else names):
+                missing.append(f"{page.name}: {name}")
+    assert not missing
 
 
 @pytest.fixture

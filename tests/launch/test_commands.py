@@ -198,7 +198,7 @@ def on_a_cluster(cluster, tiny_config, tiny_dataset, folder, link_at_root):
     ]
     arguments = full.split("submit.py ", 1)[1].strip()
 
-    # README: a job of 16 ranks, which is looked at, saves when it is put back into the queue, and goes on.
+    # docs/commands.md: a job of 16 ranks, which is looked at, saves when it is put back into the queue, and goes on.
     job = submitted(account, first)
     wait_for_lines(cluster, output, 2)
     assert job in account.shell(
