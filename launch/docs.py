@@ -35,8 +35,8 @@ def main(arguments: argparse.Namespace) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="Make the tables of docs/*.md, between `<!-- table: NAME -->` and `<!-- end -->`, from docs/results "
-        "and the config's classes."
+        description="Make the tables of docs/*.md, between `<!-- table: NAME -->` and `<!-- end -->`, from "
+        "docs/results and the config's classes."
     )
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a page is stale")
     return parser.parse_args()
