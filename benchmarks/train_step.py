@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from benchmarks.measure import DeviceTimer, interleave, rates_table, summary
 from data_pipeline.loader import MicroBatch
@@ -28,13 +27,14 @@ from train.guard.rank_store import Store
 from train.guard.signals import stop_signals
 from train.guard.skips import Skips
 from train.guard.watchdog import Watchdog
-from train.tasks.base import build_task, training_batches
+from train.tasks.base import Task, build_task, training_batches
 
 
 def run(config: Config, manifest: Manifest, runtime: Runtime, steps: int, rounds: int) -> dict | None:
     """Measure training steps; print and return the results on the main rank. All ranks call this."""
-    rows = summary(bench_train(config, len(manifest.classes), runtime, steps, rounds), "bare PyTorch")
-    split = split_step(config, manifest, runtime, steps * rounds)
+    task = build_task(config, manifest.classes)
+    rows = summary(bench_train(task, runtime, steps, rounds), "bare PyTorch")
+    split = split_step(task, manifest, runtime, steps * rounds)
     if not runtime.is_main:
         return None
     overhead = 1 / next(iter(rows.values()))["ratio"] - 1
@@ -48,7 +48,7 @@ def run(config: Config, manifest: Manifest, runtime: Runtime, steps: int, rounds
 def run_guard(config: Config, manifest: Manifest, runtime: Runtime, steps: int) -> dict | None:
     """Measure the guard's share of a step; print and return the results on the main rank. All ranks call this."""
     with tempfile.TemporaryDirectory() as folder:
-        cost = bench_guard(config, len(manifest.classes), runtime, steps, Path(folder))
+        cost = bench_guard(build_task(config, manifest.classes), runtime, steps, Path(folder))
     if not runtime.is_main:
         return None
     share = f"guard {cost['guard_ms']:.3f} ms of a step of {cost['step_ms']:.0f} ms: {cost['share']:.3%}"
@@ -58,18 +58,17 @@ def run_guard(config: Config, manifest: Manifest, runtime: Runtime, steps: int) 
     return {"guard": {"world_size": runtime.world, **cost}}
 
 
-def random_batch(config: Config, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A micro-batch of random images and labels."""
-    size, batch = config.data.image_size, config.train.micro_batch
-    return torch.randn(batch, 3, size, size, device=device), torch.randint(classes, (batch,), device=device)
+def random_example(task: Task, device: torch.device) -> Tensor:
+    """Random numbers as the network's input for one micro-batch."""
+    return torch.randn_like(task.example(task.config.train.micro_batch, device, torch.float32))
 
 
-def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, rounds: int = 5) -> dict[str, list[float]]:
+def bench_train(task: Task, runtime: Runtime, steps: int, rounds: int = 5) -> dict[str, list[float]]:
     """Images per second in steps of one micro-batch, of the engine and of a bare PyTorch loop of the same arithmetic.
 
     In 16 bits, the bare loop also keeps fp32 master weights.
     """
-    task = build_task(config, [""] * classes)
+    config = task.config
     engine = Engine(task.build_model(), config, accumulation=1, device=runtime.device)
     master = task.build_model().to(runtime.device)
     optimizer = build_optimizer(master, config.optimizer)
@@ -77,17 +76,17 @@ def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, roun
     masters, weights = list(master.parameters()), list(model.parameters())
     if config.train.compile:
         model.compile(**compile_settings())
-    images, labels = random_batch(config, classes, runtime.device)
+    example = random_example(task, runtime.device)
 
     def with_engine() -> None:
         for _ in range(steps):
-            engine.backward(cross_entropy(engine(images).float(), labels))
+            engine.backward(task.example_loss(engine(example)))
             engine.step(1e-4)
         finish(runtime.device)
 
     def plain() -> None:
         for _ in range(steps):
-            cross_entropy(model(images.to(engine.dtype)).float(), labels).backward()
+            task.example_loss(model(example.to(engine.dtype))).backward()
             if model is not master:
                 for weight, of_master in zip(weights, masters, strict=True):
                     of_master.grad = weight.grad.float()
@@ -100,17 +99,17 @@ def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, roun
         finish(runtime.device)
 
     ways = {f"DeepSpeed ZeRO {engine.stage}": with_engine, "bare PyTorch": plain}
-    return interleave(ways, steps * len(images), rounds, time.perf_counter)
+    return interleave(ways, steps * config.train.micro_batch, rounds, time.perf_counter)
 
 
-def split_step(config: Config, manifest: Manifest, runtime: Runtime, steps: int) -> dict[str, float]:
+def split_step(task: Task, manifest: Manifest, runtime: Runtime, steps: int) -> dict[str, float]:
     """Milliseconds of a step of one micro-batch from `manifest`: waiting for data, forward, backward and optimizer.
 
     Measured on the device; medians of `steps` steps.
     """
-    split, size = manifest.split("train"), config.train.micro_batch
+    config, split, timer = task.config, manifest.split("train"), DeviceTimer(runtime.device)
+    size = config.train.micro_batch
     order = Order(config.train.seed, split.samples, size * runtime.world, size)
-    task, timer = build_task(config, manifest.classes), DeviceTimer(runtime.device)
     engine = Engine(task.initial_model(), config, accumulation=1, device=runtime.device)
     batches = training_batches(task, split, order, runtime.rank, runtime.world, 0)
 
@@ -135,15 +134,15 @@ def split_step(config: Config, manifest: Manifest, runtime: Runtime, steps: int)
     }
 
 
-def bench_guard(config: Config, classes: int, runtime: Runtime, steps: int, folder: Path) -> dict[str, float]:
+def bench_guard(task: Task, runtime: Runtime, steps: int, folder: Path) -> dict[str, float]:
     """Milliseconds per step on the main thread of the guard's calls, of the whole step, and their ratio; and how long
     training stops for a checkpoint of this rank's share.
 
     The guard's calls are timed inside the step, because the difference between steps with and without them would be
     smaller than the noise. folder: for stacks.
     """
-    engine = Engine(build_task(config, [""] * classes).build_model(), config, accumulation=1, device=runtime.device)
-    images, labels = random_batch(config, classes, runtime.device)
+    config, example = task.config, random_example(task, runtime.device)
+    engine = Engine(task.build_model(), config, accumulation=1, device=runtime.device)
     watchdog = Watchdog(runtime.rank, runtime.world, config.guard.timeout.model_dump(), folder, config.guard.grace)
     watchdog.connect(Store())
     agreement, skips = Agreement(runtime.device, config.guard.agree_every), Skips(config.guard.max_skipped)
@@ -155,7 +154,7 @@ def bench_guard(config: Config, classes: int, runtime: Runtime, steps: int, fold
         watchdog.enter("step", step)
         with agreement.local_work():
             at.append(time.perf_counter())
-            loss = cross_entropy(engine(images).float(), labels)
+            loss = task.example_loss(engine(example))
             at.append(time.perf_counter())
         at += [time.perf_counter()]
         engine.backward(loss)
