@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from train.engine.deepspeed_engine import init_process_group
+from train.engine.deepspeed_engine import destroy_process_group, init_process_group
 from train.engine.network_interface import choose_interface
 
 # Instructions that multiply bf16, as torch names them: on x86 and on ARM.
@@ -125,4 +125,4 @@ def _cores_of_this_rank() -> int:
 
 
 def stop_runtime() -> None:
-    dist.destroy_process_group()
+    destroy_process_group()
