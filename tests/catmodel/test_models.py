@@ -6,7 +6,6 @@ Sizes and names are of the full models, on PyTorch's meta device, which computes
 import functools
 import io
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import catmodel
+from tests.catmodel.golden import released_shapes
 from tests.catmodel.small import ARCHITECTURES, images, jitter, settings, small
 
-KEYS = Path(__file__).parents[3] / "shared" / "golden" / "keys"
 PUBLISHED = {  # parameters, 10^9 multiply-accumulates at 224 x 224; of CoTNet without the aggregation. From the papers and their code.
     "cat_tiny": (16_870_996, 2.7705),
     "cat_small": (37_294_258, 6.0632),
@@ -34,9 +33,9 @@ PUBLISHED = {  # parameters, 10^9 multiply-accumulates at 224 x 224; of CoTNet w
     "se_cotnetd101": (40_912_392, 8.430),
     "se_cotnetd152": (55_783_688, 12.89),
 }
-RELEASED = {
-    "cotnext50": "cotnext50_2x48d",
-    "cotnext101": "cotnext101_2x48d",
+RELEASED = {  # model -> its file in tests/golden/keys
+    **{name: name for name in ("cat_tiny", "pvt_tiny", "pvt_large", "cotnet50", "cotnet101")},
+    **{f"cotnext{n}": f"cotnext{n}_2x48d" for n in (50, 101)},
     **{f"se_cotnetd{n}": f"se_cotnetd_{n}" for n in (50, 101, 152)},
 }
 
@@ -86,13 +85,9 @@ def test_least_images_train_and_fewer_do_not(name: str):
             model(images(name, least - 1))
 
 
-@every_model
+@pytest.mark.parametrize("name", RELEASED)
 def test_names_and_shapes_are_the_released_ones(name: str):
-    file = KEYS / f"{RELEASED.get(name, name)}.txt"
-    if not file.exists():
-        pytest.skip(f"no names in {KEYS} for it")
-    released = dict(line.split(" ", 1) for line in file.read_text().splitlines() if line)
-    assert {key: str(shape) for key, shape in shapes(shapes_of(name)).items()} == released
+    assert {key: str(shape) for key, shape in shapes(shapes_of(name)).items()} == released_shapes(RELEASED[name])
 
 
 @every_model

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import catmodel
+from tests.catmodel.golden import released_shapes
 from tests.catmodel.small import small
 from tests.interpolation import resized
 
-KEYS = Path(__file__).parents[3] / "shared" / "golden" / "keys"
 SMALL_PVT = dict(embed_dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), num_heads=(1, 2, 3, 4))
 
 
@@ -304,11 +304,9 @@ def test_a_truncated_file_is_refused(tmp_path: Path, published):
 # ---------------------------------------------------------------------------------------------------------------------- PVT and CoTNet
 
 
-@pytest.mark.skipif(not KEYS.exists(), reason=f"the names of the released weights are not in {KEYS}")
 @pytest.mark.parametrize(("name", "keys"), [("pvt_tiny", "pvt_tiny"), ("se_cotnetd50", "se_cotnetd_50")])
 def test_released_names_with_wrappers_and_running_statistics(tmp_path: Path, name: str, keys: str):
-    released = [line.split(" ", 1) for line in (KEYS / f"{keys}.txt").read_text().splitlines()]
-    published = {key: torch.rand(literal_eval(shape)) for key, shape in released}
+    published = {key: torch.rand(literal_eval(shape)) for key, shape in released_shapes(keys).items()}
     published |= {key: torch.tensor(7) for key in published if key.endswith("num_batches_tracked")}
     torch.save({"state_dict": {f"module.{key}": value for key, value in published.items()}, "epoch": 300}, tmp_path / "released.pth.tar")
     model = catmodel.create_model(name)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import catmodel
-from tests.catmodel.test_golden_cat import GOLDEN, fill, image
+from tests.catmodel.golden import filled, golden_images, load
 from tests.runs import losses, run
 from train.checkpoint import checkpoint_path
 
@@ -61,13 +61,12 @@ def test_dense_maps_of_any_size(device):
 
 
 @(pytest.mark.slow if torch.cuda.is_available() else pytest.mark.long)
-@pytest.mark.skipif(not (GOLDEN / "cat_tiny.npz").exists(), reason=f"golden values are not in {GOLDEN}")
 def test_golden_values(device):
     """CAT-T in float32, one image. Interpreted it takes most of a minute."""
-    model = fill(catmodel.create_model("cat_tiny")).to(device)
+    model = filled(catmodel.create_model("cat_tiny")).to(device)
     with torch.no_grad():
-        logits = model(image(1234, 2, 3, 224, 224)[:1].to(device)).cpu().numpy()
-    np.testing.assert_allclose(logits, np.load(GOLDEN / "cat_tiny.npz")["logits_f32"][:1], rtol=0, atol=2e-5)
+        logits = model(golden_images()[:1].to(device)).cpu().numpy()
+    np.testing.assert_allclose(logits, load("cat_tiny")["logits_f32"][:1], rtol=0, atol=2e-5)
 
 
 @pytest.mark.slow
