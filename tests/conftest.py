@@ -21,7 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ALLOWED_SKIPS = {
     r"needs a GPU|there is no GPU": "CI machines have no GPU; `make gpu` runs on machines that have one",
     r"there is a GPU|with a GPU|this device has fp16": "the test is about devices without that hardware",
-    r"needs root|no right to mount|cannot be mounted|namespaces cannot|cannot be made here": "containers restrict rights",
+    r"needs root|no right to mount|cannot be mounted|namespaces cannot|cannot be made here": "containers forbid it",
     r"no control group blkio of version 1": "control groups of version 2 cannot limit a whole disk in this way",
     r"(?i)imagenet.sample": "ImageNet's photographs may not be published with this repository",
     r"Chromium is not installed": "a browser is not among the packages that setup.sh installs",
@@ -34,7 +34,7 @@ def unexpected_skips(config) -> list[str]:
     if not os.environ.get("CI") or terminal is None:
         return []
     skips = {report.nodeid: report.longrepr[2] for report in terminal.stats.get("skipped", [])}
-    return [f"{test}: {why}" for test, why in skips.items() if not any(re.search(known, why) for known in ALLOWED_SKIPS)]
+    return [f"{id}: {why}" for id, why in skips.items() if not any(re.search(known, why) for known in ALLOWED_SKIPS)]
 
 
 def pytest_sessionfinish(session, exitstatus):
