@@ -8,8 +8,6 @@ A stage's tokens lie on an H x W map which is cut into n patches of P x P tokens
 Shape letters: B images, H W map, N tokens, n patches, P tokens per patch (size * size), C channels, h heads, d channels per head.
 """
 
-from dataclasses import dataclass, replace
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -17,107 +15,7 @@ from torch import Tensor, nn
 
 from catmodel import kernels
 from catmodel.dropout import draw_seed, dropout
-from catmodel.layers import may_be_nonzero, missing
-
-
-@dataclass(frozen=True)
-class Patches:
-    """How the tokens of one stage are stored and grouped into patches.
-
-    Where the patches tile the map exactly, tokens are kept **patch by patch**: `split` and `join` are then views, and what works on
-    single tokens (norm, MLP, residual) does not care. Otherwise tokens are kept row by row, and `split` pads the map with zeros on the
-    right and at the bottom: so padding comes after the norm, as published, and costs the MLP nothing.
-
-    height, width: of the map, in tokens. size: a patch's side, in tokens. by_row: keep tokens row by row in any case.
-    kernels: let the Triton kernels do the work, where they fit; they find a patch's tokens in the rows by themselves.
-    """
-
-    height: int
-    width: int
-    size: int
-    by_row: bool = False
-    kernels: bool = False
-
-    @property
-    def padding(self) -> tuple[int, int]:
-        """Rows and columns that are missing for whole patches."""
-        return missing(self.height, self.size), missing(self.width, self.size)
-
-    @property
-    def by_patch(self) -> bool:
-        return not may_be_nonzero(*self.padding) and not self.by_row
-
-    @property
-    def can_shift(self) -> bool:
-        """Shifting by half a patch regroups tokens only where both sides hold more than one patch."""
-        return min(self.height, self.width) > self.size
-
-    def tokens_from_map(self, x_BHWC: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, N, C] in this stage's order."""
-        return self._cut(x_BHWC).flatten(1, 2) if self.by_patch else x_BHWC.flatten(1, 2)
-
-    def map_from_tokens(self, x_BNC: Tensor) -> Tensor:
-        """[B, N, C] in this stage's order -> [B, H, W, C]."""
-        if self.by_patch:
-            return self._paste(x_BNC.unflatten(1, (-1, self.size**2)))
-        return x_BNC.unflatten(1, (self.height, self.width))
-
-    def split(self, x_BNC: Tensor, shift: int = 0) -> Tensor:
-        """[B, N, C] -> patches [B, n, P, C]; with a shift, of the map rolled up and to the left by that many tokens."""
-        if self.by_patch and not shift:
-            return x_BNC.unflatten(1, (-1, self.size**2))
-        x_BHWC = self.map_from_tokens(x_BNC)
-        rows, columns = self.padding
-        if may_be_nonzero(rows, columns):
-            x_BHWC = F.pad(x_BHWC, (0, 0, 0, columns, 0, rows))
-        return self._cut(x_BHWC.roll((-shift, -shift), dims=(1, 2)) if shift else x_BHWC)
-
-    def join(self, x_BnPC: Tensor, shift: int = 0) -> Tensor:
-        """The inverse of `split`: [B, n, P, C] -> [B, N, C]."""
-        if self.by_patch and not shift:
-            return x_BnPC.flatten(1, 2)
-        x_BHWC = self._paste(x_BnPC)
-        if shift:
-            x_BHWC = x_BHWC.roll((shift, shift), dims=(1, 2))
-        return self.tokens_from_map(x_BHWC[:, : self.height, : self.width])
-
-    def pad(self, x_BNC: Tensor) -> tuple["Patches", Tensor]:
-        """Row by row: the map padded on the right and at the bottom to whole patches, and its tokens."""
-        rows, columns = self.padding
-        if not rows and not columns:
-            return self, x_BNC
-        padded = replace(self, height=self.height + rows, width=self.width + columns)
-        return padded, F.pad(self.map_from_tokens(x_BNC), (0, 0, 0, columns, 0, rows)).flatten(1, 2)
-
-    def crop(self, x_BNC: Tensor) -> Tensor:
-        """The tokens of this map from those of the padded one."""
-        rows, columns = self.padding
-        if not rows and not columns:
-            return x_BNC
-        return x_BNC.unflatten(1, (self.height + rows, -1))[:, : self.height, : self.width].flatten(1, 2)
-
-    def shift_mask(self, shift: int, device: torch.device) -> Tensor:
-        """[n, P, P], True where two tokens of a shifted patch lay together before the roll too, and so may attend.
-
-        (Swin, arXiv 2103.14030, section 3.2.)
-        """
-
-        def region(length: int) -> Tensor:
-            # After the roll the last patch of a side holds two pieces: its own end, and the start that came round.
-            position = torch.arange(length, device=device)
-            return (position >= length - self.size).long() + (position >= length - shift).long()
-
-        rows, columns = self.padding
-        region_HW = 3 * region(self.height + rows)[:, None] + region(self.width + columns)
-        region_nP = self._cut(region_HW[None, :, :, None])[0, :, :, 0]
-        return region_nP[:, :, None] == region_nP[:, None, :]
-
-    def _cut(self, x_BHWC: Tensor) -> Tensor:
-        return rearrange(x_BHWC, "B (rows p) (columns q) C -> B (rows columns) (p q) C", p=self.size, q=self.size)
-
-    def _paste(self, x_BnPC: Tensor) -> Tensor:
-        columns = -(-self.width // self.size)
-        return rearrange(x_BnPC, "B (rows columns) (p q) C -> B (rows p) (columns q) C", columns=columns, p=self.size)
+from catmodel.patches import Patches
 
 
 class InnerPatchAttention(nn.Module):

@@ -15,22 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from catmodel import kernels
-from catmodel.attention import CrossPatchAttention, InnerPatchAttention, Patches
-from catmodel.layers import DropPathAdd, Mlp, may_be_nonzero, missing
+from catmodel.attention import CrossPatchAttention, InnerPatchAttention
+from catmodel.layers import DropPathAdd, Mlp, PatchConv
+from catmodel.patches import Patches, may_be_nonzero, padding_to
 from catmodel.variants import Staged, build, stages_asked_for
 
 # ---------------------------------------------------------------------------------------------------------------------- layers
-
-
-class PatchConv(nn.Conv2d):
-    """A convolution whose stride is its kernel size, p: [B, c, H, W] -> [B, H/p, W/p, C], channels last as the norm after it wants them.
-
-    Computed as a matrix product: the result of PyTorch's own would have to be transposed in memory.
-    """
-
-    def forward(self, image: Tensor) -> Tensor:
-        pixels = rearrange(image, "B c (H dy) (W dx) -> B H W (c dy dx)", dy=self.kernel_size[0], dx=self.kernel_size[1])
-        return F.linear(pixels, self.weight.flatten(1), self.bias)
 
 
 class PatchSlice(nn.Linear):
@@ -64,7 +54,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        rows, columns = missing(image.shape[2], self.patch_size), missing(image.shape[3], self.patch_size)
+        rows, columns = padding_to(image.shape[2], self.patch_size), padding_to(image.shape[3], self.patch_size)
         if may_be_nonzero(rows, columns):
             image = F.pad(image, (0, columns, 0, rows))
         return self.norm(self.proj(image))
@@ -79,7 +69,7 @@ class PatchProjection(nn.Module):
         self.norm = nn.LayerNorm(4 * channels)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        rows, columns = missing(x_BHWC.shape[1], 2), missing(x_BHWC.shape[2], 2)
+        rows, columns = padding_to(x_BHWC.shape[1], 2), padding_to(x_BHWC.shape[2], 2)
         if may_be_nonzero(rows, columns):
             x_BHWC = F.pad(x_BHWC, (0, 0, 0, columns, 0, rows))
         return self.reduction(self.norm(rearrange(x_BHWC, "B (H dy) (W dx) C -> B H W (dx dy C)", dy=2, dx=2)))

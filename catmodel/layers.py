@@ -1,20 +1,24 @@
-"""Layers that several families share."""
+"""Layers that several model families share."""
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from catmodel import kernels
 
 
-def missing(length: int, multiple: int) -> int:
-    """What a side lacks to a multiple: 0 to multiple - 1."""
-    return -(-length // multiple) * multiple - length  # not -length % multiple: of torch.export's symbols the sum with length is simple
+class PatchConv(nn.Conv2d):
+    """A convolution whose stride is its kernel size p: [B, c, H, W] -> [B, H/p, W/p, C], with channels last.
 
+    It is computed as a matrix product: PyTorch's convolution puts channels first, and the norm that follows needs them last.
+    """
 
-def may_be_nonzero(*lengths: int) -> bool:
-    """Whether any of them is not 0, or may not be: torch.export must not decide by its example what holds for other sizes too."""
-    return any(not isinstance(length, int) or length != 0 for length in lengths)
+    def forward(self, image: Tensor) -> Tensor:
+        pixels = rearrange(
+            image, "B c (H dy) (W dx) -> B H W (c dy dx)", dy=self.kernel_size[0], dx=self.kernel_size[1]
+        )
+        return F.linear(pixels, self.weight.flatten(1), self.bias)
 
 
 class Mlp(nn.Module):

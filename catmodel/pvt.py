@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from catmodel import kernels
-from catmodel.cat import PatchConv
-from catmodel.layers import DropPathAdd, Mlp, may_be_nonzero, missing
+from catmodel.layers import DropPathAdd, Mlp, PatchConv
+from catmodel.patches import may_be_nonzero, padding_to
 from catmodel.variants import Staged, build, stages_asked_for
 
 BLOCK_EPS = 1e-6  # of the norms of the blocks and the last one; the others have PyTorch's 1e-5
@@ -44,7 +44,7 @@ class SpatialReductionAttention(nn.Module):
     def forward(self, x_BNC: Tensor, height: int, width: int) -> Tensor:
         q = rearrange(self.q(x_BNC), "B N (h d) -> B h N d", h=self.num_heads)
         if self.reduction > 1:
-            rows, columns = missing(height, self.reduction), missing(width, self.reduction)
+            rows, columns = padding_to(height, self.reduction), padding_to(width, self.reduction)
             x_BCHW = rearrange(x_BNC, "B (H W) C -> B C H W", H=height)
             x_BNC = self.norm(self.sr(F.pad(x_BCHW, (0, columns, 0, rows)) if may_be_nonzero(rows, columns) else x_BCHW).flatten(1, 2))
         k, v = rearrange(self.kv(x_BNC), "B N (two h d) -> two B h N d", two=2, h=self.num_heads)
@@ -78,7 +78,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        rows, columns = missing(x_BCHW.shape[2], self.patch_size), missing(x_BCHW.shape[3], self.patch_size)
+        rows, columns = padding_to(x_BCHW.shape[2], self.patch_size), padding_to(x_BCHW.shape[3], self.patch_size)
         return self.norm(self.proj(F.pad(x_BCHW, (0, columns, 0, rows)) if may_be_nonzero(rows, columns) else x_BCHW))
 
 

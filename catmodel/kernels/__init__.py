@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from catmodel.attention import Patches
+    from catmodel.patches import Patches
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -25,15 +25,15 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return _plain("torch.func's transforms do not take PyTorch's custom operators")
+        return _fall_back("torch.func's transforms do not take PyTorch's custom operators")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return _plain(f"{torch.cuda.get_device_name(device)} is older than Ampere")
+        return _fall_back(f"{torch.cuda.get_device_name(device)} is older than Ampere")
     if dtype not in DTYPES:
-        return _plain(f"they do not know {dtype}")
+        return _fall_back(f"they do not know {dtype}")
     try:
         register()
     except ModuleNotFoundError as error:
-        return _plain(f"{error.name} is not installed")
+        return _fall_back(f"{error.name} is not installed")
     return True
 
 
@@ -43,7 +43,7 @@ def register() -> None:
 
 
 @functools.cache
-def _plain(reason: str) -> bool:
+def _fall_back(reason: str) -> bool:
     """Says once why plain PyTorch is used. Always False."""
     logging.getLogger(__name__).warning("plain PyTorch in place of the Triton kernels: %s", reason)
     return False
@@ -61,12 +61,12 @@ def inner_patch_fits(size: int, head_dim: int) -> bool:
     return (
         size <= 12
         and head_dim <= 64
-        or _plain(f"inner-patch attention knows patches up to 12 x 12 and up to 64 channels a head, not {size} x {size} and {head_dim}")
+        or _fall_back(f"inner-patch attention knows patches up to 12 x 12 and up to 64 channels a head, not {size} x {size} and {head_dim}")
     )
 
 
 def cross_patch_fits(size: int) -> bool:
-    return size <= 12 or _plain(f"cross-patch attention knows patches up to 12 x 12, not {size} x {size}")
+    return size <= 12 or _fall_back(f"cross-patch attention knows patches up to 12 x 12, not {size} x {size}")
 
 
 def cross_patch_attention(

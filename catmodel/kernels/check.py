@@ -12,9 +12,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from catmodel import kernels
-from catmodel.attention import CrossPatchAttention, InnerPatchAttention, Patches
+from catmodel.attention import CrossPatchAttention, InnerPatchAttention
 from catmodel.cotnet import SHARE, aggregate
 from catmodel.layers import Mlp
+from catmodel.patches import Patches
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from catmodel.attention import CrossPatchAttention, InnerPatchAttention, Patches, attend
+from catmodel.attention import CrossPatchAttention, InnerPatchAttention, attend
+from catmodel.patches import Patches
 
 
 def softmax(row: Tensor) -> Tensor:

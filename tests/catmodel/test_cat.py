@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import catmodel
-from catmodel.attention import Patches
 from catmodel.layers import DropPathAdd
+from catmodel.patches import Patches
 
 
 def count(model: nn.Module) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import catmodel
-from catmodel.attention import Patches
+from catmodel.patches import Patches
 from tests.catmodel.golden import filled, golden_images, load, released_shapes
 
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import catmodel
-from catmodel.attention import CrossPatchAttention, Patches
+from catmodel.attention import CrossPatchAttention
 from catmodel.layers import Mlp
+from catmodel.patches import Patches
 from tests.catmodel.small import jitter
 
 # Small enough for the interpreter; CAT with four patches, then one; PVT and CoTNet with two stages.

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from catmodel.attention import CrossPatchAttention, Patches
+from catmodel.attention import CrossPatchAttention
+from catmodel.patches import Patches
 
 # Patch size, map (the odd ones are padded), heads, channels, dropout, type. In one kernel: one head, up to 64 patches of at most 7 x 7, not
 # in float32; the others by flash attention.

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from catmodel.attention import InnerPatchAttention, Patches
+from catmodel.attention import InnerPatchAttention
+from catmodel.patches import Patches
 
 # Patch size, map (the odd ones are padded), heads, channels per head, shifted, dropout, type.
 CASES = [
