@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["create_model", "least_images", "list_models", "load_published", "register_timm"]
 
-# Module -> the models it defines, each a function of that name. Listed here so that `list_models` does not import torch.
+# Module -> the models it defines, each a function of that name. Listed here so that `list_models` does not import
+# torch.
 _FAMILIES = {
     "catmodel.cat": ("cat_tiny", "cat_small", "cat_base", "cat_nano"),
     "catmodel.pvt": ("pvt_tiny", "pvt_small", "pvt_medium", "pvt_large"),
@@ -30,7 +31,7 @@ def list_models() -> list[str]:
 
 
 def least_images(name: str) -> int:
-    """The smallest batch that this model can train on: 2 for CoTNet, whose gates normalise pooled images over the batch."""
+    """The smallest batch that the model can train on: 2 for CoTNet, whose gates normalise over the batch, else 1."""
     return 2 if _MODELS[name] == "catmodel.cotnet" else 1
 
 
@@ -39,7 +40,8 @@ def create_model(name: str, **overrides: Any) -> "nn.Module":
 
     overrides: arguments of the model's class, e.g. num_classes, drop_path_rate, features_only.
 
-    Raises ValueError for an unknown name or override, with the closest match, and for settings that do not fit together.
+    Raises ValueError for an unknown name or override, with the closest match, and for settings that do not fit
+    together.
     """
     if name not in _MODELS:
         close = difflib.get_close_matches(name, _MODELS, n=1)

@@ -1,11 +1,13 @@
-"""The two attentions of CAT (arXiv 2106.05786, section 3.1) and the patches they work on: in plain PyTorch, or by the Triton kernels.
+"""The two attentions of CAT (arXiv 2106.05786, section 3.1), in PyTorch or with the Triton kernels.
 
-A stage's tokens lie on an H x W map which is cut into n patches of P x P tokens.
+A stage's tokens form an H x W map, which is divided into n patches of size x size tokens.
 
-- Inner-patch self-attention (IPSA): inside each patch, its P*P tokens attend to each other over all channels.
-- Cross-patch self-attention (CPSA): inside each channel, the n patches attend to each other; a patch's features are its P*P values there.
+- Inner-patch self-attention (IPSA): the tokens of a patch attend to each other, over all channels.
+- Cross-patch self-attention (CPSA): within each channel, the n patches attend to each other. A patch's features are its
+  size * size values in that channel.
 
-Shape letters: B images, H W map, N tokens, n patches, P tokens per patch (size * size), C channels, h heads, d channels per head.
+Shape letters: B images, H W map, N tokens, n patches, P tokens per patch (size * size), C channels, h heads, d channels
+per head.
 """
 
 import torch
@@ -19,11 +21,11 @@ from catmodel.patches import Patches
 
 
 class InnerPatchAttention(nn.Module):
-    """IPSA: multi-head self-attention among the P*P tokens of a patch, with a learned relative position bias.
+    """IPSA: multi-head self-attention among the tokens of a patch, with a learned relative position bias.
 
-    channels: C. num_heads must divide it. patch_size: a patch's side, in tokens.
-    shifted: group the tokens into patches that are shifted by half a patch (the paper's ablation; not the published models).
-    dropout: of the attention weights, in training.
+    channels: C, a multiple of num_heads. patch_size: side of a patch, in tokens.
+    shifted: use patches shifted by half a patch (an ablation of the paper; not in the published models).
+    dropout: rate for the attention weights, in training.
     """
 
     def __init__(self, channels: int, num_heads: int, patch_size: int, shifted: bool = False, dropout: float = 0.0):
@@ -62,23 +64,28 @@ class InnerPatchAttention(nn.Module):
         return patches.join(y_BnPC, shift)
 
     def position_bias(self) -> Tensor:
-        """[h, P, P]: what is added to the attention logits of each pair of tokens."""
+        """[h, P, P], added to the attention logits of each pair of tokens."""
         bias_PPh = self.relative_position_bias_table[self.relative_position_index.flatten()]
         return bias_PPh.unflatten(0, self.relative_position_index.shape).permute(2, 0, 1).contiguous()
 
 
 class CrossPatchAttention(nn.Module):
-    """CPSA: self-attention among the n patches of the map, in every channel on its own with the same weights.
+    """CPSA: self-attention among the n patches of the map, in each channel separately, with shared weights.
 
-    A patch's features are the P*P values of the channel, so the weights depend on patch_size alone and any number of patches works.
-    num_heads: 1 in the paper; more split the P*P features. dropout: of the attention weights, in training (0.2 in the paper, Table 6).
+    A patch's features are its P values in the channel, so the weights depend on patch_size only and any number of
+    patches works.
+
+    num_heads: 1 in the paper; more heads split the P features. dropout: rate for the attention weights, in training
+    (0.2 in the paper, Table 6).
     """
 
     def __init__(self, patch_size: int, num_heads: int = 1, dropout: float = 0.0):
         super().__init__()
         features = patch_size**2
         if features % num_heads:
-            raise ValueError(f"cpsa_num_heads {num_heads} does not divide the {features} values of a {patch_size}x{patch_size} patch")
+            raise ValueError(
+                f"cpsa_num_heads {num_heads} does not divide the {features} values of a {patch_size}x{patch_size} patch"
+            )
         self.num_heads = num_heads
         self.dropout = dropout
         self.qkv = nn.Linear(features, 3 * features)
@@ -86,7 +93,7 @@ class CrossPatchAttention(nn.Module):
 
     def forward(self, x_BNC: Tensor, patches: Patches) -> Tensor:
         """[B, N, C] -> [B, N, C]"""
-        # With a single patch (stage 4) the softmax is 1, yet dropout still silences a channel's whole v: so no shortcut.
+        # No shortcut for a single patch (stage 4): its softmax is 1, but dropout may still zero a channel's v.
         rate = self.dropout if self.training else 0.0
         seed = draw_seed(x_BNC.device) if rate else None
         if patches.kernels and kernels.cross_patch_fits(patches.size):
@@ -101,14 +108,17 @@ class CrossPatchAttention(nn.Module):
         return patches.join(rearrange(y_BCnP, "B C n P -> B n P C"))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, rate: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v, all [batch, h, tokens, d]; the bias broadcasts to [batch, h, tokens, tokens].
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, rate: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v, for q, k and v [batch, h, tokens, d].
 
-    rate: of dropout, of the softmax; seed: what its mask is a function of (`catmodel.dropout`).
+    bias: broadcasts to [batch, h, tokens, tokens]. rate: dropout of the softmax. seed: determines the dropout's mask
+    (`catmodel.dropout`).
 
-    Without dropout by PyTorch's fused attention, which never holds tokens x tokens in memory: a dense 800x1280 image has 1,334 patches in
-    each of 96 channels. On a CPU, though, the plain products are faster where tokens are few, or where a trainable bias keeps PyTorch from
-    fusing (together 4 % of a training step of cat_tiny, 12 % of one of cat_nano).
+    Without dropout this calls PyTorch's fused attention, which stores no tokens x tokens matrix: a dense 800 x 1280
+    image has 1,334 patches in each of 96 channels. On a CPU, explicit products are faster for few tokens, and for a
+    trainable bias, which prevents fusion (together 4 % of a training step of cat_tiny, 12 % of one of cat_nano).
     """
     tokens, d = q.shape[-2:]
     if rate or (q.device.type == "cpu" and (bias is not None or (isinstance(tokens, int) and tokens <= 8))):
@@ -119,9 +129,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, rate: fl
 
 
 def relative_position_index(size: int) -> Tensor:
-    """[P, P] int64: for a pair of tokens of a size x size patch, the row of the bias table that belongs to their offset.
+    """[P, P] int64: the row of the bias table for each pair of tokens of a size x size patch.
 
-    Row (dy + size - 1) * (2 size - 1) + (dx + size - 1) for the offset (dy, dx) from the second token to the first.
+    For an offset (dy, dx) from the second token to the first, the row is
+    (dy + size - 1) * (2 * size - 1) + (dx + size - 1).
     """
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     y, x = y.flatten(), x.flatten()

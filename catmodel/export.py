@@ -1,4 +1,4 @@
-"""Export of a model to files that need no code of this project: safetensors, ONNX, .pt2, and a folder for timm and the Hub.
+"""Export of a model to safetensors, ONNX, torch.export's .pt2, or a folder for timm and the Hugging Face Hub.
 
 A file is written under a temporary name and compared with the model on random images of several batch sizes (and, for
 dense maps, of several image sizes). It is renamed only if both agree. Everything runs in fp32 on the CPU, without the
@@ -48,7 +48,8 @@ def check_target(to: str, features_only: bool) -> None:
         )
     if is_hub(to) and features_only:
         raise CannotExport(
-            f"{to}: a folder for timm holds the classifier, from which timm.create_model(..., features_only=True) takes the maps"
+            f"{to}: a folder for timm holds the classifier, from which timm.create_model(..., features_only=True) "
+            "takes the maps"
         )
     if Path(to).suffix == ".onnx" and any(
         importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")
@@ -62,13 +63,13 @@ def is_hub(to: str) -> bool:
 
 
 def export(model: "nn.Module", to: str, about: dict[str, Any]) -> float:
-    """Write `model` to the file `to`, or to the folder `to` if it ends in "/". Returns the largest difference from the model.
+    """Write `model` to a file, or to a folder if `to` ends in "/". Returns the largest difference from the model.
 
     about: {"model": {"name": ..., arguments of catmodel.create_model}, "classes": names, "mean": [3], "std": [3],
         "interpolation", "eval_crop"}. It is stored in the file as JSON, under the metadata key "catmodel".
 
-    A difference is relative to the largest output, if that is above 1. The batch size stays free; so do height and width
-    (64 pixels or more) of features_only models.
+    A difference is relative to the largest output, if that is above 1. The batch size stays free; so do height and
+    width (64 pixels or more) of features_only models.
 
     Raises ExportError if the difference exceeds 1e-4, CannotExport if the format cannot hold the model.
     """
@@ -85,7 +86,8 @@ def export(model: "nn.Module", to: str, about: dict[str, Any]) -> float:
         difference = _largest_difference(model, run, about["model"])
         if not difference <= TOLERANCE:
             raise ExportError(
-                f"{to} was not written: its outputs differ by {difference:.1e} from the model's, more than {TOLERANCE:.0e}"
+                f"{to} was not written: its outputs differ by {difference:.1e} from the model's, "
+                f"more than {TOLERANCE:.0e}"
             )
         if temporary.is_dir():
             path.mkdir(exist_ok=True)
@@ -109,7 +111,8 @@ def _largest_difference(model: "nn.Module", run: Callable[["Tensor"], Sequence["
         for want, have in zip(expected, found, strict=True):
             if want.shape != have.shape:
                 raise ExportError(
-                    f"for images of shape {list(images.shape)} the file gives {list(have.shape)}, the model {list(want.shape)}"
+                    f"for images of shape {list(images.shape)} the file gives {list(have.shape)}, "
+                    f"the model {list(want.shape)}"
                 )
             error = ((want - have).abs().max() / want.abs().max().clamp(min=1)).item()
             largest = error if error != error else max(largest, error)  # max would drop a NaN
@@ -158,7 +161,7 @@ def _to_onnx(model: "nn.Module", path: Path, about: dict) -> Callable:
     from onnxscript import INT64, opset18
 
     def floor_divide(dividend: INT64, divisor: INT64) -> INT64:
-        """Round down, as Python does; ONNX's Div, which torch uses for //, truncates. Padding is computed with -(-a // b)."""
+        """Round down, as Python does. ONNX's Div, which torch uses for //, truncates; padding uses -(-a // b)."""
         return opset18.Div(opset18.Sub(dividend, opset18.Mod(dividend, divisor)), divisor)
 
     program = _program(model, about)
@@ -188,7 +191,8 @@ def _program(model: "nn.Module", about: dict) -> "ExportedProgram":
     settings = about["model"]
     if model.features_only and settings.get("shifted_windows"):
         raise CannotExport(
-            "shifted_windows shifts only if an image has more than one patch: a graph for any image size cannot hold both cases"
+            "shifted_windows shifts only if an image has more than one patch: "
+            "a graph for any image size cannot hold both cases"
         )
     dims = {0: Dim("batch")}
     if model.features_only:

@@ -53,7 +53,7 @@ class Patches:
 
     @property
     def can_shift(self) -> bool:
-        """Whether both sides hold more than one patch. Otherwise a shift by half a patch would not regroup the tokens."""
+        """Whether both sides hold more than one patch, so that a shift by half a patch regroups the tokens."""
         return min(self.height, self.width) > self.size
 
     def tokens_from_map(self, x_BHWC: Tensor) -> Tensor:
@@ -107,7 +107,8 @@ class Patches:
         """
 
         def region(length: int) -> Tensor:
-            # After the roll the last patch of a side holds two regions: the end of the side, and the start wrapped around.
+            # After the roll the last patch of a side holds two regions: the end of the side, and the start wrapped
+            # around.
             position = torch.arange(length, device=device)
             return (position >= length - self.size).long() + (position >= length - shift).long()
 

@@ -18,7 +18,8 @@ def register() -> None:
 
 
 def _entry_point(name: str) -> Callable[..., Any]:
-    # The named arguments are those of timm.create_model. For local-dir: and hf-hub: names, pretrained_cfg is config.json.
+    # The named arguments are those of timm.create_model. For local-dir: and hf-hub: names, pretrained_cfg is
+    # config.json.
     def build(
         pretrained: bool = False,
         pretrained_cfg: Any = None,
@@ -51,7 +52,7 @@ def _entry_point(name: str) -> Callable[..., Any]:
 
 
 def _load_exported(model: Any, config: dict[str, Any], cache_dir: Any) -> None:
-    """Load the weights that `catmodel.export` wrote beside config.json. The head is left out for another number of classes."""
+    """Load the weights written by `catmodel.export`, without the head if the number of classes differs."""
     from catmodel import pretrained
 
     if config["source"] == "local-dir":

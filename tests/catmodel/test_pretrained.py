@@ -233,7 +233,7 @@ def test_positions_of_an_unknown_grid_are_refused_with_a_remedy_that_helps():
     catmodel.load_published(same, published)  # as many as the model's, and no square: the model's
     assert_loaded(same, published)
     for resize in (False, True):
-        with pytest.raises(ValueError, match=r"ape: shape \[1, 768, 32\], of neither a square grid nor .*: fill a model"):
+        with pytest.raises(ValueError, match=r"ape: shape \[1, 768, 32\], which is no square grid, .*: load it"):
             catmodel.load_published(other, published, resize_positions=resize)
     same.load_state_dict(published)  # the remedy
     assert catmodel.load_published(other, same.state_dict(), resize_positions=True).resized == ["ape 16 x 48 -> 32 x 32"]
@@ -259,7 +259,7 @@ def test_any_value_in_the_place_of_a_weight_loads_or_is_named(name: str):
         for value in (*odd, weight.to(torch.complex64), weight.bool(), weight[None], weight.double()):
             with contextlib.suppress(ValueError):
                 catmodel.load_published(model, {**published, key: value}, resize_positions=True)
-        with pytest.raises(ValueError, match=f"{key}: numbers of type torch.complex64"):
+        with pytest.raises(ValueError, match=f"{key}: dtype torch.complex64"):
             catmodel.load_published(model, {**published, key: weight.to(torch.complex64)})
     with pytest.raises(ValueError, match="no weights by their names"):
         catmodel.load_published(model, {**published, 3: torch.ones(1)})

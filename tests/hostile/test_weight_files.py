@@ -210,7 +210,7 @@ DEEP = {
 @pytest.mark.parametrize("name", DEEP)
 def test_tuples_in_tuples(tmp_path, name):
     """As the key of a dict, of which Python takes the hash and crashes."""
-    refused(write(tmp_path / "deep.pth", ("archive/data.pkl", b"\x80\x02}" + DEEP[name] + b"K\x01s.")), "tuples in tuples")
+    refused(write(tmp_path / "deep.pth", ("archive/data.pkl", b"\x80\x02}" + DEEP[name] + b"K\x01s.")), "tuples nested")
 
 
 def test_tuples_that_pass_for_parameters(tmp_path):
@@ -348,7 +348,7 @@ def test_safetensors_headers(tmp_path, content):
 def test_what_a_file_says_about_itself(tmp_path, weights, about):
     file = tmp_path / "evil.safetensors"
     save_file(weights, file, {"catmodel": about})
-    refused(file, "metadata 'catmodel' is not what this project writes")
+    refused(file, "metadata 'catmodel' is not in the form that this project writes")
 
 
 @pytest.mark.parametrize("size", [0, -32, [32], [32, 0], ["a", "b"], {"a": 1}, 10**30])

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import opcheck
 
-from catmodel.cotnet import CoTNet, aggregate
+from catmodel.aggregation import aggregate
+from catmodel.cotnet import CoTNet
 from tests.catmodel.small import images, small
 
 # Images, channels, kernels of a pixel, height, width.
