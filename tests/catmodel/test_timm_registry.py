@@ -1,4 +1,4 @@
-"""`import catmodel` is cheap, and `catmodel.register_timm()` lets timm build our models. Each test in its own process."""
+"""`import catmodel` imports no large library, and timm builds our models after `catmodel.register_timm()`."""
 
 import os
 import subprocess
@@ -20,7 +20,8 @@ assert dense.feature_info.channels() == [128, 256] and dense.feature_info.reduct
 for name, channels in (("cat_tiny", [128, 256, 512]), ("pvt_tiny", [128, 320, 512]), ("cotnet50", [512, 1024, 2048])):
     with torch.device("meta"):
         dense = timm.create_model(name, features_only=True, out_indices=(1, 2, 3)).eval()
-        assert [out.shape[1] for out in dense(torch.empty(1, 3, 65, 97))] == dense.feature_info.channels() == channels, name
+        found = [out.shape[1] for out in dense(torch.empty(1, 3, 65, 97))]
+        assert found == dense.feature_info.channels() == channels, name
     assert dense.feature_info.reduction() == [8, 16, 32], name
 try:
     timm.create_model("cat_nano", pretrained=True)
@@ -33,6 +34,7 @@ assert timm.create_model("resnet18", num_classes=3).num_classes == 3
 
 
 def run(code: str) -> None:
+    """Run the code in a process of its own."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env, check=False
