@@ -4,6 +4,7 @@ Importing this package imports neither torch nor timm: `create_model` imports to
 """
 
 import difflib
+import functools
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,9 @@ def load_published(model: "nn.Module", source: Any, **options: Any) -> Any:
     return pretrained.load_published(model, source, **options)
 
 
+@functools.cache
 def register_timm() -> None:
-    """Register the models of `list_models` with timm, so that `timm.create_model` builds them. Needs timm."""
+    """Register all models with timm, so that `timm.create_model` builds them. Repeated calls do nothing."""
     from catmodel import timm_registry
 
-    timm_registry.register()
+    timm_registry.register(list_models(), create_model)

@@ -21,7 +21,7 @@ from catmodel.layers import DropPathAdd, Mlp, PatchConv
 from catmodel.patches import Patches, may_be_nonzero, padding_to
 from catmodel.variants import Staged, build, stages_asked_for
 
-# ------------------------------------------------------------------------------------------------------------- layers
+# --------------------------------------------------------------------------------------------------------------- layers
 
 
 class PatchSlice(nn.Linear):
@@ -78,7 +78,7 @@ class PatchProjection(nn.Module):
         return self.reduction(self.norm(rearrange(x_BHWC, "B (H dy) (W dx) C -> B H W (dx dy C)", dy=2, dx=2)))
 
 
-# ------------------------------------------------------------------------------------------------------------- blocks
+# --------------------------------------------------------------------------------------------------------------- blocks
 
 
 class Block(nn.Module):
@@ -97,7 +97,7 @@ class Block(nn.Module):
         return self.add(x_BNC, self.mlp(self.norm2(x_BNC), patches.kernels))
 
 
-# ------------------------------------------------------------------------------------------------------------- stages
+# --------------------------------------------------------------------------------------------------------------- stages
 
 
 class Stage(nn.Module):
@@ -142,6 +142,7 @@ class Stage(nn.Module):
         self.downsample = PatchProjection(channels) if downsample else None
 
     def patches(self, x_BHWC: Tensor) -> Patches:
+        """The layout of the map's tokens, and whether the kernels process them."""
         fused = self.kernels and kernels.usable(x_BHWC.device, x_BHWC.dtype)
         return Patches(x_BHWC.shape[1], x_BHWC.shape[2], self.patch_size, by_row=fused, kernels=fused)
 
@@ -155,7 +156,7 @@ class Stage(nn.Module):
         return patches.map_from_tokens(x_BNC)
 
 
-# -------------------------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------------------------------------- model
 
 
 class CAT(Staged):
@@ -371,7 +372,7 @@ def check_img_size(img_size: tuple[int, int], patch_pixels: int, stages: int) ->
         )
 
 
-# ----------------------------------------------------------------------------------------------------------- variants
+# ------------------------------------------------------------------------------------------------------------- variants
 
 
 def cat_tiny(**overrides: Any) -> CAT:

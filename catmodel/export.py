@@ -22,8 +22,8 @@ SUFFIXES = (".safetensors", ".onnx", ".pt2")
 SMALLEST = 64  # pixels: the shortest side of images for dense maps
 METADATA = "catmodel"  # the metadata key of the model's description
 
-# (height, width) of images for dense maps. The example that is traced is a multiple of nothing that matters; the others
-# have odd sides, the smallest sides, and sides of whole patches.
+# (height, width) of images for dense maps: of the traced example, whose map needs padding to whole patches; and, for
+# the comparison, odd sides, the smallest sides, and whole patches.
 EXAMPLE = (240, 264)
 SIZES = ((97, 131), (SMALLEST, SMALLEST), (224, 224))
 BATCHES = (1, 2, 5)
@@ -130,7 +130,7 @@ def _outputs(found: Any) -> list["Tensor"]:
     return list(found) if isinstance(found, list | tuple) else [found]
 
 
-# ------------------------------------------------------------------------------------------------------------- formats
+# -------------------------------------------------------------------------------------------------------------- formats
 
 
 def _to_safetensors(model: "nn.Module", path: Path, about: dict) -> Callable:

@@ -1,23 +1,21 @@
 """Registration of our models with timm. Imports timm, which takes seconds and which training does not need."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from timm.models import FeatureInfo, register_model
 
-import catmodel
+from catmodel.pretrained import load_published
 
 
-@functools.cache
-def register() -> None:
-    """Register all models of `catmodel.list_models` with timm. Further calls do nothing."""
-    for name in catmodel.list_models():
-        register_model(_entry_point(name))
+def register(names: Sequence[str], create_model: Callable[..., Any]) -> None:
+    """Register the named models, which create_model(name, **overrides) builds, with timm."""
+    for name in names:
+        register_model(_entry_point(name, create_model))
 
 
-def _entry_point(name: str) -> Callable[..., Any]:
+def _entry_point(name: str, create_model: Callable[..., Any]) -> Callable[..., Any]:
     # The named arguments are those of timm.create_model. For local-dir: and hf-hub: names, pretrained_cfg is
     # config.json.
     def build(
@@ -36,13 +34,13 @@ def _entry_point(name: str) -> Callable[..., Any]:
             )
         if exported:
             overrides.setdefault("num_classes", pretrained_cfg["num_classes"])
-        model = catmodel.create_model(name, **overrides)
+        model = create_model(name, **overrides)
         if exported:
             model.pretrained_cfg = model.default_cfg = {**pretrained_cfg, **(pretrained_cfg_overlay or {})}
         if pretrained:
             _load_exported(model, pretrained_cfg, cache_dir)
         if getattr(model, "features_only", False):
-            # timm's own backbones have this object, whose methods callers use: model.feature_info.channels().
+            # As in timm's own backbones, for calls such as model.feature_info.channels().
             model.feature_info = FeatureInfo(model.feature_info, model.out_indices)
         return model
 
@@ -53,8 +51,6 @@ def _entry_point(name: str) -> Callable[..., Any]:
 
 def _load_exported(model: Any, config: dict[str, Any], cache_dir: Any) -> None:
     """Load the weights written by `catmodel.export`, without the head if the number of classes differs."""
-    from catmodel import pretrained
-
     if config["source"] == "local-dir":
         file = Path(config["file"]) / "model.safetensors"
     else:
@@ -62,4 +58,4 @@ def _load_exported(model: Any, config: dict[str, Any], cache_dir: Any) -> None:
 
         file = Path(download_from_hf(config["hf_hub_id"], "model.safetensors", cache_dir))
     others = getattr(model, "num_classes", config["num_classes"]) != config["num_classes"]
-    pretrained.load_published(model, file, resize_positions=True, fresh_head=others)
+    load_published(model, file, resize_positions=True, fresh_head=others)

@@ -27,7 +27,7 @@ from catmodel.dropout import threshold
 from catmodel.kernels.dropout import keep_mask
 from catmodel.kernels.launch import operator, padded, programs
 
-# ---------------------------------------------------------------------------------------------------------- kernels
+# -------------------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def _backward(
     tl.store(sums_ptr + FEATURES * FEATURES + place, d_m)
 
 
-# -------------------------------------------------------------------------------------------------------- operators
+# ------------------------------------------------------------------------------------------------------------ operators
 
 
 @operator("cross_patch_attention")
@@ -274,7 +274,7 @@ def _differentiate(ctx, dy_BCnP):
 cross_patch_attention.register_autograd(_differentiate, setup_context=_save)
 
 
-# ------------------------------------------------------------------------------------------------- launch parameters
+# ---------------------------------------------------------------------------------------------------- launch parameters
 
 ROWS = 64
 FORWARD_WARPS, BACKWARD_WARPS = 4, 4

@@ -17,7 +17,7 @@ from catmodel.dropout import threshold
 from catmodel.kernels.dropout import keep_mask
 from catmodel.kernels.launch import operator, padded
 
-# ---------------------------------------------------------------------------------------------------------- kernels
+# -------------------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def _backward_kv(
     _store(dqkv_ptr + at_q + 2 * h * D, dv, keys, n, 3 * h * D, D, DIM)
 
 
-# -------------------------------------------------------------------------------------------------------- operators
+# ------------------------------------------------------------------------------------------------------------ operators
 
 
 @operator("flash_attention")

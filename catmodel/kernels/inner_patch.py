@@ -19,7 +19,7 @@ from catmodel.dropout import threshold
 from catmodel.kernels.dropout import keep_mask
 from catmodel.kernels.launch import operator, padded, programs
 
-# ---------------------------------------------------------------------------------------------------------- kernels
+# -------------------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
@@ -218,7 +218,7 @@ def _backward(
     tl.store(dbias_ptr + row[:, None] * KEYS + key[None, :], dbias)
 
 
-# -------------------------------------------------------------------------------------------------------- operators
+# ------------------------------------------------------------------------------------------------------------ operators
 
 
 @operator("inner_patch_attention")
@@ -308,7 +308,7 @@ def _differentiate(ctx, dy_BNC):
 inner_patch_attention.register_autograd(_differentiate, setup_context=_save)
 
 
-# ------------------------------------------------------------------------------------------------- launch parameters
+# ---------------------------------------------------------------------------------------------------- launch parameters
 
 # Warps per multiprocessor: about as many as its registers hold.
 FORWARD_WARPS, BACKWARD_WARPS = 16, 8

@@ -340,7 +340,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, published):
         catmodel.load_published(nano(), file)
 
 
-# ---------------------------------------------------------------------------------------------------- PVT and CoTNet
+# ------------------------------------------------------------------------------------------------------- PVT and CoTNet
 
 
 @pytest.mark.parametrize(("name", "keys"), [("pvt_tiny", "pvt_tiny"), ("se_cotnetd50", "se_cotnetd_50")])

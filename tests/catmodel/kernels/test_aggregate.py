@@ -181,7 +181,7 @@ def test_compiles_whole(function, dtype, device):
         torch.testing.assert_close(found, expected)
 
 
-# ------------------------------------------------------------------------------------------------------------ CoTNet
+# --------------------------------------------------------------------------------------------------------------- CoTNet
 
 
 def test_model_gives_the_same_maps_and_gradients_without_kernels(device):

@@ -87,7 +87,7 @@ def test_exports(device, kernels):
     assert ("catmodel" in {str(node.target).split(".")[0] for node in program.graph.nodes}) == kernels
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 def interpret(rank: int) -> None:
