@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["create_model", "least_images", "list_models", "load_published", "register_timm"]
 
-# Module -> the models it defines, each a function of that name. Listed here so that `list_models` does not import
-# torch.
+# Module -> the models it defines, each a function of that name. With this list, `list_models` need not import torch.
 _FAMILIES = {
     "catmodel.cat": ("cat_tiny", "cat_small", "cat_base", "cat_nano"),
     "catmodel.pvt": ("pvt_tiny", "pvt_small", "pvt_medium", "pvt_large"),
@@ -41,8 +40,8 @@ def create_model(name: str, **overrides: Any) -> "nn.Module":
 
     overrides: arguments of the model's class, e.g. num_classes, drop_path_rate, features_only.
 
-    Raises ValueError for an unknown name or override, with the closest match, and for settings that do not fit
-    together.
+    Raises ValueError for unknown names and overrides, with the closest match, and for settings that contradict each
+    other.
     """
     if name not in _MODELS:
         close = difflib.get_close_matches(name, _MODELS, n=1)

@@ -163,21 +163,20 @@ class CAT(Staged):
     """CAT for classification or, with `features_only`, as a backbone.
 
     img_size: pixels, one number or (height, width). A classifier takes images of exactly this size. With features_only
-    it
-        sets only the grid of the absolute position, which is resized to each image.
-    patch_size: side of an attention patch, in tokens. embed_patch_size: side of a token, in pixels. in_chans,
-    num_classes: input channels; outputs of the head (0: no head, pooled features). embed_dim: channels of the first
-    stage; they double at each stage. depths: CABs per stage. num_heads: heads of IPSA, per stage. mlp_ratio: hidden
-    channels of the MLP / its channels. drop_path_rate: rate of the last CAB; rates grow linearly from 0. ipsa_drop,
-    cpsa_drop: attention dropout in IPSA and CPSA. The paper has 0.2 in CPSA (Table 6), the released configs 0.
+        it sets only the grid of the absolute position, which is resized to each image.
+    patch_size: side of an attention patch, in tokens. embed_patch_size: side of a token, in pixels.
+    in_chans, num_classes: input channels; outputs of the head (0: no head, pooled features).
+    embed_dim: channels of the first stage; they double at each stage.
+    depths: CABs per stage. num_heads: heads of IPSA, per stage.
+    mlp_ratio: hidden channels of the MLP / its channels.
+    drop_path_rate: rate of the last CAB; rates grow linearly from 0.
+    ipsa_drop, cpsa_drop: attention dropout. The paper has 0.2 in CPSA (Table 6), the released configs 0 in both.
     init_std: standard deviation of the initial linear weights; the published models use 0.02. None: inputs ** -0.5 of
-    each
-        layer (LeCun), for narrow networks, in which 0.02 would start every branch near zero.
+        each layer (LeCun), for narrow networks, in which 0.02 would start every branch near zero.
     patch_embed ("conv" or "slice"), cpsa_num_heads, shifted_windows (in the second IPSA of each CAB), ape (absolute
         position): the paper's ablations.
     features_only: `forward` returns the maps of the stages in out_indices (default: all) for images of any size, each
-    with
-        its own LayerNorm. Stages after the last of these are not built.
+        with its own LayerNorm. Stages after the last of these are not built.
 
     Raises ValueError for settings that do not fit together.
     """

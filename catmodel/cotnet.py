@@ -85,8 +85,7 @@ class SplitAttention(nn.Module):
 class BlurPool(nn.Module):
     """A 3 x 3 binomial filter with stride 2 and reflection at the border (arXiv 1904.11486).
 
-    [B, C, H, W] -> [B, C, ceil(H/2), ceil(W/2)]. If a side is one pixel, which cannot be reflected, borders are
-    repeated.
+    [B, C, H, W] -> [B, C, ceil(H/2), ceil(W/2)]. Sides of one pixel cannot be reflected: borders are then repeated.
     """
 
     def __init__(self, channels: int):
@@ -112,8 +111,7 @@ def conv_norm(
 class Bottleneck(nn.Module):
     """1 x 1 convolution, `middle`, 1 x 1 convolution to `out` channels, with a residual around them.
 
-    before, after: layers that halve the map before or after `middle`. shortcut: the residual's path; None: the
-    identity.
+    before, after: layers that halve the map before or after `middle`. shortcut: the residual's path (None: identity).
     """
 
     def __init__(
@@ -147,16 +145,17 @@ class Bottleneck(nn.Module):
 class CoTNet(Staged):
     """CoTNet for classification or, with `features_only`, as a backbone: a ResNet whose 3 x 3 convolutions are CoT.
 
-    img_size: not used, because images may have any size; accepted for the same interface as the other models. in_chans,
-    num_classes: input channels; outputs of the head (0: no head, pooled features). depths: blocks per stage. width:
-    channels of CoT / channels of a ResNet. key_groups, groups: see `ContextualAttention`. hybrid: the design of
-    SE-CoTNetD: a stem of three convolutions of stem_width channels without max-pooling; split
+    img_size: not used, because images may have any size; accepted for the same interface as the other models.
+    in_chans, num_classes: input channels; outputs of the head (0: no head, pooled features).
+    depths: blocks per stage.
+    width: channels of CoT / channels of a ResNet. key_groups, groups: see `ContextualAttention`.
+    hybrid: the design of SE-CoTNetD: a stem of three convolutions of stem_width channels without max-pooling; split
         attention in place of CoT in the first two stages and in the odd blocks of the third; shortcuts that average
         before they project.
-    blur: blocks that halve the map do so with BlurPool, after CoT or split attention. drop_rate: dropout before the
-    head. drop_path_rate: rate of the last block; rates grow linearly from 0. features_only: `forward` returns the maps
-    of the stages in out_indices (default: all). Stages after the last of these
-        are not built.
+    blur: blocks that halve the map do so with BlurPool, after CoT or split attention.
+    drop_rate: dropout before the head. drop_path_rate: rate of the last block; rates grow linearly from 0.
+    features_only: `forward` returns the maps of the stages in out_indices (default: all). Stages after the last of
+        these are not built.
     """
 
     def __init__(

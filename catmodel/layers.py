@@ -11,8 +11,7 @@ from catmodel import kernels
 class PatchConv(nn.Conv2d):
     """A convolution whose stride is its kernel size p: [B, c, H, W] -> [B, H/p, W/p, C], with channels last.
 
-    It is computed as a matrix product: PyTorch's convolution puts channels first, and the norm that follows needs them
-    last.
+    It is computed as a matrix product, because the norm that follows needs channels last.
     """
 
     def forward(self, image: Tensor) -> Tensor:

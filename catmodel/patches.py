@@ -101,14 +101,13 @@ class Patches:
         return x_BNC.unflatten(1, (self.height + rows, -1))[:, : self.height, : self.width].flatten(1, 2)
 
     def shift_mask(self, shift: int, device: torch.device) -> Tensor:
-        """[n, P, P] bool: whether two tokens of a patch of the rolled map were neighbours before the roll, too.
+        """[n, P, P] bool: whether two tokens of a shifted patch were in one contiguous region before the roll.
 
         Only such tokens attend to each other (Swin, arXiv 2103.14030, section 3.2).
         """
 
         def region(length: int) -> Tensor:
-            # After the roll the last patch of a side holds two regions: the end of the side, and the start wrapped
-            # around.
+            # After the roll the last patch of a side holds two regions: the side's end, and its start.
             position = torch.arange(length, device=device)
             return (position >= length - self.size).long() + (position >= length - shift).long()
 

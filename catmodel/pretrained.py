@@ -52,14 +52,12 @@ def load_published(
     """Load a released checkpoint of CAT, PVT or CoTNet into `model`: all weights, or none if they do not fit.
 
     source: a .pth file written by `torch.save` (a released file is a dict with the weights under "model"), a
-    .safetensors
-        file, or a state dict.
-    rename: {dotted part of a key: new name}, for checkpoints with older module names, e.g. {"ipsa_1":
-    "pre_ipsa_blocks"}. resize_positions: interpolate the position tables if the model was built for another img_size:
-    CAT's bicubically, PVT's
-        bilinearly, as in the released detectors. The class token's entry is not changed. A table [1, L, C] is assumed
-        to be for a square image unless it comes from a state_dict() of this package or a file of one: these record the
-        size.
+        .safetensors file, or a state dict.
+    rename: {dotted part of a key: new name}, for older module names, e.g. {"ipsa_1": "pre_ipsa_blocks"}.
+    resize_positions: interpolate the position tables if the model was built for another img_size: CAT's bicubically,
+        PVT's bilinearly, as in the released detectors. The class token's entry is not changed. A table [1, L, C] is
+        assumed to be for a square image unless it comes from a state_dict() of this package or a file of one: these
+        record the image size.
     fresh_head: leave out the file's head; the model keeps its own, for other classes.
 
     A prefix shared by all keys (module., model., backbone., encoder.) is removed. The file's index buffers must equal

@@ -90,13 +90,12 @@ class PVT(Staged):
     """PVT for classification or, with `features_only`, as a backbone.
 
     img_size: pixels, one number or (height, width), multiples of 32. A classifier takes images of exactly this size.
-    With
-        features_only it sets only the grids of the position tables, which are resized (bilinearly) to each image.
-    in_chans, num_classes: input channels; outputs of the head (0: no head, pooled features). embed_dims, depths,
-    num_heads, mlp_ratios, sr_ratios: per stage. sr_ratios is the reduction R of keys and values. drop_path_rate: rate
-    of the last block; rates grow linearly from 0. features_only: `forward` returns the maps of the stages in
-    out_indices (default: all) for images of any size, as in the
-        released detectors: without the class token and the final norm.
+        With features_only it sets only the grids of the position tables, which are resized (bilinearly) to each image.
+    in_chans, num_classes: input channels; outputs of the head (0: no head, pooled features).
+    embed_dims, depths, num_heads, mlp_ratios, sr_ratios: per stage. sr_ratios is the reduction R of keys and values.
+    drop_path_rate: rate of the last block; rates grow linearly from 0.
+    features_only: `forward` returns the maps of the stages in out_indices (default: all) for images of any size, as in
+        the released detectors: without the class token and the final norm.
 
     Raises ValueError for settings that do not fit together.
     """
@@ -213,7 +212,7 @@ class PVT(Staged):
     def stage(self, index: int, x_BCHW: Tensor) -> tuple[Tensor, int, int]:
         """Stage `index`, from 0: map [B, c, H, W] -> tokens [B, N, C], height and width of their map.
 
-        In the classifier's last stage the class token precedes them.
+        In the classifier's last stage the class token is the first of 1 + N tokens.
         """
         x_BHWC = getattr(self, f"patch_embed{index + 1}")(x_BCHW)
         height, width = x_BHWC.shape[1:3]

@@ -16,8 +16,7 @@ def register(names: Sequence[str], create_model: Callable[..., Any]) -> None:
 
 
 def _entry_point(name: str, create_model: Callable[..., Any]) -> Callable[..., Any]:
-    # The named arguments are those of timm.create_model. For local-dir: and hf-hub: names, pretrained_cfg is
-    # config.json.
+    # The named arguments are those of timm.create_model. For local-dir: and hf-hub:, pretrained_cfg is config.json.
     def build(
         pretrained: bool = False,
         pretrained_cfg: Any = None,

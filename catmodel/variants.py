@@ -94,7 +94,9 @@ class Staged(nn.Module):
 
 
 def _name_image_size(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
-    """Add the image size to a state dict's metadata, which torch.save keeps: the shape [1, L, C] of a position table
-    does not determine its rows and columns."""
+    """Add the image size to a state dict's metadata, which torch.save keeps.
+
+    The shape [1, L, C] of a position table does not determine its rows and columns.
+    """
     if hasattr(model, "img_size"):
         metadata["img_size"] = model.img_size

@@ -103,9 +103,8 @@ _STORAGES = {
     **dict(ComplexFloat=torch.cfloat, ComplexDouble=torch.cdouble),
 }
 
-# All globals that a pickle may name: those that describe tensors, and inert containers. Names are matched as whole
-# pairs, so that attributes of allowed objects are out of reach, and functions are our own, so that a file cannot modify
-# torch.
+# All globals that a pickle may name: those that describe tensors, and inert containers. Names are matched as pairs, so
+# that attributes of allowed objects are out of reach. Functions are our own, so that a file cannot modify torch.
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,

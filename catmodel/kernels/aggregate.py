@@ -31,8 +31,11 @@ def _steps(pixels, G: tl.constexpr, SHARE: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def _kernels(pixels, G: tl.constexpr, SHARE: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """The program's image and, for each of its kernels in memory order: its pixel, the offsets in the image of the
-    value for a = 0 and of the weight for k = 0, and whether it is inside the image."""
+    """The program's image, and positions of each of its kernels, in memory order.
+
+    They are: its pixel, the offsets in the image of the value for a = 0 and of the weight for k = 0, and whether it is
+    inside the image.
+    """
     blocks = tl.cdiv(pixels * G, BLOCK)
     image = (tl.program_id(0) // blocks).to(tl.int64)  # only its start can exceed 2^31 elements
     kernel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

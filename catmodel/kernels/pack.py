@@ -28,8 +28,10 @@ def _transpose(
     CHANNELS: tl.constexpr,
     TO_X: tl.constexpr,
 ):
-    """One program per image, block of channels and (fastest) patch, so that neighbours' short rows of P values share
-    cache lines."""
+    """One program per image, block of channels and (fastest) patch.
+
+    Neighbouring programs write short rows of P values next to each other, which the cache combines.
+    """
     P: tl.constexpr = SIZE * SIZE
     columns = tl.cdiv(width, SIZE)
     n = tl.cdiv(height, SIZE) * columns

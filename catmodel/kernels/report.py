@@ -19,8 +19,7 @@ from pathlib import Path
 
 MODULES = ("inner_patch", "cross_patch", "flash", "pack", "mlp", "aggregate")
 
-# Limits of a multiprocessor of compute capability 9.0 (CUDA C++ programming guide, technical specifications per compute
-# capability).
+# Limits of a multiprocessor of compute capability 9.0 (CUDA C++ programming guide, technical specifications).
 REGISTERS, QUARTERS, WARPS, BLOCKS = 65536, 4, 64, 32
 SHARED = 228 * 1024
 SHARED_RESERVED = 1024  # by the system, in each block

@@ -43,8 +43,8 @@ RELEASED = {  # model -> its file in tests/golden/keys
 
 every_model = pytest.mark.parametrize("name", catmodel.list_models())
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
-# Models that differ in their operations, because tracing takes seconds. Two stages contain all operations, three in
-# SE-CoTNetD.
+# Models that differ in their operations, because tracing takes seconds. Two stages (SE-CoTNetD: three) contain them
+# all.
 every_trace = pytest.mark.parametrize("name", ["cat_tiny", "pvt_tiny", "cotnet50", "cotnext50", "se_cotnetd152"])
 
 

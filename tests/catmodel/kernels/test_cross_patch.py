@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from catmodel.attention import CrossPatchAttention
 from catmodel.patches import Patches
 
-# Patch size, height and width (padded if not a multiple), heads, channels, dropout, dtype; in comments, the number of
-# patches. One head and up to 64 patches of at most 7 x 7 in bfloat16 or float16 use a single kernel, other cases flash
-# attention.
+# Patch size, height and width (padded if not a multiple), heads, channels, dropout, dtype; as a comment, the number of
+# patches. The single kernel takes one head and up to 64 patches of at most 7 x 7 in bfloat16 or float16; otherwise
+# flash attention is used.
 CASES = [
     (7, 7, 7, 1, 850, 0.3, torch.float16),  # 1 patch; more tiles than programs, and an incomplete last tile
     (7, 7, 20, 1, 3, 0.0, torch.bfloat16),  # 3
