@@ -19,7 +19,7 @@ from catmodel import kernels
 from catmodel.attention import CrossPatchAttention, InnerPatchAttention
 from catmodel.layers import DropPathAdd, Mlp, PatchConv
 from catmodel.patches import Patches, may_be_nonzero, padding_to
-from catmodel.variants import Staged, build, stages_asked_for
+from catmodel.variants import Staged, build, select_stages
 
 # --------------------------------------------------------------------------------------------------------------- layers
 
@@ -216,7 +216,7 @@ class CAT(Staged):
         if not features_only:
             check_img_size(self.img_size, embed_patch_size * patch_size, stages)
         self.features_only, self.init_std = features_only, init_std
-        self.out_indices = stages_asked_for(out_indices, stages, features_only)
+        self.out_indices = select_stages(out_indices, stages, features_only)
         built = self.out_indices[-1] + 1 if features_only else stages
         self.patch_embed = PatchEmbed(embed_patch_size, in_chans, embed_dim, patch_embed)
         self.grid_size = tuple(-(-side // embed_patch_size) for side in self.img_size)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from catmodel.aggregation import aggregate
 from catmodel.layers import DropPathAdd
-from catmodel.variants import Staged, build, stages_asked_for
+from catmodel.variants import Staged, build, select_stages
 
 SHARE = 8  # channels that share their aggregation weights
 
@@ -181,7 +181,7 @@ class CoTNet(Staged):
                 raise ValueError(f"{name} {rate} must be in [0, 1)")
         stages = len(depths)
         self.features_only, self.drop_rate = features_only, drop_rate
-        self.out_indices = stages_asked_for(out_indices, stages, features_only)
+        self.out_indices = select_stages(out_indices, stages, features_only)
         self.stages = self.out_indices[-1] + 1 if features_only else stages
         self.grad_checkpointing = False
         if hybrid:

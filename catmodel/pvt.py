@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from catmodel import kernels
 from catmodel.layers import DropPathAdd, Mlp, PatchConv
 from catmodel.patches import may_be_nonzero, padding_to
-from catmodel.variants import Staged, build, stages_asked_for
+from catmodel.variants import Staged, build, select_stages
 
 BLOCK_EPS = 1e-6  # for the blocks' norms and the final one; the others use PyTorch's default, 1e-5
 
@@ -130,7 +130,7 @@ class PVT(Staged):
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate {drop_path_rate} must be in [0, 1)")
         self.features_only = features_only
-        self.out_indices = stages_asked_for(out_indices, stages, features_only)
+        self.out_indices = select_stages(out_indices, stages, features_only)
         self.stages = self.out_indices[-1] + 1 if features_only else stages
         self.grad_checkpointing, self.kernels = False, True
         total = sum(depths)

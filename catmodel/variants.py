@@ -21,7 +21,7 @@ def build(model_class: type[Model], overrides: dict[str, Any], **defaults: Any) 
     return model_class(**{**defaults, **overrides})
 
 
-def stages_asked_for(out_indices: Sequence[int] | None, stages: int, features_only: bool) -> tuple[int, ...]:
+def select_stages(out_indices: Sequence[int] | None, stages: int, features_only: bool) -> tuple[int, ...]:
     """The stages whose maps a backbone returns, ascending; none for a classifier. Negative indices count back."""
     if not features_only:
         if out_indices is not None:

@@ -46,9 +46,11 @@ def test_value_and_gradients(device, rows, channels, dtype):
     drawn = draw(device, dtype, *rows, channels=channels)
     reference = gradients(plain, *(z.double() for z in drawn))
     ours, theirs = gradients(fused, *drawn), gradients(plain, *drawn)
-    for name, value, twin, exact in zip(("y", "x", "w1", "b1", "w2", "b2"), ours, theirs, reference, strict=True):
+    for name, value, plain_value, exact in zip(
+        ("y", "x", "w1", "b1", "w2", "b2"), ours, theirs, reference, strict=True
+    ):
         assert value.dtype == dtype and value.shape == exact.shape
-        assert error(value, exact) <= 2 * error(twin, exact) + 1e-6, name
+        assert error(value, exact) <= 2 * error(plain_value, exact) + 1e-6, name
 
 
 def test_gelu_is_exact_at_both_ends(device):
