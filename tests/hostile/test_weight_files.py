@@ -210,7 +210,7 @@ DEEP = {
 @pytest.mark.parametrize("name", DEEP)
 def test_tuples_in_tuples(tmp_path, name):
     """As the key of a dict, of which Python takes the hash and crashes."""
-    refused(write(tmp_path / "deep.pth", ("archive/data.pkl", b"\x80\x02}" + DEEP[name] + b"K\x01s.")), "tuples nested")
+    refused(write(tmp_path / "deep.pth", ("archive/data.pkl", b"\x80\x02}" + DEEP[name] + b"K\x01s.")), "tuples in tuples")
 
 
 def test_tuples_that_pass_for_parameters(tmp_path):
