@@ -166,7 +166,7 @@ def _check_depth(content: bytes) -> None:
                 taken.append(stack.pop())
             depth = 1 + max(taken, default=0) if "TUPLE" in name else 0
             if depth > DEEPEST:
-                raise _Refused(f"its data.pkl has tuples in tuples, more than {DEEPEST} deep, which describe no weights")
+                raise _Refused(f"its data.pkl has tuples in tuples, over {DEEPEST} deep, which describe no weights")
             stack += [depth] * len(operation.stack_after)
 
 
