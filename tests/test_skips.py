@@ -41,6 +41,7 @@ def run(folder: Path, ci: str, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["one process", "xdist"])
 def test_an_unexpected_skip_fails_the_session_and_is_named(tmp_path, options):
     (tmp_path / "test_some.py").write_text(TESTS)
