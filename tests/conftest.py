@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# A shell that starts these tests in its background leaves SIGINT ignored, and every process that they start would inherit that.
+# A shell that runs the tests in the background ignores SIGINT, and all processes that they start would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -43,7 +43,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--results", metavar="FILE", help="write what the tests measured (record_property) there, as JSON")
+    parser.addoption("--results", metavar="FILE", help="write the tests' measurements (record_property) as JSON")
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -52,14 +52,20 @@ def pytest_terminal_summary(terminalreporter, config):
     path = config.getoption("--results")
     if not path:
         return
-    reports = [report for reports in terminalreporter.stats.values() for report in reports if getattr(report, "when", None) == "call"]
-    model = next((line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    reports = [report for report in reports if getattr(report, "when", None) == "call"]
+    cpu = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(": ")[1] for line in cpu if line.startswith("model name")), "?")
     results = {
         "command": " ".join(["pytest", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "machine": f"{model}, {len(os.sched_getaffinity(0))} cores, shared",
         "tests": {
-            report.nodeid: {"outcome": report.outcome, "seconds": round(report.duration, 1), **dict(report.user_properties)}
+            report.nodeid: {
+                "outcome": report.outcome,
+                "seconds": round(report.duration, 1),
+                **dict(report.user_properties),
+            }
             for report in sorted(reports, key=lambda report: report.nodeid)
         },
     }
@@ -69,7 +75,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope="session")
 def tiny_images(tmp_path_factory):
-    """An image folder of 260 training and 101 validation JPEGs of 10 classes that colour tells apart, 16 to 32 pixels wide."""
+    """A folder of 260 training and 101 validation JPEGs, 16 to 32 pixels wide, of 10 classes that differ in colour."""
     folder = tmp_path_factory.mktemp("images")
     random = np.random.RandomState(0)
     for split, count in (("train", 260), ("val", 101)):
@@ -95,7 +101,7 @@ def tiny_dataset(tiny_images, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_dataset, tmp_path_factory):
-    """A config of 2 epochs of 8 steps, 4 micro-batches of 8 each, with every source of randomness on."""
+    """A config of 2 epochs of 8 steps with 4 micro-batches of 8, and with every source of randomness."""
     path = tmp_path_factory.mktemp("configs") / "tiny.yaml"
     path.write_text(f"""
 model: {{name: cat_nano, embed_dim: 16, depths: [1, 1], num_heads: [2, 4], drop_path_rate: 0.2, cpsa_drop: 0.2}}
