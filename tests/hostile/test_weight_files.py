@@ -348,7 +348,7 @@ def test_safetensors_headers(tmp_path, content):
 def test_what_a_file_says_about_itself(tmp_path, weights, about):
     file = tmp_path / "evil.safetensors"
     save_file(weights, file, {"catmodel": about})
-    refused(file, "metadata 'catmodel' is not what this project writes")
+    refused(file, "metadata 'catmodel' is not in the form that this project writes")
 
 
 @pytest.mark.parametrize("size", [0, -32, [32], [32, 0], ["a", "b"], {"a": 1}, 10**30])
