@@ -1,4 +1,4 @@
-"""The `data` and `augment` sections of a config. Light: imports nothing heavy, so that a bad config is answered at once."""
+"""The `data` and `augment` sections of a config. Imports nothing heavy, so that errors in a config are reported at once."""
 
 import os
 import re
@@ -10,22 +10,23 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """Base of all config sections: frozen, and an unknown key is an error."""
+    """Base of all config sections: immutable, with an error for unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-# A password before the host (a colon there that no port follows), a token before it, what a web server is asked for, key=value elsewhere.
+# A password before the host (after a colon that is not followed by a port), a token before the host of a web address, a web
+# address's query or fragment, a query with key=value elsewhere.
 _SECRET = re.compile(r"://[^/@]*:(?!\d+(/|$))[^@]*@|^https?://[^/@]*@|^https?://.*[?#]|://.*\?.*=")
 
 
 def has_secret(url: str) -> bool:
-    """Whether a path that is a URL has a password, a token or a signature in it."""
+    """Whether a path that is a URL contains a password, a token or a signature."""
     return bool(_SECRET.search(url))
 
 
 def without_secrets(text: str) -> str:
-    """`text` without what URLs in it may carry of passwords, tokens and signatures."""
+    """`text` with passwords, tokens and signatures removed from its URLs."""
     return re.sub(r"(://[^\s'\"?#]*)[?#][^\s'\"]*", r"\1", re.sub(r"://[^/\s'\"]*@", "://", text))
 
 
@@ -54,7 +55,7 @@ class DataConfig(Section):
     @field_validator("path")
     @classmethod
     def _has_no_secret(cls, value: str) -> str:
-        """A URL in data.path has no password, token or signature in it: config.yaml and checkpoints would keep it."""
+        """A URL in data.path contains no password, token or signature, because config.yaml and checkpoints would store it."""
         if has_secret(value):
             raise ValueError(
                 f"data.path {without_secrets(value)}: the URL has a password, a token or a query in it, which would be printed and stored; "
@@ -64,7 +65,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DataConfig":
-        """data.device gpu needs data.backend dali; a URL as data.path, and data.cache_gb, need data.cache_dir."""
+        """data.device gpu needs data.backend dali; a URL in data.path and data.cache_gb need data.cache_dir."""
         if self.device == "gpu" and self.backend != "dali":
             raise ValueError(f"data.device gpu needs data.backend dali: {self.backend} decodes on the CPU")
         if "://" in self.path and self.cache_dir is None:
@@ -97,7 +98,7 @@ class AugmentConfig(Section):
     @field_validator("rand_augment")
     @classmethod
     def _is_rand_augment(cls, value: str | None) -> str | None:
-        """augment.rand_augment is what timm would read, with operations and settings that exist here."""
+        """augment.rand_augment is in timm's notation and uses only settings that exist here."""
         from .augment_choices import parse_rand_augment
 
         if value is not None:

@@ -31,7 +31,7 @@ import numpy as np
 from .backends.stored import StoredSamples
 from .config import DataConfig
 from .faults import retried
-from .fetch import Note, Source, unheard
+from .fetch import Location, Note, ignore_fault
 from .manifest import (
     FILE_NAME,
     DataError,
@@ -66,7 +66,7 @@ def open_dataset(data: DataConfig, *, training: bool = True) -> Manifest:
         return open_manifest(data.path)
     if "://" not in data.path and first_of_node():
         check_sizes(read_manifest(data.path))  # a folder can be checked as a whole
-    source = Source(data.path)
+    source = Location(data.path)
     text = source.read_manifest()
     root = Path(data.cache_dir) / f"cat-cache-{os.geteuid()}"
     manifest = parse_manifest(text, root / hashlib.sha256(text).hexdigest()[:16] / "files", source.url(FILE_NAME))
@@ -78,13 +78,13 @@ def open_dataset(data: DataConfig, *, training: bool = True) -> Manifest:
         splits[name] = StagedSplit(**{field.name: getattr(split, field.name) for field in fields(split)}, cache=cache)
     indexes = [split.index_path for split in splits.values()] + [split.beton_index_path for split in splits.values() if split.beton]
     for index in indexes:
-        os.close(retried(lambda index=index: cache.open(index, Event(), unheard), str(index)))
+        os.close(retried(lambda index=index: cache.open(index, Event(), ignore_fault), str(index)))
     if first_of_node():
         try:
             check_indexes(manifest)
         except DataError:
             for index in indexes:
-                cache.mend(index, Event(), unheard)
+                cache.mend(index, Event(), ignore_fault)
             check_indexes(manifest)
     return replace(manifest, splits=splits)
 
@@ -112,7 +112,7 @@ class Cache:
     limit: bytes that all files below `root` may take, or None.
     """
 
-    def __init__(self, source: Source, root: Path, manifest: Manifest, limit: int | None):
+    def __init__(self, source: Location, root: Path, manifest: Manifest, limit: int | None):
         self.source, self.root, self.folder, self.limit = source, root, manifest.folder, limit
         self.files = {name: (size, sha256) for split in manifest.splits.values() for name, size, sha256 in split.listing()}
         self._sound: set[Path] = set()  # what `mend` has found to be as the manifest says

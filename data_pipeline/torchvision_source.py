@@ -4,8 +4,8 @@ import functools
 
 import numpy as np
 
+from data_pipeline.image_source import SPLITS, Items, Listing, Source
 from data_pipeline.manifest import DataError, UsageError
-from data_pipeline.sources import SPLITS, Items, Listing, Source
 from data_pipeline.validate import encode_jpeg, to_pixels
 
 
@@ -18,7 +18,7 @@ def class_named(name: str) -> str | None:
 
 
 def list_images(source: Source) -> Listing:
-    """Every image with its label, as sources.list_source gives it."""
+    """Every image with its label, as listing.list_source gives it."""
     splits, classes = {}, None
     for split in SPLITS:
         dataset = _open(source, split)

@@ -38,7 +38,7 @@ def shortened(text: str) -> str:
 
 
 @contextlib.contextmanager
-def one_sample(what: str = "") -> Iterator[None]:
+def errors_as_bad_image(what: str = "") -> Iterator[None]:
     """What goes wrong in this block is the sample's fault, and raised as BadImage: decoders and parsers raise nearly every kind there is.
 
     Not so the machine's faults: no memory, an error of the system (which has an errno), a library that is not there. They stay as they are.
@@ -98,7 +98,7 @@ def check_image(data: bytes, encoding: Encoding = AS_IT_IS) -> StoredImage:
 
     Strict means that libjpeg's warnings are failures, because they are in training, too; Pillow reads the other formats, first frames only.
     """
-    with one_sample():
+    with errors_as_bad_image():
         return _check(data, encoding)
 
 

@@ -1,4 +1,7 @@
-"""FFCV files, read at any place through their index and decoded by the project's decoder. FFCV itself is not needed; beton.py says why."""
+"""Backend for FFCV files, with random access through their index, decoded by the project's decoder.
+
+FFCV itself is not needed; see beton.py.
+"""
 
 import numpy as np
 
@@ -8,7 +11,7 @@ from .stored import stored_in_beton
 
 
 class FFCVBackend:
-    """Samples of `split` by id. Thread-safe. DataError where the split has no beton."""
+    """Decodes samples of `split` by id. Thread-safe. Raises DataError if the split has no FFCV file."""
 
     def __init__(self, split: Split):
         self.stored = stored_in_beton(split)

@@ -1,4 +1,7 @@
-"""WebDataset shards (plain tar files), read at any place through the manifest's index and decoded by the project's decoder."""
+"""Backend for WebDataset shards (plain tar files), with random access through the manifest's index.
+
+The project's decoder decodes the images.
+"""
 
 import numpy as np
 
@@ -8,7 +11,7 @@ from .stored import stored_in_shards
 
 
 class WebDatasetBackend:
-    """Samples of `split` by id. Thread-safe. DataError where the split has no shards."""
+    """Decodes samples of `split` by id. Thread-safe. Raises DataError if the split has no shards."""
 
     def __init__(self, split: Split):
         self.stored = stored_in_shards(split)

@@ -8,10 +8,10 @@ from data_pipeline.augment_choices import (
     NOTHING,
     OPERATIONS,
     RandAugment,
-    color_jitter_steps,
+    choose_color_jitter,
+    choose_rand_augment,
     erasing_boxes,
     parse_rand_augment,
-    rand_augment_steps,
 )
 from data_pipeline.config import AugmentConfig
 from data_pipeline.randomness import Stream, fold, make_key
@@ -62,7 +62,7 @@ def test_a_mistake_in_the_notation_is_one_sentence_that_names_it(text, named):
 @pytest.mark.parametrize(("text", "probability"), [("rand-m9-mstd0.5-inc1", 0.5), ("rand-n3-p0.2", 0.2), ("rand-n1-p1", 1.0)])
 def test_every_operation_is_equally_likely_in_every_step(text, probability):
     settings = parse_rand_augment(text)
-    steps = rand_augment_steps(KEYS, settings)
+    steps = choose_rand_augment(KEYS, settings)
     assert len(steps) == settings.count
     for step in steps:
         applied = step.operations[step.operations != NOTHING]
@@ -71,14 +71,14 @@ def test_every_operation_is_equally_likely_in_every_step(text, probability):
 
 
 def test_steps_are_independent_of_each_other():
-    first, second = rand_augment_steps(KEYS, parse_rand_augment("rand-m9-mstd0.5-inc1-p1"))
+    first, second = choose_rand_augment(KEYS, parse_rand_augment("rand-m9-mstd0.5-inc1-p1"))
     assert chi_square(np.bincount(first.operations * 15 + second.operations, minlength=225)) < 310  # 224 degrees of freedom
     both = (first.operations == second.operations) & (first.operations == OPERATIONS.index("Brightness"))
     assert abs(np.corrcoef(first.arguments[both], second.arguments[both])[0, 1]) < 0.25
 
 
 def arguments_of(text: str, name: str) -> np.ndarray:
-    steps = rand_augment_steps(KEYS, parse_rand_augment(text))
+    steps = choose_rand_augment(KEYS, parse_rand_augment(text))
     return np.concatenate([step.arguments[step.operations == OPERATIONS.index(name)] for step in steps])
 
 
@@ -120,7 +120,7 @@ def test_enhancements_go_both_ways_when_increasing():
 
 @pytest.mark.parametrize(("strength", "low", "high"), [(0.4, 0.6, 1.4), (1.5, 0.0, 2.5)])
 def test_color_jitter_draws_factors_and_orders_uniformly(strength, low, high):
-    steps = color_jitter_steps(KEYS, strength)
+    steps = choose_color_jitter(KEYS, strength)
     names = np.stack([step.operations for step in steps], 1)
     assert {tuple(sorted(OPERATIONS[place] for place in row)) for row in names.tolist()} == {("Brightness", "Color", "Contrast")}
     orders = np.unique(names, axis=0, return_counts=True)[1]
@@ -135,7 +135,7 @@ def test_color_jitter_draws_factors_and_orders_uniformly(strength, low, high):
 def test_choices_are_a_function_of_the_key():
     settings = parse_rand_augment("rand-m9-mstd0.5-inc1")
     order = np.random.default_rng(0).permutation(1000)
-    for choose in (lambda keys: rand_augment_steps(keys, settings), lambda keys: color_jitter_steps(keys, 0.4)):
+    for choose in (lambda keys: choose_rand_augment(keys, settings), lambda keys: choose_color_jitter(keys, 0.4)):
         for whole, part in zip(choose(KEYS[:1000]), choose(KEYS[:1000][order]), strict=True):
             assert np.array_equal(whole.operations[order], part.operations)
             assert np.array_equal(whole.arguments[order], part.arguments)

@@ -6,7 +6,14 @@ import torch
 from PIL import Image, ImageEnhance
 
 from data_pipeline.augment import GEOMETRIC, apply
-from data_pipeline.augment_choices import OPERATIONS, Step, argument, color_jitter_steps, parse_rand_augment, rand_augment_steps
+from data_pipeline.augment_choices import (
+    OPERATIONS,
+    ChosenOperations,
+    argument,
+    choose_color_jitter,
+    choose_rand_augment,
+    parse_rand_augment,
+)
 from tests.data_pipeline.shards import picture
 
 timm = pytest.importorskip("timm.data.auto_augment")
@@ -76,7 +83,7 @@ def test_pixels_are_timms(name, size):
     different = total = 0
     arguments = {argument(name, np.array([level]), np.array([sign]), True)[0] for level in LEVELS for sign in (1.0, -1.0)}
     for value in sorted(arguments):
-        step = Step(np.full(len(images), OPERATIONS.index(name)), np.full(len(images), value))
+        step = ChosenOperations(np.full(len(images), OPERATIONS.index(name)), np.full(len(images), value))
         found = array_of(apply(before, [step], MEAN)).astype(int)
         difference = np.stack([np.abs(image - with_pillow(name, source, value)) for image, source in zip(found, images, strict=True)])
         if name in GEOMETRIC:
@@ -93,10 +100,10 @@ def test_pixels_are_timms(name, size):
 def test_geometric_operations_at_nothing_and_at_whole_pixels():
     images = images_of(64)
     for name in GEOMETRIC:
-        step = Step(np.full(len(images), OPERATIONS.index(name)), np.zeros(len(images)))
+        step = ChosenOperations(np.full(len(images), OPERATIONS.index(name)), np.zeros(len(images)))
         assert np.array_equal(array_of(apply(tensor_of(images), [step], MEAN)), images), name
     for name, axis in (("TranslateX", 2), ("TranslateY", 1)):
-        step = Step(np.full(len(images), OPERATIONS.index(name)), np.full(len(images), 0.25))
+        step = ChosenOperations(np.full(len(images), OPERATIONS.index(name)), np.full(len(images), 0.25))
         found = array_of(apply(tensor_of(images), [step], MEAN))
         kept, new = (slice(None),) * axis + (slice(48),), (slice(None),) * axis + (slice(48, None),)
         assert np.array_equal(found[kept], images[(slice(None),) * axis + (slice(16, None),)])
@@ -107,7 +114,7 @@ def test_operations_of_a_batch_follow_each_other_as_in_timm():
     """RandAugment's steps on a batch against Pillow, image by image: to the last bit where nothing geometric is among them."""
     count = 300
     images = np.concatenate([images_of(32)] * 25)
-    steps = rand_augment_steps(np.arange(count), parse_rand_augment("rand-m9-n3-mstd0.5-p0.7-inc1"))
+    steps = choose_rand_augment(np.arange(count), parse_rand_augment("rand-m9-n3-mstd0.5-p0.7-inc1"))
     found = array_of(apply(tensor_of(images), steps, MEAN))
     exact = 0
     for i in range(count):
@@ -128,7 +135,7 @@ def test_color_jitter_is_torchvisions():
     functional = pytest.importorskip("torchvision.transforms.functional")
     adjust = {"Brightness": functional.adjust_brightness, "Contrast": functional.adjust_contrast, "Color": functional.adjust_saturation}
     images = np.concatenate([images_of(32)] * 5)
-    steps = color_jitter_steps(np.arange(len(images)), 0.4)
+    steps = choose_color_jitter(np.arange(len(images)), 0.4)
     found = array_of(apply(tensor_of(images), steps, MEAN))
     for i, source in enumerate(images):
         image = Image.fromarray(source)
@@ -141,7 +148,7 @@ def test_color_jitter_is_torchvisions():
 def test_enhancements_far_from_the_usual_factors(name):
     images = images_of(40)
     for factor in (0.0, 1.0, 2.0, 7.5):
-        step = Step(np.full(len(images), OPERATIONS.index(name)), np.full(len(images), factor))
+        step = ChosenOperations(np.full(len(images), OPERATIONS.index(name)), np.full(len(images), factor))
         found = array_of(apply(tensor_of(images), [step], MEAN))
         for image, source in zip(found, images, strict=True):
             assert np.array_equal(image, np.asarray(getattr(ImageEnhance, name)(Image.fromarray(source)).enhance(factor)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import DataConfig
-from data_pipeline.fetch import unheard
+from data_pipeline.fetch import ignore_fault
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.manifest import UsageError
 from data_pipeline.storage import open_dataset
@@ -44,7 +44,7 @@ def test_the_file_opened_longest_ago_makes_room(dataset, tmp_path):
 def test_a_file_that_is_being_read_stays_readable_and_no_descriptor_is_kept(dataset, tmp_path):
     data = limited(dataset, tmp_path, 1.1)
     split = open_dataset(data, training=False).split("train")
-    descriptor = split.open_file(split.folder / "train-00000.tar", threading.Event(), unheard)
+    descriptor = split.open_file(split.folder / "train-00000.tar", threading.Event(), ignore_fault)
     read_one(split, 1)
     assert staged(tmp_path) == {"train.index", "train-00001.tar"}
     with open(descriptor, "rb") as file:

@@ -16,7 +16,7 @@ from data_pipeline.manifest import DataError, UsageError, open_manifest
 from data_pipeline.ownership import MARK
 from data_pipeline.verify import verify
 from tests.data_pipeline.images import contents, encoded, listed, make_folder, picture, run, stored
-from tests.data_pipeline.test_sources import add
+from tests.data_pipeline.test_listing import add
 
 GOOD = [encoded(picture(number)) for number in range(12)]
 
@@ -98,7 +98,7 @@ def test_classes_txt(tmp_path, label):
 def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
     names = {
         "truncated": ({"jpg": GOOD[1][:-100]}, "Premature end"),
-        "png": ({"png": encoded(picture(2), "PNG")}, "PNG to JPEG: not done here, as the shard stays as it is"),
+        "png": ({"png": encoded(picture(2), "PNG")}, "PNG to JPEG: not done here, because the shard is not changed"),
         "cmyk": ({"jpg": encoded(picture(3, "CMYK"))}, "CMYK JPEG: not done here"),
         "junk": ({"jpg": GOOD[4][:20] + b"junk" + GOOD[4][20:]}, "libjpeg warns about: not done here"),
         "two": ({"jpg": GOOD[5], "jpeg": GOOD[5]}, "more than one image"),
@@ -135,7 +135,7 @@ def test_splits(tmp_path):
         write(tmp_path / name, [sample(number, cls=0)])
     assert indexed(tmp_path) == {"train": [(GOOD[0], 0)], "val": [(GOOD[1], 0)], "test": [(GOOD[2], 0)]}
     write(tmp_path / "00000.tar", [sample(3, cls=0)])
-    with pytest.raises(UsageError, match="the name 00000.tar does not tell the split"):
+    with pytest.raises(UsageError, match="the name 00000.tar does not contain its split"):
         index(tmp_path, workers=1)
     assert len(indexed(tmp_path, split="train")["train"]) == 4
 
@@ -185,7 +185,7 @@ def test_what_is_no_folder_of_foreign_shards(tmp_path):
     with pytest.raises(DataError, match=r"there is no \*.tar in"):
         index(tmp_path, workers=1)
     run(make_folder(tmp_path / "pictures"), tmp_path / "set")
-    with pytest.raises(UsageError, match="is a prepared dataset with its index"):
+    with pytest.raises(UsageError, match="is a prepared dataset with its own index"):
         index(tmp_path / "set", workers=1)
     (tmp_path / "half/.work").mkdir(parents=True)
     (tmp_path / "half/.work/plan.json").write_text('{"arguments": {"source": "pictures"}}')

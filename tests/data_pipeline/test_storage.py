@@ -258,7 +258,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(dataset, tmp_path):
         pytest.skip("no right to mount a small disk here")
     try:
         split = open_dataset(config(dataset, disk / "cache")).split("train")
-        with pytest.raises(StorageError, match=r"data\.cache_dir: .* is full: free some room"):
+        with pytest.raises(StorageError, match=r"data\.cache_dir: .* is full: free some space"):
             for number in range(12):
                 read_one(split, number)
         assert parts(disk / "cache") == []

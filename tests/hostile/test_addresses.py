@@ -138,7 +138,7 @@ def test_credentials_that_fsspec_has(dataset, tmp_path, serve):
             super().do_GET()
 
     url = serve(dataset, Guarded).url
-    with pytest.raises(DataError, match=r"manifest\.json cannot be read: 403.* See that you may read it"):
+    with pytest.raises(DataError, match=r"manifest\.json cannot be read: 403.* Check its permissions"):
         open_dataset(config(url, tmp_path / "cache"))
     (tmp_path / ".config" / "fsspec").mkdir(parents=True)
     (tmp_path / ".config" / "fsspec" / "web.json").write_text('{"http": {"headers": {"Authorization": "Bearer SECRET"}}}')

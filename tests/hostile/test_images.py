@@ -12,7 +12,7 @@ from PIL import Image
 from data_pipeline import native
 from data_pipeline.decode import DECODERS, decode_batch
 from data_pipeline.jpeg import MOST_SCANS
-from data_pipeline.validate import BadImage, check_image, one_sample
+from data_pipeline.validate import BadImage, check_image, errors_as_bad_image
 from tests.data_pipeline.images import encoded, picture
 from tests.data_pipeline.jpegs import CORPUS, corpus, with_sampling
 
@@ -147,8 +147,8 @@ def test_damaged_files_of_every_kind_are_bad_images_or_usable():
 
 def test_no_memory_and_the_machines_errors_are_no_faults_of_a_sample():
     for error in (MemoryError(), OSError(5, "Input/output error"), ImportError("no simplejpeg")):
-        with pytest.raises(type(error)), one_sample():
+        with pytest.raises(type(error)), errors_as_bad_image():
             raise error
     for error in (KeyError(6), RecursionError("deep"), OSError("image file is truncated"), AssertionError(), OverflowError("large")):
-        with pytest.raises(BadImage), one_sample():
+        with pytest.raises(BadImage), errors_as_bad_image():
             raise error

@@ -17,9 +17,10 @@ import pytest
 
 from data_pipeline import tars
 from data_pipeline.foreign import index
+from data_pipeline.image_source import Source
 from data_pipeline.labels import read_labels
+from data_pipeline.listing import list_source, open_source
 from data_pipeline.manifest import DataError, UsageError, open_manifest
-from data_pipeline.sources import Source, list_source, open_source
 from data_pipeline.tars import tar_files
 from tests.data_pipeline.images import encoded, listed, picture, run, stored
 from tests.data_pipeline.jpegs import corpus
@@ -152,11 +153,11 @@ def test_folders_with_pipes_and_circles(tmp_path):
         list_source(Source("folder", tmp_path / "set"))
     (tmp_path / "set/cat/again").unlink()
     os.mkfifo(tmp_path / "set/cat/2.jpg")
-    with pytest.raises(DataError, match=r"2\.jpg is no regular file"):
+    with pytest.raises(DataError, match=r"2\.jpg is not a regular file"):
         list_source(Source("folder", tmp_path / "set"))
     (tmp_path / "set/cat/2.jpg").unlink()
     (tmp_path / "set/cat/2.jpg").symlink_to("/dev/zero")
-    with pytest.raises(DataError, match=r"2\.jpg is no regular file"):
+    with pytest.raises(DataError, match=r"2\.jpg is not a regular file"):
         list_source(Source("folder", tmp_path / "set"))
 
 
@@ -176,7 +177,7 @@ def test_a_huge_file_is_left_out_before_it_is_read(tmp_path):
         (tmp_path / f"set/cat/{name}.jpg").write_bytes(GOOD)
     os.truncate(tmp_path / "set/cat/2.jpg", 1 << 40)  # a hole
     run(tmp_path / "set", tmp_path / "out", shard_bytes=1 << 45)
-    assert listed(tmp_path / "out")["cat/2.jpg"] == ("excluded", "1099511627776 bytes: an image may have 1073741824")
+    assert listed(tmp_path / "out")["cat/2.jpg"] == ("excluded", "1099511627776 bytes, more than 1073741824")
     assert stored(tmp_path / "out", "train") == [(GOOD, 0)]
 
 
@@ -200,10 +201,10 @@ LABELS = {  # key: (the .cls, the .json, words of the reason)
     "half": (None, b'{"label": 0.5}', "no label: 0.5"),
     "true": (None, b'{"label": true}', "no label: True"),
     "a list": (None, b'{"label": [[[]]]}', "no label: "),
-    "a surrogate": (None, rb'{"label": "\ud800"}', "no UTF-8"),
+    "a surrogate": (None, rb'{"label": "\ud800"}', "not UTF-8"),
     "no object": (None, b'"label"', "its label cannot be read"),
     "a list of labels": (None, b"[1, 2]", "no label"),
-    "16 MB": (None, b'{"label": 0, "text": "' + b"x" * (1 << 24) + b'"}', "and may have 16777216"),
+    "16 MB": (None, b'{"label": 0, "text": "' + b"x" * (1 << 24) + b'"}', "more than 16777216"),
 }
 
 
@@ -297,7 +298,7 @@ def test_a_stale_handle_is_opened_anew(tmp_path):
     path.write_bytes(IMAGE + END)
     program = """
 import sys
-from data_pipeline.sources import Path, Source, read_image
+from data_pipeline.listing import Path, Source, read_image
 print(len(read_image(Source("tar", Path(sys.argv[1])), "a/1.jpg", 512, 400)))
 """
     strace = ["strace", "-qq", "-o", str(tmp_path / "log"), "-P", str(path), "-e", "inject=pread64:error=ESTALE:when=1..2"]

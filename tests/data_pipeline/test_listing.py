@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.image_source import Source
+from data_pipeline.listing import add_val, list_source, open_source
 from data_pipeline.manifest import DataError, UsageError, open_manifest
-from data_pipeline.sources import Source, add_val, list_source, open_source
 from tests.data_pipeline.images import contents, encoded, make_folder, make_tar, originals, picture, run, stored
 
 WNIDS = ("n01440764", "n01443537", "n02119789")
@@ -95,15 +96,15 @@ def test_label_files(imagenet, tmp_path, form):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (None, "numbers without names, as the devkit's ground truth has"),
+        (None, "numbers without names, like the ground truth in ImageNet's devkit"),
         ([], "is empty"),
         (["n01440764"] * 5, "has 5 labels for 6 images"),
         ([*["n01440764"] * 5, "n9"], "line 6: there is no class 'n9' in train"),
         (["tench"] * 6, "line 1: there is no class 'tench' in train. A label file has a class name per line"),
         ([f"ILSVRC2012_val_{i:08d}.JPEG n01440764" for i in range(1, 6)], "has no label for ILSVRC2012_val_00000006.JPEG"),
         ([f"ILSVRC2012_val_{i:08d}.JPEG n01440764" for i in range(1, 9)], "has labels for 2 images that are not there; the first is ILSV"),
-        ([f"ILSVRC2012_val_{i:08d}.JPEG n9" for i in range(1, 7)], "there is no class 'n9' in train, which ILSVRC2012_val_00000001.JPEG"),
-        ([f"ILSVRC2012_val_{i:08d}.JPEG 3" for i in range(1, 7)], "there is no class '3' in train"),
+        ([f"ILSVRC2012_val_{i:08d}.JPEG n9" for i in range(1, 7)], "ILSVRC2012_val_00000001.JPEG has the class 'n9', which train does not have"),
+        ([f"ILSVRC2012_val_{i:08d}.JPEG 3" for i in range(1, 7)], "has the class '3', which train does not have"),
         ([f"ILSVRC2012_val_00000001.JPEG {wnid}" for wnid in WNIDS], "has two labels for ILSVRC2012_val_00000001.JPEG"),
     ],
 )
@@ -211,7 +212,7 @@ def test_what_a_large_source_costs(tmp_path):
 import sys
 from pathlib import Path
 from data_pipeline.prepare import _plan_split
-from data_pipeline.sources import Source, add_val, list_source, open_source
+from data_pipeline.listing import list_source, open_source
 listing = list_source(open_source(sys.argv[1], Path(".")))
 plan = _plan_split("train", listing.splits["train"], 1 << 20, 1.0, 0)
 assert len(plan.order) == int(sys.argv[2])

@@ -8,7 +8,6 @@ about 130 bytes an image, and half as much again while it is sorted.
 import array
 import dataclasses
 import functools
-import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,59 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline import torchvision_source
 from data_pipeline.faults import retried
+from data_pipeline.image_source import SPLITS, Items, Listing, Source
 from data_pipeline.labels import check_names, read_labels
 from data_pipeline.manifest import DataError, UsageError
 from data_pipeline.ownership import DOWNLOAD
 from data_pipeline.progress import Progress
 from data_pipeline.tars import IMAGE_SUFFIXES, check_name, plain_tar, tar_files
 from data_pipeline.validate import check_size
-
-SPLITS = ("train", "val")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where to read: `kind` is "folder", "tar" or "torchvision"; `path` the folder, the plain tar, or the torchvision dataset's root."""
-
-    kind: str
-    path: Path
-    dataset: str = ""  # torchvision only: the class's name
-
-
-@dataclass(frozen=True)
-class Items:
-    """Images of one split, parallel columns, [n]. `sizes` are bytes (an estimate for torchvision); `offsets` are bytes into a tar."""
-
-    source: Source
-    names: list[str]
-    labels: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
-
-    def take(self, positions: np.ndarray) -> "Items":
-        names = [self.names[i] for i in positions]
-        return Items(self.source, names, self.labels[positions], self.offsets[positions], self.sizes[positions])
-
-
-@dataclass(frozen=True)
-class Listing:
-    """All images of a source. Labels index `classes`; `ignored` counts the files that are no images of any split."""
-
-    classes: tuple[str, ...]
-    splits: dict[str, Items]
-    ignored: int = 0
-
-    def digest(self) -> str:
-        """SHA-256 of every class, name, label, offset and size: equal exactly if a resumed run would read the same source."""
-        digest = hashlib.sha256(repr(self.classes).encode("utf-8", "surrogateescape"))
-        for split, items in self.splits.items():
-            digest.update(f"\0{split}\0".encode())
-            for name in items.names:
-                digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
-            for column in (items.labels, items.offsets, items.sizes):
-                digest.update(column.astype("<i8").tobytes())
-        return digest.hexdigest()
 
 
 def open_source(text: str, work: Path) -> Source:
@@ -89,8 +44,6 @@ def open_source(text: str, work: Path) -> Source:
             raise UsageError(f"{text}: there is no folder {root!r}.")
         return Source("folder", Path(root).resolve())
     if "/" not in name:
-        from data_pipeline import torchvision_source
-
         if dataset := torchvision_source.class_named(name):
             return Source("torchvision", Path(root).resolve() if root else work / DOWNLOAD, dataset)
     raise UsageError(f"{text} is neither a folder, nor a tar file, nor the name of a torchvision dataset.")
@@ -99,8 +52,6 @@ def open_source(text: str, work: Path) -> Source:
 def list_source(source: Source) -> Listing:
     """List every image with its split and label. Raises DataError, in one sentence, where there are none or the layout is unclear."""
     if source.kind == "torchvision":
-        from data_pipeline import torchvision_source
-
         return torchvision_source.list_images(source)
     return _sort_into_splits(*_list_files(source))
 
@@ -132,8 +83,6 @@ def read_image(source: Source, name: str, offset: int, size: int) -> bytes:
     Raises DataError where it cannot be read, StorageError where that may pass, BadImage where it is too large to be an image.
     """
     if source.kind == "torchvision":
-        from data_pipeline import torchvision_source
-
         return torchvision_source.read_image(source, name)
     check_size(size)
     try:
@@ -263,7 +212,7 @@ def _sort_into_splits(files: _Files, ignored: int) -> Listing:
     # A class may be called "train", too: a split's folder is one that holds folders only.
     has_splits = bool(tops.keys() & set(SPLITS)) and all(tops[split] > 1 for split in SPLITS if split in tops)
     if has_splits and len(tops) > 1 and not set(SPLITS) <= tops.keys():
-        raise DataError(f"{root} has the folders {_some(tops)}; expected train and val beside each other, or only classes.")
+        raise DataError(f"{root} has the folders {_first_few(tops)}; expected train and val beside each other, or only classes.")
 
     labels, split_of = np.zeros(len(names), np.int32), np.full(len(names), -1, np.int8)
     found = {split: {} for split in SPLITS}  # class name → its number, in the order of appearance
@@ -304,11 +253,11 @@ def _top_folders(names: list[str], skip: int) -> dict[str, int]:
 def _check_same_classes(what: str | Path, train: Iterable[str], val: Iterable[str]) -> None:
     only = {"train": set(train) - set(val), "val": set(val) - set(train)}
     if any(only.values()):
-        odd = " and ".join(f"only {split} has {_some(names)}" for split, names in only.items() if names)
+        odd = " and ".join(f"only {split} has {_first_few(names)}" for split, names in only.items() if names)
         raise DataError(f"{what}: train and val must have the same classes, but {odd}.")
 
 
-def _some(names) -> str:
+def _first_few(names) -> str:
     names = sorted(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
