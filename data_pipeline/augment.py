@@ -76,7 +76,9 @@ def normalise(images: Tensor, config: AugmentConfig) -> Tensor:
     images = images.contiguous()
     found = torch.empty(images.shape, device=images.device)
     # On a CPU one image at a time, because a single image fits in the cache.
-    for source, target in zip(*(part.split(1) if part.device.type == "cpu" else [part] for part in (images, found)), strict=True):
+    for source, target in zip(
+        *(part.split(1) if part.device.type == "cpu" else [part] for part in (images, found)), strict=True
+    ):
         target.copy_(source).mul_(scale).add_(shift)
     return found
 
@@ -91,8 +93,8 @@ def _normalisation(mean: tuple, std: tuple, device: torch.device) -> tuple[Tenso
 def apply(images: Tensor, rounds: Sequence[ChosenOperations], mean: tuple[float, float, float]) -> Tensor:
     """Apply `rounds` of operations to uint8 [m, 3, S, S] and return a modified copy.
 
-    mean: in 0 … 1, the colour of pixels that a geometric operation uncovers. In each round, every operation runs once on
-    all images that use it.
+    mean: in 0 … 1, the colour of pixels that a geometric operation uncovers. In each round, every operation runs once
+    on all images that use it.
     """
     images, fill = images.clone(memory_format=torch.contiguous_format), _fill(mean, images.device)
     for chosen_operations in rounds:
@@ -121,7 +123,8 @@ def _fill(mean: tuple, device: torch.device) -> Tensor:
 def erase(images: Tensor, keys: np.ndarray, boxes: Boxes, mode: str) -> None:
     """Fill boxes of normalised images [m, 3, H, W] in place, as timm's RandomErasing does.
 
-    mode: "pixel" fills with normal noise per value, a function of the sample's key and the pixel's place; "const" with 0.
+    mode: "pixel" fills with normal noise per value, a function of the sample's key and the pixel's place; "const" with
+    0.
     """
     if len(boxes.rows) == 0:
         return
@@ -145,7 +148,9 @@ def _erase_together(images: Tensor, keys: np.ndarray, boxes: Boxes, mode: str) -
     x = np.minimum(boxes.lefts, images.shape[3] - width)[:, None] + np.arange(width)
     y_inside = (y >= boxes.tops[:, None]) & (y < (boxes.tops + boxes.heights)[:, None])
     x_inside = (x >= boxes.lefts[:, None]) & (x < (boxes.lefts + boxes.widths)[:, None])
-    keys, rows, y, x, y_inside, x_inside = (to_device(array, images.device) for array in (keys, boxes.rows, y, x, y_inside, x_inside))
+    keys, rows, y, x, y_inside, x_inside = (
+        to_device(array, images.device) for array in (keys, boxes.rows, y, x, y_inside, x_inside)
+    )
     keys, rows, y, x = keys[:, None, None], rows[:, None, None], y[:, :, None], x[:, None, :]
     inside = y_inside[:, :, None] & x_inside[:, None, :]  # [k, height, width]
     noise = _noise(keys, y, x, images).permute(1, 2, 3, 0) if mode == "pixel" else images.new_zeros(())

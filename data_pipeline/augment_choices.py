@@ -1,9 +1,9 @@
 """The random choices of the recipe: the operations of each sample, their arguments, and the boxes to erase.
 
 They are computed on the host, in numpy, from integer keys, so they are the same for CPU and GPU and nothing waits for a
-device. The rules are those of timm (timm.data.auto_augment and random_erasing, 1.0.31) and torchvision (ColorJitter), with
-one exception: Posterize keeps at least one bit. timm can draw 0 bits, which gives a black image in old releases of Pillow
-and an error in new ones.
+device. The rules are those of timm (timm.data.auto_augment and random_erasing, 1.0.31) and torchvision (ColorJitter),
+with one exception: Posterize keeps at least one bit. timm can draw 0 bits, which gives a black image in old releases of
+Pillow and an error in new ones.
 """
 
 import math
@@ -50,9 +50,9 @@ ERASING_ATTEMPTS = 10
 class RandAugment:
     """Settings of RandAugment (Cubuk et al., arXiv 1909.13719), as in timm.
 
-    Each image gets `count` operations, each applied with `probability`, at the level magnitude + N(0, deviation²) clipped
-    to [0, 10]. increasing: Posterize, Solarize and the four enhancements get stronger with the level, which they do not do
-    in the original scale.
+    Each image gets `count` operations, each applied with `probability`, at the level magnitude + N(0, deviation²)
+    clipped to [0, 10]. increasing: Posterize, Solarize and the four enhancements get stronger with the level, which
+    they do not do in the original scale.
     """
 
     magnitude: int = 10
@@ -72,7 +72,7 @@ class ChosenOperations:
 
 @dataclass(frozen=True)
 class Boxes:
-    """Boxes to erase: `rows` are the batch rows of their samples, the other fields are in pixels; int64 [k] each, k ≤ m."""
+    """Boxes to erase, int64 [k] each, k ≤ m. rows: the samples' rows in the batch. The other fields are in pixels."""
 
     rows: np.ndarray
     tops: np.ndarray
@@ -87,7 +87,8 @@ def parse_rand_augment(text: str) -> RandAugment:
     The parts after "rand" may have any order; parts that are left out have timm's defaults.
     """
     example = (
-        "write it like rand-m9-mstd0.5-inc1 (m: magnitude, n: operations, mstd: deviation of m, p: probability, inc: 0 or 1)"
+        "write it like rand-m9-mstd0.5-inc1 "
+        "(m: magnitude, n: operations, mstd: deviation of m, p: probability, inc: 0 or 1)"
     )
     first, *parts = text.split("-")
     if first != "rand":
@@ -171,8 +172,8 @@ def choose_color_jitter(keys: np.ndarray, strength: float) -> list[ChosenOperati
 def erasing_boxes(keys: np.ndarray, probability: float, image_height: int, image_width: int) -> Boxes:
     """The boxes of random erasing (Zhong et al., arXiv 1708.04896) for the samples with the int64 keys [m].
 
-    A sample is erased with `probability`. Its box is the first of ERASING_ATTEMPTS candidates that is smaller than the image
-    in both directions; if none is, the sample is not erased.
+    A sample is erased with `probability`. Its box is the first of ERASING_ATTEMPTS candidates that is smaller than the
+    image in both directions; if none is, the sample is not erased.
     """
     number = uniform(fold(keys, Stream.ERASE), 2 * ERASING_ATTEMPTS + 3)
     low, high = ERASING_AREA

@@ -1,13 +1,13 @@
 """RandAugment's geometric operations on a group of images, in plain PyTorch, as timm with interpolation="bicubic".
 
-They reproduce Pillow's affine transform with bicubic interpolation. Every operation takes, on one device, `images` (uint8
-[g, 3, S, S]), `argument` (float64 [g]) and `fill` (float32 [3], the colour outside the source), and returns uint8
-[g, 3, S, S]. Inputs are not modified, and nothing waits for a GPU.
+They reproduce Pillow's affine transform with bicubic interpolation. Every operation takes, on one device, `images`
+(uint8 [g, 3, S, S]), `argument` (float64 [g]) and `fill` (float32 [3], the colour outside the source), and returns
+uint8 [g, 3, S, S]. Inputs are not modified, and nothing waits for a GPU.
 
-A pixel of the result lies at first + fraction in the source, in units of pixels whose centres are integers. Pillow's cubic
-(Keys, a = -1) weights the pixels first - 1 … first + 2; pixels beyond the edge repeat the edge. A result is inside if its
-nearest source pixel is. Pillow sums in float64 and truncates, this module sums in float32: about one value in 1000 differs,
-by 1 of 255 (more values if a shift is close to whole pixels).
+A pixel of the result lies at first + fraction in the source, in units of pixels whose centres are integers. Pillow's
+cubic (Keys, a = -1) weights the pixels first - 1 … first + 2; pixels beyond the edge repeat the edge. A result is
+inside if its nearest source pixel is. Pillow sums in float64 and truncates, this module sums in float32: about one
+value in 1000 differs, by 1 of 255 (more values if a shift is close to whole pixels).
 """
 
 import functools
@@ -52,7 +52,9 @@ def _shift_rows(images: Tensor, shift: Tensor, fill: Tensor) -> Tensor:
     first = shift.floor()
     fraction = (shift - first).float()
     # The source pixels that get a weight, [g, 1, S or 1, S + 3].
-    position = first.to(torch.int32)[:, None, :, None] + torch.arange(-1, size + 2, dtype=torch.int32, device=images.device)
+    position = first.to(torch.int32)[:, None, :, None] + torch.arange(
+        -1, size + 2, dtype=torch.int32, device=images.device
+    )
     index = position.clamp(0, size - 1).long().expand(-1, 3, size, -1)
     pixels = images.contiguous().gather(3, index).float()
     weights = (_powers(fraction) @ _cubic(images.device))[:, None, :, None]
@@ -88,8 +90,8 @@ def rotate(images: Tensor, argument: Tensor, fill: Tensor) -> Tensor:
 def _weigh(table: Tensor, corner: Tensor, fraction: Tensor, width: int) -> Tensor:
     """Weighted sums of 4 x 4 pixels: [n, 3], for n corners and fractions [2, n].
 
-    table: all pixels of images `width` wide. An embedding bag computes this: for each result it reads 16 rows, multiplies
-    them by their weights and adds them.
+    table: all pixels of images `width` wide. An embedding bag computes this: for each result it reads 16 rows,
+    multiplies them by their weights and adds them.
     """
     part = 16384 if table.device.type == "cpu" else len(corner)  # 16 weights per result then fit in a CPU's cache
     offsets, x_cubic, y_cubic = _taps(width, table.device)

@@ -26,7 +26,9 @@ def equalize(images: Tensor, argument: Tensor) -> Tensor:
     """Equalise the histogram of each channel by a table of 256 levels."""
     pixels = images.flatten(2).long()
     one = torch.ones((), dtype=torch.int32, device=images.device)
-    counts = torch.zeros(*pixels.shape[:2], 256, dtype=torch.int32, device=images.device).scatter_add_(2, pixels, one.expand_as(pixels))
+    counts = torch.zeros(*pixels.shape[:2], 256, dtype=torch.int32, device=images.device).scatter_add_(
+        2, pixels, one.expand_as(pixels)
+    )
     brightest = counts.gather(2, images.amax((2, 3)).long()[..., None])
     step = (pixels.shape[2] - brightest) // 255  # [g, 3, 1]
     divisor = step.clamp(min=1)
@@ -47,8 +49,8 @@ def posterize(images: Tensor, argument: Tensor) -> Tensor:
 
 def solarize(images: Tensor, argument: Tensor) -> Tensor:
     """Invert the values that are at least `argument` (0 … 256)."""
-    # Arithmetic, because comparison and torch.where take ten times as long on a CPU. The arithmetic shift spreads the sign
-    # bit: 255 for values that stay, else 0.
+    # Arithmetic, because comparison and torch.where take ten times as long on a CPU. The arithmetic shift spreads the
+    # sign bit: 255 for values that stay, else 0.
     stays = ((images.to(torch.int16) - _per_image(argument.to(torch.int16))) >> 15).to(torch.uint8)
     return images ^ ~stays
 
@@ -96,7 +98,10 @@ def _blend(degenerate: Tensor, pixels: Tensor, factor: Tensor) -> Tensor:
 
 
 def _luma(pixels: Tensor) -> Tensor:
-    """Pillow's conversion of RGB to "L", float32 [g, 1, H, W]. All terms are integers below 2^24, so float32 is exact."""
+    """Pillow's conversion of RGB to "L", float32 [g, 1, H, W].
+
+    All terms are integers below 2^24, so float32 is exact.
+    """
     red, green, blue = (pixels[:, channel : channel + 1] for channel in range(3))
     luma = (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
     return luma.add_(32768).mul_(2.0**-16).floor_()

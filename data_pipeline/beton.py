@@ -1,17 +1,19 @@
 """Write a prepared split of classification as one FFCV file (`.beton`), and check it.
 
-The file is written by FFCV's DatasetWriter and readable by FFCV's stock Loader. It has an RGBImageField `image`, with the
-original bytes of the JPEG (mode "jpeg"; FFCV by itself would encode it again) or its pixels ("raw"), and an IntField
-`label`, so it holds one integer label per sample. Samples are in the order of their ids. `<file>.index`, a table of
-manifest.RECORD, lets our backend read the file without FFCV.
+The file is written by FFCV's DatasetWriter and readable by FFCV's stock Loader. It has an RGBImageField `image`, with
+the original bytes of the JPEG (mode "jpeg"; FFCV by itself would encode it again) or its pixels ("raw"), and an
+IntField `label`, so it holds one integer label per sample. Samples are in the order of their ids. `<file>.index`, a
+table of manifest.RECORD, lets our backend read the file without FFCV.
 
-Training does not use FFCV's engine. With the same decoder it reached 826 images/s on a core on which plain files reached 865
-to 905; it compiles for 5 to 11 s at every start; its random numbers cannot be reproduced; and for damaged bytes it silently
-returns black or the pixels of another image. Only the format is used, because other programs can read it.
+Training does not use FFCV's engine. With the same decoder it reached 826 images/s on a core on which plain files
+reached 865 to 905; it compiles for 5 to 11 s at every start; its random numbers cannot be reproduced; and for damaged
+bytes it silently returns black or the pixels of another image. Only the format is used, because other programs can read
+it.
 
-DatasetWriter waits forever for a failed worker. So it runs in its own process group: every sample is checked before it is
-passed on, a thread watches the worker, and any failure ends the group. It writes with one worker, and threads read and
-decode ahead of it, so the same split gives the same file byte by byte, and samples with near ids lie near each other.
+DatasetWriter waits forever for a failed worker. So it runs in its own process group: every sample is checked before it
+is passed on, a thread watches the worker, and any failure ends the group. It writes with one worker, and threads read
+and decode ahead of it, so the same split gives the same file byte by byte, and samples with near ids lie near each
+other.
 """
 
 import contextlib
@@ -50,17 +52,21 @@ def require_ffcv() -> None:
     """Raise UsageError if FFCV is not installed. Does not import it, because that takes seconds."""
     if importlib.util.find_spec("ffcv") is None:
         raise UsageError(
-            "writing FFCV files needs ffcv: apt-get install libopencv-dev libturbojpeg0-dev; pip install 'cat-training[ffcv]'."
+            "writing FFCV files needs ffcv: apt-get install libopencv-dev libturbojpeg0-dev; pip install "
+            "'cat-training[ffcv]'."
         )
 
 
-def write_beton(split: Split, path: Path, *, mode: str, workers: int, progress: Callable[[int], None] = lambda done: None) -> Beton:
-    """Write `split`, read from its WebDataset shards, as the FFCV file `path` in the split's folder, with `<path>.index`.
+def write_beton(
+    split: Split, path: Path, *, mode: str, workers: int, progress: Callable[[int], None] = lambda done: None
+) -> Beton:
+    """Write `split`, read from its shards, as the FFCV file `path` in the split's folder, with `<path>.index`.
 
-    mode: "jpeg" or "raw". workers: threads that read and decode. progress: called with the number of samples written so far.
-    Returns the entry for the manifest; the caller writes it. Both files get their final names after they have been read
-    back, so an interruption leaves at most files named `*.tmp`. Raises UsageError if FFCV is not installed, DataError for a
-    sample that cannot be read or is not an RGB or gray JPEG, OSError if the writer fails (a full disk, out of memory).
+    mode: "jpeg" or "raw". workers: threads that read and decode. progress: called with the number of samples written so
+    far. Returns the entry for the manifest; the caller writes it. Both files get their final names after they have been
+    read back, so an interruption leaves at most files named `*.tmp`. Raises UsageError if FFCV is not installed,
+    DataError for a sample that cannot be read or is not an RGB or gray JPEG, OSError if the writer fails (a full disk,
+    out of memory).
     """
     require_ffcv()
     temporary, index = (path.with_name(f"{name}.{os.getpid()}.tmp") for name in (path.name, f"{path.name}.index"))
@@ -70,7 +76,8 @@ def write_beton(split: Split, path: Path, *, mode: str, workers: int, progress: 
         sha256, damaged = read_back(temporary, np.fromfile(index, RECORD))
         if damaged:  # FFCV does not check how much of a page was written
             raise OSError(
-                f"{path}: {len(damaged)} samples differ from what was written, the first is {damaged[0]}; is the disk full?"
+                f"{path}: {len(damaged)} samples differ from what was written, the first is {damaged[0]}; is the disk "
+                "full?"
             )
         beton = Beton(path.name, temporary.stat().st_size, sha256, mode, sha256_of(index))
         publish(index, path.with_name(f"{path.name}.index"))
@@ -89,10 +96,14 @@ def check_beton(split: Split) -> list[str]:
         faults.append(f"{split.beton_index_path} is damaged: its SHA-256 is not the manifest's.")
         records = records[:0]  # a damaged index cannot locate the samples
     sha256, damaged = read_back(path, records)
-    faults += [f"{path} is damaged: sample {sample} (byte {records[sample]['offset']}) fails its checksum." for sample in damaged]
+    faults += [
+        f"{path} is damaged: sample {sample} (byte {records[sample]['offset']}) fails its checksum."
+        for sample in damaged
+    ]
     if not damaged and sha256 != split.beton.sha256:
         faults.append(
-            f"{path} is damaged: its SHA-256 is not the manifest's" + (", though its samples are whole." if len(records) else ".")
+            f"{path} is damaged: its SHA-256 is not the manifest's"
+            + (", though its samples are whole." if len(records) else ".")
         )
     return faults
 
@@ -143,7 +154,12 @@ def _run_writer(task: _Task, progress: Callable[[int], None]) -> None:
     command = [sys.executable, "-c", "from data_pipeline import beton; beton._main()"]
     with tempfile.TemporaryFile() as errors:
         writer = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+            start_new_session=True,
         )
         try:
             done = 0
@@ -162,8 +178,8 @@ def _run_writer(task: _Task, progress: Callable[[int], None]) -> None:
                 reason = next((line for line in reversed(lines) if line.strip()), "it was killed (out of memory?)")
                 raise OSError(f"FFCV's writer failed at sample {done} of split {task.split.name!r}: {reason}")
         finally:
-            # Not SIGKILL: multiprocessing's resource tracker ignores SIGTERM, outlives the others and frees their shared
-            # memory.
+            # Not SIGKILL: multiprocessing's resource tracker ignores SIGTERM, outlives the others and frees their
+            # shared memory.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(writer.pid, signal.SIGTERM)
             writer.wait()
@@ -273,7 +289,10 @@ class _Samples:
         return image, int(self.records["label"][number])
 
     def _load(self, number: int) -> _Image:
-        """Read sample `number` and check that FFCV can hold it. Raises DataError with a sentence that names the sample."""
+        """Read sample `number` and check that FFCV can hold it.
+
+        Raises DataError with a sentence that names the sample.
+        """
         import simplejpeg
 
         [data], failures = self.stored.read(np.array([number]))

@@ -1,8 +1,8 @@
 """The window of an image that is used, and whether it is mirrored: pure functions of keys and sizes, for all backends.
 
-A window is (x, y, width, height, flip), in pixels of the stored image: x to the right and y down from its top left corner;
-flip is 1 if the result is mirrored left to right, else 0. A padded window may extend beyond the image; pixels outside the
-image are black.
+A window is (x, y, width, height, flip), in pixels of the stored image: x to the right and y down from its top left
+corner; flip is 1 if the result is mirrored left to right, else 0. A padded window may extend beyond the image; pixels
+outside the image are black.
 """
 
 import math
@@ -40,8 +40,8 @@ def training_windows(
 def evaluation_windows(widths: np.ndarray, heights: np.ndarray, eval_crop: float) -> np.ndarray:
     """Centred squares of side eval_crop × the short side, never mirrored, int32 [n, 5].
 
-    Resizing such a square to S equals the usual "resize the short side to S / eval_crop, then crop the centre S × S", up to
-    the rounding of sizes and offsets to whole pixels, and does not compute the border that is cropped away.
+    Resizing such a square to S equals the usual "resize the short side to S / eval_crop, then crop the centre S × S",
+    up to the rounding of sizes and offsets to whole pixels, and does not compute the border that is cropped away.
     """
     widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
     side = np.maximum(1, np.rint(eval_crop * np.minimum(widths, heights)).astype(np.int64))
@@ -49,7 +49,7 @@ def evaluation_windows(widths: np.ndarray, heights: np.ndarray, eval_crop: float
 
 
 def _resized(keys: np.ndarray, widths: np.ndarray, heights: np.ndarray, config: AugmentConfig) -> np.ndarray:
-    """The first of ATTEMPTS random windows that fits in the image; if none does, the largest centred one in the ratio range."""
+    """The first of ATTEMPTS random windows that fits; if none does, the largest centred one in the ratio range."""
     number = uniform(keys, 4 * ATTEMPTS).reshape(-1, 4, ATTEMPTS)
     smallest, largest = config.crop_scale
     low, high = config.crop_ratio

@@ -4,9 +4,9 @@
     simplejpeg  libjpeg-turbo decodes the whole image, torch resizes; the pixels are bit-identical to native's
     pillow      a fallback; pixels differ by rounding, and some damaged images are not detected
 
-All release the GIL, so they run in parallel in threads. Prepared datasets hold only RGB and gray JPEGs that decode without a
-warning; anything else is a failure of that sample alone. EXIF orientation is ignored. `native` does not detect damage below
-the window; the checksum in the index does.
+All release the GIL, so they run in parallel in threads. Prepared datasets hold only RGB and gray JPEGs that decode
+without a warning; anything else is a failure of that sample alone. EXIF orientation is ignored. `native` does not
+detect damage below the window; the checksum in the index does.
 """
 
 import importlib.util
@@ -31,8 +31,10 @@ DECODER = _first_available()
 
 if DECODER != "native":
     warnings.warn(
-        f"The compiled decoder is not built, so {DECODER} decodes the images, at about half the speed. Install a C compiler and "
-        "the headers of libjpeg-turbo (Debian, Ubuntu: apt-get install gcc libc6-dev libjpeg-dev), then install this project "
+        f"The compiled decoder is not built, so {DECODER} decodes the images, at about half the speed. Install a C "
+        "compiler and "
+        "the headers of libjpeg-turbo (Debian, Ubuntu: apt-get install gcc libc6-dev libjpeg-dev), then install this "
+        "project "
         "again: pip install --editable .",
         stacklevel=2,
     )
@@ -49,9 +51,9 @@ def decode_batch(
 ) -> dict[int, str]:
     """Decode n JPEGs, cut out their windows (crop.py), resize these with antialiasing and mirror them.
 
-    dimensions: int [n, 2], the (width, height) that each image must have. windows: int32 [n, 5]. interpolation: "bicubic" or
-    "bilinear". out: receives the pixels, uint8 [n, size, size, 3], RGB. Returns {row: reason} of the images that could not
-    be decoded; their rows of `out` are undefined.
+    dimensions: int [n, 2], the (width, height) that each image must have. windows: int32 [n, 5]. interpolation:
+    "bicubic" or "bilinear". out: receives the pixels, uint8 [n, size, size, 3], RGB. Returns {row: reason} of the
+    images that could not be decoded; their rows of `out` are undefined.
     """
     if decoder == "native":
         return native.decode_batch(encoded, dimensions, windows, size, interpolation, out)
@@ -75,7 +77,7 @@ def crop_and_resize_batch(
 
 
 def crop_and_resize(image: np.ndarray, window: Sequence[int], size: int, interpolation: str, out: np.ndarray) -> None:
-    """Resize the window (x, y, width, height, flip) of one image, uint8 [height, width, 3], into `out` [size, size, 3]."""
+    """Resize window (x, y, width, height, flip) of `image`, uint8 [height, width, 3], into `out`, [size, size, 3]."""
     dimensions = np.array([image.shape[1::-1]])
     failures = crop_and_resize_batch([image.tobytes()], dimensions, np.array([window]), size, interpolation, out[None])
     if failures:
@@ -102,7 +104,9 @@ def _one_by_one(
         try:
             image = decode(data, width, height)
             if image.shape[1::-1] != (width, height):
-                raise ValueError(f"it is {image.shape[1]}x{image.shape[0]} pixels where the index says {width}x{height}")
+                raise ValueError(
+                    f"it is {image.shape[1]}x{image.shape[0]} pixels where the index says {width}x{height}"
+                )
         except ValueError as error:
             failures[row] = str(error)
             continue
@@ -113,7 +117,10 @@ def _one_by_one(
 
 
 def _cut(image: np.ndarray, x: int, y: int, width: int, height: int) -> np.ndarray:
-    """The window as a contiguous uint8 [height, width, 3]. torch would make it contiguous with all threads of the process."""
+    """The window as a contiguous uint8 [height, width, 3].
+
+    torch would make it contiguous with all threads of the process.
+    """
     cut = np.zeros((height, width, 3), np.uint8)
     left, right = max(x, 0), min(x + width, image.shape[1])
     top, bottom = max(y, 0), min(y + height, image.shape[0])
@@ -146,7 +153,8 @@ def _resize_with_torch(image: np.ndarray, size: int, interpolation: str) -> np.n
     import torch
     from torch.nn.functional import interpolate
 
-    # A channels-last view [1, 3, height, width], which torch resizes in uint8 with vector instructions, like Pillow-SIMD.
+    # A channels-last view [1, 3, height, width], which torch resizes in uint8 with vector instructions, like
+    # Pillow-SIMD.
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     return interpolate(pixels, size=(size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
 
@@ -170,4 +178,7 @@ def _resize_with_pillow(image: np.ndarray, size: int, interpolation: str) -> np.
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling[interpolation.upper()]))
 
 
-_FALLBACKS = {"simplejpeg": (_decode_with_simplejpeg, _resize_with_torch), "pillow": (_decode_with_pillow, _resize_with_pillow)}
+_FALLBACKS = {
+    "simplejpeg": (_decode_with_simplejpeg, _resize_with_torch),
+    "pillow": (_decode_with_pillow, _resize_with_pillow),
+}

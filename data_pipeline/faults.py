@@ -41,9 +41,10 @@ def retried(
 ) -> T:
     """Call `action`, again after each OSError with pauses in between, and return its result.
 
-    action: should open its files itself, so that a retry does not use a stale handle. what: the file's name in the error.
-    note: called with each error that is retried. closing: when set, ends the pauses. pauses: seconds, default PAUSES.
-    Raises LASTING errors unchanged and at once; StorageError after the last attempt; CancelledError when `closing` is set.
+    action: should open its files itself, so that a retry does not use a stale handle. what: the file's name in the
+    error. note: called with each error that is retried. closing: when set, ends the pauses. pauses: seconds, default
+    PAUSES. Raises LASTING errors unchanged and at once; StorageError after the last attempt; CancelledError when
+    `closing` is set.
     """
     closing = closing or threading.Event()
     pauses = PAUSES if pauses is None else pauses

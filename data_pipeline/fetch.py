@@ -42,14 +42,19 @@ class Location:
         """Raises DataError if it is missing or may not be read, StorageError if the server does not answer."""
         url, place = self.url(FILE_NAME), self._place(FILE_NAME)
         try:
-            return self._try(url, lambda: self._filesystem.cat_file(place), Event(), ignore_fault, faults.PAUSES[:AT_START])
+            return self._try(
+                url, lambda: self._filesystem.cat_file(place), Event(), ignore_fault, faults.PAUSES[:AT_START]
+            )
         except FileNotFoundError:
             raise DataError(f"{url} is missing. Make one with: python launch/prepare.py SOURCE DEST") from None
         except LASTING as error:
             raise DataError(f"{url} cannot be read: {_reason(error)}. Check its permissions.") from None
 
     def fetch(self, name: str, target: Path, size: int, closing: Event, note: Note) -> None:
-        """Copy a file of `size` bytes to `target`. Raises DataError if it is missing, StorageError if it cannot be copied."""
+        """Copy a file of `size` bytes to `target`.
+
+        Raises DataError if it is missing, StorageError if it cannot be copied.
+        """
         from fsspec.callbacks import Callback
 
         class Until(Callback):
@@ -65,7 +70,9 @@ class Location:
                 self._filesystem.get_file(self._place(name), str(target), callback=Until())
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    sentence = f"data.cache_dir: {target.parent} is full: free some space, or set a smaller data.cache_gb."
+                    sentence = (
+                        f"data.cache_dir: {target.parent} is full: free some space, or set a smaller data.cache_gb."
+                    )
                     raise StorageError(sentence) from error
                 raise
             if target.stat().st_size != size:
@@ -113,5 +120,7 @@ def _open_filesystem(path: str):
         import aiohttp
 
         # aiohttp's default aborts a file that takes more than five minutes, even if data arrives steadily.
-        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)}
+        options["client_kwargs"] = {
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
+        }
     return fsspec.core.url_to_fs(path, **options)

@@ -1,9 +1,10 @@
-"""Index WebDataset shards for classification that other programs made: write a manifest and an index per split beside them.
+"""Index WebDataset shards for classification that other programs made.
 
-The shards are not changed. As in WebDataset, a sample consists of the members of a tar that share folder and name up to the
-first dot. Its image is the member with an image suffix; its one label comes from `.cls` or from a field of `.json`; other
-members are ignored. Only JPEGs that training can read unchanged are used; images that prepare would transcode or repair are
-excluded, and the report gives the reason.
+A manifest and an index per split are written beside the shards, which are not changed. As in WebDataset, a sample
+consists of the members of a tar that share folder and name up to the first dot. Its image is the member with an image
+suffix; its one label comes from `.cls` or from a field of `.json`; other members are ignored. Only JPEGs that training
+can read unchanged are used; images that prepare would transcode or repair are excluded, and the report gives the
+reason.
 """
 
 import json
@@ -57,7 +58,9 @@ def index(dest: Path, *, workers: int, split: str | None = None, label_key: str 
         tasks = [_Task(dest, file, label_key, slot) for slot, file in enumerate(files)]
         sizes = [(dest / file).stat().st_size for file in files]
         missing = [task for task in tasks if not _is_done(task)]
-        with Progress("bytes", "indexing", sum(sizes), sum(sizes) - sum(sizes[task.slot] for task in missing)) as progress:
+        with Progress(
+            "bytes", "indexing", sum(sizes), sum(sizes) - sum(sizes[task.slot] for task in missing)
+        ) as progress:
             if missing:
                 run_tasks(_index_shard, missing, min(workers, len(missing)), len(tasks), progress)
         found = {value: file for file in reversed(files) for value in read_done(done_path(dest, file))[0]["labels"]}
@@ -80,7 +83,9 @@ def _earlier_index(dest: Path) -> list[str]:
     except (FileNotFoundError, DataError):  # no manifest, or one of another program
         return []
     if "index" not in read_arguments(dest / REPORT_NAME):
-        raise UsageError(f"{dest} is a prepared dataset with its own index: give a folder of shards that another program made.")
+        raise UsageError(
+            f"{dest} is a prepared dataset with its own index: give a folder of shards that another program made."
+        )
     return files_beside(name for name in manifest.splits if name in SPLIT_WORDS.values())
 
 
@@ -90,7 +95,9 @@ def _find_shards(dest: Path) -> list[str]:
     if odd := next((path for path in paths if not path.is_file()), None):
         raise DataError(f"{odd} is not a regular file: move it away.")
     if not paths:
-        raise DataError(f"there is no *.tar in {dest}. (Compressed shards have no random access: decompress them first.)")
+        raise DataError(
+            f"there is no *.tar in {dest}. (Compressed shards have no random access: decompress them first.)"
+        )
     return sorted(str(path.relative_to(dest)) for path in paths)
 
 
@@ -100,7 +107,9 @@ def _split_of(file: str) -> str:
         found = {SPLIT_WORDS[word] for word in re.findall("[a-z]+", part.lower()) if word in SPLIT_WORDS}
         if len(found) == 1:
             return found.pop()
-    raise UsageError(f"the name {file} does not contain its split (train, val, …): give the split of all shards with --split.")
+    raise UsageError(
+        f"the name {file} does not contain its split (train, val, …): give the split of all shards with --split."
+    )
 
 
 def _read_classes(path: Path) -> tuple[str, ...] | None:
@@ -125,24 +134,35 @@ def _number_classes(
     words = [label for label in found if isinstance(label, str)]
     if classes is not None:
         path = dest / CLASSES_NAME
-        numbers = {name: number for number, name in enumerate(classes)} | {number: number for number in range(len(classes))}
+        numbers = {name: number for number, name in enumerate(classes)} | {
+            number: number for number in range(len(classes))
+        }
         for label, file in found.items():
             if label not in numbers:
-                raise DataError(f"{dest / file} has the label {label!r}, which {path} does not name ({len(classes)} classes).")
+                raise DataError(
+                    f"{dest / file} has the label {label!r}, which {path} does not name ({len(classes)} classes)."
+                )
         if words and len(set(classes)) < len(classes):
             raise DataError(f"{path} has two classes of one name, so labels that are words are ambiguous.")
         return classes, numbers
     if words and len(words) < len(found):
         number = next(label for label in found if label not in words)
-        raise DataError(f"some labels are words ({words[0]!r} in {found[words[0]]}), others numbers ({number} in {found[number]}).")
+        raise DataError(
+            f"some labels are words ({words[0]!r} in {found[words[0]]}), others numbers ({number} in {found[number]})."
+        )
     if words:
         if len(words) > MAX_CLASSES:
-            raise DataError(f"{dest} has {len(words)} different labels, no classes: name the field of the label with --label-key.")
+            raise DataError(
+                f"{dest} has {len(words)} different labels, no classes: name the field of the label with --label-key."
+            )
         classes = tuple(sorted(words))
         return classes, {name: number for number, name in enumerate(classes)}
     largest = max(found, default=0)
     if largest >= MAX_CLASSES:
-        raise DataError(f"{dest / found[largest]} has the label {largest}, no class number: name the field of the label with --label-key.")
+        raise DataError(
+            f"{dest / found[largest]} has the label {largest}, no class number: name the field of the label with "
+            "--label-key."
+        )
     return tuple(map(str, range(largest + 1))), {number: number for number in range(largest + 1)}
 
 
@@ -168,7 +188,7 @@ def _is_done(task: _Task) -> bool:
 
 
 def _index_shard(task: _Task) -> None:
-    """Check every sample of one shard and write its `.done` file, in which `label` is an index into the header's labels."""
+    """Check every sample of one shard and write its `.done` file, where `label` is an index into `labels`."""
     header, records = retried(lambda: _read_shard(task), str(task.dest / task.file))
     write_done(done_path(task.dest, task.file), header, records)
     count(task.slot, header["shard"]["bytes"])
@@ -195,14 +215,22 @@ def _read_shard(task: _Task) -> tuple[dict, np.ndarray]:
             count(task.slot, members[-1][1])
     records = np.sort(np.array(records, RECORD), order="offset")  # in the order of the file, for sequential reads
     shard = Shard(task.file, len(records), identity[0], sha256_of(path))
-    return {"shard": asdict(shard), "outcomes": outcomes, "listed": listed, "labels": list(codes), "identity": identity}, records
+    return {
+        "shard": asdict(shard),
+        "outcomes": outcomes,
+        "listed": listed,
+        "labels": list(codes),
+        "identity": identity,
+    }, records
 
 
 class _Convertible(BadImage):
     """An image that prepare would have converted to a usable one."""
 
 
-def _check_sample(descriptor: int, members: list[tuple[str, int, int]], label_key: str | None) -> tuple[tuple, int | str]:
+def _check_sample(
+    descriptor: int, members: list[tuple[str, int, int]], label_key: str | None
+) -> tuple[tuple, int | str]:
     """The sample's RECORD without its label, and the label as it is written in the shard. Raises BadImage."""
     images = [member for member in members if f".{member[0]}" in IMAGE_SUFFIXES]
     if len(images) != 1:
@@ -235,10 +263,16 @@ def _read_label(descriptor: int, members: list[tuple[str, int, int]], label_key:
         if isinstance(label, str) and re.fullmatch(r"-?\d+", label):
             label = int(label)
     if label is None:
-        wanted = f"a field {label_key!r}" if label_key else f".cls, or a field {' or '.join(map(repr, LABEL_KEYS))} in .json"
+        wanted = (
+            f"a field {label_key!r}" if label_key else f".cls, or a field {' or '.join(map(repr, LABEL_KEYS))} in .json"
+        )
         raise BadImage(f"no label: it has no {wanted}")
     if isinstance(label, str) and (fault := fault_of_name(label)):
         raise BadImage(f"no label: {label[:LONGEST_NAME]!r} {fault}")
-    if isinstance(label, bool) or not isinstance(label, int | str) or (isinstance(label, int) and not 0 <= label < 1 << 63):
+    if (
+        isinstance(label, bool)
+        or not isinstance(label, int | str)
+        or (isinstance(label, int) and not 0 <= label < 1 << 63)
+    ):
         raise BadImage(f"no label: {shortened(repr(label))}")
     return label

@@ -1,4 +1,7 @@
-"""What a source of images is, and what a listing of it holds. Listing and reading are in listing.py and torchvision_source.py."""
+"""The data types of a source of labelled images and of its listing. listing.py and torchvision_source.py use them.
+
+Sources are those of classification: every image has one class.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,16 +14,22 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Source:
-    """Where to read: `kind` is "folder", "tar" or "torchvision"; `path` the folder, the plain tar, or the torchvision dataset's root."""
+    """A place to read images from.
+
+    kind: "folder", "tar" or "torchvision". path: the folder, plain tar or dataset's root.
+    """
 
     kind: str
     path: Path
-    dataset: str = ""  # torchvision only: the class's name
+    dataset: str = ""  # torchvision only: the name of the dataset's class
 
 
 @dataclass(frozen=True)
 class Items:
-    """Images of one split, parallel columns, [n]. `sizes` are bytes (an estimate for torchvision); `offsets` are bytes into a tar."""
+    """Images of one split as parallel columns, [n].
+
+    sizes: in bytes (estimated for torchvision). offsets: bytes into a tar.
+    """
 
     source: Source
     names: list[str]
@@ -35,14 +44,17 @@ class Items:
 
 @dataclass(frozen=True)
 class Listing:
-    """All images of a source. Labels index `classes`; `ignored` counts the files that are no images of any split."""
+    """All images of a source. Labels index `classes`. ignored: the number of files that are not images of a split."""
 
     classes: tuple[str, ...]
     splits: dict[str, Items]
     ignored: int = 0
 
     def digest(self) -> str:
-        """SHA-256 of every class, name, label, offset and size: equal exactly if a resumed run would read the same source."""
+        """SHA-256 of every class, name, label, offset and size.
+
+        Equal if and only if a resumed run reads the same source.
+        """
         digest = hashlib.sha256(repr(self.classes).encode("utf-8", "surrogateescape"))
         for split, items in self.splits.items():
             digest.update(f"\0{split}\0".encode())

@@ -20,7 +20,7 @@ class UnusualSampling(ValueError):
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan: the ids of its components, its coefficients (a bit each), and how many of their low bits it leaves out."""
+    """One scan: the ids of its components, its coefficients (a bit each), and the number of low bits that it omits."""
 
     components: bytes
     coefficients: int
@@ -29,7 +29,10 @@ class Scan:
 
 
 def read_header(data: bytes) -> tuple[int, int, str]:
-    """Width, height, and colour space ("RGB", "YCbCr", "Gray", "CMYK" or "YCCK"). Raises ValueError or UnusualSampling."""
+    """Width, height, and colour space ("RGB", "YCbCr", "Gray", "CMYK" or "YCCK").
+
+    Raises ValueError or UnusualSampling.
+    """
     import simplejpeg
 
     try:

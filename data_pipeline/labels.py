@@ -1,4 +1,7 @@
-"""Class names, and label files for a flat validation folder in the formats that exist for ImageNet. Classification only."""
+"""Class names, and label files for a flat validation folder in the formats that exist for ImageNet.
+
+Classification only.
+"""
 
 import unicodedata
 from collections.abc import Iterable
@@ -9,7 +12,9 @@ import numpy as np
 from data_pipeline.manifest import DataError
 
 KAGGLE_HEADER = "ImageId,PredictionString"
-FORMS = "a class name per line, in the order of the files' names; `file class` per line; or Kaggle's LOC_val_solution.csv"
+FORMS = (
+    "a class name per line, in the order of the files' names; `file class` per line; or Kaggle's LOC_val_solution.csv"
+)
 
 
 LONGEST_NAME = 500  # characters
@@ -50,8 +55,8 @@ def read_lines(path: Path) -> list[str]:
 def read_labels(path: Path, files: list[str], classes: tuple[str, ...]) -> np.ndarray:
     """The labels of `files` (sorted names with folders), int32 [n], from the label file `path` in one of FORMS.
 
-    A class is given by its name or, next to a file's name, by its number in the sorted class names, from 0. Raises DataError
-    if the file has another form, or has no label or two labels for an image.
+    A class is given by its name or, next to a file's name, by its number in the sorted class names, from 0. Raises
+    DataError if the file has another form, or has no label or two labels for an image.
     """
     lines = [line for line in read_lines(path) if line]
     numbers = {name: number for number, name in enumerate(classes)}
@@ -64,7 +69,8 @@ def read_labels(path: Path, files: list[str], classes: tuple[str, ...]) -> np.nd
         return _in_order(path, files, lines, numbers)
     if lines[0].isdecimal():
         raise DataError(
-            f"{path} has numbers without names, like the ground truth in ImageNet's devkit: they are not the numbers of the "
+            f"{path} has numbers without names, like the ground truth in ImageNet's devkit: they are not the numbers "
+            "of the "
             f"sorted classes. Give a file with {FORMS}."
         )
     separator = next((separator for separator in (",", "\t", " ") if separator in lines[0]), None)
@@ -76,7 +82,9 @@ def read_labels(path: Path, files: list[str], classes: tuple[str, ...]) -> np.nd
 
 def _in_order(path: Path, files: list[str], lines: list[str], numbers: dict[str, int]) -> np.ndarray:
     if len(lines) != len(files):
-        raise DataError(f"{path} has {len(lines)} labels for {len(files)} images: give one per image, in the order of their names.")
+        raise DataError(
+            f"{path} has {len(lines)} labels for {len(files)} images: give one per image, in the order of their names."
+        )
     for row, name in enumerate(lines, start=1):
         if name not in numbers:
             raise DataError(f"{path}, line {row}: there is no class {name!r} in train.")
@@ -98,10 +106,14 @@ def _by_name(path: Path, files: list[str], pairs: list[tuple[str, str]], numbers
         if name not in labels:
             raise DataError(f"{path} has no label for {file}.")
         if name in used:
-            raise DataError(f"{file}: there are two images of this name, and {path} does not distinguish them: rename one.")
+            raise DataError(
+                f"{file}: there are two images of this name, and {path} does not distinguish them: rename one."
+            )
         used.add(name)
         result[i] = labels[name]
     if len(used) < len(labels):
         missing = next(name for name in labels if name not in used)
-        raise DataError(f"{path} has labels for {len(labels) - len(used)} images that are not there; the first is {missing}.")
+        raise DataError(
+            f"{path} has labels for {len(labels) - len(used)} images that are not there; the first is {missing}."
+        )
     return result

@@ -1,8 +1,8 @@
 """Mixup, CutMix and label smoothing on a micro-batch of classification, as timm's batch mode.
 
-One draw serves the whole micro-batch, and image i is mixed with image m-1-i. Mixup: Zhang et al., arXiv 1710.09412. CutMix:
-Yun et al., arXiv 1905.04899. The random numbers are drawn on the host from the key alone, so nothing waits for the device.
-They come from numpy's Philox; numpy may change its Beta distribution between versions.
+One draw serves the whole micro-batch, and image i is mixed with image m-1-i. Mixup: Zhang et al., arXiv 1710.09412.
+CutMix: Yun et al., arXiv 1905.04899. The random numbers are drawn on the host from the key alone, so nothing waits for
+the device. They come from numpy's Philox; numpy may change its Beta distribution between versions.
 """
 
 import math
@@ -18,8 +18,8 @@ def mix(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix float images [m, 3, S, S] with int64 labels [m].
 
-    key: derived from (seed, step, micro-batch index). Returns mixed images and float32 targets [m, num_classes], whose rows
-    sum to 1. `images` are not modified.
+    key: derived from (seed, step, micro-batch index). Returns mixed images and float32 targets [m, num_classes], whose
+    rows sum to 1. `images` are not modified.
     """
     targets = smoothed(labels, num_classes, config.label_smoothing)
     if not (config.mixup > 0 or config.cutmix > 0):
@@ -43,7 +43,7 @@ def mix(
 
 
 def smoothed(labels: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
-    """Smoothed targets float32 [m, num_classes] of labels int64 [m]: smoothing / num_classes, plus 1 - smoothing at the label."""
+    """int64 [m] → float32 [m, num_classes]: smoothing / num_classes everywhere, plus 1 - smoothing at the label."""
     off = smoothing / num_classes
     targets = torch.full((len(labels), num_classes), off, device=labels.device)
     return targets.scatter_(1, labels[:, None], 1 - smoothing + off)

@@ -1,14 +1,14 @@
 """The samples of each step: a pure function of (seed, step), in constant time and memory per position.
 
-The order of an epoch is a keyed permutation of the ids 0 … samples-1. It is evaluated only at the positions that are needed
-and is never stored. Step s uses the positions [s·G, (s+1)·G) of its epoch (G = global batch), split into M micro-batches of
-fixed size. Rank r of `world` takes the micro-batches r, r + world, …, so the result of a step does not depend on the number
-of ranks.
+The order of an epoch is a keyed permutation of the ids 0 … samples-1. It is evaluated only at the positions that are
+needed and is never stored. Step s uses the positions [s·G, (s+1)·G) of its epoch (G = global batch), split into M
+micro-batches of fixed size. Rank r of `world` takes the micro-batches r, r + world, …, so the result of a step does not
+depend on the number of ranks.
 
 Repeated augmentation (Hoffer et al., arXiv 1901.09335; `repeats` = r > 1) uses each sample r times in a row, augmented
-differently: use u of an epoch is copy u % r of the sample at position u // r. A step distributes its G uses round-robin over
-its micro-batches, so the copies of a sample lie in different ones. An epoch keeps its N // G steps, as in timm's RASampler,
-and so uses N / r samples.
+differently: use u of an epoch is copy u % r of the sample at position u // r. A step distributes its G uses round-robin
+over its micro-batches, so the copies of a sample lie in different ones. An epoch keeps its N // G steps, as in timm's
+RASampler, and so uses N / r samples.
 """
 
 import math
@@ -30,11 +30,11 @@ ROUNDS = 12
 
 @dataclass(frozen=True)
 class Order:
-    """The order of `samples` samples under `seed`, in global batches of `global_batch`, each made of micro-batches of `micro_batch`.
+    """The order of `samples` samples under `seed`, in global batches that consist of micro-batches.
 
     shuffle: "full" draws the sample of each position from the whole dataset, "block" from a pool of 64 blocks of 256
-    contiguous ids, so that reads stay local. Steps count from 0: step s follows s finished optimizer steps. Raises ValueError
-    for sizes that do not fit together.
+    contiguous ids, so that reads stay local. Steps count from 0: step s follows s finished optimizer steps. Raises
+    ValueError for sizes that do not fit together.
     """
 
     seed: int
@@ -50,7 +50,9 @@ class Order:
         if self.global_batch % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}")
         if self.samples < self.global_batch:
-            raise ValueError(f"the dataset has {self.samples} samples, fewer than one global_batch of {self.global_batch}")
+            raise ValueError(
+                f"the dataset has {self.samples} samples, fewer than one global_batch of {self.global_batch}"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -95,12 +97,16 @@ class Order:
         return make_key(self.seed, Stream.REPLACEMENT, sample, attempt) % self.samples
 
     def share(self, rank: int, world: int) -> range:
-        """The indices of the micro-batches that `rank` takes in every step. Raises ValueError if `world` does not divide M."""
+        """The indices of the micro-batches that `rank` takes in every step.
+
+        Raises ValueError if `world` does not divide M.
+        """
         total = self.micro_batches
         if world < 1 or total % world:
             fitting = ", ".join(str(size) for size in range(1, total + 1) if total % size == 0)
             raise ValueError(
-                f"{world} ranks cannot share the {total} micro-batches of a step (global_batch {self.global_batch} / micro_batch "
+                f"{world} ranks cannot share the {total} micro-batches of a step (global_batch {self.global_batch} / "
+                "micro_batch "
                 f"{self.micro_batch}) evenly; world sizes that can: {fitting}"
             )
         if not 0 <= rank < world:
@@ -111,8 +117,9 @@ class Order:
 def block_permute(key: int, size: int, positions: np.ndarray) -> np.ndarray:
     """A keyed permutation of 0 … size-1 with local reads, evaluated at `positions` (int64 [n]); returns int64 [n].
 
-    The ids form a ring. From a random id on, it is cut into blocks of BLOCK contiguous ids and a shorter rest, which stays
-    last. The full blocks are permuted, then each POOL of positions is permuted within itself. The last pool is shorter.
+    The ids form a ring. From a random id on, it is cut into blocks of BLOCK contiguous ids and a shorter rest, which
+    stays last. The full blocks are permuted, then each POOL of positions is permuted within itself. The last pool is
+    shorter.
     """
     result = positions.copy()
     pools = positions // POOL
@@ -131,9 +138,9 @@ def block_permute(key: int, size: int, positions: np.ndarray) -> np.ndarray:
 def permute(key: int, size: int, positions: np.ndarray) -> np.ndarray:
     """A keyed permutation of 0 … size-1, evaluated at `positions` (int64 [n], each in [0, size)); returns int64 [n].
 
-    An alternating Feistel network on pairs (left, right) in Z_a × Z_b, with b = ⌈√size⌉ and a·b the smallest multiple of b
-    that is at least `size`, and cycle walking (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002): results
-    outside 0 … size-1 are permuted again until they lie inside. Because a·b - size < b ≈ √size, few results do.
+    An alternating Feistel network on pairs (left, right) in Z_a × Z_b, with b = ⌈√size⌉ and a·b the smallest multiple
+    of b that is at least `size`, and cycle walking (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002):
+    results outside 0 … size-1 are permuted again until they lie inside. Because a·b - size < b ≈ √size, few results do.
     """
     columns = math.isqrt(size - 1) + 1  # b = ceil(sqrt(size)); size 1 gives 1
     rows = -(-size // columns)

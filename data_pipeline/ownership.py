@@ -1,9 +1,9 @@
 """The files that prepare and index may delete or overwrite in a dataset's folder: only those that they made themselves.
 
-Unfinished work lies in `DEST/.work`. A file in it that contains the path of DEST marks it as made here, so a `.work` that
-was copied with a dataset is not trusted. Files outside `.work` are written only under names that were claimed in it before.
-A name that exists, and was neither claimed nor written by an earlier index, belongs to the user, and the command is refused.
-So a run recognises the files of a run that was killed at any moment, and no others.
+Unfinished work lies in `DEST/.work`. A file in it that contains the path of DEST marks it as made here, so a `.work`
+that was copied with a dataset is not trusted. Files outside `.work` are written only under names that were claimed in
+it before. A name that exists, and was neither claimed nor written by an earlier index, belongs to the user, and the
+command is refused. So a run recognises the files of a run that was killed at any moment, and no others.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ DOWNLOAD = "download"  # folder in `.work` for downloads of torchvision
 def work_folder(dest: Path) -> Iterator[Path]:
     """Create and lock `dest/.work`, and remove the half-written files of a killed run from it and from `dest`.
 
-    dest: a resolved path. The lock ends with the process. Raises UsageError if another process holds it, or if the folder was
-    not made by this program.
+    dest: a resolved path. The lock ends with the process. Raises UsageError if another process holds it, or if the
+    folder was not made by this program.
     """
     work = dest / WORK
     work.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,8 @@ def work_folder(dest: Path) -> Iterator[Path]:
     if not marked:
         if work.is_symlink() or any(not name.startswith(MARK) for name in os.listdir(work)):
             raise UsageError(
-                f"{work} was not made here by this program (or by an earlier version of it): move it away, or delete it."
+                f"{work} was not made here by this program (or by an earlier version of it): move it away, or delete "
+                "it."
             )
         write_atomically(work / MARK, os.fsencode(dest))
     with open(work / "lock", "w") as file:
@@ -59,8 +60,8 @@ def work_folder(dest: Path) -> Iterator[Path]:
 def claim(dest: Path, names: Iterable[str], earlier: Iterable[str] = ()) -> list[str]:
     """Record in the work folder that the files `names` of `dest` are this program's.
 
-    earlier: names that are known to be this program's. Returns those of its names that are not in `names`. Raises UsageError
-    if one of `names` exists and belongs to the user.
+    earlier: names that are known to be this program's. Returns those of its names that are not in `names`. Raises
+    UsageError if one of `names` exists and belongs to the user.
     """
     path, names = dest / WORK / "claimed.json", set(names)
     claimed = {*earlier, *(json.loads(path.read_text()) if path.exists() else ())}

@@ -72,7 +72,15 @@ def pack(task: ShardTask) -> None:
             if image.why:
                 listed.append((name, image.outcome, image.why))
             key = f"{task.first + number:09d}"
-            records[samples] = (position + BLOCK, len(image.data), 0, label, zlib.crc32(image.data), image.width, image.height)
+            records[samples] = (
+                position + BLOCK,
+                len(image.data),
+                0,
+                label,
+                zlib.crc32(image.data),
+                image.width,
+                image.height,
+            )
             samples += 1
             block = _tar_member(f"{key}.jpg", image.data) + _tar_member(f"{key}.cls", str(label).encode())
             file.write(block)

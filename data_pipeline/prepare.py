@@ -1,10 +1,10 @@
-"""Pack a source of images into a prepared dataset: WebDataset shards, one index per split, and the manifest (manifest.py).
+"""Pack a source of images into a prepared dataset: WebDataset shards, an index per split, the manifest (manifest.py).
 
-Sources are those of classification: every image has a class. The shards are planned from the listing of the source before
-the first one is written, so the plan is a pure function of the source and the arguments. Worker processes write shards in
-any order, a killed run continues with the missing ones, and the result is the same byte by byte. A sample's key in its shard
-is its position in the plan; its id is its position in the index. The two differ only after a corrupt image that was left
-out.
+Sources are those of classification: every image has a class. The shards are planned from the listing of the source
+before the first one is written, so the plan is a pure function of the source and the arguments. Worker processes write
+shards in any order, a killed run continues with the missing ones, and the result is the same byte by byte. A sample's
+key in its shard is its position in the plan; its id is its position in the index. The two differ only after a corrupt
+image that was left out.
 
 `DEST/.work` (ownership.py) holds `plan.json` (the arguments and a digest of the listing), and `<shard>.done` for each
 finished shard (pack.py).
@@ -60,9 +60,9 @@ def prepare(
     """Prepare `dest`, or continue a killed run with the same arguments. Returns False if it was finished already.
 
     source_text: the source, as on the command line. val: the source of val, if it is another one. shard_bytes: intended
-    size of a shard. val_fraction: share of the images that becomes val if the source has no val (0: none). val_labels: see
-    labels.py. beton_mode: "jpeg" or "raw" also writes an FFCV file per split. Raises UsageError, DataError, OSError (a full
-    disk), or BrokenProcessPool if a worker was killed.
+    size of a shard. val_fraction: share of the images that becomes val if the source has no val (0: none). val_labels:
+    see labels.py. beton_mode: "jpeg" or "raw" also writes an FFCV file per split. Raises UsageError, DataError, OSError
+    (a full disk), or BrokenProcessPool if a worker was killed.
     """
     dest, work = dest.resolve(), dest.resolve() / WORK
     arguments = {
@@ -117,7 +117,9 @@ def _refuse_other(dest: Path, arguments: dict, path: Path) -> None:
     """Raise UsageError if `path` (a plan or a report) shows that `dest` was begun with other arguments."""
     if path.exists():
         earlier = read_arguments(path)
-        changed = [f"{key} {earlier.get(key)} and not {value}" for key, value in arguments.items() if earlier.get(key) != value]
+        changed = [
+            f"{key} {earlier.get(key)} and not {value}" for key, value in arguments.items() if earlier.get(key) != value
+        ]
         if changed:
             raise UsageError(f"{dest} was prepared with {', '.join(changed)}: give another folder, or delete it.")
 
@@ -136,7 +138,9 @@ def _draw_val(listing: Listing, fraction: float, seed: int) -> Listing:
     if not 0 < count < len(train.names):
         raise UsageError(f"--val-fraction {fraction} of {len(train.names)} images leaves a split empty.")
     order = _permutation(len(train.names), seed, stream=len(SPLITS))
-    return replace(listing, splits={"train": train.take(np.sort(order[count:])), "val": train.take(np.sort(order[:count]))})
+    return replace(
+        listing, splits={"train": train.take(np.sort(order[count:])), "val": train.take(np.sort(order[:count]))}
+    )
 
 
 def _permutation(n: int, seed: int, stream: int) -> np.ndarray:
@@ -203,7 +207,9 @@ def _write_shards(
         earlier = json.loads(path.read_text())
         scale = earlier.pop("scale")
         if earlier != state:
-            raise UsageError(f"{arguments['source']} has changed since {dest} was begun: delete {dest} and start again.")
+            raise UsageError(
+                f"{arguments['source']} has changed since {dest} was begun: delete {dest} and start again."
+            )
     else:
         scale = _size_after_encoding(listing, encoding)
         write_atomically(path, json.dumps({**state, "scale": scale}).encode())
@@ -253,7 +259,8 @@ def finish(
     """
     splits, report = {}, {**report, "splits": {}}
     listed_path, report_path, *index_paths = (
-        dest / WORK / f"{name}.{os.getpid()}.tmp" for name in (LIST_NAME, REPORT_NAME, *(f"{split}.index" for split in files))
+        dest / WORK / f"{name}.{os.getpid()}.tmp"
+        for name in (LIST_NAME, REPORT_NAME, *(f"{split}.index" for split in files))
     )
     with open(listed_path, "w") as listed:
         for (split, names), index_path in zip(files.items(), index_paths, strict=True):
@@ -302,7 +309,10 @@ def _without_beton(manifest: Manifest, mode: str | None) -> list[Split]:
 
 
 def _add_betons(dest: Path, mode: str | None, workers: int) -> bool:
-    """Write each missing FFCV file from the finished shards and add it to the manifest. Returns whether any was missing."""
+    """Write each missing FFCV file from the finished shards and add it to the manifest.
+
+    Returns whether any was missing.
+    """
     manifest = open_manifest(dest)
     missing = _without_beton(manifest, mode)
     claim(dest, [f"{split.name}.beton{ending}" for split in missing for ending in ("", ".index")])

@@ -43,7 +43,9 @@ class Progress:
         """The amount done, its rate over `seconds`, and, if there is a total, the time left at this rate."""
         rate = (done - self.first) / seconds
         amount = self._number(done)
-        unit, speed = ("GB", f"{rate / 1e6:.0f} MB/s") if self.unit == "bytes" else (self.unit, f"{rate:.0f} {self.unit}/s")
+        unit, speed = (
+            ("GB", f"{rate / 1e6:.0f} MB/s") if self.unit == "bytes" else (self.unit, f"{rate:.0f} {self.unit}/s")
+        )
         if self.total is None:
             return f"{self.what}: {amount} {unit}, {speed}"
         left = f"{duration((self.total - done) / rate)} left" if rate else "time left unknown"

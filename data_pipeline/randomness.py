@@ -1,8 +1,8 @@
 """Counter-based random numbers: pure functions of a key and a counter, with no generator state.
 
-The hash is SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014), whose n-th output
-for the state `key` is `mix64(key + n * GOLDEN)`. It is computed in wrap-around int64 arithmetic, so the same code works for
-numpy arrays and torch tensors, and gives the same bits on CPU and GPU.
+The hash is SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014), whose n-th
+output for the state `key` is `mix64(key + n * GOLDEN)`. It is computed in wrap-around int64 arithmetic, so the same
+code works for numpy arrays and torch tensors, and gives the same bits on CPU and GPU.
 
     key = make_key(seed, Stream.CROP, epoch)      # one number per purpose and position
     keys = fold(key, ids)                         # one per sample
@@ -42,7 +42,10 @@ class Stream(IntEnum):
 
 
 def make_key(seed: int, stream: Stream, *position: int) -> int:
-    """The key of (seed, purpose, position…), a Python int in signed 64-bit range. Any ints are accepted, modulo 2^64."""
+    """The key of (seed, purpose, position…), a Python int in signed 64-bit range.
+
+    Any ints are accepted, modulo 2^64.
+    """
     key = 0
     for part in (seed, stream, *position):
         key = _scalar(fold(key, np.array([_signed(part)], np.int64)))
@@ -62,7 +65,10 @@ def fold(key: int | Integers, values: int | Integers) -> Integers:
 
 
 def bits(keys: Integers, counter: int | Integers) -> Integers:
-    """64 random bits per key, as int64: SplitMix64's output number `counter` (from 0) for the state `keys`. Broadcasts."""
+    """64 random bits per key, as int64: SplitMix64's output number `counter` (from 0) for the state `keys`.
+
+    Broadcasts.
+    """
     if isinstance(counter, int):
         return mix64(keys + _signed((counter + 1) * GOLDEN))
     return mix64(keys + (counter + 1) * GOLDEN)
@@ -71,8 +77,8 @@ def bits(keys: Integers, counter: int | Integers) -> Integers:
 def uniform(keys: Integers, count: int) -> Integers:
     """Uniform numbers in [0, 1), [n, count], for [n] keys.
 
-    numpy: float64 from the hash's top 53 bits. torch: float32 from its top 24 bits. Both conversions are exact, so torch's
-    numbers are numpy's truncated to 24 bits, and 1 is never reached.
+    numpy: float64 from the hash's top 53 bits. torch: float32 from its top 24 bits. Both conversions are exact, so
+    torch's numbers are numpy's truncated to 24 bits, and 1 is never reached.
     """
     if isinstance(keys, np.ndarray):
         return _shift(bits(keys[:, None], np.arange(count)), 11).astype(np.float64) * 2.0**-53
@@ -93,8 +99,9 @@ def integers(keys: Integers, bound: int | Integers, counter: int = 0) -> Integer
 def normals(keys: torch.Tensor, counter: int | torch.Tensor = 0) -> torch.Tensor:
     """Four standard normal float32 numbers per (key, counter) after broadcasting, [4, …].
 
-    Box–Muller (1958) on the quarters of one hash. The radius has 16 bits, which bounds the numbers by 4.71; that suffices for
-    noise. The hash is the same on all devices; log, cos and sin may differ in the last bit between CPU and GPU.
+    Box–Muller (1958) on the quarters of one hash. The radius has 16 bits, which bounds the numbers by 4.71; that
+    suffices for noise. The hash is the same on all devices; log, cos and sin may differ in the last bit between CPU and
+    GPU.
     """
     import torch
 

@@ -1,8 +1,8 @@
 """Backend that decodes, crops, resizes and mirrors with NVIDIA DALI.
 
-The project chooses the samples and windows, and reads the bytes through the manifest's index. Pixels differ from those of
-the project's decoder by 0.2 of 255 on average, because DALI's cubic filter is not Pillow's. If `out` is a CUDA tensor, the
-same pipeline decodes with nvJPEG ("mixed").
+The project chooses the samples and windows, and reads the bytes through the manifest's index. Pixels differ from those
+of the project's decoder by 0.2 of 255 on average, because DALI's cubic filter is not Pillow's. If `out` is a CUDA
+tensor, the same pipeline decodes with nvJPEG ("mixed").
 """
 
 import importlib.util
@@ -19,16 +19,18 @@ BATCH = 64  # images that a pipeline is built for; a larger batch gets a larger 
 
 
 class DALIBackend:
-    """Decodes samples of `split` by id. Thread-safe: each calling thread has its own pipelines, of one DALI thread each.
+    """Decodes samples of `split` by id.
 
-    Reads the WebDataset shards, or the FFCV file if there are none. Raises UsageError if DALI is not installed, DataError if
-    the split has no JPEGs.
+    Thread-safe: each calling thread has its own pipelines, of one DALI thread each.
+    Reads the WebDataset shards, or the FFCV file if there are none. Raises UsageError if DALI is not installed,
+    DataError if the split has no JPEGs.
     """
 
     def __init__(self, split: Split):
         if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
             raise UsageError(
-                "data.backend=dali needs nvidia-dali: pip install 'cat-training[dali]', or train with data.backend=webdataset."
+                "data.backend=dali needs nvidia-dali: pip install 'cat-training[dali]', or train with "
+                "data.backend=webdataset."
             )
         self.stored = _stored_jpegs(split)
         self._local = threading.local()
@@ -49,8 +51,13 @@ class DALIBackend:
                 failures |= self._decode(rows, encoded, windows, (size, interpolation, kind), out)
         return self.stored.sentences(ids, failures)
 
-    def _decode(self, rows: list[int], encoded: Sequence[bytes], windows: np.ndarray, kind: tuple, out) -> dict[int, str]:
-        """Run the rows through one pipeline and copy the pixels into `out`. Returns {row: reason} of undecodable rows."""
+    def _decode(
+        self, rows: list[int], encoded: Sequence[bytes], windows: np.ndarray, kind: tuple, out
+    ) -> dict[int, str]:
+        """Run the rows through one pipeline and copy the pixels into `out`.
+
+        Returns {row: reason} of undecodable rows.
+        """
         chosen = windows[rows]
         inputs = {
             "jpeg": [np.frombuffer(encoded[row], np.uint8) for row in rows],
@@ -96,7 +103,9 @@ def build_pipeline(batch: int, gpu: int | None, size: int, interpolation: str, p
         shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
         flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
         if padded:
-            image = fn.slice(fn.decoders.image(jpeg, **decoder), anchor, shape, out_of_bounds_policy="pad", fill_values=0, **window)
+            image = fn.slice(
+                fn.decoders.image(jpeg, **decoder), anchor, shape, out_of_bounds_policy="pad", fill_values=0, **window
+            )
         else:
             image = fn.decoders.image_slice(jpeg, anchor, shape, **window, **decoder)
         filter = types.INTERP_CUBIC if interpolation == "bicubic" else types.INTERP_LINEAR
@@ -121,7 +130,8 @@ def _copy(pixels, rows: list[int], out) -> None:
 def _stored_jpegs(split: Split) -> StoredSamples:
     if not split.shards and split.beton and split.beton.mode == "raw":
         raise DataError(
-            f"{split.folder} has only raw pixels of split {split.name!r}, and DALI decodes JPEGs: train with data.backend=ffcv."
+            f"{split.folder} has only raw pixels of split {split.name!r}, and DALI decodes JPEGs: train with "
+            "data.backend=ffcv."
         )
     return stored_in_beton(split) if split.beton and not split.shards else stored_in_shards(split)
 

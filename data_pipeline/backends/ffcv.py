@@ -17,7 +17,9 @@ class FFCVBackend:
         self.stored = stored_in_beton(split)
         self._decode_batch = decode_batch if split.beton.mode == "jpeg" else crop_and_resize_batch
 
-    def decode_batch(self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray) -> dict[int, str]:
+    def decode_batch(
+        self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray
+    ) -> dict[int, str]:
         """See Backend."""
         stored, failures = self.stored.read(ids)
         failures = self._decode_batch(stored, self.stored.dimensions(ids), windows, size, interpolation, out) | failures

@@ -40,8 +40,8 @@ class StoredSamples:
     def read(self, ids: np.ndarray) -> tuple[list[bytes], dict[int, str]]:
         """The bytes of each sample, and {row: reason} of the damaged ones (their bytes are empty).
 
-        Every read is checked against the CRC-32 in the index, which takes 2 % of the decoding time for a photograph of 110 KB.
-        Errors of the file system are not damage: the read is retried, and a lasting error raises StorageError.
+        Every read is checked against the CRC-32 in the index, which takes 2 % of the decoding time for a photograph of
+        110 KB. Errors of the file system are not damage: the read is retried, and a lasting error raises StorageError.
         """
         records = self.records[ids]  # one gather from the memory map for the batch
         columns = (records[name].tolist() for name in ("shard", "offset", "size", "checksum"))
@@ -69,7 +69,9 @@ class StoredSamples:
     def will_need(self, ids: np.ndarray) -> None:
         """Ask the system to read these samples ahead, so that decoding threads do not wait for the disk."""
         records = self.records[ids]
-        for shard, offset, length in zip(*(records[name].tolist() for name in ("shard", "offset", "size")), strict=True):
+        for shard, offset, length in zip(
+            *(records[name].tolist() for name in ("shard", "offset", "size")), strict=True
+        ):
             with suppress(OSError):  # `read` meets the same error, and reports it
                 os.posix_fadvise(self._file(shard).descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
@@ -120,7 +122,9 @@ class StoredSamples:
         try:
             return retried(attempt, str(path), note=again, closing=self.closing)
         except LASTING as error:  # the file was readable at the start
-            raise StorageError(f"{path} cannot be read any more: {error.strerror}. Start again when it can be read.") from error
+            raise StorageError(
+                f"{path} cannot be read any more: {error.strerror}. Start again when it can be read."
+            ) from error
 
     def _file(self, shard: int) -> "_File":
         """The open file; at most `split.keep_open` stay open."""
@@ -163,7 +167,8 @@ def stored_in_shards(split: Split) -> StoredSamples:
     """The samples of the split's WebDataset shards. Raises DataError if it has none."""
     if not split.shards:
         raise DataError(
-            f"{split.folder} has no WebDataset shards of split {split.name!r}, only an FFCV file: train with data.backend=ffcv, or make "
+            f"{split.folder} has no WebDataset shards of split {split.name!r}, only an FFCV file: train with "
+            "data.backend=ffcv, or make "
             "them with: python launch/prepare.py SOURCE DEST --formats webdataset"
         )
     return StoredSamples(split)
@@ -173,7 +178,8 @@ def stored_in_beton(split: Split) -> StoredSamples:
     """The samples of the split's FFCV file. Raises DataError if it has none."""
     if not split.beton:
         raise DataError(
-            f"{split.folder} has no FFCV file of split {split.name!r}: train with data.backend=webdataset, or make one with: "
+            f"{split.folder} has no FFCV file of split {split.name!r}: train with data.backend=webdataset, or make one "
+            "with: "
             f"python launch/prepare.py SOURCE {split.folder} --formats webdataset,ffcv"
         )
     return StoredSamples(split, beton=True)

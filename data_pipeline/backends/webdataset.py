@@ -16,7 +16,9 @@ class WebDatasetBackend:
     def __init__(self, split: Split):
         self.stored = stored_in_shards(split)
 
-    def decode_batch(self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray) -> dict[int, str]:
+    def decode_batch(
+        self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray
+    ) -> dict[int, str]:
         """See Backend."""
         encoded, failures = self.stored.read(ids)
         failures = decode_batch(encoded, self.stored.dimensions(ids), windows, size, interpolation, out) | failures

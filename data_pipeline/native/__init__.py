@@ -70,9 +70,20 @@ def decode_batch(
     lengths = np.fromiter(map(len, encoded), np.uintp, count)
     messages = np.empty((count, MESSAGE_LENGTH), np.uint8)
     failures = LIBRARY.decoder_decode(
-        *(count, ENCODINGS[encoding], data, lengths.ctypes.data, dimensions.ctypes.data, MOST_SCANS, windows.ctypes.data),
+        *(
+            count,
+            ENCODINGS[encoding],
+            data,
+            lengths.ctypes.data,
+            dimensions.ctypes.data,
+            MOST_SCANS,
+            windows.ctypes.data,
+        ),
         *(size, INTERPOLATIONS[interpolation], features, out.ctypes.data, messages.ctypes.data),
     )
     if not failures:
         return {}
-    return {int(row): messages[row].tobytes().split(b"\0")[0].decode("utf-8", "replace") for row in np.flatnonzero(messages[:, 0])}
+    return {
+        int(row): messages[row].tobytes().split(b"\0")[0].decode("utf-8", "replace")
+        for row in np.flatnonzero(messages[:, 0])
+    }

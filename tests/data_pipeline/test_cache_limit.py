@@ -100,5 +100,5 @@ def test_a_limit_below_what_training_keeps_in_use_is_refused(dataset, tmp_path):
 
 def test_a_file_that_is_larger_than_the_limit_is_refused(dataset, tmp_path):
     split = open_dataset(limited(dataset, tmp_path, 0.5), training=False).split("train")
-    with pytest.raises(UsageError, match=r"data\.cache_gb .* has no room for a file of"):
+    with pytest.raises(UsageError, match=r"data\.cache_gb .* is too small for a file of"):
         read_one(split)

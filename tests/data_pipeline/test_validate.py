@@ -100,14 +100,14 @@ TABLE = {  # file: (its bytes, outcome, words of the reason, mode of the stored 
     "zeros inside.jpg": (cut(GOOD, HALF, len(GOOD) - 2, bytes(198)), EXCLUDED, "Corrupt JPEG data", None),
     "flipped bit.jpg": (flip_bit(GOOD), EXCLUDED, "", None),
     "junk and truncated.jpg": (cut(GOOD[:HALF], 20, 20, b"junk"), EXCLUDED, "Premature end of JPEG file", None),
-    "header alone.jpg": (GOOD[:100], EXCLUDED, "a JPEG's header that does not end", None),
+    "header alone.jpg": (GOOD[:100], EXCLUDED, "a JPEG header without an end", None),
     "12-bit.jpg": (TWELVE_BITS, EXCLUDED, "Unsupported JPEG data precision 12", None),
     "a PostScript.jpg": (encoded(picture(7), "EPS"), EXCLUDED, "not an image", None),
     "empty.jpg": (b"", EXCLUDED, "an empty file", None),
     "garbage.jpg": (b"no image at all", EXCLUDED, "not an image", None),
     "truncated.png": (PNG[: len(PNG) // 2], EXCLUDED, "truncated", None),
     "32-bit.tiff": (encoded(Image.fromarray(np.full((3, 4), 7, np.int32)), "TIFF"), EXCLUDED, "32-bit pixels", None),
-    "66000 wide.png": (encoded(Image.new("L", (66_000, 2)), "PNG"), EXCLUDED, "a side may have 65500", None),
+    "66000 wide.png": (encoded(Image.new("L", (66_000, 2)), "PNG"), EXCLUDED, "a side has more than 65500", None),
     "90 megapixels.png": (encoded(Image.new("1", (10_000, 9_000)), "PNG"), EXCLUDED, "10000x9000 pixels, more than", None),
 }
 

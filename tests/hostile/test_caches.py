@@ -47,7 +47,7 @@ def test_a_folder_that_is_no_cache_is_refused(dataset, tmp_path):
     folder = tmp_path / "cache" / f"cat-cache-{os.geteuid()}"
     folder.mkdir(parents=True)
     (folder / "thesis.pdf").write_text("years")
-    with pytest.raises(UsageError, match=r"cat-cache-\d+ is no cache, as there is no CACHEDIR\.TAG in it: choose another data\.cache_dir"):
+    with pytest.raises(UsageError, match=r"cat-cache-\d+ is not a cache, because it has no CACHEDIR\.TAG: choose another data\.cache_dir"):
         open_dataset(config(dataset, tmp_path / "cache"))
     assert (folder / "thesis.pdf").read_text() == "years"
 

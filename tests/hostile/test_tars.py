@@ -57,12 +57,12 @@ def base256(number: int) -> bytes:
 END = bytes(1024)
 IMAGE = member("a/1.jpg", GOOD)
 HOSTILE_TARS = {
-    "a name outside": (member("a/../../b/1.jpg", GOOD), "has an image outside itself"),
+    "a name outside": (member("a/../../b/1.jpg", GOOD), "has an image with a path outside itself"),
     "a link to a file": (header(b"a/2.jpg", 0, b"2", b"/etc/passwd"), "is a link"),
     "a hard link": (header(b"a/2.jpg", 0, b"1", b"../../x"), "is a link"),
-    "a device": (header(b"a/2.jpg", 0, b"3"), "is no plain file"),
-    "a block device": (header(b"a/2.jpg", 0, b"4"), "is no plain file"),
-    "a pipe": (header(b"a/2.jpg", 0, b"6"), "is no plain file"),
+    "a device": (header(b"a/2.jpg", 0, b"3"), "is not a plain file"),
+    "a block device": (header(b"a/2.jpg", 0, b"4"), "is not a plain file"),
+    "a pipe": (header(b"a/2.jpg", 0, b"6"), "is not a plain file"),
     "a line break in a name": (member("a\nb/2.jpg", GOOD), "control characters"),
     "an escape in a name": (member("a/\x1b[2J.jpg", GOOD), "control characters"),
     "8 GB": (header(b"a/2.jpg", b"77777777777\0"), "is cut off"),
@@ -73,7 +73,7 @@ HOSTILE_TARS = {
     "less than nothing, by pax": (pax(size="-1024") + member("a/2.jpg", GOOD), "is damaged|not a whole tar"),
     "more than there is, by pax": (pax(size=str(1 << 70)) + member("a/2.jpg", GOOD), "is cut off"),
     "sparse, without a map": (pax(GNU__sparse__realsize="1500") + member("a/2.jpg", GOOD[:100]), "is damaged"),
-    "sparse": (pax(GNU__sparse__size="1500") + member("a/2.jpg", GOOD[:100]), "is damaged|is no plain file"),
+    "sparse": (pax(GNU__sparse__size="1500") + member("a/2.jpg", GOOD[:100]), "is damaged|is not a plain file"),
     "sparse, as no number": (pax(GNU__sparse__size="x") + member("a/2.jpg", GOOD), "is not a whole tar"),
     "a number of many digits": (pax(GNU__sparse__realsize="9" * 5000) + member("a/2.jpg", GOOD), "is not a whole tar"),
     "a record of no length": (member("pax", b"0 a=b\n", b"x") + IMAGE, "damaged|not a whole tar"),
@@ -149,7 +149,7 @@ def test_folders_with_pipes_and_circles(tmp_path):
     (tmp_path / "set/cat").mkdir(parents=True)
     (tmp_path / "set/cat/1.jpg").write_bytes(GOOD)
     (tmp_path / "set/cat/again").symlink_to(tmp_path / "set")
-    with pytest.raises(DataError, match="again is a link to a folder that it lies in"):
+    with pytest.raises(DataError, match="again is a link to a folder that contains it"):
         list_source(Source("folder", tmp_path / "set"))
     (tmp_path / "set/cat/again").unlink()
     os.mkfifo(tmp_path / "set/cat/2.jpg")
