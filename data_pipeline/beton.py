@@ -52,8 +52,8 @@ def require_ffcv() -> None:
     """Raise UsageError if FFCV is not installed. Does not import it, because that takes seconds."""
     if importlib.util.find_spec("ffcv") is None:
         raise UsageError(
-            "writing FFCV files needs ffcv: apt-get install libopencv-dev libturbojpeg0-dev; pip install "
-            "'cat-training[ffcv]'."
+            "writing FFCV files needs ffcv: apt-get install libopencv-dev libturbojpeg0-dev; "
+            "pip install 'cat-training[ffcv]'."
         )
 
 
@@ -76,8 +76,8 @@ def write_beton(
         sha256, damaged = read_back(temporary, np.fromfile(index, RECORD))
         if damaged:  # FFCV does not check how much of a page was written
             raise OSError(
-                f"{path}: {len(damaged)} samples differ from what was written, the first is {damaged[0]}; is the disk "
-                "full?"
+                f"{path}: {len(damaged)} samples differ from what was written, the first is {damaged[0]}; "
+                "is the disk full?"
             )
         beton = Beton(path.name, temporary.stat().st_size, sha256, mode, sha256_of(index))
         publish(index, path.with_name(f"{path.name}.index"))

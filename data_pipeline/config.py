@@ -75,8 +75,8 @@ class DataConfig(Section):
         """A URL in data.path has no password, token or signature, because config.yaml and checkpoints store it."""
         if has_secret(value):
             raise ValueError(
-                f"data.path {without_secrets(value)}: the URL has a password, a token or a query in it, which would be "
-                "printed and stored; "
+                f"data.path {without_secrets(value)}: "
+                "the URL has a password, a token or a query in it, which would be printed and stored; "
                 "leave it out, and give it to fsspec in a file of ~/.config/fsspec (docs/data.md, Credentials)"
             )
         return value

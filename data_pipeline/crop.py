@@ -3,6 +3,8 @@
 A window is (x, y, width, height, flip), in pixels of the stored image: x to the right and y down from its top left
 corner; flip is 1 if the result is mirrored left to right, else 0. A padded window may extend beyond the image; pixels
 outside the image are black.
+
+These are the windows of classification: they change the image only, and assume that its label holds for every window.
 """
 
 import math

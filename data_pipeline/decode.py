@@ -31,11 +31,10 @@ DECODER = _first_available()
 
 if DECODER != "native":
     warnings.warn(
-        f"The compiled decoder is not built, so {DECODER} decodes the images, at about half the speed. Install a C "
-        "compiler and "
-        "the headers of libjpeg-turbo (Debian, Ubuntu: apt-get install gcc libc6-dev libjpeg-dev), then install this "
-        "project "
-        "again: pip install --editable .",
+        f"The compiled decoder is not built, so {DECODER} decodes the images, at about half the speed. "
+        "Install a C compiler and the headers of libjpeg-turbo "
+        "(Debian, Ubuntu: apt-get install gcc libc6-dev libjpeg-dev), "
+        "then install this project again: pip install --editable .",
         stacklevel=2,
     )
 

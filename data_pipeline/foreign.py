@@ -160,8 +160,8 @@ def _number_classes(
     largest = max(found, default=0)
     if largest >= MAX_CLASSES:
         raise DataError(
-            f"{dest / found[largest]} has the label {largest}, no class number: name the field of the label with "
-            "--label-key."
+            f"{dest / found[largest]} has the label {largest}, no class number: "
+            "name the field of the label with --label-key."
         )
     return tuple(map(str, range(largest + 1))), {number: number for number in range(largest + 1)}
 

@@ -69,9 +69,8 @@ def read_labels(path: Path, files: list[str], classes: tuple[str, ...]) -> np.nd
         return _in_order(path, files, lines, numbers)
     if lines[0].isdecimal():
         raise DataError(
-            f"{path} has numbers without names, like the ground truth in ImageNet's devkit: they are not the numbers "
-            "of the "
-            f"sorted classes. Give a file with {FORMS}."
+            f"{path} has numbers without names, like the ground truth in ImageNet's devkit: "
+            f"they are not the numbers of the sorted classes. Give a file with {FORMS}."
         )
     separator = next((separator for separator in (",", "\t", " ") if separator in lines[0]), None)
     if separator is None:

@@ -105,9 +105,9 @@ class Order:
         if world < 1 or total % world:
             fitting = ", ".join(str(size) for size in range(1, total + 1) if total % size == 0)
             raise ValueError(
-                f"{world} ranks cannot share the {total} micro-batches of a step (global_batch {self.global_batch} / "
-                "micro_batch "
-                f"{self.micro_batch}) evenly; world sizes that can: {fitting}"
+                f"{world} ranks cannot share the {total} micro-batches of a step "
+                f"(global_batch {self.global_batch} / micro_batch {self.micro_batch}) evenly; "
+                f"world sizes that can: {fitting}"
             )
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")

@@ -38,8 +38,8 @@ def work_folder(dest: Path) -> Iterator[Path]:
     if not marked:
         if work.is_symlink() or any(not name.startswith(MARK) for name in os.listdir(work)):
             raise UsageError(
-                f"{work} was not made here by this program (or by an earlier version of it): move it away, or delete "
-                "it."
+                f"{work} was not made here by this program (or by an earlier version of it): "
+                "move it away, or delete it."
             )
         write_atomically(work / MARK, os.fsencode(dest))
     with open(work / "lock", "w") as file:

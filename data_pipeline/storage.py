@@ -195,8 +195,8 @@ class Cache:
                 if attempt:
                     url = self.source.url(name)
                     raise DataError(
-                        f"{url} is damaged: its SHA-256 is not the manifest's. Copy it again, or prepare the dataset "
-                        "again."
+                        f"{url} is damaged: its SHA-256 is not the manifest's. "
+                        "Copy it again, or prepare the dataset again."
                     )
                 note(self.source.url(name), "damaged on its way, and fetched again")
             fsync(part)
@@ -295,7 +295,7 @@ class Ahead:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _stage(self, path: Path) -> None:
-        # The thread that reads the file meets the same error and reports it.
+        # The thread that reads the file gets the same error and reports it.
         with suppress(Exception):
             self._stored.split.cache.stage(path, self._stored.closing, self._stored.note, wait=False)
         self._begun.discard(path)

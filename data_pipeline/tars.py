@@ -12,6 +12,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, BinaryIO
 
 from data_pipeline.manifest import DataError, UsageError
 
@@ -45,7 +46,7 @@ class _Header(tarfile.TarInfo):
         return super()._proc_member(tar)
 
 
-def tar_files(what: str | Path, file, start: int, end: int) -> Iterator[tuple[str, int, int]]:
+def tar_files(what: str | Path, file: BinaryIO, start: int, end: int) -> Iterator[tuple[str, int, int]]:
     """(name, offset in `file`, size) of every regular file of the tar in the bytes start … end of `file`.
 
     Raises DataError if the tar is damaged, if members overlap, or if an image is not a regular file (a link, a device,
@@ -62,8 +63,8 @@ def tar_files(what: str | Path, file, start: int, end: int) -> Iterator[tuple[st
                 fits = not member.isreg() or 0 <= member.size <= tar.offset - member.offset_data
                 if tar.offset <= previous_end or not fits:
                     raise DataError(
-                        f"{what} is damaged: {member.name!r} has a size of {member.size} bytes and overlaps other "
-                        "members."
+                        f"{what} is damaged: "
+                        f"{member.name!r} has a size of {member.size} bytes and overlaps other members."
                     )
                 previous_end = tar.offset
                 parts = [part for part in member.name.split("/") if part not in ("", ".")]
@@ -148,15 +149,15 @@ class _open_zstd:
     def __init__(self, path: Path, mode: str):
         if shutil.which("zstd") is None:
             raise UsageError(
-                f"{path} is compressed with zstd, and there is no zstd program here: install it, or decompress the "
-                "file."
+                f"{path} is compressed with zstd, and there is no zstd program here: "
+                "install it, or decompress the file."
             )
         self.process = subprocess.Popen(["zstd", "-dcq", str(path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
-    def __enter__(self):
+    def __enter__(self) -> IO[bytes]:
         return self.process.stdout
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self.process.kill()
         self.process.stdout.close()

@@ -71,8 +71,8 @@ def _open(source: Source, split: str):
         choices = [{"split": "train"}] if split == "train" else [{"split": "val"}, {"split": "test"}]
     else:
         raise UsageError(
-            f"torchvision's {source.dataset} has neither train= nor split=: save its images as train/<class>/<image> "
-            "instead."
+            f"torchvision's {source.dataset} has neither train= nor split=: "
+            "save its images as train/<class>/<image> instead."
         )
     first_error = None
     for choice in choices:

@@ -9,10 +9,14 @@ import contextlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_pipeline.jpeg import MOST_SCANS, UnusualSampling, has_too_many_scans, is_complete, read_header
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs
 MAX_BYTES = 1 << 30  # limit of the file
@@ -141,7 +145,7 @@ def encode_jpeg(pixels: np.ndarray, quality: int = 95, subsampling: str = "4:4:4
     return buffer.getvalue()
 
 
-def to_pixels(image) -> np.ndarray:
+def to_pixels(image: "Image.Image") -> np.ndarray:
     """A Pillow image as uint8 [height, width, 3] RGB, or [height, width] if it is gray. Transparency is dropped."""
     if image.mode.startswith("I;16"):  # Pillow's own conversion would clip 16-bit gray to white
         return (np.asarray(image) >> 8).astype(np.uint8)

@@ -2,18 +2,23 @@
 
 The project chooses the samples and windows, and reads the bytes through the manifest's index. Pixels differ from those
 of the project's decoder by 0.2 of 255 on average, because DALI's cubic filter is not Pillow's. If `out` is a CUDA
-tensor, the same pipeline decodes with nvJPEG ("mixed").
+tensor, the same pipeline decodes with nvJPEG ("mixed"); this path has not been run on a GPU yet.
 """
 
 import importlib.util
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..jpeg import MOST_SCANS, has_too_many_scans, read_header
 from ..manifest import DataError, Split, UsageError
 from .stored import StoredSamples, stored_in_beton, stored_in_shards
+
+if TYPE_CHECKING:  # both take seconds to import
+    import torch
+    from nvidia.dali.pipeline import Pipeline
 
 BATCH = 64  # images that a pipeline is built for; a larger batch gets a larger pipeline
 
@@ -29,13 +34,15 @@ class DALIBackend:
     def __init__(self, split: Split):
         if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
             raise UsageError(
-                "data.backend=dali needs nvidia-dali: pip install 'cat-training[dali]', or train with "
-                "data.backend=webdataset."
+                "data.backend=dali needs nvidia-dali: "
+                "pip install 'cat-training[dali]', or train with data.backend=webdataset."
             )
         self.stored = _stored_jpegs(split)
         self._local = threading.local()
 
-    def decode_batch(self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out) -> dict[int, str]:
+    def decode_batch(
+        self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: "np.ndarray | torch.Tensor"
+    ) -> dict[int, str]:
         """See Backend. `out` may also be a CUDA tensor (torch.uint8); nvJPEG then decodes straight into GPU memory."""
         encoded, failures = self.stored.read(ids)
         dimensions = self.stored.dimensions(ids).astype(np.int32)
@@ -84,7 +91,7 @@ class DALIBackend:
         return {}
 
 
-def build_pipeline(batch: int, gpu: int | None, size: int, interpolation: str, padded: bool):
+def build_pipeline(batch: int, gpu: int | None, size: int, interpolation: str, padded: bool) -> "Pipeline":
     """Build a DALI pipeline from `jpeg` (bytes), `anchor` (y, x), `shape` (height, width) and `flip` to pixels.
 
     Its output is uint8 [batch, size, size, 3]. gpu: None decodes on the CPU, a number on that GPU. padded: windows may
@@ -130,8 +137,8 @@ def _copy(pixels, rows: list[int], out) -> None:
 def _stored_jpegs(split: Split) -> StoredSamples:
     if not split.shards and split.beton and split.beton.mode == "raw":
         raise DataError(
-            f"{split.folder} has only raw pixels of split {split.name!r}, and DALI decodes JPEGs: train with "
-            "data.backend=ffcv."
+            f"{split.folder} has only raw pixels of split {split.name!r}, and DALI decodes JPEGs: "
+            "train with data.backend=ffcv."
         )
     return stored_in_beton(split) if split.beton and not split.shards else stored_in_shards(split)
 

@@ -72,7 +72,7 @@ class StoredSamples:
         for shard, offset, length in zip(
             *(records[name].tolist() for name in ("shard", "offset", "size")), strict=True
         ):
-            with suppress(OSError):  # `read` meets the same error, and reports it
+            with suppress(OSError):  # `read` gets the same error and reports it
                 os.posix_fadvise(self._file(shard).descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
@@ -167,9 +167,9 @@ def stored_in_shards(split: Split) -> StoredSamples:
     """The samples of the split's WebDataset shards. Raises DataError if it has none."""
     if not split.shards:
         raise DataError(
-            f"{split.folder} has no WebDataset shards of split {split.name!r}, only an FFCV file: train with "
-            "data.backend=ffcv, or make "
-            "them with: python launch/prepare.py SOURCE DEST --formats webdataset"
+            f"{split.folder} has no WebDataset shards of split {split.name!r}, only an FFCV file: "
+            "train with data.backend=ffcv, or make them with: "
+            "python launch/prepare.py SOURCE DEST --formats webdataset"
         )
     return StoredSamples(split)
 
@@ -178,8 +178,8 @@ def stored_in_beton(split: Split) -> StoredSamples:
     """The samples of the split's FFCV file. Raises DataError if it has none."""
     if not split.beton:
         raise DataError(
-            f"{split.folder} has no FFCV file of split {split.name!r}: train with data.backend=webdataset, or make one "
-            "with: "
+            f"{split.folder} has no FFCV file of split {split.name!r}: "
+            "train with data.backend=webdataset, or make one with: "
             f"python launch/prepare.py SOURCE {split.folder} --formats webdataset,ffcv"
         )
     return StoredSamples(split, beton=True)

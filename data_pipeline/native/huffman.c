@@ -136,8 +136,8 @@ static void restart(Huffman *h, j_decompress_ptr jpeg) {
 }
 
 /* Whether libjpeg must decide about the data ahead. libjpeg reads ahead and warns if the file ends without a marker;
- * how far it reads, and so whether it warns, cannot be told here. The same holds for repeated 0xFF, which are allowed
- * before a marker and which libjpeg skips. */
+ * how far it reads, and so whether it warns, cannot be determined here. The same holds for repeated 0xFF, which are
+ * allowed before a marker and which libjpeg skips. */
 static bool is_unclear_ahead(const Huffman *h) {
     const uint8_t *byte = h->next, *end = h->end;
     if (end - byte >= AHEAD) {

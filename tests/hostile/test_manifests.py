@@ -96,7 +96,7 @@ def test_a_file_that_is_not_a_manifest_is_refused(dataset, text):
     ],
 )
 def test_an_index_with_impossible_values_is_refused(dataset, tmp_path, field, value, sentence):
-    """Its hash is correct, because whoever makes an index can also make its hash."""
+    """Its hash is correct, because an attacker can compute it too."""
     path = dataset / "train.index"
     records = np.array(open_manifest(dataset).split("train").records)
     records[field][7] = value
