@@ -93,9 +93,9 @@ def bench_data(arguments: argparse.Namespace) -> dict:
 
 def bench_train(arguments: argparse.Namespace) -> dict | None:
     """Training steps under DeepSpeed beside a bare PyTorch loop; then where the time of real ones goes. Results on the main rank only."""
-    from data_pipeline.bench import summary, table
-    from train.bench import bench_train, split_step
-    from train.runtime import start_runtime, stop_runtime
+    from benchmarks.data import summary, table
+    from benchmarks.train_step import bench_train, split_step
+    from train.engine.runtime import start_runtime, stop_runtime
 
     config, manifest = prepared(arguments)
     runtime = start_runtime()
@@ -115,8 +115,8 @@ def bench_guard(arguments: argparse.Namespace) -> dict | None:
     """The guard's share of a training step, over all ranks that this is started on. Results on the main rank only."""
     import tempfile
 
-    from train.bench import bench_guard
-    from train.runtime import start_runtime, stop_runtime
+    from benchmarks.train_step import bench_guard
+    from train.engine.runtime import start_runtime, stop_runtime
 
     config, manifest = prepared(arguments)
     runtime = start_runtime()
@@ -140,7 +140,7 @@ def bench_model(arguments: argparse.Namespace) -> dict:
 
     names = arguments.models.split(",")
     check("--models", names, catmodel.list_models())
-    from train.bench_model import MODES, OTHERS, WAYS, Setting, bench_model, count_model, model_table, profile
+    from benchmarks.model import MODES, OTHERS, WAYS, Setting, bench_model, count_model, model_table, profile
 
     ways = tuple(arguments.ways.split(",")) if arguments.ways else WAYS
     check("--ways", ways, WAYS + OTHERS)
@@ -181,7 +181,7 @@ def bench_kernels(arguments: argparse.Namespace) -> dict:
 
     if not torch.cuda.is_available():
         raise ConfigError("bench.py kernels needs a GPU; without one, --compile-only says what the kernels take of an H100 or H200")
-    from train.bench_kernels import bench_kernels, kernel_table
+    from benchmarks.kernels import bench_kernels, kernel_table
 
     device, dtype, precision, roofline = on_this_device(arguments)
     batch = arguments.batch or 128
@@ -194,7 +194,7 @@ def predicted(arguments: argparse.Namespace) -> tuple:
     """The same as `on_this_device`, of an H200: what copies and matrix products were measured to reach on one."""
     import torch
 
-    from train.roofline import H200
+    from train.engine.flops import H200
 
     precision = arguments.precision or "bf16"
     return torch.device("meta"), {"bf16": torch.bfloat16, "fp32": torch.float32}[precision], precision, H200
@@ -204,8 +204,8 @@ def on_this_device(arguments: argparse.Namespace) -> tuple:
     """The device, the precision as a dtype and by its name, and the roofline, measured now."""
     import torch
 
-    from train.roofline import measure_roofline
-    from train.runtime import keep_memory
+    from train.engine.flops import measure_roofline
+    from train.engine.runtime import keep_memory
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
@@ -228,13 +228,13 @@ def bench_models(arguments: argparse.Namespace) -> dict:
     """All models' parameters and MACs beside their papers' figures; with --speed one of each family beside timm's."""
     from importlib.metadata import version
 
-    from launch.tables import count_table, speed_table
-    from train.bench_families import count_models, time_models
+    from benchmarks.families import count_models, time_models
+    from benchmarks.tables import count_table, speed_table
 
     results: dict = {"torch": version("torch"), "timm": version("timm"), "counts": count_models()}
     print(count_table(results["counts"]), flush=True)
     if arguments.speed:
-        from train.runtime import keep_memory
+        from train.engine.runtime import keep_memory
 
         keep_memory()  # as training does, for all models alike
         batch, steps, rounds = arguments.batch or 4, arguments.steps, arguments.rounds

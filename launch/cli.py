@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from launch.ranks import FINAL, report_verdict, wait_for_verdicts
-from train.signals import stop_signals
+from train.guard.signals import stop_signals
 
 EXIT_CRASHED, EXIT_DATA, EXIT_UNAVAILABLE, EXIT_FAILED, EXIT_IO, EXIT_STOPPED, EXIT_CONFIG = 1, 65, 69, 70, 74, 75, 78
 ALL_SAY_SO = (EXIT_FAILED, EXIT_STOPPED)  # agreed upon by the ranks: one says it

@@ -8,8 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.tables import TABLES
 from launch.cli import Parser
-from launch.tables import TABLES
 
 TABLE = re.compile(r"(<!-- table: (\S+) -->)\n.*?(<!-- end -->)", flags=re.DOTALL)
 

@@ -30,12 +30,12 @@ def main(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output or Path("runs") / Path(arguments.config).stem)
     from torch.distributed import DistError
 
-    from train.doctor.case import RED, Case
-    from train.doctor.examine import CLASSES, examine
-    from train.doctor.judge import judge
-    from train.doctor.meeting import NobodyThere, meet
-    from train.doctor.page import document, page, verdict
-    from train.estimate import checkpoint_bytes
+    from operate.doctor.case import RED, Case
+    from operate.doctor.examine import CLASSES, examine
+    from operate.doctor.judge import judge
+    from operate.doctor.meeting import NobodyThere, meet
+    from operate.doctor.page import document, page, verdict
+    from train.engine.estimate import checkpoint_bytes
 
     try:
         meeting = meet(arguments.wait, expected_hosts())

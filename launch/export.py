@@ -11,24 +11,14 @@ from launch.cli import Parser, run
 
 def main(arguments: argparse.Namespace) -> None:
     from catmodel import export
-    from train.trained import check_target, read_trained
+    from train.checkpoint.trained_model import check_target, read_trained
 
     export.check_target(arguments.to, arguments.features)
     target = check_target(arguments.target, arguments.best)
     trained = read_trained(target, arguments.weights, best=arguments.best)
     for note in trained.notes:
         print(note, file=sys.stderr)
-    model = trained.backbone() if arguments.features else trained.model()
-    settings = {**trained.settings(), "features_only": True} if arguments.features else trained.settings()
-    config = trained.config
-    about = {
-        "model": settings,
-        "classes": trained.classes,
-        "mean": list(config.augment.mean),
-        "std": list(config.augment.std),
-        "interpolation": config.data.interpolation,
-        "eval_crop": config.data.eval_crop,
-    }
+    model, about = trained.task().export(trained.state, arguments.features)
     difference = export.export(model, arguments.to, about)
     print(f"{arguments.to}: {trained.checkpoint} ({trained.weights}), within {difference:.1e} of the model on random images")
 

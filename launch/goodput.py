@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, run
-from train.goodput import Ledger, Start, ending, goodput, hang_times, last_beat, read_lines
-from train.words import clock, counted
+from train.telemetry.formatting import clock, counted
+from train.telemetry.goodput import Ledger, Start, ending, goodput, hang_times, last_beat, read_lines
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -72,7 +72,8 @@ def hms(seconds: float) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="Where a run's time went, over all its starts, and how each start ended; of a run that goes on, too.",
-        epilog="exit codes: 0, 65 the run's metrics cannot be used, 78 bad arguments. train/goodput.py says how each category is found.",
+        epilog="exit codes: 0, 65 the run's metrics cannot be used, 78 bad arguments. "
+        "train/telemetry/goodput.py says how each category is found.",
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, e.g. runs/cat_b")
     parser.add_argument("--json", action="store_true", help="print one line of JSON, times in seconds")

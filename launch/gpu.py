@@ -146,7 +146,7 @@ def run_training(job: Job, output: Path, *overrides: str, kill: bool = False) ->
 
 
 def lines_of(output: Path) -> list[dict]:
-    from train.goodput import read_lines
+    from train.telemetry.goodput import read_lines
 
     path = output / "metrics.jsonl"
     return list(read_lines(path)) if path.exists() else []

@@ -18,7 +18,7 @@ def main(arguments: argparse.Namespace) -> None:
     from train.config import ConfigError, load_config
 
     if arguments.compare:
-        from train.plan.record import compare
+        from operate.plan.record import compare
 
         print(compare(arguments.compare))
         return
@@ -29,7 +29,7 @@ def main(arguments: argparse.Namespace) -> None:
     cluster = assume(arguments, config)
     measured = None
     if arguments.calibrate:
-        from train.plan.calibrate import read_run
+        from operate.plan.calibrate import read_run
 
         measured = read_run(arguments.calibrate)
     elif cluster.images_per_second is None:
@@ -37,14 +37,14 @@ def main(arguments: argparse.Namespace) -> None:
             "the speed of a GPU is not known: give --images-per-second, --calibrate RUN, or --bench FILE of launch/bench.py train"
         )
 
-    from train.plan.job import check_sizes, count_job, memory
+    from operate.plan.job import check_sizes, count_job, memory
 
     check_sizes(config, dataset["images"], cluster.world)
-    from train.plan.plan import make_plan, scale
+    from operate.plan.plan import make_plan, scale
 
     job = count_job(config, **dataset)
     if measured:
-        from train.plan.calibrate import calibrate
+        from operate.plan.calibrate import calibrate
 
         cluster = assume(arguments, config, calibrate(cluster, job, config, measured))
     runs, seed = arguments.runs, arguments.seed
@@ -52,19 +52,19 @@ def main(arguments: argparse.Namespace) -> None:
     plans = scale(job, cluster, runs, seed)
     sizes = memory(config, job.classes, cluster.world)
 
-    from train.plan import text
+    from operate.plan import text
 
     title = f"{config.model.name}, {Path(arguments.config).stem}"
     print(f"{title}: {text.page(own, best, sizes, plans)}\n\ndataset: {job.images:,} images, {where}; simulated: {runs} runs, seed {seed}")
     if measured:
         print(f"\nprediction and reality\n{reality(arguments, own)}")
     if arguments.plot:
-        from train.plan.plot import plot
+        from operate.plan.plot import plot
 
         plot(Path(arguments.plot), title, own, best, plans, runs, seed)
         print(f"plot: {arguments.plot}")
     if arguments.json:
-        from train.plan.record import record
+        from operate.plan.record import record
 
         result = {"command": " ".join(sys.argv), **record(title, own, best, sizes, plans)}
         Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
@@ -72,7 +72,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def assume(arguments: argparse.Namespace, config, calibrated=None):
     """The cluster: guesses, above them what --bench files measured, above it the run's `calibrated` ones, above all what was given."""
-    from train.plan.cluster import NUMBERS, Cluster, read_bench
+    from operate.plan.cluster import NUMBERS, Cluster, read_bench
 
     cluster = calibrated or Cluster(arguments.nodes, arguments.gpus_per_node)
     if not calibrated:
@@ -102,10 +102,10 @@ def find_dataset(arguments: argparse.Namespace, config) -> tuple[dict[str, int],
 
 def reality(arguments: argparse.Namespace, own) -> str:
     """A run's time as it was, beside what the plan's numbers have for as many steps: on average, and with the failures that it had."""
-    from train.plan.calibrate import read_run
-    from train.plan.closed_form import expected
-    from train.plan.simulate import simulate
-    from train.plan.text import beside
+    from operate.plan.calibrate import read_run
+    from operate.plan.closed_form import expected
+    from operate.plan.simulate import simulate
+    from operate.plan.text import beside
 
     measured = read_run(arguments.against or arguments.calibrate)
     of_run = replace(own.timeline, steps=measured.steps)
@@ -114,7 +114,7 @@ def reality(arguments: argparse.Namespace, own) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    from train.plan.cluster import NUMBERS
+    from operate.plan.cluster import NUMBERS
 
     parser = Parser(
         description="What a run will take on a cluster: its step by ZeRO stage, memory, cores, checkpoint interval, goodput, time, price; "

@@ -11,16 +11,16 @@ from launch.cli import Parser, run
 
 
 def main(arguments: argparse.Namespace) -> None:
+    from operate.report.history import names, read_history
     from train.config import ConfigError
-    from train.report.history import names, read_history
 
     output = Path(arguments.output)
     if not output.parent.is_dir():
         raise ConfigError(f"{output.parent} is no folder: choose another --output")
     runs = [read_history(Path(folder)) for folder in arguments.runs]
 
-    from train.report.figures import figures
-    from train.report.page import page
+    from operate.report.figures import figures
+    from operate.report.page import page
 
     called = names(runs)
     plots = figures(runs, called)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.ranks import FINAL, VERDICT_FILE, verdicts
-from train.words import clock
+from train.telemetry.formatting import clock
 
 CONTROLLER_PATIENCE = 600  # seconds that slurmctld may be away
 CAUSES = (65, 69, 70, 74, 78)  # what a rank ends with for a reason of its own; the others follow from it, with other codes

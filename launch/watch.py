@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, run
+from operate.watch import FINAL, History, Status, Watched
 from train.config import ConfigError
-from train.watch import FINAL, History, Status, Watched
-from train.words import clock, counted, duration
+from train.telemetry.formatting import clock, counted, duration
 
 TURN = 2.0  # seconds between two looks
 LINE_EVERY = 60.0  # seconds between two lines where the output is not a terminal

@@ -5,8 +5,8 @@ import json
 import torch
 
 from tests.runs import metrics
-from train.checkpoint import checkpoint_path, read_info
-from train.pieces import Wanted, fill, pieces_of
+from train.checkpoint.format import checkpoint_path, read_info
+from train.checkpoint.pieces import Wanted, fill, pieces_of
 
 
 def state(output, step, kinds=("model", "ema", "exp_avg", "exp_avg_sq")) -> dict[str, torch.Tensor]:

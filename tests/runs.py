@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.goodput import read_lines
+from train.telemetry.goodput import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 

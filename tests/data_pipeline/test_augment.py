@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import augment as benchmark
 from data_pipeline import augment as module
-from data_pipeline import augment_bench
 from data_pipeline.augment import augment, normalise, operate, sample_keys
 from data_pipeline.augment_choices import OPERATIONS, erasing_boxes
 from data_pipeline.config import AugmentConfig
@@ -151,10 +151,10 @@ def test_the_benchmark_runs_every_operation_in_every_round(monkeypatch):
         calls.append((name, len(images)))
         return operate(name, images, *arguments)
 
-    monkeypatch.setattr(augment_bench, "operate", counted)
-    costs = augment_bench.operation_costs(size=16, rounds=2)
+    monkeypatch.setattr(benchmark, "operate", counted)
+    costs = benchmark.operation_costs(size=16, rounds=2)
     assert list(costs) == [*OPERATIONS, "normalise", "erasing", "recipe"]
-    assert calls == 3 * [(name, augment_bench.GROUP) for name in OPERATIONS]  # a warm-up and two rounds
+    assert calls == 3 * [(name, benchmark.GROUP) for name in OPERATIONS]  # a warm-up and two rounds
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

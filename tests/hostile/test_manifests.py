@@ -123,7 +123,7 @@ def test_one_process_of_a_node_checks_the_files(dataset, monkeypatch):
 
 
 def test_the_doctor_chooses_samples_of_a_billion_in_little_memory(dataset):
-    from train.doctor.files import sample_ids
+    from operate.doctor.files import sample_ids
 
     small = StoredSamples(open_manifest(dataset).split("train"))
     ids = sample_ids(small, 2, 0)

@@ -23,8 +23,8 @@ from torch import nn
 import catmodel
 from tests.catmodel.small import small
 from tests.runs import start
+from train.checkpoint.init_from import read_source
 from train.config import ConfigError
-from train.fine_tune import read_source
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.bench_model import Setting, one_step
-from train.roofline import Roofline, bytes_per_image, count_bytes
+from benchmarks.model import Setting, one_step
+from train.engine.flops import Roofline, bytes_per_image, count_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 

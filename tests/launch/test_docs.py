@@ -21,8 +21,8 @@ def test_no_page_is_stale():
 
 
 def test_every_table_is_on_a_page():
+    from benchmarks.tables import TABLES
     from launch.docs import TABLE
-    from launch.tables import TABLES
 
     used = [found[1] for page in (ROOT / "docs").glob("*.md") for found in TABLE.findall(page.read_text())]
     assert sorted(used) == sorted(TABLES)
@@ -31,7 +31,7 @@ def test_every_table_is_on_a_page():
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what the pages are made of."""
-    for folder in ("launch", "docs", "train", "data_pipeline", "catmodel"):
+    for folder in ("launch", "benchmarks", "docs", "train", "data_pipeline", "catmodel"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     return tmp_path
 
@@ -67,7 +67,7 @@ def assert_stale_until_made(root: Path, page: str, line: str) -> None:
 
 
 def test_every_config_key_and_rule_says_what_it_does():
-    from launch.config_reference import reference
+    from benchmarks.config_reference import reference
     from train.config import Config, flatten, load_config
 
     lines = reference().splitlines()

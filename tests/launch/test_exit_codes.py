@@ -62,7 +62,7 @@ class CrashWith:
 
         import torch
 
-        from train.tasks.classification import Classification
+        from train.tasks.classification.task import Classification
 
         loss = Classification.loss
 

@@ -11,7 +11,7 @@ import torch
 import catmodel
 from catmodel.export import ExportError, export
 from tests.runs import ROOT, run, start_command
-from train.trained import read_trained
+from train.checkpoint.trained_model import read_trained
 
 # Of each family a small network with every kind of layer. Few blocks: torch.export thinks for seconds about each.
 SMALL = {

@@ -5,8 +5,8 @@ import json
 import pytest
 
 import catmodel
+from benchmarks.families import PUBLISHED, counted
 from tests.runs import ROOT
-from train.bench_families import PUBLISHED, counted
 
 
 @pytest.fixture(scope="module")

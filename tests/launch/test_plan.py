@@ -12,9 +12,9 @@ from functools import partial
 
 import pytest
 
+from operate.plan.simulate import simulate
+from operate.plan.timeline import Timeline
 from tests.runs import ROOT, metrics, run, start
-from train.plan.simulate import simulate
-from train.plan.timeline import Timeline
 
 
 def command(*arguments):

@@ -11,7 +11,7 @@ import pytest
 from tests.faults import SignalIn
 from tests.oracle import scores
 from tests.runs import ROOT, events, metrics, run, start, start_command
-from train.checkpoint import checkpoint_path, evaluated, list_checkpoints, read_info, step_of, validate
+from train.checkpoint.format import checkpoint_path, evaluated, list_checkpoints, read_info, step_of, validate
 
 # Saves never fall on an epoch's end, as in a recipe of 1,251 steps an epoch and a checkpoint every 500.
 SETTINGS = ["train.epochs=4", "checkpoint.every_steps=5", "checkpoint.keep=1"]
@@ -60,7 +60,7 @@ def test_evaluate_takes_the_best(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_best_that_is_damaged_is_named_and_passed_over(finished, tmp_path):
-    from train.trained import read_trained
+    from train.checkpoint.trained_model import read_trained
 
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)

@@ -9,8 +9,8 @@ import pytest
 
 from tests.runs import events, run, start
 from tests.train.test_save_faults import SETTINGS, needs_strace, system_calls, wait_for_event
-from train.checkpoint import CheckpointInfo, list_checkpoints, write_manifest
-from train.prune import clean_up, prune
+from train.checkpoint.format import CheckpointInfo, list_checkpoints, write_manifest
+from train.checkpoint.prune import clean_up, prune
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class CountKeys:
     file: Path
 
     def __call__(self, rank: int) -> None:
-        from train.saver import Saver
+        from train.checkpoint.saver import Saver
 
         finish = Saver.finish
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.oracle import assert_same_state, ids_by_step, scores, state
 from tests.runs import events, losses, metrics, run, start
-from train.goodput import read_lines
+from train.telemetry.goodput import read_lines
 
 SETTINGS, STEPS = ["train.epochs=4", "checkpoint.every_steps=3"], 32
 

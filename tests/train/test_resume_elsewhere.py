@@ -6,9 +6,9 @@ import pytest
 
 from data_pipeline.storage import open_dataset
 from tests.runs import events, losses, metrics, run, start
-from train.checkpoint import checkpoint_path, list_checkpoints, read_info, step_of
+from train.checkpoint.format import checkpoint_path, list_checkpoints, read_info, step_of
 from train.config import load_config
-from train.schedule import learning_rate
+from train.engine.schedule import learning_rate
 
 SETTINGS = ["checkpoint.every_steps=4", "train.evaluate_every=0"]
 

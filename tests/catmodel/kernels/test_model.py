@@ -10,7 +10,7 @@ import torch
 import catmodel
 from tests.catmodel.test_golden_cat import GOLDEN, fill, image
 from tests.runs import losses, run
-from train.checkpoint import checkpoint_path
+from train.checkpoint.format import checkpoint_path
 
 
 def cat(**settings):

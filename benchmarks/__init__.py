@@ -1,0 +1,1 @@
+"""Benchmarks, and the tools that make the tables of docs/."""

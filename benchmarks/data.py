@@ -1,0 +1,304 @@
+"""Speed of the data path beside what else there is, on the same images, interleaved in one run. Rates are images per CPU-second.
+
+Every peer runs on one thread and is asked for the same thing: random resized crops of `size` pixels, mirrored half the time, uint8.
+"""
+
+import importlib.util
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+
+from data_pipeline.augment import augment, sample_keys
+from data_pipeline.backends import open_backend
+from data_pipeline.backends.stored import stored_in_shards
+from data_pipeline.config import AugmentConfig, DataConfig
+from data_pipeline.crop import training_windows
+from data_pipeline.decode import decode_batch
+from data_pipeline.loader import build_loader
+from data_pipeline.manifest import Split
+from data_pipeline.order import Order
+from data_pipeline.randomness import Stream, fold, make_key
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a bench: the first `count` samples of `split`, their bytes in memory, one random window each."""
+
+    split: Split
+    ids: np.ndarray
+    encoded: list[bytes]
+    dimensions: np.ndarray
+    windows: np.ndarray
+    size: int
+
+    @classmethod
+    def of(cls, split: Split, count: int, size: int, config: AugmentConfig) -> "Images":
+        ids = np.arange(min(count, split.samples), dtype=np.int64)
+        records = split.records[ids]
+        encoded, failures = stored_in_shards(split).read(ids)
+        if failures:
+            raise ValueError(f"samples that cannot be read: {failures}")
+        dimensions = np.stack([records["width"], records["height"]], axis=1)
+        windows = training_windows(fold(make_key(0, Stream.CROP, 0), ids), records["width"], records["height"], config)
+        return cls(split, ids, encoded, dimensions, windows, size)
+
+    def batches(self) -> Iterator[slice]:
+        return (slice(start, start + BATCH) for start in range(0, len(self.ids), BATCH))
+
+
+# --- decode + crop + resize + flip → uint8 ---------------------------------------------------------------------------------------------
+
+
+def decoding(images: Images) -> dict[str, Callable[[], None]]:
+    """Ways from stored bytes to cropped uint8 pixels. Those whose library or file is not there are left out: see `absent`."""
+    out = np.empty((len(images.ids), images.size, images.size, 3), np.uint8)
+
+    def backend(name: str) -> Callable[[], None]:
+        opened = open_backend(name, images.split)
+
+        def run() -> None:
+            for part in images.batches():
+                opened.decode_batch(images.ids[part], images.windows[part], images.size, "bicubic", out[part])
+
+        return run
+
+    def decoder() -> None:
+        for part in images.batches():
+            decode_batch(images.encoded[part], images.dimensions[part], images.windows[part], images.size, "bicubic", out[part])
+
+    ways = {"this decoder, bytes in memory": decoder, "webdataset backend": backend("webdataset")}
+    if images.split.beton:
+        ways["ffcv backend"] = backend("ffcv")
+    if _installed("nvidia.dali"):
+        ways["dali backend (CPU)"] = backend("dali")
+        ways["DALI's stock CPU pipeline"] = _dali_stock(images)
+    if _installed("ffcv") and images.split.beton:
+        ways["FFCV's stock loader and decoder"] = _ffcv_stock(images)
+    ways["torchvision transforms in a DataLoader"] = _torchvision(images)
+    ways["timm create_transform, crop and flip"] = _timm(images, recipe=False)
+    ways["Pillow, the same windows"] = lambda: _pillow(images, out)
+    ways["bare full decode (libjpeg-turbo)"] = lambda: _bare(images)
+    return ways
+
+
+def absent(split: Split) -> list[str]:
+    """One sentence for each way that this machine or this dataset cannot run."""
+    sentences = [f"{name} is not installed: not measured" for name in ("nvidia.dali", "ffcv") if not _installed(name)]
+    if not split.beton:
+        sentences.append("the dataset has no beton (launch/prepare.py --formats webdataset,ffcv): the ffcv backend is not measured")
+    return sentences
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _pillow(images: Images, out: np.ndarray) -> None:
+    from PIL import Image
+
+    for row, (data, window) in enumerate(zip(images.encoded, images.windows.tolist(), strict=True)):
+        x, y, width, height, flip = window
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image = image.resize((images.size, images.size), Image.Resampling.BICUBIC, box=(x, y, x + width, y + height))
+        out[row] = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+
+
+def _bare(images: Images) -> None:
+    import simplejpeg
+
+    for data in images.encoded:
+        simplejpeg.decode_jpeg(data, colorspace="RGB")
+
+
+class _Decoded(torch.utils.data.Dataset):
+    """The images as Pillow opens them, through a transform."""
+
+    def __init__(self, encoded: list[bytes], transform: Callable):
+        self.encoded, self.transform = encoded, transform
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, row: int):
+        from PIL import Image
+
+        return self.transform(Image.open(io.BytesIO(self.encoded[row])).convert("RGB"))
+
+
+def _through_loader(images: Images, transform: Callable) -> Callable[[], None]:
+    loader = torch.utils.data.DataLoader(_Decoded(images.encoded, transform), batch_size=BATCH, num_workers=0)
+    return lambda: _exhaust(loader)
+
+
+def _torchvision(images: Images) -> Callable[[], None]:
+    from torchvision import transforms
+
+    bicubic = transforms.InterpolationMode.BICUBIC
+    steps = [transforms.RandomResizedCrop(images.size, interpolation=bicubic), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
+    return _through_loader(images, transforms.Compose(steps))
+
+
+def _timm(images: Images, *, recipe: bool) -> Callable[[], None]:
+    """timm's training transform: crop and flip to uint8, or the full recipe to normalised floats."""
+    import timm.data.auto_augment as timm_augment
+    from timm.data import create_transform
+
+    if recipe:
+        # Pillow 13 refuses to posterize to 0 bits, which timm 1.0.31 sometimes draws: give it at least 1.
+        original = timm_augment._posterize_increasing_level_to_arg
+        timm_augment.LEVEL_TO_ARG["PosterizeIncreasing"] = lambda level, hparams: (max(1, original(level, hparams)[0]),)
+        options = {"auto_augment": RECIPE.rand_augment, "color_jitter": None, "re_prob": RECIPE.erasing, "re_mode": "pixel"}
+    else:
+        options = {"color_jitter": None, "use_prefetcher": True}
+    transform = create_transform(images.size, is_training=True, interpolation="bicubic", **options)
+    return _through_loader(images, transform)
+
+
+def _ffcv_stock(images: Images) -> Callable[[], None]:
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder, RGBImageField
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip
+
+    crop = RandomResizedCropRGBImageDecoder((images.size, images.size))
+    loader = Loader(
+        str(images.split.folder / images.split.beton.file),
+        batch_size=BATCH,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        indices=images.ids,
+        drop_last=False,
+        pipelines={"image": [crop, RandomHorizontalFlip()], "label": [IntDecoder()]},
+        custom_fields={"image": RGBImageField},
+    )
+    return lambda: _exhaust(loader)
+
+
+def _dali_stock(images: Images) -> Callable[[], None]:
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def stock():
+        paths = [str(images.split.folder / shard.file) for shard in images.split.shards]
+        jpeg, _ = fn.readers.webdataset(paths=paths, ext=["jpg", "cls"])
+        decoded = fn.decoders.image_random_crop(jpeg, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3])
+        resized = fn.resize(decoded, size=(images.size, images.size), interp_type=types.INTERP_CUBIC, antialias=True)
+        return fn.flip(resized, horizontal=fn.random.coin_flip())
+
+    pipeline = stock()
+    pipeline.build()
+    runs = len(images.ids) // BATCH
+
+    def run() -> tuple[int, float]:
+        began = time.process_time()
+        for _ in range(runs):
+            pipeline.run()
+        return runs * BATCH, time.process_time() - began
+
+    return run
+
+
+def _exhaust(iterable: Iterable) -> None:
+    for _ in iterable:
+        pass
+
+
+# --- bytes → the batch that the model sees -----------------------------------------------------------------------------------------------
+
+RECIPE = AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1", erasing=0.25)
+
+
+def training_path(images: Images) -> dict[str, Callable[[], None]]:
+    """Stored bytes → decode → crop → RandAugment → erasing → normalised float32 batch: ours on the CPU, and timm's create_transform."""
+    opened = open_backend("webdataset", images.split)
+    keys = sample_keys(0, 0, images.ids)
+
+    def ours() -> None:
+        for part in images.batches():
+            pixels = torch.empty((len(images.ids[part]), images.size, images.size, 3), dtype=torch.uint8)
+            opened.decode_batch(images.ids[part], images.windows[part], images.size, "bicubic", pixels.numpy())
+            augment(pixels.permute(0, 3, 1, 2), keys[part], RECIPE)
+
+    return {"this data path, the whole recipe": ours, "timm create_transform, the same recipe": _timm(images, recipe=True)}
+
+
+# --- the loader as a whole ---------------------------------------------------------------------------------------------------------------
+
+
+def loading(images: Images, data: DataConfig, workers: int) -> dict[str, Callable[[], None]]:
+    """The loader with `workers` threads, once it is running, and the decoder alone on one thread. To be timed by the wall clock."""
+    config = data.model_copy(update={"image_size": images.size, "workers": workers})
+    batches = 2 * -(-len(images.ids) // BATCH)
+    order = Order(0, images.split.samples, BATCH, BATCH)
+
+    def ready_batches() -> tuple[int, float]:
+        # A new one every round: it would otherwise decode ahead in the others' time.
+        with build_loader(config, AugmentConfig(), images.split, order) as loader:
+            _exhaust(islice(loader, config.prefetch))
+            began = time.perf_counter()
+            _exhaust(islice(loader, batches))
+            return batches * BATCH, time.perf_counter() - began
+
+    return {f"the loader, {workers} threads": ready_batches, "this decoder, 1 thread": decoding_alone(images)}
+
+
+def decoding_alone(images: Images) -> Callable[[], None]:
+    out = np.empty((BATCH, images.size, images.size, 3), np.uint8)
+
+    def run() -> None:
+        for part in images.batches():
+            rows = slice(0, len(images.ids[part]))
+            decode_batch(images.encoded[part], images.dimensions[part], images.windows[part], images.size, "bicubic", out[rows])
+
+    return run
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------------------------------
+
+
+def interleave(
+    ways: dict[str, Callable[[], tuple[int, float] | None]], count: int, rounds: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, list[float]]:
+    """Rates of each way, `rounds` times one after the other, so that a busy machine disturbs all of them alike; one round before warms up.
+
+    A round handles `count` images; a way that handles other ones, or times itself, returns (images, seconds).
+    """
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            began = clock()
+            handled, seconds = way() or (count, clock() - began)
+            if number:
+                rates[name].append(handled / seconds)
+    return rates
+
+
+def summary(rates: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
+    """Per way: median, minimum and maximum rate, and the median of the rounds' ratios to the way `base`."""
+    return {
+        name: {
+            "median": statistics.median(values),
+            "min": min(values),
+            "max": max(values),
+            "ratio": statistics.median(value / other for value, other in zip(values, rates[base], strict=True)),
+        }
+        for name, values in rates.items()
+    }
+
+
+def table(rows: dict[str, dict[str, float]], unit: str, base: str) -> str:
+    """`summary` as text."""
+    lines = [f"{'':44}{unit:>14}{'min':>10}{'max':>10}{'ratio':>8}  (to: {base})"]
+    lines += [f"{name:44}{row['median']:14.1f}{row['min']:10.1f}{row['max']:10.1f}{row['ratio']:8.2f}" for name, row in rows.items()]
+    return "\n".join(lines)

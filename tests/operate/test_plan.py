@@ -1,0 +1,242 @@
+"""The planner's arithmetic: against published figures, by hand, and closed form against simulation."""
+
+import json
+from dataclasses import astuple, replace
+from math import exp
+
+import pytest
+
+from operate.plan.calibrate import calibrate, read_run
+from operate.plan.closed_form import best_every, daly, expected, per_step, slowdown, young
+from operate.plan.cluster import Cluster
+from operate.plan.job import Job, count_job, memory
+from operate.plan.plan import scale
+from operate.plan.simulate import simulate, simulate_mean
+from operate.plan.step import STAGES, all_gather, all_reduce, step
+from operate.plan.timeline import Timeline
+from train.config import load_config
+
+CLUSTER = Cluster(2, 4, images_per_second=100, decode_rate=50, link_within=100, link_between=10, latency_within=0, latency_between=0)
+JOB = Job(
+    parameters=1_000_000,
+    element_bytes=2,
+    classes=10,
+    images=100_000,
+    validation_images=1000,
+    global_batch=512,
+    micro_batch=16,
+    epochs=10,
+    max_steps=None,
+    zero_stage=1,
+    checkpoint_every=None,
+    evaluate_every=1,
+    evaluated_weights=2,
+)
+# Three days of steps on a cluster on which something fails every few hours.
+DAYS = Timeline(
+    steps=200_000,
+    step=1.0,
+    every=600,
+    evaluate_every=1251,
+    evaluation=30,
+    startup=120,
+    stall=5,
+    write=60,
+    failure_rate=1 / 20_000,
+    requeue=300,
+    straggler_rate=1 / 5000,
+    straggler_lasts=600,
+    straggler_factor=1.5,
+)
+
+
+@pytest.mark.parametrize("mtbf, minutes", [(24 * 60, 117), (6 * 60, 57), (15, 9.1)])
+def test_the_intervals_of_dalys_paper(mtbf, minutes):
+    """Daly 2006, figures 3 to 5: a checkpoint takes 5 minutes."""
+    assert daly(5, mtbf) == pytest.approx(minutes, rel=0.01)
+
+
+def test_young_is_the_limit_of_daly_and_daly_ends_at_the_mtbf():
+    assert young(1, 1e6) == pytest.approx(daly(1, 1e6), rel=2e-3)
+    assert daly(20, 10) == 10
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"failure_rate": 0},
+        {"failure_rate": 1 / 3000},
+        {"failure_rate": 1 / 1000, "every": 100, "write": 10, "steps": 50_000},
+        {"requeue": 3600, "startup": 600},
+        {"straggler_rate": 1 / 300},
+        {"every": 25, "straggler_rate": 0, "steps": 50_000},  # every save waits for the one before it
+        {"steps": 700, "failure_rate": 1 / 3000, "straggler_rate": 0},  # two segments, of 600 and of 100 steps
+    ],
+    ids=lambda changes: ", ".join(changes) or "as it is",
+)
+def test_closed_form_and_simulation_agree_within_2_percent(changes):
+    timeline = replace(DAYS, **changes)
+    mean, error = simulate_mean(timeline, seed=1, runs=100 if timeline.steps > 1000 else 5000)
+    closed = expected(timeline)
+    assert error < 0.008 * mean.wall  # or the comparison would say little
+    assert closed.wall == pytest.approx(mean.wall, rel=0.02)
+    assert closed.failures == pytest.approx(mean.failures, rel=0.05, abs=0.1)
+    assert sum(astuple(closed)[:-1]) == pytest.approx(closed.wall) and min(astuple(closed)) >= 0
+
+
+@pytest.mark.parametrize("changes", [{"stall": 60}, {"stall": 20, "failure_rate": 1 / 2000}, {"stall": 300, "failure_rate": 1 / 5000}])
+def test_the_best_interval_beats_its_half_and_its_double_in_simulation(changes):
+    timeline = replace(DAYS, write=0, straggler_rate=0, **changes)
+    best = best_every(timeline)
+    half, at_best, double = (simulate_mean(replace(timeline, every=every), 1, 100)[0].wall for every in (best // 2, best, 2 * best))
+    assert at_best < half and at_best < double
+
+
+def test_no_checkpoint_is_planned_while_the_last_is_being_written():
+    slowly_written = replace(DAYS, stall=0.01, write=900)
+    assert best_every(slowly_written) * per_step(slowly_written) == pytest.approx(900, abs=1)
+
+
+def test_a_run_by_hand():
+    """10 s to start, 1 s a step, a checkpoint every 20 steps that stops training for 2 s and is whole 5 s after its begin."""
+    timeline = Timeline(steps=50, step=1, every=20, startup=10, stall=2, write=5, requeue=7)
+    whole = simulate(timeline, 0)
+    assert whole.wall == 10 + 50 + 3 * 2 + 3  # the last one is waited for
+    # At 34 s: step 20's checkpoint, begun at 30 s, is not whole; at 36 s it is, and steps 21 to 24 are lost.
+    early, late = simulate(timeline, 0, [34]), simulate(timeline, 0, [36])
+    assert (early.wall, early.lost) == (34 + 7 + 69, 22) and (late.wall, late.lost) == (36 + 7 + 69 - 22, 4)
+    # The second failure would strike while the job waits, the third strikes in its start-up.
+    thrice = simulate(timeline, 0, [36, 40, 45])
+    assert (thrice.failures, thrice.startup, thrice.waiting) == (2, 10 + 2 + 10, 14)
+
+
+def test_a_run_of_a_year_ends():
+    """Where the clock's resolution is coarser than what may remain of a step."""
+    assert simulate(replace(DAYS, step=91.3, evaluate_every=7), 0).wall > 200_000 * 91.3
+
+
+def test_the_same_seed_is_the_same_run():
+    assert simulate(DAYS, 3) == simulate(DAYS, 3) != simulate(DAYS, 4)
+
+
+def test_stragglers_by_hand():
+    timeline = replace(DAYS, straggler_rate=1 / 600)  # one slow episode at a time, on average
+    assert slowdown(timeline) == pytest.approx(1 / (exp(-1) + (1 - exp(-1)) / 1.5))
+
+
+def test_collectives_by_hand():
+    """8 MB round 8 GPUs on two nodes whose network carries 10 GB/s: seven eighths pass every link, and twice to reduce."""
+    assert all_gather(8e6, CLUSTER) == pytest.approx(0.7e-3)
+    assert all_reduce(8e6, CLUSTER) == pytest.approx(1.4e-3)
+    assert all_gather(8e6, replace(CLUSTER, nodes=1, gpus_per_node=8)) == pytest.approx(0.07e-3)
+    slow = replace(CLUSTER, latency_within=1, latency_between=10)
+    assert all_gather(0, slow) == pytest.approx((2 * 3 * 1 + 2 * 10) * 1e-6)
+    assert all_reduce(0, replace(slow, nodes=1000)) < all_gather(0, replace(slow, nodes=1000))  # by a tree
+
+
+def test_bytes_and_time_of_the_zero_stages():
+    """Of 1 M parameters, seven eighths pass: to sum gradients (4 bytes) twice, to gather weights (2 bytes) once; 4 micro-batches."""
+    steps = {stage: step(JOB, CLUSTER, stage) for stage in STAGES}
+    assert [steps[stage].sent / 1.75e6 for stage in STAGES] == pytest.approx([2 * 2, 2 * 2 + 1, 4 * 2 * 2 + 1, 4 * (2 + 2)])
+    assert all(one.compute == pytest.approx(64 / 100) for one in steps.values())
+    assert steps[0].exposed == steps[0].communication == pytest.approx(0.7e-3)
+    assert steps[1].exposed == pytest.approx(0.175e-3)  # between nodes the backward pass hides the gradients
+    assert step(JOB, replace(CLUSTER, nodes=1), 1).exposed == step(JOB, replace(CLUSTER, nodes=1), 1).communication
+    assert steps[3].exposed == 0
+    assert step(JOB, replace(CLUSTER, nodes=1, gpus_per_node=1), 0).communication == 0
+
+
+def test_too_few_cores_make_the_gpu_wait():
+    """100 images/s need two cores of 50 images/s each."""
+    assert step(JOB, replace(CLUSTER, cores_per_gpu=2), 0).data_wait == 0
+    assert step(JOB, replace(CLUSTER, cores_per_gpu=1), 0).seconds == pytest.approx(2 * 64 / 100)
+
+
+def test_from_1_to_10_000_gpus():
+    plans = scale(replace(JOB, images=10_000_000), replace(CLUSTER, gpus_per_node=8), runs=2, seed=0)
+    assert [plan.cluster.world for plan in plans] == [2**power for power in range(14)] + [10_000]
+    assert plans[-1].cluster.nodes == 1250 and plans[-1].timeline.failure_rate == pytest.approx(1250 * plans[0].timeline.failure_rate)
+    assert {plan.job.global_batch for plan in plans[:6]} == {512} and plans[6].job.global_batch == 1024
+
+
+def test_memory_falls_with_the_zero_stage_and_activations_grow_with_the_micro_batch(tiny_config):
+    sizes = memory(load_config(tiny_config), 10, 4)
+    totals = [sum(sizes[stage].values()) for stage in STAGES]
+    assert sizes[3]["weights"] == sizes[0]["weights"] / 4 and sizes[2]["gradients"] == sizes[1]["gradients"] / 4
+    assert totals[2] < totals[1] and totals[3] < totals[2]
+    double = memory(load_config(tiny_config, ["train.micro_batch=16"]), 10, 4)
+    assert double[0]["activations"] == pytest.approx(2 * sizes[0]["activations"], rel=0.05)
+
+
+# --- calibration -------------------------------------------------------------------------------------------------------------------------
+
+
+def event(at, name, step, **fields):
+    return {"kind": "event", "event": name, "step": step, **fields, "time": at}
+
+
+def steps(at, step, step_ms):
+    return {"kind": "train", "step": step, "step_ms": step_ms, "data_wait": 0.2, "time": at}
+
+
+# 1 s a step, of which 0.2 s are waiting for data; killed 4 s after its last train line, and started again 6 s later.
+KILLED_ONCE = [
+    event(1009, "start", 0, startup_seconds=9.0, world_size=8, lost_steps=0),
+    steps(1010, 1, 1000),
+    steps(1019, 10, 1000),
+    event(1020, "checkpoint", 10, seconds=2.0, stall_seconds=1.0),
+    steps(1030, 20, 1000),
+    event(1049, "resume", 10, startup_seconds=9.0, world_size=8, lost_steps=10, down_seconds=6.0),
+    steps(1050, 11, 1000),
+    steps(1059, 20, 1000),
+    {"kind": "eval", "step": 20, "weights": "model", "seconds": 1.5, "time": 1061},
+    {"kind": "eval", "step": 20, "weights": "ema", "seconds": 1.5, "time": 1062},
+    event(1063, "checkpoint", 20, seconds=3.0, stall_seconds=1.0),
+    event(1063, "finished", 20),
+]
+
+
+@pytest.fixture
+def killed_once(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in KILLED_ONCE))
+    (tmp_path / "config.yaml").write_text(
+        "{model: {name: cat_nano}, data: {path: nowhere, image_size: 32}, train: {global_batch: 512, micro_batch: 16, precision: fp32}}"
+    )
+    return str(tmp_path)
+
+
+def test_what_a_run_measured_replaces_the_guesses(killed_once):
+    measured = read_run(killed_once)
+    assert measured.failures == (34.0,) and measured.steps == 20
+    cluster = calibrate(replace(CLUSTER, node_mtbf=1.0), JOB, measured.config, measured)
+    assert cluster.startup == pytest.approx(9) and cluster.requeue == pytest.approx(6)
+    assert cluster.checkpoint_stall == pytest.approx(1) and cluster.checkpoint_write == pytest.approx(2.5)
+    assert cluster.evaluation == pytest.approx(3)
+    assert cluster.node_mtbf == pytest.approx(2 * (34 + 23) / 3600)  # two nodes, one failure in so many seconds
+    assert step(JOB, cluster, 1).seconds == pytest.approx(1.0)  # as long as it took there, communication included
+    assert cluster.origin("startup") == f"measured: {killed_once}" and cluster.origin("link_between") == "GUESSED (200 Gb/s a node)"
+
+
+def test_on_more_gpus_a_calibrated_step_has_more_communication(killed_once):
+    measured = read_run(killed_once)
+    more = replace(JOB, global_batch=1024)
+    cluster = calibrate(replace(CLUSTER, nodes=4), more, measured.config, measured)
+    there = step(JOB, replace(cluster, nodes=2), 1)
+    here = step(more, cluster, 1)
+    assert there.seconds == pytest.approx(1.0) and here.compute == there.compute and here.seconds > there.seconds
+
+
+def test_another_model_cannot_calibrate(killed_once):
+    measured = read_run(killed_once)
+    config = measured.config.model_copy(update={"data": measured.config.data.model_copy(update={"image_size": 64})})
+    with pytest.raises(Exception, match="its data.image_size is another one: 32 there, 64 here"):
+        calibrate(CLUSTER, JOB, config, measured)
+
+
+def test_a_jobs_counts(tiny_config):
+    config = load_config(tiny_config)
+    job = count_job(config, 260, 101, 10)
+    assert (job.steps_per_epoch, job.steps, job.every, job.accumulation(2)) == (8, 16, 8, 2)
+    assert job.element_bytes == 4 and job.parameters > 10_000
+    assert replace(job, max_steps=5).steps == 5

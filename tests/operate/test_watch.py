@@ -1,0 +1,274 @@
+"""What operate/watch.py makes of a run's folder: lines as a run writes them, and a lock that a process really holds."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from operate.watch import Tail, Watched
+from tests.runs import ROOT
+from train.guard.run_lock import RunLock
+
+HOLD = (
+    "import sys, time; from pathlib import Path; from train.guard.run_lock import RunLock; "
+    "RunLock(Path(sys.argv[1])).acquire(); time.sleep(600)"
+)
+
+
+class Folder:
+    """A run of 100 epochs of 10 steps, that logs every step and takes a second for each."""
+
+    def __init__(self, path):
+        self.path, self.step = path, 0
+        self.now = time.time() - 5000
+        (path / "config.yaml").write_text("guard: {bad_samples: 10, max_skipped: 20}\n")
+
+    def write(self, after=0.0, **line):
+        self.now += after
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({**line, "time": self.now}) + "\n")
+
+    def event(self, name, **fields):
+        self.write(kind="event", event=name, **{"step": self.step, **fields})
+
+    def start(self, name="start"):
+        self.event(name, world_size=2, last=1000, steps_per_epoch=10, startup_seconds=1.0)
+
+    def train(self, count, loss=1.0, speed=100.0, seconds=1.0):
+        for _ in range(count):
+            self.step += 1
+            pace = {"images_per_second": speed, "data_wait": 0.1, "step_ms": 1000 * seconds, "mfu": None}
+            noise = 0.01 * (self.step % 5)
+            loss_now = None if loss is None else loss + noise
+            fields = {"loss": loss_now, "lr": 0.1, "grad_norm": 1.0, **pace}
+            self.write(kind="train", step=self.step, epoch=self.step / 10, after=seconds, **fields)
+
+    def finish(self, name, text, **fields):
+        self.event(name, **fields)
+        (self.path / "train.log").write_text(f"2026-01-01 00:00:00 step 1\n2026-01-01 00:00:01 {text}\n")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path)
+
+
+@pytest.fixture
+def alive(folder):
+    """The folder's lock, held; by now, nothing has been written for as long as the test's lines are old."""
+    lock = RunLock(folder.path)
+    lock._record["started"] = folder.now - 10
+    lock.acquire()
+    yield folder
+    lock.release()
+
+
+def test_only_new_and_whole_lines_are_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+    assert tail.read() == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert tail.read() == [{"step": 1}, {"step": 2}]
+    with open(path, "r+b") as file:  # what has been read is not read again
+        file.write(b"x" * 24)
+    assert tail.read() == []
+    with open(path, "a") as file:
+        file.write('ep": 3}\n{"torn\n{"step": 4}\n')
+    assert tail.read() == [{"step": 3}, {"step": 4}] and not tail.replaced
+    path.write_text('{"step": 1}\n')
+    assert tail.replaced
+
+
+def test_progress_pace_and_scores(alive):
+    alive.start()
+    alive.train(30, seconds=2.0)
+    for step_top1 in (50.0, 70.0, 60.0):
+        alive.write(kind="eval", step=alive.step, weights="ema", top1=step_top1, top5=90.0, loss=1.0, count=10, seconds=6.0, after=6.0)
+    alive.train(10, seconds=2.0)
+    watched = Watched(alive.path)
+    status = watched.look()
+    history = watched.history
+    assert status.state == "running" and status.restarts == 0
+    assert history.step == 40 and history.seconds_left == pytest.approx(960 * (39 * 2.0 + 3 * 6.0) / 39)
+    assert history.scores() == {"ema": (60.0, 70.0)}
+    alive.start("resume")
+    alive.step -= 20
+    alive.event("resume", world_size=2, last=1000, steps_per_epoch=10, startup_seconds=1.0, lost_steps=20)
+    status = watched.look()
+    assert watched.history.step == 20 and status.restarts == 2 and status.lost_steps == 20
+    assert watched.history.scores() == {}, "of step 30, which is still to be taken again"
+
+
+def alarms(folder):
+    return [alarm for alarm in Watched(folder.path).look().alarms if "no line for" not in alarm]
+
+
+def test_a_healthy_run_has_no_alarm(alive):
+    alive.start()
+    for epoch in range(50):
+        alive.train(10, loss=3.0 / (1 + epoch), speed=100 + epoch % 7)
+        alive.event("skipped_step", step=alive.step - 5) if epoch % 10 == 0 else None
+        alive.event("checkpoint", seconds=1.0, stall_seconds=0.1)
+    assert alarms(alive) == []
+
+
+def rising(folder):
+    folder.train(60, loss=2.0)
+    folder.train(20, loss=2.5)
+
+
+def fallen(folder):
+    folder.train(60)
+    folder.train(20, speed=60.0, seconds=1.7)
+
+
+def skipped(folder):
+    folder.train(50)
+    for step in (48, 49, 50):
+        folder.event("skipped_step", step=step)
+
+
+def not_finite(folder):
+    folder.train(5)
+    folder.train(1, loss=None)
+
+
+def bad(folder):
+    for number in range(6):
+        folder.event("bad_sample", split="train", id=number)
+
+
+def unsaved(folder):
+    folder.event("checkpoint", seconds=1.0, stall_seconds=0.1)
+    folder.train(5)
+    folder.event("save_failed", reason="rank 1: No space left on device")
+
+
+def slow(folder):
+    folder.train(5)
+    folder.event("slow_rank", rank=3, seconds=0.9, median=0.2)
+
+
+def back(folder):
+    folder.train(25)
+    folder.event("rollback", to=20)
+    folder.step = 20
+    folder.train(2)
+
+
+def hung(folder):
+    (folder.path / "stacks").mkdir()
+    when = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(folder.now))
+    (folder.path / "stacks" / "rank_1.txt").write_text(f"{when} rank 1 has been 301 s in step of step 9.\nThread 1:\n")
+    folder.now += 10
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        (rising, "loss rising: 2.52, it was 2.02"),
+        (fallen, "throughput fallen: 60 img/s, it was 100"),
+        (skipped, "3 of the last 100 steps were skipped"),
+        (not_finite, "the loss of step 6 is not finite"),
+        (bad, "6 samples cannot be read; more than 10 end the run"),
+        (unsaved, "checkpoint of step 5 not saved: rank 1: No space left on device"),
+        (slow, "rank 3 is slow (step 5): 0.90 s of its own a step, the median 0.20 s"),
+        (back, "went back from step 25 to 20"),
+        (hung, "the watchdog has written stacks/: rank 1 has been 301 s in step of step 9."),
+    ],
+)
+def test_trouble_is_an_alarm_which_goes_when_it_is_over(alive, trouble, words):
+    alive.start()
+    trouble(alive)
+    (alarm,) = alarms(alive)
+    assert alarm.startswith(words)
+    alive.event("checkpoint", seconds=1.0, stall_seconds=0.1)
+    alive.start("resume")
+    alive.train(120)
+    assert alarms(alive) == []
+
+
+def test_silence_is_an_alarm_where_the_process_lives(alive):
+    """The time since the last line is told by the clock of the run's node alone."""
+    alive.start()
+    alive.train(20)
+    status = Watched(alive.path).look()
+    assert status.state == "running" and status.code == 11 and status.ago > 4000
+    assert any(alarm.startswith("no line for 1 h") and "the process lives" in alarm for alarm in status.alarms)
+    alive.train(1, seconds=time.time() - alive.now - 30)  # an evaluation, say: lines were as far apart before
+    assert not Watched(alive.path).look().alarms
+
+
+def test_states_of_a_run_nobody_holds(folder):
+    assert Watched(folder.path).look().state == "not started"
+    folder.start()
+    folder.train(3)
+    status = Watched(folder.path).look()
+    assert (status.state, status.code) == ("died", 13)
+    for name, fields, state, code in (
+        ("preempted", {}, "stopped", 75),
+        ("failed", {"code": 65}, "failed", 65),
+        ("failed", {"code": 70}, "failed", 70),
+        ("finished", {}, "finished", 0),
+    ):
+        folder.start("resume")
+        folder.finish(name, f"this is how it ended: {name}", **fields)
+        status = Watched(folder.path).look()
+        assert (status.state, status.code, status.why) == (state, code, f"this is how it ended: {name}")
+    folder.start("resume")
+    folder.train(2)
+    (folder.path / "stacks").mkdir()
+    for age, sentence in ((9000, "an old hang"), (-5, "rank 1 has been 301 s in step of step 9.")):
+        when = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(folder.now - age))
+        (folder.path / "stacks" / f"rank_{len(sentence)}.txt").write_text(f"{when} {sentence}\nThread 1:\n")
+    status = Watched(folder.path).look()
+    assert (status.state, status.code, status.why) == ("hung", 71, "rank 1 has been 301 s in step of step 9.")
+
+
+def test_a_killed_process_is_found_dead_and_a_young_record_alive(folder):
+    """The record of a killed process no longer changes: its clock may be another node's, so it is watched, and then it is dead."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder.path)], cwd=ROOT)
+    try:
+        while not (folder.path / ".lock").exists() or not (folder.path / ".lock").read_bytes():
+            time.sleep(0.02)
+        watched = Watched(folder.path)
+        assert watched.look().state == "starting"
+        folder.now = time.time()
+        folder.start()
+        assert watched.look().state == "running"
+    finally:
+        holder.kill()
+        holder.wait()
+    record = json.loads((folder.path / ".lock").read_text())
+    (folder.path / ".lock").write_text(json.dumps({**record, "beat": record["beat"] + 7200}))  # a clock that is two hours ahead
+    began = time.monotonic()
+    status = Watched(folder.path).look(patient=True)
+    assert status.state == "died" and record["host"] in status.why and time.monotonic() - began > 9
+
+
+def test_a_start_that_ended_before_its_first_line(folder):
+    """Say, a config that was refused: the metrics still tell of the start before it."""
+    folder.start()
+    folder.finish("preempted", "stopped after step 0")
+    lock = RunLock(folder.path)
+    lock.acquire()
+    assert Watched(folder.path).look().state == "starting"
+    lock.release()
+    status = Watched(folder.path).look()
+    assert status.state == "died" and "ended before its first step" in status.why
+
+
+def test_another_run_in_the_same_folder_is_begun_anew(alive):
+    alive.start()
+    alive.train(30)
+    watched = Watched(alive.path)
+    assert watched.look().state == "running" and watched.history.step == 30
+    os.remove(alive.path / "metrics.jsonl")
+    alive.step = 0
+    alive.start()
+    alive.train(2)
+    watched.look()
+    assert watched.history.step == 2

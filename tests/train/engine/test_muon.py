@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from train.config import ConfigError, parse_config
+from train.engine.muon import Muon, orthogonalised
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 96, 32), (4, 16, 48)])
+def test_singular_values_come_near_one(shape):
+    u, _, v = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    found = orthogonalised(u * torch.linspace(1, 0.1, min(shape[1:])) @ v)
+    values = torch.linalg.svdvals(found)
+    assert 0.6 < values.min() and values.max() < 1.3
+    # The singular vectors stay: in their own basis the result is diagonal.
+    basis = u.mT @ found @ v.mT
+    assert (basis - torch.diag_embed(basis.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
+
+
+def test_matrices_take_muons_step_and_the_rest_adamws():
+    torch.manual_seed(0)
+    matrix, bias, reference = torch.randn(8, 6, requires_grad=True), torch.randn(5, requires_grad=True), torch.zeros(5, requires_grad=True)
+    reference.data.copy_(bias.data)
+    before = matrix.detach().clone()
+    groups = [{"params": [matrix], "weight_decay": 0.5, "matrices": True}, {"params": [bias], "weight_decay": 0.0, "matrices": False}]
+    optimizer = Muon(groups, lr=0.1, momentum=0.9, betas=(0.9, 0.99), eps=1e-8)
+    optimizer.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
+    adamw = torch.optim.AdamW([reference], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, fused=True)
+    matrix.grad, bias.grad = torch.randn(8, 6), torch.randn(5)
+    reference.grad = bias.grad.clone()
+    optimizer.step(), adamw.step()
+    # After one step the momentum has the gradient's direction, and orthogonalising forgets its length.
+    update = orthogonalised(matrix.grad[None])[0]
+    torch.testing.assert_close(matrix.detach(), before * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 8**0.5 * update, rtol=1e-4, atol=1e-5)
+    assert torch.equal(bias, reference)
+
+
+def test_muon_needs_whole_matrices():
+    tree = {"model": {"name": "cat_nano"}, "data": {"path": "x"}, "optimizer": {"name": "muon"}, "zero": {"stage": 1}}
+    with pytest.raises(ConfigError, match="optimizer.name=muon needs zero.stage=0, not 1"):
+        parse_config(tree, "test")

@@ -1,0 +1,42 @@
+"""A request to stop is never lost, from the moment on at which the process can be asked."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from tests.runs import ROOT, handles
+
+LISTEN = """
+import sys, time
+from train.guard.signals import stop_signals
+stop_signals.install()
+deadline = time.monotonic() + 5
+while not stop_signals.received and time.monotonic() < deadline:
+    pass
+print(stop_signals.received.name if stop_signals.received else "lost")
+"""
+
+
+def test_a_signal_at_the_very_moment_of_installing_is_heard():
+    """The handler and what listens to it are not put in place at one moment: the first signal may come between."""
+    for _ in range(30):
+        process = subprocess.Popen([sys.executable, "-S", "-c", LISTEN], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        while not handles(process.pid, signal.SIGTERM):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=30)[0] == "SIGTERM\n"
+
+
+def test_a_second_interrupt_ends_it_at_once():
+    program = LISTEN.replace("deadline = ", "print('ready', flush=True)\ndeadline = ").replace(
+        "while not stop_signals.received and", "while"
+    )
+    process = subprocess.Popen([sys.executable, "-S", "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.3)
+    said = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT and said[1].endswith("KeyboardInterrupt\n")

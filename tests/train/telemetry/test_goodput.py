@@ -1,0 +1,243 @@
+"""The ledger of a run's time: by hand, on random histories, and on a run that is really killed."""
+
+import random
+import time
+
+import pytest
+
+from tests.runs import run, start
+from train.telemetry.goodput import CATEGORIES, Ledger, goodput, hang_times, last_beat, read_lines
+
+
+def ledger_of(lines):
+    ledger = Ledger()
+    for line in lines:
+        ledger.add(line)
+    return ledger
+
+
+def event(at, name, step, **fields):
+    return {"kind": "event", "event": name, "step": step, **fields, "time": at}
+
+
+def steps(at, step, step_ms, data_wait):
+    return {"kind": "train", "step": step, "loss": 1.0, "step_ms": step_ms, "data_wait": data_wait, "time": at}
+
+
+def evaluated(at, step, seconds, weights="model"):
+    return {"kind": "eval", "step": step, "weights": weights, "seconds": seconds, "time": at}
+
+
+# A run that begins at 1000 and ends at 1050; its usual step is 0.9 s and 0.1 s of waiting for data.
+KILLED_ONCE = [
+    event(1009.0, "start", 0, startup_seconds=9.0, world_size=2, lost_steps=0),  # one second before its first step begins
+    steps(1015.0, 1, 5000, 0.2),  # 4 s and 1 s of waiting: 3.1 s more than usual
+    steps(1017.0, 3, 1000, 0.1),
+    evaluated(1019.0, 3, 2.0),
+    evaluated(1021.0, 3, 2.0, "ema"),
+    event(1022.0, "checkpoint", 3, seconds=1.0, stall_seconds=0.5),
+    steps(1023.5, 5, 1000, 0.1),  # 2 s, which are taken again
+    # Killed at 1025.5, 2 s after its last train line; started again at 1035.5.
+    event(1043.5, "resume", 3, startup_seconds=8.0, world_size=2, lost_steps=3, down_seconds=10.0),
+    steps(1046.4, 4, 2900, 0.0),  # 2 s more than usual
+    steps(1048.4, 6, 1000, 0.1),
+    event(1049.0, "checkpoint", 6, seconds=0.6, stall_seconds=0.6),
+    event(1050.0, "finished", 6),
+]
+KILLED_ONCE_SECONDS = {
+    "productive": 6 * 0.9,
+    "startup": 10.0 + 8.0,
+    "compilation": 3.1 + 2.0,
+    "data_wait": 1.0 + 0.2 + 0.2,
+    "checkpoint_stall": 0.5 + 0.6,
+    "evaluation": 4.0,
+    "lost": 2.0 + 2.0,
+    "waiting": 10.0,
+    "other": 1.0,
+}
+
+
+def test_a_history_worked_out_by_hand():
+    ledger = ledger_of(KILLED_ONCE)
+    split = ledger.split()
+    assert tuple(split) == CATEGORIES and split == pytest.approx(KILLED_ONCE_SECONDS)
+    assert sum(split.values()) == pytest.approx(50.0) and goodput(split) == pytest.approx(5.4 / 50)
+    assert ledger.lost_steps == 3 and len(ledger.starts) == 2
+    assert ledger.line() == {
+        "kind": "goodput",
+        "step": 6,
+        "goodput": 0.108,
+        **{category: pytest.approx(seconds) for category, seconds in KILLED_ONCE_SECONDS.items()},
+    }
+
+
+def test_until_a_sign_of_life_after_the_last_line():
+    assert ledger_of(KILLED_ONCE).split(1053.0) == pytest.approx({**KILLED_ONCE_SECONDS, "other": 4.0})
+    assert ledger_of(KILLED_ONCE).split(1020.0) == pytest.approx(KILLED_ONCE_SECONDS)  # an older one
+
+
+def test_a_resume_between_two_train_lines_divides_their_steps():
+    """Lines every 10 steps, a checkpoint at step 14, killed after step 20: 4 of the second line's 10 steps count."""
+    lines = [
+        event(100.0, "start", 0, startup_seconds=0.0),
+        steps(101.0, 1, 1000, 0.5),
+        steps(110.0, 10, 1000, 0.5),
+        steps(120.0, 20, 1000, 0.5),
+        event(125.0, "resume", 14, startup_seconds=5.0),
+    ]
+    ledger = ledger_of(lines)
+    split = ledger.split()
+    assert (split["productive"], split["data_wait"], split["lost"], split["startup"]) == pytest.approx((7.0, 7.0, 6.0, 5.0))
+    assert ledger.lost_steps == 6 and split["other"] == pytest.approx(0.0)
+
+
+def test_steps_after_the_last_train_line_count_as_far_as_they_were_saved():
+    """Lines every 10 steps; killed 9 s after step 10's, with a checkpoint of step 14; the second start is asked to stop after step 17."""
+    lines = [
+        event(100.0, "start", 0, startup_seconds=0.0),
+        steps(101.0, 1, 1000, 0.0),
+        steps(110.0, 10, 1000, 0.0),
+        event(115.0, "checkpoint", 14, seconds=1.0, stall_seconds=0.5),
+        event(130.0, "resume", 14, startup_seconds=1.0, down_seconds=10.0, lost_steps=4),
+        steps(131.0, 15, 1000, 0.0),
+        event(135.0, "preempted", 17),
+        event(140.0, "resume", 17, startup_seconds=1.0, down_seconds=3.0, lost_steps=0),
+    ]
+    ledger = ledger_of(lines)
+    split = ledger.split()
+    assert split == pytest.approx(
+        {
+            **dict.fromkeys(CATEGORIES, 0.0),
+            "productive": 10.0 + 4.0 + 1.0 + 2.0,
+            "startup": 2.0,
+            "checkpoint_stall": 0.5,
+            "lost": 9.0 - 4.0 - 0.5,
+            "waiting": 10.0 + 3.0,
+            "other": 3.0,  # saving and leaving, after step 17
+        }
+    )
+    assert ledger.lost_steps == 4 and [start.end for start in ledger.starts] == [None, "preempted", None]
+
+
+def test_a_rollback_loses_steps_without_a_restart():
+    lines = [
+        event(100.0, "start", 0, startup_seconds=0.0),
+        steps(101.0, 1, 1000, 0.0),
+        steps(106.0, 6, 1000, 0.0),
+        event(108.0, "rollback", 8, steps=[7, 8], to=4),
+        steps(109.0, 5, 1000, 0.0),
+        steps(114.0, 10, 1000, 0.0),
+    ]
+    ledger = ledger_of(lines)
+    assert ledger.split() == pytest.approx({**dict.fromkeys(CATEGORIES, 0.0), "productive": 10.0, "lost": 4.0})
+    assert ledger.lost_steps == 4 and len(ledger.starts) == 1
+
+
+def test_a_start_that_died_before_its_first_line_is_waiting():
+    """`down_seconds` is measured from that start's last sign of life, `previous_started` says that it is not this one's."""
+    lines = [
+        event(100.0, "start", 0, startup_seconds=0.0),
+        steps(101.0, 1, 1000, 0.0),
+        event(1001.0, "resume", 0, startup_seconds=1.0, down_seconds=5.0, previous_started=950.0, lost_steps=1),
+    ]
+    split = ledger_of(lines).split()
+    assert split["waiting"] == pytest.approx(899.0) and split["lost"] == pytest.approx(1.0)
+
+
+def test_lines_without_a_time_are_left_out_and_counted():
+    old = [{key: value for key, value in line.items() if key != "time"} for line in KILLED_ONCE]
+    ledger = ledger_of(old)
+    assert ledger.split() == {} and ledger.left_out == len(old)
+    ledger = ledger_of(old[:7] + KILLED_ONCE[7:])
+    assert ledger.left_out == 7 and sum(ledger.split().values()) == pytest.approx(1050 - 1035.5)
+
+
+def random_history(seed):
+    """Lines of a run that is stopped, killed and rolled back at random; its clock is set back now and then, its times are a bit off."""
+    dice = random.Random(seed)
+    now, taken, lines = 1e9, 0, []
+    for number in range(dice.randint(1, 6)):
+        step = dice.randint(0, taken)
+        now += dice.choice((0.0, dice.uniform(0, 100), -5.0))
+        fields = {"startup_seconds": dice.uniform(0, 30), "down_seconds": dice.choice((None, dice.uniform(0, 100)))}
+        lines.append(event(now, "resume" if number else "start", step, **fields))
+        for _ in range(dice.randint(0, 12)):
+            count, seconds = dice.randint(1, 3), dice.uniform(0.1, 2)
+            now += count * seconds * dice.uniform(0.8, 1.3)
+            step += count
+            taken = max(taken, step)
+            lines.append(steps(now, step, 1000 * seconds, dice.random()))
+            if dice.random() < 0.2:
+                now += dice.uniform(0, 3)
+                lines.append(evaluated(now, step, dice.uniform(0, 3)))
+                lines.append(event(now, "checkpoint", max(0, step - 1), seconds=9.0, stall_seconds=dice.uniform(0, 1)))
+            if dice.random() < 0.1:
+                to = dice.randint(0, step)
+                lines.append(event(now, "rollback", step, steps=[step], to=to))
+                step = to
+        if dice.random() < 0.3:
+            lines.append(event(now, "preempted", step))
+    return lines
+
+
+def test_all_seconds_are_in_one_category_whatever_happened():
+    for seed in range(300):
+        ledger = Ledger()
+        for line in random_history(seed):
+            ledger.add(line)
+            split = ledger.split()
+            assert all(seconds >= 0 for seconds in split.values()), (seed, split)
+            total = ledger.starts[-1].last - ledger.starts[0].began
+            assert sum(split.values()) == pytest.approx(total, abs=1e-5), (seed, split)
+
+
+def test_the_lock_and_the_watchdogs_records(tmp_path):
+    assert last_beat(tmp_path) is None and hang_times(tmp_path) == []
+    (tmp_path / ".lock").write_text('{"host": "node1", "beat": 1050.5}'.ljust(511) + "\n")
+    assert last_beat(tmp_path) == 1050.5
+    (tmp_path / "stacks").mkdir()
+    (tmp_path / "stacks" / "rank_1.txt").write_text("1970-01-01 01:00:10 +0100 rank 0 has been 300 s in step 7.\nThread 0x1:\n  File x\n")
+    assert hang_times(tmp_path) == [10.0]
+
+
+@pytest.mark.slow
+def test_a_run_killed_twice(tiny_config, tmp_path):
+    """kill -9 after steps 5 and 11 of 16, checkpoints every 3, a second of nothing before each restart."""
+    settings, pause = ["checkpoint.every_steps=3", "train.evaluate_every=1"], 1.0
+    job = start(tiny_config, tmp_path, *settings)
+    began = time.time()
+    job.kill_at(5)
+    time.sleep(pause)
+    start(tiny_config, tmp_path, *settings).kill_at(11)
+    time.sleep(pause)
+    run(tiny_config, tmp_path, *settings)
+    wall = time.time() - began
+
+    lines = list(read_lines(tmp_path / "metrics.jsonl"))
+    lost, taken = 0, 0
+    for line in lines:
+        if line.get("event") == "resume":
+            lost += taken - line["step"]
+        elif line["kind"] == "train":
+            taken = line["step"]
+    ledger = ledger_of(lines)
+    split = ledger.split()
+    assert len(ledger.starts) == 3 and ledger.lost_steps == lost > 0
+    assert wall - 5 < sum(split.values()) < wall + 1, (split, wall)  # the last one's leaving is not in it
+    assert split["waiting"] >= 2 * pause
+    assert all(seconds > 0 for seconds in split.values()), split
+
+    # What the run wrote at its end, from memory, is what its file says.
+    assert lines[-1]["kind"] == "goodput"
+    before = ledger_of(lines[:-1])
+    assert {key: value for key, value in lines[-1].items() if key != "time"} == before.line()
+
+    # So are its curves, where steps that were taken again replace the old ones.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("learning/loss")] == list(range(1, 17))
+    for category in CATEGORIES:
+        share = before.split()[category] / sum(before.split().values())
+        assert events.Scalars(f"goodput/{category}")[-1].value == pytest.approx(share, abs=1e-3)

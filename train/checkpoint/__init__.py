@@ -1,0 +1,1 @@
+"""Checkpoints: their format, saving, resuming, and the weights that other commands read from them."""

@@ -1,0 +1,315 @@
+"""Checkpoints: a folder `step_%08d` of safetensors shards and a hashed manifest, committed by one rename.
+
+Every rank writes its share in `shard_%05d.safetensors`: flat pieces named `<kind>/<parameter>`, with the first element of each piece
+in the file's metadata. Kinds are `model` (fp32 weights), `ema`, the optimizer's moments (`exp_avg`, …), `buffer` and `ema_buffer`, both
+whole and written by rank 0. Pieces carry their position, so nothing in the layout depends on world size or ZeRO stage. There is no
+random state to save: position is the state.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from data_pipeline.config import has_secret, without_secrets
+from data_pipeline.faults import LASTING, StorageError, retried
+from data_pipeline.manifest import Manifest, fsync, publish, sha256_of
+from train.checkpoint.pieces import CheckpointError, Wanted, fill, pieces_of
+from train.config import Config
+from train.engine.deepspeed_engine import Engine
+from train.engine.ema import Ema
+from train.telemetry.metrics import Metric
+from train.telemetry.start_message import program_versions
+
+MANIFEST = "manifest.json"
+VERSION = 2  # 1 had "top1" in place of "score", and classification alone
+LARGEST_MANIFEST = 256 << 20  # bytes
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+ShardName = Annotated[str, Field(pattern=r"^shard_[0-9]{5,}\.safetensors$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint's manifest: where training was, what it was, and what its files must be."""
+
+    step: Count
+    score: (
+        Annotated[float, Field(gt=-1e15, lt=1e15)] | None
+    )  # primary metric of the evaluation at this very step: the EMA's if there is one
+    dataset: str  # Split.identity of the training split
+    classes: list[str]
+    config: dict[str, Any]
+    optimizer_step: Count
+    loss_scale: dict[str, bool | int | Annotated[float, Field(allow_inf_nan=False)]]
+    shapes: dict[str, list[Count]]
+    versions: dict[str, str]  # of python, torch and deepspeed, and the git commit of this program ("" outside a checkout)
+    world_size: Count
+    shards: dict[ShardName, Sha256] = field(default_factory=dict)
+    version: int = VERSION
+    steps_per_epoch: Count = 0  # 0: not known, of checkpoints that were written before this was
+    metric: str = "top1"  # the name of the score's metric
+    better: Literal["higher", "lower"] = "higher"
+    began: str | None = None  # the checkpoint that `--resume` named when this line of the run began: resume.name_of
+
+    @property
+    def merit(self) -> float | None:
+        """The score such that more is better."""
+        return self.score if self.score is None or self.better == "higher" else -self.score
+
+
+_INFO = TypeAdapter(CheckpointInfo)
+
+
+def describe(
+    step: int, config: Config, manifest: Manifest, metric: Metric, engine: Engine, steps_per_epoch: int, began: str | None
+) -> CheckpointInfo:
+    """The parts of a checkpoint's manifest that are the same for all checkpoints of a start of a run, which begins after `step` steps."""
+    return CheckpointInfo(
+        step=step,
+        score=None,
+        metric=metric.name,
+        better=metric.better,
+        dataset=manifest.split("train").identity,
+        classes=list(manifest.classes),
+        config=config.model_dump(mode="json"),
+        optimizer_step=0,
+        loss_scale={},
+        shapes={name: list(shape) for name, shape in engine.shapes.items()},
+        versions=program_versions(),
+        world_size=engine.world,
+        steps_per_epoch=steps_per_epoch,
+        began=began,
+    )
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def write_shard(path: Path, tensors: dict[str, torch.Tensor], starts: dict[str, int]) -> str:
+    """Write one rank's share: `tensors` on the host, and each flat piece's first element. Returns the SHA-256 of what is on the disk."""
+    _save_file(tensors, path, {"starts": json.dumps(starts)})
+    fsync(path)
+    return sha256_of(path)
+
+
+def _save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # it tells of the disk's errors by this, too
+        raise OSError(str(error)) from error
+    # safetensors makes its files readable by their owner alone. Asking os.umask would change it for other threads.
+    umask = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Umask:")).split()[1]
+    path.chmod(0o666 & ~int(umask, 8))
+
+
+def write_manifest(folder: Path, info: CheckpointInfo) -> None:
+    """Write the manifest into `folder`, whose shards are all there. All of it is on the disk when this returns."""
+    path = folder / MANIFEST
+    path.write_text(json.dumps(asdict(info), indent=1))
+    fsync(path)
+    fsync(folder)
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Give a checkpoint that is complete on the disk its name. One that has it already (the step was taken again) goes by `prune`."""
+    replaced = temporary.with_suffix(".replaced")
+    if there := final.exists():
+        os.rename(final, replaced)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if there:
+            os.rename(replaced, final)
+        raise
+    fsync(final.parent)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints in `folder`, newest first; not yet validated."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def read_info(path: Path) -> CheckpointInfo:
+    """A checkpoint's manifest. Raises CheckpointError where it is missing or damaged, StorageError where its disk does not answer."""
+    return retried(lambda: read_info_once(path), str(path / MANIFEST))
+
+
+def read_info_once(path: Path) -> CheckpointInfo:
+    """As read_info, but a fault that may pass is raised as it is, an OSError."""
+    file = path / MANIFEST
+    try:
+        if not file.is_file() and file.exists():
+            raise CheckpointError(f"{file} is no file")
+        if file.stat().st_size > LARGEST_MANIFEST:
+            raise CheckpointError(f"{file} is damaged: no manifest is that large")
+        document = json.loads(file.read_bytes())
+        version = document["version"]
+        if version not in (1, VERSION):
+            raise CheckpointError(f"{path} has format version {version!r}, this program reads versions 1 and {VERSION}")
+        if version == 1:
+            document["score"] = document.pop("top1")
+        info = _INFO.validate_json(json.dumps(document), strict=True)
+        data = info.config["data"]
+        if has_secret(data["path"]):  # as checkpoints of before November 2026 may have it
+            data["path"] = without_secrets(data["path"])
+        return info
+    except LASTING as error:
+        raise CheckpointError(f"{path} is not a checkpoint: {MANIFEST}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{file} is damaged ({where}: {first['msg']})") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged ({error})") from error
+
+
+def validate(path: Path) -> CheckpointInfo:
+    """Read the manifest and compare every file with its hash, on all cores. Raises CheckpointError; StorageError as read_info."""
+    info = read_info(path)
+
+    def check(name: str) -> None:
+        file = path / name
+        if not retried(file.is_file, str(file)):
+            raise CheckpointError(f"{file} is missing")
+        if retried(lambda: sha256_of(file), str(file)) != info.shards[name]:
+            raise CheckpointError(f"{file} is damaged: its SHA-256 differs from the manifest's")
+
+    threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="hash")
+    try:
+        list(threads.map(check, info.shards))  # hashlib releases the GIL
+    except LASTING as error:
+        raise CheckpointError(f"{path} cannot be read: {error.filename}: {error.strerror}") from error
+    finally:
+        threads.shutdown(cancel_futures=True)
+    return info
+
+
+def first_sound(candidates: Iterable[Path]) -> tuple[Path | None, CheckpointInfo | None, list[str]]:
+    """The first checkpoint whose files are all sound, with its manifest, or None; and a sentence for each before it that is not."""
+    skipped = []
+    for path in candidates:
+        try:
+            return path, validate(path), skipped
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return None, None, skipped
+
+
+def evaluated(folder: Path, until: int | None = None) -> list[tuple[Path, float]]:
+    """The checkpoints that were evaluated, with their scores, best first, the earlier of equals first; of those up to step `until`."""
+    found = []
+    for path in list_checkpoints(folder):
+        try:
+            info = read_info(path)
+        except CheckpointError:
+            continue  # damaged: it is no use to know how good it was
+        if info.score is not None and (until is None or info.step <= until):
+            found.append((path, info))
+    return [(path, info.score) for path, info in sorted(found, key=lambda pair: (-pair[1].merit, step_of(pair[0])))]
+
+
+def load_checkpoint(path: Path, info: CheckpointInfo, engine: Engine, ema: Ema | None) -> None:
+    """Fill this rank's weights, moments and averages, and publish the weights to the model.
+
+    Raises CheckpointError where the checkpoint is of another model, or lacks something (EMA, the optimizer's moments).
+    """
+    shapes = {name: tuple(shape) for name, shape in info.shapes.items()}
+    if shapes != engine.shapes:
+        differing = sorted(name for name in shapes.keys() | engine.shapes if shapes.get(name) != engine.shapes.get(name))
+        raise CheckpointError(
+            f"{path} is of another model: {differing[0]} is {shapes.get(differing[0])} there and {engine.shapes.get(differing[0])} here"
+            + (f" (and {len(differing) - 1} more)" if len(differing) > 1 else "")
+        )
+    wanted = [
+        Wanted(f"{kind}/{fragment.name}", fragment.start, target)
+        for fragment in engine.fragments(everything=True)
+        for kind, target in {"model": fragment.master, **fragment.moments}.items()
+    ]
+    whole = {f"buffer/{name}": buffer for name, buffer in engine.buffers().items()}
+    if ema is not None:
+        wanted += [
+            Wanted(f"ema/{fragment.name}", fragment.start, average) for fragment, average in zip(ema.fragments, ema.averages, strict=False)
+        ]
+        whole |= {f"ema_buffer/{name}": average for name, average in ema.buffers.items()}
+    read = {key: torch.empty_like(buffer, memory_format=torch.contiguous_format) for key, buffer in whole.items()}
+    fill(nearest_first(path, info, engine.rank, engine.world), wanted + [Wanted(key, 0, buffer.view(-1)) for key, buffer in read.items()])
+    for key, buffer in whole.items():
+        buffer.copy_(read[key])
+    engine.set_optimizer_step_count(info.optimizer_step)
+    known = engine.loss_scale_state()
+    engine.set_loss_scale_state({key: value for key, value in info.loss_scale.items() if key in known})
+    engine.publish()
+
+
+def nearest_first(path: Path, info: CheckpointInfo, rank: int = 0, world: int = 1) -> list[Path]:
+    """A checkpoint's shards, for rank `rank` of `world`: what lies where it lies among all, the first one, which has the buffers, and then
+    the others by their distance. A rank that goes on with its own share finds all of it in these two, and opens no others.
+    """
+    names = sorted(info.shards, key=lambda name: (len(name), name))
+    own = rank * len(names) // world
+    order = sorted(range(len(names)), key=lambda index: (index != own, index != 0, abs(index - own)))
+    return [path / names[index] for index in order]
+
+
+def read_weights(path: Path, kind: str) -> dict[str, torch.Tensor]:
+    """The whole state dict of a checkpoint, fp32, put together from its shards; `kind` is "ema" or "model". Needs no process group.
+
+    Raises CheckpointError, StorageError.
+    """
+    info = read_info(path)
+    shards = nearest_first(path, info)
+    pieces = pieces_of(shards)
+    state, wanted = {}, []
+    for name, shape in info.shapes.items():
+        there = sum(piece.numel for piece in pieces.get(f"{kind}/{name}", []))
+        if there != prod(shape):  # before there is memory for it: a manifest may say what it likes
+            raise CheckpointError(f"{path}: {kind}/{name} has {there} of the {prod(shape)} elements of its shape")
+        state[name] = torch.empty(shape)
+        wanted.append(Wanted(f"{kind}/{name}", 0, state[name].view(-1)))
+    for prefix in ("buffer/", "ema_buffer/") if kind == "ema" else ("buffer/",):  # integers are not averaged
+        for key, (piece, *_) in pieces.items():
+            if key.startswith(prefix):
+                buffer = state[key.removeprefix(prefix)] = torch.empty(piece.shape, dtype=piece.dtype)
+                wanted.append(Wanted(key, 0, buffer.view(-1)))
+    fill(shards, wanted)
+    return state
+
+
+def write_final_weights(output: Path, path: Path, kind: str) -> None:
+    """Write `output/model.safetensors`: the whole state dict of checkpoint `path`, `kind` as in `read_weights`. One rank calls this.
+
+    Raises StorageError where it cannot be read or written.
+    """
+    info = read_info(path)
+    about = {"model": info.config["model"], "classes": info.classes, "step": info.step}
+    state, final = read_weights(path, kind), output / "model.safetensors"
+    temporary = final.with_name(f"{final.name}.tmp")
+
+    def write() -> None:
+        _save_file(state, temporary, {"catmodel": json.dumps(about)})
+        publish(temporary, final)
+
+    try:
+        retried(write, str(final))
+    except (StorageError, *LASTING) as error:
+        raise StorageError(
+            f"{final} cannot be written ({error.__cause__ or error}); the run's last checkpoint is whole: start again"
+        ) from error

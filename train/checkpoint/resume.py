@@ -1,0 +1,162 @@
+"""Which checkpoint a run starts from, and whether it may."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch.distributed as dist
+
+from data_pipeline.faults import StorageError, retried
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import Order
+from train.checkpoint.format import (
+    CheckpointError,
+    CheckpointInfo,
+    evaluated,
+    first_sound,
+    list_checkpoints,
+    load_checkpoint,
+    step_of,
+)
+from train.checkpoint.resume_point import Resume
+from train.config import Config, ConfigError, differences, parse_config
+from train.engine.deepspeed_engine import Engine
+from train.engine.ema import Ema
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The step to go on from (0 without a checkpoint), the checkpoint and what its manifest says, and sentences for the log.
+
+    best: score of the best checkpoint in the run's folder until then. began: CheckpointInfo's, of what is saved from here on.
+    """
+
+    step: int = 0
+    path: Path | None = None
+    info: CheckpointInfo | None = None
+    notes: list[str] = field(default_factory=list)
+    best: float | None = None
+    began: str | None = None
+
+
+def restore(resume: Resume, config: Config, manifest: Manifest, order: Order, engine: Engine, ema: Ema | None) -> Restored:
+    """Load the checkpoint that `resume` asks for; every rank calls this and gets the same.
+
+    Raises ConfigError if the checkpoint cannot or may not be used, StorageError if its disk does not answer; it never starts anew instead.
+    """
+    # Rank 0 reads and hashes; all ranks get its result or its error.
+    verdict: list = [None]
+    if dist.get_rank() == 0:
+        try:
+            verdict[0] = _choose(resume, config, manifest, order)
+        except (ConfigError, StorageError) as error:
+            verdict[0] = error
+    dist.broadcast_object_list(verdict)
+    if isinstance(verdict[0], Exception):
+        raise verdict[0]
+    restored = verdict[0]
+    if restored.path is not None:
+        load_checkpoint(restored.path, restored.info, engine, ema)
+    return restored
+
+
+def _choose(resume: Resume, config: Config, manifest: Manifest, order: Order) -> Restored:
+    checkpoints = resume.checkpoints
+    if resume.never:
+        if list_checkpoints(checkpoints):
+            raise ConfigError(f"{checkpoints} already has checkpoints; resume them (--resume auto) or choose another --output")
+        return Restored()
+    possible = resume.candidates()
+    path, info, skipped = first_sound(possible)
+    if path is None:
+        if not skipped:
+            return Restored()
+        if resume.checkpoint is None:
+            raise ConfigError(f"no checkpoint in {checkpoints} is sound ({skipped[0]}); remove them to start again")
+        raise ConfigError(skipped[-1])
+    notes = []
+    if skipped:
+        notes = [f"skipped a damaged checkpoint: {sentence}" for sentence in skipped]
+        notes.append(f"going back to {path} instead costs {step_of(possible[0]) - info.step} steps")
+    new = config.model_dump(mode="json")
+    old = _config_of(path, info).model_dump(mode="json")  # with the defaults of keys that are newer than it
+    changed = differences(old, new, free=False)
+    if info.dataset != manifest.split("train").identity:
+        changed.append(f"data.path ({info.config['data']['path']} → {config.data.path}: other images or labels)")
+    if changed and not resume.with_changes:
+        raise ConfigError(
+            f"{path} was trained with other settings: {', '.join(changed)}; set them back, choose another --output, "
+            "or give --resume-with-changes to go on all the same"
+        )
+    notes += [f"changed since the checkpoint: {item}" for item in changed + differences(old, new, free=True)]
+    begins = resume.checkpoint is not None and path == possible[-1]  # at the very checkpoint that was named
+    step = _converted(path, info, old, manifest, order, elsewhere=begins and not resume.is_own(path))
+    if step != info.step:
+        notes.append(f"step {info.step}, the end of epoch {step // order.steps_per_epoch}, is step {step} from here on")
+    began = info.began
+    if begins:
+        began = resume.name_of(path)
+        # The next start must not take another line's checkpoints for this run's newest.
+        own = list_checkpoints(checkpoints)
+        notes += _set_aside(own if not resume.is_own(path) else [other for other in own if step_of(other) > info.step])
+    elif resume.checkpoint is not None:
+        notes.append(f"this run began at {resume.checkpoint} before: it goes on from {path}. To begin there again, take another --output")
+    best = next((score for _, score in evaluated(checkpoints, until=step)), None)
+    return Restored(step, path, info, notes, best, began)
+
+
+def _config_of(path: Path, info: CheckpointInfo) -> Config:
+    try:
+        return parse_config(info.config, source=str(path))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error  # the text has a stranger's values in it
+
+
+def _converted(path: Path, info: CheckpointInfo, old: dict, manifest: Manifest, order: Order, *, elsewhere: bool) -> int:
+    """The step to go on from: the checkpoint's, or where an epoch has another number of steps now, the one at the same epoch's end.
+
+    elsewhere: the run begins with the checkpoint of another folder, so no other has a number that counts such steps as there were before.
+    """
+    before = info.steps_per_epoch
+    if not before and info.dataset == manifest.split("train").identity:
+        before = order.samples // old["train"]["global_batch"]
+    if before == order.steps_per_epoch:
+        return info.step
+    if not before:
+        raise ConfigError(f"{path} is of another dataset, and does not say how many steps an epoch had: take it as model.init_from")
+    what = f"{path}: an epoch had {before} steps there, and has {order.steps_per_epoch} with this train.global_batch and dataset"
+    if not elsewhere:
+        raise ConfigError(f"{what}; go on in a new folder: --output NEW --resume {path} --resume-with-changes")
+    if info.step % before:
+        raise ConfigError(f"{what}; that can be gone on from at an epoch's end alone, and step {info.step} is none")
+    return info.step // before * order.steps_per_epoch
+
+
+def _set_aside(paths: Iterable[Path]) -> list[str]:
+    """Rename checkpoints that are no part of what comes next; returns sentences for the log."""
+    notes = []
+    for path in paths:
+        aside, number = path.with_name(f"superseded_{path.name}"), 1
+        while aside.exists():
+            number += 1
+            aside = path.with_name(f"superseded_{path.name}_{number}")
+        retried(lambda old=path, new=aside: os.rename(old, new), str(path))
+        notes.append(f"{path} is behind this start: renamed to {aside.name}")
+    return notes
+
+
+def lost_steps(metrics: Path, start: int) -> int:
+    """How many steps after `start` an earlier start of the run has written to metrics.jsonl: they are taken again."""
+    if not metrics.exists():
+        return 0
+    with open(metrics, "rb") as file:
+        file.seek(max(0, metrics.stat().st_size - 1_000_000))
+        for line in reversed(file.read().splitlines()):
+            with contextlib.suppress(ValueError):  # cut at either end
+                document = json.loads(line)
+                if document["kind"] == "train":
+                    return max(0, document["step"] - start)
+    return 0

@@ -1,0 +1,94 @@
+"""A trained model, from a run's folder or a checkpoint's: what evaluation, export and prediction begin with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from train.config import Config, ConfigError, parse_config
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from train.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The weights of `checkpoint` that `weights` names ("ema" or "model"), fp32, with the config and the class names of their run."""
+
+    checkpoint: Path
+    config: Config
+    classes: list[str]
+    weights: str
+    state: dict[str, "Tensor"]
+    notes: list[str]  # sentences on checkpoints that were passed over as damaged
+
+    def task(self) -> "Task":
+        """The task that the weights were trained for. Raises CheckpointError if its network has other weights than these."""
+        from train.tasks.base import build_task
+
+        task = build_task(self.config, self.classes)
+        self._check(task)
+        return task
+
+    def model(self) -> "nn.Module":
+        """The network, on the CPU, in evaluation mode."""
+        model = self.task().build_model()
+        model.load_state_dict(self.state)
+        return model.eval()
+
+    def _check(self, task: "Task") -> None:
+        """Compare names and shapes before memory is allocated for a model: the config may come from a stranger and name any size."""
+        import torch
+
+        from train.checkpoint.pieces import CheckpointError
+
+        if sum(self.config.model.depths or ()) > len(self.state):
+            raise CheckpointError(f"{self.checkpoint} has more model.depths than weights")
+        try:
+            with torch.device("meta"):
+                model = task.build_model()
+        except (ConfigError, RuntimeError, ValueError, ArithmeticError) as error:
+            raise CheckpointError(f"{self.checkpoint}: the model of its config cannot be built ({error})") from error
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        differing = [name for name in shapes.keys() | self.state if name not in shapes or name not in self.state]
+        differing += [name for name in shapes if name in self.state and self.state[name].shape != shapes[name]]
+        if differing:
+            raise CheckpointError(
+                f"{self.checkpoint}: its weights are not those of its model.name {self.config.model.name}: {min(differing)}"
+            )
+
+
+def check_target(target: str, best: bool = False) -> Path:
+    """Raises ConfigError, before torch is imported, where there is no such folder, or with `best` where it is no run's."""
+    if not Path(target).is_dir():
+        raise ConfigError(f"{target} is neither a run's folder nor a checkpoint")
+    if best and not (Path(target) / "checkpoints").is_dir():
+        raise ConfigError(f"--best chooses among a run's checkpoints, and {target} is no run's folder; leave it out")
+    return Path(target)
+
+
+def read_trained(target: Path, weights: str | None = None, *, best: bool = False) -> Trained:
+    """target: a run's folder or a checkpoint's. weights: "ema" or "model"; by default the EMA, where the run has it.
+
+    Of a run, its newest sound checkpoint is taken, or with `best` the one whose evaluation had the best top-1 (the EMA's, where there is
+    one). Raises ConfigError; StorageError where the disk does not answer.
+    """
+    from train.checkpoint.format import evaluated, first_sound, list_checkpoints, read_weights, validate
+    from train.checkpoint.pieces import CheckpointError
+
+    folder = target / "checkpoints"
+    if folder.is_dir():
+        candidates = [path for path, _ in evaluated(folder)] if best else list_checkpoints(folder)
+        checkpoint, info, notes = first_sound(candidates)
+        if checkpoint is None:
+            kind = "no sound checkpoint that was evaluated; leave out --best" if best else "no sound checkpoint"
+            raise ConfigError(f"{folder} has {kind}")
+    else:
+        checkpoint, info, notes = target, validate(target), []
+    try:
+        config = parse_config(info.config, source=str(checkpoint))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error  # the text has a stranger's values in it
+    weights = weights or ("ema" if config.ema.decay else "model")
+    return Trained(checkpoint, config, info.classes, weights, read_weights(checkpoint, weights), [f"passed over: {note}" for note in notes])

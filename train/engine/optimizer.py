@@ -1,0 +1,56 @@
+"""Parameter groups, and the optimizers of the papers as torch has them."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from train.config_sections import OptimizerConfig
+from train.engine.muon import Muon
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Two groups: with weight decay, and without for 1-D parameters (biases, norms) and those `model.no_weight_decay()` names.
+
+    With a layer_decay below 1 it is two for each of the model's layers (`layer_of`), with `lr_scale`, what their learning rate is
+    multiplied by: layer_decay ** (the last layer's number - theirs) (BEiT, arXiv 2106.08254).
+    """
+    exempt = model.no_weight_decay()
+    layers = {name: model.layer_of(name) if layer_decay < 1 else 0 for name, _ in model.named_parameters()}
+    last = max(layers.values())
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            bare = parameter.ndim <= 1 or name in exempt
+            groups[layers[name], bare].append(parameter)
+    return [
+        {"params": groups[layer, bare], "weight_decay": 0.0 if bare else weight_decay, "lr_scale": layer_decay ** (last - layer)}
+        for layer, bare in sorted(groups)
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW, SGD with momentum, or Muon. The learning rate starts at 0: the trainer sets it before every step."""
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    if config.name == "muon":
+        linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+        hidden = {layer.weight for name, layer in linears.items() if name not in ("head", "fc")}
+        parts = [
+            {**group, "params": [p for p in group["params"] if (p in hidden) == matrices], "matrices": matrices}
+            for group in groups
+            for matrices in (True, False)
+        ]
+        groups = [part for part in parts if part["params"]]
+        return Muon(groups, lr=0.0, momentum=config.momentum, betas=config.betas, eps=config.eps)
+    return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+
+
+def initial_state(optimizer: torch.optim.Optimizer, group: dict, master: Tensor) -> dict[str, Tensor]:
+    """The optimizer's state for one fp32 tensor of a parameter group before its first step, as torch would make it lazily."""
+    if isinstance(optimizer, torch.optim.AdamW) and not group.get("matrices"):
+        # A fused AdamW counts its steps on the parameter's device.
+        count = torch.zeros((), dtype=torch.float32, device=master.device)
+        return {"step": count, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+    return {"momentum_buffer": torch.zeros_like(master)}

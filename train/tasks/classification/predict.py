@@ -1,0 +1,123 @@
+"""The classes of image files outside of a dataset: decoded, cropped and normalised as in an evaluation."""
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.augment import normalise
+from data_pipeline.config import AugmentConfig, DataConfig
+from data_pipeline.crop import evaluation_windows
+from data_pipeline.decode import decode_batch
+from data_pipeline.jpeg import read_header
+from data_pipeline.validate import MAX_PIXELS, BadImage, check_image
+from train.telemetry.formatting import printable
+
+AHEAD = 3  # batches that are decoded while the model has one
+
+
+@dataclass(frozen=True)
+class ImageClasses:
+    """The most probable classes of an image and their probabilities 0..1, best first; or why the image could not be read."""
+
+    path: Path
+    classes: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    problem: str | None = None
+
+    def text(self) -> str:
+        pairs = zip(self.classes, self.probabilities, strict=True)
+        return "\n".join([str(self.path), *(f"  {100 * probability:5.1f} %  {printable(name)}" for name, probability in pairs)])
+
+    def json(self) -> dict[str, Any]:
+        pairs = zip(self.classes, self.probabilities, strict=True)
+        return {"image": str(self.path), "top": [{"class": name, "probability": probability} for name, probability in pairs]}
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    paths: Sequence[Path],
+    data: DataConfig,
+    augment: AugmentConfig,
+    names: Sequence[str],
+    device: torch.device,
+    batch: int,
+    top: int,
+) -> Iterator[ImageClasses]:
+    """The `top` classes, of those that `names` lists, of each path, in their order. `model`: in evaluation mode, on `device`.
+
+    Threads, one for each core, decode a few batches ahead of the model; results are returned while later images are still read.
+    """
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as threads:
+        starts = iter(range(0, len(paths), batch))
+        pending: deque[tuple[Sequence[Path], np.ndarray, list[Future]]] = deque()
+
+        def submit() -> None:
+            if (start := next(starts, None)) is not None:
+                chosen = paths[start : start + batch]
+                pixels = np.zeros((len(chosen), data.image_size, data.image_size, 3), np.uint8)
+                pending.append((chosen, pixels, [threads.submit(_read, *pair, data) for pair in zip(chosen, pixels, strict=True)]))
+
+        for _ in range(AHEAD):
+            submit()
+        while pending:
+            chosen, pixels, jobs = pending.popleft()
+            problems = [job.result() for job in jobs]
+            submit()
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
+            probabilities, classes = _best(model(normalise(images, augment)), top)
+            for path, problem, *best in zip(chosen, problems, classes.tolist(), probabilities.tolist(), strict=True):
+                numbers, shares = best
+                if problem:
+                    yield ImageClasses(path, problem=problem)
+                else:
+                    yield ImageClasses(path, tuple(names[number] for number in numbers), tuple(shares))
+
+
+def _best(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    best = logits.float().softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
+    return best.values.cpu(), best.indices.cpu()
+
+
+def _read(path: Path, pixels: np.ndarray, data: DataConfig) -> str | None:
+    """Decode one image into `pixels`, uint8 [S, S, 3]. Returns why it cannot be decoded, or None.
+
+    A JPEG goes straight to the decoder, which notices damage only inside the window that is cut out. An image that it refuses, and every
+    other format, is converted first as `launch/prepare.py` would.
+    """
+    try:
+        encoded = path.read_bytes()
+        size = _size_of_jpeg(encoded)
+        if size is None or _decode(encoded, size, pixels, data):
+            stored = check_image(encoded)
+            return _decode(stored.data, (stored.width, stored.height), pixels, data)
+    except OSError as error:
+        return error.strerror or str(error)
+    except BadImage as error:
+        return str(error)
+    return None
+
+
+def _size_of_jpeg(encoded: bytes) -> tuple[int, int] | None:
+    """(width, height) of a JPEG that the decoder takes as it is, as far as its header tells."""
+    if not encoded.startswith(b"\xff\xd8"):
+        return None
+    try:
+        width, height, colorspace = read_header(encoded)
+    except ValueError:
+        return None
+    return (width, height) if colorspace not in ("CMYK", "YCCK") and width * height <= MAX_PIXELS else None
+
+
+def _decode(encoded: bytes, size: tuple[int, int], pixels: np.ndarray, data: DataConfig) -> str | None:
+    dimensions = np.array([size])
+    windows = evaluation_windows(*dimensions.T, data.eval_crop)
+    return decode_batch([encoded], dimensions, windows, data.image_size, data.interpolation, pixels[None]).get(0)

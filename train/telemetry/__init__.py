@@ -1,0 +1,1 @@
+"""What a run reports: metrics.jsonl, TensorBoard, logs and goodput."""
