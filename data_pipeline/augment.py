@@ -3,7 +3,7 @@
 All random choices are functions of a sample's key (augment_choices.py), so the augmentation of an image does not
 depend on its neighbours, its place in the batch, or the device. `sample_keys` makes the keys of a micro-batch.
 
-Only images are transformed. Targets that depend on positions (boxes, masks) are not.
+Only images are transformed, so a task with targets that depend on positions must leave out geometric operations.
 """
 
 import functools
