@@ -319,7 +319,7 @@ class Engine:
 
     @torch.no_grad()
     def _add_up(self, weights: list[Tensor]) -> None:
-        """ZeRO 0 in half precision: add a micro-batch's gradients to the step's sum; at the last, sum over ranks too."""
+        """ZeRO 0 in half precision: add a micro-batch's gradients to the sum; after the last one, sum over ranks."""
         gradient = torch.cat([weight.grad.reshape(-1) for weight in weights])
         self._sum = gradient.float() if self._sum is None else self._sum.add_(gradient)
         for weight in weights:
