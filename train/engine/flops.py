@@ -215,7 +215,6 @@ class _FusedAttention(torch.autograd.Function):
         q, k, v, bias = ctx.saved_tensors
         gradients = [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)]
         gradients += [torch.empty_like(bias)] if ctx.needs_input_grad[4] else [None]
-        ctx.traffic.add(
-            "fused attention, backward", q, k, v, bias, q, gradient, gradients
-        )  # the second q stands for the result, which has its size
+        # The second q stands for the result, which has its size.
+        ctx.traffic.add("fused attention, backward", q, k, v, bias, q, gradient, gradients)
         return (None, *gradients)

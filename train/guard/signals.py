@@ -1,4 +1,4 @@
-"""Requests to stop. Imported first of all: a signal that comes while the rest is being imported must not be lost."""
+"""Stop requests by signals. Imported first, so that a signal that arrives during the other imports is not lost."""
 
 import os
 import signal
@@ -11,10 +11,13 @@ STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """Remembers the first SIGTERM, SIGUSR1 or SIGINT since `install`; a second SIGINT interrupts at once, as it always does.
+    """Remembers in `received` the first SIGTERM, SIGUSR1 or SIGINT since `install`.
 
-    Python runs a handler only between two of the main thread's instructions, which do not come while a collective waits. So a thread
-    listens to the pipe into which Python's C handler writes the signal's number.
+    A second SIGINT raises KeyboardInterrupt.
+
+    Python runs signal handlers only between two bytecode instructions of the main thread, that is not while it waits in
+    a collective. Therefore a thread reads the pipe into which Python's C handler writes the signal's number
+    (`signal.set_wakeup_fd`).
     """
 
     def __init__(self):
@@ -23,22 +26,27 @@ class StopSignals:
         self._interrupts = 0
 
     def install(self) -> None:
+        """Handle the signals from now on. Must be called in the main thread."""
         read, write = os.pipe()
         os.set_blocking(write, False)
-        signal.set_wakeup_fd(write)  # before the handlers: what they are told would not be written otherwise
+        signal.set_wakeup_fd(write)  # before the handlers are set, so that no signal goes unwritten
         threading.Thread(target=self._listen, args=[read], name="signals", daemon=True).start()
         for number in STOP:
             signal.signal(number, self._handle)
 
     def follow_launcher(self) -> None:
-        """Where the `deepspeed` command has started this rank: its end is a request to stop, too, as it hands no signal on."""
+        """If the `deepspeed` command started this rank, treat its end as SIGTERM, because it forwards no signals."""
         launcher = os.getppid()
         command = _parent(launcher)
-        if command and b"deepspeed.launcher.launch" in _command_line(launcher) and b"deepspeed" in _command_line(command):
+        if (
+            command
+            and b"deepspeed.launcher.launch" in _command_line(launcher)
+            and b"deepspeed" in _command_line(command)
+        ):
             threading.Thread(target=self._follow, args=[launcher, command], name="launcher", daemon=True).start()
 
     def call(self, action: Callable[[], None]) -> None:
-        """Call `action` when a signal comes, from another thread; at once where one has come already."""
+        """Call `action` from another thread when a signal arrives, or at once if one has arrived already."""
         self._call = action
         if self.received:
             action()
@@ -63,9 +71,10 @@ class StopSignals:
 
 
 def _parent(process: int) -> int | None:
+    """Process id of the parent; None if the process has ended."""
     try:
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:  # it has ended
+    except OSError:
         return None
 
 
