@@ -9,7 +9,8 @@ import torch
 
 import catmodel
 from tests.runs import ROOT, metrics
-from train.config import FAMILY_KEYS, family_of, load_config
+from train.config import load_config
+from train.config_sections import FAMILY_KEYS, family_of
 from train.engine.schedule import learning_rate
 from train.tasks.classification.task import build_model
 

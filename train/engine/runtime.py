@@ -2,17 +2,18 @@
 
 import ctypes
 import os
+import platform
 import resource
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from train.engine.deepspeed_engine import init_process_group
 from train.engine.network_interface import choose_interface
-from train.telemetry import start_message
 
 # CPU capabilities with bf16 arithmetic, by torch's names: x86, then ARM.
 BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
@@ -47,7 +48,7 @@ class Runtime:
 
     def device_name(self) -> str:
         """The device's name, such as "NVIDIA H200"."""
-        return start_message.device_name(self.device)
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor_name()
 
     def advice(self, precision: str) -> list[str]:
         """Recommendations for the log, in sentences."""
@@ -58,6 +59,12 @@ class Runtime:
         ):
             return ["this processor has no bf16 instructions: train.precision=fp32 is faster"]
         return []
+
+
+def processor_name() -> str:
+    """Model name of this machine's processor; its architecture if the kernel reports no name, as on ARM."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def start_runtime(patience: float = PATIENCE) -> Runtime:
@@ -136,11 +143,3 @@ def _cores_of_this_rank() -> int:
 def stop_runtime() -> None:
     """Leave the process group."""
     dist.destroy_process_group()
-
-
-# For train/trainer.py and operate/doctor/machine.py, until they import telemetry.start_message themselves.
-program_versions = start_message.program_versions
-
-
-def start_times(lock) -> dict[str, float | None]:
-    return start_message.start_times(lock.previous if lock else None)

@@ -24,9 +24,13 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._call: Callable[[], None] | None = None
         self._interrupts = 0
+        self._installed = False
 
     def install(self) -> None:
-        """Handle the signals from now on. Must be called in the main thread."""
+        """Handle the signals from now on; further calls have no effect. Must be called in the main thread."""
+        if self._installed:
+            return
+        self._installed = True
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)  # before the handlers are set, so that no signal goes unwritten

@@ -1,22 +1,50 @@
-"""Facts about this process for the start message: its age, the device's name, the versions of the program."""
+"""What a start of a run says of itself: where it begins, on what machine, with which versions, and how old its process is."""
 
 import os
 import platform
+import socket
 import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from train.telemetry.metrics import Metric, describe_metrics
+from train.telemetry.monitor import Monitor
+
+
+def announce_start(
+    monitor: Monitor,
+    metrics: tuple[Metric, ...],
+    checkpoint: Path | None,
+    step: int,
+    last: int,
+    lost: int,
+    where: str,
+    fields: dict[str, Any],
+) -> None:
+    """Write the `start` or `resume` event of metrics.jsonl, and its sentence for people.
+
+    checkpoint: the one that the run goes on from, of `step`. last: the run's last step. lost: steps that are taken again. where: the ranks
+    and their devices, in words. fields: further fields of the event.
+    """
+    again = f" ({lost} steps are taken again)" if lost else ""
+    config, tensorboard = monitor.config, monitor.output / "tensorboard"
+    what = f"resumed from {checkpoint}" if checkpoint else f"training {config.model.name} on {config.data.path}"
+    text = f"{what}: step {step} of {last}{again}, {where}, TensorBoard: tensorboard --logdir {tensorboard}"
+    fields = {**fields, "lost_steps": lost, "last": last, "host": socket.gethostname(), "metrics": describe_metrics(metrics)}
+    fields["samples"] = monitor.samples
+    monitor.event("resume" if checkpoint else "start", step, text, **fields)
+
 
 def start_times(previous: dict | None) -> dict[str, float | None]:
-    """Seconds since this process began, and seconds between the previous start's last sign of life and that moment.
+    """For goodput: seconds since this process began, and from the last sign of life of the start before it (None: unknown) to then.
 
-    These are the fields of a start event that goodput accounts for. `previous`: RunLock.previous; without it the fields
-    that describe the previous start are None.
+    previous: that start's record in the run's lock.
     """
-    # Field 22 of /proc/self/stat: the process's start, in clock ticks since the machine booted.
+    # Linux counts clock ticks from the machine's start to the process's.
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return {
@@ -26,30 +54,11 @@ def start_times(previous: dict | None) -> dict[str, float | None]:
     }
 
 
-def device_name(device: torch.device) -> str:
-    """Name of a GPU, such as "NVIDIA H200", or of this machine's processor."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-
-
-def processor_name() -> str:
-    """Model name of this machine's processor; its architecture if the kernel reports no name, as on ARM."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
 def program_versions() -> dict[str, str]:
-    """Versions of Python, torch and DeepSpeed, and the git commit of this program.
-
-    The commit ends with "-dirty" if files differ from it, and is "" outside a git checkout.
-    """
+    """Versions of python, torch and deepspeed, and the git commit of this program ("-dirty" if files differ, "" without a checkout)."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": version("deepspeed"),
-        "git": commit,
-    }
+    return {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": version("deepspeed"), "git": commit}
