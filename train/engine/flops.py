@@ -128,9 +128,10 @@ def flops_per_image(model: nn.Module, size: int, *, training: bool) -> float:
 def training_flops(
     model: nn.Module, example: Callable[[int, torch.device, torch.dtype], Tensor], device: torch.device
 ) -> tuple[float, float] | None:
-    """FLOPs of a sample, forward and backward, and FLOPs a second of `device` at its peak; None if the peak is not known.
+    """FLOPs of one sample, forward and backward, and the peak FLOPs per second of `device`.
 
-    example: (count, device, dtype) → the model's input for so many samples.
+    None if the peak is not known. example: a function of (count, device, dtype) that returns a model's input of `count`
+    samples.
     """
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak is None:

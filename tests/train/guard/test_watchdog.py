@@ -66,11 +66,11 @@ def _never_ends(output):
 
 
 def _never_lets_go(output):
-    ctypes.PyDLL(None).sleep(600)  # in C, and no thread of Python's can run meanwhile
+    ctypes.PyDLL(None).sleep(600)  # in C, holding the GIL
 
 
 def _starts_alone(output, port):
-    """Rank 0 of two, of which the other never comes."""
+    """Rank 0 of two; the other never starts."""
     stream = open(output / "stderr_0", "w", buffering=1)
     os.dup2(stream.fileno(), 2)
     sys.stderr = stream
@@ -167,7 +167,7 @@ def stuck(output):
 
 def gil_held(output):
     (output / "stacks").mkdir()
-    os.mkfifo(output / "stacks" / "rank_0.txt")  # nobody reads: opening it waits for ever, as on a disk that hangs
+    os.mkfifo(output / "stacks" / "rank_0.txt")  # opening it blocks, as on a disk that hangs
     job = Job.start(output, stuck=_never_lets_go)
     return job, job.wait(0) + job.wait(1, timeout=0)  # a launcher would kill the other
 
@@ -284,7 +284,7 @@ def beat(count, section="step", step=7, *, place="all_reduce (c.py:1)", waiting=
         ([beat(1), beat(1)], [beat(4), beat(4, place="next (f.py:2)", waiting=False)], "behind: rank 1 (5 s in step of step 7, at next"),
         ([beat(1)] * 3, [beat(4), beat(4, place="wait (g.py:2)"), beat(4)], "furthest behind: rank 1 ("),
         ([beat(1)] * 9, [beat(4)] * 9, "and 5 more."),
-        # All hosts wait for their devices; one of these has not finished what the others have.
+        # All hosts wait for their devices, of which one is behind.
         ([beat(1)] * 3, [beat(4), beat(4), beat(4, completed=5)], "behind: rank 2 (5 s in step of step 7, at all_reduce"),
     ],
 )  # fmt: skip
@@ -293,7 +293,7 @@ def test_blame(first, second, sentence):
 
 
 class Shelf(dict):
-    """What `_Judge` asks of the store."""
+    """The part of the store that `_Judge` uses."""
 
     set_once = dict.setdefault
 
