@@ -70,9 +70,9 @@ def test_nothing_of_a_users_is_removed(tmp_path):
     (folder / ".step_00000008.1234abcd.tmp").mkdir()
     (folder / ".step_00000008.1234abcd.tmp/shard_00000.safetensors").write_text("half")
     before = set(names(folder))
-    assert clean_up(folder) == [f"{folder / '.step_00000007.tmp'} is not removed: thesis.tex in it is not a checkpoint's"]
+    assert clean_up(folder) == [f"{folder / '.step_00000007.tmp'} is not removed: it contains thesis.tex, which is not a checkpoint's file"]
     assert before - set(names(folder)) == {".step_00000008.1234abcd.tmp"}
-    assert prune(folder, 4, 1) == [f"{folder / 'step_00000002'} is not removed: notes.txt in it is not a checkpoint's"]
+    assert prune(folder, 4, 1) == [f"{folder / 'step_00000002'} is not removed: it contains notes.txt, which is not a checkpoint's file"]
     assert before - set(names(folder)) == {".step_00000008.1234abcd.tmp", "step_00000003"}
     assert (folder / "step_00000002/shard_00000.safetensors").exists() and (elsewhere / "manifest.json").exists()
 
@@ -125,6 +125,6 @@ def test_a_run_starts_whatever_lies_in_its_folder(tiny_config, tmp_path):
     left.mkdir(parents=True)
     (left / "notes.txt").write_text("keep me")
     job = run(tiny_config, tmp_path, *SETTINGS, "train.max_steps=2")
-    assert f"{left} is not removed: notes.txt in it" in job.text() and (left / "notes.txt").exists()
+    assert f"{left} is not removed: it contains notes.txt" in job.text() and (left / "notes.txt").exists()
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_00000002"]
     assert json.loads((tmp_path / "checkpoints/step_00000002/manifest.json").read_text())["steps_per_epoch"] == 8

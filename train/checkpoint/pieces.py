@@ -82,12 +82,12 @@ class Shard:
         size = self._attempt(lambda: os.fstat(self._file).st_size)
         length = int.from_bytes(self._bytes(8, 0), "little")
         if length > min(HEADER, size - 8):
-            raise CheckpointError(f"{path} is damaged: its header does not fit into it")
+            raise CheckpointError(f"{path} is damaged: its header is too long")
         try:
             self.pieces = _parse(self._bytes(length, 8), 8 + length, size)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
-                f"{path} is damaged: its header is not one of a shard ({type(error).__name__}: {error})"
+                f"{path} is damaged: its header is not a valid shard header ({type(error).__name__}: {error})"
             ) from error
 
     def __enter__(self) -> "Shard":
@@ -164,7 +164,7 @@ def _parse(header: bytearray, begin: int, size: int) -> dict[str, Piece]:
         first, last = entry["data_offsets"]
         shape, start = tuple(entry["shape"]), starts.get(key, 0)
         if any(type(number) is not int or number < 0 for number in (first, last, start, *shape)):
-            raise ValueError(f"{key!r} has a place that is not a number of elements or bytes")
+            raise ValueError(f"{key!r} has an offset or size that is not a natural number")
         dtype, numel = DTYPES[entry["dtype"]], prod(shape)
         if last - first != numel * dtype.itemsize or begin + last > size:
             raise ValueError(f"{key!r} does not lie inside the file")

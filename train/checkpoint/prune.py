@@ -88,7 +88,7 @@ def _refuse_foreign(folder: Path) -> None:
     """Raise OSError if the folder contains anything but a checkpoint's files."""
     foreign = sorted(path.name for path in folder.iterdir() if path.is_dir() or not OWN.fullmatch(path.name))
     if foreign:
-        raise OSError(f"{foreign[0]} in it is not a checkpoint's")
+        raise OSError(f"it contains {foreign[0]}, which is not a checkpoint's file")
 
 
 def _sentence(path: Path, error: OSError) -> str:

@@ -167,7 +167,7 @@ class Watchdog:
                         "a rank or its node is missing, or cannot reach the others."
                     )
                 elif self._lost:
-                    self._verdict = f"{found} Rank 0 is dead: it has left the store that it keeps."
+                    self._verdict = f"{found} Rank 0 is dead: the store that it keeps is gone."
                 elif now - max(self._answered, woke) > SILENT:
                     self._verdict = (
                         f"{found} Silent, so frozen or dead: rank 0, which keeps the store and does not answer."
