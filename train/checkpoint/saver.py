@@ -2,16 +2,15 @@
 
 A save goes through these stages:
 
-1. Every rank copies its share of the state to host memory (`snapshot`). Training waits for this only.
-2. A thread of each rank writes the share into a shard in a temporary folder, and reports its hash, or an error, in the
-store under `save/<number>/<rank>`.
-3. When all ranks have reported success, rank 0 writes the manifest, renames the folder to the checkpoint's name, and
-reports the result under `save/<number>/end`. Otherwise it removes the temporary folder.
-4. The threads of all ranks read that result, which the main thread logs later (`tell`). After a success rank 0 removes
-old checkpoints.
+1. Every rank copies its share of the state to host memory (`snapshot`). Training continues after that.
+2. A thread of every rank writes the share to a shard in a temporary folder, and reports the shard's hash, or an error,
+   in the store under `save/<number>/<rank>`.
+3. When all ranks have reported success, rank 0 writes the manifest and renames the folder to the checkpoint's name. It
+   reports success, or an error, under `save/<number>/end`.
+4. The threads of all ranks read that report; the main threads log it later (`tell`). Then rank 0 removes old
+   checkpoints, or, after an error, the temporary folder.
 
-A rank that cannot write therefore does not stop training, and earlier checkpoints are not touched until a save has
-succeeded.
+So a rank that cannot write does not stop training, and earlier checkpoints stay until a save has succeeded.
 """
 
 import queue
@@ -164,6 +163,7 @@ class Saver:
                 )
 
     def _run_all(self) -> None:
+        """The saving thread."""
         while True:
             try:
                 self._run(*self._work.get())
@@ -213,6 +213,7 @@ class Saver:
         self.store.set(key, answer)
 
     def _write(self, folder: Path, tensors: dict[str, Tensor], starts: dict[str, int]) -> str:
+        """Write this rank's shard; returns "ok", its name and its hash. Raises ValueError if a weight is not finite."""
         broken = [key for key, tensor in tensors.items() if key.startswith("model/") and not tensor.isfinite().all()]
         if broken:
             raise ValueError(f"{broken[0].removeprefix('model/')} is not finite: such weights are not saved")
@@ -221,6 +222,10 @@ class Saver:
         return f"ok {name} {write_shard(folder / name, tensors, starts)}"
 
     def _commit(self, info: CheckpointInfo, key: str, temporary: Path, final: Path, began: float) -> str:
+        """Rank 0: wait for the shards of all ranks, write the manifest and rename the folder; returns "ok".
+
+        Raises OSError if a rank failed, TimeoutError if one has not reported within guard.timeout.save.
+        """
         shards, failures = {}, []
         for rank in range(self.engine.world):
             answer = self.store.wait_for(f"{key}/{rank}", max(0.0, began + self.timeout - time.monotonic()))
