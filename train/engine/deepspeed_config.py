@@ -70,10 +70,8 @@ def deepspeed_config(config: Config, accumulation: int, device: torch.device) ->
         "timers": {"throughput": {"enabled": False}},  # it synchronises twice per micro-batch
     }
     if ours:
-        return {
-            **settings,
-            "fp16": {"enabled": False, "loss_scale": 1},
-        }  # 0 would select dynamic scaling for fp16 weights
+        # A loss_scale of 0 would select dynamic scaling for fp16 weights, although fp16 is not enabled.
+        return {**settings, "fp16": {"enabled": False, "loss_scale": 1}}
     if precision != "fp32":
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return {**settings, "bf16": {"enabled": precision == "bf16"}, "fp16": {"enabled": precision == "fp16"}}

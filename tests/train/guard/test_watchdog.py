@@ -277,17 +277,33 @@ def beat(count, section="step", step=7, *, place="all_reduce (c.py:1)", waiting=
 @pytest.mark.parametrize(
     "first, second, sentence",
     [
-        ([beat(1), beat(1), beat(1)], [beat(4), beat(1), None], "at all_reduce (c.py:1), step 6 complete); rank 2 (no heartbeat"),
+        (
+            [beat(1), beat(1), beat(1)],
+            [beat(4), beat(1), None],
+            "at all_reduce (c.py:1), step 6 complete); rank 2 (no heartbeat",
+        ),
         ([beat(1), None], [beat(4), beat(1)], "All ranks live; furthest behind: rank 0"),
         ([beat(1), beat(1)], [beat(4), beat(4, step=6)], "furthest behind: rank 1 (5 s in step of step 6"),
-        ([beat(1), beat(1)], [beat(4, "save"), beat(4, "evaluation")], "furthest behind: rank 1 (5 s in evaluation of step 7"),
-        ([beat(1), beat(1)], [beat(4), beat(4, place="next (f.py:2)", waiting=False)], "behind: rank 1 (5 s in step of step 7, at next"),
+        (
+            [beat(1), beat(1)],
+            [beat(4, "save"), beat(4, "evaluation")],
+            "furthest behind: rank 1 (5 s in evaluation of step 7",
+        ),
+        (
+            [beat(1), beat(1)],
+            [beat(4), beat(4, place="next (f.py:2)", waiting=False)],
+            "behind: rank 1 (5 s in step of step 7, at next",
+        ),
         ([beat(1)] * 3, [beat(4), beat(4, place="wait (g.py:2)"), beat(4)], "furthest behind: rank 1 ("),
         ([beat(1)] * 9, [beat(4)] * 9, "and 5 more."),
         # All hosts wait for their devices, of which one is behind.
-        ([beat(1)] * 3, [beat(4), beat(4), beat(4, completed=5)], "behind: rank 2 (5 s in step of step 7, at all_reduce"),
+        (
+            [beat(1)] * 3,
+            [beat(4), beat(4), beat(4, completed=5)],
+            "behind: rank 2 (5 s in step of step 7, at all_reduce",
+        ),
     ],
-)  # fmt: skip
+)
 def test_blame(first, second, sentence):
     assert sentence in blame(first, second)
 
@@ -303,11 +319,10 @@ def test_one_judges_and_the_next_where_no_sentence_comes():
     first, second, third = (_Judge(shelf, name) for name in "123")
     assert [judge.is_me(place, 10) for judge in (first, second, third)] == [True, False, False]
     assert first.is_me(place, 11) and not second.is_me(place, 10 + JUDGING)
-    assert second.is_me(place, 10.5 + JUDGING) and not third.is_me(place, 11 + JUDGING)  # the first one has been silent
+    assert second.is_me(place, 10.5 + JUDGING) and not third.is_me(place, 11 + JUDGING)  # the first has not reported
     assert third.is_me(_Place("evaluation", 7, 90.0, 4.0), 100)  # another section, another judge
-    later = _Place(
-        "evaluation", 7, 200.0, 4.0
-    )  # entered anew, while the judge of the time before lives on and has nothing to say
+    # Entered again, while the previous judge lives but does not report.
+    later = _Place("evaluation", 7, 200.0, 4.0)
     assert not second.is_me(later, 300) and second.is_me(later, 301 + JUDGING)
 
 
