@@ -13,7 +13,10 @@ from train.checkpoint.format import checkpoint_path, read_weights
 SGD = "optimizer: {name: sgd, lr: 0.05, nesterov: true, weight_decay: 4.0e-5, clip_grad: null}\n"
 TINY = {
     "cotnet": "model: {name: cotnet50, depths: [1, 1], width: 0.25, drop_rate: 0.2, drop_path_rate: 0.2}\n" + SGD,
-    "pvt": "model: {name: pvt_tiny, depths: [1, 1], embed_dims: [16, 32], num_heads: [1, 2], mlp_ratios: [2, 2], sr_ratios: [2, 1]}\n",
+    "pvt": (
+        "model: {name: pvt_tiny, depths: [1, 1], embed_dims: [16, 32], num_heads: [1, 2], mlp_ratios: [2, 2], "
+        "sr_ratios: [2, 1]}\n"
+    ),
 }
 
 

@@ -191,8 +191,12 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(tiny_config, trained, tm
         f"model.init_from={tmp_path}/absent.pth": r"model.init_from: there is no \S+/absent.pth; name a file",
         f"model.init_from={tmp_path}": r"model.init_from: \S+ is not a checkpoint",
         f"model.init_from={tiny_config}": r"model.init_from: \S+/tiny.yaml: neither a .safetensors file nor",
-        f"model.init_from={trained} model.depths=[1,2]": r"model.init_from: \S+ does not fit this cat_nano: missing: \S+ \(and \d+ more\)",
-        f"model.init_from={trained} model.patch_size=2": "attention patches are 4 x 4 tokens, the model's 2 x 2, .* multiple of 16",
+        f"model.init_from={trained} model.depths=[1,2]": (
+            r"model.init_from: \S+ does not fit this cat_nano: missing: \S+ \(and \d+ more\)"
+        ),
+        f"model.init_from={trained} model.patch_size=2": (
+            "attention patches are 4 x 4 tokens, the model's 2 x 2, .* multiple of 16"
+        ),
     }
     for number, (settings, sentence) in enumerate(cases.items()):
         job = start(tiny_config, tmp_path / str(number), *settings.split(), world=2 if number == 3 else 1)

@@ -51,7 +51,10 @@ def test_the_guard_has_the_first_word(tiny_config, tmp_path, stage):
         assert soft == hard
 
 
-NAMES = "import sys; from train.engine.network_interface import interface_to; print([interface_to(host) for host in sys.argv[1:]])"
+NAMES = (
+    "import sys; from train.engine.network_interface import interface_to; "
+    "print([interface_to(host) for host in sys.argv[1:]])"
+)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="a network of its own needs root and iproute2")

@@ -25,7 +25,8 @@ from train.guard.run_lock import RunLock
 def refuse_flock():
     number = {"x86_64": 73, "aarch64": 32}[platform.machine()]
     load, if_equal, answer = 0x20, 0x15, 0x06  # BPF: load the number; ENOLCK if it is flock's; else allow
-    code = [(load, 0, 0, 0), (if_equal, 0, 1, number), (answer, 0, 0, 0x00050000 | errno.ENOLCK), (answer, 0, 0, 0x7FFF0000)]
+    code = [(load, 0, 0, 0), (if_equal, 0, 1, number)]
+    code += [(answer, 0, 0, 0x00050000 | errno.ENOLCK), (answer, 0, 0, 0x7FFF0000)]
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(program)))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -99,7 +100,8 @@ def test_second_run_is_refused_while_the_first_lives_and_free_after_kill(start, 
     second = start().tell()
     sentence = second.answer()
     assert second.process.wait(60) == 78
-    held = rf"{re.escape(str(tmp_path))} is in use by a run on host {os.uname().nodename}, process {first.process.pid}, since \d{{4}}-"
+    owner = rf"a run on host {os.uname().nodename}, process {first.process.pid}, since \d{{4}}-"
+    held = rf"{re.escape(str(tmp_path))} is in use by {owner}"
     assert re.match(held, sentence) and sentence.endswith("wait for it, stop it, or choose another --output")
     first.kill()
     lock = RunLock(tmp_path)
