@@ -388,3 +388,8 @@ def init_process_group(device: torch.device, timeout: timedelta) -> None:
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def destroy_process_group() -> None:
+    """Leave the process group, through DeepSpeed, which would otherwise use the old groups in this process's next run."""
+    _import_deepspeed().comm.destroy_process_group()

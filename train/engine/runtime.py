@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from train.engine.deepspeed_engine import init_process_group
+from train.engine.deepspeed_engine import destroy_process_group, init_process_group
 from train.engine.network_interface import choose_interface
 
 # CPU capabilities with bf16 arithmetic, by torch's names: x86, then ARM.
@@ -142,4 +142,4 @@ def _cores_of_this_rank() -> int:
 
 def stop_runtime() -> None:
     """Leave the process group."""
-    dist.destroy_process_group()
+    destroy_process_group()

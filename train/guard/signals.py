@@ -24,19 +24,27 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._call: Callable[[], None] | None = None
         self._interrupts = 0
-        self._installed = False
+        self._before: dict = {}  # the handlers replaced by `install`
+        self._pipe: int | None = None
 
-    def install(self) -> None:
-        """Handle the signals from now on; further calls have no effect. Must be called in the main thread."""
-        if self._installed:
-            return
-        self._installed = True
-        read, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write)  # before the handlers are set, so that no signal goes unwritten
-        threading.Thread(target=self._listen, args=[read], name="signals", daemon=True).start()
-        for number in STOP:
-            signal.signal(number, self._handle)
+    def install(self) -> bool:
+        """Handle the signals from now on; returns False if they are handled already. Call it in the main thread."""
+        if self._before:
+            return False
+        if self._pipe is None:
+            read, self._pipe = os.pipe()
+            os.set_blocking(self._pipe, False)
+            threading.Thread(target=self._listen, args=[read], name="signals", daemon=True).start()
+        signal.set_wakeup_fd(self._pipe)  # before the handlers are set, so that no signal goes unwritten
+        self._before = {number: signal.signal(number, self._handle) for number in STOP}
+        return True
+
+    def uninstall(self) -> None:
+        """Restore the handlers of before `install`, and forget a signal received."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        self._before, self.received, self._call, self._interrupts = {}, None, None, 0
 
     def follow_launcher(self) -> None:
         """If the `deepspeed` command started this rank, treat its end as SIGTERM, because it forwards no signals."""
