@@ -391,5 +391,5 @@ def init_process_group(device: torch.device, timeout: timedelta) -> None:
 
 
 def destroy_process_group() -> None:
-    """Leave the process group, through DeepSpeed, which would otherwise use the old groups in this process's next run."""
+    """Leave the process group. DeepSpeed must do it, or it would use the old groups in this process's next run."""
     _import_deepspeed().comm.destroy_process_group()
