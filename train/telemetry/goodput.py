@@ -24,10 +24,19 @@ and a start that began before the last sign of life of the one before cuts that 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
-CATEGORIES = ("productive", "startup", "compilation", "data_wait", "checkpoint_stall", "evaluation", "lost", "waiting", "other")
+CATEGORIES = (
+    "productive",
+    "startup",
+    "compilation",
+    "data_wait",
+    "checkpoint_stall",
+    "evaluation",
+    "lost",
+    "waiting",
+    "other",
+)
 # Events after which a start had nothing left to do.
 ENDS = ("finished", "preempted")
 
@@ -129,7 +138,10 @@ class Ledger:
     def line(self) -> dict:
         """The goodput line of metrics.jsonl: the share of productive time, 0..1, and the seconds by category."""
         split = self.split()
-        share = {"goodput": round(goodput(split), 4), **{category: round(seconds, 3) for category, seconds in split.items()}}
+        share = {
+            "goodput": round(goodput(split), 4),
+            **{category: round(seconds, 3) for category, seconds in split.items()},
+        }
         return {"kind": "goodput", "step": self.starts[-1].last_step, **share}
 
     def _begin(self, line: dict, now: float, step: int) -> None:
@@ -144,7 +156,9 @@ class Ledger:
             self._go_back(step, before.ended, crashed=before.end not in ENDS)
             lost = line.get("lost_steps")
             self.lost_steps += max(0, before.last_step - step) if lost is None else lost
-        self.starts.append(Start(began, step, line.get("world_size"), max(0.0, now - began), max(now, began), step, now, step))
+        self.starts.append(
+            Start(began, step, line.get("world_size"), max(0.0, now - began), max(now, began), step, now, step)
+        )
 
     def _train(self, start: Start, line: dict, now: float, step: int) -> None:
         count = step - start.reported_step
@@ -219,7 +233,9 @@ class Ledger:
             "evaluation": start.evaluation,
             "lost": start.lost - compilation * start.first_lost,
         }
-        return {category: max(0.0, value) for category, value in seconds.items()}  # what was subtracted leaves a rounding error
+        return {
+            category: max(0.0, value) for category, value in seconds.items()
+        }  # what was subtracted leaves a rounding error
 
 
 def goodput(split: dict[str, float]) -> float:
@@ -243,40 +259,3 @@ def parse_lines(texts: Iterable[bytes]) -> Iterator[dict]:
             continue
         if isinstance(line, dict):
             yield line
-
-
-def last_beat(run: Path) -> float | None:
-    """The last sign of life, in Unix seconds, that the process holding the run's lock has left there; None where there is none."""
-    try:
-        return json.loads((run / ".lock").read_text()).get("beat")
-    except (OSError, ValueError):
-        return None
-
-
-def hang_times(run: Path) -> list[float]:
-    """When ranks of the run were found to hang, in Unix seconds."""
-    return [when for when, _ in hangs(run)]
-
-
-def hangs(run: Path) -> list[tuple[float, str]]:
-    """(Unix seconds, sentence) of the hangs of the run: the watchdog begins each record of stacks with a line that says when, and who."""
-    found = []
-    for path in sorted((run / "stacks").glob("rank_*.txt")):
-        for text in path.read_text(errors="replace").splitlines():
-            words = text.split(maxsplit=3)
-            try:
-                found.append((datetime.strptime(" ".join(words[:3]), "%Y-%m-%d %H:%M:%S %z").timestamp(), " ".join(words[3:])))
-            except ValueError:
-                continue
-    return found
-
-
-def ending(start: Start, after: Start | None, hung: list[float]) -> str | None:
-    """How a start ended: "finished", "preempted", "failed", "hung", "killed", or None: it runs, or was killed.
-
-    after: the next start. hung: `hang_times`, in whole seconds.
-    """
-    end = start.end or (after and "killed")
-    if end != "finished" and any(start.last - 1 < hang and (after is None or hang <= after.began) for hang in hung):
-        return "hung"
-    return end

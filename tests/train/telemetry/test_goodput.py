@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.runs import run, start
-from train.telemetry.goodput import CATEGORIES, Ledger, goodput, hang_times, last_beat, read_lines
+from train.telemetry.goodput import CATEGORIES, Ledger, goodput, read_lines
 
 
 def ledger_of(lines):
@@ -30,7 +30,9 @@ def evaluated(at, step, seconds, weights="model"):
 
 # A run that begins at 1000 and ends at 1050; its usual step is 0.9 s and 0.1 s of waiting for data.
 KILLED_ONCE = [
-    event(1009.0, "start", 0, startup_seconds=9.0, world_size=2, lost_steps=0),  # one second before its first step begins
+    event(
+        1009.0, "start", 0, startup_seconds=9.0, world_size=2, lost_steps=0
+    ),  # one second before its first step begins
     steps(1015.0, 1, 5000, 0.2),  # 4 s and 1 s of waiting: 3.1 s more than usual
     steps(1017.0, 3, 1000, 0.1),
     evaluated(1019.0, 3, 2.0),
@@ -87,7 +89,9 @@ def test_a_resume_between_two_train_lines_divides_their_steps():
     ]
     ledger = ledger_of(lines)
     split = ledger.split()
-    assert (split["productive"], split["data_wait"], split["lost"], split["startup"]) == pytest.approx((7.0, 7.0, 6.0, 5.0))
+    assert (split["productive"], split["data_wait"], split["lost"], split["startup"]) == pytest.approx(
+        (7.0, 7.0, 6.0, 5.0)
+    )
     assert ledger.lost_steps == 6 and split["other"] == pytest.approx(0.0)
 
 
@@ -189,15 +193,6 @@ def test_all_seconds_are_in_one_category_whatever_happened():
             assert all(seconds >= 0 for seconds in split.values()), (seed, split)
             total = ledger.starts[-1].last - ledger.starts[0].began
             assert sum(split.values()) == pytest.approx(total, abs=1e-5), (seed, split)
-
-
-def test_the_lock_and_the_watchdogs_records(tmp_path):
-    assert last_beat(tmp_path) is None and hang_times(tmp_path) == []
-    (tmp_path / ".lock").write_text('{"host": "node1", "beat": 1050.5}'.ljust(511) + "\n")
-    assert last_beat(tmp_path) == 1050.5
-    (tmp_path / "stacks").mkdir()
-    (tmp_path / "stacks" / "rank_1.txt").write_text("1970-01-01 01:00:10 +0100 rank 0 has been 300 s in step 7.\nThread 0x1:\n  File x\n")
-    assert hang_times(tmp_path) == [10.0]
 
 
 @pytest.mark.slow

@@ -26,7 +26,11 @@ def pictures(config: dict, fingerprint: str, ids: Iterable[int]) -> tuple[dict[i
         pixels, failures = _decode(split, np.array(ids, dtype=np.int64), config)
     except (DataError, StorageError, UsageError, OSError) as error:
         return {}, f"No pictures: {error}"
-    found = {number: _data_uri(image) for row, (number, image) in enumerate(zip(ids, pixels, strict=True)) if row not in failures}
+    found = {
+        number: _data_uri(image)
+        for row, (number, image) in enumerate(zip(ids, pixels, strict=True))
+        if row not in failures
+    }
     return found, " ".join(failures.values())
 
 
