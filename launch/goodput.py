@@ -63,9 +63,8 @@ def show(summary: dict) -> None:
     for number, start in enumerate(summary["starts"], 1):
         steps = f"{start['first_step']} to {start['last_step']}"
         ranks = start["world_size"] or "?"
-        print(
-            f"{number:<7}{clock(start['time']):<21}{ranks:>5}{steps:>20}   {start['end'] or 'none yet: it runs, or was killed'}"
-        )
+        end = start["end"] or "none yet: it runs, or was killed"
+        print(f"{number:<7}{clock(start['time']):<21}{ranks:>5}{steps:>20}   {end}")
 
 
 def hms(seconds: float) -> str:

@@ -35,9 +35,9 @@ def main(arguments: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="One HTML page, which needs nothing else, about a run or several: curves, speed, goodput, restarts, incidents, "
-        "classes, mistakes, config, versions. A run may still go on.",
-        epilog="exit codes: 0, 65 a run has not begun or its files are damaged, 78 bad arguments. docs/report.md shows one.",
+        description="Write one self-contained HTML page about a run or several: curves, speed, goodput, restarts, "
+        "incidents, details of the newest evaluation, config, versions. A run may still go on.",
+        epilog="exit codes: 0, 65 a run has not begun or its files are damaged, 78 bad arguments. See docs/report.md.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, e.g. runs/cat_b")
     parser.add_argument(

@@ -17,7 +17,7 @@ from train.config import ConfigError
 from train.telemetry.formatting import clock, counted, duration
 
 TURN = 2.0  # seconds between two looks
-LINE_EVERY = 60.0  # seconds between two lines where the output is not a terminal
+LINE_EVERY = 60.0  # seconds between two lines if the output is not a terminal
 NARROWEST, WIDEST = 80, 120
 NAMES = {"model": "model", "ema": "EMA"}
 RED, GREEN, YELLOW, BOLD = "31", "32", "33", "1"
@@ -194,9 +194,10 @@ def shorten(text: str, room: int) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="Watch a run in a terminal, from any node that sees its folder: progress, speed, scores, alarms. Ends with the run.",
-        epilog="exit codes: 10 running, 11 running with alarms, 12 not started, 13 died (killed, crashed, node lost); of a run that has "
-        "ended its own: 0 finished, 65, 70, 74 failed, 71 hung, 75 stopped; 78 bad arguments",
+        description="Watch a run in a terminal, from any node that sees its folder: progress, speed, scores, alarms. "
+        "Ends with the run.",
+        epilog="exit codes: 10 running, 11 running with alarms, 12 not started, 13 died (killed, crashed, node lost); "
+        "a run that has ended gives its own: 0 finished, 65, 70, 74 failed, 71 hung, 75 stopped; 78 bad arguments",
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, e.g. runs/cat_b")
     parser.add_argument("--once", action="store_true", help="print the page once; the exit code says the state")

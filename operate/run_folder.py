@@ -1,4 +1,4 @@
-"""The one reader of a run's folder: metrics.jsonl, config.yaml, .lock and stacks/. Never writes, and does not import torch."""
+"""Reading a run's folder: metrics.jsonl, config.yaml, .lock and stacks/. Without torch; nothing is written."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from train.telemetry.goodput import Ledger, Start, parse_lines, read_lines
 from train.telemetry.metrics import Metric
 
 STARTS = ("start", "resume")
-# The metrics of runs whose start lines do not list them: such runs are older than the `metrics` field, and all are classification.
+# The metrics of runs whose start lines have no field `metrics`: they are older than it, and all are classification.
 CLASSIFICATION = (
     Metric("top1", "top-1", "%", "higher"),
     Metric("top5", "top-5", "%", "higher"),
@@ -50,8 +50,8 @@ class MetricsTail:
 class Line:
     """A line of metrics.jsonl.
 
-    hours: since the run's first start. again: the step was taken again later, because a start was killed or training went back to a
-    checkpoint; the later line counts instead.
+    hours: since the run's first start. again: the step was taken again later, because a start was killed or training went
+    back to a checkpoint; the later line counts instead.
     """
 
     values: dict
@@ -60,9 +60,10 @@ class Line:
 
 
 class RunLog:
-    """The lines of a metrics.jsonl; add them in their order. Lines before the first start that has a `time` are only counted.
+    """The lines of a metrics.jsonl. Add them in their order.
 
-    train, evals, events: the lines of each kind. keep_train: False for a reader that needs no train line but the newest.
+    Lines before the first start that has a `time` are only counted.
+    train, evals, events: the lines of each kind; `train` stays empty if `keep_train` is false.
     """
 
     def __init__(self, *, keep_train: bool = True):
@@ -165,7 +166,10 @@ def read_log(folder: Path) -> RunLog:
 
 
 def read_config(folder: Path) -> dict:
-    """The resolved config, flat: {"train.epochs": 300, …}. It is not validated: a newer program may know other keys."""
+    """The resolved config, flat: {"train.epochs": 300, …}. Not validated: an older program may have known other keys.
+
+    Raises DataError.
+    """
     try:
         config = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
     except (OSError, yaml.YAMLError, AttributeError) as error:
@@ -177,7 +181,7 @@ def read_config(folder: Path) -> dict:
 
 
 def read_lock(folder: Path) -> dict | None:
-    """The record that the run's process rewrites every few seconds; None if there is none, or while it is being written."""
+    """The record that the run's process rewrites every few seconds; None if it is missing or just being written."""
     try:
         return json.loads((folder / ".lock").read_bytes())
     except (OSError, ValueError):
@@ -190,7 +194,7 @@ def last_beat(folder: Path) -> float | None:
 
 
 def hangs(folder: Path) -> Iterator[tuple[float, str]]:
-    """(Unix seconds, sentence) of each hang: the watchdog begins every record in `stacks/` with a line that has both."""
+    """(Unix seconds, sentence) of each hang: the first line of the watchdog's records in `stacks/` has both."""
     for path in sorted((folder / "stacks").glob("rank_*.txt")):
         for text in path.read_text(errors="replace").splitlines():
             words = text.split(maxsplit=3)

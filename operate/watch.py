@@ -18,7 +18,7 @@ from train.telemetry.formatting import clock, duration
 from train.telemetry.goodput import goodput
 
 WINDOW = 20  # lines whose median is compared with the best median of as many lines before
-# The loss is rising if it is above the best median by RISEN x the spread of a window's losses and LEAST_RISEN x the loss.
+# The loss is rising if it exceeds the best median by RISEN x its window's interquartile range and LEAST_RISEN x itself.
 RISEN = 2.0
 LEAST_RISEN = 0.05
 FALLEN = 0.75  # x the best median: throughput has fallen
@@ -102,7 +102,7 @@ class Level:
 
 @dataclass
 class Progress:
-    """How far a run is and what has happened to it. "This start" is the newest one. Event lines are kept as they are."""
+    """How far a run is and what has happened to it. "This start" is the newest one; events are kept as lines."""
 
     log: RunLog = field(default_factory=lambda: RunLog(keep_train=False))
     start: dict | None = None
@@ -300,10 +300,8 @@ class Watched:
         if skipped >= SKIPPED:
             limit = f"{self.guard['max_skipped']} in a row make the run go back to a checkpoint (guard.max_skipped)"
             alarms.append(f"{skipped} of the last {AMONG} steps were skipped, their gradients not finite; {limit}")
-        if progress.rollback and progress.rollback["to"] > epoch_ago:
-            alarms.append(
-                f"went back from step {progress.rollback['step']} to {progress.rollback['to']}: gradients were not finite"
-            )
+        if progress.rollback and (back := progress.rollback["to"]) > epoch_ago:
+            alarms.append(f"went back from step {progress.rollback['step']} to {back}: gradients were not finite")
         if progress.bad_samples > budget / 2:
             alarms.append(
                 f"{progress.bad_samples} samples cannot be read; more than {budget} end the run (guard.bad_samples)"
@@ -318,9 +316,8 @@ class Watched:
             alarms.append(f"throughput fallen: {speed:,.0f} {unit}, it was {best:,.0f} {medians}")
         if progress.slow and progress.slow["step"] > epoch_ago:
             rank, own, median = (progress.slow[key] for key in ("rank", "seconds", "median"))
-            alarms.append(
-                f"rank {rank} is slow (step {progress.slow['step']}): {own:.2f} s of its own a step, the median {median:.2f} s"
-            )
+            where = f"rank {rank} is slow (step {progress.slow['step']})"
+            alarms.append(f"{where}: {own:.2f} s of its own a step, the median {median:.2f} s")
         if progress.failed_save:
             alarms.append(
                 f"checkpoint of step {progress.failed_save['step']} not saved: {progress.failed_save['reason']}"

@@ -1,7 +1,7 @@
 """The report's plots, by matplotlib.
 
-Colours are Okabe and Ito's (jfly.uni-koeln.de/color), which colour-blind people can tell apart. Nothing is shown by colour alone:
-lines differ in style and marker, bars in hatching.
+The colours are those of Okabe and Ito (jfly.uni-koeln.de/color), which colour-blind people can tell apart. Nothing is
+shown by colour alone: lines differ in style and marker, bars in hatching.
 """
 
 from bisect import bisect_right
@@ -22,7 +22,8 @@ from train.telemetry.metrics import Metric
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", (0, (1, 1)))
 MARKERS = "osD^vP*"
-POINTS = 400  # of a run's curve; a longer one is drawn as means of as many parts, in a band from each part's minimum to its maximum
+# Points of a run's curve. A longer curve is cut into as many parts, and drawn as their means in a band of their extremes.
+POINTS = 400
 EVALUATIONS = 25  # of a run's curve that get a marker
 WIDTH = 11.6  # inches: the page's width at 1280 pixels
 # (colour, hatching) of each category of train/telemetry/goodput.py, in its order.
@@ -149,7 +150,7 @@ def _speed(named: Named) -> Figure:
     wait.set_ylim(0, max(5, wait.get_ylim()[1]))
     wait.set_xlabel(f"{unit} since the first start; dotted: a restart")
     if len(named) > 1:
-        _legend(speed, "lower right")
+        _legend(speed, "lower right", bbox_to_anchor=(1, 1), ncols=4)
     return figure
 
 
@@ -239,7 +240,10 @@ def _curve(
 def _story(
     axis: Axes, run: ReportedRun, scale: float, key: str, look: dict, *, label: str | None = None, factor: float = 1
 ) -> None:
-    """One value of all train lines against time, with a gap between two starts. Steps that were taken again are pale, restarts dotted."""
+    """One value of all train lines against time, with a gap between two starts.
+
+    Steps that were taken again are pale; restarts are dotted lines.
+    """
     restarts = [launch.began for launch in run.launches[1:]]
     for (_, again), lines in groupby(run.log.train, lambda line: (bisect_right(restarts, line.hours), line.again)):
         pale = {"alpha": 0.3, "lw": 2.2} if again else {"label": label}
@@ -274,7 +278,7 @@ def _finite(pick: Callable[[np.ndarray], float], values: np.ndarray) -> float:
 
 
 def _values(lines: list[Line], key: str) -> np.ndarray:
-    """A loss that is not finite is null in the file, and a gap in the plot."""
+    """The lines' values of `key`. A value that is not finite is null in the file, and a gap in the plot."""
     return np.array([line.values[key] for line in lines], dtype=float)
 
 

@@ -1,6 +1,6 @@
 """The page: one HTML file that needs nothing else, no script, and no network. Numbers first, then plots.
 
-This module makes the tables; page.html.j2 lays them out and escapes everything in them. A task adds sections of its own.
+This module makes the tables; page.html.j2 lays them out and escapes their cells. A task adds sections of its own.
 """
 
 import base64
@@ -29,7 +29,7 @@ MEANS = {
     "evaluation": "on the val split",
     "lost": "steps that had to be taken again, and a killed start's last seconds",
     "waiting": "from a start's last sign of life to the next start: the queue, a launcher's pause",
-    "other": "writing metrics, leaving, steps that no line tells of yet",
+    "other": "writing metrics, leaving, steps without a line yet",
 }
 SHOWN_INCIDENTS = 50
 
@@ -145,7 +145,7 @@ def starts(named: Named) -> Table:
 
 
 def incidents(named: Named) -> list[dict]:
-    """For each run its name (if there are several), a table of the newest incidents, and how many earlier ones there are."""
+    """For each run its name (if there are several), its newest incidents, and the number of earlier ones."""
     parts = []
     for run, name in named:
         found = run.incidents()

@@ -1,4 +1,4 @@
-"""A run as the report shows it: one that goes on, was killed, or has been moved, too."""
+"""A run as the report shows it. It may still go on, have been killed, or have been moved."""
 
 import json
 import time
@@ -34,7 +34,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """All that the report shows of a run. details: by weights ("ema", "model"), the content of evaluations/<weights>.json."""
+    """All that the report shows of a run.
+
+    details: by weights ("ema", "model"), the content of evaluations/<weights>.json.
+    """
 
     folder: Path
     name: str

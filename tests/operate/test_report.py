@@ -65,7 +65,7 @@ def predictions(trained, weights) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return torch.cat([batch.labels for batch in batches]), best.indices, best.values
 
 
-# A start that is killed after step 16 and goes on from 8 (epochs of 8 steps), one that goes back by itself, and a torn line.
+# A start that is killed after step 16, one that continues from 8 (epochs of 8 steps) and goes back, and a torn line.
 LINES = [
     {
         "kind": "event",

@@ -70,7 +70,7 @@ def random_lines(seed):
 
 
 def counting(lines):
-    """The train and eval lines that count, found backwards: a line counts if nothing after it goes back before its step or repeats it."""
+    """The train and eval lines that count, found backwards: no later line repeats one or goes back before its step."""
     kept, seen, limit = [], set(), float("inf")
     for line in reversed(lines):
         key = line["kind"], line["step"], line.get("weights")

@@ -1,4 +1,4 @@
-"""The state and alarms that operate/watch.py finds in a folder with lines as a run writes them and a lock that a process holds."""
+"""The state and alarms of operate/watch.py, from lines as a run writes them and a lock that a process really holds."""
 
 import json
 import os
@@ -204,8 +204,8 @@ def test_trouble_is_an_alarm_which_goes_when_it_is_over(alive, trouble, words):
     assert alarms(alive) == []
 
 
-def test_silence_is_an_alarm_where_the_process_lives(alive):
-    """The time since the last line is told by the clock of the run's node alone."""
+def test_silence_is_an_alarm_if_the_process_lives(alive):
+    """The time since the last line is measured by the clock of the run's node alone."""
     alive.start()
     alive.train(20)
     status = Watched(alive.path).look()
@@ -215,7 +215,7 @@ def test_silence_is_an_alarm_where_the_process_lives(alive):
     assert not Watched(alive.path).look().alarms
 
 
-def test_states_of_a_run_nobody_holds(folder):
+def test_states_of_a_run_without_a_lock(folder):
     assert Watched(folder.path).look().state == "not started"
     folder.start()
     folder.train(3)
@@ -242,7 +242,7 @@ def test_states_of_a_run_nobody_holds(folder):
 
 
 def test_a_killed_process_is_found_dead_and_a_young_record_alive(folder):
-    """The record of a killed process no longer changes: its clock may be another node's, so it is watched, and then it is dead."""
+    """The record of a killed process no longer changes. Its clock may be another node's: only watching shows that."""
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder.path)], cwd=ROOT)
     try:
         while not (folder.path / ".lock").exists() or not (folder.path / ".lock").read_bytes():

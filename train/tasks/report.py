@@ -1,6 +1,6 @@
-"""The interface between launch/report.py and a task: its own sections of the page, about a run's newest evaluation. Without torch.
+"""A task's sections of the report, about a run's newest evaluation. Without torch.
 
-A task's package may have `report_sections(runs: Sequence[EvaluatedRun]) -> list[Section]`.
+If a task's package has a function `report_sections(runs: Sequence[EvaluatedRun]) -> list[Section]`, the report calls it.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from markupsafe import Markup
 class EvaluatedRun:
     """A run as a task's sections see it.
 
-    config: the resolved one, flat. details: by weights ("ema", "model"), the content of evaluations/<weights>.json. On the page are
-    other runs too if `one_of_several`.
+    config: the resolved one, flat. details: by weights ("ema", "model"), the content of evaluations/<weights>.json.
+    one_of_several: other runs are on the page too.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: numbers are aligned to the right; lines of long text may be broken."""
+    """A column of a table. Numbers are right-aligned; long text may be broken into lines."""
 
     title: str
     kind: Literal["text", "number", "long"] = "text"
@@ -77,5 +77,5 @@ def templates(folder: Path) -> Environment:
 
 
 def weights_name(weights: str) -> str:
-    """A name for people."""
+    """ "EMA" or "model"."""
     return "EMA" if weights == "ema" else weights

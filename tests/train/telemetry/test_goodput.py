@@ -96,7 +96,7 @@ def test_a_resume_between_two_train_lines_divides_their_steps():
 
 
 def test_steps_after_the_last_train_line_count_as_far_as_they_were_saved():
-    """Lines every 10 steps; killed 9 s after step 10's, with a checkpoint of step 14; the second start is asked to stop after step 17."""
+    """Lines every 10 steps; killed 9 s after step 10, with a checkpoint of step 14; then stopped after step 17."""
     lines = [
         event(100.0, "start", 0, startup_seconds=0.0),
         steps(101.0, 1, 1000, 0.0),
@@ -138,7 +138,7 @@ def test_a_rollback_loses_steps_without_a_restart():
 
 
 def test_a_start_that_died_before_its_first_line_is_waiting():
-    """`down_seconds` is measured from that start's last sign of life, `previous_started` says that it is not this one's."""
+    """`down_seconds` is measured from that start's last sign of life; `previous_started` shows that it is another's."""
     lines = [
         event(100.0, "start", 0, startup_seconds=0.0),
         steps(101.0, 1, 1000, 0.0),
@@ -157,7 +157,7 @@ def test_lines_without_a_time_are_left_out_and_counted():
 
 
 def random_history(seed):
-    """Lines of a run that is stopped, killed and rolled back at random; its clock is set back now and then, its times are a bit off."""
+    """Lines of a run that is stopped, killed and rolled back at random; its clock is set back, times are inexact."""
     dice = random.Random(seed)
     now, taken, lines = 1e9, 0, []
     for number in range(dice.randint(1, 6)):

@@ -24,7 +24,7 @@ def sections(runs: Sequence[EvaluatedRun]) -> list[Section]:
 
 
 def _classes(runs: Sequence[EvaluatedRun]) -> dict | None:
-    """The table of classes, the least accurate first: a column for one run's EMA and model, or for each of several runs."""
+    """The classes, least accurate first. Columns: one run's EMA and model, or each of several runs."""
     shown = []
     for run in runs:
         found = [(weights, run.details[weights]) for weights in ("ema", "model") if weights in run.details]
