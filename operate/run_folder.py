@@ -50,8 +50,8 @@ class MetricsTail:
 class Line:
     """A line of metrics.jsonl.
 
-    hours: since the run's first start. again: the step was taken again later, because a start was killed or training went
-    back to a checkpoint; the later line counts instead.
+    hours: since the run's first start.
+    again: the step was taken again later, because a start was killed or training went back; the later line counts instead.
     """
 
     values: dict

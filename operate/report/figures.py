@@ -22,7 +22,7 @@ from train.telemetry.metrics import Metric
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", (0, (1, 1)))
 MARKERS = "osD^vP*"
-# Points of a run's curve. A longer curve is cut into as many parts, and drawn as their means in a band of their extremes.
+# Points of a run's curve. A longer curve is drawn as the means of as many parts, in a band of their extremes.
 POINTS = 400
 EVALUATIONS = 25  # of a run's curve that get a marker
 WIDTH = 11.6  # inches: the page's width at 1280 pixels

@@ -1,4 +1,4 @@
-"""The page about real runs, as a user gets it: one that was killed twice and continued, one that still runs, several."""
+"""The page about real runs, as a user gets it: one that was killed twice and resumed, one that still runs, several."""
 
 import json
 import re

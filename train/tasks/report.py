@@ -1,6 +1,6 @@
 """A task's sections of the report, about a run's newest evaluation. Without torch.
 
-If a task's package has a function `report_sections(runs: Sequence[EvaluatedRun]) -> list[Section]`, the report calls it.
+If a task's package has `report_sections(runs: Sequence[EvaluatedRun]) -> list[Section]`, the report calls it.
 """
 
 from collections.abc import Sequence

@@ -8,8 +8,8 @@ compilation       a start's first step beyond its usual step (or another start's
 data_wait         the share `data_wait` of the time of steps that count: the network waited for data
 checkpoint_stall  `stall_seconds` of checkpoints and `seconds` of save_slow: training stood still
 evaluation        `seconds` of the eval lines
-lost              steps that had to be taken again, data wait included; and a killed start's time from its last train line
-                  to its last sign of life: its last line or, if later, what the next start's `down_seconds` implies
+lost              steps that had to be taken again, data wait included; and a killed start's time from its last train
+                  line to its last sign of life: its last line or, if later, what the next start's `down_seconds` implies
 waiting           from a start's last sign of life to the next start, including a start that died before its first line
 other             the rest of a start's wall time: writing metrics, leaving, and steps without a line yet
 
@@ -17,10 +17,10 @@ A train line stands for all steps since the previous one, each with the same sha
 count, because a later line or a resumed checkpoint proves that they were taken, get the usual time of a step, as far as
 there is time.
 
-Measured times are kept even if the step around them was lost: an evaluation stays an evaluation. Categories overlap only
-by errors of measurement (clocks that were set, clocks of other nodes). If a start's categories exceed its wall time, all
-are scaled down to it; a start that began before the previous one's last sign of life cuts that one short. So `other` is
-never negative.
+Measured times are kept even if the step around them was lost: an evaluation stays an evaluation. Categories overlap
+only by errors of measurement (clocks that were set, clocks of other nodes). If a start's categories exceed its wall
+time, all are scaled down to it; a start that began before the previous one's last sign of life cuts that one short. So
+`other` is never negative.
 """
 
 import json
