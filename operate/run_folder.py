@@ -51,7 +51,7 @@ class Line:
     """A line of metrics.jsonl.
 
     hours: since the run's first start.
-    again: the step was taken again later, because a start was killed or training went back; the later line counts instead.
+    again: the step was taken again later, because a start was killed or training went back; that later line counts.
     """
 
     values: dict

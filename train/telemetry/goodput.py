@@ -9,7 +9,7 @@ data_wait         the share `data_wait` of the time of steps that count: the net
 checkpoint_stall  `stall_seconds` of checkpoints and `seconds` of save_slow: training stood still
 evaluation        `seconds` of the eval lines
 lost              steps that had to be taken again, data wait included; and a killed start's time from its last train
-                  line to its last sign of life: its last line or, if later, what the next start's `down_seconds` implies
+                  line to its last sign of life: its last line or, if later, what the next start's `down_seconds` gives
 waiting           from a start's last sign of life to the next start, including a start that died before its first line
 other             the rest of a start's wall time: writing metrics, leaving, and steps without a line yet
 
