@@ -166,9 +166,7 @@ class Loader(AbstractContextManager):
     needs: the ids of the same micro-batches; of `ahead` of them the files are staged before they are decoded, where `split` is staged.
     """
 
-    def __init__(
-        self, data: DataConfig, split: Split, targets: Targets, jobs: Iterator[_Job], needs: Iterator[np.ndarray], ahead: int
-    ):
+    def __init__(self, data: DataConfig, split: Split, targets: Targets, jobs: Iterator[_Job], needs: Iterator[np.ndarray], ahead: int):
         self._data, self._samples, self._targets = data, split.samples, targets
         self._backend: Backend = open_backend(data.backend, split)
         if data.device == "gpu" and not torch.cuda.is_available():

@@ -26,6 +26,7 @@ from train.config_sections import (
 )
 from train.task_registry import UnknownTask, find
 
+
 class ConfigError(Exception):
     """The configuration cannot be used; the message names the key or file, and the remedy."""
 

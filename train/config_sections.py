@@ -157,7 +157,8 @@ class OptimizerConfig(Section):
 
 class ScheduleConfig(Section):
     kind: Literal["cosine", "poly", "multistep"] = Field(
-        "cosine", description="after the warm-up: cosine and poly fall to min_lr over the whole run; multistep falls at decay_epochs or decay_steps"
+        "cosine",
+        description="after the warm-up: cosine and poly fall to min_lr over the whole run; multistep falls at decay_epochs or decay_steps",
     )
     warmup_epochs: float = Field(20, ge=0, description="in which the learning rate rises to optimizer.lr; the cosine spans all epochs")
     warmup_steps: int | None = Field(None, ge=0, description="length of the warm-up in steps, in place of schedule.warmup_epochs")
@@ -173,7 +174,9 @@ class ScheduleConfig(Section):
         """schedule.decay_epochs or schedule.decay_steps belong to schedule.kind: multistep, which needs one of them."""
         given = bool(self.decay_epochs) + bool(self.decay_steps)
         if given != (self.kind == "multistep"):
-            raise ValueError(f"schedule.kind={self.kind} takes {'one' if self.kind == 'multistep' else 'none'} of schedule.decay_epochs and decay_steps")
+            raise ValueError(
+                f"schedule.kind={self.kind} takes {'one' if self.kind == 'multistep' else 'none'} of schedule.decay_epochs and decay_steps"
+            )
         return self
 
 

@@ -21,8 +21,13 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._call: Callable[[], None] | None = None
         self._interrupts = 0
+        self._installed = False
 
     def install(self) -> None:
+        """Handle the signals from now on; again is no mistake."""
+        if self._installed:
+            return
+        self._installed = True
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)  # before the handlers: what they are told would not be written otherwise

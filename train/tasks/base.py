@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -11,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.annotations import Labels, Targets
-from data_pipeline.loader import MicroBatch, evaluation_batches
+from data_pipeline.loader import Loader, MicroBatch, build_loader, evaluation_batches
 from data_pipeline.manifest import Split
+from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, make_key
 from train.config import Config
 from train.telemetry.metrics import Metric, Scores
@@ -138,6 +138,12 @@ def build_task(config: Config, classes: Sequence[str]) -> Task:
     from train.task_registry import find
 
     return find(config.task.name).load()(config, classes)
+
+
+def training_batches(task: Task, split: Split, order: Order, rank: int, world: int, start_step: int) -> Loader:
+    """The micro-batches of `rank` from step `start_step` on, without end."""
+    config, targets = task.config, task.targets(split)
+    return build_loader(config.data, config.augment, split, order, targets, rank=rank, world=world, start_step=start_step)
 
 
 def evaluate(

@@ -1,6 +1,6 @@
 """What an evaluation measures: metrics by name, and their values."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 
@@ -35,3 +35,15 @@ class Scores:
 def describe_metrics(metrics: tuple[Metric, ...]) -> list[dict[str, Any]]:
     """The metrics as the `start` and `resume` lines of metrics.jsonl have them."""
     return [{**asdict(metric), "primary": metric is metrics[0]} for metric in metrics]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The newest evaluation of a run: Scores of the weights "model" and, if there is an EMA, "ema", after `step` steps."""
+
+    step: int = -1  # none yet
+    scores: dict[str, Scores] = field(default_factory=dict)
+
+    def score(self, step: int, metric: Metric) -> float | None:
+        """The value of `metric` after `step` steps: the EMA's if there is one. None if this evaluation is of another step."""
+        return (self.scores.get("ema") or self.scores["model"]).values[metric.name] if self.step == step else None

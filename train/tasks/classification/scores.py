@@ -45,9 +45,7 @@ class ClassificationTally:
         self._worst = torch.full((4, KEPT), -1, dtype=torch.int64, device=device)  # key, id, label, predicted
 
     def add(self, model: Model, batch: MicroBatch) -> Tensor:
-        ids, labels, counted = (
-            column.to(self._device, non_blocking=True) for column in (batch.ids, batch.targets, batch.counted)
-        )
+        ids, labels, counted = (column.to(self._device, non_blocking=True) for column in (batch.ids, batch.targets, batch.counted))
         labels = labels.where(counted, UNCOUNTED)
         logits = model(normalise(on_device(batch, self._device), self._settings)).float()
         losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=UNCOUNTED)
@@ -60,9 +58,7 @@ class ClassificationTally:
         correct1, correct5, loss, count = sums
         total = int(count)
         if not total:
-            raise DataError(
-                "not one image of the val split can be read. Check the dataset with: python launch/prepare.py verify DATASET"
-            )
+            raise DataError("not one image of the val split can be read. Check the dataset with: python launch/prepare.py verify DATASET")
         values = {"top1": 100 * correct1 / total, "top5": 100 * correct5 / total, "loss": loss / total}
         return Scores(values, total), self._gather()
 

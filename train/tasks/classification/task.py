@@ -59,9 +59,7 @@ class Classification(Task):
             report = load_published(model, weights, resize_positions=True, fresh_head=others)
         except DoesNotFit as error:
             more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
-            raise ConfigError(
-                f"model.init_from: {source} does not fit this {self.config.model.name}: {error.problems[0]}{more}"
-            ) from error
+            raise ConfigError(f"model.init_from: {source} does not fit this {self.config.model.name}: {error.problems[0]}{more}") from error
         sentences = [f"position tables interpolated: {', '.join(report.resized)}"] if report.resized else []
         if others:
             sentences.append(f"head: {count} -> {len(self.classes)} classes, fresh")
@@ -87,9 +85,7 @@ class Classification(Task):
     def tally(self, device: torch.device) -> ClassificationTally:
         return ClassificationTally(self.config.augment, self.classes, device)
 
-    def predict(
-        self, model: nn.Module, paths: Sequence[Path], device: torch.device, batch: int, top: int = 5
-    ) -> Iterator[ImageClasses]:
+    def predict(self, model: nn.Module, paths: Sequence[Path], device: torch.device, batch: int, top: int = 5) -> Iterator[ImageClasses]:
         """The `top` most probable classes of each image."""
         return predict(model, paths, self.config.data, self.config.augment, self.classes, device, batch, top)
 
