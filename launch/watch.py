@@ -200,7 +200,7 @@ def parse_arguments() -> argparse.Namespace:
         "a run that has ended gives its own: 0 finished, 65, 70, 74 failed, 71 hung, 75 stopped; 78 bad arguments",
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, e.g. runs/cat_b")
-    parser.add_argument("--once", action="store_true", help="print the page once; the exit code says the state")
+    parser.add_argument("--once", action="store_true", help="print the page once; the exit code gives the state")
     return parser.parse_args()
 
 

@@ -248,10 +248,8 @@ class Watched:
         if record and record["started"] > progress.time:  # a start that has no line yet
             if alive:
                 return "starting", f"since {clock(record['started'])}, on {record['host']}"
-            return (
-                "died",
-                f"the start of {clock(record['started'])} ended before its first step: {self._output()} says why",
-            )
+            start = f"the start of {clock(record['started'])}"
+            return "died", f"{start} ended before its first step: {self._output()} shows why"
         if progress.end:
             return ENDED[progress.end["event"]], self._last_words()
         if alive:
@@ -259,13 +257,11 @@ class Watched:
         hang = self._hang()
         if hang:
             return "hung", hang
-        when = (
-            f"last sign of life {clock(record['beat'])} on {record['host']}" if record else "there is no sign of life"
-        )
-        return (
-            "died",
-            f"killed, crashed, or its node is lost ({when}): {self._output()} may say why; started again, it goes on",
-        )
+        when = "there is no sign of life"
+        if record:
+            when = f"last sign of life {clock(record['beat'])} on {record['host']}"
+        why = f"killed, crashed, or its node is lost ({when}): {self._output()} may show why"
+        return "died", f"{why}; started again, it goes on"
 
     def _hang(self) -> str | None:
         """The watchdog's first sentence in `stacks/` since this start; its times are whole seconds."""

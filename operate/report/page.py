@@ -99,7 +99,6 @@ def evaluations(named: Named) -> Table | None:
     metrics = {metric.name: metric for run, _ in named for metric in run.log.metrics}
     rows = []
     for run, name in named:
-        own = {metric.name: metric for metric in run.log.metrics}
         for weights in ("ema", "model"):
             if scores := run.log.scores(weights):
                 newest, best = scores[-1], run.log.best(weights)
@@ -107,7 +106,7 @@ def evaluations(named: Named) -> Table | None:
                 for which, line in chosen.items():
                     if line:  # there is no best one if none is finite
                         values = line.values
-                        cells = [quantity(own[key], values[key]) if key in own else "–" for key in metrics]
+                        cells = [quantity(it, values[it.name]) if it.name in values else "–" for it in metrics.values()]
                         about = [weights_name(weights), which, epochs(values["step"], run)]
                         rows.append([*_of(name, named), *about, *cells, f"{values['count']:,}"])
     labels = [metric.label for metric in metrics.values()]

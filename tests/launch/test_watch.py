@@ -93,7 +93,7 @@ def on_terminal(command, columns):
 def read(leader):
     try:
         return os.read(leader, 65536)
-    except OSError:  # Linux' way to say that nobody holds the other end
+    except OSError:  # Linux raises this once the other end is closed
         return b""
 
 

@@ -222,7 +222,7 @@ def test_a_run_killed_twice(tiny_config, tmp_path):
     assert split["waiting"] >= 2 * pause
     assert all(seconds > 0 for seconds in split.values()), split
 
-    # What the run wrote at its end, from memory, is what its file says.
+    # The run's last line, written from memory, agrees with its file.
     assert lines[-1]["kind"] == "goodput"
     before = ledger_of(lines[:-1])
     assert {key: value for key, value in lines[-1].items() if key != "time"} == before.line()
