@@ -1,6 +1,7 @@
 """How times, sizes and counts are said to people."""
 
 import time
+from collections.abc import Sequence
 
 
 def clock(when: float) -> str:
@@ -37,3 +38,16 @@ def counted(number: int, name: str) -> str:
 def printable(text: str) -> str:
     """`text` without what a terminal obeys: characters that do not print are shown as Python writes them."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape", "backslashreplace").decode() for letter in text)
+
+
+def table(rows: Sequence[Sequence[str]], align: str = "<>", widths: Sequence[int] = (0,), gap: str = "  ") -> str:
+    """Rows of cells as lines of text, each column as wide as its longest cell.
+
+    align: "<" (left) or ">" (right) for each column. widths: the least width of each column. Both repeat their last
+    entry for further columns. gap: between columns. Rows may have different lengths.
+    """
+    count = max(map(len, rows))
+    sides, least = ([*given, *[given[-1]] * (count - len(given))] for given in (align, widths))
+    wide = [max(least[column], *(len(row[column]) for row in rows if column < len(row))) for column in range(count)]
+    lines = ([f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, wide, strict=False)] for row in rows)
+    return "\n".join(gap.join(line).rstrip() for line in lines)
