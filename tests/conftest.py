@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from train.engine.processor import processor_name
+
 # A shell that starts these tests in its background leaves SIGINT ignored, and every process that they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -24,11 +26,10 @@ def pytest_terminal_summary(terminalreporter, config):
     if not path:
         return
     reports = [report for reports in terminalreporter.stats.values() for report in reports if getattr(report, "when", None) == "call"]
-    model = next((line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
     results = {
         "command": " ".join(["pytest", *sys.argv[1:]]),
         "date": date.today().isoformat(),
-        "machine": f"{model}, {len(os.sched_getaffinity(0))} cores, shared",
+        "machine": f"{processor_name()}, {len(os.sched_getaffinity(0))} cores, shared",
         "tests": {
             report.nodeid: {"outcome": report.outcome, "seconds": round(report.duration, 1), **dict(report.user_properties)}
             for report in sorted(reports, key=lambda report: report.nodeid)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from train.engine.deepspeed_engine import init_process_group
 from train.engine.network_interface import choose_interface
+from train.engine.processor import processor_name
 from train.guard.run_lock import RunLock
 
 # Instructions that multiply bf16, as torch names them: on x86 and on ARM.
@@ -52,8 +53,7 @@ class Runtime:
         """Such as "NVIDIA H200", or the processor's name where the ranks have no GPU."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        names = (line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-        return next(names, platform.machine())  # ARM's kernel gives no name
+        return processor_name()
 
     def advice(self, precision: str) -> list[str]:
         """What a person may want to change, in sentences."""
