@@ -131,7 +131,7 @@ def test_a_spoilt_second_node(cluster, tiny_config, tiny_dataset, other_einops, 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="both nodes have this machine's only core")
 def test_too_little_memory_and_too_few_cores(cluster, tiny_config, tmp_path):
-    """The second node has half of the first one's cores, and 6.5 GB of address space a rank, of which libraries take 4."""
+    """The second node has half as many cores, and 6.5 GB of address space a rank, of which libraries take 4."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     widen = f"taskset --pid --cpu-list {cores[0]},{cores[1]} $$"  # this machine's cores are shared out among the nodes
     large = ["train.micro_batch=10240", "train.global_batch=20480"]
