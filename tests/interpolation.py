@@ -1,4 +1,4 @@
-"""Reference interpolation of a position table's grid in float64, to compare with PyTorch's."""
+"""A reference implementation of interpolation in float64, with which resized position tables are compared."""
 
 import math
 
@@ -6,13 +6,13 @@ import numpy as np
 
 
 def resized(grid_HWC: np.ndarray, height: int, width: int, mode: str) -> np.ndarray:
-    """Resize [H, W, C] to [height, width, C], bilinear or bicubic, with half-pixel centres and repeated borders."""
+    """[H, W, C] -> [height, width, C], mode "bilinear" or "bicubic", with half-pixel centres and repeated borders."""
     rows, columns = _weights(grid_HWC.shape[0], height, mode), _weights(grid_HWC.shape[1], width, mode)
     return np.einsum("yh,xw,hwc->yxc", rows, columns, grid_HWC.astype(np.float64))
 
 
 def _weights(inputs: int, outputs: int, mode: str) -> np.ndarray:
-    """Weights [outputs, inputs] of each input in each output."""
+    """[outputs, inputs]: the weight of each input in each output."""
     weights = np.zeros((outputs, inputs))
     for output in range(outputs):
         place = (output + 0.5) * inputs / outputs - 0.5
@@ -28,7 +28,7 @@ def _linear(distance: float) -> float:
 
 
 def _cubic(distance: float) -> float:
-    """The cubic kernel of Keys (1981) with a = -0.75, as in PyTorch and OpenCV."""
+    """Keys' kernel (1981) with a = -0.75, as in PyTorch and OpenCV."""
     a = -0.75
     if distance <= 1:
         return (a + 2) * distance**3 - (a + 3) * distance**2 + 1
