@@ -25,7 +25,7 @@ class Failure(NamedTuple):
 
 FAILURES = (
     Failure("finished", "rank 0", (0,), False),
-    Failure("bad data: samples that cannot be read, a dataset that is not whole", "every node", (BAD_DATA,), False),
+    Failure("bad data: samples that cannot be read, an incomplete dataset", "every node", (BAD_DATA,), False),
     Failure("a port is in use", "rank 0", (UNAVAILABLE,), True),
     Failure("out of memory", "any rank", (UNAVAILABLE,), True),
     Failure("training failed: gradients that are not finite", "every node", (FAILED,), False),
@@ -44,7 +44,7 @@ FAILURES = (
         False,
     ),
     Failure("one node differs", "some nodes", (BAD_DATA, FAILED, BAD_CONFIG), True),
-    Failure("a rank crashes, or NCCL or gloo have lost a neighbour", "any rank", (CRASHED,), True),
+    Failure("a rank crashes, or NCCL or gloo has lost a neighbour", "any rank", (CRASHED,), True),
     Failure("a rank is killed", "any rank", (), True),
 )
 # Code -> reason, for codes after which another start would end the same way, if every node has reported them.

@@ -1,15 +1,19 @@
 """Runs the kernels in Triton's interpreter, on the CPU, unless there is a GPU.
 
 Triton reads the setting when it is first imported, and again when a kernel is defined, so it must be set before both.
-Commands that tests start do not inherit it.
+Test modules that are collected before this one must therefore not import Triton, nor what imports it, such as
+torch.utils.flop_counter and timm. Commands that tests start do not inherit the setting.
 """
 
 import os
+import sys
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
+    if "triton" in sys.modules:
+        raise pytest.UsageError("Triton was imported before its interpreter could be set up: see this file's docstring")
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
