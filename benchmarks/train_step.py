@@ -16,21 +16,21 @@ from train.config import Config
 from train.engine.deepspeed_engine import Engine, compile_settings
 from train.engine.ema import Ema
 from train.engine.optimizer import build_optimizer
-from train.engine.prefetch import Feed
+from train.engine.prefetch import Prefetcher
 from train.engine.runtime import Runtime
 from train.guard.agreement import Agreement
 from train.guard.rank_store import Store
 from train.guard.signals import stop_signals
 from train.guard.skips import Skips
 from train.guard.watchdog import Watchdog
-from train.tasks.classification.task import Classification, build_model
+from train.tasks.base import build_task, training_batches
 
 
 def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, rounds: int = 5) -> dict[str, list[float]]:
     """Images per second of steps of one micro-batch of random images: the engine, and a bare PyTorch loop that does the same arithmetic,
     in 16 bits with an fp32 master of the weights, too."""
-    engine = Engine(build_model(config, classes), config, accumulation=1, device=runtime.device)
-    master = build_model(config, classes).to(runtime.device)
+    engine = Engine(build_task(config, [""] * classes).build_model(), config, accumulation=1, device=runtime.device)
+    master = build_task(config, [""] * classes).build_model().to(runtime.device)
     optimizer = build_optimizer(master, config.optimizer)
     model = master if engine.dtype == torch.float32 else copy.deepcopy(master).to(engine.dtype)
     masters, weights = list(master.parameters()), list(model.parameters())
@@ -72,14 +72,19 @@ def split_step(config: Config, manifest: Manifest, runtime: Runtime, steps: int)
     """Where the time of training steps of one micro-batch from `manifest` goes: milliseconds (medians of `steps`) that the model waits for
     its images, and of forward, backward and optimizer, as the device sees them."""
     order = Order(config.train.seed, manifest.split("train").samples, config.train.micro_batch * runtime.world, config.train.micro_batch)
-    task = Classification(config, manifest, order, runtime)
-    engine, clock = Engine(task.build_model(), config, accumulation=1, device=runtime.device), Clock(runtime.device)
-    with Feed(task.batches(0), task.inputs, runtime.device, waited=lambda seconds: None) as feed:
+    task = build_task(config, manifest.classes)
+    engine, clock = Engine(task.initial_model(), config, accumulation=1, device=runtime.device), Clock(runtime.device)
+    batches = training_batches(task, manifest.split("train"), order, runtime.rank, runtime.world, 0)
+
+    def inputs(batch):
+        return task.inputs(batch, order.epoch_of(batch.step), runtime.device)
+
+    with Prefetcher(batches, inputs, runtime.device, waited=lambda seconds: None) as feed:
         for _ in range(-3, steps):  # the first ones warm up
             clock.mark()
-            batch, images, targets = next(feed)
+            _, inputs_of_batch = next(feed)
             clock.mark()
-            loss = task.loss(engine, batch, images, targets)
+            loss = sum(task.loss(engine, inputs_of_batch).values())
             clock.mark()
             engine.backward(loss)
             feed.prepare()
@@ -96,7 +101,7 @@ def bench_guard(config: Config, classes: int, runtime: Runtime, steps: int, fold
 
     A difference of whole steps would drown in their noise, so the calls are timed between the step's own work. `folder`: for stacks.
     """
-    engine = Engine(build_model(config, classes), config, accumulation=1, device=runtime.device)
+    engine = Engine(build_task(config, [""] * classes).build_model(), config, accumulation=1, device=runtime.device)
     size, batch = config.data.image_size, config.train.micro_batch
     images = torch.randn(batch, 3, size, size, device=runtime.device)
     labels = torch.randint(classes, (batch,), device=runtime.device)
@@ -108,7 +113,7 @@ def bench_guard(config: Config, classes: int, runtime: Runtime, steps: int, fold
             began, guarding = time.perf_counter(), 0.0
         at = [time.perf_counter()]
         watchdog.enter("step", step)
-        with agreement.alone():
+        with agreement.local_work():
             at.append(time.perf_counter())
             loss = torch.nn.functional.cross_entropy(engine(images).float(), labels)
             at.append(time.perf_counter())
@@ -122,7 +127,7 @@ def bench_guard(config: Config, classes: int, runtime: Runtime, steps: int, fold
         at += [time.perf_counter()]
         guarding += (at[1] - at[0]) + (at[3] - at[2]) + (at[5] - at[4])
     total = time.perf_counter() - began
-    agreement.close()
+    agreement.collect_pending()
     watchdog.close()
     ema, stalls = Ema(engine, config.ema.decay), []
     for _ in range(5):

@@ -14,10 +14,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from threading import Barrier, Thread, current_thread
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
+from .annotations import Labels, Targets
 from .backends import Backend, open_backend
 from .config import AugmentConfig, DataConfig
 from .crop import evaluation_windows, training_windows
@@ -30,9 +33,6 @@ from .storage import Ahead, StagedSplit
 # A thread takes this many images at once, or fewer where what is decoded ahead would not make two such chunks per thread. Larger ones
 # save little more of the work that is done per chunk, under Python's lock; and closing waits for one chunk per thread.
 LARGEST_CHUNK = 64
-
-# The label of what must not be counted in evaluation.
-UNCOUNTED = -1
 
 # Samples tried in place of one that cannot be read. Where none of them can be either, something else is wrong.
 REPLACEMENTS = 8
@@ -51,10 +51,13 @@ class BadSample:
 class MicroBatch:
     """Micro-batch `index` of step `step`, on the host; in pinned memory where there is a GPU.
 
-    ids int64 [m]; images uint8 [m, 3, S, S], RGB, in channels-last memory (on the GPU for data.device=gpu); labels int64 [m], UNCOUNTED
-    for what evaluation must leave out. draws (numpy int64 [m]): a number per use of a sample in its epoch (id + samples · copy), from which
-    the keys of its crop and augmentation are made. bad: the samples that could not be read; the other
-    fields are those of their replacements. faults: reads that failed since the batch before, and were repeated.
+    ids: int64 [m].
+    draws: numpy int64 [m], one number per use of a sample in its epoch (id + samples · copy): the keys of its crop and augmentation.
+    images: uint8 [m, 3, S, S], RGB, in channels-last memory (on the GPU if data.device=gpu).
+    targets: what the task's `Targets` made of the samples' labels (annotations.py).
+    counted: bool [m]; false for samples that an evaluation must leave out.
+    bad: samples that could not be read. All other fields describe the samples actually used.
+    faults: reads that failed since the previous micro-batch and were repeated.
     """
 
     step: int
@@ -62,7 +65,8 @@ class MicroBatch:
     ids: torch.Tensor
     draws: np.ndarray
     images: torch.Tensor
-    labels: torch.Tensor
+    counted: torch.Tensor
+    targets: Any = None
     bad: tuple[BadSample, ...] = ()
     faults: tuple[PassingFault, ...] = ()
 
@@ -82,11 +86,20 @@ class _Job:
 
 
 def build_loader(
-    data: DataConfig, augment: AugmentConfig, split: Split, order: Order, *, rank: int = 0, world: int = 1, start_step: int = 0
+    data: DataConfig,
+    augment: AugmentConfig,
+    split: Split,
+    order: Order,
+    targets: Targets | None = None,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    start_step: int = 0,
 ) -> "Loader":
     """The micro-batches of `rank`, in the order of use: those of step start_step, then start_step + 1, …, without end.
 
-    Decoding starts at once. Close it when done (it is a context manager). ValueError for sizes that do not fit together.
+    `targets` defaults to the records' labels. Decoding starts at once. Close the loader when done (it is a context manager).
+    Raises ValueError for sizes that do not fit together.
     """
     if order.samples != split.samples:
         raise ValueError(f"the order is of {order.samples} samples, split {split.name!r} has {split.samples}")
@@ -113,17 +126,17 @@ def build_loader(
                 yield _Job(step, index, draws[row], planned[row], substitute)
 
     needs = (draws % order.samples for step in count(start_step) for draws in order.draws(step, share))
-    return Loader(data, split, jobs(), needs, -(-POOL * len(share) // order.global_batch))
+    return Loader(data, split, targets or Labels(split), jobs(), needs, -(-POOL * len(share) // order.global_batch))
 
 
 def evaluation_batches(
-    data: DataConfig, split: Split, batch_size: int, *, rank: int = 0, world: int = 1
+    data: DataConfig, split: Split, batch_size: int, targets: Targets | None = None, *, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[int, MicroBatch]]:
     """Every sample of `split` once, over all ranks: yields (k, batch k), where batch k holds the ids [k·b, (k + 1)·b).
 
     Rank r takes k = r, r + world, …; the last batch may be short. All ranks yield the same number of times, because under ZeRO-3
     every rank must take part in every forward pass: a rank without a batch in the last round repeats its previous one (batch 0
-    where it never had one) with UNCOUNTED labels. A sample that cannot be read is black, and UNCOUNTED too.
+    if it never had one), not counted. A sample that cannot be read is black, and not counted.
     """
     batches = -(-split.samples // batch_size)
     rounds = -(-batches // world)
@@ -138,12 +151,12 @@ def evaluation_batches(
             records = split.records[ids]
             yield _Job(0, k, ids, evaluation_windows(records["width"], records["height"], data.eval_crop), None)
 
-    with Loader(data, split, jobs(), needs(), -(-POOL // (batch_size * world))) as loader:
+    with Loader(data, split, targets or Labels(split), jobs(), needs(), -(-POOL // (batch_size * world))) as loader:
         batch = None
         for number in range(rounds):
             batch = next(loader, batch)
             if number >= len(mine):
-                batch = replace(batch, labels=torch.full_like(batch.labels, UNCOUNTED), bad=(), faults=())
+                batch = replace(batch, counted=torch.zeros_like(batch.counted), bad=(), faults=())
             yield batch.index, batch
 
 
@@ -153,9 +166,8 @@ class Loader(AbstractContextManager):
     needs: the ids of the same micro-batches; of `ahead` of them the files are staged before they are decoded, where `split` is staged.
     """
 
-    def __init__(self, data: DataConfig, split: Split, jobs: Iterator[_Job], needs: Iterator[np.ndarray], ahead: int):
-        self._data, self._samples = data, split.samples
-        self._records = split.records
+    def __init__(self, data: DataConfig, split: Split, targets: Targets, jobs: Iterator[_Job], needs: Iterator[np.ndarray], ahead: int):
+        self._data, self._samples, self._targets = data, split.samples, targets
         self._backend: Backend = open_backend(data.backend, split)
         if data.device == "gpu" and not torch.cuda.is_available():
             raise UsageError("data.device gpu needs a GPU, and there is none here: set data.device=cpu.")
@@ -182,11 +194,14 @@ class Loader(AbstractContextManager):
             while wait(chunks, timeout=1).not_done:
                 if not all(thread.is_alive() for thread in self._threads):
                     raise RuntimeError("a decoding thread has died, and its images with it")
-            bad = [sample for chunk in chunks for sample in chunk.result()]
+            bad = [sample for chunk in chunks for sample in chunk.result()[0]]
+            targets = self._targets.collate([target for chunk in chunks for target in chunk.result()[1]])
         except BaseException:
             self.close()
             raise
-        return replace(batch, bad=tuple(bad), faults=self._backend.stored.take_faults())
+        if self._pin:
+            targets = tree_map_only(torch.Tensor, torch.Tensor.pin_memory, targets)
+        return replace(batch, targets=targets, bad=tuple(bad), faults=self._backend.stored.take_faults())
 
     def close(self) -> None:
         """End the threads: what has not begun is dropped, what has is waited for (at most LARGEST_CHUNK images each). Close all files."""
@@ -210,7 +225,8 @@ class Loader(AbstractContextManager):
         else:
             self._backend.stored.will_need(job.draws % self._samples)
         total, size = len(job.draws), self._data.image_size
-        ids, labels = (torch.empty(total, dtype=torch.int64, pin_memory=self._pin) for _ in range(2))
+        ids = torch.empty(total, dtype=torch.int64, pin_memory=self._pin)
+        counted = torch.ones(total, dtype=torch.bool, pin_memory=self._pin)
         if self._stream is None:
             images = torch.empty((total, size, size, 3), dtype=torch.uint8, pin_memory=self._pin)
             pixels = images.numpy()
@@ -219,37 +235,40 @@ class Loader(AbstractContextManager):
             with torch.cuda.stream(self._stream):
                 images = torch.empty((total, size, size, 3), dtype=torch.uint8, device="cuda")
             pixels, length = images, total
-        batch = MicroBatch(job.step, job.index, ids, job.draws, images.permute(0, 3, 1, 2), labels)
+        batch = MicroBatch(job.step, job.index, ids, job.draws, images.permute(0, 3, 1, 2), counted)
         chunks = [
             self._executor.submit(self._fill, job, batch, slice(start, start + length), pixels[start : start + length])
             for start in range(0, total, length)
         ]
         self._pending.append((batch, chunks))
 
-    def _fill(self, job: _Job, batch: MicroBatch, part: slice, pixels: "np.ndarray | torch.Tensor") -> list[BadSample]:
-        """Fill some rows of a micro-batch. Returns the bad samples; `draws` (a view of the batch's) becomes that of those really used."""
+    def _fill(self, job: _Job, batch: MicroBatch, part: slice, pixels: "np.ndarray | torch.Tensor") -> tuple[list[BadSample], list]:
+        """Fill some rows of a micro-batch. Returns its bad samples and the targets of its rows.
+
+        `draws` (a view of the batch's) and `windows` become those of the samples actually used.
+        """
         draws, windows = job.draws[part], job.windows[part]
         failures = self._decode(draws, windows, pixels)
-        bad = [sample for row in sorted(failures) for sample in self._replace(job, draws, pixels, row, failures[row])]
+        bad = [sample for row in sorted(failures) for sample in self._replace(job, draws, windows, pixels, row, failures[row])]
         ids = draws % self._samples
         batch.ids.numpy()[part] = ids
-        labels = batch.labels.numpy()[part]
-        labels[:] = self._records["label"][ids]
         if job.substitute is None:
-            labels[list(failures)] = UNCOUNTED
-        return bad
+            batch.counted.numpy()[part][list(failures)] = False
+        return bad, self._targets.read(ids, windows)
 
-    def _replace(self, job: _Job, draws: np.ndarray, pixels: "np.ndarray | torch.Tensor", row: int, sentence: str) -> list[BadSample]:
-        """Put another sample in the place of the one in `row`, which `sentence` is about. Raises DataError where none can be read."""
+    def _replace(
+        self, job: _Job, draws: np.ndarray, windows: np.ndarray, pixels: "np.ndarray | torch.Tensor", row: int, sentence: str
+    ) -> list[BadSample]:
+        """Put another sample in the place of the one in `row`, which `sentence` is about. Raises DataError if none can be read."""
         first = int(draws[row])
         if job.substitute is None:
             pixels[row] = 0
             return [BadSample(first, sentence, None)]
         sentences = {first % self._samples: sentence}
         for attempt in range(REPLACEMENTS):
-            draws[row], window = job.substitute(first, attempt)
+            draws[row], windows[row] = job.substitute(first, attempt)
             used = int(draws[row]) % self._samples
-            failures = self._decode(draws[row : row + 1], window[None], pixels[row : row + 1])
+            failures = self._decode(draws[row : row + 1], windows[row : row + 1], pixels[row : row + 1])
             if not failures:
                 return [BadSample(number, text, used) for number, text in sentences.items()]
             sentences[used] = failures[0]

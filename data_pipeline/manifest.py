@@ -3,8 +3,10 @@
 `manifest.json` names the classes and, for each split, its shards and its index. The index is a flat table of `RECORD`s, one per
 sample, in the order of the sample ids 0 … N-1; it is memory-mapped, so its size costs a rank nothing.
 
-A split may also lie there as one FFCV file (beton.py), with an index of its own. Its shards may then be gone (`shards` is empty);
-`<split>.index` stays, for it says what the samples are, and its hash is the dataset's fingerprint whatever file holds the images.
+A split may also be stored as one FFCV file (beton.py), with an index of its own. Its shards may then be absent (`shards` is empty);
+`<split>.index` stays, because it identifies the samples; its hash is the split's fingerprint whatever file holds the images.
+
+A record has one integer label. Further labels of the samples are *annotations* (annotations.py): named arrays with one row per sample.
 """
 
 import hashlib
@@ -15,7 +17,7 @@ import re
 import resource
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -80,6 +82,15 @@ class Beton:
 
 
 @dataclass(frozen=True)
+class Annotation:
+    """A named array with one row per sample, in a .npy file: its name inside the dataset's folder, size in bytes and SHA-256."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Split:
     """One split (`train`, `val`) of a dataset. `fingerprint` is the SHA-256 of its index, and so of every label and image in it."""
 
@@ -89,6 +100,27 @@ class Split:
     fingerprint: str
     shards: tuple[Shard, ...]
     beton: Beton | None = None
+    annotations: dict[str, Annotation] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of everything that training sees of the split: images, labels and annotations."""
+        if not self.annotations:
+            return self.fingerprint
+        parts = [self.fingerprint, *(f"{name} {self.annotations[name].sha256}" for name in sorted(self.annotations))]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
+    def table_paths(self) -> list[Path]:
+        """The files that are memory-mapped as a whole: indexes and annotations."""
+        paths = [self.index_path, *(self.folder / annotation.file for annotation in self.annotations.values())]
+        return [*paths, self.beton_index_path] if self.beton else paths
+
+    def annotation(self, name: str) -> np.ndarray:
+        """The memory-mapped array `name`, [samples, …]. Raises DataError if the split has none of that name."""
+        if name not in self.annotations:
+            raise DataError(f"split {self.name!r} of {self.folder} has no annotation {name!r}. Prepare the dataset again.")
+        return np.load(self.folder / self.annotations[name].file, mmap_mode="r")
 
     @property
     def keep_open(self) -> int:
@@ -118,7 +150,7 @@ class Split:
     def listing(self) -> list[tuple[str, int, str]]:
         """(name in the dataset's folder, size in bytes, SHA-256) of each of its files."""
         files = [(self.index_path.name, self.samples * RECORD.itemsize, self.fingerprint)]
-        files += [(shard.file, shard.bytes, shard.sha256) for shard in self.shards]
+        files += [(file.file, file.bytes, file.sha256) for file in (*self.shards, *self.annotations.values())]
         if self.beton:
             files += [(self.beton.file, self.beton.bytes, self.beton.sha256)]
             files += [(f"{self.beton.file}.index", self.samples * RECORD.itemsize, self.beton.fingerprint)]
@@ -206,7 +238,8 @@ def _parse_split(folder: Path, name: str, entry: dict) -> Split:
         raise ValueError(f"{name!r} cannot be a split's name")
     shards = tuple(Shard(**shard) for shard in entry["shards"])
     beton = Beton(**entry["beton"]) if "beton" in entry else None
-    split = Split(folder, name, entry["samples"], entry["fingerprint"], shards, beton)
+    annotations = {key: Annotation(**value) for key, value in entry.get("annotations", {}).items()}
+    split = Split(folder, name, entry["samples"], entry["fingerprint"], shards, beton, annotations)
     _check_number("samples", split.samples)
     if not split.samples:
         raise ValueError(f"split {name!r} has no samples")
@@ -214,9 +247,10 @@ def _parse_split(folder: Path, name: str, entry: dict) -> Split:
         _check_number("samples", shard.samples)
     if shards and sum(shard.samples for shard in shards) != split.samples:
         raise ValueError(f"the shards of split {name!r} do not add up to its {split.samples} samples")
-    for file in (*shards, *([beton] if beton else [])):
+    files = (*shards, *annotations.values(), *([beton] if beton else []))
+    for file in files:
         _check_number("bytes", file.bytes)
-    for digest in (split.fingerprint, *(shard.sha256 for shard in shards), *((beton.sha256, beton.fingerprint) if beton else ())):
+    for digest in (split.fingerprint, *(file.sha256 for file in files), *([beton.fingerprint] if beton else [])):
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise ValueError(f"{digest!r} is no SHA-256")
     if beton and beton.mode not in ("jpeg", "raw"):
@@ -260,6 +294,8 @@ def check_indexes(manifest: Manifest) -> None:
         _check_index(split.index_path, split.fingerprint, classes, [shard.bytes for shard in split.shards])
         if split.beton:
             _check_index(split.beton_index_path, split.beton.fingerprint, classes, [split.beton.bytes])
+        for annotation in split.annotations.values():
+            _check_annotation(manifest.folder / annotation.file, annotation, split.samples)
 
 
 def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -> None:
@@ -300,6 +336,18 @@ def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -
         raise DataError(fault)
 
 
+def _check_annotation(path: Path, annotation: Annotation, samples: int) -> None:
+    try:
+        sha256 = retried(lambda: sha256_of(path), str(path))
+        shape = np.load(path, mmap_mode="r").shape
+    except LASTING as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Copy it again, or prepare the dataset again.") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}). Prepare the dataset again.") from error
+    if sha256 != annotation.sha256 or shape[:1] != (samples,):
+        raise DataError(f"{path} is damaged: it is not the array that the manifest describes. Copy it again, or prepare the dataset again.")
+
+
 def write_manifest(manifest: Manifest) -> None:
     """Write `manifest.json` atomically; the shards, betons and index files must be in place already."""
     splits = {}
@@ -307,6 +355,8 @@ def write_manifest(manifest: Manifest) -> None:
         splits[name] = {"samples": split.samples, "fingerprint": split.fingerprint, "shards": [asdict(shard) for shard in split.shards]}
         if split.beton:
             splits[name]["beton"] = asdict(split.beton)
+        if split.annotations:
+            splits[name]["annotations"] = {key: asdict(value) for key, value in split.annotations.items()}
     document = {"version": VERSION, "classes": list(manifest.classes), "splits": splits}
     write_atomically(manifest.folder / FILE_NAME, json.dumps(document, indent=1).encode())
 

@@ -76,7 +76,7 @@ def open_dataset(data: DataConfig, *, training: bool = True) -> Manifest:
     splits = {}
     for name, split in manifest.splits.items():
         splits[name] = StagedSplit(**{field.name: getattr(split, field.name) for field in fields(split)}, cache=cache)
-    indexes = [split.index_path for split in splits.values()] + [split.beton_index_path for split in splits.values() if split.beton]
+    indexes = [path for split in splits.values() for path in split.table_paths]
     for index in indexes:
         os.close(retried(lambda index=index: cache.open(index, Event(), unheard), str(index)))
     if first_of_node():
@@ -212,7 +212,7 @@ class Cache:
                 if not S_ISREG(stat.st_mode) or not (folder.with_name("locks") / _key(path.relative_to(folder).as_posix())).exists():
                     continue
                 total += stat.st_size
-                if path.suffix != ".index":
+                if path.suffix not in (".index", ".npy"):
                     removable.append((stat.st_mtime_ns, stat.st_size, path))
         excess = total - self.limit
         if excess > sum(bytes for _, bytes, _ in removable):

@@ -4,7 +4,6 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     from data_pipeline.loader import MicroBatch
     from train.engine.runtime import start_runtime, stop_runtime
-    from train.tasks.classification.task import evaluate_split
+    from train.tasks.base import build_task, evaluate
 
     trained = read_trained(target, arguments.weights, best=arguments.best)
     config, checkpoint, weights = trained.config, trained.checkpoint, trained.weights
@@ -38,7 +37,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{config.data.path} has other classes than {checkpoint} was trained on")
 
     runtime = start_runtime()
-    model = trained.model().to(runtime.device)
+    model, task = trained.model().to(runtime.device), build_task(config, manifest.classes)
 
     def meet(batch: MicroBatch) -> None:
         for fault in batch.faults:
@@ -47,14 +46,15 @@ def main(arguments: argparse.Namespace) -> None:
             print(f"left out: {sample.sentence}", file=sys.stderr)
 
     with torch.no_grad():
-        scores, _ = evaluate_split(model, config, manifest, runtime, meet)
+        scores, _ = evaluate(task, model, manifest.split("val"), runtime.device, meet, runtime.rank, runtime.world)
     for note in trained.notes if runtime.is_main else ():
         print(note, file=sys.stderr)
     if runtime.is_main and arguments.json:
-        print(json.dumps({"checkpoint": str(checkpoint), "weights": weights, "data": config.data.path, **asdict(scores)}))
+        numbers = {**scores.values, "count": scores.count}
+        print(json.dumps({"checkpoint": str(checkpoint), "weights": weights, "data": config.data.path, **numbers}))
     elif runtime.is_main:
-        print(f"{checkpoint} ({weights}) on {config.data.path}: top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %", end="  ")
-        print(f"loss {scores.loss:.4f}  ({scores.count} images)")
+        text = "  ".join(metric.text(scores.values[metric.name]) for metric in task.metrics)
+        print(f"{checkpoint} ({weights}) on {config.data.path}: {text}  ({scores.count} {task.samples})")
     stop_runtime()
 
 

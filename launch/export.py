@@ -18,17 +18,7 @@ def main(arguments: argparse.Namespace) -> None:
     trained = read_trained(target, arguments.weights, best=arguments.best)
     for note in trained.notes:
         print(note, file=sys.stderr)
-    model = trained.backbone() if arguments.features else trained.model()
-    settings = {**trained.settings(), "features_only": True} if arguments.features else trained.settings()
-    config = trained.config
-    about = {
-        "model": settings,
-        "classes": trained.classes,
-        "mean": list(config.augment.mean),
-        "std": list(config.augment.std),
-        "interpolation": config.data.interpolation,
-        "eval_crop": config.data.eval_crop,
-    }
+    model, about = trained.task().export(trained.state, arguments.features)
     difference = export.export(model, arguments.to, about)
     print(f"{arguments.to}: {trained.checkpoint} ({trained.weights}), within {difference:.1e} of the model on random images")
 

@@ -22,26 +22,17 @@ def main(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from train.tasks.classification.predict import predict
-    from train.telemetry.formatting import printable
-
     trained = read_trained(target, arguments.weights, best=arguments.best)
     for note in trained.notes:
         print(note, file=sys.stderr)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, data, augment = trained.model().to(device), trained.config.data, trained.config.augment
     bad = 0
-    for found in predict(model, paths, data, augment, device, arguments.batch, arguments.top):
+    for found in trained.task().predict(trained.model().to(device), paths, device, arguments.batch, top=arguments.top):
         if found.problem:
             bad += 1
             print(f"left out: {found.path}: {found.problem}", file=sys.stderr, flush=True)
             continue
-        best = [(trained.classes[number], probability) for number, probability in zip(found.classes, found.probabilities, strict=True)]
-        if arguments.json:
-            classes = [{"class": name, "probability": probability} for name, probability in best]
-            print(json.dumps({"image": str(found.path), "top": classes}), flush=True)
-        else:
-            print(found.path, *(f"  {100 * probability:5.1f} %  {printable(name)}" for name, probability in best), sep="\n", flush=True)
+        print(json.dumps(found.json()) if arguments.json else found.text(), flush=True)
     if bad:
         raise Unreadable(f"{bad} of {len(paths)} images could not be read")
 

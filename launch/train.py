@@ -2,52 +2,27 @@
 """Train a model: deepspeed launch/train.py --config configs/cat_b.yaml [section.key=value …]"""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train
 from launch.cli import Parser, leave, run
 from launch.ranks import adopt_slurm_ranks
 from train.guard.signals import stop_signals
 
 
 def main(arguments: argparse.Namespace) -> None:
-    stop_signals.install()  # first of all: a request to stop must not be lost
+    stop_signals.install()  # before anything else: a request to stop must not be lost
     stop_signals.follow_launcher()
     adopt_slurm_ranks()
-    # The light half first: a mistake in the config or a missing dataset is answered before torch is imported.
-    from data_pipeline.backends import open_backend
-    from data_pipeline.order import Order
-    from data_pipeline.storage import open_dataset
-    from train.checkpoint.init_from import check_source
-    from train.config import ConfigError, load_config
-    from train.guard.run_lock import RunLock
-
-    config = load_config(arguments.config, arguments.overrides)
-    manifest = open_dataset(config.data)
-    for split in manifest.splits.values():
-        open_backend(config.data.backend, split)  # for its errors: a library or files that are not there
-    samples = manifest.split("train").samples
-    try:
-        sizes = config.train
-        order = Order(sizes.seed, samples, sizes.global_batch, config.smallest_micro_batch, config.data.shuffle, config.data.repeats)
-        order.share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    except ValueError as error:
-        raise ConfigError(f"{arguments.config}: {error}") from error
-    output = Path(arguments.output or Path("runs") / Path(arguments.config).stem)
-    check_source(config, output / "checkpoints", arguments.resume)
-    output.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(output) if os.environ.get("RANK", "0") == "0" else None
-    if lock:
-        lock.acquire()
-    try:
-        from train.trainer import train
-
-        train(config, manifest, order, output, lock, resume=arguments.resume, with_changes=arguments.resume_with_changes)
-    finally:
-        if lock:
-            lock.release()
+    train.run(
+        arguments.config,
+        arguments.overrides,
+        output=arguments.output,
+        resume=arguments.resume,
+        resume_with_changes=arguments.resume_with_changes,
+    )
 
 
 def parse_arguments() -> argparse.Namespace:

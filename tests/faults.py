@@ -51,19 +51,22 @@ class NanLoss:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        from train.tasks.classification.task import Classification
+        from train.trainer import Run
 
-        loss, left = Classification.loss, dict.fromkeys(self.steps, self.times)
+        train_step, left = Run.train_step, dict.fromkeys(self.steps, self.times)
 
-        def broken(task, engine, batch, images, targets):
-            value = loss(task, engine, batch, images, targets)
-            last = batch.index == task.order.share(task.runtime.rank, task.runtime.world)[-1]
-            if left.get(batch.step + 1, 0):
-                left[batch.step + 1] -= last
-                return value * float("nan")
-            return value
+        def broken(run: Run, step: int, batches: object):
+            if not left.get(step + 1, 0):
+                return train_step(run, step, batches)
+            left[step + 1] -= 1
+            loss = run.task.loss
+            run.task.loss = lambda *arguments: {name: value * float("nan") for name, value in loss(*arguments).items()}
+            try:
+                return train_step(run, step, batches)
+            finally:
+                del run.task.loss
 
-        Classification.loss = broken
+        Run.train_step = broken
 
 
 @dataclass(frozen=True)

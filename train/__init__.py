@@ -1,1 +1,5 @@
-"""The run: config, engine, loop, EMA, checkpoints, evaluation, monitoring. Read `trainer.py` first."""
+"""Training: what runs inside a training process. Read `trainer.py` first."""
+
+from train.run import run
+
+__all__ = ["run"]

@@ -1,7 +1,6 @@
 """`train.micro_batch: auto`: the largest micro-batch that fits, found by trying."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -10,30 +9,32 @@ from torch import nn
 from data_pipeline.faults import StorageError
 from data_pipeline.order import Order
 from train.checkpoint.format import read_info
-from train.checkpoint.resume import candidates
+from train.checkpoint.resume_point import Resume
 from train.config import Config, ConfigError, parse_config
 from train.engine.deepspeed_engine import DTYPES
 from train.engine.estimate import kept_beside
 from train.engine.memory import at_most, free_memory
 from train.engine.runtime import Runtime
-from train.tasks.classification.task import build_model
+from train.tasks.base import Task, build_task
 
-HEADROOM = 0.1  # of the memory that is free: fragmentation, communication, batches on their way
-ON_GPU = 2**30  # bytes beside: buffers of NCCL, what compilation and CUDA graphs keep, which a trial of the plain network lacks
+HEADROOM = 0.1  # share of the free memory left for fragmentation, communication and batches on their way
+ON_GPU = 2**30  # bytes left on a GPU for NCCL's buffers, compilation and CUDA graphs, which a trial of the plain network lacks
 
 
 def settle_micro_batch(
-    config: Config, order: Order, classes: int, runtime: Runtime, output: Path, resume: str
-) -> tuple[Config, Order, str]:
-    """`config` and `order` with a number in place of "auto", and a sentence for the log; every rank calls this and gets the same.
+    config: Config, order: Order, classes: tuple[str, ...], runtime: Runtime, resume: Resume
+) -> tuple[Config, Order, list[str]]:
+    """`config` and `order` with a number in place of "auto", and sentences for the log; every rank calls this and gets the same.
 
-    It is the number of the checkpoint that the run goes on from, because mixup and dropout act inside a micro-batch; else the largest size
-    that fits on all ranks. Raises ConfigError where that number cannot be used here, or nothing fits.
+    The number is that of the checkpoint that the run goes on from, because mixup and dropout act inside a micro-batch; else the largest
+    size that fits on all ranks. Raises ConfigError if that number cannot be used here, or nothing fits.
     """
+    if config.train.micro_batch != "auto":
+        return config, order, []
     before: list = [None]
     if runtime.is_main:
         try:
-            before[0] = _before(output / "checkpoints", resume)
+            before[0] = _before(resume)
         except (ConfigError, StorageError) as error:
             before[0] = error
     dist.broadcast_object_list(before)
@@ -42,21 +43,21 @@ def settle_micro_batch(
     if before[0]:
         size, sentence = before[0], f"train.micro_batch: {before[0]}, as this run has had it before"
     else:
-        size, sentence = _largest(config, classes, runtime)
+        size, sentence = _largest(build_task(config, classes), runtime)
     try:
         order = replace(order, micro_batch=size)
         order.share(runtime.rank, runtime.world)
     except ValueError as error:
         raise ConfigError(f"train.micro_batch was {size} before: {error}") from error
-    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": size})}), order, sentence
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": size})}), order, [sentence]
 
 
-def _before(checkpoints: Path, resume: str) -> int | None:
-    """The size of the checkpoint that the run goes on from; None where it begins. Where no step has been saved, the size may be why."""
-    if resume == "never":
+def _before(resume: Resume) -> int | None:
+    """The size of the checkpoint that the run goes on from; None if it begins."""
+    if resume.never:
         return None
     damaged = None
-    for path in candidates(checkpoints, resume):
+    for path in resume.candidates():
         try:
             return parse_config(read_info(path).config, source=str(path)).train.micro_batch
         except ConfigError as error:
@@ -66,20 +67,21 @@ def _before(checkpoints: Path, resume: str) -> int | None:
     return None
 
 
-def _largest(config: Config, classes: int, runtime: Runtime) -> tuple[int, str]:
-    """By bisection; the sizes are those that give every rank the same number of micro-batches."""
+def _largest(task: Task, runtime: Runtime) -> tuple[int, str]:
+    """Find it by bisection among the sizes that give every rank the same number of micro-batches."""
+    config = task.config
     share = config.train.global_batch // runtime.world
     sizes = [size for size in range(config.smallest_micro_batch, share + 1) if share % size == 0]
     fitting, too_large = -1, len(sizes)
-    model = build_model(config, classes).to(runtime.device, DTYPES[config.train.precision])
+    model = task.build_model().to(runtime.device, DTYPES[config.train.precision])
 
     def fits(size: int) -> bool:
-        everywhere = torch.tensor(_fits(model, config, size), dtype=torch.uint8, device=runtime.device)
+        everywhere = torch.tensor(_fits(model, task, size), dtype=torch.uint8, device=runtime.device)
         dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
         return bool(everywhere)
 
-    # The first one lets libraries start their threads and fill their caches, which is no part of what a size needs: before the memory is
-    # measured. At ZeRO 3 the weights are partitioned, which these trials of a whole model do not show: more would fit than is found.
+    # The first trial lets libraries start their threads and fill their caches, before the memory is measured. At ZeRO 3 the weights are
+    # partitioned, which these trials of a whole model do not show: more would fit than is found.
     if fits(sizes[0]):
         beside = kept_beside(model, config, runtime) + ON_GPU * (runtime.device.type == "cuda")
         free = (1 - HEADROOM) * free_memory(runtime.device) - beside
@@ -96,9 +98,10 @@ def _largest(config: Config, classes: int, runtime: Runtime) -> tuple[int, str]:
     return sizes[fitting], f"train.micro_batch: {sizes[fitting]} is the largest that fits{above}"
 
 
-def _fits(model: nn.Module, config: Config, size: int) -> bool:
+def _fits(model: nn.Module, task: Task, size: int) -> bool:
     try:
-        _step(model, config, size)
+        weight = next(model.parameters())
+        task.example_loss(model(task.example(size, weight.device, weight.dtype))).backward()
     except (torch.OutOfMemoryError, MemoryError):
         return False
     except RuntimeError as error:
@@ -110,11 +113,3 @@ def _fits(model: nn.Module, config: Config, size: int) -> bool:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return True
-
-
-def _step(model: nn.Module, config: Config, size: int) -> None:
-    """Forward and backward of `size` images."""
-    weight = next(model.parameters())
-    side = config.data.image_size
-    logits = model(torch.zeros(size, 3, side, side, device=weight.device, dtype=weight.dtype))
-    nn.functional.cross_entropy(logits.float(), torch.zeros(size, dtype=torch.int64, device=weight.device)).backward()

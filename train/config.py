@@ -5,16 +5,26 @@ Light on purpose: a bad config is answered before torch is imported.
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import SerializeAsAny, ValidationError, field_validator, model_validator
 
 import catmodel
-from data_pipeline.config import AugmentConfig, DataConfig, Fraction, Section
-
-Positive = Annotated[int, Field(ge=1)]
-Ratio = Annotated[float, Field(gt=0)]
+from data_pipeline.config import AugmentConfig, DataConfig, Section
+from train.config_sections import (
+    CheckpointConfig,
+    EmaConfig,
+    GuardConfig,
+    ModelConfig,
+    MonitorConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TaskConfig,
+    TrainConfig,
+    ZeroConfig,
+)
+from train.task_registry import UnknownTask, find
 
 
 class ConfigError(Exception):
@@ -23,180 +33,8 @@ class ConfigError(Exception):
     exit_code = 78
 
 
-class ModelConfig(Section):
-    """What to build; a key left out keeps the named model's own default."""
-
-    name: str = Field(description="cat_…, pvt_…, cotnet…, cotnext… or se_cotnetd…: see catmodel.list_models()")
-    init_from: str | None = Field(
-        None, description="first weights: a published file, a .safetensors file, a run's folder or a checkpoint's"
-    )
-    depths: tuple[Positive, ...] | None = Field(None, description="blocks per stage; of CAT cross attention blocks")
-    drop_path_rate: Fraction | None = Field(None, description="stochastic depth at the deepest block")
-    num_heads: tuple[Positive, ...] | None = Field(None, description="CAT, PVT: heads of (inner-patch) attention per stage")
-    embed_dim: Positive | None = Field(None, description="CAT: channels of the first stage")
-    mlp_ratio: Ratio | None = Field(None, description="CAT: hidden channels of an MLP, relative to its inputs")
-    embed_patch_size: Positive | None = Field(None, description="CAT: side of a token, in pixels")
-    patch_size: Positive | None = Field(None, description="CAT: side of an attention patch, in tokens")
-    patch_embed: Literal["conv", "slice"] | None = Field(None, description="CAT: how pixels become tokens")
-    ape: bool | None = Field(None, description="CAT: absolute position")
-    shifted_windows: bool | None = Field(None, description="CAT: in the second inner-patch attention of every block")
-    cpsa_num_heads: Positive | None = Field(None, description="CAT: heads of cross-patch attention")
-    ipsa_drop: Fraction | None = Field(None, description="CAT: attention dropout in inner-patch attention")
-    cpsa_drop: Fraction | None = Field(None, description="CAT: attention dropout in cross-patch attention")
-    init_std: Ratio | None = Field(None, description="CAT: standard deviation of the initial linear weights")
-    embed_dims: tuple[Positive, ...] | None = Field(None, description="PVT: channels per stage")
-    mlp_ratios: tuple[Ratio, ...] | None = Field(None, description="PVT: hidden channels of an MLP, relative to its inputs, per stage")
-    sr_ratios: tuple[Positive, ...] | None = Field(None, description="PVT: spatial reduction of keys and values per stage")
-    width: Ratio | None = Field(None, description="CoTNet: channels of the CoT, relative to a ResNet's")
-    key_groups: Positive | None = Field(None, description="CoTNet: groups of the keys' convolution")
-    groups: Positive | None = Field(None, description="CoTNet: groups of the CoT's other convolutions")
-    hybrid: bool | None = Field(None, description="CoTNet: the design of SE-CoTNetD")
-    stem_width: Positive | None = Field(None, description="CoTNet: channels of a hybrid's stem")
-    blur: bool | None = Field(None, description="CoTNet: filter before a map is halved")
-    drop_rate: Fraction | None = Field(None, description="CoTNet: dropout before the head")
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        """model.name is one of catmodel.list_models()."""
-        if name not in catmodel.list_models():
-            close = difflib.get_close_matches(name, catmodel.list_models(), 1)
-            hint = f"; did you mean {close[0]}?" if close else f"; models: {', '.join(catmodel.list_models())}"
-            raise ValueError(f"model.name: there is no model {name!r}{hint}")
-        return name
-
-    @model_validator(mode="after")
-    def _of_its_family(self) -> "ModelConfig":
-        """A setting of another family than model.name's is refused."""
-        known = FAMILY_KEYS[family_of(self.name)]
-        for key in self.overrides():
-            if key not in known:
-                close = difflib.get_close_matches(key, known, 1)
-                hint = f"did you mean model.{close[0]}?" if close else f"it takes {', '.join(known)}"
-                raise ValueError(f"model.{key} is no setting of {self.name}; {hint}")
-        return self
-
-    def overrides(self) -> dict[str, Any]:
-        """The settings of the network that were given, as arguments of `catmodel.create_model`."""
-        settings = {key for keys in FAMILY_KEYS.values() for key in keys}
-        return {key: value for key, value in self.model_dump(include=settings).items() if value is not None}
-
-
-# What can be set of a network, by its family: arguments of its class. Written out, because the classes cannot be read without torch.
-FAMILY_KEYS = {
-    "cat": (
-        *("depths", "drop_path_rate", "num_heads", "embed_dim", "mlp_ratio", "embed_patch_size", "patch_size", "patch_embed"),
-        *("ape", "shifted_windows", "cpsa_num_heads", "ipsa_drop", "cpsa_drop", "init_std"),
-    ),
-    "pvt": ("depths", "drop_path_rate", "num_heads", "embed_dims", "mlp_ratios", "sr_ratios"),
-    "cotnet": ("depths", "drop_path_rate", "width", "key_groups", "groups", "hybrid", "stem_width", "blur", "drop_rate"),
-}
-
-
-def family_of(model: str) -> str:
-    """The key of FAMILY_KEYS for a model's name."""
-    prefix = model.split("_")[0]
-    return prefix if prefix in FAMILY_KEYS else "cotnet"
-
-
-class TrainConfig(Section):
-    epochs: Positive = Field(300, description="passes over the training samples; the learning rate's schedule spans them")
-    global_batch: Positive = Field(1024, description="samples per optimizer step, over all ranks")
-    micro_batch: Positive | Literal["auto"] = Field(
-        128, description="samples per forward pass; mixup, cutmix and dropout act inside one. auto: the largest that fits, then kept"
-    )
-    precision: Literal["bf16", "fp16", "fp32"] = Field(
-        "bf16", description="of the network's arithmetic; the master weights are fp32 always"
-    )
-    seed: int = Field(0, ge=0, description="of the samples' order, augmentation, dropout and first weights")
-    log_every: Positive = Field(50, description="steps between lines of metrics")
-    max_steps: Positive | None = Field(None, description="end early after so many steps; the schedule still spans `epochs`")
-    evaluate_every: int = Field(1, ge=0, description="epochs between evaluations; 0 turns them off")
-    activation_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, about a third more time")
-    kernels: bool = Field(True, description="the Triton kernels, on a GPU that can run them")
-    compile: bool = Field(False, description="torch.compile the network: minutes at the start")
-    cuda_graphs: bool = Field(
-        False, description="replay the compiled network as CUDA graphs, for small batches; one micro-batch a rank and step (not measured)"
-    )
-
-    @model_validator(mode="after")
-    def _cuda_graphs(self) -> "TrainConfig":
-        """train.cuda_graphs needs train.compile."""
-        if self.cuda_graphs and not self.compile:
-            raise ValueError("train.cuda_graphs needs train.compile=true: it is the compiled network that is captured")
-        return self
-
-    @model_validator(mode="after")
-    def _micro_batches(self) -> "TrainConfig":
-        """train.global_batch / train.micro_batch is a whole number, and a multiple of the number of ranks."""
-        if self.micro_batch != "auto" and self.global_batch % self.micro_batch:
-            raise ValueError(f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}")
-        return self
-
-
-class OptimizerConfig(Section):
-    name: Literal["adamw", "sgd", "muon"] = Field("adamw", description="muon: for the matrices of hidden layers, AdamW for the rest")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate, for the whole global batch")
-    weight_decay: float = Field(0.05, ge=0, description="not applied to biases, norms and what the model names in no_weight_decay()")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW: decay of the two moments")
-    eps: float = Field(1e-8, gt=0, description="AdamW: added to the root of the second moment")
-    momentum: Fraction = Field(0.9, description="sgd and muon")
-    nesterov: bool = Field(False, description="sgd: Nesterov's momentum")
-    layer_decay: float = Field(1.0, gt=0, le=1, description="each layer's learning rate / the next one's, for fine-tuning; 1: all alike")
-    clip_grad: float | None = Field(5.0, gt=0, description="largest norm of the whole gradient; null turns clipping off")
-
-
-class ScheduleConfig(Section):
-    warmup_epochs: float = Field(20, ge=0, description="in which the learning rate rises to optimizer.lr; the cosine spans all epochs")
-    warmup_lr: float = Field(1e-6, ge=0, description="learning rate at step 0")
-    min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
-
-
-class EmaConfig(Section):
-    decay: Fraction = Field(0.9999, description="0 turns EMA off; warmed up as min(decay, (1 + step) / (10 + step))")
-
-
-class ZeroConfig(Section):
-    stage: Literal[0, 1, 2, 3] = Field(1, description="divided over the ranks: 1 the optimizer's states, 2 gradients too, 3 weights too")
-    offload: bool = Field(False, description="keep optimizer states and fp32 weights in host memory (stages 1–3)")
-
-    @model_validator(mode="after")
-    def _offload(self) -> "ZeroConfig":
-        """zero.offload needs zero.stage 1, 2 or 3."""
-        if self.offload and self.stage == 0:
-            raise ValueError("zero.offload needs zero.stage 1, 2 or 3: stage 0 does not partition what would be offloaded")
-        return self
-
-
-class CheckpointConfig(Section):
-    every_steps: Positive | None = Field(None, description="steps between checkpoints; null: at the end of every epoch")
-    keep: Positive = Field(3, description="newest checkpoints kept; the best evaluated one is kept beside them")
-
-
-class MonitorConfig(Section):
-    record_samples: bool = Field(False, description="write the sample ids of every step to samples/rank_*.jsonl")
-    images: int = Field(32, ge=0, description="images in TensorBoard's grid of augmented inputs; 0 turns it off")
-
-
-class TimeoutConfig(Section):
-    """Seconds that a rank may stay in one section of a run before the run is taken for hung."""
-
-    startup: float = Field(1800, gt=0, description="until the first step can begin")
-    first_step: float = Field(1800, gt=0, description="it compiles and fills caches")
-    step: float = Field(300, gt=0, description="any other step")
-    evaluation: float = Field(300, gt=0, description="for one batch of it")
-    save: float = Field(600, gt=0, description="waiting for a checkpoint to be written; also what the slowest rank has for its share")
-
-
-class GuardConfig(Section):
-    bad_samples: int = Field(100, ge=0, description="distinct unreadable samples that end a run when exceeded; all ranks, since its start")
-    max_skipped: Positive = Field(20, description="steps in a row without a finite gradient, after which the run goes back to a checkpoint")
-    agree_every: float = Field(1, ge=0, description="seconds between two agreements of the ranks: who was asked to stop, who is slow")
-    grace: float = Field(60, gt=0, description="seconds from a stop signal until this process has ended, saved or not")
-    timeout: TimeoutConfig = TimeoutConfig()
-
-
 class Config(Section):
+    task: SerializeAsAny[TaskConfig] = TaskConfig()
     model: ModelConfig
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
@@ -209,12 +47,50 @@ class Config(Section):
     monitor: MonitorConfig = MonitorConfig()
     guard: GuardConfig = GuardConfig()
 
+    @field_validator("task", mode="before")
+    @classmethod
+    def _settings_of_the_task(cls, value: Any) -> Any:
+        """task.name is a known task, and the other keys are its settings."""
+        if not isinstance(value, dict):
+            return value
+        try:
+            return find(value.get("name", "classification")).Settings.model_validate(value)
+        except UnknownTask as error:
+            raise ValueError(f"task.name: {error}") from error
+        except ValidationError as error:
+            raise ValueError("; ".join(_explain({**item, "loc": ("task", *item["loc"])}) for item in error.errors())) from error
+
     @model_validator(mode="after")
     def _schedule_fits(self) -> "Config":
-        """schedule.warmup_epochs is less than train.epochs."""
-        if self.schedule.warmup_epochs >= self.train.epochs:
-            raise ValueError(f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} leaves nothing of train.epochs {self.train.epochs}")
+        """The warm-up is shorter than the run."""
+        schedule, train = self.schedule, self.train
+        if train.steps is None and schedule.warmup_steps is None and schedule.warmup_epochs >= train.epochs:
+            raise ValueError(f"schedule.warmup_epochs {schedule.warmup_epochs:g} leaves nothing of train.epochs {train.epochs}")
+        if train.steps is not None and schedule.warmup_steps is not None and schedule.warmup_steps >= train.steps:
+            raise ValueError(f"schedule.warmup_steps {schedule.warmup_steps} leaves nothing of train.steps {train.steps}")
         return self
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run, which the learning rate's schedule spans."""
+        return self.train.steps or self.train.epochs * steps_per_epoch
+
+    def last_step(self, steps_per_epoch: int) -> int:
+        """The step at which the run ends: that of `total_steps`, or train.max_steps if it is smaller."""
+        total = self.total_steps(steps_per_epoch)
+        return min(total, self.train.max_steps or total)
+
+    def warmup_steps(self, steps_per_epoch: int) -> float:
+        """Length of the learning rate's warm-up in steps, not rounded."""
+        steps = self.schedule.warmup_steps
+        return self.schedule.warmup_epochs * steps_per_epoch if steps is None else steps
+
+    def evaluation_interval(self, steps_per_epoch: int) -> int:
+        """Steps between two evaluations; 0: none."""
+        return self.train.evaluate_every_steps or self.train.evaluate_every * steps_per_epoch
+
+    def checkpoint_interval(self, steps_per_epoch: int) -> int:
+        """Steps between two checkpoints."""
+        return self.checkpoint.every_steps or self.checkpoint.every_epochs * steps_per_epoch
 
     @property
     def smallest_micro_batch(self) -> int:

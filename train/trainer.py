@@ -1,55 +1,42 @@
 """The run, from start to finish. Read this first."""
 
+import functools
 import os
-import socket
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from data_pipeline.faults import StorageError
-from data_pipeline.loader import MicroBatch
 from data_pipeline.manifest import DataError, Manifest
 from data_pipeline.order import Order
-from train.auto_micro_batch import settle_micro_batch
-from train.checkpoint.format import checkpoint_path, describe, write_final_weights
-from train.checkpoint.init_from import begins, load_first_weights
-from train.checkpoint.prune import clean_up
-from train.checkpoint.resume import lost_steps, restore
-from train.checkpoint.saver import Saver
+from data_pipeline.randomness import Stream, make_key
+from train.checkpoint.format import checkpoint_path, write_final_weights
+from train.checkpoint.resume import restore
+from train.checkpoint.resume_point import Resume
 from train.config import Config
-from train.engine.batch_norm import RunningStatistics
-from train.engine.deepspeed_engine import Engine
-from train.engine.ema import Ema
-from train.engine.prefetch import Feed
-from train.engine.runtime import start_runtime, start_times, stop_runtime
-from train.engine.schedule import evaluation_due, learning_rate
-from train.guard.agreement import Agreed, Agreement, patience
-from train.guard.bad_samples import BadSamples
+from train.engine.prefetch import Prefetcher
+from train.engine.runtime import stop_runtime
+from train.engine.schedule import learning_rate
+from train.evaluator import AskedToStop
 from train.guard.errors import REMEDY, NotSaved, Stopped, TrainingFailed
-from train.guard.rank_store import Store
+from train.guard.guard import Guard, StopRequest
 from train.guard.run_lock import RunLock
-from train.guard.signals import stop_signals
-from train.guard.skips import Skips
-from train.guard.watchdog import Watchdog
-from train.tasks.classification.scores import Evaluation, Scores
-from train.tasks.classification.task import Classification
-from train.telemetry.monitor import Clock, Monitor, SampleRecord, write_config
+from train.run_parts import RunParts
+from train.telemetry.metrics import Evaluation
+from train.telemetry.monitor import Clock
 
 
-def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: RunLock | None, *, resume: str, with_changes: bool) -> None:
-    """Train `config` in the folder `output` until `train.epochs` (or `train.max_steps`) are done; every rank calls this.
+def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: RunLock | None, resume: Resume) -> None:
+    """Train `config` in the folder `output` to the end of the run, or to `train.max_steps`; every rank calls this.
 
-    lock: rank 0's, of `output`. `resume` is "auto", "never" or a checkpoint's path. Raises ConfigError, DataError, StorageError,
-    Unavailable, TrainingFailed, NotSaved or Stopped.
+    lock: rank 0's, of `output`. Raises ConfigError, DataError, StorageError, Unavailable, TrainingFailed, NotSaved or Stopped.
     """
-    rank, world, guard = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), config.guard
-    watchdog = Watchdog(rank, world, guard.timeout.model_dump(), output / "stacks", guard.grace)
-    stop_signals.call(lambda: watchdog.stop_by(time.monotonic() + guard.grace))
+    guard = Guard(config.guard, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), output / "stacks")
     try:
-        run = Run(config, manifest, order, output, lock, watchdog, resume, with_changes)
+        run = Run(config, manifest, order, output, lock, guard, resume)
         try:
             run.go()
         except (DataError, StorageError, TrainingFailed, NotSaved) as error:
@@ -60,81 +47,30 @@ def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: 
             run.monitor.close()
             run.samples.close()
     except Exception as error:
-        if hasattr(error, "exit_code"):
-            watchdog.close()
-        else:
-            watchdog.settle()
+        guard.close(error)
         raise
     run.engine.destroy()
     stop_runtime()
-    watchdog.close()
+    guard.close()
 
 
-class Run:
+class Outcome(NamedTuple):
+    """What a step found: its losses on the device (float64 [1 + parts, micro-batches], zero in other ranks' columns), and ids of samples."""
+
+    losses: Tensor
+    grad_norm: Tensor
+    ids: list[int]
+
+
+class Run(RunParts):
     """One process's part of a run. Everything random is a function of the seed and the step, so `step` is the only state of the loop."""
 
-    def __init__(
-        self,
-        config: Config,
-        manifest: Manifest,
-        order: Order,
-        output: Path,
-        lock: RunLock | None,
-        watchdog: Watchdog,
-        resume: str,
-        with_changes: bool,
-    ):
-        self.runtime = runtime = start_runtime(patience(config.guard.timeout))
-        store = Store()
-        watchdog.connect(store)
-        notes = runtime.advice(config.train.precision)
-        if config.train.micro_batch == "auto":
-            config, order, note = settle_micro_batch(config, order, len(manifest.classes), runtime, output, resume)
-            notes.append(note)
-        self.config, self.manifest, self.order, self.output = config, manifest, order, output
-        self.lock, self.watchdog = lock, watchdog
-        self.checkpoints = output / "checkpoints"
-        notes += clean_up(self.checkpoints) if runtime.is_main else []
-        self.share = order.share(runtime.rank, runtime.world)
-        self.task = Classification(config, manifest, order, runtime)
-        model = self.task.build_model()
-        notes += load_first_weights(model, config, manifest, runtime, begins(self.checkpoints, resume))
-        flops = self.task.flops_per_image(model) if runtime.device.type == "cuda" else None
-        self.engine = Engine(model, config, len(self.share), runtime.device)
-        self.statistics = RunningStatistics(self.engine.module)
-        self.ema = Ema(self.engine, config.ema.decay) if config.ema.decay else None
-        self.restored = restore(self.checkpoints, config, manifest, order, self.engine, self.ema, resume, with_changes)
-        self.start, self.evaluation = self.restored.step, Evaluation()
-        self.total = config.train.epochs * order.steps_per_epoch
-        self.last = max(self.start, min(self.total, config.train.max_steps or self.total))
-        about = describe(self.start, config, manifest, self.engine, order.steps_per_epoch, self.restored.began)
-        self.saver = Saver(self.checkpoints, about, self.restored.best, self.engine, self.ema, store, config)
-        self.agreement = Agreement(runtime.device, config.guard.agree_every)
-        self.skips = Skips(config.guard.max_skipped)
-        lost = lost_steps(output / "metrics.jsonl", self.start)
-        self.monitor = Monitor(output, config, is_main=runtime.is_main, first=self.start, last=self.last, flops_per_image=flops)
-        self.bad_samples = BadSamples(config, runtime.rank)
-        self.samples = SampleRecord(output, runtime.rank, config.monitor.record_samples)
-        if runtime.is_main:
-            notes += write_config(output, config)
-        for sentence in notes + self.restored.notes:
-            self.monitor.say(sentence)
-        path, again = self.restored.path, f" ({lost} steps are taken again)" if lost else ""
-        what = f"resumed from {path}" if path else f"training {config.model.name} on {config.data.path}"
-        alone = " (on one rank there is nothing to partition)" if self.engine.stage != config.zero.stage else ""
-        where = f"{runtime.describe()}, ZeRO {self.engine.stage}{alone}, {config.train.precision}"
-        text = f"{what}: step {self.start} of {self.last}{again}, {where}, TensorBoard: tensorboard --logdir {output / 'tensorboard'}"
-        machine = {"host": socket.gethostname(), "device": runtime.device_name(), "versions": about.versions}
-        fields = {"world_size": runtime.world, "zero_stage": self.engine.stage, "lost_steps": lost, **start_times(lock), **machine}
-        fields |= {"last": self.last, "steps_per_epoch": order.steps_per_epoch}
-        self.monitor.event("resume" if path else "start", self.start, text, **fields)
-
     def go(self) -> None:
-        """All of it: until the last step, or until somebody asks to stop."""
-        self.agreement.round(stop_signals.received)
-        self.obey(self.agreement.close(), self.start)
+        """The whole run: until the last step, or until a stop is requested."""
+        self.guard.agree(self.start)
+        self.stop_if_asked(self.guard.collect_pending(self.start), self.start)
         info = self.restored.info
-        if info and info.top1 is None and self.evaluation_due(self.start):  # it was stopped before it had been evaluated
+        if info and info.score is None and self.evaluation_due(self.start):  # it was stopped before it had been evaluated
             self.evaluate(self.start)
             self.save(self.start)
         step = self.start
@@ -143,93 +79,93 @@ class Run:
         self.finish()
 
     def train_from(self, start: int) -> int:
-        """The loop: step after step from `start`. Returns the step that comes next: `last`, or that of a checkpoint to go back to."""
-        config, order, task, engine, clock, agreement = self.config, self.order, self.task, self.engine, Clock(), self.agreement
-        with Feed(task.batches(start), task.inputs, self.runtime.device, clock.waited) as feed:
+        """The loop: step after step from `start`. Returns the step that comes next: `last`, or a checkpoint's, to go back to."""
+        clock = Clock()
+        with Prefetcher(self.batches(start), self.inputs, self.runtime.device, clock.waited) as batches:
             for step in range(start, self.last):
-                done, ids = step + 1, []
-                self.watchdog.enter("first_step" if step == start else "step", done)
-                losses = torch.zeros(order.micro_batches, dtype=torch.float64, device=self.runtime.device)
-                self.statistics.begin()
-                for index in self.share:
-                    with agreement.alone():
-                        batch, images, targets = next(feed)
-                    self.bad_samples.meet("train", done, batch)
-                    if step % order.steps_per_epoch == 0 and index == 0:
-                        self.monitor.images(step, images)
-                    with agreement.alone(engine.stage < 3):  # ZeRO 3 gathers weights as it goes
-                        loss = task.loss(engine, batch, images, targets)
-                    engine.backward(loss)
-                    self.statistics.add()
-                    feed.prepare()
-                    losses[index] = loss.detach()
-                    ids += batch.ids.tolist()
-                    result = engine.step(learning_rate(config, step, order.steps_per_epoch))
-                self.statistics.finish(result.skipped)
-                if self.ema:
-                    self.ema.update(step, result.skipped)
-                self.skips.add(done, result.skipped)
-                report = done % config.train.log_every == 0 or done in (start + 1, self.last)
-                # Only where something is written does the host wait for this step's end; else for the one's before it.
-                self.tell_skipped(done if report or self.evaluation_due(done) or self.checkpoint_due(done) else done - 1)
-                if self.skips.too_many:
+                self.guard.enter("first_step" if step == start else "step", step + 1)
+                outcome = self.train_step(step, batches)
+                done = step + 1
+                log = done % self.config.train.log_every == 0 or done in (start + 1, self.last)
+                # Synchronise with this step only if it logs, evaluates or saves; otherwise with the previous one.
+                if self.guard.too_many_skips(done if log or self.evaluation_due(done) or self.checkpoint_due(done) else step):
                     return self.go_back()
                 clock.finish_step()
-
-                self.samples.write(done, ids)
                 self.monitor.advance()
-                if report:
-                    self.report(done, losses, result.grad_norm, clock)
-                began = time.perf_counter()
-                self.obey(agreement.round(stop_signals.received), done)
-                better = self.evaluation_due(done) and self.evaluate(done)
-                if better or self.checkpoint_due(done):
-                    self.save(done)
-                self.saver.tell(self.monitor)
-                clock.skip(time.perf_counter() - began)
+                self.samples.write(done, outcome.ids)
+                if log:
+                    self.report(done, outcome, clock)
+                with clock.paused():
+                    self.stop_if_asked(self.guard.agree(done), done)
+                    better = self.evaluation_due(done) and self.evaluate(done)
+                    if better or self.checkpoint_due(done):
+                        self.save(done)
+                    self.saver.tell(self.monitor)
         return self.last
 
-    def tell_skipped(self, done: int) -> None:
-        for step in self.skips.known(done):
-            self.monitor.event("skipped_step", step, f"step {step} skipped: its gradient is not finite (or overflowed in fp16)")
-        self.watchdog.completed = done
+    def train_step(self, step: int, batches: Prefetcher) -> Outcome:
+        """One optimizer step: this rank's micro-batches forward and backward, then the update."""
+        config, order, engine, guard = self.config, self.order, self.engine, self.guard
+        names, ids = self.task.losses, []
+        losses = torch.zeros(len(names) + (len(names) > 1), order.micro_batches, dtype=torch.float64, device=self.runtime.device)
+        self.statistics.begin()
+        for index in self.share:
+            with guard.local_work():
+                batch, inputs = next(batches)
+            guard.bad_samples.meet("train", step + 1, batch)
+            if step % order.steps_per_epoch == 0 and index == 0:
+                self.monitor.images(step, functools.partial(self.task.preview, inputs))
+            torch.manual_seed(make_key(config.train.seed, Stream.MODEL, step, index))  # for the model's dropout
+            with guard.local_work(engine.stage < 3):  # ZeRO 3 gathers weights during forward
+                parts = self.task.loss(engine, inputs)
+                loss = functools.reduce(torch.add, parts.values())
+            engine.backward(loss)
+            self.statistics.add()
+            batches.prepare()
+            losses[:, index] = torch.stack([loss.detach(), *(parts[name].detach() for name in names if len(names) > 1)])
+            ids += batch.ids.tolist()
+            result = engine.step(learning_rate(config, step, order.steps_per_epoch))
+        self.statistics.finish(result.skipped)
+        if self.ema:
+            self.ema.update(step, result.skipped)
+        guard.step_queued(step + 1, result.skipped)
+        return Outcome(losses, result.grad_norm, ids)
 
-    def report(self, done: int, losses: torch.Tensor, grad_norm: torch.Tensor, clock: Clock) -> None:
-        """Metrics of the step just finished: its mean loss over all micro-batches of all ranks."""
-        sums = torch.cat([losses, losses.new_tensor([self.bad_samples.new])])
+    def report(self, done: int, outcome: Outcome, clock: Clock) -> None:
+        """Metrics of the step just finished: its mean losses over all micro-batches of all ranks."""
+        bad_samples = self.guard.bad_samples
+        sums = torch.cat([outcome.losses.view(-1), outcome.losses.new_tensor([bad_samples.new])])
         dist.all_reduce(sums)  # each loss is zero on all ranks but one: the same sum on any number of ranks
-        loss, bad, norm = torch.stack([sums[:-1].mean(), sums[-1], grad_norm.to(sums)]).tolist()
+        means = [losses.mean() for losses in sums[:-1].view(outcome.losses.shape)]
+        *means, bad, norm = torch.stack([*means, sums[-1], outcome.grad_norm.to(sums)]).tolist()
+        names = ["loss", *(name for name in self.task.losses if len(means) > 1)]
         lr = learning_rate(self.config, done - 1, self.order.steps_per_epoch)
-        self.monitor.train(done, done / self.order.steps_per_epoch, loss, lr, norm, *clock.read())
+        self.monitor.train(done, self.epoch(done), dict(zip(names, means, strict=True)), lr, norm, *clock.read())
         if bad:
-            self.bad_samples.agree(self.monitor)
+            bad_samples.agree(self.monitor)
 
     def go_back(self) -> int:
         """Load the newest checkpoint because too many steps in a row were skipped; returns its step."""
-        steps = self.skips.in_a_row
-        self.watchdog.enter("save", steps[-1])
+        steps, why = self.guard.go_back()
+        self.guard.enter("save", steps[-1])
         self.saver.finish(self.monitor)
-        sentence = self.skips.go_back()
-        restored = restore(self.checkpoints, self.config, self.manifest, self.order, self.engine, self.ema, "auto", True)
+        restored = restore(self.resume.of_own(), self.config, self.manifest, self.order, self.engine, self.ema)
         if restored.path is None:
-            raise TrainingFailed(f"{sentence}, and there is no checkpoint to go back to; {REMEDY}")
+            raise TrainingFailed(f"{why}, and there is no checkpoint to go back to; {REMEDY}")
         self.saver.go_back(restored.step, restored.best)
         self.evaluation = Evaluation()
-        self.monitor.event("rollback", steps[-1], f"{sentence}: back to {restored.path}", steps=steps, to=restored.step)
+        self.monitor.event("rollback", steps[-1], f"{why}: back to {restored.path}", steps=steps, to=restored.step)
         return restored.step
 
-    def obey(self, agreed: Agreed, done: int) -> None:
-        """What the ranks agreed on after step `done`: to stop, or that a rank is slow."""
-        for rank, own, median in agreed.slow:
-            text = f"rank {rank} is slow: {own:.2f} s of its own a step, the median rank {median:.2f} s"
-            self.monitor.event("slow_rank", done, text, rank=rank, seconds=own, median=median)
-        if not agreed.stop:
+    def stop_if_asked(self, request: StopRequest | None, done: int) -> None:
+        """If a rank was asked to stop: save the state after `done` steps, and end the run."""
+        if request is None:
             return
-        rank, number = agreed.stop[0]
-        self.tell_skipped(done)
+        rank, number = request
+        self.guard.too_many_skips(done)
         if done != self.saver.begun:
             self.save(done)
-        self.watchdog.enter("save", done)
+        self.guard.enter("save", done)
         self.saver.finish(self.monitor)
         saved = self.saver.saved
         lost = f"; {done - saved} steps are lost, because the save failed" if saved != done else ""
@@ -237,47 +173,22 @@ class Run:
         self.monitor.event("preempted", done, text, signal=number.name, rank=rank)
         raise Stopped(text)
 
-    def evaluation_due(self, done: int) -> bool:
-        return self.task.has_validation and evaluation_due(self.config.train, done, self.order.steps_per_epoch)
-
-    def checkpoint_due(self, done: int) -> bool:
-        return done == self.last or done % (self.config.checkpoint.every_steps or self.order.steps_per_epoch) == 0
-
     def evaluate(self, done: int) -> bool:
         """Score the weights and their EMA; returns whether they are better than those of every checkpoint."""
-
-        def meet(batch: MicroBatch) -> None:
-            """Called before every batch, by all ranks."""
-            self.watchdog.enter("evaluation", done)
-            self.bad_samples.meet("val", done, batch)
-            agreed = self.agreement.round(stop_signals.received)
-            if agreed.stop:
-                raise _AskedToStop(agreed)
-
         try:
-            scores = {"model": self.score(done, "model", meet)}
-            if self.ema:
-                with self.ema.swapped_in():
-                    scores["ema"] = self.score(done, "ema", meet)
-        except _AskedToStop as asked:
-            self.obey(asked.agreed, done)
-        self.evaluation = Evaluation(done, scores)
-        self.bad_samples.agree(self.monitor)
-        self.obey(self.agreement.close(), done)
-        return self.saver.improves(self.evaluation.top1(done))
-
-    def score(self, done: int, weights: str, meet: Callable[[MicroBatch], None]) -> Scores:
-        began = time.perf_counter()
-        scores = self.task.evaluate(self.engine, meet, self.output / "evaluations" / f"{weights}.json", done)
-        self.monitor.evaluation(done, done / self.order.steps_per_epoch, weights, scores, seconds=time.perf_counter() - began)
-        return scores
+            self.evaluation = self.evaluator.evaluate(done, self.epoch(done))
+        except AskedToStop as asked:
+            self.stop_if_asked(asked.request, done)
+        self.guard.bad_samples.agree(self.monitor)
+        self.stop_if_asked(self.guard.collect_pending(done), done)
+        return self.saver.improves(self.evaluation.score(done, self.task.metrics[0]))
 
     def save(self, done: int) -> None:
-        """Begin to write a checkpoint of the state after `done` steps; the run's last one is waited for."""
-        self.watchdog.enter("save", done)
+        """Begin to write a checkpoint of the state after `done` steps. Waits for the run's last one to be written."""
+        self.guard.enter("save", done)
         if self.lock:
             self.lock.check()  # flock does not reach other nodes on every file system
-        self.saver.save(done, self.evaluation.top1(done), self.monitor)
+        self.saver.save(done, self.evaluation.score(done, self.task.metrics[0]), self.monitor)
         if done == self.last:
             self.saver.finish(self.monitor)
             if self.saver.saved != done:
@@ -285,15 +196,8 @@ class Run:
 
     def finish(self) -> None:
         """Write `model.safetensors` from the last checkpoint, and the final scores."""
-        self.agreement.close()
+        self.guard.collect_pending(self.last)
         if self.runtime.is_main:
-            write_final_weights(self.output, checkpoint_path(self.checkpoints, self.last), "ema" if self.ema else "model")
+            write_final_weights(self.output, checkpoint_path(self.resume.checkpoints, self.last), "ema" if self.ema else "model")
         self.monitor.finish(self.evaluation.step, self.evaluation.scores)
         self.monitor.event("finished", self.last, f"finished {self.last} steps: {self.output / 'model.safetensors'}")
-
-
-class _AskedToStop(Exception):
-    """Leaves an evaluation, so that the model's own weights are in place again before anything else is done."""
-
-    def __init__(self, agreed: Agreed):
-        self.agreed = agreed

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from train.engine.runtime import program_versions
+from train.telemetry.start_message import program_versions
 
 # The libraries that compute, decode or store something: pyproject.toml's, and what they bring for GPUs.
 PACKAGES = (

@@ -15,7 +15,7 @@ from train.engine.estimate import activations, held, meta_model
 from train.engine.flops import finish
 from train.engine.memory import at_most, free_memory
 from train.engine.runtime import Runtime
-from train.tasks.classification.task import build_model
+from train.tasks.base import build_task
 
 
 def take(config: Config, classes: int, runtime: Runtime) -> dict:
@@ -47,7 +47,7 @@ def take(config: Config, classes: int, runtime: Runtime) -> dict:
 def _measure(config: Config, classes: int, runtime: Runtime) -> dict:
     device, side, batch = runtime.device, config.data.image_size, config.train.micro_batch
     before = _begin_peak(device)
-    model = build_model(config, classes)
+    model = build_task(config, [""] * classes).build_model()
     images = torch.randn(batch, 3, side, side, device=device)
     labels = torch.randint(classes, (batch,), device=device)
     model.to(device, DTYPES[config.train.precision])
@@ -58,7 +58,7 @@ def _measure(config: Config, classes: int, runtime: Runtime) -> dict:
         finish(device)
         compute = time.perf_counter() - began
     del model
-    engine = Engine(build_model(config, classes), config, accumulation=1, device=device)
+    engine = Engine(build_task(config, [""] * classes).build_model(), config, accumulation=1, device=device)
     for _ in range(2):
         finish(device)
         began = time.perf_counter()

@@ -15,7 +15,7 @@ import torch
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.crop import evaluation_windows, training_windows
 from data_pipeline.decode import decode_batch
-from data_pipeline.loader import UNCOUNTED, BadSample, build_loader, evaluation_batches
+from data_pipeline.loader import BadSample, build_loader, evaluation_batches
 from data_pipeline.manifest import DataError, Split, open_manifest
 from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, fold, make_key
@@ -62,7 +62,7 @@ def same(one, other) -> bool:
     return (
         (one.step, one.index, one.bad) == (other.step, other.index, other.bad)
         and np.array_equal(one.draws, other.draws)
-        and all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("ids", "images", "labels"))
+        and all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("ids", "images", "targets"))
     )
 
 
@@ -80,10 +80,10 @@ def test_batches_hold_what_order_and_crop_say(split, images):
     assert [(batch.step, batch.index) for batch in batches] == [(step, index) for step in range(5) for index in range(6)]
     for batch in batches[::5]:
         assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (4, 3, 16, 16))
-        assert (batch.ids.dtype, batch.labels.dtype, batch.bad) == (torch.int64, torch.int64, ())
+        assert (batch.ids.dtype, batch.targets.dtype, batch.bad) == (torch.int64, torch.int64, ())
         ids = batch.ids.numpy()
         assert np.array_equal(ids, order.micro_batch_ids(batch.step, batch.index))
-        assert np.array_equal(batch.labels.numpy(), ids % 10)
+        assert np.array_equal(batch.targets.numpy(), ids % 10)
         keys = fold(make_key(5, Stream.CROP, batch.step // 4), ids)
         windows = training_windows(keys, split.records["width"][ids], split.records["height"][ids], AUGMENT)
         for number, window, pixels in zip(ids, windows, batch.images, strict=True):
@@ -165,7 +165,7 @@ def test_a_bad_sample_is_replaced_and_named_whoever_meets_it(tmp_path, repeats):
         used = np.array([draw - draw % 40 + expected.get(draw % 40, draw % 40) for draw in planned])
         assert np.array_equal(batch.draws, used)
         assert batch.ids.tolist() == (used % 40).tolist()
-        assert batch.labels.tolist() == (used % 40 % 10).tolist()
+        assert batch.targets.tolist() == (used % 40 % 10).tolist() and batch.counted.all()
         windows = training_windows(fold(make_key(0, Stream.CROP, 0), used), np.full(4, 40), np.full(4, 40), AUGMENT)
         for number, window, pixels in zip(used % 40, windows, batch.images, strict=True):
             assert torch.equal(pixels, expected_pixels(jpeg(int(number), 40, 40), window))
@@ -193,8 +193,8 @@ def test_where_nothing_can_be_read_it_is_an_error(tmp_path):
 def test_evaluation_leaves_a_bad_sample_out_and_names_it(tmp_path):
     split = damaged(tmp_path, 5, 39)
     batches = [batch for _, batch in evaluation_batches(config_of(split), split, 16)]
-    labels = torch.cat([batch.labels for batch in batches])
-    assert labels.tolist() == [UNCOUNTED if number in (5, 39) else number % 10 for number in range(40)]
+    counted = torch.cat([batch.counted for batch in batches])
+    assert counted.tolist() == [number not in (5, 39) for number in range(40)]
     bad = [sample for batch in batches for sample in batch.bad]
     assert [(type(sample), sample.id, sample.replaced_by) for sample in bad] == [(BadSample, 5, None), (BadSample, 39, None)]
     assert "sample 39 of split 'train'" in bad[1].sentence
@@ -315,11 +315,11 @@ def test_evaluation_counts_every_sample_once_and_keeps_ranks_in_step(split, batc
         for k, batch in batches:
             assert batch.index == k
             assert batch.ids.tolist() == list(range(k * batch_size, min((k + 1) * batch_size, SAMPLES)))
-            if k % world == rank and batch.labels[0] != UNCOUNTED:
-                assert batch.labels.tolist() == [number % 10 for number in batch.ids.tolist()]
+            if k % world == rank and batch.counted.all():
+                assert batch.targets.tolist() == [number % 10 for number in batch.ids.tolist()]
                 counted += batch.ids.tolist()
             else:
-                assert set(batch.labels.tolist()) == {UNCOUNTED}
+                assert not batch.counted.any()
                 repeats += 1
     assert sorted(counted) == list(range(SAMPLES))
     total = -(-SAMPLES // batch_size)
@@ -330,7 +330,7 @@ def test_evaluation_counts_every_sample_once_and_keeps_ranks_in_step(split, batc
 def test_a_rank_without_a_batch_repeats_its_previous_one(split):
     def found(rank: int, size: int) -> list[tuple[int, bool]]:
         batches = evaluation_batches(config_of(split), split, size, rank=rank, world=3)
-        return [(k, batch.labels[0].item() != UNCOUNTED) for k, batch in batches]
+        return [(k, batch.counted[0].item()) for k, batch in batches]
 
     assert found(1, 30) == [(1, True), (1, False)]  # 4 batches: ranks 1 and 2 have one, rank 0 two
     assert found(2, 60) == [(0, False)]

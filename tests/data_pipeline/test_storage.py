@@ -37,7 +37,7 @@ def every_batch(data: DataConfig, **order) -> list[tuple]:
         found = [next(loader) for _ in range(12)]
     found += [batch for _, batch in evaluation_batches(data, split, 16)]
     assert not any(batch.bad for batch in found)
-    return [(batch.ids.tolist(), batch.labels.tolist(), batch.images.numpy().tobytes()) for batch in found]
+    return [(batch.ids.tolist(), batch.targets.tolist(), batch.images.numpy().tobytes()) for batch in found]
 
 
 def parts(cache: Path) -> list[Path]:

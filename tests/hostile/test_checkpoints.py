@@ -16,7 +16,7 @@ from train.checkpoint.format import CheckpointInfo, write_manifest
 from train.checkpoint.pieces import CheckpointError
 from train.checkpoint.trained_model import read_trained
 from train.config import ConfigError, load_config
-from train.tasks.classification.task import build_model
+from train.tasks.base import build_task
 
 
 class Forged:
@@ -27,7 +27,7 @@ class Forged:
         self.path.mkdir(parents=True)
         self.config = load_config(config, ["ema.decay=0"])
         classes = classes or [f"class_{number}" for number in range(10)]
-        state = build_model(self.config, len(classes)).state_dict()
+        state = build_task(self.config, classes).build_model().state_dict()
         self.tensors = {f"model/{name}": tensor.flatten() for name, tensor in state.items()}
         self.starts = dict.fromkeys(self.tensors, 0)
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}

@@ -9,9 +9,10 @@ import torch
 
 import catmodel
 from tests.runs import ROOT, metrics
-from train.config import FAMILY_KEYS, family_of, load_config
+from train.config import load_config
+from train.config_sections import FAMILY_KEYS, family_of
 from train.engine.schedule import learning_rate
-from train.tasks.classification.task import build_model
+from train.tasks.base import build_task
 
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet_sample.tar"
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -23,7 +24,7 @@ def test_a_recipe_builds_its_network_and_its_schedule_fits(path):
     config, text = load_config(path), path.read_text()
     assert f"--config {path.relative_to(ROOT)}" in text and "# Expected: " in text
     with torch.device("meta"):
-        model = build_model(config, 1000)
+        model = build_task(config, [""] * 1000).build_model()
     named = path.stem.split("_advanced")[0].replace("_320", "")
     if path.parent.name == "configs" and named in catmodel.list_models():
         assert config.model.name == named
@@ -58,7 +59,7 @@ def test_every_argument_of_a_network_can_be_set(name):
 )
 def test_an_ablation_changes_the_network(recipe, count, kind):
     with torch.device("meta"):
-        model = build_model(load_config(ROOT / "configs" / f"{recipe}.yaml"), 1000)
+        model = build_task(load_config(ROOT / "configs" / f"{recipe}.yaml"), [""] * 1000).build_model()
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(count, rel=0 if "t_v2" not in recipe else 1e-3)
     assert kind is None or any(type(module).__name__ == kind for module in model.modules())
 

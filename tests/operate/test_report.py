@@ -62,7 +62,7 @@ def predictions(trained, weights) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     model, split = it.model(), open_manifest(it.config.data.path).split("val")
     batches = [batch for _, batch in evaluation_batches(it.config.data, split, it.config.train.micro_batch)]
     best = torch.cat([model(normalise(batch.images, it.config.augment)).softmax(dim=1) for batch in batches]).max(dim=1)
-    return torch.cat([batch.labels for batch in batches]), best.indices, best.values
+    return torch.cat([batch.targets for batch in batches]), best.indices, best.values
 
 
 # A start that is killed after step 16 and goes on from 8 (epochs of 8 steps), one that goes back by itself, and a torn line.

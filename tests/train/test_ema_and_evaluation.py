@@ -8,7 +8,7 @@ import torch
 from tests.runs import losses, metrics, run, start_command
 from train.checkpoint.format import checkpoint_path, read_weights
 from train.config import load_config
-from train.tasks.classification.task import build_model
+from train.tasks.base import build_task
 
 
 def initial_weights(config_path) -> dict[str, torch.Tensor]:
@@ -16,7 +16,7 @@ def initial_weights(config_path) -> dict[str, torch.Tensor]:
 
     config = load_config(config_path)
     torch.manual_seed(make_key(config.train.seed, Stream.INIT))
-    model = build_model(config, classes=10)
+    model = build_task(config, [""] * 10).build_model()
     return {name: parameter.detach().double() for name, parameter in model.named_parameters()}
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -28,10 +28,11 @@ from train.checkpoint.pieces import CheckpointError, Wanted, fill, pieces_of
 from train.config import Config
 from train.engine.deepspeed_engine import Engine
 from train.engine.ema import Ema
-from train.engine.runtime import program_versions
+from train.telemetry.metrics import Metric
+from train.telemetry.start_message import program_versions
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2  # 1 had "top1" in place of "score", and classification alone
 LARGEST_MANIFEST = 256 << 20  # bytes
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -44,8 +45,10 @@ class CheckpointInfo:
     """A checkpoint's manifest: where training was, what it was, and what its files must be."""
 
     step: Count
-    top1: Annotated[float, Field(ge=0, le=100)] | None  # percent, of the evaluation at this very step: EMA's where there is one
-    dataset: str  # fingerprint of the training split
+    score: (
+        Annotated[float, Field(gt=-1e15, lt=1e15)] | None
+    )  # primary metric of the evaluation at this very step: the EMA's if there is one
+    dataset: str  # Split.identity of the training split
     classes: list[str]
     config: dict[str, Any]
     optimizer_step: Count
@@ -56,18 +59,29 @@ class CheckpointInfo:
     shards: dict[ShardName, Sha256] = field(default_factory=dict)
     version: int = VERSION
     steps_per_epoch: Count = 0  # 0: not known, of checkpoints that were written before this was
+    metric: str = "top1"  # the name of the score's metric
+    better: Literal["higher", "lower"] = "higher"
     began: str | None = None  # the checkpoint that `--resume` named when this line of the run began: resume.name_of
+
+    @property
+    def merit(self) -> float | None:
+        """The score such that more is better."""
+        return self.score if self.score is None or self.better == "higher" else -self.score
 
 
 _INFO = TypeAdapter(CheckpointInfo)
 
 
-def describe(step: int, config: Config, manifest: Manifest, engine: Engine, steps_per_epoch: int, began: str | None) -> CheckpointInfo:
+def describe(
+    step: int, config: Config, manifest: Manifest, metric: Metric, engine: Engine, steps_per_epoch: int, began: str | None
+) -> CheckpointInfo:
     """The parts of a checkpoint's manifest that are the same for all checkpoints of a start of a run, which begins after `step` steps."""
     return CheckpointInfo(
         step=step,
-        top1=None,
-        dataset=manifest.split("train").fingerprint,
+        score=None,
+        metric=metric.name,
+        better=metric.better,
+        dataset=manifest.split("train").identity,
         classes=list(manifest.classes),
         config=config.model_dump(mode="json"),
         optimizer_step=0,
@@ -146,11 +160,13 @@ def read_info_once(path: Path) -> CheckpointInfo:
             raise CheckpointError(f"{file} is no file")
         if file.stat().st_size > LARGEST_MANIFEST:
             raise CheckpointError(f"{file} is damaged: no manifest is that large")
-        text = file.read_bytes()
-        version = json.loads(text)["version"]
-        if version != VERSION:
-            raise CheckpointError(f"{path} has format version {version!r}, this program reads version {VERSION}")
-        info = _INFO.validate_json(text, strict=True)
+        document = json.loads(file.read_bytes())
+        version = document["version"]
+        if version not in (1, VERSION):
+            raise CheckpointError(f"{path} has format version {version!r}, this program reads versions 1 and {VERSION}")
+        if version == 1:
+            document["score"] = document.pop("top1")
+        info = _INFO.validate_json(json.dumps(document), strict=True)
         data = info.config["data"]
         if has_secret(data["path"]):  # as checkpoints of before November 2026 may have it
             data["path"] = without_secrets(data["path"])
@@ -198,16 +214,16 @@ def first_sound(candidates: Iterable[Path]) -> tuple[Path | None, CheckpointInfo
 
 
 def evaluated(folder: Path, until: int | None = None) -> list[tuple[Path, float]]:
-    """The checkpoints with their top-1, best first, the earlier of equals first; of those up to step `until`."""
+    """The checkpoints that were evaluated, with their scores, best first, the earlier of equals first; of those up to step `until`."""
     found = []
     for path in list_checkpoints(folder):
         try:
             info = read_info(path)
         except CheckpointError:
             continue  # damaged: it is no use to know how good it was
-        if info.top1 is not None and (until is None or info.step <= until):
-            found.append((path, info.top1))
-    return sorted(found, key=lambda pair: (-pair[1], step_of(pair[0])))
+        if info.score is not None and (until is None or info.step <= until):
+            found.append((path, info))
+    return [(path, info.score) for path, info in sorted(found, key=lambda pair: (-pair[1].merit, step_of(pair[0])))]
 
 
 def load_checkpoint(path: Path, info: CheckpointInfo, engine: Engine, ema: Ema | None) -> None:

@@ -29,23 +29,23 @@ def clean_up(folder: Path) -> list[str]:
 
 
 def prune(folder: Path, step: int, keep: int) -> list[str]:
-    """After the save at `step`: remove all up to it but the `keep` newest and the one with the best top-1, of equals the earliest.
+    """After the save at `step`: remove all up to it but the `keep` newest and the one with the best score, of equals the earliest.
 
     Returns what could not be removed, in sentences: it is tried again at the next call. Later checkpoints stay and do not count: this run
     passed them over as damaged, or went back behind them. Nor do damaged ones, and links, which are a user's. One rank calls this. Raises
     OSError, and has removed nothing, where it cannot be known what is there.
     """
-    top1 = {}
+    merits = {}
     for path in list_checkpoints(folder):
         try:
             info = read_info_once(path)
         except CheckpointError:
             continue
         if info.step <= step and not path.is_symlink():
-            top1[path] = info.top1
-    best = max((path for path in reversed(top1) if top1[path] is not None), key=top1.get, default=None)
+            merits[path] = info.merit
+    best = max((path for path in reversed(merits) if merits[path] is not None), key=merits.get, default=None)
     failed = []
-    for path in list(top1)[keep:]:
+    for path in list(merits)[keep:]:
         if path != best:
             half = path.with_name(f".{path.name}.removed.tmp")  # under its own name it is whole or not there
             try:

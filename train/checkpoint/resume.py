@@ -19,9 +19,9 @@ from train.checkpoint.format import (
     first_sound,
     list_checkpoints,
     load_checkpoint,
-    read_info,
     step_of,
 )
+from train.checkpoint.resume_point import Resume
 from train.config import Config, ConfigError, differences, parse_config
 from train.engine.deepspeed_engine import Engine
 from train.engine.ema import Ema
@@ -31,7 +31,7 @@ from train.engine.ema import Ema
 class Restored:
     """The step to go on from (0 without a checkpoint), the checkpoint and what its manifest says, and sentences for the log.
 
-    best: top-1 of the best checkpoint in the run's folder until then. began: CheckpointInfo's, of what is saved from here on.
+    best: score of the best checkpoint in the run's folder until then. began: CheckpointInfo's, of what is saved from here on.
     """
 
     step: int = 0
@@ -42,19 +42,16 @@ class Restored:
     began: str | None = None
 
 
-def restore(
-    checkpoints: Path, config: Config, manifest: Manifest, order: Order, engine: Engine, ema: Ema | None, resume: str, with_changes: bool
-) -> Restored:
-    """Load the checkpoint that `resume` ("auto", "never" or a path) means; every rank calls this and gets the same.
+def restore(resume: Resume, config: Config, manifest: Manifest, order: Order, engine: Engine, ema: Ema | None) -> Restored:
+    """Load the checkpoint that `resume` asks for; every rank calls this and gets the same.
 
-    Raises ConfigError where the checkpoint cannot or may not be used, StorageError where its disk does not answer: never a fresh start
-    instead.
+    Raises ConfigError if the checkpoint cannot or may not be used, StorageError if its disk does not answer; it never starts anew instead.
     """
-    # Rank 0 reads and hashes for all; its verdict, good or bad, is everybody's.
+    # Rank 0 reads and hashes; all ranks get its result or its error.
     verdict: list = [None]
     if dist.get_rank() == 0:
         try:
-            verdict[0] = _choose(checkpoints, config, manifest, order, resume, with_changes)
+            verdict[0] = _choose(resume, config, manifest, order)
         except (ConfigError, StorageError) as error:
             verdict[0] = error
     dist.broadcast_object_list(verdict)
@@ -66,42 +63,18 @@ def restore(
     return restored
 
 
-def candidates(checkpoints: Path, resume: str) -> list[Path]:
-    """The checkpoints that a start with `resume` ("auto" or a path) may go on from, the one to be preferred first.
-
-    Started again with the same path, a run goes on from the newest that it has saved since it began there, and does not go back.
-    """
-    own = list_checkpoints(checkpoints)
-    if resume == "auto":
-        return own
-    name, since = name_of(Path(resume), checkpoints), []
-    for path in own:
-        with contextlib.suppress(CheckpointError):
-            if read_info(path).began == name:
-                since.append(path)
-    return [*since, Path(resume)]
-
-
-def name_of(checkpoint: Path, checkpoints: Path) -> str:
-    """What a checkpoint is called in CheckpointInfo.began: its name in the run's own folder, or its path elsewhere."""
-    return checkpoint.name if _is_own(checkpoint, checkpoints) else str(checkpoint.resolve())
-
-
-def _is_own(checkpoint: Path, checkpoints: Path) -> bool:
-    return checkpoint.resolve().parent == checkpoints.resolve()
-
-
-def _choose(checkpoints: Path, config: Config, manifest: Manifest, order: Order, resume: str, with_changes: bool) -> Restored:
-    if resume == "never":
+def _choose(resume: Resume, config: Config, manifest: Manifest, order: Order) -> Restored:
+    checkpoints = resume.checkpoints
+    if resume.never:
         if list_checkpoints(checkpoints):
             raise ConfigError(f"{checkpoints} already has checkpoints; resume them (--resume auto) or choose another --output")
         return Restored()
-    possible = candidates(checkpoints, resume)
+    possible = resume.candidates()
     path, info, skipped = first_sound(possible)
     if path is None:
         if not skipped:
             return Restored()
-        if resume == "auto":
+        if resume.checkpoint is None:
             raise ConfigError(f"no checkpoint in {checkpoints} is sound ({skipped[0]}); remove them to start again")
         raise ConfigError(skipped[-1])
     notes = []
@@ -111,27 +84,27 @@ def _choose(checkpoints: Path, config: Config, manifest: Manifest, order: Order,
     new = config.model_dump(mode="json")
     old = _config_of(path, info).model_dump(mode="json")  # with the defaults of keys that are newer than it
     changed = differences(old, new, free=False)
-    if info.dataset != manifest.split("train").fingerprint:
+    if info.dataset != manifest.split("train").identity:
         changed.append(f"data.path ({info.config['data']['path']} → {config.data.path}: other images or labels)")
-    if changed and not with_changes:
+    if changed and not resume.with_changes:
         raise ConfigError(
             f"{path} was trained with other settings: {', '.join(changed)}; set them back, choose another --output, "
             "or give --resume-with-changes to go on all the same"
         )
     notes += [f"changed since the checkpoint: {item}" for item in changed + differences(old, new, free=True)]
-    begins = resume != "auto" and path == possible[-1]  # at the very checkpoint that was named
-    step = _converted(path, info, old, manifest, order, elsewhere=begins and not _is_own(path, checkpoints))
+    begins = resume.checkpoint is not None and path == possible[-1]  # at the very checkpoint that was named
+    step = _converted(path, info, old, manifest, order, elsewhere=begins and not resume.is_own(path))
     if step != info.step:
         notes.append(f"step {info.step}, the end of epoch {step // order.steps_per_epoch}, is step {step} from here on")
     began = info.began
     if begins:
-        began = name_of(path, checkpoints)
+        began = resume.name_of(path)
         # The next start must not take another line's checkpoints for this run's newest.
         own = list_checkpoints(checkpoints)
-        notes += _set_aside(own if not _is_own(path, checkpoints) else [other for other in own if step_of(other) > info.step])
-    elif resume != "auto":
-        notes.append(f"this run began at {resume} before: it goes on from {path}. To begin there again, take another --output")
-    best = next((top1 for _, top1 in evaluated(checkpoints, until=step)), None)
+        notes += _set_aside(own if not resume.is_own(path) else [other for other in own if step_of(other) > info.step])
+    elif resume.checkpoint is not None:
+        notes.append(f"this run began at {resume.checkpoint} before: it goes on from {path}. To begin there again, take another --output")
+    best = next((score for _, score in evaluated(checkpoints, until=step)), None)
     return Restored(step, path, info, notes, best, began)
 
 
@@ -148,7 +121,7 @@ def _converted(path: Path, info: CheckpointInfo, old: dict, manifest: Manifest, 
     elsewhere: the run begins with the checkpoint of another folder, so no other has a number that counts such steps as there were before.
     """
     before = info.steps_per_epoch
-    if not before and info.dataset == manifest.split("train").fingerprint:
+    if not before and info.dataset == manifest.split("train").identity:
         before = order.samples // old["train"]["global_batch"]
     if before == order.steps_per_epoch:
         return info.step

@@ -23,6 +23,7 @@ from train.config import Config
 from train.engine.deepspeed_engine import Engine
 from train.engine.ema import Ema
 from train.guard.rank_store import Store
+from train.telemetry.metrics import Metric
 from train.telemetry.monitor import Monitor
 
 
@@ -42,13 +43,22 @@ class Saver:
     """This rank's part of writing `folder/step_%08d`, one save at a time."""
 
     def __init__(
-        self, folder: Path, about: CheckpointInfo, best: float | None, engine: Engine, ema: Ema | None, store: Store, settings: Config
+        self,
+        folder: Path,
+        about: CheckpointInfo,
+        metric: Metric,
+        best: float | None,
+        engine: Engine,
+        ema: Ema | None,
+        store: Store,
+        settings: Config,
     ):
         """about: what is the same in all checkpoints, and the step that the run starts from.
 
-        best: top-1 of the best checkpoint until then, or None.
+        best: score of the best checkpoint until then, or None.
         """
         self.folder, self.about, self.engine, self.ema, self.store = folder, about, engine, ema, store
+        self.metric = metric
         self.keep, self.timeout = settings.checkpoint.keep, settings.guard.timeout.save
         self.go_back(about.step, best)
         self.failure: str | None = None  # of the newest save that failed
@@ -60,20 +70,20 @@ class Saver:
         threading.Thread(target=self._run_all, name="saver", daemon=True).start()
 
     def go_back(self, step: int, best: float | None) -> None:
-        """Training goes on from the checkpoint of `step`; the best one until then has the top-1 `best`. No save is under way."""
+        """Training goes on from the checkpoint of `step`; the best one until then has the score `best`. No save is under way."""
         self.begun = self.saved = step  # the last checkpoint that was begun, and the newest that is on the disk
-        self.best = best  # percent, of the best checkpoint that is on the disk, or on its way there
+        self.best = best  # score of the best checkpoint that is on the disk, or on its way there
 
-    def improves(self, top1: float) -> bool:
-        """Whether `top1` is above that of every checkpoint. All ranks call this, and all get what rank 0 knows: a save may just fail."""
-        answer = torch.tensor(self.best is None or top1 > self.best, dtype=torch.uint8, device=self.engine.device)
+    def improves(self, score: float) -> bool:
+        """Whether `score` is better than that of every checkpoint. All ranks call this and get rank 0's answer: a save may just fail."""
+        answer = torch.tensor(self.metric.improves(score, self.best), dtype=torch.uint8, device=self.engine.device)
         dist.broadcast(answer, 0)
         return bool(answer)
 
-    def save(self, step: int, top1: float | None, monitor: Monitor) -> None:
+    def save(self, step: int, score: float | None, monitor: Monitor) -> None:
         """Take a snapshot of the state after `step` steps, and start writing it. All ranks call this at the same step.
 
-        top1: percent, where this very state was evaluated.
+        score: of this very state, if it was evaluated.
         """
         began = time.monotonic()
         if not self._idle.is_set():
@@ -84,11 +94,11 @@ class Saver:
             began = time.monotonic()
         self._count += 1
         counts = {"optimizer_step": self.engine.optimizer_step_count(), "loss_scale": self.engine.loss_scale_state()}
-        info = replace(self.about, step=step, top1=top1, **counts)
+        info = replace(self.about, step=step, score=score, **counts)
         tensors, starts = snapshot(self.engine, self.ema)
         self.begun, before = step, self.best
-        if top1 is not None:
-            self.best = top1 if before is None else max(before, top1)
+        if score is not None and self.metric.improves(score, before):
+            self.best = score
         self._idle.clear()
         self._work.put((info, before, tensors, starts, began, time.monotonic() - began))
 

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from train.config import Config, ConfigError, parse_config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from train.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -21,27 +23,31 @@ class Trained:
     state: dict[str, "Tensor"]
     notes: list[str]  # sentences on checkpoints that were passed over as damaged
 
-    def model(self) -> "nn.Module":
-        """The classifier, on the CPU, in evaluation mode. Raises ConfigError where its config is of another model than its weights."""
-        from train.tasks.classification.task import build_model
+    def task(self) -> "Task":
+        """The task that the weights were trained for. Raises CheckpointError if its network has other weights than these."""
+        from train.tasks.base import build_task
 
-        self._check()
-        model = build_model(self.config, len(self.classes))
+        task = build_task(self.config, self.classes)
+        self._check(task)
+        return task
+
+    def model(self) -> "nn.Module":
+        """The network, on the CPU, in evaluation mode."""
+        model = self.task().build_model()
         model.load_state_dict(self.state)
         return model.eval()
 
-    def _check(self) -> None:
-        """Before there is memory for a model: a stranger's config may say what it likes, and the weights are as large as their files."""
+    def _check(self, task: "Task") -> None:
+        """Compare names and shapes before memory is allocated for a model: the config may come from a stranger and name any size."""
         import torch
 
         from train.checkpoint.pieces import CheckpointError
-        from train.tasks.classification.task import build_model
 
         if sum(self.config.model.depths or ()) > len(self.state):
             raise CheckpointError(f"{self.checkpoint} has more model.depths than weights")
         try:
             with torch.device("meta"):
-                model = build_model(self.config, len(self.classes))
+                model = task.build_model()
         except (ConfigError, RuntimeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(f"{self.checkpoint}: the model of its config cannot be built ({error})") from error
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -51,21 +57,6 @@ class Trained:
             raise CheckpointError(
                 f"{self.checkpoint}: its weights are not those of its model.name {self.config.model.name}: {min(differing)}"
             )
-
-    def backbone(self) -> "nn.Module":
-        """The same weights with features_only: its maps, of images of any size. CAT's norms of the maps are as initialised."""
-        import catmodel
-
-        self._check()
-        model = catmodel.create_model(**self.settings(), features_only=True)
-        catmodel.load_published(model, self.state)
-        return model.eval()
-
-    def settings(self) -> dict[str, Any]:
-        """What `catmodel.create_model` builds this classifier from."""
-        config = self.config
-        sizes = {"img_size": config.data.image_size, "num_classes": len(self.classes)}
-        return {"name": config.model.name, **sizes, **config.model.overrides()}
 
 
 def check_target(target: str, best: bool = False) -> Path:

@@ -359,3 +359,8 @@ def init_process_group(device: torch.device, timeout: timedelta) -> None:
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def destroy_process_group() -> None:
+    """Leave the process group. By way of DeepSpeed, which would use the old groups in the process's next run otherwise."""
+    _import_deepspeed().comm.destroy_process_group()

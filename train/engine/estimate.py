@@ -7,13 +7,14 @@ from train.config import Config
 from train.engine.deepspeed_config import BUCKET_ELEMENTS, zero_stage
 from train.engine.deepspeed_engine import DTYPES
 from train.engine.runtime import Runtime
-from train.tasks.classification.task import build_model
 
 
 def meta_model(config: Config, classes: int) -> nn.Module:
     """The model in the precision that it is computed in, without memory."""
     with torch.device("meta"):
-        return build_model(config, classes).to(DTYPES[config.train.precision])
+        from train.tasks.base import build_task
+
+        return build_task(config, [""] * classes).build_model().to(DTYPES[config.train.precision])
 
 
 def held(model: nn.Module, config: Config, runtime: Runtime) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What a device can do, measured on it: bytes and FLOPs per second; and what a model asks of it: bytes and FLOPs per image."""
 
 import contextlib
+import copy
 import statistics
 import time
 from collections import Counter
@@ -109,6 +110,22 @@ def flops_per_image(model: nn.Module, size: int, *, training: bool) -> float:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(image)
     return counter.get_total_flops() * (3 if training else 1)
+
+
+def training_flops(
+    model: nn.Module, example: Callable[[int, torch.device, torch.dtype], Tensor], device: torch.device
+) -> tuple[float, float] | None:
+    """FLOPs of a sample, forward and backward, and FLOPs a second of `device` at its peak; None if the peak is not known.
+
+    example: (count, device, dtype) → the model's input for so many samples.
+    """
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if peak is None:
+        return None
+    model = copy.deepcopy(model).to("meta").eval()  # batch norm cannot train on one image
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(example(1, torch.device("meta"), next(model.parameters()).dtype))
+    return 3.0 * counter.get_total_flops(), peak
 
 
 def bytes_per_image(run: Callable[[int], object], batch: int, fused: bool = True) -> Counter:

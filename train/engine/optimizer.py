@@ -5,7 +5,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from train.config import OptimizerConfig
+from train.config_sections import OptimizerConfig
 from train.engine.muon import Muon
 
 

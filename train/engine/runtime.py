@@ -5,19 +5,15 @@ import os
 import platform
 import resource
 import socket
-import subprocess
-import time
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from train.engine.deepspeed_engine import init_process_group
+from train.engine.deepspeed_engine import destroy_process_group, init_process_group
 from train.engine.network_interface import choose_interface
-from train.guard.run_lock import RunLock
 
 # Instructions that multiply bf16, as torch names them: on x86 and on ARM.
 BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
@@ -129,27 +125,4 @@ def _cores_of_this_rank() -> int:
 
 
 def stop_runtime() -> None:
-    dist.destroy_process_group()
-
-
-def start_times(lock: RunLock | None) -> dict[str, float | None]:
-    """For goodput: seconds since this process began, and from the last sign of life of the start before it (None: unknown) to then."""
-    # Linux' count of clock ticks from the machine's start to the process's.
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    before = lock.previous if lock else None
-    return {
-        "startup_seconds": round(age, 3),
-        "down_seconds": round(time.time() - age - before["beat"], 3) if before else None,
-        "previous_started": before["started"] if before else None,
-    }
-
-
-def program_versions() -> dict[str, str]:
-    """Versions of python, torch and deepspeed, and the git commit of this program ("-dirty" where files differ, "" where there is none)."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    return {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": version("deepspeed"), "git": commit}
+    destroy_process_group()

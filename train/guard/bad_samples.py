@@ -4,7 +4,6 @@ import torch.distributed as dist
 
 from data_pipeline.loader import MicroBatch
 from data_pipeline.manifest import DataError
-from train.config import Config
 from train.telemetry.monitor import Monitor
 
 
@@ -15,8 +14,9 @@ class BadSamples:
     each other in `agree`.
     """
 
-    def __init__(self, config: Config, rank: int):
-        self._budget, self._path, self._rank = config.guard.bad_samples, config.data.path, rank
+    def __init__(self, budget: int, path: str, rank: int):
+        """budget: guard.bad_samples. path: the dataset's."""
+        self._budget, self._path, self._rank = budget, path, rank
         self._known: set[tuple[str, int]] = set()
         self._new: dict[tuple[str, int], dict] = {}
         self._faults: dict[str, dict] = {}

@@ -1,4 +1,4 @@
-"""How a run ends before its last step."""
+"""The errors by which a run ends, with their exit codes."""
 
 REMEDY = "lower optimizer.lr or optimizer.clip_grad, or use train.precision=bf16 instead of fp16"
 

@@ -21,14 +21,27 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._call: Callable[[], None] | None = None
         self._interrupts = 0
+        self._before: dict = {}  # the handlers that were replaced
+        self._pipe: int | None = None
 
-    def install(self) -> None:
-        read, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write)  # before the handlers: what they are told would not be written otherwise
-        threading.Thread(target=self._listen, args=[read], name="signals", daemon=True).start()
-        for number in STOP:
-            signal.signal(number, self._handle)
+    def install(self) -> bool:
+        """Handle the signals from now on, in the main thread; false if that was done before."""
+        if self._before:
+            return False
+        if self._pipe is None:
+            read, self._pipe = os.pipe()
+            os.set_blocking(self._pipe, False)
+            threading.Thread(target=self._listen, args=[read], name="signals", daemon=True).start()
+        signal.set_wakeup_fd(self._pipe)  # before the handlers, or signals that arrive in between would not be written to it
+        self._before = {number: signal.signal(number, self._handle) for number in STOP}
+        return True
+
+    def uninstall(self) -> None:
+        """Handle the signals as before `install`, and forget the one that came."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        self._before, self.received, self._call, self._interrupts = {}, None, None, 0
 
     def follow_launcher(self) -> None:
         """Where the `deepspeed` command has started this rank: its end is a request to stop, too, as it hands no signal on."""

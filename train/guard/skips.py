@@ -1,4 +1,4 @@
-"""Steps that are skipped because their gradient is not finite."""
+"""Steps that are skipped because their gradient is not finite; the host learns of them a step later."""
 
 import collections
 
@@ -8,10 +8,10 @@ from train.guard.errors import REMEDY, TrainingFailed
 
 
 class Skips:
-    """Steps that changed nothing because their gradient was not finite; all ranks know the same ones."""
+    """Steps that changed nothing because their gradient was not finite. The same ones on all ranks."""
 
     def __init__(self, limit: int):
-        """limit: as many in a row are too many."""
+        """limit: so many in a row are too many."""
         self.limit, self.in_a_row = limit, []
         self._pending: collections.deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = collections.deque()
         self._gone_back_for: set[int] = set()
@@ -21,7 +21,7 @@ class Skips:
         return len(self.in_a_row) >= self.limit
 
     def add(self, done: int, skipped: torch.Tensor) -> None:
-        """Step `done` has been given to the device: `skipped` will be 1 where it changes nothing. Nobody waits for it here."""
+        """Step `done` has been given to the device; `skipped` will be 1 if it changes nothing. Does not wait for it."""
         event = torch.cuda.Event() if skipped.is_cuda else None
         flag = skipped.to("cpu", non_blocking=True)
         if event:
@@ -29,9 +29,9 @@ class Skips:
         self._pending.append((done, flag, event))
 
     def known(self, done: int) -> list[int]:
-        """Those of the steps up to `done` that were skipped and have not been told before; waits for the device to finish step `done`.
+        """The skipped steps up to `done` that were not returned before. Waits for the device to finish step `done`.
 
-        Asked for the last step but one, a GPU has a whole step to work on in the meantime.
+        If `done` is the step before the last one queued, the GPU has a whole step to work on in the meantime.
         """
         skipped = []
         while self._pending and self._pending[0][0] <= done and not self.too_many:
@@ -44,7 +44,7 @@ class Skips:
         return skipped
 
     def go_back(self) -> str:
-        """Begin anew, from an earlier step; returns why. Raises TrainingFailed where going back for these steps has not helped before."""
+        """The run goes back to an earlier step; returns why. Raises TrainingFailed if it has gone back for these steps before."""
         self._pending.clear()
         steps, self.in_a_row = self.in_a_row, []
         sentence = f"steps {steps[0]} to {steps[-1]} had no finite gradient"

@@ -1,1 +1,14 @@
-"""What is trained. A task knows its model, its batches, its loss and its evaluation; the trainer knows none of these."""
+"""What is trained. A task is a package of this folder; nothing outside of it changes for a new one.
+
+Its `__init__.py` is light (no torch) and has
+
+    Settings            the keys of the config's `task` section: a subclass of train.config_sections.TaskConfig
+    load()              the task's class, a train.tasks.base.Task
+    report_sections     optional: what launch/report.py shows of an evaluation (see classification)
+
+`register(name, module)` adds a task whose package is elsewhere.
+"""
+
+from train.task_registry import UnknownTask, find, register
+
+__all__ = ["UnknownTask", "find", "register"]

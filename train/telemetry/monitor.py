@@ -3,8 +3,10 @@
 import contextlib
 import json
 import math
+import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,11 +15,10 @@ from tqdm import tqdm
 
 from data_pipeline.manifest import write_atomically
 from train.config import Config, dump_config, flatten
-from train.engine.flops import peak_flops
-from train.tasks.classification.scores import Scores
 from train.telemetry.appender import Alarm, Appender
 from train.telemetry.formatting import clock
 from train.telemetry.goodput import CATEGORIES, ENDS, Ledger, read_lines
+from train.telemetry.metrics import Metric, Scores
 
 # Events that are counted from the run's first start on, and the curve that shows how many.
 COUNTED = {
@@ -42,9 +43,12 @@ class Clock:
     def waited(self, seconds: float) -> None:
         self._waited += seconds
 
-    def skip(self, seconds: float) -> None:
-        """Leave out `seconds` that were neither steps nor waiting for data."""
-        self._start += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time inside, which is neither training nor waiting for data."""
+        began = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - began
 
     def finish_step(self) -> None:
         self._steps += 1
@@ -60,8 +64,23 @@ class Clock:
 class Monitor:
     """Rank 0's voice; on other ranks every call does nothing, so the trainer need not ask who it is."""
 
-    def __init__(self, output: Path, config: Config, *, is_main: bool, first: int, last: int, flops_per_image: float | None):
-        self.active, self.config, self.last = is_main, config, last
+    def __init__(
+        self,
+        output: Path,
+        config: Config,
+        metrics: tuple[Metric, ...],
+        samples: str,
+        is_main: bool,
+        first: int,
+        last: int,
+        flops: tuple[float, float] | None,
+    ):
+        """metrics: of evaluations, the primary one first. samples: what is counted, such as "images". first, last: steps of this start.
+
+        flops: of a sample, forward and backward, and of a device at its peak in a second; None if they are not known.
+        """
+        self.active, self.output, self.config, self.last = is_main, output, config, last
+        self.metrics, self.samples = metrics, samples
         if not is_main:
             return
         from train.telemetry.tensorboard import Board
@@ -74,12 +93,11 @@ class Monitor:
         alarm = Alarm()
         self._metrics = Appender(output / "metrics.jsonl", alarm)
         self._log = Appender(output / "train.log", alarm)
-        self._board = Board(output / "tensorboard", alarm, first + 1)
+        self._board = Board(output / "tensorboard", alarm, first + 1, metrics)
         self._board.text("config", "```yaml\n" + dump_config(config) + "```", first)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=last, initial=first, unit="step", disable=not terminal, dynamic_ncols=True, smoothing=0.05)
-        self._flops_per_step = None if flops_per_image is None else flops_per_image * config.train.global_batch
-        self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        self._flops = flops
 
     def say(self, text: str) -> None:
         """A line for people: in train.log, and on the terminal."""
@@ -93,15 +111,22 @@ class Monitor:
         self._write({"kind": "event", "event": name, "step": step, **fields})
         self.say(text)
 
-    def train(self, step: int, epoch: float, loss: float, lr: float, grad_norm: float, seconds: float, data_wait: float) -> None:
-        """Metrics of the finished step `step`; `seconds` per step and `data_wait` are means since the last line."""
+    def train(
+        self, step: int, epoch: float, losses: dict[str, float], lr: float, grad_norm: float, seconds: float, data_wait: float
+    ) -> None:
+        """Metrics of the finished step `step`. losses: their sum, "loss", first; then its parts, if there are several.
+
+        `seconds` per step and `data_wait` are means since the last line.
+        """
         if not self.active:
             return
+        loss = losses["loss"]
         speed = self.config.train.global_batch / seconds
         mfu = None
-        if self._flops_per_step and self._peak:
-            mfu = self._flops_per_step / seconds / self._peak / torch.distributed.get_world_size()
-        learning = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+        if self._flops:
+            per_sample, peak = self._flops
+            mfu = per_sample * self.config.train.global_batch / seconds / peak / torch.distributed.get_world_size()
+        learning = {**losses, "lr": lr, "grad_norm": grad_norm}
         pace = {"images_per_second": speed, "data_wait": data_wait, "step_ms": 1000 * seconds, "mfu": mfu}
         self._write({"kind": "train", "step": step, "epoch": round(epoch, 4), **learning, **pace})
         health = {"restarts": len(self._ledger.starts) - 1, **self._counts}
@@ -109,14 +134,15 @@ class Monitor:
             for key, value in values.items():
                 if value is not None:
                     self._board.scalar(f"{group}/{key}", value, step)
-        self._bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", img_s=f"{speed:.0f}", refresh=False)
+        pace_text = f"{speed:.0f} {'img' if self.samples == 'images' else self.samples}/s"
+        self._bar.set_postfix_str(f"loss={loss:.3f}, lr={lr:.1e}, {pace_text}", refresh=False)
         if self._bar.disable:
             self.say(
                 f"step {step}/{self.last}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  |grad| {grad_norm:.2f}"
-                f"  {speed:.0f} img/s  data wait {data_wait:.0%}"
+                f"  {pace_text}  data wait {data_wait:.0%}"
             )
         else:
-            self._log.write(f"step {step}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  {speed:.0f} img/s\n".encode())
+            self._log.write(f"step {step}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  {pace_text}\n".encode())
 
     def advance(self) -> None:
         if self.active:
@@ -124,24 +150,19 @@ class Monitor:
 
     def evaluation(self, step: int, epoch: float, weights: str, scores: Scores, *, seconds: float) -> None:
         """Scores of the weights "model" or "ema" after `step` steps; `seconds` is what this evaluation took."""
-        fields = {"top1": scores.top1, "top5": scores.top5, "loss": scores.loss}
-        self._write({"kind": "eval", "step": step, "weights": weights, **fields, "count": scores.count, "seconds": seconds})
+        self._write({"kind": "eval", "step": step, "weights": weights, **scores.values, "count": scores.count, "seconds": seconds})
         if self.active:
-            for key, value in fields.items():
+            for key, value in scores.values.items():
                 self._board.scalar(f"evaluation/{weights}_{key}", value, step)
         name = "EMA" if weights == "ema" else "model"
-        accuracy = f"top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}"
-        self.say(f"epoch {epoch:.4g}  {name}: {accuracy}  ({scores.count} images)")
+        text = "  ".join(metric.text(scores.values[metric.name]) for metric in self.metrics)
+        self.say(f"epoch {epoch:.4g}  {name}: {text}  ({scores.count} {self.samples})")
 
-    def images(self, step: int, images: Tensor) -> None:
-        """A grid of normalised images [m, 3, S, S] as the model sees them."""
+    def images(self, step: int, preview: Callable[[int], Tensor | None]) -> None:
+        """A grid of what the model sees. preview: (largest number) → images [n, 3, H, W] in 0..1, or None."""
         count = self.config.monitor.images
-        if not self.active or not count:
-            return
-        settings = self.config.augment
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
-        grid = _grid((images[:count].float().cpu() * std + mean).clamp(0, 1))
-        self._board.image("inputs", grid, step)
+        if self.active and count and (images := preview(count)) is not None:
+            self._board.image("inputs", _grid(images), step)
 
     def finish(self, step: int, scores: dict[str, Scores]) -> None:
         """Hyper-parameters with the final scores, for TensorBoard's comparison of runs."""
@@ -150,7 +171,8 @@ class Monitor:
                 key: value if isinstance(value, int | float | str) else str(value)
                 for key, value in flatten(self.config.model_dump()).items()
             }
-            results = {f"final/{weights}_top1": result.top1 for weights, result in scores.items()}
+            primary = self.metrics[0].name
+            results = {f"final/{weights}_{primary}": result.values[primary] for weights, result in scores.items()}
             self._board.hyperparameters(plain, results, step)
 
     def close(self) -> None:
@@ -215,6 +237,24 @@ def write_config(output: Path, config: Config) -> list[str]:
     return []
 
 
+def write_details(path: Path, document: dict) -> None:
+    """Write what is kept of an evaluation after `document["step"]` steps to `path`, in place of the one before it.
+
+    A full disk does not end training: a sentence on stderr reports it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        temporary.write_text(json.dumps(document))
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # stderr may be a file on the same full disk
+            sentence = (
+                f"alarm: {path} cannot be written ({error.strerror}): a report will not show the evaluation of step {document['step']}"
+            )
+            print(sentence, file=sys.stderr, flush=True)
+
+
 def _strict_json(line: dict) -> bytes:
     """One line of JSON, which has no NaN and no infinity: they become null."""
     try:
@@ -233,12 +273,12 @@ def _finite(value: object) -> object:
 
 
 def _grid(images: Tensor, gap: int = 2) -> Tensor:
-    """Images [n, 3, S, S] side by side in rows of eight, as one [3, H, W]."""
+    """Images [n, 3, h, w] side by side in rows of eight, as one [3, H, W]."""
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
-    side = images.shape[-1] + gap
-    grid = images.new_ones(3, rows * side - gap, columns * side - gap)
+    height, width = (side + gap for side in images.shape[-2:])
+    grid = images.new_ones(3, rows * height - gap, columns * width - gap)
     for index, image in enumerate(images):
-        top, left = index // columns * side, index % columns * side
-        grid[:, top : top + side - gap, left : left + side - gap] = image
+        top, left = index // columns * height, index % columns * width
+        grid[:, top : top + height - gap, left : left + width - gap] = image
     return grid

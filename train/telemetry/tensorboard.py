@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils.tensorboard import summary
 
 from train.telemetry.appender import Alarm, Appender
+from train.telemetry.metrics import Metric
 
-# TensorBoard's page "Custom scalars". Tags are regular expressions to it; a chart whose curves nobody has written stays empty.
+# Charts of TensorBoard's page "Custom scalars". It takes tags as regular expressions; a chart without curves stays empty.
 LAYOUT = {
     "learning": {
         "loss": ["Multiline", ["^learning/loss$", "^evaluation/model_loss$", "^evaluation/ema_loss$"]],
-        "top-1 of model and EMA, %": ["Multiline", ["^evaluation/model_top1$", "^evaluation/ema_top1$"]],
         "learning rate": ["Multiline", ["^learning/lr$"]],
         "norm of the gradient": ["Multiline", ["^learning/grad_norm$"]],
     },
@@ -38,12 +38,12 @@ LAYOUT = {
 class Board:
     """One event file of this start of the run; curves of other starts at `first` and later steps are replaced by its own."""
 
-    def __init__(self, folder: Path, alarm: Alarm, first: int):
+    def __init__(self, folder: Path, alarm: Alarm, first: int, metrics: tuple[Metric, ...]):
         # TensorBoard reads a folder's files in the order of their names.
         self._file = Appender(folder / f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}", alarm)
         self._records = RecordWriter(self._file)
         self._add(file_version="brain.Event:2")
-        self._add(summary=summary.custom_scalars(LAYOUT))
+        self._add(summary=summary.custom_scalars(_layout(metrics[0])))
         self._add(step=first, session_log=SessionLog(status=SessionLog.START))
 
     def scalar(self, tag: str, value: float, step: int) -> None:
@@ -68,3 +68,10 @@ class Board:
 
     def _add(self, **fields: object) -> None:
         self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+
+def _layout(primary: Metric) -> dict[str, dict]:
+    """LAYOUT, with a chart of the task's primary metric."""
+    title = f"{primary.label} of model and EMA" + (f", {primary.unit}" if primary.unit else "")
+    chart = {title: ["Multiline", [f"^evaluation/model_{primary.name}$", f"^evaluation/ema_{primary.name}$"]]}
+    return {**LAYOUT, "learning": {"loss": LAYOUT["learning"]["loss"], **chart, **LAYOUT["learning"]}}

@@ -18,7 +18,8 @@ from tests.oracle import assert_same_state, state
 from tests.runs import losses, run, start
 from train.checkpoint.format import checkpoint_path, read_weights
 from train.checkpoint.init_from import read_source
-from train.config import OptimizerConfig, load_config
+from train.config import load_config
+from train.config_sections import OptimizerConfig
 from train.engine.optimizer import build_optimizer, parameter_groups
 from train.engine.runtime import Runtime
 from train.tasks.classification.task import Classification

@@ -68,12 +68,12 @@ def build(path, stage: int, offload: bool, precision: str, *settings: str) -> Bu
     import copy
 
     from train.engine.deepspeed_engine import Engine
-    from train.tasks.classification.task import build_model
+    from train.tasks.base import build_task
 
     still = ["model.drop_path_rate=0", "model.cpsa_drop=0"]
     config = load_config(path, [f"zero.stage={stage}", f"zero.offload={offload}", f"train.precision={precision}", *still, *settings])
     torch.manual_seed(0)
-    model = build_model(config, classes=10)
+    model = build_task(config, [""] * 10).build_model()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)  # no zeros and ones, which every type holds exactly

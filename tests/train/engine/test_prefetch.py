@@ -7,7 +7,7 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import MicroBatch, build_loader
 from data_pipeline.manifest import open_manifest
 from data_pipeline.order import Order
-from train.engine.prefetch import Feed
+from train.engine.prefetch import Prefetcher
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))]
 
@@ -25,15 +25,15 @@ def test_every_micro_batch_comes_once_in_order_and_whole(tiny_dataset, device):
 
     def inputs(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         images = batch.images.to(device, non_blocking=True).float()
-        return (images * 2 + 1).contiguous(), batch.labels.to(device, non_blocking=True) + 1
+        return (images * 2 + 1).contiguous(), batch.targets.to(device, non_blocking=True) + 1
 
     waits, busy = [], torch.ones(1024, 1024, device=device)
     with loader(tiny_dataset) as plain:
         expected = list(itertools.islice(plain, 24))
     found = []
-    with Feed(loader(tiny_dataset), inputs, device, waits.append) as feed:
+    with Prefetcher(loader(tiny_dataset), inputs, device, waits.append) as feed:
         for _ in range(24):
-            batch, images, targets = next(feed)
+            batch, (images, targets) = next(feed)
             for _ in range(20 if device.type == "cuda" else 1):
                 busy = (busy @ busy).clamp(max=1)
             copied = images.clone(), targets.clone()  # by the model's stream, after all of that
@@ -44,11 +44,11 @@ def test_every_micro_batch_comes_once_in_order_and_whole(tiny_dataset, device):
     for batch, (other, images, targets) in zip(expected, found, strict=True):
         assert (batch.step, batch.index) == (other.step, other.index)
         assert torch.equal(images.cpu(), batch.images.float() * 2 + 1)
-        assert torch.equal(targets.cpu(), batch.labels + 1)
+        assert torch.equal(targets.cpu(), batch.targets + 1)
 
 
 def test_leaving_it_closes_the_loader(tiny_dataset):
     batches = loader(tiny_dataset)
-    with Feed(batches, lambda batch: (batch.images, batch.labels), torch.device("cpu"), lambda seconds: None) as feed:
+    with Prefetcher(batches, lambda batch: (batch.images, batch.targets), torch.device("cpu"), lambda seconds: None) as feed:
         next(feed)
     assert not any(thread.is_alive() for thread in batches._threads)

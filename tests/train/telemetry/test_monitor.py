@@ -14,6 +14,9 @@ import pytest
 from tests.runs import metrics, start
 from train.config import load_config
 from train.telemetry.appender import Alarm, Appender
+from train.telemetry.metrics import Metric, Scores
+
+METRICS = (Metric("top1", "top-1", "%", "higher"), Metric("top5", "top-5", "%", "higher"), Metric("loss", "loss", "", "lower"))
 
 
 @pytest.fixture
@@ -78,11 +81,11 @@ def test_peaks_are_of_the_whole_name(name, tflops):
 def open_monitor(output, config, first=0):
     from train.telemetry.monitor import Monitor
 
-    return Monitor(output, load_config(config), is_main=True, first=first, last=1000, flops_per_image=None)
+    return Monitor(output, load_config(config), METRICS, "images", True, first, 1000, None)
 
 
 def train_line(monitor, step, loss=1.0):
-    monitor.train(step, step / 8, loss, 1e-3, 0.5, 0.01, 0.1)
+    monitor.train(step, step / 8, {"loss": loss}, 1e-3, 0.5, 0.01, 0.1)
 
 
 def read(path):
@@ -123,13 +126,11 @@ def test_every_line_ends_with_its_time_and_what_is_not_finite_is_null(tiny_confi
 def test_every_chart_of_the_layout_has_its_curves(tiny_config, tmp_path):
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-    from train.tasks.classification.scores import Scores
-
     monitor = open_monitor(tmp_path, tiny_config)
     monitor.event("start", 0, "start")
     train_line(monitor, 1)
     for weights in ("model", "ema"):
-        monitor.evaluation(1, 0.1, weights, Scores(50.0, 90.0, 1.0, 10), seconds=1.0)
+        monitor.evaluation(1, 0.1, weights, Scores({"top1": 50.0, "top5": 90.0, "loss": 1.0}, 10), seconds=1.0)
     monitor.event("finished", 1, "finished")
     monitor.close()
     events = board(tmp_path)

@@ -1,4 +1,4 @@
-"""The classes of image files that lie in no dataset: decoded, cropped and normalised as an evaluation does it."""
+"""The classes of image files outside of a dataset: decoded, cropped and normalised as in an evaluation."""
 
 import os
 from collections import deque
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,27 +18,43 @@ from data_pipeline.crop import evaluation_windows
 from data_pipeline.decode import decode_batch
 from data_pipeline.jpeg import read_header
 from data_pipeline.validate import MAX_PIXELS, BadImage, check_image
+from train.telemetry.formatting import printable
 
 AHEAD = 3  # batches that are decoded while the model has one
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Of one image: the best classes' indices and their probabilities, best first; or why it could not be read."""
+class ImageClasses:
+    """The most probable classes of an image and their probabilities 0..1, best first; or why the image could not be read."""
 
     path: Path
-    classes: tuple[int, ...] = ()
+    classes: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
     problem: str | None = None
+
+    def text(self) -> str:
+        pairs = zip(self.classes, self.probabilities, strict=True)
+        return "\n".join([str(self.path), *(f"  {100 * probability:5.1f} %  {printable(name)}" for name, probability in pairs)])
+
+    def json(self) -> dict[str, Any]:
+        pairs = zip(self.classes, self.probabilities, strict=True)
+        return {"image": str(self.path), "top": [{"class": name, "probability": probability} for name, probability in pairs]}
 
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, paths: Sequence[Path], data: DataConfig, augment: AugmentConfig, device: torch.device, batch: int, top: int
-) -> Iterator[Prediction]:
-    """A Prediction for each path, in their order. `model`: in evaluation mode, on `device`.
+    model: nn.Module,
+    paths: Sequence[Path],
+    data: DataConfig,
+    augment: AugmentConfig,
+    names: Sequence[str],
+    device: torch.device,
+    batch: int,
+    top: int,
+) -> Iterator[ImageClasses]:
+    """The `top` classes, of those that `names` lists, of each path, in their order. `model`: in evaluation mode, on `device`.
 
-    Threads, one for each core, decode a few batches ahead of the model, and results are handed out while later images are still read.
+    Threads, one for each core, decode a few batches ahead of the model; results are returned while later images are still read.
     """
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as threads:
         starts = iter(range(0, len(paths), batch))
@@ -58,7 +75,11 @@ def predict(
             images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
             probabilities, classes = _best(model(normalise(images, augment)), top)
             for path, problem, *best in zip(chosen, problems, classes.tolist(), probabilities.tolist(), strict=True):
-                yield Prediction(path, problem=problem) if problem else Prediction(path, *map(tuple, best))
+                numbers, shares = best
+                if problem:
+                    yield ImageClasses(path, problem=problem)
+                else:
+                    yield ImageClasses(path, tuple(names[number] for number in numbers), tuple(shares))
 
 
 def _best(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
@@ -67,10 +88,10 @@ def _best(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
 
 
 def _read(path: Path, pixels: np.ndarray, data: DataConfig) -> str | None:
-    """Decode one image into `pixels`, uint8 [S, S, 3]; or returns why it cannot be.
+    """Decode one image into `pixels`, uint8 [S, S, 3]. Returns why it cannot be decoded, or None.
 
-    A JPEG goes straight to the decoder, which sees damage only where evaluation looks. What that refuses, and every other format, becomes
-    what `launch/prepare.py` would have packed.
+    A JPEG goes straight to the decoder, which notices damage only inside the window that is cut out. An image that it refuses, and every
+    other format, is converted first as `launch/prepare.py` would.
     """
     try:
         encoded = path.read_bytes()

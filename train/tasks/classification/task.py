@@ -1,107 +1,110 @@
 """Image classification with soft targets (mixup, cutmix, label smoothing)."""
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import catmodel
-from data_pipeline.augment import augment, normalise, sample_keys
-from data_pipeline.loader import Loader, MicroBatch, build_loader, evaluation_batches
-from data_pipeline.manifest import Manifest
+from data_pipeline.augment import augment, sample_keys
+from data_pipeline.loader import MicroBatch
 from data_pipeline.mix import mix
-from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, make_key
-from train.config import Config, ConfigError
-from train.engine.deepspeed_engine import Engine
-from train.engine.runtime import Runtime
-from train.tasks.classification.scores import Details, Scores, evaluate, write_details
+from train.config import ConfigError
+from train.tasks.base import Model, Task, on_device
+from train.tasks.classification.predict import ImageClasses, predict
+from train.tasks.classification.scores import ClassificationTally
+from train.telemetry.metrics import Metric
 
 
-class Classification:
-    """Classification of the dataset's classes. `has_validation` is false where there is no `val` split: nothing is evaluated then."""
+class Classification(Task):
+    """Classification of the dataset's classes by a network of catmodel."""
 
-    def __init__(self, config: Config, manifest: Manifest, order: Order, runtime: Runtime):
-        self.config, self.manifest, self.order, self.runtime = config, manifest, order, runtime
-        self.classes = len(manifest.classes)
-        self.has_validation = "val" in manifest.splits
+    metrics = (Metric("top1", "top-1", "%", "higher"), Metric("top5", "top-5", "%", "higher"), Metric("loss", "loss", "", "lower"))
 
     def build_model(self) -> nn.Module:
-        """The model with its initial weights: a function of the seed alone. Raises ConfigError for arguments that do not fit."""
-        torch.manual_seed(make_key(self.config.train.seed, Stream.INIT))
-        return build_model(self.config, self.classes)
+        """The config's network, with activation checkpointing and kernels set as the config says."""
+        try:
+            model = catmodel.create_model(**self._model_settings())
+        except ValueError as error:
+            raise ConfigError(f"model: {error}") from error
+        model.set_grad_checkpointing(self.config.train.activation_checkpointing)
+        model.set_kernels(self.config.train.kernels)
+        return model
 
-    def flops_per_image(self, model: nn.Module) -> float:
-        """FLOPs of one image, forward and backward (backward counted as twice the forward)."""
-        from train.engine.flops import flops_per_image
+    def _model_settings(self) -> dict[str, Any]:
+        """Arguments of `catmodel.create_model`."""
+        config = self.config
+        sizes = {"img_size": config.data.image_size, "num_classes": len(self.classes)}
+        return {"name": config.model.name, **sizes, **config.model.overrides()}
 
-        return flops_per_image(copy.deepcopy(model).to("meta"), self.config.data.image_size, training=True)
+    def example(self, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Images [count, 3, S, S]."""
+        side = self.config.data.image_size
+        return torch.zeros(count, 3, side, side, device=device, dtype=dtype)
 
-    def batches(self, start_step: int) -> Loader:
-        """This rank's micro-batches from step `start_step` on, without end."""
-        split, runtime = self.manifest.split("train"), self.runtime
-        return build_loader(
-            self.config.data, self.config.augment, split, self.order, rank=runtime.rank, world=runtime.world, start_step=start_step
-        )
+    def example_loss(self, output: Tensor) -> Tensor:
+        return F.cross_entropy(output.float(), torch.zeros(len(output), dtype=torch.int64, device=output.device))
 
-    def inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """A micro-batch on the device, augmented and mixed: images float [m, 3, S, S], targets float [m, classes]."""
-        seed, settings, device = self.config.train.seed, self.config.augment, self.runtime.device
-        keys = sample_keys(seed, self.order.epoch_of(batch.step), batch.draws)
-        images = augment(_on(device, batch), keys, settings)
-        labels = batch.labels.to(device, non_blocking=True)
-        return mix(images, labels, make_key(seed, Stream.MIX, batch.step, batch.index), self.classes, settings)
+    def load_weights(self, model: nn.Module, weights: dict[str, Tensor], classes: Sequence[str] | None, source: str) -> list[str]:
+        """Position tables are interpolated to the model's image size. The head keeps its initial weights if the classes differ."""
+        from catmodel.pretrained import DoesNotFit, load_published
 
-    def loss(self, engine: Engine, batch: MicroBatch, images: Tensor, targets: Tensor) -> Tensor:
-        """Mean soft-target cross-entropy of one micro-batch. The model's dropout is a function of (seed, step, micro-batch index)."""
-        torch.manual_seed(make_key(self.config.train.seed, Stream.MODEL, batch.step, batch.index))
-        return nn.functional.cross_entropy(engine(images).float(), targets)
+        count = next((len(head) for head in map(weights.get, ("head.weight", "fc.weight")) if getattr(head, "ndim", 0)), 0)
+        others = count != len(self.classes) or (classes is not None and tuple(classes) != self.classes)
+        try:
+            report = load_published(model, weights, resize_positions=True, fresh_head=others)
+        except DoesNotFit as error:
+            more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
+            raise ConfigError(f"model.init_from: {source} does not fit this {self.config.model.name}: {error.problems[0]}{more}") from error
+        sentences = [f"position tables interpolated: {', '.join(report.resized)}"] if report.resized else []
+        if others:
+            sentences.append(f"head: {count} -> {len(self.classes)} classes, fresh")
+        return sentences
 
-    def evaluate(self, engine: Engine, meet: Callable[[MicroBatch], None], record: Path, step: int) -> Scores:
-        """Scores of the engine's present weights on the whole `val` split; `meet` is given every batch, of this rank, before it is scored.
+    def inputs(self, batch: MicroBatch, epoch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Augmented and mixed: images float [m, 3, S, S], targets float [m, classes]."""
+        seed, settings = self.config.train.seed, self.config.augment
+        images = augment(on_device(batch, device), sample_keys(seed, epoch, batch.draws), settings)
+        labels = batch.targets.to(device, non_blocking=True)
+        return mix(images, labels, make_key(seed, Stream.MIX, batch.step, batch.index), len(self.classes), settings)
 
-        record: the file that gets what they are made of (evaluate.write_details), in place of what it had; `step`: steps done.
-        """
-        with engine.evaluating():
-            scores, details = evaluate_split(engine, self.config, self.manifest, self.runtime, meet)
-        if self.runtime.is_main:
-            write_details(record, step, self.manifest.classes, self.manifest.split("val").fingerprint, details)
-        return scores
+    def loss(self, model: Model, inputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Mean cross-entropy with soft targets."""
+        images, targets = inputs
+        return {"loss": F.cross_entropy(model(images).float(), targets)}
 
+    def preview(self, inputs: tuple[Tensor, Tensor], count: int) -> Tensor:
+        settings = self.config.augment
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
+        return (inputs[0][:count].float().cpu() * std + mean).clamp(0, 1)
 
-def build_model(config: Config, classes: int) -> nn.Module:
-    """The config's model for `classes` classes, with activation checkpointing and kernels set as the config says."""
-    try:
-        model = catmodel.create_model(config.model.name, img_size=config.data.image_size, num_classes=classes, **config.model.overrides())
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from error
-    model.set_grad_checkpointing(config.train.activation_checkpointing)
-    model.set_kernels(config.train.kernels)
-    return model
+    def tally(self, device: torch.device) -> ClassificationTally:
+        return ClassificationTally(self.config.augment, self.classes, device)
 
+    def predict(self, model: nn.Module, paths: Sequence[Path], device: torch.device, batch: int, top: int = 5) -> Iterator[ImageClasses]:
+        """The `top` most probable classes of each image."""
+        return predict(model, paths, self.config.data, self.config.augment, self.classes, device, batch, top)
 
-def evaluate_split(
-    model, config: Config, manifest: Manifest, runtime: Runtime, meet: Callable[[MicroBatch], None]
-) -> tuple[Scores, Details]:
-    """Scores of `model` (normalised images → logits) on `manifest`'s `val` split; every rank calls.
-
-    A sample that cannot be read is left out; `meet` is given every batch, and finds it there.
-    """
-    split, size, device = manifest.split("val"), config.train.micro_batch, runtime.device
-
-    def normalised() -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        for slot, batch in evaluation_batches(config.data, split, size, rank=runtime.rank, world=runtime.world):
-            meet(batch)
-            ids, labels = (column.to(device, non_blocking=True) for column in (batch.ids, batch.labels))
-            yield slot, ids, normalise(_on(device, batch), config.augment), labels
-
-    return evaluate(model, normalised(), -(-split.samples // size), len(manifest.classes), device)
-
-
-def _on(device: torch.device, batch: MicroBatch) -> Tensor:
-    """The images of a micro-batch on the device."""
-    if batch.images.is_cuda:  # written there by the loader, on a stream of its own
-        batch.images.record_stream(torch.cuda.current_stream())
-    return batch.images.to(device, non_blocking=True)
+    def export(self, state: dict[str, Tensor], features: bool) -> tuple[nn.Module, dict[str, Any]]:
+        """The classifier, or the same network with features_only; CAT's norms of the maps are as initialised then."""
+        settings = self._model_settings() | ({"features_only": True} if features else {})
+        if features:
+            model = catmodel.create_model(**settings)
+            catmodel.load_published(model, state)
+        else:
+            model = self.build_model()
+            model.load_state_dict(state)
+        augment = self.config.augment
+        about = {
+            "model": settings,
+            "classes": list(self.classes),
+            "mean": list(augment.mean),
+            "std": list(augment.std),
+            "interpolation": self.config.data.interpolation,
+            "eval_crop": self.config.data.eval_crop,
+        }
+        return model.eval(), about

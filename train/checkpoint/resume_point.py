@@ -1,0 +1,58 @@
+"""What `--resume` means, decided once, before torch is imported."""
+
+import contextlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Resume:
+    """From where a start of a run goes on.
+
+    checkpoints: the run's folder of checkpoints. checkpoint: the one that was named; None: the newest of the run's own.
+    never: the run must not have any. begins: the run has nothing to go on from, and takes its first weights.
+    with_changes: settings may differ that change what a step computes.
+    """
+
+    checkpoints: Path
+    checkpoint: Path | None = None
+    never: bool = False
+    begins: bool = False
+    with_changes: bool = False
+
+    @staticmethod
+    def decide(output: Path, resume: str, with_changes: bool) -> "Resume":
+        """resume: "auto", "never" or a checkpoint's path, of a run in the folder `output`."""
+        checkpoints = output / "checkpoints"
+        checkpoint = None if resume in ("auto", "never") else Path(resume)
+        begins = checkpoint is None and not any(checkpoints.glob("step_*"))
+        return Resume(checkpoints, checkpoint, resume == "never", begins, with_changes)
+
+    def of_own(self) -> "Resume":
+        """For going back during a run: the newest of its own checkpoints, whatever the run began from."""
+        return replace(self, checkpoint=None, never=False, begins=False, with_changes=True)
+
+    def candidates(self) -> list[Path]:
+        """The checkpoints to go on from, the preferred one first.
+
+        Started again with the same named checkpoint, a run goes on from the newest that it has saved since it began there.
+        """
+        from train.checkpoint.format import CheckpointError, list_checkpoints, read_info
+
+        own = list_checkpoints(self.checkpoints)
+        if self.checkpoint is None:
+            return own
+        since = []
+        for path in own:
+            with contextlib.suppress(CheckpointError):
+                if read_info(path).began == self.name_of(self.checkpoint):
+                    since.append(path)
+        return [*since, self.checkpoint]
+
+    def name_of(self, checkpoint: Path) -> str:
+        """How CheckpointInfo.began names a checkpoint: by its name in the run's own folder, by its path elsewhere."""
+        return checkpoint.name if self.is_own(checkpoint) else str(checkpoint.resolve())
+
+    def is_own(self, checkpoint: Path) -> bool:
+        """Whether the checkpoint is in the run's own folder."""
+        return checkpoint.resolve().parent == self.checkpoints.resolve()

@@ -1,0 +1,179 @@
+"""The protocol between a task and the rest of the program: what the trainer, the commands and the monitor know of a task."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_pipeline.annotations import Labels, Targets
+from data_pipeline.loader import Loader, MicroBatch, build_loader, evaluation_batches
+from data_pipeline.manifest import Split
+from data_pipeline.order import Order
+from data_pipeline.randomness import Stream, make_key
+from train.config import Config
+from train.telemetry.metrics import Metric, Scores
+
+Model = Callable[..., Any]  # a module, or the engine around it
+
+
+class Tally(Protocol):
+    """Collects what an evaluation is made of, over this rank's batches."""
+
+    width: int  # numbers that `add` returns
+
+    def add(self, model: Model, batch: MicroBatch) -> Tensor:
+        """Evaluate one batch; returns numbers to be summed over all batches, float64 [width], on the device.
+
+        Samples that are not `batch.counted` must not contribute to anything.
+        """
+
+    def finish(self, sums: Sequence[float]) -> tuple[Scores, dict]:
+        """The scores, and what is kept of the evaluation as JSON; every rank calls this and gets the same.
+
+        sums: of what `add` returned, over all batches of all ranks, added in one order.
+        """
+
+
+class Prediction(Protocol):
+    """What `predict` found in one image file. problem: why it could not be read, or None."""
+
+    path: Path
+    problem: str | None
+
+    def text(self) -> str:
+        """For people, one or more lines."""
+
+    def json(self) -> dict[str, Any]:
+        """For programs."""
+
+
+class Task(ABC):
+    """One kind of training. Everything random in it must be a function of the keys that its methods are given.
+
+    classes: the names of the dataset's classes, in the order of their labels.
+    """
+
+    metrics: ClassVar[tuple[Metric, ...]]  # of an evaluation; the first is the primary one
+    losses: ClassVar[tuple[str, ...]] = ("loss",)  # the names of what `loss` returns
+    samples: ClassVar[str] = "images"  # what is counted
+
+    def __init__(self, config: Config, classes: Sequence[str]):
+        self.config, self.classes = config, tuple(classes)
+
+    # --- the network ---
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """The network, with random weights of torch's default generator. Raises ConfigError for settings that do not fit together."""
+
+    def initial_model(self) -> nn.Module:
+        """The network with its initial weights, a function of the seed alone."""
+        torch.manual_seed(make_key(self.config.train.seed, Stream.INIT))
+        return self.build_model()
+
+    @abstractmethod
+    def example(self, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The network's input for `count` samples: zeros, for measuring time and memory; on the meta device, for counting."""
+
+    @abstractmethod
+    def example_loss(self, output: Any) -> Tensor:
+        """A scalar whose gradient takes the memory of a training step's. output: of the network, for `example`."""
+
+    def load_weights(self, model: nn.Module, weights: dict[str, Tensor], classes: Sequence[str] | None, source: str) -> list[str]:
+        """Fill `model` with first weights from the file or folder `source` (model.init_from); returns sentences for the log.
+
+        classes: the names of the classes that the weights were trained on, if known. Raises ConfigError if they do not fit.
+        """
+        model.load_state_dict(weights)
+        return []
+
+    # --- training ---
+
+    def targets(self, split: Split) -> Targets:
+        """How the samples' labels are read; by default the records' integers."""
+        return Labels(split)
+
+    @abstractmethod
+    def inputs(self, batch: MicroBatch, epoch: int, device: torch.device) -> Any:
+        """A micro-batch on the device, augmented: any nested structure of tensors, which `loss` takes.
+
+        On a GPU this runs on a side stream, beside the previous micro-batch's forward and backward pass.
+        """
+
+    @abstractmethod
+    def loss(self, model: Model, inputs: Any) -> dict[str, Tensor]:
+        """The losses of one micro-batch by name (see `losses`), each a mean over the micro-batch. Their sum is trained on.
+
+        Nothing may be normalised by numbers of one rank. torch's generators have been seeded by (seed, step, micro-batch index).
+        """
+
+    def preview(self, inputs: Any, count: int) -> Tensor | None:
+        """Up to `count` images of a micro-batch as the network sees them, float [n, 3, H, W] in 0..1 on the CPU; None: nothing to show."""
+        return None
+
+    # --- evaluation and use ---
+
+    @abstractmethod
+    def tally(self, device: torch.device) -> Tally:
+        """A new evaluation."""
+
+    def predict(self, model: nn.Module, paths: Sequence[Path], device: torch.device, batch: int, **options: Any) -> Iterator[Prediction]:
+        """What `model` (in evaluation mode, on `device`) finds in image files, in their order; options: of launch/predict.py."""
+        raise NotImplementedError(f"launch/predict.py knows no way to show a task {self.config.task.name}")
+
+    def export(self, state: dict[str, Tensor], features: bool) -> tuple[nn.Module, dict[str, Any]]:
+        """The network with the weights `state`, as launch/export.py writes it, and a description of it (JSON).
+
+        features: in place of the outputs, the feature maps of all stages.
+        """
+        raise NotImplementedError(f"launch/export.py knows no form for a task {self.config.task.name}")
+
+
+def build_task(config: Config, classes: Sequence[str]) -> Task:
+    """The config's task, for a dataset with these classes."""
+    from train.task_registry import find
+
+    return find(config.task.name).load()(config, classes)
+
+
+def training_batches(task: Task, split: Split, order: Order, rank: int, world: int, start_step: int) -> Loader:
+    """The micro-batches of `rank` from step `start_step` on, without end."""
+    config, targets = task.config, task.targets(split)
+    return build_loader(config.data, config.augment, split, order, targets, rank=rank, world=world, start_step=start_step)
+
+
+def evaluate(
+    task: Task,
+    model: Model,
+    split: Split,
+    device: torch.device,
+    meet: Callable[[MicroBatch], None],
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[Scores, dict]:
+    """Evaluate `model`, in evaluation mode, on all samples of `split`, each exactly once; all ranks must call, all get the result.
+
+    Batches are fixed slices of the ids, so a sample is always computed together with the same others, on any number of ranks. Each batch's
+    sums go into a row of their own, and the rows are added in one order: the result is the same to the last bit on any number of ranks.
+    meet: called with every batch of this rank before it is evaluated.
+    """
+    size = task.config.train.micro_batch
+    tally = task.tally(device)
+    sums = torch.zeros(-(-split.samples // size), tally.width, dtype=torch.float64, device=device)
+    for row, batch in evaluation_batches(task.config.data, split, size, task.targets(split), rank=rank, world=world):
+        meet(batch)
+        sums[row] += tally.add(model, batch)
+    if dist.is_initialized():
+        dist.all_reduce(sums)  # every row is zero on all ranks but one: exact
+    return tally.finish([sum(column) for column in (column.cpu().tolist() for column in sums.unbind(1))])
+
+
+def on_device(batch: MicroBatch, device: torch.device) -> Tensor:
+    """The images of a micro-batch on the device, uint8."""
+    if batch.images.is_cuda:  # written there by the loader, on a stream of its own
+        batch.images.record_stream(torch.cuda.current_stream())
+    return batch.images.to(device, non_blocking=True)
