@@ -7,8 +7,9 @@ from data_pipeline.manifest import DataError
 from operate.plan.cluster import Cluster
 from operate.plan.job import Job
 from operate.plan.step import step
+from operate.run_folder import last_beat
 from train.config import Config, ConfigError, load_config
-from train.telemetry.goodput import ENDS, Ledger, last_beat, read_lines
+from train.telemetry.goodput import ENDS, Ledger, read_lines
 
 
 @dataclass(frozen=True)
