@@ -83,7 +83,7 @@ def test_a_new_result_makes_its_page_stale_until_it_is_made_anew(checkout, name)
 
 
 def test_a_new_config_key_makes_the_reference_stale_until_it_is_made_anew(checkout):
-    path = checkout / "train/config.py"
+    path = checkout / "train/config_sections.py"
     before = "class EmaConfig(Section):\n"
     after = before + '    every: Literal["step", "epoch"] | None = Field(None, description="how often it is fed")\n'
     assert before in path.read_text()
@@ -107,7 +107,11 @@ def test_every_config_key_and_rule_says_what_it_does():
     assert rows.keys() == flatten(load_config(ROOT / "configs/cat_b.yaml").model_dump()).keys()
     assert not [key for key, cells in rows.items() if not cells[-1].strip() or len(cells) != 5]
     assert "- None" not in lines and "## guard.timeout" in lines
-    assert rows["zero.stage"][1:4] == ["`0`, `1`, `2`, `3`", "`1`", "free"] and rows["train.epochs"][1:4] == ["int ≥ 1", "`300`", "fixed"]
+    assert rows["zero.stage"][1:4] == ["`0`, `1`, `2`, `3`", "`1`", "free"] and rows["train.epochs"][1:4] == [
+        "int ≥ 1, or null",
+        "`300`",
+        "fixed",
+    ]
     assert [f"## {section}" for section in Config.model_fields] == [line for line in lines if line.startswith("## ") and "." not in line][
         :-1
     ]
