@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from train.engine.processor import processor_name
+
 # A shell that runs the tests in the background ignores SIGINT, and all processes that they start would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -54,12 +56,10 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     reports = [report for report in reports if getattr(report, "when", None) == "call"]
-    cpu = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(": ")[1] for line in cpu if line.startswith("model name")), "?")
     results = {
         "command": " ".join(["pytest", *sys.argv[1:]]),
         "date": date.today().isoformat(),
-        "machine": f"{model}, {len(os.sched_getaffinity(0))} cores, shared",
+        "machine": f"{processor_name()}, {len(os.sched_getaffinity(0))} cores, shared",
         "tests": {
             report.nodeid: {
                 "outcome": report.outcome,
