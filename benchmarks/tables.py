@@ -1,14 +1,11 @@
 """The tables of docs/: one function each, from docs/results and the config's classes; `launch/docs.py` puts them into the pages."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from benchmarks.config_reference import reference
-
-RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
-UNMEASURED = "Not measured yet: `make gpu` has not been run on a machine with a GPU."
+from benchmarks.gpu_tables import GPU_TABLES, UNMEASURED
+from benchmarks.markdown import load, markdown, number, source
 
 
 def beside_others(name: str, empty: str) -> str:
@@ -72,31 +69,6 @@ def resources() -> str:
     return f"{source(result)}\n\n{markdown([*rows[0]], [[str(value) for value in row.values()] for row in rows])}"
 
 
-def kernels() -> str:
-    result = load("gpu-kernels")
-    if not result:
-        return UNMEASURED
-    if "rows" not in result:
-        return result["says"]
-    titles = ["kernel", "stage", "direction", "way", "µs", "x plain", "MB at least", "of the bandwidth"]
-    rows = [
-        [row["name"], str(row["stage"]), row["direction"], row["way"], number(row["microseconds"]), f"{row['speedup']:.2f}"]
-        + [number(row["megabytes"]), f"{row['bandwidth']:.0%}"]
-        for row in result["rows"]
-    ]
-    return f"{source(result)} {result['precision']}, batch {result['batch']}.\n\n{markdown(titles, rows)}"
-
-
-def parts() -> str:
-    """Of all of `make gpu`: what each part said."""
-    found = {path.stem.removeprefix("gpu-"): json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu-*.json"))}
-    rows = [
-        [name, "passed" if part["passed"] else "**failed**", f"{part['seconds']:.0f}", part["says"], part["machine"], part["date"]]
-        for name, part in found.items()
-    ]
-    return markdown(["part", "", "s", "", "machine", "date"], rows) if rows else UNMEASURED
-
-
 def overhead() -> str:
     """Of `bench.py train`: DeepSpeed beside a bare loop."""
     rows, commands = [], []
@@ -156,34 +128,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "predicted": predictions,
     "operators": operators,
     "resources": resources,
-    "gpu": parts,
-    "gpu-model": lambda: beside_others("gpu-model", UNMEASURED),
-    "gpu-kernels": kernels,
+    **GPU_TABLES,
+    "gpu-model": lambda: beside_others("gpu-model" if load("gpu-model") else "gpu-model-training", UNMEASURED),
     "counts": lambda: f"{source(load('models'))}\n\n{count_table(load('models')['counts'])}",
     "speed": speed,
     "config": reference,
 }
-
-
-def load(name: str) -> dict | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def source(result: dict) -> str:
-    """Where the numbers come from."""
-    programs = f"Python {result['python']}, torch {result['torch']}, Triton {result['triton']}"
-    return f"`python {result['command']}`, {result['date']}, {result['machine']}; {programs}."
-
-
-def markdown(titles: list[str], rows: list[list[str]], numbers: bool = False) -> str:
-    """A table; `numbers`: all columns but the first are right-aligned."""
-    lines = [titles, ["---", *["---:" if numbers else "---"] * (len(titles) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def number(value: float | None) -> str:
-    """Three digits."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

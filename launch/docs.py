@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.markdown import wrapped
 from benchmarks.tables import TABLES
 from launch.cli import Parser
 
@@ -19,14 +20,15 @@ def main(arguments: argparse.Namespace) -> int:
     stale = []
     for page in sorted((ROOT / "docs").glob("*.md")):
         before = page.read_text()
-        after = TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}", before)
+        after = TABLE.sub(lambda found: f"{found[1]}\n{wrapped(TABLES[found[2]]())}\n{found[3]}", before)
         if before != after:
             stale.append(f"docs/{page.name}")
             if not arguments.check:
                 page.write_text(after)
     if stale and arguments.check:
         print(
-            f"{', '.join(stale)}: not made of docs/results and the config's classes as they are; run python launch/docs.py", file=sys.stderr
+            f"{', '.join(stale)}: not made of docs/results and the config's classes as they are; run python launch/docs.py",
+            file=sys.stderr,
         )
     return int(bool(stale) and arguments.check)
 

@@ -181,7 +181,7 @@ def on_a_cluster(cluster, tiny_config, tiny_dataset, folder, link_at_root):
     first, full, dry, seeds, look, cancel, requeue = [line for line in found if "srun" not in line and "--doctor" not in line]
     arguments = full.split("submit.py ", 1)[1].strip()
 
-    # README: a job of 16 ranks, which is looked at, saves when it is put back into the queue, and goes on.
+    # docs/commands.md: a job of 16 ranks, which is looked at, saves when it is put back into the queue, and goes on.
     job = submitted(account, first)
     wait_for_lines(cluster, output, 2)
     assert job in account.shell(look.replace("tail -f", "timeout 1 tail -f") + "|| true")  # of the tail nothing is asked

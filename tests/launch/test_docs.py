@@ -1,6 +1,7 @@
 """The tables of docs/ are made of docs/results and of the config's classes."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,37 @@ def test_every_table_is_on_a_page():
     assert sorted(used) == sorted(TABLES)
 
 
+def anchors(page: Path) -> set[str]:
+    """Names of a page's headings in links, as GitHub forms them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_has_its_target():
+    missing = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if "://" not in link and not (target.exists() and (not anchor or anchor in anchors(target))):
+                missing.append(f"{page.relative_to(ROOT)}: {link}")
+    assert not missing
+
+
+def test_every_named_program_exists():
+    """Outside of blocks, whose commands test_commands.py runs."""
+    rooms = [folder for folder in ROOT.iterdir() if not folder.name.startswith(".")]
+    programs = {str(path.relative_to(ROOT)) for room in rooms for path in room.rglob("*.py")}
+    names = {path.rsplit("/", 1)[1] for path in programs}
+    missing = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for name in re.findall(r"(?<![\w/.])([\w/]+\.py)\b", text):
+            if name not in (programs if "/" in name else names):
+                missing.append(f"{page.name}: {name}")
+    assert not missing
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what the pages are made of."""
@@ -51,7 +83,7 @@ def test_a_new_result_makes_its_page_stale_until_it_is_made_anew(checkout, name)
 
 
 def test_a_new_config_key_makes_the_reference_stale_until_it_is_made_anew(checkout):
-    path = checkout / "train/config.py"
+    path = checkout / "train/config_sections.py"
     before = "class EmaConfig(Section):\n"
     after = before + '    every: Literal["step", "epoch"] | None = Field(None, description="how often it is fed")\n'
     assert before in path.read_text()
@@ -75,7 +107,11 @@ def test_every_config_key_and_rule_says_what_it_does():
     assert rows.keys() == flatten(load_config(ROOT / "configs/cat_b.yaml").model_dump()).keys()
     assert not [key for key, cells in rows.items() if not cells[-1].strip() or len(cells) != 5]
     assert "- None" not in lines and "## guard.timeout" in lines
-    assert rows["zero.stage"][1:4] == ["`0`, `1`, `2`, `3`", "`1`", "free"] and rows["train.epochs"][1:4] == ["int ≥ 1", "`300`", "fixed"]
+    assert rows["zero.stage"][1:4] == ["`0`, `1`, `2`, `3`", "`1`", "free"] and rows["train.epochs"][1:4] == [
+        "int ≥ 1, or null",
+        "`300`",
+        "fixed",
+    ]
     assert [f"## {section}" for section in Config.model_fields] == [line for line in lines if line.startswith("## ") and "." not in line][
         :-1
     ]
