@@ -58,7 +58,7 @@ class Config(Section):
         except UnknownTask as error:
             raise ValueError(f"task.name: {error}") from error
         except ValidationError as error:
-            raise ValueError("; ".join(f"task.{_explain(item)}" for item in error.errors())) from error
+            raise ValueError("; ".join(_explain({**item, "loc": ("task", *item["loc"])}) for item in error.errors())) from error
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "Config":

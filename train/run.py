@@ -23,7 +23,15 @@ def run(
     """
     from train.guard.signals import stop_signals
 
-    stop_signals.install()
+    installed = stop_signals.install()
+    try:
+        return _run(config, overrides, output, resume, resume_with_changes)
+    finally:
+        if installed:
+            stop_signals.uninstall()
+
+
+def _run(config: str | Path, overrides: Sequence[str], output: str | Path | None, resume: str, resume_with_changes: bool) -> Path:
     from data_pipeline.backends import open_backend
     from data_pipeline.order import Order
     from data_pipeline.storage import open_dataset

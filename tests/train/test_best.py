@@ -1,4 +1,4 @@
-"""The best checkpoint: kept whenever evaluation finds it, known after a restart, and found by `--best`."""
+"""The best checkpoint is saved when an evaluation finds it, remembered after a restart, and found by `--best`."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from tests.oracle import scores
 from tests.runs import ROOT, events, metrics, run, start, start_command
 from train.checkpoint.format import checkpoint_path, evaluated, list_checkpoints, read_info, step_of, validate
 
-# Saves never fall on an epoch's end, as in a recipe of 1,251 steps an epoch and a checkpoint every 500.
+# Saves do not coincide with ends of epochs, as with 1,251 steps an epoch and a checkpoint every 500.
 SETTINGS = ["train.epochs=4", "checkpoint.every_steps=5", "checkpoint.keep=1"]
 
 
@@ -22,7 +22,7 @@ def top1(output) -> dict[int, float]:
 
 
 def improvements(found: dict[int, float]) -> list[int]:
-    """Steps whose top-1 is above all before."""
+    """Steps whose top-1 is above that of all earlier steps."""
     steps = sorted(found)
     return [step for index, step in enumerate(steps) if all(found[step] > found[before] for before in steps[:index])]
 
@@ -78,7 +78,7 @@ def test_a_best_that_is_damaged_is_named_and_passed_over(finished, tmp_path):
 
 @pytest.mark.slow
 def test_ties_and_restarts_keep_the_earlier_one(tiny_config, tmp_path):
-    """With no learning rate all evaluations are alike: only the first one is saved, also where the run has been started again."""
+    """With a learning rate of 0 all scores are equal: only the first one is saved, also after a restart."""
     still = ["optimizer.lr=1e-30", "schedule.warmup_lr=0", "schedule.min_lr=0", "ema.decay=0"]
     settings = [*still, "train.epochs=4", "checkpoint.every_steps=100", "checkpoint.keep=1"]
     run(tiny_config, tmp_path, *settings, "train.max_steps=20")
@@ -91,7 +91,7 @@ def test_ties_and_restarts_keep_the_earlier_one(tiny_config, tmp_path):
 
 @pytest.mark.slow
 def test_a_stop_at_an_epochs_end_loses_no_evaluation_and_keeps_no_old_score(tiny_config, tmp_path):
-    """Agreed on after step 16, before its evaluation: the checkpoint of step 16 has no score, and gets its own at the restart."""
+    """Stopped after step 16, before its evaluation: the checkpoint has no score until the next start evaluates it."""
     job = start(tiny_config, tmp_path, "train.epochs=3", world=2, before=SignalIn(0, signal.SIGTERM, "step", 14))
     assert job.wait() == [75, 75]
     assert [line["step"] for line in events(tmp_path, "preempted")] == [16]
@@ -117,7 +117,7 @@ def test_what_best_cannot_mean_is_said(finished, tmp_path, name):
 
     checkpoint = list_checkpoints(finished / "checkpoints")[0]
     assert said(checkpoint) == f"error: --best chooses among a run's checkpoints, and {checkpoint} is no run's folder; leave it out\n"
-    if name == "export":  # which of them is alike
+    if name == "export":  # equal for all of them
         copy = tmp_path / "run"
         shutil.copytree(checkpoint, copy / "checkpoints" / checkpoint.name)
         document = json.loads((copy / "checkpoints" / checkpoint.name / "manifest.json").read_text())

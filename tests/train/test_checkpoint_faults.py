@@ -1,4 +1,4 @@
-"""Disks that do not answer for a while when a checkpoint is read, or the final weights are written."""
+"""Temporary disk faults while a checkpoint is read or the final weights are written."""
 
 import contextlib
 import subprocess
@@ -14,7 +14,7 @@ from train.checkpoint.format import checkpoint_path
 
 pytestmark = [pytest.mark.slow, needs_strace]
 
-# In a process of its own, whose calls on one file fail while it reads or writes; `passing` is how many of them.
+# Run in a process of its own, in which system calls on one file fail; `passing` is their number.
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -43,7 +43,7 @@ def finished(tiny_config, tmp_path_factory):
 
 
 def with_faults(output: Path, does: str, injection: str, *paths: Path) -> str:
-    """What PROGRAM says where its system calls on `paths` (on any, without one) are changed as strace's `injection` says."""
+    """Output of PROGRAM with strace's `injection` into its system calls on `paths` (if none is given, on any path)."""
     calls = injection.partition(":")[0]
     command = [sys.executable, "-c", PROGRAM.replace("{}", does), str(output)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -71,7 +71,7 @@ def test_a_fault_that_passes_costs_no_steps(finished, file):
 
 @pytest.mark.parametrize("file", ["manifest.json", "shard_00000.safetensors"])
 def test_a_fault_that_stays_is_no_damage(finished, file):
-    """An older checkpoint would be sound: it would cost steps, and the newest is as good."""
+    """The start fails rather than use an older valid checkpoint, which would lose steps."""
     path = checkpoint_path(finished / "checkpoints", 4) / file
     answer = with_faults(finished, CHOOSES, "read:error=EIO", path)
     assert answer.startswith(f"StorageError {path} cannot be read after 5 attempts: Input/output error"), answer

@@ -1,4 +1,4 @@
-"""The config tree: what a user writes, and what they are told when it is wrong."""
+"""The config tree, and the messages about mistakes in it."""
 
 from pathlib import Path
 

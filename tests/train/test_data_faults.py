@@ -1,4 +1,4 @@
-"""Runs whose data is damaged, elsewhere, or comes another way after a resume: the same samples, and the same loss."""
+"""Runs with damaged data, or with other storage or backends after a resume: the same samples and the same loss."""
 
 import json
 import os
@@ -21,7 +21,7 @@ BAD_TRAIN, BAD_VAL = (3, 77, 200), (5, 100)
 
 @pytest.fixture(scope="module")
 def damaged_dataset(tiny_dataset, tmp_path_factory) -> Path:
-    """tiny_dataset with three training and two validation images whose bytes are not what the index says."""
+    """tiny_dataset with three training and two validation images whose bytes do not match the index."""
     folder = Path(shutil.copytree(tiny_dataset, tmp_path_factory.mktemp("damaged") / "dataset"))
     for name, numbers in (("train", BAD_TRAIN), ("val", BAD_VAL)):
         split = open_manifest(folder).split(name)
@@ -117,7 +117,7 @@ def test_more_bad_samples_than_the_budget_end_the_run_and_a_larger_budget_goes_o
 @pytest.mark.slow
 @pytest.mark.parametrize("shuffle", ["full", "block"])
 def test_backend_workers_world_and_place_change_no_sample_in_the_middle_of_a_run(tiny_config, both_formats, tmp_path, shuffle):
-    """Killed in the middle of both epochs; every start comes with another backend, other threads, other ranks, other storage."""
+    """Killed within both epochs; each start has another backend, number of threads, world size and storage."""
     settings = [f"data.shuffle={shuffle}", "data.repeats=2", "train.evaluate_every=0", "checkpoint.every_steps=3"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(tiny_config, whole, *settings, f"data.path={both_formats}", world=1)
@@ -145,7 +145,7 @@ def test_backend_workers_world_and_place_change_no_sample_in_the_middle_of_a_run
 
 @pytest.mark.slow
 def test_dali_takes_the_same_samples(tiny_config, both_formats, tmp_path):
-    """Its pixels differ a little, so the loss does: by no more than that."""
+    """Its pixels differ slightly, and therefore the loss, within a bound."""
     pytest.importorskip("nvidia.dali")
     settings = [f"data.path={both_formats}", "train.evaluate_every=0", "train.max_steps=8"]
     run(tiny_config, tmp_path / "whole", *settings)
@@ -204,7 +204,7 @@ def test_a_damaged_shard_ends_the_run_by_name(tiny_config, tiny_dataset, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("enough", [True, False])
 def test_a_shard_that_is_cut_off_while_training(tiny_config, tiny_dataset, tmp_path, enough):
-    """Its samples are replaced and named, as far as the budget allows, and the ranks stay together: they end alike, with the same loss."""
+    """Its samples are replaced and reported within the budget, and all ranks end the same way, with the same loss."""
     copy, output = Path(shutil.copytree(tiny_dataset, tmp_path / "dataset")), tmp_path / "run"
     split = open_manifest(copy).split("train")
     in_shard = {int(i) for i in (split.records["shard"] == 1).nonzero()[0]}

@@ -1,4 +1,4 @@
-"""EMA and evaluation at every ZeRO stage, against what is written down plainly here."""
+"""EMA and evaluation at every ZeRO stage, compared with plain implementations."""
 
 import json
 
@@ -24,7 +24,7 @@ def initial_weights(config_path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_ema_equals_a_full_precision_reference(tiny_config, tmp_path, stage, precision):
-    """The weights after each step come from a checkpoint a step; their float64 average is held against the run's own, within 1e-7."""
+    """The float64 average of the weights of a checkpoint per step equals the run's own average within 1e-7."""
     settings = [f"zero.stage={stage}", f"train.precision={precision}", "train.evaluate_every=0"]
     run(tiny_config, tmp_path, *settings, "train.max_steps=5", "checkpoint.every_steps=1", "checkpoint.keep=9", world=2)
     average = initial_weights(tiny_config)
@@ -42,7 +42,7 @@ def test_ema_equals_a_full_precision_reference(tiny_config, tmp_path, stage, pre
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_evaluation_during_training_is_that_of_the_checkpoint(tiny_config, tmp_path, stage):
-    """Model and EMA, evaluated under ZeRO on 4 ranks (101 samples: 13 batches), equal one process that has the checkpoint's weights."""
+    """Evaluation of model and EMA under ZeRO on 4 ranks (101 samples, 13 batches) equals that of a single process."""
     run(tiny_config, tmp_path / "run", f"zero.stage={stage}", world=4)
     scores = {line["weights"]: line for line in metrics(tmp_path / "run", "eval") if line["step"] == 16}
     assert scores["model"]["count"] == scores["ema"]["count"] == 101

@@ -1,4 +1,4 @@
-"""The promise: whatever is killed, the run ends with the weights it would have had, to the last bit."""
+"""A run that is killed and resumed ends with bitwise the same weights as one that is not."""
 
 import shutil
 
@@ -13,7 +13,10 @@ from train.checkpoint.format import checkpoint_path, read_info
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_killed_and_resumed_run_is_bitwise_equal(tiny_config, tmp_path, stage, precision):
-    """Two ranks, mixup, cutmix, erasing, drop-path and dropout on, killed mid-epoch twice; checkpoints every 3 of 8 steps an epoch."""
+    """Two ranks with mixup, cutmix, erasing, drop-path and dropout, killed twice within an epoch.
+
+    An epoch has 8 steps; checkpoints are written every 3 steps.
+    """
     settings = [f"zero.stage={stage}", f"train.precision={precision}", "checkpoint.every_steps=3", "train.evaluate_every=0"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(tiny_config, whole, *settings, world=2)
@@ -70,7 +73,7 @@ def test_other_optimizers_resume_bitwise(tiny_config, tmp_path, optimizer):
 def test_max_steps_changes_nothing_else_and_a_larger_one_goes_on(tiny_config, tmp_path):
     run(tiny_config, tmp_path / "whole")
     run(tiny_config, tmp_path / "parts", "train.max_steps=6")
-    run(tiny_config, tmp_path / "parts", "train.max_steps=5")  # is over already
+    run(tiny_config, tmp_path / "parts", "train.max_steps=5")  # has finished already
     assert checkpoint_path(tmp_path / "parts" / "checkpoints", 6).is_dir()
     run(tiny_config, tmp_path / "parts")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
@@ -98,7 +101,7 @@ def test_damaged_checkpoint_is_skipped_and_named(tiny_config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["manifest.json", "shard_00000.safetensors"])
 def test_a_damaged_newer_checkpoint_displaces_no_sound_one(tiny_config, tmp_path, file):
-    """Step 8 is damaged, the run goes on from 4: the save at 6 must stay although 8 is newer and only one is kept."""
+    """Step 8 is damaged, so the run goes on from 4. The save at 6 stays, although 8 is newer and only one is kept."""
     settings = ["train.evaluate_every=0"]
     run(tiny_config, tmp_path, *settings, "checkpoint.every_steps=4", "train.max_steps=8")
     damaged = checkpoint_path(tmp_path / "checkpoints", 8) / file
@@ -124,7 +127,7 @@ def test_half_written_checkpoint_does_not_count(tiny_config, tmp_path):
 
 @pytest.mark.slow
 def test_going_back_on_purpose_sets_later_checkpoints_aside(tiny_config, tmp_path):
-    """`--resume` with an older checkpoint: what comes next must not take a later one of the old line for its own newest."""
+    """After `--resume` with an older checkpoint, later checkpoints of before must not be taken for the newest."""
     settings = ["checkpoint.every_steps=4", "train.evaluate_every=0"]
     run(tiny_config, tmp_path, *settings, "train.max_steps=12")
     folder = tmp_path / "checkpoints"

@@ -1,4 +1,4 @@
-"""CAT, PVT and CoTNet in training runs on two ranks: 20 steps, and the same to the last bit when they are resumed in between."""
+"""CAT, PVT and CoTNet on two ranks: 20 steps, bitwise the same if resumed in between."""
 
 import shutil
 
@@ -13,7 +13,10 @@ from train.checkpoint.format import checkpoint_path, read_weights
 SGD = "optimizer: {name: sgd, lr: 0.05, nesterov: true, weight_decay: 4.0e-5, clip_grad: null}\n"
 TINY = {
     "cotnet": "model: {name: cotnet50, depths: [1, 1], width: 0.25, drop_rate: 0.2, drop_path_rate: 0.2}\n" + SGD,
-    "pvt": "model: {name: pvt_tiny, depths: [1, 1], embed_dims: [16, 32], num_heads: [1, 2], mlp_ratios: [2, 2], sr_ratios: [2, 1]}\n",
+    "pvt": (
+        "model: {name: pvt_tiny, depths: [1, 1], embed_dims: [16, 32], num_heads: [1, 2], mlp_ratios: [2, 2], "
+        "sr_ratios: [2, 1]}\n"
+    ),
 }
 
 
@@ -60,7 +63,7 @@ def test_small_networks_in_both_precisions(tiny_config, tmp_path, family, stage,
     found = assert_trains_20_steps_and_resumes_bitwise(config, tmp_path, f"zero.stage={stage}", f"train.precision={precision}")
     for running in found.values():
         assert bool(running) == (family == "cotnet")
-        if running:  # in fp32, in whatever precision the weights are
+        if running:  # in fp32, whatever the precision of the weights
             assert not torch.equal(running["bn1.running_var"], running["bn1.running_var"].bfloat16().float())
 
 
@@ -69,7 +72,7 @@ def test_small_networks_in_both_precisions(tiny_config, tmp_path, family, stage,
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("name", catmodel.list_models())
 def test_every_model_at_its_full_width_and_depth(tiny_config, tmp_path, name, stage):
-    """At the smallest image that its stages divide: CAT's patches of 7 tokens want 224 pixels, others 64."""
+    """At the smallest image size that the stages divide: 224 pixels for CAT's patches of 7 tokens, 64 for others."""
     family = name.split("_")[0]
     text = f"model: {{name: {name}, drop_path_rate: 0.2}}\n" + (SGD if "cot" in name else "")
     size = {"cat_nano": 32}.get(name, {"cat": 224}.get(family, 64))

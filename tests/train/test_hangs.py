@@ -1,4 +1,4 @@
-"""Ranks that freeze, and ranks that are slow: found, named, and the run goes on."""
+"""Frozen and slow ranks are found and named, and the run goes on."""
 
 import contextlib
 import os
@@ -25,7 +25,10 @@ def wait_for_step(job: RunningJob, step: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "stage"), [(1, 1), (0, 3)])
 def test_a_frozen_rank_is_named_and_the_run_goes_on(tiny_config, tmp_path, rank, stage):
-    """SIGSTOP. The other rank ends with 71 within guard.timeout.step and a few seconds, and says who it waited for; stacks are written."""
+    """A rank gets SIGSTOP.
+
+    The other ends with 71 within guard.timeout.step and a few seconds, names the rank, and writes its stacks.
+    """
     settings = [f"zero.stage={stage}", "checkpoint.every_steps=3", "train.evaluate_every=0", "train.epochs=3"]
     run(tiny_config, tmp_path / "whole", *settings, world=2)
     job = start(tiny_config, tmp_path / "run", *settings, "guard.timeout.step=4", world=2)
@@ -46,7 +49,7 @@ def test_a_frozen_rank_is_named_and_the_run_goes_on(tiny_config, tmp_path, rank,
     [("evaluation", 5), *(pytest.param(*case, marks=pytest.mark.long) for case in [("first_step", 1), ("save", 2)])],
 )
 def test_every_section_has_its_limit(tiny_config, tmp_path, section, count):
-    """Rank 1 stops where it enters the section; save: the run's last one, which the others wait for."""
+    """Rank 1 stops when it enters the section. The save is the run's last one, for which the others wait."""
     fault = SignalIn(1, signal.SIGSTOP, section, count)
     settings = ["train.max_steps=8", "checkpoint.every_steps=4", f"guard.timeout.{section}=4"]
     job = start(tiny_config, tmp_path, *settings, world=2, before=fault)
@@ -79,7 +82,7 @@ def slowed(pid: int) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_a_slow_rank_is_named(tiny_config, tmp_path, rank):
-    """It is stopped for three quarters of the time, in slices; the model is large enough for a step to take some."""
+    """The rank is stopped for three quarters of the time, in slices shorter than a step of the model."""
     settings = ["train.epochs=100", "train.evaluate_every=0", "model.embed_dim=64", "model.depths=[2, 2]", "data.image_size=32"]
     job = start(tiny_config, tmp_path, *settings, world=2)
     wait_for_step(job, 3)
@@ -97,7 +100,7 @@ def test_a_slow_rank_is_named(tiny_config, tmp_path, rank):
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_no_false_alarm_in_a_thousand_steps(tiny_config, tmp_path, record_property):
-    """Four ranks on few cores, with evaluations and saves: nobody is called slow or hung, nothing is skipped, no save fails."""
+    """Four ranks on few cores, with evaluations and saves: no rank is called slow or hung, no step or save fails."""
     settings = ["train.epochs=125", "train.evaluate_every=25", "checkpoint.every_steps=50", "guard.timeout.step=30"]
     job = run(tiny_config, tmp_path, *settings, world=4)
     assert len(metrics(tmp_path, "train")) == 1000

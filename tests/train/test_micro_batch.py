@@ -1,4 +1,4 @@
-"""`train.micro_batch: auto`, in processes whose memory is limited for real."""
+"""`train.micro_batch: auto`, in processes with limited memory."""
 
 import resource
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ SETTINGS += ["data.image_size=64", "model.patch_size=8"]
 
 @dataclass(frozen=True)
 class LimitMemory:
-    """The process of rank `rank` may take so many megabytes more than it has at its start."""
+    """The process of rank `rank` may allocate this many megabytes more than at its start."""
 
     rank: int
     megabytes: int
@@ -48,7 +48,7 @@ def test_the_largest_that_fits_is_found_and_kept(tiny_config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["train: {micro_batch: 3}", ""], ids=["too large", "torn"])
 def test_a_size_that_led_to_no_checkpoint_is_not_kept(tiny_config, tmp_path, text):
-    """config.yaml of a start that ran out of memory at its first step; or of one that a full disk or a kill cut short."""
+    """config.yaml of a start that ran out of memory at its first step, or truncated by a full disk or a kill."""
     (tmp_path / "config.yaml").write_text(text)
     job = run(tiny_config, tmp_path, "train.micro_batch=auto", "train.max_steps=1", "train.evaluate_every=0")
     assert "train.micro_batch: 32 is the largest that fits" in job.text() and micro_batch(tmp_path) == 32

@@ -47,12 +47,12 @@ def test_muon_skips_too(tiny_config, tmp_path):
 
 @pytest.mark.slow
 def test_too_many_in_a_row_lead_back_to_a_checkpoint(tiny_config, tmp_path):
-    """Steps 7 to 9 fail, once: taken again from step 4 they do not, so the run ends as if nothing had been."""
+    """Steps 7 to 9 fail once, but not when they are repeated from step 4: the run ends as if they had not failed."""
     settings = ["checkpoint.every_steps=4", "train.evaluate_every=0", "guard.max_skipped=3"]
     run(tiny_config, tmp_path / "whole", *settings, world=2)
     job = run(tiny_config, tmp_path / "run", *settings, world=2, before=NanLoss(1, steps=(7, 8, 9)))
     (back,) = events(tmp_path / "run", "rollback")
-    assert (back["steps"], back["to"]) == ([7, 8, 9], 8)  # the weights did not change from step 6 on, so step 8 was a good one to save
+    assert (back["steps"], back["to"]) == ([7, 8, 9], 8)  # weights are those of step 6, so step 8's save is valid
     assert "steps 7 to 9 had no finite gradient: back to" in job.text()
     assert all(line["step"] in (7, 8, 9) for line in events(tmp_path / "run", "skipped_step"))
     assert sorted(losses(tmp_path / "run")) == list(range(1, 17))
@@ -61,7 +61,7 @@ def test_too_many_in_a_row_lead_back_to_a_checkpoint(tiny_config, tmp_path):
 
 @pytest.mark.slow
 def test_going_back_restores_the_run_exactly(tiny_config, tmp_path):
-    """The checkpoint is older than the first skipped step: nothing is left of the fault, to the last bit."""
+    """The checkpoint is older than the first skipped step: the fault leaves no trace, bitwise."""
     settings = ["checkpoint.every_steps=5", "train.evaluate_every=0", "guard.max_skipped=3"]
     run(tiny_config, tmp_path / "whole", *settings, world=2)
     run(tiny_config, tmp_path / "run", *settings, world=2, before=NanLoss(1, steps=(7, 8, 9)))
@@ -91,7 +91,7 @@ def test_what_does_not_help_ends_the_run(tiny_config, tmp_path, every_steps, sen
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "offload"), [(3, False), pytest.param(1, True, marks=pytest.mark.long)])
 def test_fp16_that_does_not_recover_is_the_guards_to_end(tiny_config, tmp_path, stage, offload):
-    """More overflows in a row than halve the loss scale to its least, which DeepSpeed takes for an error of its own."""
+    """More overflows in a row than it takes to reach the minimum loss scale, where DeepSpeed would raise an error."""
     settings = [f"zero.stage={stage}", f"zero.offload={offload}", "train.precision=fp16", "train.evaluate_every=0", "guard.max_skipped=20"]
     settings += ["train.global_batch=2", "train.micro_batch=2", "checkpoint.every_steps=100", "model.depths=[1]", "model.num_heads=[2]"]
     job = start(tiny_config, tmp_path, *settings, allow_fp16=True, before=NanLoss(0, steps=tuple(range(2, 22))))
@@ -101,7 +101,7 @@ def test_fp16_that_does_not_recover_is_the_guards_to_end(tiny_config, tmp_path, 
 
 @pytest.mark.slow
 def test_weights_that_are_not_finite_are_never_saved(tiny_config, tmp_path):
-    """A weight is ruined after step 7: the save at 10 refuses it, and the run goes back to 5 and ends as if nothing had been."""
+    """A weight becomes NaN after step 7: the save at 10 refuses it, the run goes back to 5 and ends as without it."""
     settings = ["checkpoint.every_steps=5", "guard.max_skipped=4", "train.evaluate_every=0"]
     run(tiny_config, tmp_path / "whole", *settings, world=2)
     job = run(tiny_config, tmp_path / "run", *settings, world=2, before=FlipBits(1, step=7))

@@ -1,4 +1,4 @@
-"""What is removed from a folder of checkpoints: this program's own names alone, and a removal that fails is no failed save."""
+"""Only this program's files are removed from a folder of checkpoints; a failed removal is not a failed save."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from train.checkpoint.prune import clean_up, prune
 
 @dataclass(frozen=True)
 class CountKeys:
-    """Writes into `file`, after each save that is waited for, which of the savers' keys rank 0's store still has."""
+    """Writes into `file`, after each save that is waited for, which of the savers' keys are still in the store."""
 
     file: Path
 
@@ -51,11 +51,11 @@ def test_the_newest_and_the_best_stay_of_equals_the_earliest(tmp_path):
     for step, top1 in ((1, 10.0), (2, 70.0), (3, None), (4, 70.0), (5, 60.0), (6, None), (9, 99.0)):
         checkpoint(tmp_path, step, top1)
     assert prune(tmp_path, 6, 2) == []
-    assert names(tmp_path) == [f"step_0000000{step}" for step in (2, 5, 6, 9)]  # 9 is behind this run
+    assert names(tmp_path) == [f"step_0000000{step}" for step in (2, 5, 6, 9)]  # 9 is not of this run
 
 
 def test_nothing_of_a_users_is_removed(tmp_path):
-    """Names that only look like ours, links, and a file that somebody has put into a checkpoint."""
+    """Similar names, links, and a foreign file in a checkpoint."""
     elsewhere = checkpoint(tmp_path / "elsewhere", 1)
     folder = tmp_path / "checkpoints"
     for step in (2, 3, 4):
@@ -70,9 +70,9 @@ def test_nothing_of_a_users_is_removed(tmp_path):
     (folder / ".step_00000008.1234abcd.tmp").mkdir()
     (folder / ".step_00000008.1234abcd.tmp/shard_00000.safetensors").write_text("half")
     before = set(names(folder))
-    assert clean_up(folder) == [f"{folder / '.step_00000007.tmp'} is not removed: thesis.tex in it is not a checkpoint's"]
+    assert clean_up(folder) == [f"{folder / '.step_00000007.tmp'} is not removed: it contains thesis.tex, which is not a checkpoint's file"]
     assert before - set(names(folder)) == {".step_00000008.1234abcd.tmp"}
-    assert prune(folder, 4, 1) == [f"{folder / 'step_00000002'} is not removed: notes.txt in it is not a checkpoint's"]
+    assert prune(folder, 4, 1) == [f"{folder / 'step_00000002'} is not removed: it contains notes.txt, which is not a checkpoint's file"]
     assert before - set(names(folder)) == {".step_00000008.1234abcd.tmp", "step_00000003"}
     assert (folder / "step_00000002/shard_00000.safetensors").exists() and (elsewhere / "manifest.json").exists()
 
@@ -82,14 +82,14 @@ def test_a_run_killed_between_two_renames_has_its_checkpoint_again(tmp_path):
         os.rename(checkpoint(tmp_path, kept), tmp_path / f".step_0000000{kept}.1234abcd.replaced")
     checkpoint(tmp_path, 9)
     assert prune(tmp_path, 7, 1) == []
-    assert names(tmp_path) == [".step_00000008.1234abcd.replaced", "step_00000009"]  # the one that has no other
+    assert names(tmp_path) == [".step_00000008.1234abcd.replaced", "step_00000009"]  # 9 has no other copy
     assert clean_up(tmp_path) == []
     assert names(tmp_path) == ["step_00000008", "step_00000009"]
 
 
 @pytest.mark.slow
 def test_saves_leave_nothing_in_the_store(tiny_config, tmp_path):
-    """Of eight saves on two ranks: rank 0 keeps the store, for months where a run takes months."""
+    """After eight saves on two ranks. Rank 0 keeps the store for the whole run, which may take months."""
     run(tiny_config, tmp_path, *SETTINGS, world=2, before=CountKeys(tmp_path / "keys"))
     assert len(events(tmp_path, "checkpoint")) == 8 and (tmp_path / "keys").read_text() == "save/8/end"
 
@@ -97,7 +97,7 @@ def test_saves_leave_nothing_in_the_store(tiny_config, tmp_path):
 @needs_strace
 @pytest.mark.slow
 def test_an_old_checkpoint_that_cannot_be_removed_fails_no_save(tiny_config, tmp_path):
-    """ENOTEMPTY, as NFS says while somebody reads a shard: said, tried again at the next save, and at the next start."""
+    """ENOTEMPTY, as on NFS while a shard is read: reported, and tried again at the next save and the next start."""
     settings = [*SETTINGS, "checkpoint.keep=1"]
     job = start(tiny_config, tmp_path, *settings, "train.epochs=5")
     wait_for_event(job, "checkpoint")
@@ -109,7 +109,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_fails_no_save(tiny_config, tmp
     assert not events(tmp_path, "save_failed") and len(events(tmp_path, "checkpoint")) == 20
     assert names(tmp_path / "checkpoints") == ["step_00000040"]
 
-    # Until the end: the run has finished all the same, and its next start cleans up.
+    # It fails until the end: the run finishes nevertheless, and its next start cleans up.
     job = start(tiny_config, tmp_path, *settings, "train.epochs=6", "--resume-with-changes")
     wait_for_event(job, "resume")
     with system_calls(job.processes[0].pid, "rmdir,unlinkat:error=ENOTEMPTY"):
@@ -125,6 +125,6 @@ def test_a_run_starts_whatever_lies_in_its_folder(tiny_config, tmp_path):
     left.mkdir(parents=True)
     (left / "notes.txt").write_text("keep me")
     job = run(tiny_config, tmp_path, *SETTINGS, "train.max_steps=2")
-    assert f"{left} is not removed: notes.txt in it" in job.text() and (left / "notes.txt").exists()
+    assert f"{left} is not removed: it contains notes.txt" in job.text() and (left / "notes.txt").exists()
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_00000002"]
     assert json.loads((tmp_path / "checkpoints/step_00000002/manifest.json").read_text())["steps_per_epoch"] == 8

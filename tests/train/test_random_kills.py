@@ -1,4 +1,4 @@
-"""kill -9 at random moments, of one rank or of all: start-up, steps, evaluations and saves included. The moments are seeded."""
+"""kill -9 of one or all ranks at random (seeded) moments of start-up, steps, evaluations and saves."""
 
 import os
 import random
@@ -18,7 +18,7 @@ SETTINGS, STEPS = ["train.epochs=4", "checkpoint.every_steps=3"], 32
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=[pytest.mark.long, pytest.mark.timeout(3000)])])
 def test_killed_at_random_moments(tiny_config, tmp_path, kills, record_property):
-    """Runs are killed and started again until they finish; a new one follows until there were `kills`. Each ends like the whole one."""
+    """Runs are killed and restarted until they finish, until there were `kills`. Each ends like the undisturbed run."""
     whole, dice = tmp_path / "whole", random.Random(20261120)
     began = time.monotonic()
     run(tiny_config, whole, *SETTINGS, world=2)

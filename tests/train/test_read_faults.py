@@ -1,4 +1,4 @@
-"""File systems that do not answer while a run reads its data: for a while, and for good."""
+"""Temporary and permanent faults of file systems while a run reads its data."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ def assert_undisturbed(output: Path, undisturbed: Path) -> None:
 
 @pytest.mark.parametrize(("split", "error", "says"), [("train", "EIO", "Input/output error"), ("val", "ESTALE", "Stale file handle")])
 def test_reads_that_fail_for_a_while_cost_time_only(tiny_config, tiny_dataset, undisturbed, tmp_path, split, error, says):
-    """In training and in evaluation, on one rank of two: nothing differs but that it is said."""
+    """In training and in evaluation, on one of two ranks: reported, without any other effect."""
     job = start(tiny_config, tmp_path, *SETTINGS, world=2)
     wait_for_step(job)
     with system_calls(job.processes[1].pid, f"pread64:error={error}", shards(tiny_dataset, split)):
@@ -62,7 +62,7 @@ def test_reads_that_fail_for_a_while_cost_time_only(tiny_config, tiny_dataset, u
 
 
 def test_reads_that_fail_for_good_end_the_run_for_now(tiny_config, tiny_dataset, undisturbed, tmp_path):
-    """With an exit code that is started again, and the file's name; no sample is taken for bad, and the next start goes on."""
+    """With an exit code that allows a restart, and the file's name. No sample counts as bad; the next start goes on."""
     job = start(tiny_config, tmp_path, *SETTINGS, world=2, before=ShortPauses((0.1, 0.1)))
     wait_for_step(job)
     with system_calls(job.processes[0].pid, "pread64:error=EIO", shards(tiny_dataset, "train")):

@@ -1,4 +1,4 @@
-"""`--resume CHECKPOINT` in a command that is given again and again, and going on with another number of steps in an epoch."""
+"""`--resume CHECKPOINT` in a repeated command, and continuing with another number of steps per epoch."""
 
 import json
 
@@ -19,7 +19,7 @@ def names(folder) -> list[str]:
 
 @pytest.fixture(scope="module")
 def origin(tiny_config, tmp_path_factory):
-    """12 steps, of which every fourth is saved."""
+    """A run of 12 steps, with a checkpoint every 4."""
     output = tmp_path_factory.mktemp("origin") / "run"
     run(tiny_config, output, *SETTINGS, "train.max_steps=12")
     return output
@@ -27,7 +27,7 @@ def origin(tiny_config, tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_same_command_goes_on_and_loses_nothing(tiny_config, origin, tmp_path):
-    """From another run's checkpoint: begun there once; what the folder had before is set aside, and never overwritten."""
+    """Only the first start begins at the other run's checkpoint; checkpoints in the folder are set aside, not lost."""
     command = [*SETTINGS, "checkpoint.keep=1", "--resume", str(checkpoint_path(origin / "checkpoints", 4))]
     run(tiny_config, tmp_path, *SETTINGS, "train.max_steps=4")
     (tmp_path / "checkpoints/superseded_step_00000004").mkdir()
@@ -39,13 +39,13 @@ def test_the_same_command_goes_on_and_loses_nothing(tiny_config, origin, tmp_pat
     assert names(tmp_path) == ["step_00000012", "superseded_step_00000004", "superseded_step_00000004_2"]
     whole = losses(origin)
     assert losses(tmp_path) == whole
-    run(tiny_config, tmp_path, *SETTINGS)  # --resume auto belongs to the same line
+    run(tiny_config, tmp_path, *SETTINGS)  # --resume auto continues the same sequence
     assert read_info(checkpoint_path(tmp_path / "checkpoints", 16)).began == str(checkpoint_path(origin / "checkpoints", 4).resolve())
 
 
 @pytest.mark.slow
 def test_going_back_in_the_own_folder_is_done_once_too(tiny_config, tmp_path):
-    """The named one may even have been pruned by then."""
+    """Even if the named checkpoint has been pruned since."""
     run(tiny_config, tmp_path, *SETTINGS, "train.max_steps=12")
     command = [*SETTINGS, "checkpoint.keep=1", "--resume", str(checkpoint_path(tmp_path / "checkpoints", 4))]
     run(tiny_config, tmp_path, *command, "train.max_steps=8")
@@ -61,7 +61,7 @@ def lines(output) -> list[dict]:
 
 @pytest.mark.slow
 def test_another_global_batch_goes_on_at_the_same_epoch(tiny_config, origin, tmp_path):
-    """8 steps an epoch, then 4: step 8, the first epoch's end, is step 4; learning rate, epoch and samples go on from there."""
+    """8 steps per epoch, then 4: step 8, the end of epoch 1, becomes step 4; rate, epoch and samples follow it."""
     changed = ["train.global_batch=64", "train.evaluate_every=0", "--resume-with-changes"]
     from_epochs_end = ["--resume", str(checkpoint_path(origin / "checkpoints", 8))]
     job = run(tiny_config, tmp_path / "new", *changed, *from_epochs_end)
@@ -76,7 +76,7 @@ def test_another_global_batch_goes_on_at_the_same_epoch(tiny_config, origin, tmp
     assert taken == [json.loads(line)["ids"] for line in (plain / "samples/rank_0.jsonl").read_text().splitlines()][4:]
     info = read_info(checkpoint_path(tmp_path / "new/checkpoints", 8))
     assert (info.steps_per_epoch, info.optimizer_step) == (4, 12)
-    run(tiny_config, tmp_path / "new", "train.global_batch=64", "train.evaluate_every=0")  # is over, and no step is converted again
+    run(tiny_config, tmp_path / "new", "train.global_batch=64", "train.evaluate_every=0")  # finished already
     assert [step_of(path) for path in list_checkpoints(tmp_path / "new/checkpoints")] == [8]
 
 

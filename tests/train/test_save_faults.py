@@ -1,4 +1,4 @@
-"""Disks that fail, and processes that die, while a checkpoint is written."""
+"""Disk failures and killed processes while a checkpoint is written."""
 
 import contextlib
 import os
@@ -25,12 +25,12 @@ LONG = [pytest.param(3, id="some"), pytest.param(1, marks=pytest.mark.long, id="
 
 
 def killed_at_writes(config: Path, folder: Path, *settings: str, stride: int, world: int, rank: int, prepared: Path | None = None):
-    """Yields the folders of runs killed at every `stride`-th thing that `rank` does to the checkpoints; ends where one survives."""
+    """Yields folders of runs killed at every `stride`-th operation of `rank` on checkpoints, until a run survives."""
     for count in range(1, 100, stride):
         output = folder / str(count)
         if prepared:
             shutil.copytree(prepared, output)
-        (output / "checkpoints").mkdir(parents=True, exist_ok=True)  # or whichever rank is first makes it: one thing more
+        (output / "checkpoints").mkdir(parents=True, exist_ok=True)  # else the first rank does: one operation more
         code = start(config, output, *SETTINGS, *settings, world=world, before=KillAtWrite(rank, count)).wait_for_death(rank)
         if code == 0:
             assert count > 6, "the fault did not happen"
@@ -43,7 +43,7 @@ def killed_at_writes(config: Path, folder: Path, *settings: str, stride: int, wo
 @pytest.mark.parametrize("stride", LONG)
 @pytest.mark.parametrize(("world", "rank"), [(1, 0), (2, 1)])
 def test_killed_at_every_write_of_a_save(tiny_config, tmp_path, world, rank, stride):
-    """Saves at 2 and 4, of which one is kept: writing, naming and removing. Whatever is there under its name is whole."""
+    """Saves at 2 and 4, of which one is kept. Every folder with a checkpoint's name is complete after any kill."""
     newest, settings = [], ["train.max_steps=4", "checkpoint.keep=1"]
     for output in killed_at_writes(tiny_config, tmp_path, *settings, stride=stride, world=world, rank=rank):
         found = list_checkpoints(output / "checkpoints")
@@ -52,7 +52,7 @@ def test_killed_at_every_write_of_a_save(tiny_config, tmp_path, world, rank, str
         newest.append(step_of(found[0]) if found else 0)
     assert newest == sorted(newest), "a checkpoint that was there has gone"
     assert {0, 2} <= set(newest)
-    # From the last of these wrecks the run goes on, and cleans up.
+    # A run started in the last of these folders goes on, and cleans up.
     run(tiny_config, output, *SETTINGS, *settings, world=world)
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_00000004"]
 
@@ -100,7 +100,7 @@ def wait_for_event(job: RunningJob, name: str, count: int = 1) -> dict:
 @needs_root
 @pytest.mark.slow
 def test_a_full_disk_costs_nothing_but_checkpoints(tiny_config, tmp_path):
-    """Room for two checkpoints of the three that are kept: the run goes on, the old ones stay, and where there is room again it saves."""
+    """Room for two of three checkpoints: the run goes on, old ones stay, and it saves when there is room again."""
     run(tiny_config, tmp_path / "whole", *SETTINGS, EPOCHS, world=2)
     size = sum(file.stat().st_size for file in list_checkpoints(tmp_path / "whole" / "checkpoints")[0].iterdir())
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -122,7 +122,7 @@ def test_a_full_disk_costs_nothing_but_checkpoints(tiny_config, tmp_path):
 @needs_root
 @pytest.mark.slow
 def test_the_last_checkpoint_cannot_be_written(tiny_config, tmp_path):
-    """The run must not be called finished: it says so, ends with a code of its own, and the same command ends it once there is room."""
+    """The run ends with an error and its own exit code; the same command finishes it once there is room."""
     checkpoints = tmp_path / "run" / "checkpoints"
     with small_disk(checkpoints, "16k"):
         job = start(tiny_config, tmp_path / "run", "train.max_steps=4", "train.evaluate_every=0", world=2)
@@ -154,7 +154,7 @@ def test_a_file_system_turns_read_only(tiny_config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_a_disk_with_errors(tiny_config, tmp_path, rank):
-    """fsync says EIO on one rank: no checkpoint of that step, on any rank, and training goes on."""
+    """fsync fails with EIO on one rank: no checkpoint of that step on any rank, and training goes on."""
     job = start(tiny_config, tmp_path, *SETTINGS, EPOCHS, world=2)
     wait_for_event(job, "checkpoint")
     with system_calls(job.processes[rank].pid, "fsync:error=EIO"):

@@ -1,4 +1,4 @@
-"""Settings that must not change what is computed."""
+"""Settings that must not change results."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.runs import losses, run
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_activation_checkpointing_changes_nothing(tiny_config, tmp_path, stage):
-    """With drop-path and attention dropout on: the recomputed forward pass draws the same masks."""
+    """With drop-path and attention dropout: the recomputed forward pass draws the same masks."""
     settings = [f"zero.stage={stage}", "train.max_steps=6", "train.evaluate_every=0"]
     run(tiny_config, tmp_path / "kept", *settings, world=2)
     run(tiny_config, tmp_path / "recomputed", *settings, "train.activation_checkpointing=true", world=2)

@@ -1,4 +1,4 @@
-"""A request to stop, at one rank, at any moment: all ranks stop after the same step, nothing is lost, and the exit code is 75."""
+"""A stop request at one rank: all ranks stop after the same step, lose nothing, and exit with 75."""
 
 import os
 import signal
@@ -14,14 +14,14 @@ from train.checkpoint.format import list_checkpoints, step_of
 
 @pytest.fixture(scope="module")
 def whole(tiny_config, tmp_path_factory):
-    """The run that nobody stopped: evaluated after steps 8 and 16."""
+    """A run without stops, evaluated after steps 8 and 16."""
     output = tmp_path_factory.mktemp("whole") / "run"
     run(tiny_config, output, world=2)
     return output
 
 
 def assert_nothing_lost(config, output, whole, stopped_after):
-    """The run stopped after `stopped_after` steps with a checkpoint; started again it takes each later step once, and ends like `whole`."""
+    """The run saved and stopped after `stopped_after`; restarted, it takes each later step once, ends like `whole`."""
     taken = [line["step"] for line in metrics(output, "train")]
     assert max(taken, default=0) == stopped_after
     assert not stopped_after or step_of(list_checkpoints(output / "checkpoints")[0]) == stopped_after
@@ -62,10 +62,10 @@ def test_in_start_up(tiny_config, whole, tmp_path, rank, number):
     ids=lambda value: f"{value.section}-{value.number.name}" if isinstance(value, SignalIn) else None,
 )
 def test_while_it_runs(tiny_config, whole, tmp_path, fault, steps):
-    """`steps`: where the run may stop; the answer to a signal is one round old, and a handler needs a moment."""
+    """steps: after which the run may stop. The ranks agree one round after the signal, and its handling takes time."""
     job = start(tiny_config, tmp_path, world=2, before=fault)
     codes = job.wait()
-    if fault.section == "save" and fault.count == 2:  # the run's last save: it ends all the same
+    if fault.section == "save" and fault.count == 2:  # the run's last save: it finishes
         assert codes in ([0, 0], [75, 75])
     else:
         assert codes == [75, 75]

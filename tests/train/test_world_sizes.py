@@ -1,4 +1,4 @@
-"""The same step on any number of ranks: the same samples, the same mixing, the same loss."""
+"""A step is the same on any number of ranks: samples, mixing and loss."""
 
 import json
 
@@ -9,7 +9,7 @@ from tests.runs import losses, run
 
 @pytest.mark.slow
 def test_one_two_and_four_ranks_take_the_same_steps(tiny_config, tmp_path):
-    """20 steps in fp32 with mixup, cutmix, erasing, drop-path and attention dropout on: losses equal within 1e-5 relative."""
+    """20 fp32 steps with mixup, cutmix, erasing, drop-path and attention dropout: losses equal within 1e-5 relative."""
     for world in (1, 2, 4):
         run(tiny_config, tmp_path / f"{world}", "train.epochs=3", "train.max_steps=20", "train.evaluate_every=0", world=world)
     reference = losses(tmp_path / "1")
@@ -30,7 +30,7 @@ def _ids(output, world) -> dict[int, list[int]]:
 
 @pytest.mark.slow
 def test_world_size_and_stage_change_along_a_run(tiny_config, tmp_path):
-    """4 → 2 → 1 → 4 ranks and ZeRO 1 → 3 → 0 → 2, the last with offload: the same samples, and losses within 1e-5 relative in fp32."""
+    """4 → 2 → 1 → 4 ranks, ZeRO 1 → 3 → 0 → 2 (offloaded): the same samples, fp32 losses within 1e-5 relative."""
     settings = ["checkpoint.every_steps=4", "train.evaluate_every=0"]
     run(tiny_config, tmp_path / "whole", *settings, world=1)
     taken = {}

@@ -1,9 +1,16 @@
-"""Checkpoints: a folder `step_%08d` of safetensors shards and a hashed manifest, committed by one rename.
+"""The format of checkpoints: a folder `step_%08d` of safetensors shards and a manifest with their hashes.
 
-Every rank writes its share in `shard_%05d.safetensors`: flat pieces named `<kind>/<parameter>`, with the first element of each piece
-in the file's metadata. Kinds are `model` (fp32 weights), `ema`, the optimizer's moments (`exp_avg`, …), `buffer` and `ema_buffer`, both
-whole and written by rank 0. Pieces carry their position, so nothing in the layout depends on world size or ZeRO stage. There is no
-random state to save: position is the state.
+Each rank writes its share of the state to `shard_%05d.safetensors` as flat pieces named `<kind>/<parameter>`; the index
+of each piece's first element is in the file's metadata ("starts"). Kinds are:
+
+- `model` (fp32 weights), `ema` and the optimizer's moments (`exp_avg`, …), of which every rank writes its fragments;
+- `buffer` and `ema_buffer`, which rank 0 writes whole.
+
+As every piece has its position, the format does not depend on world size or ZeRO stage. There is no random state to
+save: random numbers are functions of the seed and the step.
+
+A checkpoint is written into a temporary folder: first the shards, then `manifest.json`, each flushed to the disk. Then
+the folder is renamed (`commit`). So a folder with a checkpoint's name is complete.
 """
 
 import json
@@ -35,6 +42,7 @@ MANIFEST = "manifest.json"
 VERSION = 2  # 1 had "top1" in place of "score", and classification alone
 LARGEST_MANIFEST = 256 << 20  # bytes
 
+Score = Annotated[float, Field(gt=-1e15, lt=1e15)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 ShardName = Annotated[str, Field(pattern=r"^shard_[0-9]{5,}\.safetensors$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -42,30 +50,28 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A checkpoint's manifest: where training was, what it was, and what its files must be."""
+    """The manifest of a checkpoint: the step, the run's settings, and the hashes of the shards."""
 
     step: Count
-    score: (
-        Annotated[float, Field(gt=-1e15, lt=1e15)] | None
-    )  # primary metric of the evaluation at this very step: the EMA's if there is one
+    score: Score | None  # primary metric at this step, of the EMA if there is one; None: not evaluated
     dataset: str  # Split.identity of the training split
     classes: list[str]
     config: dict[str, Any]
     optimizer_step: Count
     loss_scale: dict[str, bool | int | Annotated[float, Field(allow_inf_nan=False)]]
     shapes: dict[str, list[Count]]
-    versions: dict[str, str]  # of python, torch and deepspeed, and the git commit of this program ("" outside a checkout)
+    versions: dict[str, str]  # as returned by program_versions
     world_size: Count
     shards: dict[ShardName, Sha256] = field(default_factory=dict)
     version: int = VERSION
-    steps_per_epoch: Count = 0  # 0: not known, of checkpoints that were written before this was
-    metric: str = "top1"  # the name of the score's metric
+    steps_per_epoch: Count = 0  # 0: not known (checkpoints written before this field existed)
+    metric: str = "top1"  # name of the score's metric
     better: Literal["higher", "lower"] = "higher"
-    began: str | None = None  # the checkpoint that `--resume` named when this line of the run began: resume.name_of
+    began: str | None = None  # the checkpoint named by `--resume` where this sequence of steps began: Resume.name_of
 
     @property
     def merit(self) -> float | None:
-        """The score such that more is better."""
+        """The score with its sign chosen such that larger is better."""
         return self.score if self.score is None or self.better == "higher" else -self.score
 
 
@@ -73,9 +79,15 @@ _INFO = TypeAdapter(CheckpointInfo)
 
 
 def describe(
-    step: int, config: Config, manifest: Manifest, metric: Metric, engine: Engine, steps_per_epoch: int, began: str | None
+    step: int,
+    config: Config,
+    manifest: Manifest,
+    metric: Metric,
+    engine: Engine,
+    steps_per_epoch: int,
+    began: str | None,
 ) -> CheckpointInfo:
-    """The parts of a checkpoint's manifest that are the same for all checkpoints of a start of a run, which begins after `step` steps."""
+    """The manifest's fields shared by all checkpoints of this start of the run, which begins after `step` steps."""
     return CheckpointInfo(
         step=step,
         score=None,
@@ -95,15 +107,20 @@ def describe(
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
+    """Path of the checkpoint of step `step` in `folder`."""
     return folder / f"step_{step:08d}"
 
 
 def step_of(path: Path) -> int:
+    """The step of a checkpoint, from its folder's name."""
     return int(path.name.removeprefix("step_"))
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor], starts: dict[str, int]) -> str:
-    """Write one rank's share: `tensors` on the host, and each flat piece's first element. Returns the SHA-256 of what is on the disk."""
+    """Write one rank's share and flush it to the disk. Returns the SHA-256 of the file as read back.
+
+    tensors: on the host, by `<kind>/<parameter>`. starts: the index of each flat piece's first element.
+    """
     _save_file(tensors, path, {"starts": json.dumps(starts)})
     fsync(path)
     return sha256_of(path)
@@ -112,15 +129,18 @@ def write_shard(path: Path, tensors: dict[str, torch.Tensor], starts: dict[str, 
 def _save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
     try:
         save_file(tensors, path, metadata)
-    except SafetensorError as error:  # it tells of the disk's errors by this, too
+    except SafetensorError as error:  # raised for the disk's errors, too
         raise OSError(str(error)) from error
-    # safetensors makes its files readable by their owner alone. Asking os.umask would change it for other threads.
-    umask = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Umask:")).split()[1]
+    # safetensors makes files readable by their owner only. Reading the umask by os.umask would change it for other
+    # threads.
+    umask = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Umask:")
+    ).split()[1]
     path.chmod(0o666 & ~int(umask, 8))
 
 
 def write_manifest(folder: Path, info: CheckpointInfo) -> None:
-    """Write the manifest into `folder`, whose shards are all there. All of it is on the disk when this returns."""
+    """Write the manifest into `folder`, which has all shards, and flush it and the folder to the disk."""
     path = folder / MANIFEST
     path.write_text(json.dumps(asdict(info), indent=1))
     fsync(path)
@@ -128,7 +148,11 @@ def write_manifest(folder: Path, info: CheckpointInfo) -> None:
 
 
 def commit(temporary: Path, final: Path) -> None:
-    """Give a checkpoint that is complete on the disk its name. One that has it already (the step was taken again) goes by `prune`."""
+    """Rename the folder of a complete checkpoint to its final name.
+
+    If there is a checkpoint of that name (the step was taken again), it is renamed to `.replaced`, which `prune`
+    removes.
+    """
     replaced = temporary.with_suffix(".replaced")
     if there := final.exists():
         os.rename(final, replaced)
@@ -142,18 +166,21 @@ def commit(temporary: Path, final: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints in `folder`, newest first; not yet validated."""
+    """Committed checkpoints in `folder`, newest first, without validation."""
     found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
 def read_info(path: Path) -> CheckpointInfo:
-    """A checkpoint's manifest. Raises CheckpointError where it is missing or damaged, StorageError where its disk does not answer."""
+    """The manifest of a checkpoint. Raises CheckpointError if it is missing or damaged, StorageError if reading fails.
+
+    Reading is retried for a while first: see data_pipeline.faults.
+    """
     return retried(lambda: read_info_once(path), str(path / MANIFEST))
 
 
 def read_info_once(path: Path) -> CheckpointInfo:
-    """As read_info, but a fault that may pass is raised as it is, an OSError."""
+    """As read_info, but without retrying: a fault of the file system that may be temporary is raised as OSError."""
     file = path / MANIFEST
     try:
         if not file.is_file() and file.exists():
@@ -168,7 +195,7 @@ def read_info_once(path: Path) -> CheckpointInfo:
             document["score"] = document.pop("top1")
         info = _INFO.validate_json(json.dumps(document), strict=True)
         data = info.config["data"]
-        if has_secret(data["path"]):  # as checkpoints of before November 2026 may have it
+        if has_secret(data["path"]):  # checkpoints from before November 2026 may contain secrets
             data["path"] = without_secrets(data["path"])
         return info
     except LASTING as error:
@@ -182,7 +209,7 @@ def read_info_once(path: Path) -> CheckpointInfo:
 
 
 def validate(path: Path) -> CheckpointInfo:
-    """Read the manifest and compare every file with its hash, on all cores. Raises CheckpointError; StorageError as read_info."""
+    """Read the manifest and compare every file with its hash, on all cores. Raises the same errors as read_info."""
     info = read_info(path)
 
     def check(name: str) -> None:
@@ -203,7 +230,7 @@ def validate(path: Path) -> CheckpointInfo:
 
 
 def first_sound(candidates: Iterable[Path]) -> tuple[Path | None, CheckpointInfo | None, list[str]]:
-    """The first checkpoint whose files are all sound, with its manifest, or None; and a sentence for each before it that is not."""
+    """The first of the candidates that is valid, and its manifest, or (None, None); and why those before it are not."""
     skipped = []
     for path in candidates:
         try:
@@ -214,28 +241,32 @@ def first_sound(candidates: Iterable[Path]) -> tuple[Path | None, CheckpointInfo
 
 
 def evaluated(folder: Path, until: int | None = None) -> list[tuple[Path, float]]:
-    """The checkpoints that were evaluated, with their scores, best first, the earlier of equals first; of those up to step `until`."""
+    """The evaluated checkpoints up to step `until` with their scores, best first; of equal ones the earliest first."""
     found = []
     for path in list_checkpoints(folder):
         try:
             info = read_info(path)
         except CheckpointError:
-            continue  # damaged: it is no use to know how good it was
+            continue  # damaged, so its score is of no use
         if info.score is not None and (until is None or info.step <= until):
             found.append((path, info))
     return [(path, info.score) for path, info in sorted(found, key=lambda pair: (-pair[1].merit, step_of(pair[0])))]
 
 
 def load_checkpoint(path: Path, info: CheckpointInfo, engine: Engine, ema: Ema | None) -> None:
-    """Fill this rank's weights, moments and averages, and publish the weights to the model.
+    """Load this rank's weights, moments, averages and buffers, and publish the weights to the model.
 
-    Raises CheckpointError where the checkpoint is of another model, or lacks something (EMA, the optimizer's moments).
+    All ranks call this. Raises CheckpointError if the checkpoint is of another model, or lacks parts (EMA, the
+    optimizer's moments).
     """
     shapes = {name: tuple(shape) for name, shape in info.shapes.items()}
     if shapes != engine.shapes:
-        differing = sorted(name for name in shapes.keys() | engine.shapes if shapes.get(name) != engine.shapes.get(name))
+        differing = sorted(
+            name for name in shapes.keys() | engine.shapes if shapes.get(name) != engine.shapes.get(name)
+        )
         raise CheckpointError(
-            f"{path} is of another model: {differing[0]} is {shapes.get(differing[0])} there and {engine.shapes.get(differing[0])} here"
+            f"{path} is of another model: {differing[0]} is {shapes.get(differing[0])} there"
+            f" and {engine.shapes.get(differing[0])} here"
             + (f" (and {len(differing) - 1} more)" if len(differing) > 1 else "")
         )
     wanted = [
@@ -246,11 +277,15 @@ def load_checkpoint(path: Path, info: CheckpointInfo, engine: Engine, ema: Ema |
     whole = {f"buffer/{name}": buffer for name, buffer in engine.buffers().items()}
     if ema is not None:
         wanted += [
-            Wanted(f"ema/{fragment.name}", fragment.start, average) for fragment, average in zip(ema.fragments, ema.averages, strict=False)
+            Wanted(f"ema/{fragment.name}", fragment.start, average)
+            for fragment, average in zip(ema.fragments, ema.averages, strict=False)
         ]
         whole |= {f"ema_buffer/{name}": average for name, average in ema.buffers.items()}
     read = {key: torch.empty_like(buffer, memory_format=torch.contiguous_format) for key, buffer in whole.items()}
-    fill(nearest_first(path, info, engine.rank, engine.world), wanted + [Wanted(key, 0, buffer.view(-1)) for key, buffer in read.items()])
+    fill(
+        nearest_first(path, info, engine.rank, engine.world),
+        wanted + [Wanted(key, 0, buffer.view(-1)) for key, buffer in read.items()],
+    )
     for key, buffer in whole.items():
         buffer.copy_(read[key])
     engine.set_optimizer_step_count(info.optimizer_step)
@@ -260,8 +295,10 @@ def load_checkpoint(path: Path, info: CheckpointInfo, engine: Engine, ema: Ema |
 
 
 def nearest_first(path: Path, info: CheckpointInfo, rank: int = 0, world: int = 1) -> list[Path]:
-    """A checkpoint's shards, for rank `rank` of `world`: what lies where it lies among all, the first one, which has the buffers, and then
-    the others by their distance. A rank that goes on with its own share finds all of it in these two, and opens no others.
+    """The shards of a checkpoint in the order in which rank `rank` of `world` should read them.
+
+    First the shard at the rank's relative position, then shard 0, which has the buffers, then the others by distance.
+    With unchanged world size a rank finds its share in the first two, and opens no others.
     """
     names = sorted(info.shards, key=lambda name: (len(name), name))
     own = rank * len(names) // world
@@ -270,9 +307,9 @@ def nearest_first(path: Path, info: CheckpointInfo, rank: int = 0, world: int = 
 
 
 def read_weights(path: Path, kind: str) -> dict[str, torch.Tensor]:
-    """The whole state dict of a checkpoint, fp32, put together from its shards; `kind` is "ema" or "model". Needs no process group.
+    """The whole state dict of a checkpoint in fp32, assembled from its shards; `kind` is "ema" or "model".
 
-    Raises CheckpointError, StorageError.
+    Needs no process group. Raises CheckpointError or StorageError.
     """
     info = read_info(path)
     shards = nearest_first(path, info)
@@ -280,7 +317,7 @@ def read_weights(path: Path, kind: str) -> dict[str, torch.Tensor]:
     state, wanted = {}, []
     for name, shape in info.shapes.items():
         there = sum(piece.numel for piece in pieces.get(f"{kind}/{name}", []))
-        if there != prod(shape):  # before there is memory for it: a manifest may say what it likes
+        if there != prod(shape):  # before allocating: an untrusted manifest may claim any size
             raise CheckpointError(f"{path}: {kind}/{name} has {there} of the {prod(shape)} elements of its shape")
         state[name] = torch.empty(shape)
         wanted.append(Wanted(f"{kind}/{name}", 0, state[name].view(-1)))
@@ -294,9 +331,9 @@ def read_weights(path: Path, kind: str) -> dict[str, torch.Tensor]:
 
 
 def write_final_weights(output: Path, path: Path, kind: str) -> None:
-    """Write `output/model.safetensors`: the whole state dict of checkpoint `path`, `kind` as in `read_weights`. One rank calls this.
+    """Write `output/model.safetensors`, the whole state dict of checkpoint `path`; `kind` is as in `read_weights`.
 
-    Raises StorageError where it cannot be read or written.
+    One rank calls this. Raises StorageError if the checkpoint cannot be read or the file not be written.
     """
     info = read_info(path)
     about = {"model": info.config["model"], "classes": info.classes, "step": info.step}

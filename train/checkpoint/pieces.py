@@ -1,7 +1,8 @@
-"""The shards of a checkpoint, read: any range of any tensor, at any world size.
+"""Reading ranges of tensors from the shards of a checkpoint, at any world size.
 
-A shard is a safetensors file. It is read here by ranges and not memory-mapped, so a fault of the file system is an error that can be tried
-again, where a mapped file would end the process. What a file says of itself is checked before it is used: it may be a stranger's.
+A shard is a safetensors file. Byte ranges are read with `preadv` rather than by memory-mapping: a fault of the file
+system is then an error that can be retried, instead of a signal that ends the process. Headers are checked before use,
+because files may be untrusted.
 """
 
 import contextlib
@@ -20,8 +21,8 @@ from data_pipeline.faults import LASTING, retried
 from train.config import ConfigError
 from train.telemetry.formatting import printable
 
-AT_ONCE = 1024  # buffers that one system call fills
-HEADER = 100_000_000  # bytes that safetensors allows for a file's header
+AT_ONCE = 1024  # buffers filled by one system call, at most (IOV_MAX)
+HEADER = 100_000_000  # maximum size of a header in bytes, as in safetensors
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -29,7 +30,7 @@ DTYPES = {
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint cannot be used; the message names it and says why."""
+    """A checkpoint cannot be used. The message has its path and the reason."""
 
     def __init__(self, text: str):
         super().__init__(printable(text))
@@ -37,7 +38,10 @@ class CheckpointError(ConfigError):
 
 @dataclass
 class Piece:
-    """A tensor of a shard: elements [start, start + numel) of the whole one, in C order; `offset` is where its bytes begin in the file."""
+    """A tensor in a shard: elements [start, start + numel) of the whole tensor in C order.
+
+    offset: position of its first byte in the file.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -48,14 +52,17 @@ class Piece:
 
 @dataclass
 class Wanted:
-    """Elements [start, start + target.numel()) of the flattened tensor `key`, to be copied into the 1-D `target`."""
+    """A request: copy elements [start, start + target.numel()) of the flattened tensor `key` into the 1-D `target`.
+
+    missing: number of elements not copied yet. found: ranges copied, as (first, end).
+    """
 
     key: str
     start: int
     target: Tensor
     missing: int = field(init=False)
     found: list[tuple[int, int]] = field(init=False, default_factory=list)
-    bytes: memoryview | None = field(init=False, default=None)  # the target's own, where they lie in the host's memory in one piece
+    bytes: memoryview | None = field(init=False, default=None)  # the target's memory, if on the CPU and contiguous
 
     def __post_init__(self) -> None:
         self.missing = self.target.numel()
@@ -64,8 +71,10 @@ class Wanted:
 
 
 class Shard:
-    """One shard, open for reading. `pieces`: what is in it, by key. Raises CheckpointError where it is damaged, StorageError where its
-    disk does not answer."""
+    """A shard, open for reading; `pieces` are its tensors by key.
+
+    Raises CheckpointError if the file is damaged, StorageError if the file system fails persistently.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -73,11 +82,13 @@ class Shard:
         size = self._attempt(lambda: os.fstat(self._file).st_size)
         length = int.from_bytes(self._bytes(8, 0), "little")
         if length > min(HEADER, size - 8):
-            raise CheckpointError(f"{path} is damaged: its header does not fit into it")
+            raise CheckpointError(f"{path} is damaged: its header is too long")
         try:
             self.pieces = _parse(self._bytes(length, 8), 8 + length, size)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged: its header is not one of a shard ({type(error).__name__}: {error})") from error
+            raise CheckpointError(
+                f"{path} is damaged: its header is not a valid shard header ({type(error).__name__}: {error})"
+            ) from error
 
     def __enter__(self) -> "Shard":
         return self
@@ -86,7 +97,7 @@ class Shard:
         self._close()
 
     def read(self, places: list[tuple[int, memoryview]]) -> None:
-        """Fill buffers, each from its offset in the file; what lies side by side there is read at once."""
+        """Fill buffers, each from its offset in the file. Adjacent ranges are read by one system call."""
         beside: list[memoryview] = []
         begin = end = 0
         for offset, buffer in sorted(places, key=lambda place: place[0]):
@@ -118,7 +129,7 @@ class Shard:
         self._attempt(read)
 
     def _attempt(self, action):
-        """The result of `action` on the open file, which is opened anew after a fault."""
+        """The result of `action` on the open file, retried with the file opened anew after a fault."""
 
         def attempt():
             try:
@@ -142,7 +153,10 @@ class Shard:
 
 
 def _parse(header: bytearray, begin: int, size: int) -> dict[str, Piece]:
-    """The pieces that the header of a file of `size` bytes names; the tensors' bytes begin at `begin`. Raises ValueError and others."""
+    """The pieces that a shard's JSON header lists. Raises ValueError, KeyError or others if it is not valid.
+
+    begin: offset of the first tensor's bytes. size: of the file, in bytes.
+    """
     document = json.loads(header)
     starts = json.loads(document.pop("__metadata__", {}).get("starts", "{}"))
     pieces = {}
@@ -150,7 +164,7 @@ def _parse(header: bytearray, begin: int, size: int) -> dict[str, Piece]:
         first, last = entry["data_offsets"]
         shape, start = tuple(entry["shape"]), starts.get(key, 0)
         if any(type(number) is not int or number < 0 for number in (first, last, start, *shape)):
-            raise ValueError(f"{key!r} has a place that is not a number of elements or bytes")
+            raise ValueError(f"{key!r} has an offset or size that is not a natural number")
         dtype, numel = DTYPES[entry["dtype"]], prod(shape)
         if last - first != numel * dtype.itemsize or begin + last > size:
             raise ValueError(f"{key!r} does not lie inside the file")
@@ -159,9 +173,9 @@ def _parse(header: bytearray, begin: int, size: int) -> dict[str, Piece]:
 
 
 def fill(shards: Iterable[Path], wanted: Iterable[Wanted]) -> None:
-    """Copy all that is `wanted` from `shards`, which are opened one after the other, in their order, until nothing is missing.
+    """Copy all `wanted` ranges from `shards`, which are opened one by one in order until nothing is missing.
 
-    Raises CheckpointError where something is in none of them, or twice.
+    Raises CheckpointError if elements are in none of the shards, or in several.
     """
     missing: dict[str, list[Wanted]] = {}
     for want in wanted:
@@ -184,13 +198,19 @@ def fill(shards: Iterable[Path], wanted: Iterable[Wanted]) -> None:
         key, (want, *_) = next(iter(missing.items()))
         where = path.parent if path else "a checkpoint without shards"
         if not want.found:
-            raise CheckpointError(f"{where} has no {key}; it was written with other settings (EMA, optimizer) than this run has")
+            raise CheckpointError(
+                f"{where} has no {key}; it was written with other settings (EMA, optimizer) than this run has"
+            )
         count = want.target.numel()
         raise CheckpointError(f"{where}: {key} has {count - want.missing} of the {count} elements from {want.start} on")
 
 
 def _take(shard: Shard, piece: Piece, want: Wanted, straight: list[tuple[int, memoryview]]) -> None:
-    """Copy what is wanted of `piece`, or note it in `straight`, where its bytes can be read right to where they belong."""
+    """Copy the part of `piece` that is wanted.
+
+    If the bytes can be read into the target directly (same type, contiguous, on the CPU), append the read to `straight`
+    instead.
+    """
     low, high = max(piece.start, want.start), min(piece.start + piece.numel, want.start + want.target.numel())
     if low >= high:
         return
@@ -204,14 +224,14 @@ def _take(shard: Shard, piece: Piece, want: Wanted, straight: list[tuple[int, me
         want.target[first : first + high - low].copy_(copy)
     want.missing -= high - low
     want.found.append((low, high))
-    if want.missing <= 0:  # as many elements as are wanted, so none of them twice is all of them
+    if want.missing <= 0:  # complete, unless some elements were found twice
         ends = [want.start, *(end for pair in sorted(want.found) for end in pair)]
         if any(begin != end for end, begin in zip(ends[::2], ends[1::2], strict=False)):
             raise CheckpointError(f"{shard.path} is damaged: elements of {want.key} are in another shard, too")
 
 
 def pieces_of(shards: Iterable[Path]) -> dict[str, list[Piece]]:
-    """All pieces of `shards`, by key, read from the headers alone."""
+    """All pieces of `shards` by key. Only headers are read."""
     found: dict[str, list[Piece]] = {}
     for path in shards:
         with Shard(path) as shard:

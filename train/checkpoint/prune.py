@@ -1,7 +1,7 @@
-"""What may go from a run's folder of checkpoints: old ones, and what a killed run has left behind. Nothing else is touched.
+"""Removing old checkpoints, and what a killed run left behind, from a run's folder of checkpoints.
 
-Only folders with this program's names are removed, and of those only what it writes into them: a file that somebody has put there stays,
-and is named.
+Only folders with this program's names are removed, and only if they contain nothing but files that it writes. A folder
+with another file in it stays and is reported.
 """
 
 import os
@@ -12,28 +12,33 @@ from pathlib import Path
 from data_pipeline.faults import retried
 from train.checkpoint.format import MANIFEST, CheckpointError, list_checkpoints, read_info_once
 
-# shard_… and its like while safetensors writes it (.tmp…), and what NFS keeps of a file that is removed while somebody reads it.
+# Files of a checkpoint: shards, also while safetensors writes them (.tmp…), the manifest, and removed files that NFS
+# keeps while they are open (.nfs…).
 OWN = re.compile(rf"shard_\d{{5,}}\.safetensors|{re.escape(MANIFEST)}|\.tmp\w{{6}}|\.nfs[0-9a-f]+")
 LEFT_BEHIND = re.compile(r"\.(step_\d{8,})(\.[0-9a-z]+)?\.(tmp|replaced)")
 
 
 def clean_up(folder: Path) -> list[str]:
-    """Undo what a run that was killed while it saved has left in `folder`; returns what could not be removed, in sentences for the log.
+    """Repair `folder` after a run that was killed while it saved; returns sentences about what could not be removed.
 
-    One rank calls this, before any save. Raises StorageError where a checkpoint cannot be given its name again.
+    One rank calls this, before any save. Raises StorageError if a checkpoint cannot be renamed back.
     """
     for replaced, final in _left_behind(folder, "replaced"):
         if not final.exists():
-            retried(lambda old=replaced, new=final: os.rename(old, new), str(final))  # killed between two renames
+            # The run was killed between the two renames of `commit`.
+            retried(lambda old=replaced, new=final: os.rename(old, new), str(final))
     return _remove_all(path for kind in ("replaced", "tmp") for path, _ in _left_behind(folder, kind))
 
 
 def prune(folder: Path, step: int, keep: int) -> list[str]:
-    """After the save at `step`: remove all up to it but the `keep` newest and the one with the best score, of equals the earliest.
+    """After the save at `step`, remove old checkpoints; one rank calls this.
 
-    Returns what could not be removed, in sentences: it is tried again at the next call. Later checkpoints stay and do not count: this run
-    passed them over as damaged, or went back behind them. Nor do damaged ones, and links, which are a user's. One rank calls this. Raises
-    OSError, and has removed nothing, where it cannot be known what is there.
+    Kept are the `keep` newest up to `step`, and the one with the best score (of equal ones the earliest). Not counted,
+    and not removed, are later checkpoints (this run found them damaged, or went back to an earlier one), damaged ones,
+    and links made by a user.
+
+    Returns sentences about what could not be removed, which the next call tries again. Raises OSError, before anything
+    is removed, if the manifests cannot be read.
     """
     merits = {}
     for path in list_checkpoints(folder):
@@ -47,25 +52,26 @@ def prune(folder: Path, step: int, keep: int) -> list[str]:
     failed = []
     for path in list(merits)[keep:]:
         if path != best:
-            half = path.with_name(f".{path.name}.removed.tmp")  # under its own name it is whole or not there
+            half = path.with_name(f".{path.name}.removed.tmp")  # a folder with a checkpoint's name is always complete
             try:
                 _refuse_foreign(path)
                 os.rename(path, half)
             except OSError as error:
                 failed.append(_sentence(path, error))
-    # Those, and what could not be removed before. Other temporary names may be the next save's by now.
+    # Remove these, and those that could not be removed before. Other temporary folders may belong to the next save.
     halves = [path for path, _ in _left_behind(folder, "tmp") if ".removed." in path.name]
     return failed + _remove_all(halves + [path for path, final in _left_behind(folder, "replaced") if final.exists()])
 
 
 def _left_behind(folder: Path, kind: str) -> list[tuple[Path, Path]]:
-    """Folders that a save or a removal did not end with, and the checkpoints whose names they have."""
+    """Folders `.step_….<kind>` of an unfinished save or removal, each with its checkpoint's final path."""
     found = sorted(folder.iterdir()) if folder.is_dir() else ()
     matches = [(path, LEFT_BEHIND.fullmatch(path.name)) for path in found if path.is_dir() and not path.is_symlink()]
     return [(path, folder / match[1]) for path, match in matches if match and match[3] == kind]
 
 
 def _remove_all(folders: Iterable[Path]) -> list[str]:
+    """Remove folders with the files in them; returns sentences about those that could not be removed."""
     failed = []
     for folder in folders:
         try:
@@ -79,9 +85,10 @@ def _remove_all(folders: Iterable[Path]) -> list[str]:
 
 
 def _refuse_foreign(folder: Path) -> None:
+    """Raise OSError if the folder contains anything but a checkpoint's files."""
     foreign = sorted(path.name for path in folder.iterdir() if path.is_dir() or not OWN.fullmatch(path.name))
     if foreign:
-        raise OSError(f"{foreign[0]} in it is not a checkpoint's")
+        raise OSError(f"it contains {foreign[0]}, which is not a checkpoint's file")
 
 
 def _sentence(path: Path, error: OSError) -> str:

@@ -1,8 +1,16 @@
-"""Saving checkpoints while training goes on.
+"""Saving checkpoints in the background, without collectives.
 
-Every rank copies its share of the state to host memory; a thread writes it from there. No collective takes part, so a rank that cannot
-write leaves the others training: the ranks tell each other through the store, and rank 0 gives the checkpoint its name only when every
-share of it is on the disk. Until then, and whatever happens, the checkpoints before it stay as they are.
+A save goes through these stages:
+
+1. Every rank copies its share of the state to host memory (`snapshot`). Training continues after that.
+2. A thread of every rank writes the share to a shard in a temporary folder, and reports the shard's hash, or an error,
+   in the store under `save/<number>/<rank>`.
+3. When all ranks have reported success, rank 0 writes the manifest and renames the folder to the checkpoint's name. It
+   reports success, or an error, under `save/<number>/end`.
+4. The threads of all ranks read that report; the main threads log it later (`tell`). Then rank 0 removes old
+   checkpoints, or, after an error, the temporary folder.
+
+So a rank that cannot write does not stop training, and earlier checkpoints stay until a save has succeeded.
 """
 
 import queue
@@ -29,18 +37,22 @@ from train.telemetry.monitor import Monitor
 
 @dataclass(frozen=True)
 class Saved:
-    """How a save ended: `error` is None where the checkpoint is on the disk under its name. `seconds` from the snapshot to then."""
+    """Result of a save."""
 
     step: int
     path: Path
-    seconds: float
-    stall: float  # seconds of them that training stood still
-    error: str | None
-    left: list[str]  # what should have been removed and could not be, in sentences
+    seconds: float  # from the beginning of the snapshot to the end of the save
+    stall: float  # seconds of these during which training stood still
+    error: str | None  # None: the checkpoint is complete
+    left: list[str]  # sentences about old checkpoints that could not be removed
 
 
 class Saver:
-    """This rank's part of writing `folder/step_%08d`, one save at a time."""
+    """This rank's part of writing the checkpoints `folder/step_%08d`, one save at a time.
+
+    begun: step of the last save that was started. saved: step of the newest complete checkpoint. best: score of the
+    best checkpoint that is complete or being written. failure: error of the newest save that failed.
+    """
 
     def __init__(
         self,
@@ -53,15 +65,16 @@ class Saver:
         store: Store,
         settings: Config,
     ):
-        """about: what is the same in all checkpoints, and the step that the run starts from.
+        """All ranks call this.
 
-        best: score of the best checkpoint until then, or None.
+        about: the manifest's fields shared by all checkpoints; its step is the one that this start begins after.
+        metric: the primary metric, of scores. best: score of the best checkpoint up to that step, or None.
         """
         self.folder, self.about, self.engine, self.ema, self.store = folder, about, engine, ema, store
         self.metric = metric
         self.keep, self.timeout = settings.checkpoint.keep, settings.guard.timeout.save
         self.go_back(about.step, best)
-        self.failure: str | None = None  # of the newest save that failed
+        self.failure: str | None = None
         self._results: list[Saved] = []
         self._count = 0
         self._work: queue.SimpleQueue = queue.SimpleQueue()
@@ -70,12 +83,18 @@ class Saver:
         threading.Thread(target=self._run_all, name="saver", daemon=True).start()
 
     def go_back(self, step: int, best: float | None) -> None:
-        """Training goes on from the checkpoint of `step`; the best one until then has the score `best`. No save is under way."""
-        self.begun = self.saved = step  # the last checkpoint that was begun, and the newest that is on the disk
-        self.best = best  # score of the best checkpoint that is on the disk, or on its way there
+        """Training continues from the checkpoint of `step`; `best` is the best score up to it.
+
+        No save may be in progress.
+        """
+        self.begun = self.saved = step
+        self.best = best
 
     def improves(self, score: float) -> bool:
-        """Whether `score` is better than that of every checkpoint. All ranks call this and get rank 0's answer: a save may just fail."""
+        """Whether `score` is better than the scores of all checkpoints. All ranks call this.
+
+        They get rank 0's answer, because `best` may differ between ranks while a save is failing.
+        """
         answer = torch.tensor(self.metric.improves(score, self.best), dtype=torch.uint8, device=self.engine.device)
         dist.broadcast(answer, 0)
         return bool(answer)
@@ -83,7 +102,7 @@ class Saver:
     def save(self, step: int, score: float | None, monitor: Monitor) -> None:
         """Take a snapshot of the state after `step` steps, and start writing it. All ranks call this at the same step.
 
-        score: of this very state, if it was evaluated.
+        Waits for the save before, if it is in progress. score: of this state, None if it was not evaluated.
         """
         began = time.monotonic()
         if not self._idle.is_set():
@@ -103,45 +122,66 @@ class Saver:
         self._work.put((info, before, tensors, starts, began, time.monotonic() - began))
 
     def finish(self, monitor: Monitor) -> None:
-        """Wait for the save that is under way, if any, on all ranks: rank 0, which keeps the store, may leave only then."""
+        """Wait until all ranks have ended the save in progress, if any, and log it. All ranks call this.
+
+        Rank 0 must not exit before, because it keeps the store.
+        """
         began = time.monotonic()
         self._idle.wait()
         dist.barrier()
         self.tell(monitor, waited=time.monotonic() - began)
 
     def settle(self, monitor: Monitor) -> None:
-        """Wait for the save that is under way, if any, before this rank ends because of an error. The other ranks need not call this."""
+        """Wait for this rank's save in progress, if any, and log it: before this rank ends with an error.
+
+        Unlike `finish`, other ranks need not call it.
+        """
         self._idle.wait()
         self.tell(monitor)
 
     def tell(self, monitor: Monitor, waited: float = 0.0) -> None:
-        """Say how saves ended since the last call; training has `waited` for them."""
+        """Log the saves that have ended since the last call. waited: seconds that training waited for them."""
         saves, self._results = self._results, []
         for save in saves:
             if save.error:
                 self.failure = save.error
-                text = f"checkpoint of step {save.step} NOT saved: {save.error}. Training goes on; the newest is that of step {self.saved}"
+                text = (
+                    f"checkpoint of step {save.step} NOT saved: {save.error}. "
+                    f"Training goes on; the newest is that of step {self.saved}"
+                )
                 monitor.event("save_failed", save.step, text, reason=save.error)
             else:
                 self.saved, stall = save.step, save.stall + waited
                 text = f"checkpoint {save.path} in {save.seconds:.1f} s, training stood still for {1000 * stall:.0f} ms"
                 monitor.event("checkpoint", save.step, text, seconds=save.seconds, stall_seconds=stall)
             for sentence in save.left:
-                monitor.event("prune_failed", save.step, f"{sentence}; it is tried again at the next save or start", reason=sentence)
+                monitor.event(
+                    "prune_failed",
+                    save.step,
+                    f"{sentence}; it is tried again at the next save or start",
+                    reason=sentence,
+                )
 
     def _run_all(self) -> None:
+        """The saving thread."""
         while True:
             try:
                 self._run(*self._work.get())
             finally:
-                self._idle.set()  # also where rank 0 is gone: then the main thread finds out, too
+                self._idle.set()  # even if rank 0 is gone, which the main thread will notice, too
 
     def _run(
-        self, info: CheckpointInfo, best: float | None, tensors: dict[str, Tensor], starts: dict[str, int], began: float, stall: float
+        self,
+        info: CheckpointInfo,
+        best: float | None,
+        tensors: dict[str, Tensor],
+        starts: dict[str, int],
+        began: float,
+        stall: float,
     ) -> None:
-        """best: what self.best is again where this fails."""
+        """Write and commit one save. best: value of self.best to restore if the save fails."""
         final, key = checkpoint_path(self.folder, info.step), f"save/{self._count}"
-        # Named after this start of the run: what a killed one left behind is never taken for a part of this.
+        # The name contains the id of this start, so that parts left by a killed start are not taken for this one's.
         temporary = self.folder / f".{final.name}.{self.store.run_id}.tmp"
         who = f"rank {self.engine.rank}: "
         self._report(f"{key}/{self.engine.rank}", who, lambda: self._write(temporary, tensors, starts))
@@ -165,7 +205,7 @@ class Saver:
             return [f"no old checkpoint is removed ({error})"]
 
     def _report(self, key: str, who: str, work: Callable[[], str]) -> None:
-        """Put what `work` returns, or `who` and the error that it ends with, under `key`: whatever it is, training goes on."""
+        """Set `key` in the store to the result of `work`, or to `who` and its error. No error may stop training."""
         try:
             answer = work()
         except Exception as error:
@@ -173,6 +213,7 @@ class Saver:
         self.store.set(key, answer)
 
     def _write(self, folder: Path, tensors: dict[str, Tensor], starts: dict[str, int]) -> str:
+        """Write this rank's shard; returns "ok", its name and its hash. Raises ValueError if a weight is not finite."""
         broken = [key for key, tensor in tensors.items() if key.startswith("model/") and not tensor.isfinite().all()]
         if broken:
             raise ValueError(f"{broken[0].removeprefix('model/')} is not finite: such weights are not saved")
@@ -181,6 +222,10 @@ class Saver:
         return f"ok {name} {write_shard(folder / name, tensors, starts)}"
 
     def _commit(self, info: CheckpointInfo, key: str, temporary: Path, final: Path, began: float) -> str:
+        """Rank 0: wait for the shards of all ranks, write the manifest and rename the folder; returns "ok".
+
+        Raises OSError if a rank failed, TimeoutError if one has not reported within guard.timeout.save.
+        """
         shards, failures = {}, []
         for rank in range(self.engine.world):
             answer = self.store.wait_for(f"{key}/{rank}", max(0.0, began + self.timeout - time.monotonic()))
@@ -191,10 +236,10 @@ class Saver:
                 shards[name] = sha256
             else:
                 failures.append(answer)
-        # All have gone on from the save before this, so its keys are not read any more, nor are those read above.
+        # These keys are not read any more: all ranks have gone on from the save before this one.
         for old in (f"save/{self._count - 1}/end", *(f"{key}/{rank}" for rank in range(self.engine.world))):
             self.store.delete(old)
-        if failures:  # only now: no rank writes into the folder any more, which is removed next
+        if failures:  # raise only after all ranks have reported, when none of them writes into the folder any more
             raise OSError(failures[0])
         write_manifest(temporary, replace(info, shards=shards))
         commit(temporary, final)
@@ -202,7 +247,11 @@ class Saver:
 
 
 def snapshot(engine: Engine, ema: Ema | None) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Copies in host memory of this rank's share of the state: `<kind>/<parameter>` → flat piece, and its first element's place."""
+    """Copies in host memory of this rank's share of the state.
+
+    Returns the flat pieces by `<kind>/<parameter>` (see format.py), and the index of each piece's first element in its
+    parameter.
+    """
     tensors, starts = {}, {}
     for index, fragment in enumerate(engine.fragments()):
         pieces = {"model": fragment.master, **fragment.moments}

@@ -1,10 +1,11 @@
-"""Batch norm whose running statistics do not depend on the number of ranks, and which works on bf16 and fp16 activations.
+"""Batch norm with running statistics that do not depend on the number of ranks, and for bf16 and fp16 activations.
 
-In training a norm normalises by its own micro-batch: that is the same on any number of ranks. Its running mean and variance are not:
-PyTorch moves them at every call, so they depend on which micro-batches a rank takes, and in which order. Here an optimizer step moves
-them once, by the module's own momentum, towards their average over all micro-batches of the step.
+In training, batch norm normalises each micro-batch by its own statistics, which are the same on any number of ranks.
+The running mean and variance are not: PyTorch updates them at every call, so they depend on which micro-batches a rank
+processes, and in which order. Here they are updated once per optimizer step, with the module's own momentum, towards
+their average over all micro-batches of the step.
 
-The models keep PyTorch's `nn.BatchNorm2d`: who trains them in a loop of their own gets what PyTorch does.
+The models use PyTorch's `nn.BatchNorm2d`, which behaves as usual in other training loops.
 """
 
 import torch
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 
 
 class RunningStatistics:
-    """Moves the running statistics of `model`'s batch norms once a step, equally on all ranks. They stay in fp32, on the device.
+    """Updates the running statistics of `model`'s batch norms once per step, equally on all ranks.
 
-    `begin()`, then `add()` after the backward pass of each micro-batch, then `finish(skipped)`. Norms that are in evaluation mode when
-    this is made (frozen ones), or have no running statistics, are left alone. `enabled` is false where nothing is left to do.
+    The statistics stay in fp32 on the device.
+
+    In each step call `begin()`, then `add()` after the backward pass of each micro-batch, then `finish(skipped)`. Norms
+    without running statistics, and those in evaluation mode when this object is created (frozen norms), are ignored.
+    `enabled` is False if no norms remain; the methods then do nothing.
     """
 
     def __init__(self, model: nn.Module):
@@ -30,29 +34,32 @@ class RunningStatistics:
         self._statistics = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
         self._sizes = [statistic.numel() for statistic in self._statistics]
         momenta = [norm.momentum for norm in norms] * 2
-        self._momenta = torch.cat([torch.full_like(of, momentum) for of, momentum in zip(self._statistics, momenta, strict=True)])
+        self._momenta = torch.cat(
+            [torch.full_like(of, momentum) for of, momentum in zip(self._statistics, momenta, strict=True)]
+        )
         for norm in norms:
-            norm.momentum = 1.0  # from now on a call leaves its micro-batch's own: recomputing activations does so a second time
+            # A forward call then stores its own statistics, and activation checkpointing may repeat the call.
+            norm.momentum = 1.0
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Before the first micro-batch of a step."""
+        """Begin a step; call it before the first micro-batch."""
         if self.enabled:
             self._before, self._calls_before, self._count = torch.cat(self._statistics), torch.stack(self._calls), 0
             self._sum = torch.zeros_like(self._before)
 
     @torch.no_grad()
     def add(self) -> None:
-        """After each micro-batch of this rank."""
+        """Add the statistics of a micro-batch; call it after the backward pass of each micro-batch of this rank."""
         if self.enabled:
             self._sum += torch.cat(self._statistics)
             self._count += 1
 
     @torch.no_grad()
     def finish(self, skipped: Tensor | bool) -> None:
-        """After the optimizer's step; every rank calls. Where it was `skipped`, the statistics are those before it. Nobody waits for it.
+        """Update the running statistics after the optimizer's step, without synchronising. All ranks call this.
 
-        skipped: a scalar on the device, 0 or 1, or a bool.
+        skipped: whether to restore the statistics of before the step; a scalar on the device, 0 or 1, or a bool.
         """
         if not self.enabled:
             return
@@ -64,16 +71,18 @@ class RunningStatistics:
 
 
 class LowPrecisionBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm of bf16 or fp16 activations with weights of that type: computed in fp32, because its running statistics are."""
+    """Batch norm with bf16 or fp16 weights and activations, computed in fp32, the type of its running statistics."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         training = self.training or not self.track_running_stats
         statistics = self.running_mean, self.running_var
-        return F.batch_norm(x_BCHW, *statistics, self.weight.float(), self.bias.float(), training, self.momentum, self.eps)
+        return F.batch_norm(
+            x_BCHW, *statistics, self.weight.float(), self.bias.float(), training, self.momentum, self.eps
+        )
 
 
 def accept_low_precision(model: nn.Module) -> None:
-    """Make the batch norms of `model` work once its parameters, but not its buffers, have been cast to bf16 or fp16."""
+    """Make `model`'s batch norms work after its parameters, but not its buffers, are cast to bf16 or fp16."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = LowPrecisionBatchNorm2d

@@ -1,8 +1,11 @@
-"""DeepSpeed, and with deepspeed_config.py the only file that knows it.
+"""A model trained with DeepSpeed ZeRO.
 
-DeepSpeed keeps the fp32 weights (the *master*) and the optimizer's moments in a different place at every ZeRO stage. `Engine` shows
-them in one form: a list of `Fragment`s, flat pieces of named parameters. EMA and checkpoints work on fragments, and so are the same
-code at every stage. Facts about DeepSpeed 0.19 that this file relies on are in comments where they matter.
+Only this module, deepspeed_config.py (settings) and deepspeed_internals.py (undocumented attributes) depend on
+DeepSpeed.
+
+DeepSpeed keeps the fp32 weights (the *masters*) and the optimizer's moments in a different place at every ZeRO stage.
+`Engine` presents them in one form: a list of `Fragment`s, flat pieces of named parameters. EMA and checkpoints work on
+fragments, so their code is the same at every stage.
 """
 
 import contextlib
@@ -11,12 +14,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from train.config import Config, ConfigError
+from train.engine import deepspeed_internals as internals
 from train.engine.batch_norm import accept_low_precision
 from train.engine.deepspeed_config import checked_here, deepspeed_config, zero_stage
 from train.engine.loss_scale import LossScale
@@ -24,13 +30,13 @@ from train.engine.optimizer import build_optimizer, initial_state
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# The state of DeepSpeed's loss scaler; what else it has are settings.
-LOSS_SCALE = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
-
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + numel) of the flattened parameter `name`: views of its fp32 master and of the optimizer's moments."""
+    """Elements [start, start + numel) of the flattened parameter `name`.
+
+    `master` and `moments` are 1-D views of its fp32 weights and of the optimizer's moments, by their names in torch.
+    """
 
     name: str
     start: int
@@ -44,9 +50,10 @@ class Fragment:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Norm of the whole gradient before clipping; `skipped` is 1 where it is not finite, on all ranks alike, and nothing was changed.
+    """Outcome of an optimizer step, equal on all ranks.
 
-    Both are scalars on the device, fp32: to read one on the host is to wait for the whole step.
+    grad_norm: norm of the whole gradient before clipping. skipped: 1 if that norm is not finite, in which case the step
+    changed nothing; else 0. Both are fp32 scalars on the device; reading one on the host waits for the whole step.
     """
 
     grad_norm: Tensor
@@ -56,8 +63,10 @@ class StepResult:
 class Engine:
     """A model under DeepSpeed: forward, backward, step, and its fp32 state as fragments.
 
-    `accumulation` is the number of micro-batches a rank takes per step. Weights are cast to `config.train.precision`; their fp32 masters
-    are what `model` has, to the bit. Gradients of micro-batches and ranks are summed in fp32. The process group must exist.
+    The weights are cast to `config.train.precision`; their fp32 masters equal the weights of `model` bitwise. Gradients
+    are summed over micro-batches and ranks in fp32. The process group must exist.
+
+    accumulation: micro-batches per rank and step. Raises ConfigError if the device does not support a setting.
     """
 
     def __init__(self, model: nn.Module, config: Config, accumulation: int, device: torch.device):
@@ -69,7 +78,8 @@ class Engine:
         self.dtype = DTYPES[config.train.precision]
         self.device, self.clip_grad = device, config.optimizer.clip_grad
         self._checked_here = checked_here(config, self.world)
-        # What a loss is divided by: the same on any number of ranks, before anything is rounded. But ZeRO 3 divides by their number itself.
+        # Divide losses by the number of micro-batches of all ranks before anything is rounded, so that the result does
+        # not depend on the number of ranks. ZeRO 3 divides by the number of ranks itself.
         self._divisor = accumulation if self.stage == 3 else accumulation * self.world
         self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.shapes = {name: tuple(parameter.shape) for parameter, name in self.names.items()}
@@ -77,50 +87,71 @@ class Engine:
         originals = self._cast(model)
         self._base = base = build_optimizer(model.to(device), config.optimizer)
         self._groups = [list(group["params"]) for group in base.param_groups]
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=base, config=deepspeed_config(config, accumulation, device))
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=base, config=deepspeed_config(config, accumulation, device)
+        )
         self._optimizer = self._engine.optimizer
-        self._sum: Tensor | None = None  # ZeRO 0 in half precision: of this step's gradients so far, flat, fp32
-        self._copies: tuple[list[Tensor], list[Tensor]] | None = None  # fp32 masters that are ours, and the weights they are the masters of
+        # ZeRO 0 in half precision only: the flat fp32 sum of this step's gradients so far, and (our fp32 masters, the
+        # network's weights).
+        self._sum: Tensor | None = None
+        self._copies: tuple[list[Tensor], list[Tensor]] | None = None
         if self.stage == 0:
             self._masters = self._own_masters()
-        # One rank has nothing to reduce; and our own sum is reduced in _add_up.
-        self._engine.enable_backward_allreduce = self.stage > 0 or (self.world > 1 and not self._copies)
+        # A single rank has nothing to reduce; _add_up reduces our own sum.
+        internals.set_gradient_reduction(self._engine, self.stage > 0 or (self.world > 1 and not self._copies))
         fp16 = self.dtype == torch.float16
         self._loss_scale = LossScale(device) if fp16 and self._checked_here else None
         if fp16 and not self._checked_here:
-            self._optimizer.loss_scaler.raise_error_at_min_scale = False  # the guard ends a run that does not recover
-        self._compiled_for = config.train.micro_batch if config.train.compile else 0  # images: another number would be compiled again
+            internals.keep_minimum_loss_scale(self._optimizer)
+        # Batch size that the network is compiled for (another one would be compiled anew); 0 without compilation.
+        self._compiled_for = config.train.micro_batch if config.train.compile else 0
         if config.train.compile:
             self._compile(config.train.cuda_graphs, accumulation)
-        # Present from the start, so that loading needs no case of its own.
-        groups = {parameter: group for group, parameters in zip(base.param_groups, self._groups, strict=True) for parameter in parameters}
-        self._moments = {master: initial_state(base, groups[parameters[0]], master) for parameters, master, _ in self._layout()}
+        # Create the optimizer's state now, not lazily at the first step, so that loading a checkpoint always has
+        # tensors to fill.
+        groups = {
+            parameter: group
+            for group, parameters in zip(base.param_groups, self._groups, strict=True)
+            for parameter in parameters
+        }
+        self._moments = {
+            master: initial_state(base, groups[parameters[0]], master) for parameters, master, _ in self._layout()
+        }
         base.state.update(self._moments)
-        if originals:  # DeepSpeed has made the masters of the rounded weights
+        if originals:  # DeepSpeed made the masters from the rounded weights
             for fragment in self.fragments(everything=True):
-                fragment.master.copy_(originals[fragment.name].view(-1)[fragment.start : fragment.start + fragment.numel])
+                fragment.master.copy_(
+                    originals[fragment.name].view(-1)[fragment.start : fragment.start + fragment.numel]
+                )
 
     @property
     def module(self) -> nn.Module:
-        """The model itself. Call the engine, not this: ZeRO 3 gathers weights in the engine's hooks."""
+        """The model itself. To run it, call the engine: ZeRO 3 gathers weights in the engine's hooks."""
         return self._engine.module
 
     def buffers(self) -> dict[str, Tensor]:
-        """What the model's state dict has beside weights, by name: whole on every rank, and in the type it was made in."""
+        """The model's persistent buffers by name: whole on every rank, in the type they were created with."""
         saved = self.module.state_dict()
         return {name: buffer for name, buffer in self.module.named_buffers() if name in saved}
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits of normalised images [m, 3, S, S], any float type."""
-        count = len(images)
-        if count < self._compiled_for:  # the last ones of an evaluation
-            images = nn.functional.pad(images, (0,) * 7 + (self._compiled_for - count,))
-        return self._engine(images.to(self.dtype))[:count]
+    def __call__(self, inputs: Tensor) -> Any:
+        """Output of the network for a batch.
+
+        inputs: a tensor of any floating type, batch first, cast to the network's precision. Returns what the network
+        returns: a structure of tensors, each batch first.
+        """
+        count = len(inputs)
+        if count < self._compiled_for:  # the last batch of an evaluation: fill up to the compiled size
+            inputs = nn.functional.pad(inputs, (0, 0) * (inputs.ndim - 1) + (0, self._compiled_for - count))
+        return tree_map_only(Tensor, lambda output: output[:count], self._engine(inputs.to(self.dtype)))
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's mean loss to the step's, in fp32; the last of a step also adds up the ranks'.
+        """Add the gradient of one micro-batch's mean loss to the step's gradient, in fp32.
 
-        A loss that is not finite makes the gradient so, and with it the norm that all ranks see: no message and no waiting is needed.
+        The last call of a step also sums over the ranks.
+
+        A loss that is not finite makes the gradient NaN, and thereby the norm on all ranks: the ranks agree to skip the
+        step without a message or a synchronisation.
         """
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         if self._loss_scale:
@@ -131,7 +162,10 @@ class Engine:
 
     @torch.no_grad()
     def step(self, lr: float) -> StepResult | None:
-        """Finish a micro-batch; after the step's last one: clip, update the weights. None before that."""
+        """Finish a micro-batch.
+
+        After the step's last one, clip the gradient and update the weights; before, return None.
+        """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return None
@@ -141,9 +175,11 @@ class Engine:
             self._engine.step()
             skipped = not self._engine.was_step_applied()
             if skipped and self.stage < 3:
-                self._optimizer.averaged_gradients.clear()  # DeepSpeed adds the next gradients to what it has not applied
+                internals.drop_reduced_gradients(self._optimizer)
             norm = torch.nan if skipped else self._engine.get_global_grad_norm()
-            return StepResult(torch.as_tensor(norm).float(), torch.full((), float(skipped), device=next(iter(self._moments)).device))
+            return StepResult(
+                torch.as_tensor(norm).float(), torch.full((), float(skipped), device=next(iter(self._moments)).device)
+            )
         norm, scale = self._gradient_norm(), None
         if self._loss_scale:
             scale = self._loss_scale.value
@@ -152,7 +188,8 @@ class Engine:
         if self.clip_grad:
             clip = ((norm + 1e-6) / self.clip_grad).clamp(min=1)
             scale = clip if scale is None else clip * scale
-        # torch's fused optimizers divide by the one, and do nothing at all where the other is 1: what torch.amp's scaler uses.
+        # As torch.amp's scaler does: torch's fused optimizers divide gradients by grad_scale, and change nothing if
+        # found_inf is 1.
         self._base.grad_scale, self._base.found_inf = scale, skipped
         if self._copies:
             masters, weights = self._copies
@@ -169,7 +206,7 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode, without gradients."""
+        """Context manager: evaluation mode, without gradients."""
         self._engine.eval()
         try:
             with torch.no_grad():
@@ -178,98 +215,86 @@ class Engine:
             self._engine.train()
 
     def fragments(self, *, everything: bool = False) -> list[Fragment]:
-        """This rank's share of all weights: over all ranks every element exactly once, in a fixed order.
+        """This rank's share of all weights, in a fixed order.
 
-        `everything` adds what this rank holds beyond its share (ZeRO 0 holds every weight on every rank): what loading must fill.
+        The shares of all ranks together contain every element exactly once.
+
+        everything: all that this rank holds, which is what loading must fill. It is more than the share at ZeRO 0 only,
+        where every rank holds every weight.
         """
         pieces = []
-        for group, master, offsets in self._layout():
+        for group, master, places in self._layout():
             share = range(master.numel())
             if self.stage == 0 and not everything:
                 share = _share(master.numel(), self.rank, self.world)
-            for parameter, (start, offset, numel) in zip(group, offsets, strict=True):
+            for parameter, (start, offset, numel) in zip(group, places, strict=True):
                 low, high = max(offset, share.start), min(offset + numel, share.stop)
                 if low < high:
                     flat = {key: value.view(-1)[low:high] for key, value in self._moments[master].items() if value.ndim}
-                    pieces.append(Fragment(self.names[parameter], start + low - offset, master.detach().view(-1)[low:high], flat))
+                    pieces.append(
+                        Fragment(self.names[parameter], start + low - offset, master.detach().view(-1)[low:high], flat)
+                    )
         return pieces
 
     def publish(self) -> None:
-        """Make the model's weights, on all ranks, what the shares of the master say."""
-        if self.stage == 3:
-            self._optimizer._partition_all_parameters()  # or weights that are gathered at the moment would stay what they were
-            for group in range(len(self._optimizer.fp16_groups)):
-                self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            if self._optimizer.persistent_parameters:  # small ones that every rank keeps whole
-                self._optimizer.persistent_parameters[0].all_gather(self._optimizer.persistent_parameters)
-        elif self.stage:
-            self._optimizer.update_lp_params()
+        """Set the model's weights on all ranks from the masters, of which each rank contributes its share.
+
+        All ranks call this.
+        """
+        if self.stage:
+            internals.publish_masters(self._optimizer, self.stage)
         else:
             for (parameter,), master, _ in self._layout():
                 self._gather_shares(master)
                 parameter.data.copy_(master.detach().view(parameter.shape))
 
     def optimizer_step_count(self) -> int:
-        """Steps the optimizer has taken (fp16's skipped ones not counted), or 0 where it does not count (SGD)."""
+        """Number of steps applied by the optimizer, without fp16's skipped ones; 0 if it does not count them (SGD)."""
         return max((int(state["step"]) for state in self._moments.values() if "step" in state), default=0)
 
     def set_optimizer_step_count(self, count: int) -> None:
+        """Set the number of steps applied, as read from a checkpoint."""
         for state in self._moments.values():
             if "step" in state:
                 state["step"].fill_(count)
 
     def loss_scale_state(self) -> dict[str, float]:
-        """The dynamic loss scale's numbers (fp16); empty in other precisions."""
+        """State of the dynamic loss scale (fp16); empty in other precisions."""
         if self.dtype != torch.float16:
             return {}
-        return self._loss_scale.state() if self._loss_scale else {key: getattr(self._optimizer.loss_scaler, key) for key in LOSS_SCALE}
+        return self._loss_scale.state() if self._loss_scale else internals.loss_scale_state(self._optimizer)
 
     def set_loss_scale_state(self, state: dict[str, float]) -> None:
+        """Restore the state of the dynamic loss scale; no effect if `state` is empty or the precision is not fp16."""
         if self._loss_scale and state:
             self._loss_scale.load(state)
         elif self.dtype == torch.float16:
-            for key in LOSS_SCALE & state.keys():
-                setattr(self._optimizer.loss_scaler, key, state[key])
+            internals.set_loss_scale_state(self._optimizer, state)
 
     def destroy(self) -> None:
-        """Remove DeepSpeed's hooks; the model is of no use afterwards."""
+        """Remove DeepSpeed's hooks. The model is unusable afterwards."""
         self._engine.destroy()
 
-    def _layout(self) -> Iterator[tuple[list[nn.Parameter], Tensor, list[tuple[int, int, int]]]]:
-        """Per fp32 tensor of this rank: its parameters, itself, and for each parameter (first element held, its offset here, numel)."""
-        optimizer = self._optimizer
-        if self.stage == 3:
-            for group, master in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
-                offset, places = 0, []
-                for parameter in group:
-                    part = parameter.ds_tensor.ds_numel  # the same on all ranks: the last one's may be padding in part
-                    start = min(self.rank * part, parameter.ds_numel)
-                    places.append((start, offset, min(part, parameter.ds_numel - start)))
-                    offset += part
-                yield group, master, places
-        elif self.stage:
-            for index, master in enumerate(optimizer.single_partition_of_fp32_groups):
-                group = optimizer.round_robin_bit16_groups[index]
-                first = self.rank * optimizer.partition_size[index]
-                places = []
-                for parameter, offset in zip(group, optimizer.round_robin_bit16_offsets[index], strict=True):
-                    low = min(max(offset, first), first + master.numel())
-                    high = min(max(offset + parameter.numel(), first), first + master.numel())
-                    places.append((low - offset, low - first, high - low))
-                yield group, master, places
-        else:
-            for group, group_masters in zip(self._groups, self._masters, strict=True):
-                for parameter, master in zip(group, group_masters, strict=True):
-                    yield [parameter], master, [(0, 0, parameter.numel())]
+    def _layout(self) -> Iterator[internals.Partition]:
+        """This rank's fp32 tensors, each with its parameters and their places in it."""
+        if self.stage:
+            yield from internals.partitions(self._optimizer, self.stage, self.rank)
+            return
+        for group, group_masters in zip(self._groups, self._masters, strict=True):
+            for parameter, master in zip(group, group_masters, strict=True):
+                yield [parameter], master, [internals.Place(0, 0, parameter.numel())]
 
     def _compile(self, cuda_graphs: bool, accumulation: int) -> None:
-        """Have the model compiled when it is first called, for training and for evaluation; results differ from eager ones by rounding."""
+        """Compile the model at its first call in training and in evaluation. Results differ by rounding only."""
         if cuda_graphs and (self.device.type != "cuda" or accumulation > 1):
-            raise ConfigError("train.cuda_graphs needs a GPU, and one micro-batch a rank and step: the next would overwrite its gradients")
+            raise ConfigError(
+                "train.cuda_graphs needs a GPU, and one micro-batch per rank and step: "
+                "a second one would overwrite the gradients"
+            )
         self.module.compile(**compile_settings(cuda_graphs))
 
     def _cast(self, model: nn.Module) -> dict[str, Tensor]:
-        """Cast the weights of `model`; returns what they were, on the host, or nothing in fp32."""
+        """Cast the weights of `model`; returns copies of the original weights on the host (none in fp32)."""
         if self.dtype == torch.float32:
             return {}
         accept_low_precision(model)
@@ -279,7 +304,11 @@ class Engine:
         return originals
 
     def _own_masters(self) -> list[list[Tensor]]:
-        """ZeRO 0: in half precision the optimizer, which DeepSpeed has taken as it is, gets fp32 masters of the weights."""
+        """ZeRO 0: the fp32 masters by parameter group.
+
+        In half precision they are new tensors, which replace the weights in the optimizer; DeepSpeed uses that
+        optimizer unchanged.
+        """
         if self.dtype == torch.float32:
             return self._groups
         for group in self._base.param_groups:
@@ -290,7 +319,7 @@ class Engine:
 
     @torch.no_grad()
     def _add_up(self, weights: list[Tensor]) -> None:
-        """ZeRO 0 in half precision: add the gradients of one micro-batch to the step's sum, and after the last one the ranks' sums."""
+        """ZeRO 0 in half precision: add a micro-batch's gradients to the sum; after the last one, sum over ranks."""
         gradient = torch.cat([weight.grad.reshape(-1) for weight in weights])
         self._sum = gradient.float() if self._sum is None else self._sum.add_(gradient)
         for weight in weights:
@@ -299,9 +328,9 @@ class Engine:
             dist.all_reduce(self._sum)
 
     def _gradient_norm(self) -> Tensor:
-        """Of the whole gradient, as it is after the last `backward` of a step."""
-        if self.stage:  # each rank has those of its share
-            gradients = [gradient for group in self._optimizer.averaged_gradients.values() for gradient in group]
+        """Norm of the whole gradient; call it after the last `backward` of a step."""
+        if self.stage:  # each rank has the gradients of its share
+            gradients = internals.reduced_gradients(self._optimizer)
         elif self._copies:
             gradients = self._sum.split([weight.numel() for weight in self._copies[1]])
         else:
@@ -312,7 +341,7 @@ class Engine:
         return square.sqrt().float()
 
     def _gather_shares(self, master: Tensor) -> None:
-        """ZeRO 0: put every rank's share of `master` together again, in place."""
+        """ZeRO 0: fill `master` with every rank's share of it, in place."""
         flat = master.detach().view(-1)
         width = -(-flat.numel() // self.world)
         mine = flat.new_zeros(width)
@@ -324,16 +353,17 @@ class Engine:
 
 
 def compile_settings(cuda_graphs: bool = False) -> dict:
-    """How models are compiled for training: the arguments of `nn.Module.compile`."""
+    """Arguments of `nn.Module.compile` for training."""
     options = {
-        "fallback_random": True,  # dropout and drop-path stay what torch.manual_seed makes them without compilation
-        "deterministic": True,  # nothing is chosen by timing, which would choose otherwise after a restart
+        "fallback_random": True,  # dropout and drop-path draw the same random numbers as without compilation
+        "deterministic": True,  # no choice by timing: after a restart it might choose differently
         "triton.cudagraphs": cuda_graphs,
     }
     return {"options": options, "dynamic": False}
 
 
 def _share(numel: int, rank: int, world: int) -> range:
+    """ZeRO 0: the elements of a tensor that belong to a rank's share."""
     width = -(-numel // world)
     return range(min(rank * width, numel), min((rank + 1) * width, numel))
 
@@ -342,20 +372,24 @@ def _import_deepspeed():
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
-    from deepspeed.ops import __compatible_ops__
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # Otherwise DeepSpeed compiles a C++ extension for most of a minute that only its inference uses.
-    __compatible_ops__["deepspeed_shm_comm"] = False
+    internals.skip_shared_memory_extension()
     return deepspeed
 
 
 def init_process_group(device: torch.device, timeout: timedelta) -> None:
     """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe: NCCL on GPUs, gloo on CPUs.
 
-    timeout: of a collective, in this group and in all that are made later. DeepSpeed makes groups of its own, and gives them none.
+    timeout: of a collective, in this group and in all groups made later.
     """
     deepspeed = _import_deepspeed()
+    # DeepSpeed creates groups of its own without a timeout, so change torch's default.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def destroy_process_group() -> None:
+    """Leave the process group. DeepSpeed must do it, or it would use the old groups in this process's next run."""
+    _import_deepspeed().comm.destroy_process_group()

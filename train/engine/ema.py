@@ -1,4 +1,7 @@
-"""Exponential moving average of the weights, in fp32, each rank averaging only its own share; and of running statistics, on all ranks."""
+"""Exponential moving average (EMA) of the weights and of batch norm's running statistics, in fp32.
+
+Each rank averages only its own share of the weights, and all running statistics.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,10 +13,11 @@ from train.engine.deepspeed_engine import Engine
 
 
 class Ema:
-    """Averages of the engine's fragments: `average = decay · average + (1 - decay) · master`, at any ZeRO stage without a gather.
+    """Averages of the engine's fragments: `average = decay · average + (1 - decay) · master`, without communication.
 
-    `averages[i]` belongs to `engine.fragments()[i]`; those after them, also in `buffers` by name, to what batch norms keep beside weights.
-    They start as the weights are at construction.
+    `averages[i]` is the average of `engine.fragments()[i]`. After those follow the averages of the model's
+    floating-point buffers (running statistics), which `buffers` also holds by name. All start as copies of the current
+    values.
     """
 
     def __init__(self, engine: Engine, decay: float):
@@ -24,16 +28,18 @@ class Ema:
         self._masters = [*(fragment.master for fragment in self.fragments), *buffers.values()]
         self.averages = [master.clone() for master in self._masters]
         self.buffers = dict(zip(buffers, self.averages[len(self.fragments) :], strict=True))
-        # One step of SGD at rate r on ½ |average - master|² takes the average r of the way to the master, and torch's fused SGD can be
-        # told by the device to do nothing. Here |average|² is its weight decay, and -master, by `maximize`, its gradient.
+        # A step of SGD with learning rate r on ½ |average - master|² moves the average by r of the way to the master.
+        # torch's fused SGD can be skipped by a flag on the device (found_inf). The loss's gradient, average - master,
+        # is made of SGD's weight decay (1 · average) and of the gradient `master`, which `maximize` negates.
         self._sgd = torch.optim.SGD(self.averages, lr=0.0, weight_decay=1.0, maximize=True, fused=True)
         for average, master in zip(self.averages, self._masters, strict=True):
             average.grad = master
 
     def update(self, step: int, skipped: Tensor) -> None:
-        """Take in the weights after step `step` (counted from 0), unless `skipped` is 1 (a scalar on the device: nobody waits for it).
+        """Update the averages after step `step` (counted from 0), unless `skipped`, a scalar on the device, is 1.
 
-        Warmed up: early averages forget the initial weights quickly.
+        The decay is warmed up, min(decay, (1 + step) / (10 + step)), so that early averages forget the initial weights
+        quickly.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         self._sgd.param_groups[0]["lr"] = 1 - decay
@@ -42,7 +48,10 @@ class Ema:
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The model has the averaged weights inside this block, on all ranks, and its own again after it, to the last bit."""
+        """Context manager: the model has the averaged weights on all ranks.
+
+        Its own weights are restored bitwise afterwards.
+        """
         self._swap()
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a device can do, measured on it: bytes and FLOPs per second; and what a model asks of it: bytes and FLOPs per image."""
+"""FLOPs and memory traffic: what a device achieves per second, and what a model needs per image."""
 
 import contextlib
 import copy
@@ -16,34 +16,38 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-# --- the device --------------------------------------------------------------------------------------------------------------------------
+# --- the device ---
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """bandwidth: bytes read and written per second by a large copy. flops: per second of a large matrix product in one precision."""
+    """A device's measured limits: bytes per second (read and written) and FLOPs per second (in one precision)."""
 
     bandwidth: float
     flops: float
 
     def floor(self, flops: float, moved: float) -> float:
-        """The most images per second where one takes `flops` and `moved` bytes, arithmetic and memory each working without a pause."""
+        """Upper bound of images per second if one image takes `flops` and moves `moved` bytes, perfectly overlapped."""
         return 1 / max(flops / self.flops, moved / self.bandwidth)
 
 
-# As measured before by hand on one: a copy of 8.6 GB, and bf16 products of 8192 x 8192 matrices of random numbers.
+# Measured on one H200: a copy of 8.6 GB, and bf16 products of 8192 x 8192 matrices of random numbers.
 H200 = Roofline(4.3e12, 790e12)
 
 
-# Dense FLOPs per second in half precision with sums in fp32, in 10^12, as NVIDIA's data sheets state them: in bf16, or in
-# fp16 on cards without it; half of what is stated with sparsity. By the whole names that drivers report: an L40S is no
-# L40. What is not here, a part of a card (MIG) too, has no known peak.
+# Dense half-precision FLOPs per second with fp32 accumulation, in 10^12, from NVIDIA's data sheets (half of the figures
+# with sparsity): bf16, or fp16 on cards without bf16. Keys are the complete names that drivers report, so that an L40S
+# is not taken for an L40. Devices that are not listed, and parts of a card (MIG), have no known peak.
 PEAK_TFLOPS = {
     "NVIDIA B200": 2250,
-    **dict.fromkeys(("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H800", "NVIDIA GH200 480GB", "NVIDIA GH200 120GB"), 989),
+    **dict.fromkeys(
+        ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H800", "NVIDIA GH200 480GB", "NVIDIA GH200 120GB"), 989
+    ),
     **dict.fromkeys(("NVIDIA H200 NVL", "NVIDIA H100 NVL"), 835),
     "NVIDIA H100 PCIe": 756,
-    **dict.fromkeys(("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"), 312),
+    **dict.fromkeys(
+        ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"), 312
+    ),
     **dict.fromkeys(("NVIDIA A800-SXM4-80GB", "NVIDIA A800 80GB PCIe"), 312),
     "NVIDIA A40": 149.7,
     "NVIDIA A30": 165,
@@ -64,19 +68,22 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(name: str) -> float | None:
-    """The FLOPs per second that MFU is a share of, of a device by its `torch.cuda.get_device_name`; None: not known."""
-    peak = PEAK_TFLOPS.get(name) or PEAK_TFLOPS.get(f"NVIDIA {name}")  # drivers before 2021 leave the maker out
+    """Peak FLOPs per second, the denominator of MFU, by `torch.cuda.get_device_name`; None if it is not known."""
+    peak = PEAK_TFLOPS.get(name) or PEAK_TFLOPS.get(f"NVIDIA {name}")  # drivers before 2021 omit "NVIDIA"
     return peak and peak * 1e12
 
 
 def finish(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
+    """Synchronise with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def measure_roofline(device: torch.device, dtype: torch.dtype, rounds: int = 9) -> Roofline:
-    """Medians of `rounds`, of random data: a processor that multiplies zeros needs less power, and is faster than it can be."""
+    """Measure the device: medians of `rounds` copies and matrix products.
+
+    The data is random, because multiplying zeros takes less power and would be unrealistically fast.
+    """
     elements, side = (2**31, 8192) if device.type == "cuda" else (2**25, 1024)
     source = torch.empty(elements, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
@@ -88,7 +95,10 @@ def measure_roofline(device: torch.device, dtype: torch.dtype, rounds: int = 9) 
 
 
 def seconds(work: Callable[[], object], device: torch.device, rounds: int = 9, repeats: int = 10) -> float:
-    """Median time of one call of `work` over `rounds`, after one that warms up. On a GPU a round is `repeats` calls without a pause."""
+    """Median seconds of one call of `work` over `rounds`, after a warm-up round.
+
+    On a GPU a round is `repeats` calls without synchronisation in between.
+    """
     times, repeats = [], repeats if device.type == "cuda" else 1
     for _ in range(rounds + 1):
         finish(device)
@@ -100,12 +110,15 @@ def seconds(work: Callable[[], object], device: torch.device, rounds: int = 9, r
     return statistics.median(times[1:])
 
 
-# --- the model ---------------------------------------------------------------------------------------------------------------------------
+# --- the model ---
 
 
 def flops_per_image(model: nn.Module, size: int, *, training: bool) -> float:
-    """FLOPs of one image, a backward pass counted as two forward passes. The model lies on the meta device, and uses plain operators; it is
-    left in evaluation, as batch norm cannot train on one image."""
+    """FLOPs of one image of `size` x `size` pixels; with `training`, including the backward pass as two forward passes.
+
+    `model` is on the meta device and uses plain operators. It is left in evaluation mode, because batch norm cannot
+    train on one image.
+    """
     image = torch.empty(1, 3, size, size, device="meta", dtype=next(model.parameters()).dtype)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(image)
@@ -115,9 +128,10 @@ def flops_per_image(model: nn.Module, size: int, *, training: bool) -> float:
 def training_flops(
     model: nn.Module, example: Callable[[int, torch.device, torch.dtype], Tensor], device: torch.device
 ) -> tuple[float, float] | None:
-    """FLOPs of a sample, forward and backward, and FLOPs a second of `device` at its peak; None if the peak is not known.
+    """FLOPs of one sample, forward and backward, and the peak FLOPs per second of `device`.
 
-    example: (count, device, dtype) → the model's input for so many samples.
+    None if the peak is not known. example: a function of (count, device, dtype) that returns a model's input of `count`
+    samples.
     """
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak is None:
@@ -129,20 +143,22 @@ def training_flops(
 
 
 def bytes_per_image(run: Callable[[int], object], batch: int, fused: bool = True) -> Counter:
-    """Bytes by operator that `run(n)`, which handles n images, moves per image where n = `batch`: its own and its share of the weights'.
+    """Bytes moved per image by operator in a batch of `batch` images, an equal share of the weights' traffic included.
 
-    Counted for 2 and 3 images: an operator's traffic is a constant and a part in proportion to the batch.
+    `run(n)` processes n images. It is counted for n = 2 and 3, because an operator's traffic is a constant plus a part
+    proportional to n.
     """
     two, three = (count_bytes(lambda n=n: run(n), fused) for n in (2, 3))
     return Counter({name: three[name] - two[name] + (3 * two[name] - 2 * three[name]) / batch for name in three})
 
 
 def count_bytes(run: Callable[[], object], fused: bool = True) -> Counter:
-    """Bytes that the operators called by `run` read and write, by operator: the sum of their inputs and outputs.
+    """Bytes read and written by the operators that `run` calls, by operator: the sum of their inputs and outputs.
 
-    An analytic count of tensors on the meta device. PyTorch's fused attention is one operator, which keeps no weights in memory; with
-    `fused`, as on a GPU, the Triton kernels are used where the model wants them, and are one operator each, too. Views are free. Caches are
-    ignored: what one operator leaves in a GPU's L2 the next need not fetch again, so an operator can be faster than its bytes say.
+    The count is analytic, of tensors on the meta device. Views are free. PyTorch's fused attention counts as one
+    operator, which stores no attention weights. With `fused`, as on a GPU, the model's Triton kernels also count as one
+    operator each. Caches are ignored: data that one operator leaves in a GPU's L2 need not be read again by the next,
+    so an operator can be faster than its bytes suggest.
     """
     from catmodel import kernels
 
@@ -154,14 +170,17 @@ def count_bytes(run: Callable[[], object], fused: bool = True) -> Counter:
         def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
             return _FusedAttention.apply(traffic, q, k, v, attn_mask)
 
-        with replaced(kernels, "usable", lambda device, dtype: fused), replaced(F, "scaled_dot_product_attention", attention):
+        with (
+            replaced(kernels, "usable", lambda device, dtype: fused),
+            replaced(F, "scaled_dot_product_attention", attention),
+        ):
             run()
     return traffic.bytes
 
 
 @contextlib.contextmanager
 def replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """`owner.name` is `value` for as long as this lasts."""
+    """Context manager: set `owner.name` to `value`, and restore it afterwards."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -171,7 +190,7 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 
 class _Traffic(TorchDispatchMode):
-    """Sums up the bytes of what operators read and write."""
+    """Sums the bytes of the tensors that operators read and write."""
 
     def __init__(self):
         super().__init__()
@@ -184,14 +203,14 @@ class _Traffic(TorchDispatchMode):
         return results
 
     def add(self, name: str, *tensors: object) -> None:
-        # An expanded tensor has more elements than memory.
+        # The storage is the limit, because an expanded tensor has more elements than memory.
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 self.bytes[name] += min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
 
 
 def _moves_nothing(function) -> bool:
-    """Views, and memory that is allocated but not written."""
+    """Whether `function` is a view, or allocates memory without writing it."""
     name = function.name().split("::")[1].split(".")[0]
     if name in ("_unsafe_view", "detach", "lift_fresh") or name.startswith(("empty", "new_empty")):
         return True
@@ -199,7 +218,7 @@ def _moves_nothing(function) -> bool:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Tensors of the shapes that fused attention reads and writes."""
+    """Stands in for fused attention: tensors of the same shapes, and their traffic."""
 
     @staticmethod
     def forward(ctx, traffic: _Traffic, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -214,5 +233,6 @@ class _FusedAttention(torch.autograd.Function):
         q, k, v, bias = ctx.saved_tensors
         gradients = [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)]
         gradients += [torch.empty_like(bias)] if ctx.needs_input_grad[4] else [None]
-        ctx.traffic.add("fused attention, backward", q, k, v, bias, q, gradient, gradients)  # q once more: of the size of the result
+        # The second q stands for the result, which has its size.
+        ctx.traffic.add("fused attention, backward", q, k, v, bias, q, gradient, gradients)
         return (None, *gradients)

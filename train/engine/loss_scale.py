@@ -1,13 +1,14 @@
-"""fp16's loss scale on the device, so that no step waits for the host to choose it."""
+"""Dynamic loss scaling for fp16 on the device, without synchronising with the host."""
 
 import torch
 from torch import Tensor
 
-INITIAL, DOUBLED_AFTER = 2.0**16, 1000  # steps; as DeepSpeed and torch.amp have them, but for torch's 2000
+INITIAL = 2.0**16  # as in DeepSpeed and torch.amp
+DOUBLED_AFTER = 1000  # steps without overflow; DeepSpeed's default (torch.amp: 2000)
 
 
 class LossScale:
-    """What a loss is multiplied by, so that fp16 holds its gradients: halved where they overflow, doubled after 1000 steps without.
+    """The factor that keeps gradients in fp16's range: halved at an overflow, doubled after 1000 steps without one.
 
     `value` is a scalar on the device, at least 1.
     """
@@ -17,14 +18,15 @@ class LossScale:
         self._steady = torch.zeros((), dtype=torch.int32, device=device)  # steps since the scale was changed
 
     def update(self, overflowed: Tensor) -> None:
-        """After a step; overflowed: a scalar on the device, 0 or 1."""
+        """Adapt the scale after a step. overflowed: a scalar on the device, 0 or 1."""
         torch._amp_update_scale_(self.value, self._steady, overflowed, 2.0, 0.5, DOUBLED_AFTER)
         self.value.clamp_(min=1.0)
 
     def state(self) -> dict[str, float]:
-        """In the terms of DeepSpeed's scaler, which ZeRO 3 and offloading use: a checkpoint goes on at another stage."""
+        """The state in the form of DeepSpeed's scaler (ZeRO 3, offloading), so that it can be loaded at any stage."""
         return {"cur_scale": float(self.value), "cur_iter": int(self._steady), "last_overflow_iter": -1}
 
     def load(self, state: dict[str, float]) -> None:
+        """Restore a state returned by `state` or by DeepSpeed's scaler."""
         self.value.fill_(state["cur_scale"])
         self._steady.fill_((state["cur_iter"] - state["last_overflow_iter"] - 1) % DOUBLED_AFTER)

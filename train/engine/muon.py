@@ -1,24 +1,25 @@
-"""Muon: momentum whose matrices are made orthogonal before they are applied (Jordan et al., 2024), with AdamW for everything else."""
+"""Muon (Jordan et al., 2024): momentum SGD with orthogonalised updates for matrices, and AdamW for other parameters."""
 
 from collections import defaultdict
 
 import torch
 from torch import Tensor
 
-# One step of the Newton-Schulz iteration X ← aX + (bA + cA²)X with A = XXᵀ. Jordan's coefficients: five steps bring all singular values
-# to between about 0.7 and 1.2, which is as good as 1 here.
+# Newton-Schulz iteration X ← aX + (bA + cA²)X with A = XXᵀ. With Jordan's coefficients (a, b, c), five steps bring all
+# singular values to between about 0.7 and 1.2, which is close enough to 1 here.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 
 
 class Muon(torch.optim.AdamW):
-    """Groups with `matrices: True` (2-D parameters only) take Muon's step, the others AdamW's.
+    """Applies Muon to parameter groups with `matrices: True` (2-D parameters only), and fused AdamW to the others.
 
-    Nesterov momentum; updates are scaled by 0.2 sqrt(max(rows, columns)), which gives them the size of AdamW's (Liu et al., arXiv
-    2502.16982, section 2.2), so that one learning rate serves both. Needs whole matrices: not for parameters that are partitioned.
+    Muon uses Nesterov momentum. Its updates are scaled by 0.2 sqrt(max(rows, columns)), which gives them the size of
+    AdamW's (Liu et al., arXiv 2502.16982, section 2.2), so that both share one learning rate. It needs whole matrices:
+    partitioned parameters (ZeRO) do not work.
 
-    As torch's fused AdamW it obeys two scalars on the device, where they are set: gradients are divided by `grad_scale`, and nothing is
-    changed where `found_inf` is 1.
+    As in torch's fused AdamW, two optional scalars on the device control a step: gradients are divided by `grad_scale`,
+    and nothing changes if `found_inf` is 1.
     """
 
     grad_scale: Tensor | None = None
@@ -30,6 +31,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """Update all parameters from their gradients."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["matrices"]]
         super().step()
@@ -45,9 +47,11 @@ class Muon(torch.optim.AdamW):
             lr = torch.full((), group["lr"], device=parameters[0].device)
             if self.grad_scale is not None:
                 torch._foreach_div_(gradients, self.grad_scale)
-            if self.found_inf is not None:  # a step of rate 0, from the momentum to itself
+            if self.found_inf is not None:  # skip by a learning rate of 0 and the momentum as its own gradient
                 skip = self.found_inf.bool()
-                gradients = [torch.where(skip, buffer, gradient) for buffer, gradient in zip(buffers, gradients, strict=True)]
+                gradients = [
+                    torch.where(skip, buffer, gradient) for buffer, gradient in zip(buffers, gradients, strict=True)
+                ]
                 lr = lr * (1 - self.found_inf)
             torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
             updates = orthogonalised(torch.stack(torch._foreach_lerp(gradients, buffers, self.momentum)))
@@ -57,7 +61,10 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """[n, rows, columns] fp32 → nearly UVᵀ of each one's singular value decomposition USVᵀ. bf16 on a GPU is exact enough."""
+    """Approximate UVᵀ of the singular value decompositions USVᵀ of `matrices`, [n, rows, columns] fp32.
+
+    On a GPU the iteration runs in bf16, which is accurate enough.
+    """
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -70,7 +77,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 def _by_shape(parameters: list[Tensor]) -> list[list[Tensor]]:
-    """Parameters of one shape are treated as one batch."""
+    """Group parameters by shape; each group is processed as one batch."""
     groups = defaultdict(list)
     for parameter in parameters:
         groups[parameter.shape].append(parameter)

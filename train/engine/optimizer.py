@@ -1,4 +1,4 @@
-"""Parameter groups, and the optimizers of the papers as torch has them."""
+"""Parameter groups and optimizers."""
 
 from collections import defaultdict
 
@@ -10,10 +10,11 @@ from train.engine.muon import Muon
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """Two groups: with weight decay, and without for 1-D parameters (biases, norms) and those `model.no_weight_decay()` names.
+    """Two parameter groups: with and without weight decay.
 
-    With a layer_decay below 1 it is two for each of the model's layers (`layer_of`), with `lr_scale`, what their learning rate is
-    multiplied by: layer_decay ** (the last layer's number - theirs) (BEiT, arXiv 2106.08254).
+    1-D parameters (biases, norms) and those named by `model.no_weight_decay()` have none. With `layer_decay` below 1,
+    two groups for each layer l of the model (`model.layer_of`), whose learning rate is multiplied by their `lr_scale`,
+    layer_decay ** (last layer - l) (BEiT, arXiv 2106.08254).
     """
     exempt = model.no_weight_decay()
     layers = {name: model.layer_of(name) if layer_decay < 1 else 0 for name, _ in model.named_parameters()}
@@ -24,13 +25,17 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
             bare = parameter.ndim <= 1 or name in exempt
             groups[layers[name], bare].append(parameter)
     return [
-        {"params": groups[layer, bare], "weight_decay": 0.0 if bare else weight_decay, "lr_scale": layer_decay ** (last - layer)}
+        {
+            "params": groups[layer, bare],
+            "weight_decay": 0.0 if bare else weight_decay,
+            "lr_scale": layer_decay ** (last - layer),
+        }
         for layer, bare in sorted(groups)
     ]
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW, SGD with momentum, or Muon. The learning rate starts at 0: the trainer sets it before every step."""
+    """AdamW, SGD with momentum, or Muon, with a learning rate of 0: `Engine.step` sets it before every step."""
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
@@ -48,9 +53,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def initial_state(optimizer: torch.optim.Optimizer, group: dict, master: Tensor) -> dict[str, Tensor]:
-    """The optimizer's state for one fp32 tensor of a parameter group before its first step, as torch would make it lazily."""
+    """Initial state of `optimizer` for one fp32 tensor of a parameter group, which torch would create lazily."""
     if isinstance(optimizer, torch.optim.AdamW) and not group.get("matrices"):
-        # A fused AdamW counts its steps on the parameter's device.
+        # Fused AdamW keeps its step count on the parameter's device.
         count = torch.zeros((), dtype=torch.float32, device=master.device)
         return {"step": count, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
     return {"momentum_buffer": torch.zeros_like(master)}

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""The learning rate and the evaluation schedule as pure functions of the step, without state to save or restore."""
 
 import math
 
@@ -6,10 +6,10 @@ from train.config import Config
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of step `step` (counted from 0): linear warm-up from `warmup_lr`, then what `schedule.kind` says.
+    """Learning rate of step `step` (counted from 0): linear warm-up from `warmup_lr`, then by `schedule.kind`.
 
-    Cosine and poly span the whole run, warm-up included, as timm's default and CAT's released recipe have it: the first step after the
-    warm-up is already slightly below the peak.
+    Cosine and poly span the whole run, warm-up included, as in timm's default and CAT's released recipe: the first step
+    after the warm-up is already slightly below the peak.
     """
     schedule, peak = config.schedule, config.optimizer.lr
     warmup = config.warmup_steps(steps_per_epoch)

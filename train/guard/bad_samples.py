@@ -1,4 +1,4 @@
-"""Samples that cannot be read: named once, and no more of them than `guard.bad_samples`; and what had to be read again."""
+"""Samples that cannot be read, limited by `guard.bad_samples`, and reads that had to be repeated."""
 
 import torch.distributed as dist
 
@@ -8,14 +8,14 @@ from train.telemetry.monitor import Monitor
 
 
 class BadSamples:
-    """The samples that could not be read since this start of the run, in training and in evaluation, on any rank: each is named once.
+    """Collects and reports samples that could not be read since this start of the run, and temporary read faults.
 
-    And the faults of file systems that have passed, each kind of a rank's once per `agree`. A rank collects what it meets; the ranks tell
-    each other in `agree`.
+    A rank notes what it meets (`meet`); the ranks exchange and report it in `agree`. Each sample of a split is reported
+    once, faults once per rank, kind and call of `agree`.
     """
 
     def __init__(self, budget: int, path: str, rank: int):
-        """budget: guard.bad_samples. path: the dataset's."""
+        """budget: guard.bad_samples. path: of the dataset, for the error's advice."""
         self._budget, self._path, self._rank = budget, path, rank
         self._known: set[tuple[str, int]] = set()
         self._new: dict[tuple[str, int], dict] = {}
@@ -23,11 +23,11 @@ class BadSamples:
 
     @property
     def new(self) -> int:
-        """Samples and kinds of faults that this rank has met since the last `agree`."""
+        """Number of samples and kinds of faults that this rank has met since the last `agree`."""
         return len(self._new) + len(self._faults)
 
     def meet(self, split: str, step: int, batch: MicroBatch) -> None:
-        """Note what a micro-batch of `step` says."""
+        """Note the bad samples and faults of a micro-batch of `step`."""
         for fault in batch.faults:
             fields = {"step": step, "rank": self._rank, "file": fault.file, "error": fault.error, "count": 0}
             self._faults.setdefault(fault.error, fields)["count"] += fault.count
@@ -38,7 +38,7 @@ class BadSamples:
                 self._new[key] = {"step": step, **fields, "reason": sample.sentence}
 
     def agree(self, monitor: Monitor) -> None:
-        """Name what any rank has met; every rank calls. Raises DataError, on all ranks alike, where there are more than the budget."""
+        """Report what any rank has met. All ranks call this, and all raise DataError if the budget is exceeded."""
         found: list = [None] * dist.get_world_size()
         dist.all_gather_object(found, (self._new, self._faults))
         self._new, self._faults, last = {}, {}, ""
@@ -54,6 +54,7 @@ class BadSamples:
                 monitor.event("bad_sample", fields.pop("step"), f"{last} {instead}", **fields)
         if len(self._known) > self._budget:
             raise DataError(
-                f"{last} That makes {len(self._known)} samples that cannot be read, and guard.bad_samples allows {self._budget}. "
+                f"{last} That makes {len(self._known)} samples that cannot be read, "
+                f"and guard.bad_samples allows {self._budget}. "
                 f"Check the dataset with: python launch/prepare.py verify {self._path}"
             )

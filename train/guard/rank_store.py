@@ -1,4 +1,4 @@
-"""What the ranks tell each other beside the collectives: a key-value store that rank 0 keeps, for threads that must not wait for a GPU."""
+"""A key-value store kept by rank 0, by which ranks communicate without collectives and GPUs, from any thread."""
 
 import os
 import secrets
@@ -10,23 +10,26 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-POLL, LONGEST_POLL = 0.05, 1.0  # seconds between two looks for a key: an eighth of the time waited so far, between these
+# Bounds, in seconds, of the polling interval of `wait_for`, which is an eighth of the time waited so far.
+POLL, LONGEST_POLL = 0.05, 1.0
 CONNECT = timedelta(seconds=60)
 
 
 class Store:
-    """Strings by key, seen by all ranks. `run_id` is the same on all ranks and new at every start.
+    """Strings by key, shared by all ranks. `run_id` is the same on all ranks and new at every start.
 
-    Every thread has a connection of its own, made at its first call, so no thread waits for another one. Rank 0 answers from a thread of
-    torch's that needs no GIL. What a call does when rank 0 fails (torch 2.15, measured on a stopped and on a killed process):
+    Each thread has its own connection, opened at its first call, so that threads do not wait for each other. Rank 0
+    answers from a thread of torch's that does not need the GIL. Behaviour when rank 0 fails (torch 2.15, measured with
+    a stopped and with a killed process):
 
-    - Rank 0 is frozen, or its node is: `get`, `wait_for`, `get_all`, `set_once` and the first call in a thread wait until it wakes up, for
-      ever if need be; TCPStore's timeout does not apply. `set` returns at once, and what it said arrives when rank 0 wakes up.
-    - Rank 0 is dead: all raise ConnectionError, but that the first `set` after its death may still seem to succeed.
+    - Rank 0 or its node is frozen: `get`, `wait_for`, `get_all`, `set_once` and a thread's first call block until it
+      wakes up, without limit; TCPStore's timeout does not apply. `set` returns at once, and its value arrives when rank
+      0 wakes up.
+    - Rank 0 is dead: all methods raise ConnectionError, except that the first `set` may still appear to succeed.
     """
 
     def __init__(self):
-        """Every rank calls this; needs the process group."""
+        """All ranks call this; the process group must exist."""
         self._threads = threading.local()
         offer: list = [None]
         if dist.get_rank() == 0:
@@ -36,23 +39,23 @@ class Store:
         self._host, self._port, self.run_id = offer[0]
 
     def set(self, key: str, value: str) -> None:
-        """Returns before rank 0 has it."""
+        """Set a value, without waiting for rank 0 to receive it."""
         with _translated():
             self._connection().set(key, value)
 
     def set_once(self, key: str, value: str) -> str:
-        """Set what has no value yet. Returns what the key has now: of several ranks that do this at once, the first one's value."""
+        """Set the value if the key has none yet; returns the key's value, which is the first caller's."""
         with _translated():
             return self._connection().compare_set(key, "", value).decode()
 
     def get(self, key: str) -> str | None:
-        """The value, or None where there is none yet."""
+        """The value, or None if the key has none yet."""
         with _translated():
             connection = self._connection()
             return connection.get(key).decode() if connection.check([key]) else None
 
     def get_all(self, keys: list[str]) -> list[str | None]:
-        """The values of `keys`: two round trips where all have one."""
+        """The values of `keys`, in two round trips if all have one."""
         with _translated():
             connection = self._connection()
             if connection.check(keys):
@@ -60,7 +63,7 @@ class Store:
         return [self.get(key) for key in keys]
 
     def wait_for(self, key: str, seconds: float) -> str | None:
-        """The value as soon as it is there; None after `seconds`, or where rank 0 is dead. The longer it takes, the rarer are the looks."""
+        """Poll for a value, ever more rarely. Returns None after `seconds`, or if rank 0 is dead."""
         began = time.monotonic()
         while (waited := time.monotonic() - began) < seconds:
             try:
@@ -73,12 +76,12 @@ class Store:
         return None
 
     def delete(self, key: str) -> None:
-        """Forget a key, whether it has a value or not: rank 0 would keep all values until the run's end."""
+        """Delete a key, if it exists. Without this, rank 0 keeps all values until the run's end."""
         with _translated():
             self._connection().delete_key(key)
 
     def sender(self) -> Callable[[str, str], None]:
-        """A `set` with a connection made now: for a thread that may find rank 0 frozen at its first call."""
+        """A `set` whose connection is opened now, for a thread whose first call may come when rank 0 is frozen."""
         with _translated():
             connection = self._connect()
 
@@ -103,7 +106,7 @@ def _serve() -> dist.TCPStore:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Errors of the connection as what they are, for users that do not import torch."""
+    """Raise torch's connection errors as ConnectionError, for callers that do not import torch."""
     try:
         yield
     except dist.DistError as error:

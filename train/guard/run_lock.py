@@ -1,4 +1,7 @@
-"""One run per folder, on any node. Standard library only: a folder in use is answered before torch is imported."""
+"""A lock that allows one run per folder, on any node.
+
+Does not import torch, so that a folder in use is reported at once.
+"""
 
 import errno
 import fcntl
@@ -14,28 +17,30 @@ from typing import NoReturn
 from train.config import ConfigError
 from train.telemetry.formatting import clock
 
-BEAT = 3.0  # seconds between two signs of life
-FIRST_BEAT = 1.0  # seconds to the first one, which also finds out whether two runs took the folder at once
-WATCH = 3 * BEAT + 1  # seconds in which a run that lives has rewritten its record, on a disk that stalls, too
-SIZE = 512  # bytes of a record: always one write of the same place
-# ENOSYS is Lustre's answer where it is mounted without flock.
+BEAT = 3.0  # seconds between two updates of the record
+FIRST_BEAT = 1.0  # seconds until the first one, which also detects that two runs took the folder at once
+WATCH = 3 * BEAT + 1  # seconds within which a live run updates its record, even if the disk stalls for a while
+SIZE = 512  # bytes of a record, written at once at offset 0
+# Lustre returns ENOSYS if it is mounted without flock.
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class FolderInUse(ConfigError):
-    """Another run lives in the folder. Rank 0 alone looks, for all nodes."""
+    """The folder is in use by another run. Only rank 0 checks, and its answer holds for all nodes."""
 
     everywhere = True
 
 
 class RunLock:
-    """`output/.lock`: a flock, which the kernel releases when the process dies, and a record, rewritten as long as the process lives.
+    """The file `output/.lock`: locked by flock, with a record that its owner rewrites every BEAT seconds.
 
-    The flock decides on one machine, and wherever it reaches the other nodes; the record decides where it does not. Nobody's clock is
-    compared with another's: a record counts as alive if it is seen to change.
+    The flock, which the kernel releases when the process dies, decides between processes of one machine, and between
+    nodes if the file system supports that. If it does not, the record decides: a run is alive if its record is seen to
+    change. Clocks of different machines are never compared.
 
-    `previous`: the record found by `acquire`, {host, boot, pid, token, started, beat, ended}, or None in a new folder. `beat` is the
-    Unix time of the last sign of life of the previous start; `ended`: it ended cleanly.
+    previous: the record found by `acquire`, {host, boot, pid, token, started, beat, ended}; None in a new folder.
+    `started` and `beat` are the Unix times of the previous start's beginning and last update; `ended` is whether it
+    ended cleanly.
     """
 
     def __init__(self, output: Path):
@@ -44,19 +49,20 @@ class RunLock:
         self._file: int | None = None
         self._record = {
             "host": socket.gethostname(),
-            "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),  # tells machines apart, also those of one name
+            "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),  # unique per machine, unlike its name
             "pid": os.getpid(),
             "token": secrets.token_hex(8),
             "started": time.time(),
         }
         self._stop, self._has_beaten = threading.Event(), threading.Event()
-        self._lost = False  # another run has written its record over this one's
+        self._lost = False  # whether another run has overwritten the record
         self._thread = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
 
     def acquire(self) -> None:
-        """Take the folder. At once, but after another machine's run that did not end cleanly, which is watched for WATCH seconds.
+        """Take the lock. Raises FolderInUse if a live run has it, ConfigError if the file cannot be written.
 
-        Raises FolderInUse where a run lives in the folder, ConfigError where it cannot be written.
+        Returns at once, except if a run on another machine did not end cleanly: its record is watched for WATCH
+        seconds.
         """
         try:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -73,28 +79,29 @@ class RunLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises FolderInUse where another machine's run, which flock does not stop, took the folder nevertheless: of two, one goes on.
+        """Raise FolderInUse if a run on another machine, which flock may not exclude, has taken the folder meanwhile.
 
-        That is where both started at the same moment, or this one was suspended. Call it before the first step, where it may wait until
-        FIRST_BEAT seconds after `acquire`, and before whatever must not be done twice.
+        That happens if both started at the same moment, or if this process was suspended; only one of the two
+        continues. Call it before the first step, where it may wait until FIRST_BEAT seconds after `acquire`, and before
+        anything that two runs must not both do.
         """
         self._has_beaten.wait()
         if self._lost:
             self._refuse()
 
     def release(self) -> None:
-        """The run has ended, for whatever reason it has time to say so."""
+        """Mark the record as ended, and release the lock."""
         self._stop.set()
         self._thread.join()
         if not self._lost:
             try:
                 self._write(ended=True)
             except OSError:
-                pass  # the next start finds a record that does not change
+                pass  # the next start will see that the record does not change
         self._let_go()
 
     def _flock(self) -> bool:
-        """Whether the file system has locks at all."""
+        """Take the flock; returns False if the file system does not support it. Raises FolderInUse if it is taken."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -106,6 +113,7 @@ class RunLock:
         return True
 
     def _changes(self, found: bytes) -> bool:
+        """Whether the record changes within WATCH seconds."""
         deadline = time.monotonic() + WATCH
         while time.monotonic() < deadline:
             time.sleep(0.2)
@@ -124,11 +132,11 @@ class RunLock:
                     return
                 self._write(ended=False)
             except OSError:
-                pass  # a full or broken disk is no reason to end: it may come back
+                pass  # a full or failing disk may recover
             finally:
                 self._has_beaten.set()
 
-    # Opened anew each time: that is when a network file system promises to show what others have written.
+    # Open the file each time: network file systems guarantee to show other nodes' writes only after an open.
     def _read(self) -> bytes:
         with open(self._path, "rb") as file:
             return file.read(SIZE)
@@ -149,14 +157,14 @@ class RunLock:
         raise FolderInUse(f"{self._path.parent} is in use by {who}; wait for it, stop it, or choose another --output")
 
     def _let_go(self) -> None:
-        """Also in a forked child: the lock is the parent's, and must not live as long as the child."""
+        """Close the file, also in a forked child, which would otherwise keep the parent's lock alive."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
 
 def _parse(content: bytes) -> dict | None:
-    """The record, or None where there is none or it is being written."""
+    """The record; None if there is none, or if it is being written."""
     try:
         return json.loads(content)
     except ValueError:

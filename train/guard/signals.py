@@ -1,4 +1,4 @@
-"""Requests to stop. Imported first of all: a signal that comes while the rest is being imported must not be lost."""
+"""Stop requests by signals. Imported first, so that a signal that arrives during the other imports is not lost."""
 
 import os
 import signal
@@ -11,39 +11,54 @@ STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """Remembers the first SIGTERM, SIGUSR1 or SIGINT since `install`; a second SIGINT interrupts at once, as it always does.
+    """Remembers in `received` the first SIGTERM, SIGUSR1 or SIGINT since `install`.
 
-    Python runs a handler only between two of the main thread's instructions, which do not come while a collective waits. So a thread
-    listens to the pipe into which Python's C handler writes the signal's number.
+    A second SIGINT raises KeyboardInterrupt.
+
+    Python runs signal handlers only between two bytecode instructions of the main thread, that is not while it waits in
+    a collective. Therefore a thread reads the pipe into which Python's C handler writes the signal's number
+    (`signal.set_wakeup_fd`).
     """
 
     def __init__(self):
         self.received: signal.Signals | None = None
         self._call: Callable[[], None] | None = None
         self._interrupts = 0
-        self._installed = False
+        self._before: dict = {}  # the handlers replaced by `install`
+        self._pipe: int | None = None
 
-    def install(self) -> None:
-        """Handle the signals from now on; again is no mistake."""
-        if self._installed:
-            return
-        self._installed = True
-        read, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write)  # before the handlers: what they are told would not be written otherwise
-        threading.Thread(target=self._listen, args=[read], name="signals", daemon=True).start()
-        for number in STOP:
-            signal.signal(number, self._handle)
+    def install(self) -> bool:
+        """Handle the signals from now on; returns False if they are handled already. Call it in the main thread."""
+        if self._before:
+            return False
+        if self._pipe is None:
+            read, self._pipe = os.pipe()
+            os.set_blocking(self._pipe, False)
+            threading.Thread(target=self._listen, args=[read], name="signals", daemon=True).start()
+        signal.set_wakeup_fd(self._pipe)  # before the handlers are set, so that no signal goes unwritten
+        self._before = {number: signal.signal(number, self._handle) for number in STOP}
+        return True
+
+    def uninstall(self) -> None:
+        """Restore the handlers of before `install`, and forget a signal received."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        self._before, self.received, self._call, self._interrupts = {}, None, None, 0
 
     def follow_launcher(self) -> None:
-        """Where the `deepspeed` command has started this rank: its end is a request to stop, too, as it hands no signal on."""
+        """If the `deepspeed` command started this rank, treat its end as SIGTERM, because it forwards no signals."""
         launcher = os.getppid()
         command = _parent(launcher)
-        if command and b"deepspeed.launcher.launch" in _command_line(launcher) and b"deepspeed" in _command_line(command):
+        if (
+            command
+            and b"deepspeed.launcher.launch" in _command_line(launcher)
+            and b"deepspeed" in _command_line(command)
+        ):
             threading.Thread(target=self._follow, args=[launcher, command], name="launcher", daemon=True).start()
 
     def call(self, action: Callable[[], None]) -> None:
-        """Call `action` when a signal comes, from another thread; at once where one has come already."""
+        """Call `action` from another thread when a signal arrives, or at once if one has arrived already."""
         self._call = action
         if self.received:
             action()
@@ -68,9 +83,10 @@ class StopSignals:
 
 
 def _parent(process: int) -> int | None:
+    """Process id of the parent; None if the process has ended."""
     try:
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:  # it has ended
+    except OSError:
         return None
 
 

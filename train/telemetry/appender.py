@@ -1,4 +1,4 @@
-"""Files that a run appends to: a disk that is full, or fails for a while, neither ends training nor tears what is in them."""
+"""Append-only files that survive full and temporarily failing disks without stopping training or leaving torn lines."""
 
 import contextlib
 import os
@@ -8,40 +8,48 @@ from pathlib import Path
 
 
 class Alarm:
-    """Says once, on stderr, that files cannot be written, and once that they can again."""
+    """Reports on stderr that a run's files cannot be written (once for all of them), and that a file can be again."""
 
     def __init__(self):
         self._failing: set[Path] = set()
 
     def failed(self, path: Path, error: OSError) -> None:
+        """A write failed. Reported only if no other file is failing."""
         if not self._failing:
-            _say(f"alarm: {path} cannot be written ({error.strerror}): training goes on, and its lines are kept in memory until it can be")
+            _print(
+                f"alarm: {path} cannot be written ({error.strerror}): "
+                "training goes on, and its lines are kept in memory until it can be"
+            )
         self._failing.add(path)
 
     def recovered(self, path: Path, lost: int) -> None:
+        """All lines kept in memory have been written; before that, the `lost` oldest were dropped."""
         self._failing.discard(path)
-        _say(f"{path} is written again; " + (f"{lost} lines are lost, the oldest of those kept" if lost else "nothing is lost"))
+        result = f"{lost} lines are lost, the oldest of those kept" if lost else "nothing is lost"
+        _print(f"{path} is written again; {result}")
 
     def ended(self, path: Path, lost: int) -> None:
-        _say(f"alarm: {path} could not be written until the end: {lost} lines are lost")
+        """The file was closed without writing `lost` lines."""
+        _print(f"alarm: {path} could not be written until the end: {lost} lines are lost")
 
 
 class Appender:
-    """A file to which lines or records are appended, each whole or not at all, in their order; one process writes it, in one thread.
+    """A file to which lines or records are appended in order, each completely or not at all.
 
-    What cannot be written is kept in memory, up to `limit` bytes of the newest, and written before the next that can be.
+    Only one thread of one process may use it. Data that cannot be written is kept in memory and written later, before
+    newer data; beyond `limit` bytes the oldest is dropped.
     """
 
     def __init__(self, path: Path, alarm: Alarm, limit: int = 64 << 20):
         self._path, self._alarm, self._limit = path, alarm, limit
         self._file: int | None = None
-        self._end: int | None = None  # where the file's last whole line ends
+        self._end: int | None = None  # end of the last complete line in the file
         self._kept: deque[bytes] = deque()
         self._bytes = self._lost = 0
         self._failing = False
 
     def write(self, data: bytes) -> None:
-        """Append `data`, now or as soon as it can be; raises no OSError."""
+        """Append `data`, now or as soon as possible. Does not raise OSError."""
         self._kept.append(data)
         self._bytes += len(data)
         try:
@@ -59,7 +67,7 @@ class Appender:
                 self._failing, self._lost = False, 0
 
     def close(self) -> None:
-        """Try a last time to write what was kept."""
+        """Try once more to write the data kept in memory, and close the file."""
         if self._failing:
             self.write(b"")
         if self._failing:
@@ -75,7 +83,8 @@ class Appender:
             while rest:
                 rest = rest[os.write(self._file, rest) :]
         except OSError:
-            # Part of it may be in the file. The handle may be stale: the next attempt opens the file anew, and cuts it where this cannot.
+            # Remove a part that may have been written. If the handle is stale, this fails too; the next attempt then
+            # opens the file anew and truncates it.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._end)
             self._close()
@@ -90,7 +99,7 @@ class Appender:
             if self._end is not None:
                 os.ftruncate(self._file, min(size, self._end))
             elif size and os.pread(self._file, 1, size - 1) != b"\n":
-                os.write(self._file, b"\n")  # a killed run's last line may be torn: ours must not continue it
+                os.write(self._file, b"\n")  # end a killed run's torn last line
             self._end = os.fstat(self._file).st_size
         except OSError:
             self._close()
@@ -98,11 +107,11 @@ class Appender:
 
     def _close(self) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):  # some file systems report here what a write could not do: it is past mending
+            with contextlib.suppress(OSError):  # some file systems report failed writes here, too late to repeat them
                 os.close(self._file)
             self._file = None
 
 
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # stderr may be a file on the same full disk
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be on the same full disk
         print(text, file=sys.stderr, flush=True)

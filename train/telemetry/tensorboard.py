@@ -1,4 +1,4 @@
-"""TensorBoard curves, written by `Appender` instead of torch's SummaryWriter, whose thread dies of the first full disk."""
+"""TensorBoard curves, written with `Appender`. torch's SummaryWriter stops for good when the disk is full once."""
 
 import os
 import socket
@@ -13,7 +13,8 @@ from torch.utils.tensorboard import summary
 from train.telemetry.appender import Alarm, Appender
 from train.telemetry.metrics import Metric
 
-# Charts of TensorBoard's page "Custom scalars". It takes tags as regular expressions; a chart without curves stays empty.
+# Charts of TensorBoard's page "Custom scalars". It takes tags as regular expressions; a chart without curves stays
+# empty.
 LAYOUT = {
     "learning": {
         "loss": ["Multiline", ["^learning/loss$", "^evaluation/model_loss$", "^evaluation/ema_loss$"]],
@@ -36,11 +37,13 @@ LAYOUT = {
 
 
 class Board:
-    """One event file of this start of the run; curves of other starts at `first` and later steps are replaced by its own."""
+    """Writes the event file of one start of a run. Its curves replace those of earlier starts from step `first` on."""
 
     def __init__(self, folder: Path, alarm: Alarm, first: int, metrics: tuple[Metric, ...]):
-        # TensorBoard reads a folder's files in the order of their names.
-        self._file = Appender(folder / f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}", alarm)
+        # TensorBoard reads the files of a folder in the order of their names, so they begin with the time.
+        self._file = Appender(
+            folder / f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}", alarm
+        )
         self._records = RecordWriter(self._file)
         self._add(file_version="brain.Event:2")
         self._add(summary=summary.custom_scalars(_layout(metrics[0])))
@@ -53,11 +56,11 @@ class Board:
         self._add(step=step, summary=summary.text(tag, text))
 
     def image(self, tag: str, image: Tensor, step: int) -> None:
-        """image: [3, H, W] in 0..1."""
+        """Show an image [3, H, W] with values in 0..1."""
         self._add(step=step, summary=summary.image(tag, image, dataformats="CHW"))
 
     def hyperparameters(self, values: dict, results: dict[str, float], step: int) -> None:
-        """`values` (bool, int, float or str) with their `results`, for the comparison of runs."""
+        """Write hyper-parameters (bool, int, float or str) and their results, for TensorBoard's comparison of runs."""
         for part in summary.hparams(values, results):
             self._add(step=step, summary=part)
         for tag, value in results.items():

@@ -1,4 +1,4 @@
-"""What is kept, what is refused, and what a run folder holds."""
+"""Which checkpoints are kept, which settings a resume refuses, and what a run's folder contains."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ class Opened:
 
 @pytest.fixture(scope="module")
 def finished(tiny_config, tmp_path_factory):
-    """A finished run on two ranks: 4 epochs, a checkpoint every 4 steps, two of them kept beside the best."""
+    """A finished run on two ranks: 4 epochs, a checkpoint every 4 steps, of which two and the best are kept."""
     output = tmp_path_factory.mktemp("finished") / "run"
     run(tiny_config, output, "train.epochs=4", "checkpoint.every_steps=4", "checkpoint.keep=2", "monitor.images=8", world=2)
     return output
@@ -163,7 +163,7 @@ def test_the_manifest_names_step_layout_and_data(finished):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_rank_that_goes_on_with_its_own_share_opens_no_other_shard(tiny_config, tmp_path, stage):
-    """The fourth of four ranks, whose shard and the first, with the buffers, are all that it looks for."""
+    """The last of four ranks reads its own shard and the first, which has the buffers."""
     settings = [f"zero.stage={stage}", "train.max_steps=1", "train.evaluate_every=0"]
     run(tiny_config, tmp_path, *settings, world=4)
     run(tiny_config, tmp_path, *settings, world=4, before=Opened(3, tmp_path / "opened"))
@@ -173,7 +173,7 @@ def test_a_rank_that_goes_on_with_its_own_share_opens_no_other_shard(tiny_config
 
 @pytest.mark.slow
 def test_plain_safetensors_reads_a_checkpoint(finished):
-    """Without this program: flat pieces, and in each file's metadata where they begin."""
+    """A checkpoint can be read without this program: flat pieces, with their starts in each file's metadata."""
     newest = list_checkpoints(finished / "checkpoints")[0]
     weights = read_weights(newest, "model")
     found = dict.fromkeys(weights, 0)

@@ -1,4 +1,4 @@
-"""Runs that begin from other weights: which weights those are, to the last bit; layer-wise learning rates; and what is refused."""
+"""Runs that begin from given weights (bitwise), layer-wise learning rates, and which weights are refused."""
 
 import json
 import re
@@ -29,7 +29,7 @@ SMALL = {
     "pvt_tiny": dict(img_size=64, embed_dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), num_heads=(1, 2, 3, 4)),
     "cotnet50": dict(depths=(1, 2, 1, 1)),
 }
-# Layers of some parameters: the stem, the first block, the second stage's, the last stage's, and what ends the network.
+# Layers of some parameters: stem, first block, second stage, last stage, final norm and head.
 LAYERS = {
     "cat_nano": {
         "ape": 0,
@@ -96,7 +96,7 @@ def test_muon_keeps_its_matrices_under_layer_decay():
 
 @pytest.fixture(scope="module")
 def trained(tiny_config, tmp_path_factory):
-    """A run's folder: two steps at 16 x 16."""
+    """The folder of a run of two steps at 16 x 16 pixels."""
     output = tmp_path_factory.mktemp("trained") / "run"
     run(tiny_config, output, "train.max_steps=2", "train.evaluate_every=0")
     return output
@@ -104,7 +104,7 @@ def trained(tiny_config, tmp_path_factory):
 
 @pytest.fixture
 def released(trained, tmp_path):
-    """The run's weights as a published file has them, with a head of 7 classes."""
+    """The run's weights in the form of a published file, with a head of 7 classes."""
     weights = read_weights(checkpoint_path(trained / "checkpoints", 2), "ema")
     weights |= {"head.weight": torch.ones(7, 32), "head.bias": torch.ones(7)}
     torch.save({"model": weights, "epoch": 299, "max_accuracy": 80.3}, tmp_path / "released.pth")
@@ -117,7 +117,7 @@ AT_32 = ["data.image_size=32", "train.evaluate_every=0", "checkpoint.every_steps
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_another_size_and_other_classes_from_a_published_file(tiny_config, released, tmp_path, stage):
-    """Two ranks with layer-wise rates: the first step's loss and update are those of exactly these weights, and a resume is bitwise."""
+    """Two ranks, layer-wise rates: the first step's loss and update are those of these weights; a resume is bitwise."""
     settings = [*AT_32, f"model.init_from={released}", "optimizer.layer_decay=0.25", "optimizer.weight_decay=0", "train.max_steps=3"]
     settings.append(f"zero.stage={stage}")
     job = run(tiny_config, tmp_path / "run", *settings, world=2)
@@ -146,7 +146,7 @@ def test_another_size_and_other_classes_from_a_published_file(tiny_config, relea
     assert "position tables interpolated: ape 8 x 8 -> 16 x 16" in job.text()
     assert "head: 7 -> 10 classes, fresh" in job.text()
 
-    released.unlink()  # a resumed run has no use for it
+    released.unlink()  # a resumed run does not need it
     again = tmp_path / "again"
     shutil.copytree(tmp_path / "run", again)
     for step in (2, 3):
@@ -169,7 +169,7 @@ def test_our_own_weights_are_averages_wherever_they_lie(trained, tmp_path):
 
 @pytest.mark.slow
 def test_the_head_goes_with_its_classes(tiny_config, trained, tmp_path):
-    """From a run of ten classes on these, and of ten others; the rate of the step taken is 0, so the first weights stay.
+    """From a run on the same ten classes, and on ten others. The learning rate of the step is 0: weights do not change.
 
     In bf16, which rounds none of them.
     """
@@ -191,8 +191,12 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(tiny_config, trained, tm
         f"model.init_from={tmp_path}/absent.pth": r"model.init_from: there is no \S+/absent.pth; name a file",
         f"model.init_from={tmp_path}": r"model.init_from: \S+ is not a checkpoint",
         f"model.init_from={tiny_config}": r"model.init_from: \S+/tiny.yaml: neither a .safetensors file nor",
-        f"model.init_from={trained} model.depths=[1,2]": r"model.init_from: \S+ does not fit this cat_nano: missing: \S+ \(and \d+ more\)",
-        f"model.init_from={trained} model.patch_size=2": "attention patches are 4 x 4 tokens, the model's 2 x 2, .* multiple of 16",
+        f"model.init_from={trained} model.depths=[1,2]": (
+            r"model.init_from: \S+ does not fit this cat_nano: missing: \S+ \(and \d+ more\)"
+        ),
+        f"model.init_from={trained} model.patch_size=2": (
+            "attention patches are 4 x 4 tokens, the model's 2 x 2, .* multiple of 16"
+        ),
     }
     for number, (settings, sentence) in enumerate(cases.items()):
         job = start(tiny_config, tmp_path / str(number), *settings.split(), world=2 if number == 3 else 1)

@@ -1,4 +1,4 @@
-"""The running statistics of batch norm: equal on any number of ranks."""
+"""The running statistics of batch norm are equal on any number of ranks."""
 
 import json
 
@@ -14,7 +14,10 @@ from train.engine.batch_norm import RunningStatistics, accept_low_precision
 
 @pytest.mark.slow
 def test_running_statistics_and_evaluation_are_the_same_on_1_2_and_4_ranks(tiny_config, tmp_path):
-    """With activations recomputed on 4 ranks, which calls every norm twice. A small rate: steps multiply what ReLUs make of rounding."""
+    """On 4 ranks activations are recomputed, which calls every norm twice.
+
+    The learning rate is small, because steps amplify the differences that ReLUs make of rounding errors.
+    """
     config = with_model(tiny_config, tmp_path, TINY["cotnet"])
     sizes = ["train.global_batch=64", "train.micro_batch=16"]  # an epoch of 4 steps
     for world in (1, 2, 4):
@@ -29,7 +32,7 @@ def test_running_statistics_and_evaluation_are_the_same_on_1_2_and_4_ranks(tiny_
             assert (other["loss"], other["count"]) == (pytest.approx(reference["loss"], rel=1e-5), 101)
     job = start_command("evaluate", tmp_path / "alone", str(tmp_path / "4"), "--weights", "ema", "--json")
     assert job.wait() == [0], job.text()
-    assert json.loads(job.text().splitlines()[-1])["loss"] == other["loss"]  # the checkpoint has what the run had
+    assert json.loads(job.text().splitlines()[-1])["loss"] == other["loss"]  # the checkpoint has them, too
 
 
 @pytest.fixture
@@ -56,7 +59,8 @@ def test_a_step_moves_them_by_the_momentum_towards_the_average_of_its_micro_batc
     variances = torch.stack([batch.transpose(0, 1).flatten(1).var(1) for batch in batches])  # unbiased, as PyTorch's
     torch.testing.assert_close(model[0].running_mean, 0.1 * means.mean(0))
     torch.testing.assert_close(model[0].running_var, 0.9 + 0.1 * variances.mean(0))
-    torch.testing.assert_close(model[1].running_var, torch.full((3,), 0.6 + 0.4 * 1.0), rtol=0.01, atol=0)  # its inputs are normalised
+    # The second norm's inputs are normalised.
+    torch.testing.assert_close(model[1].running_var, torch.full((3,), 0.6 + 0.4 * 1.0), rtol=0.01, atol=0)
     assert model[0].num_batches_tracked == 1
     before = model[0].running_mean.clone()
     step(model, tracker, batches)

@@ -1,17 +1,17 @@
-"""`train.compile`: the same run but for rounding, and exact resume."""
+"""`train.compile`: results equal eager ones up to rounding, and resume is exact."""
 
 import pytest
 
 from tests.oracle import assert_same_state, state
 from tests.runs import losses, run, start
 
-# One stage of one block: the compiler takes most of the time.
+# One stage of one block, because compilation takes most of the time.
 SMALL = ["model.depths=[1]", "model.num_heads=[2]", "train.max_steps=4", "checkpoint.every_steps=2"]
 
 
 @pytest.mark.slow
 def test_a_compiled_run_is_the_same_but_for_rounding_and_resumes_exactly(tiny_config, tmp_path):
-    """Dropout and drop-path are on: compiled, they must be drawn as they are without."""
+    """With dropout and drop-path, whose random numbers must be the same with and without compilation."""
     run(tiny_config, tmp_path / "eager", *SMALL)
     run(tiny_config, tmp_path / "whole", *SMALL, "train.compile=true")
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)

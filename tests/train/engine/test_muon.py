@@ -11,7 +11,7 @@ def test_singular_values_come_near_one(shape):
     found = orthogonalised(u * torch.linspace(1, 0.1, min(shape[1:])) @ v)
     values = torch.linalg.svdvals(found)
     assert 0.6 < values.min() and values.max() < 1.3
-    # The singular vectors stay: in their own basis the result is diagonal.
+    # The singular vectors do not change: in their basis the result is diagonal.
     basis = u.mT @ found @ v.mT
     assert (basis - torch.diag_embed(basis.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
 
@@ -28,7 +28,7 @@ def test_matrices_take_muons_step_and_the_rest_adamws():
     matrix.grad, bias.grad = torch.randn(8, 6), torch.randn(5)
     reference.grad = bias.grad.clone()
     optimizer.step(), adamw.step()
-    # After one step the momentum has the gradient's direction, and orthogonalising forgets its length.
+    # After one step the momentum is proportional to the gradient, and orthogonalising removes the factor.
     update = orthogonalised(matrix.grad[None])[0]
     torch.testing.assert_close(matrix.detach(), before * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 8**0.5 * update, rtol=1e-4, atol=1e-5)
     assert torch.equal(bias, reference)

@@ -1,4 +1,4 @@
-"""What is held in fp32 while a network computes in bf16 or fp16: the master weights, from the first, and the sums of gradients.
+"""fp32 state of networks that compute in bf16 or fp16: master weights from the beginning, and sums of gradients.
 
 Each case is a real engine on one or two ranks over gloo.
 """
@@ -16,7 +16,7 @@ from tests.runs import _forkserver
 from train.config import load_config
 from train.engine.loss_scale import LossScale
 
-MICRO_BATCHES = 6  # of a step: on one rank and on two, no power of two
+MICRO_BATCHES = 6  # per step; not a power of two per rank, on one rank and on two
 IMAGES = 4
 
 # (ZeRO stage, offload)
@@ -25,7 +25,7 @@ CASES = [(1, "bf16"), (2, "bf16"), *(pytest.param(world, "fp16", marks=pytest.ma
 
 
 def on_ranks(world: int, function, *arguments) -> list:
-    """What function(*arguments) returns on each of `world` ranks, which are processes joined over gloo."""
+    """Results of function(*arguments) on each of `world` ranks, processes joined over gloo."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -64,7 +64,7 @@ class Built:
 
 
 def build(path, stage: int, offload: bool, precision: str, *settings: str) -> Built:
-    """An engine and, beside it, the fp32 model that it was made of."""
+    """An engine, and the fp32 model that it was made from."""
     import copy
 
     from train.engine.deepspeed_engine import Engine
@@ -76,12 +76,15 @@ def build(path, stage: int, offload: bool, precision: str, *settings: str) -> Bu
     model = build_task(config, [""] * 10).build_model()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)  # no zeros and ones, which every type holds exactly
+            parameter += 0.02 * torch.randn_like(parameter)  # zeros and ones would be exact in every type
     return Built(config, model, Engine(copy.deepcopy(model), config, MICRO_BATCHES // dist.get_world_size(), torch.device("cpu")))
 
 
 def same_masters(path, ways, precision: str) -> list[str]:
-    """What differs, in words: masters and averages from the fp32 model's weights, and the network's weights from those rounded once."""
+    """Descriptions of differences.
+
+    Compared are masters and averages with the fp32 model's weights, and the network's weights with those rounded once.
+    """
     from train.engine.ema import Ema
 
     wrong = []
@@ -107,15 +110,18 @@ def same_masters(path, ways, precision: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "precision"), CASES)
 def test_masters_begin_as_the_weights_were(tiny_config, world, precision):
-    """To the bit, at every stage and with offload; the average begins there too, and the network with the same weights, rounded."""
+    """Bitwise, at every stage and with offload.
+
+    The average begins with the same weights, and the network with the same weights, rounded.
+    """
     assert on_ranks(world, same_masters, tiny_config, WAYS, precision) == [[]] * world
 
 
 def gradients(path, ways, precision: str) -> dict:
-    """For each way the largest distance, over this rank's share, of the step's gradient from the fp32 mean of those of its micro-batches.
+    """By way, the largest distance in this rank's share of the step's gradient from the fp32 mean over micro-batches.
 
-    Relative to the largest element of a parameter's gradient. That of each micro-batch is computed by a plain network in `precision`;
-    the step's is what SGD's first momentum is.
+    Relative to the largest element of a parameter's gradient. A plain network in `precision` computes the gradients of
+    micro-batches; the step's gradient is read from SGD's momentum after the first step.
     """
     from torch.nn.functional import cross_entropy
 
@@ -128,7 +134,7 @@ def gradients(path, ways, precision: str) -> dict:
     for stage, offload in ways:
         built = build(path, stage, offload, precision, "optimizer.name=sgd", "optimizer.clip_grad=null", "optimizer.weight_decay=0")
         engine, dtype = built.engine, DTYPES[precision]
-        # What an engine multiplies a loss by before anything is rounded: the loss scale, and 1 / micro-batches (at ZeRO 3 of a rank).
+        # The factor of an engine's loss: the loss scale divided by the number of micro-batches (at ZeRO 3, of a rank).
         scale = engine.loss_scale_state().get("cur_scale", 1.0) / (MICRO_BATCHES // world if stage == 3 else MICRO_BATCHES)
         plain = built.model.to(dtype)
         sums = {name: torch.zeros(parameter.shape) for name, parameter in plain.named_parameters()}
@@ -155,17 +161,17 @@ def gradients(path, ways, precision: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "precision"), CASES)
 def test_gradients_of_micro_batches_and_ranks_are_summed_in_fp32(tiny_config, world, precision):
-    """Within 2e-6 of the fp32 mean; a sum in bf16 is about 4e-3 from it, one in fp16 5e-4."""
+    """Within 2e-6 of the fp32 mean. A sum in bf16 would differ by about 4e-3, in fp16 by 5e-4."""
     for far in on_ranks(world, gradients, tiny_config, WAYS, precision):
         assert all(distance < 2e-6 for distance in far.values()), far
 
 
 def scale_goes_on(path) -> list[float]:
-    """The loss scales of engines that take it over from each other, the first of them from DeepSpeed's own at ZeRO 1."""
+    """Loss scales of engines that pass their state on, beginning with the state of DeepSpeed's scaler at ZeRO 1."""
     one = build(path, 1, True, "fp16").engine
     as_before = one.loss_scale_state() | {"cur_scale": 2.0**9, "raise_error_at_min_scale": True, "scale_factor": 2.0, "min_scale": 1}
     one.destroy()
-    scales, state = [], as_before  # as older checkpoints have it: settings too
+    scales, state = [], as_before  # older checkpoints contain settings, too
     for stage in (3, 0, 2, 3):
         engine = build(path, stage, False, "fp16").engine
         engine.set_loss_scale_state(state)

@@ -1,4 +1,4 @@
-"""The process groups: how long a collective may take, and by which interface gloo finds the others."""
+"""Process groups: the timeout of collectives, and the network interface of gloo."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.runs import ROOT, run
 
 @dataclass(frozen=True)
 class WriteTimeouts:
-    """Write the timeout, in seconds, of every process group that there is when training begins, and the limit of open files."""
+    """Write the timeouts in seconds of all process groups when training begins, and the limit of open files."""
 
     path: Path
 
@@ -42,7 +42,7 @@ class WriteTimeouts:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_guard_has_the_first_word(tiny_config, tmp_path, stage):
-    """No group's timeout, DeepSpeed's own included, undercuts the longest limit of the guard."""
+    """All groups, DeepSpeed's own included, have a timeout above the longest limit of the guard."""
     settings = [f"zero.stage={stage}", "guard.timeout.first_step=4321", "train.max_steps=1", "train.evaluate_every=0"]
     run(tiny_config, tmp_path, *settings, world=2, before=WriteTimeouts(tmp_path))
     for rank in range(2):
@@ -51,7 +51,10 @@ def test_the_guard_has_the_first_word(tiny_config, tmp_path, stage):
         assert soft == hard
 
 
-NAMES = "import sys; from train.engine.network_interface import interface_to; print([interface_to(host) for host in sys.argv[1:]])"
+NAMES = (
+    "import sys; from train.engine.network_interface import interface_to; "
+    "print([interface_to(host) for host in sys.argv[1:]])"
+)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="a network of its own needs root and iproute2")
@@ -63,7 +66,7 @@ NAMES = "import sys; from train.engine.network_interface import interface_to; pr
     ],
 )
 def test_the_interface_that_leads_to_rank_0(route, expected):
-    """In a network namespace of two networks, where this machine's own name leads to loopback, as on Debian."""
+    """In a namespace with two networks, where this machine's own name resolves to loopback, as on Debian."""
     network = (
         "ip link set lo up; for name in data slow; do ip link add ${name}0 type veth peer name ${name}1;"
         "ip link set ${name}0 up; ip link set ${name}1 up; done;"

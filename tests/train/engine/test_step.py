@@ -1,4 +1,4 @@
-"""What a step reads from the device: on a GPU, the host waits for all of its work then."""
+"""How often a step synchronises the host with the device."""
 
 import json
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ READS = {(stage, precision): int(stage == 3) for stage in range(4) for precision
 
 @dataclass(frozen=True)
 class CountReads:
-    """Rank 0 writes what it has entered, and where in the training loop it has waited for the device until then.
+    """Rank 0 writes the sections that it enters, and where in the loop it has synchronised with the device so far.
 
-    That is to ask for a tensor's value, and to call what DeepSpeed waits by: on a CPU that does nothing, but is called all the same.
+    Counted are reads of a tensor's value, and calls of DeepSpeed's `synchronize`, which do nothing on a CPU.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class CountReads:
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "precision"), READS)
 def test_between_two_lines_of_metrics_the_host_does_not_wait(tiny_config, tmp_path, stage, precision):
-    """Steps 2 to 5 of two micro-batches each on a rank: DeepSpeed's timers, were they on, would begin to wait in step 3."""
+    """Steps 2 to 5, of two micro-batches per rank. DeepSpeed's timers, if enabled, would synchronise from step 3 on."""
     settings = [f"zero.stage={stage}", f"train.precision={precision}", "train.log_every=6", "train.max_steps=6", "train.evaluate_every=0"]
     options = {"world": 2, "allow_fp16": precision == "fp16", "before": CountReads(tmp_path / "reads.json")}
     run(tiny_config, tmp_path, *settings, "optimizer.clip_grad=1.0", **options)
@@ -75,7 +75,7 @@ def test_between_two_lines_of_metrics_the_host_does_not_wait(tiny_config, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_step_whose_flag_is_read_late_is_told_as_that_step(tiny_config, tmp_path, optimizer):
-    """Skipped steps between lines of metrics: their events name them, in order, and the run goes back as if they had been read at once."""
+    """Steps skipped between two lines of metrics are reported in order, and the run goes back as if read at once."""
     settings = [
         "train.log_every=100",
         "checkpoint.every_steps=5",

@@ -1,4 +1,4 @@
-"""The store over real processes, also while rank 0 is stopped and after its death."""
+"""The store with real processes, also while rank 0 is stopped and after it is killed."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from tests.runs import _forkserver  # it has imported torch
 
 
 def _rank(rank, world, port, pipe):
-    """Do with the store what comes through the pipe: (thread, method, arguments) → (thread, result)."""
+    """Execute calls of the store from the pipe: (thread, method, arguments) → (thread, result)."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import torch.distributed as dist
 

@@ -15,7 +15,7 @@ from tests.runs import ROOT
 from train.config import ConfigError
 from train.guard.run_lock import BEAT, SIZE, WATCH, RunLock
 
-# A run: takes the folder when told to, holds it until told to end. "no-flock": the kernel answers ENOLCK, as on some file systems.
+# A run: takes and releases the folder on command. "no-flock": the kernel returns ENOLCK, as on some file systems.
 RUN = """
 import ctypes, errno, os, platform, struct, sys
 from pathlib import Path
@@ -24,8 +24,9 @@ from train.guard.run_lock import RunLock
 
 def refuse_flock():
     number = {"x86_64": 73, "aarch64": 32}[platform.machine()]
-    load, if_equal, answer = 0x20, 0x15, 0x06  # BPF: the system call's number; ENOLCK if it is flock's; otherwise allowed
-    code = [(load, 0, 0, 0), (if_equal, 0, 1, number), (answer, 0, 0, 0x00050000 | errno.ENOLCK), (answer, 0, 0, 0x7FFF0000)]
+    load, if_equal, answer = 0x20, 0x15, 0x06  # BPF: load the number; ENOLCK if it is flock's; else allow
+    code = [(load, 0, 0, 0), (if_equal, 0, 1, number)]
+    code += [(answer, 0, 0, 0x00050000 | errno.ENOLCK), (answer, 0, 0, 0x7FFF0000)]
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(program)))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -88,7 +89,7 @@ def start(tmp_path):
 
 
 def record(folder, **changes):
-    """The file of a run on another machine."""
+    """Write the lock file of a run on another machine."""
     fields = {"host": "node17", "boot": "another", "pid": 4711, "token": "t", "started": 1.7e9, "beat": 1.7e9, "ended": False, **changes}
     (folder / ".lock").write_bytes(json.dumps(fields).encode().ljust(SIZE))
 
@@ -99,7 +100,8 @@ def test_second_run_is_refused_while_the_first_lives_and_free_after_kill(start, 
     second = start().tell()
     sentence = second.answer()
     assert second.process.wait(60) == 78
-    held = rf"{re.escape(str(tmp_path))} is in use by a run on host {os.uname().nodename}, process {first.process.pid}, since \d{{4}}-"
+    owner = rf"a run on host {os.uname().nodename}, process {first.process.pid}, since \d{{4}}-"
+    held = rf"{re.escape(str(tmp_path))} is in use by {owner}"
     assert re.match(held, sentence) and sentence.endswith("wait for it, stop it, or choose another --output")
     first.kill()
     lock = RunLock(tmp_path)
@@ -163,7 +165,7 @@ def test_record_of_another_machine_decides_where_flock_does_not(tmp_path):
         thread.join()
     lock = RunLock(tmp_path)
     began = time.monotonic()
-    lock.acquire()  # it no longer beats
+    lock.acquire()  # its record does not change any more
     lock.release()
     assert time.monotonic() - began >= WATCH and lock.previous["host"] == "node17"
 
@@ -197,7 +199,7 @@ def test_a_write_that_fails_ends_nothing(tmp_path):
     lock = RunLock(tmp_path)
     lock.acquire()
     (tmp_path / ".lock").unlink()
-    (tmp_path / ".lock").mkdir()  # neither can be read nor written, for nobody
+    (tmp_path / ".lock").mkdir()  # can be neither read nor written, even by root
     lock.check()
     lock.release()
 

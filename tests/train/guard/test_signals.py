@@ -1,4 +1,4 @@
-"""A request to stop is never lost, from the moment on at which the process can be asked."""
+"""A stop request is never lost once the handlers are installed."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ print(stop_signals.received.name if stop_signals.received else "lost")
 
 
 def test_a_signal_at_the_very_moment_of_installing_is_heard():
-    """The handler and what listens to it are not put in place at one moment: the first signal may come between."""
+    """A signal may arrive between the installation of the handlers and of the thread that reads the pipe."""
     for _ in range(30):
         process = subprocess.Popen([sys.executable, "-S", "-c", LISTEN], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         while not handles(process.pid, signal.SIGTERM):

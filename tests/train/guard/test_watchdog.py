@@ -1,4 +1,7 @@
-"""The watchdog over real processes: frozen, stuck, dead, suspended and slow to stop. All scenarios run at once, as they mostly wait."""
+"""The watchdog over real processes: frozen, stuck, dead, suspended and slow to stop.
+
+All scenarios run at once, as they mostly wait.
+"""
 
 import ctypes
 import os
@@ -20,7 +23,10 @@ LIMIT = 4.0  # seconds for a step
 
 
 def _rank(rank, world, port, output, stuck):
-    """A run: 100 steps of an all-reduce. Rank 1 never finishes its part of the sixth if there is a function `stuck` in it."""
+    """A run: 100 steps of an all-reduce.
+
+    Rank 1 never finishes its part of the sixth if there is a function `stuck` in it.
+    """
     stream = open(output / f"stderr_{rank}", "w", buffering=1)
     os.dup2(stream.fileno(), 2)
     sys.stderr = stream
@@ -60,11 +66,11 @@ def _never_ends(output):
 
 
 def _never_lets_go(output):
-    ctypes.PyDLL(None).sleep(600)  # in C, and no thread of Python's can run meanwhile
+    ctypes.PyDLL(None).sleep(600)  # in C, holding the GIL
 
 
 def _starts_alone(output, port):
-    """Rank 0 of two, of which the other never comes."""
+    """Rank 0 of two; the other never starts."""
     stream = open(output / "stderr_0", "w", buffering=1)
     os.dup2(stream.fileno(), 2)
     sys.stderr = stream
@@ -123,7 +129,9 @@ class Job:
         return codes
 
     def said(self, rank):
-        return [line for line in (self.output / f"stderr_{rank}").read_text().splitlines() if line.startswith("error: ")]
+        return [
+            line for line in (self.output / f"stderr_{rank}").read_text().splitlines() if line.startswith("error: ")
+        ]
 
     def stacks(self, rank):
         return (self.output / "stacks" / f"rank_{rank}.txt").read_text()
@@ -159,7 +167,7 @@ def stuck(output):
 
 def gil_held(output):
     (output / "stacks").mkdir()
-    os.mkfifo(output / "stacks" / "rank_0.txt")  # nobody reads: opening it waits for ever, as on a disk that hangs
+    os.mkfifo(output / "stacks" / "rank_0.txt")  # opening it blocks, as on a disk that hangs
     job = Job.start(output, stuck=_never_lets_go)
     return job, job.wait(0) + job.wait(1, timeout=0)  # a launcher would kill the other
 
@@ -173,7 +181,7 @@ def keeper_of_the_store_dead(output):
 
 
 def suspended(output):
-    """Both ranks are stopped for longer than the limit of a step, and not quite at the same time; then they go on to the end."""
+    """Both ranks are stopped, one after the other, for longer than the limit of a step, and then run to the end."""
     job = Job.start(output)
     job.until("step_0", 5)
     job.send(signal.SIGSTOP, 0)
@@ -200,7 +208,10 @@ def not_stopped(output):
 def outcomes(tmp_path_factory):
     scenarios = (frozen_0, frozen_1, stuck, gil_held, keeper_of_the_store_dead, suspended, alone, not_stopped)
     with ThreadPoolExecutor(len(scenarios)) as pool:
-        yield {scenario.__name__: pool.submit(scenario, tmp_path_factory.mktemp(scenario.__name__)) for scenario in scenarios}
+        yield {
+            scenario.__name__: pool.submit(scenario, tmp_path_factory.mktemp(scenario.__name__))
+            for scenario in scenarios
+        }
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -208,7 +219,9 @@ def test_frozen_rank_is_named_and_ends_when_it_wakes_up(outcomes, rank):
     job, codes = outcomes[f"frozen_{rank}"].result()
     assert codes == [71, 71]
     (line,) = job.said(1 - rank)
-    assert line.startswith(f"error: hung: rank {1 - rank} has been ") and f"Silent, so frozen or dead: rank {rank}" in line
+    assert (
+        line.startswith(f"error: hung: rank {1 - rank} has been ") and f"Silent, so frozen or dead: rank {rank}" in line
+    )
     sentence, *stack = job.stacks(1 - rank).splitlines()
     assert f"rank {rank}" in sentence and any("in all_reduce" in frame for frame in stack)
     assert job.said(rank)[0].startswith("error: hung: ") and "Current thread" in job.stacks(rank)
@@ -252,7 +265,9 @@ def test_missing_rank_ends_the_start(outcomes):
 def test_grace_exceeded(outcomes):
     job, codes = outcomes["not_stopped"].result()
     assert codes == [75]
-    assert job.said(0) == ["error: not stopped within guard.grace 2 s: leaving without a save, the last checkpoint counts"]
+    assert job.said(0) == [
+        "error: not stopped within guard.grace 2 s: leaving without a save, the last checkpoint counts"
+    ]
 
 
 def beat(count, section="step", step=7, *, place="all_reduce (c.py:1)", waiting=True, completed=6):
@@ -262,23 +277,39 @@ def beat(count, section="step", step=7, *, place="all_reduce (c.py:1)", waiting=
 @pytest.mark.parametrize(
     "first, second, sentence",
     [
-        ([beat(1), beat(1), beat(1)], [beat(4), beat(1), None], "at all_reduce (c.py:1), step 6 complete); rank 2 (never"),
+        (
+            [beat(1), beat(1), beat(1)],
+            [beat(4), beat(1), None],
+            "at all_reduce (c.py:1), step 6 complete); rank 2 (no heartbeat",
+        ),
         ([beat(1), None], [beat(4), beat(1)], "All ranks live; furthest behind: rank 0"),
         ([beat(1), beat(1)], [beat(4), beat(4, step=6)], "furthest behind: rank 1 (5 s in step of step 6"),
-        ([beat(1), beat(1)], [beat(4, "save"), beat(4, "evaluation")], "furthest behind: rank 1 (5 s in evaluation of step 7"),
-        ([beat(1), beat(1)], [beat(4), beat(4, place="next (f.py:2)", waiting=False)], "behind: rank 1 (5 s in step of step 7, at next"),
+        (
+            [beat(1), beat(1)],
+            [beat(4, "save"), beat(4, "evaluation")],
+            "furthest behind: rank 1 (5 s in evaluation of step 7",
+        ),
+        (
+            [beat(1), beat(1)],
+            [beat(4), beat(4, place="next (f.py:2)", waiting=False)],
+            "behind: rank 1 (5 s in step of step 7, at next",
+        ),
         ([beat(1)] * 3, [beat(4), beat(4, place="wait (g.py:2)"), beat(4)], "furthest behind: rank 1 ("),
         ([beat(1)] * 9, [beat(4)] * 9, "and 5 more."),
-        # All hosts wait for their devices; one of these has not finished what the others have.
-        ([beat(1)] * 3, [beat(4), beat(4), beat(4, completed=5)], "behind: rank 2 (5 s in step of step 7, at all_reduce"),
+        # All hosts wait for their devices, of which one is behind.
+        (
+            [beat(1)] * 3,
+            [beat(4), beat(4), beat(4, completed=5)],
+            "behind: rank 2 (5 s in step of step 7, at all_reduce",
+        ),
     ],
-)  # fmt: skip
+)
 def test_blame(first, second, sentence):
     assert sentence in blame(first, second)
 
 
 class Shelf(dict):
-    """What `_Judge` asks of the store."""
+    """The part of the store that `_Judge` uses."""
 
     set_once = dict.setdefault
 
@@ -288,9 +319,10 @@ def test_one_judges_and_the_next_where_no_sentence_comes():
     first, second, third = (_Judge(shelf, name) for name in "123")
     assert [judge.is_me(place, 10) for judge in (first, second, third)] == [True, False, False]
     assert first.is_me(place, 11) and not second.is_me(place, 10 + JUDGING)
-    assert second.is_me(place, 10.5 + JUDGING) and not third.is_me(place, 11 + JUDGING)  # the first one has been silent
+    assert second.is_me(place, 10.5 + JUDGING) and not third.is_me(place, 11 + JUDGING)  # the first has not reported
     assert third.is_me(_Place("evaluation", 7, 90.0, 4.0), 100)  # another section, another judge
-    later = _Place("evaluation", 7, 200.0, 4.0)  # entered anew, while the judge of the time before lives on and has nothing to say
+    # Entered again, while the previous judge lives but does not report.
+    later = _Place("evaluation", 7, 200.0, 4.0)
     assert not second.is_me(later, 300) and second.is_me(later, 301 + JUDGING)
 
 

@@ -1,4 +1,4 @@
-"""The ledger of a run's time: by hand, on random histories, and on a run that is really killed."""
+"""The ledger of a run's time: computed by hand, on random histories, and on a run that is killed."""
 
 import random
 import time
@@ -30,9 +30,7 @@ def evaluated(at, step, seconds, weights="model"):
 
 # A run that begins at 1000 and ends at 1050; its usual step is 0.9 s and 0.1 s of waiting for data.
 KILLED_ONCE = [
-    event(
-        1009.0, "start", 0, startup_seconds=9.0, world_size=2, lost_steps=0
-    ),  # one second before its first step begins
+    event(1009.0, "start", 0, startup_seconds=9.0, world_size=2, lost_steps=0),  # 1 s before its first step
     steps(1015.0, 1, 5000, 0.2),  # 4 s and 1 s of waiting: 3.1 s more than usual
     steps(1017.0, 3, 1000, 0.1),
     evaluated(1019.0, 3, 2.0),
@@ -96,7 +94,10 @@ def test_a_resume_between_two_train_lines_divides_their_steps():
 
 
 def test_steps_after_the_last_train_line_count_as_far_as_they_were_saved():
-    """Lines every 10 steps; killed 9 s after step 10, with a checkpoint of step 14; then stopped after step 17."""
+    """Lines every 10 steps; killed 9 s after step 10's line, with a checkpoint of step 14.
+
+    The second start is stopped by request after step 17.
+    """
     lines = [
         event(100.0, "start", 0, startup_seconds=0.0),
         steps(101.0, 1, 1000, 0.0),
@@ -138,7 +139,7 @@ def test_a_rollback_loses_steps_without_a_restart():
 
 
 def test_a_start_that_died_before_its_first_line_is_waiting():
-    """`down_seconds` is measured from that start's last sign of life; `previous_started` shows that it is another's."""
+    """`down_seconds` counts from the last sign of life of the start that began at `previous_started`."""
     lines = [
         event(100.0, "start", 0, startup_seconds=0.0),
         steps(101.0, 1, 1000, 0.0),
@@ -157,7 +158,7 @@ def test_lines_without_a_time_are_left_out_and_counted():
 
 
 def random_history(seed):
-    """Lines of a run that is stopped, killed and rolled back at random; its clock is set back, times are inexact."""
+    """Lines of a run that is stopped, killed and rolled back at random, with jumps of its clock and inexact times."""
     dice = random.Random(seed)
     now, taken, lines = 1e9, 0, []
     for number in range(dice.randint(1, 6)):
@@ -222,12 +223,12 @@ def test_a_run_killed_twice(tiny_config, tmp_path):
     assert split["waiting"] >= 2 * pause
     assert all(seconds > 0 for seconds in split.values()), split
 
-    # The run's last line, written from memory, agrees with its file.
+    # The last line, written from the run's memory, agrees with the ledger of the whole file.
     assert lines[-1]["kind"] == "goodput"
     before = ledger_of(lines[:-1])
     assert {key: value for key, value in lines[-1].items() if key != "time"} == before.line()
 
-    # So are its curves, where steps that were taken again replace the old ones.
+    # So do the curves, in which repeated steps replace the old ones.
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})

@@ -1,4 +1,4 @@
-"""What a run writes about itself: strict JSON, and a full disk that neither ends training nor tears a line."""
+"""The files that a run writes: strict JSON, and a full disk neither stops training nor tears a line."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ METRICS = (Metric("top1", "top-1", "%", "higher"), Metric("top5", "top-5", "%", 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 512 KiB of its own."""
+    """A separate file system of 512 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     with mounted(folder, "512k"):
@@ -40,7 +40,7 @@ def mounted(folder, size):
 
 
 def fill(folder):
-    """Take the disk's last byte; returns the file that has it."""
+    """Fill the disk completely; returns the file that does."""
     path = folder / "filler"
     with open(path, "ab", buffering=0) as file:
         with pytest.raises(OSError) as raised:
@@ -138,7 +138,7 @@ def test_every_chart_of_the_layout_has_its_curves(tiny_config, tmp_path):
     assert [category.title for category in layout.category] == ["learning", "speed", "health"]
     wanted = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
     written = events.Tags()["scalars"]
-    assert [tag for tag in wanted if not any(re.search(tag, curve) for curve in written)] == ["^speed/mfu$"]  # no GPU here
+    assert [tag for tag in wanted if not any(re.search(tag, curve) for curve in written)] == ["^speed/mfu$"]  # no GPU
     unseen = {curve for curve in written if not any(re.search(tag, curve) for tag in wanted)}
     assert unseen == {"evaluation/model_top5", "evaluation/ema_top5"}
 
@@ -195,7 +195,7 @@ def test_a_full_disk_tears_no_line_and_loses_none(tiny_config, small_disk, capfd
 
 def test_a_disk_that_stays_full_is_said_at_the_end(tiny_config, small_disk, capfd):
     fill(small_disk)
-    monitor = open_monitor(small_disk / "run", tiny_config)  # not even the files can be made, or have a byte
+    monitor = open_monitor(small_disk / "run", tiny_config)  # files cannot be created, or stay empty
     for step in range(1, 4):
         train_line(monitor, step)
     monitor.close()
@@ -221,7 +221,7 @@ def test_too_many_kept_lines_lose_the_oldest_which_are_counted(small_disk, capfd
 
 
 def test_a_folder_that_cannot_be_written_for_a_while(tmp_path, capfd):
-    """Not only full disks: here a file is where the folder should be (root may write to read-only folders)."""
+    """Other errors than a full disk: a file in the place of the folder (root may write to read-only folders)."""
     blocker = tmp_path / "run"
     blocker.write_text("")
     file = Appender(blocker / "metrics.jsonl", Alarm())
@@ -244,7 +244,7 @@ def test_a_torn_last_line_is_not_continued(tiny_config, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_while_its_disk_is_full(tiny_config, tmp_path):
-    """4 epochs of 8 steps; the disk is full from about step 4 to about step 22. What the run prints goes to another disk."""
+    """4 epochs of 8 steps; the disk is full from about step 4 to about step 22. The terminal's output is elsewhere."""
     disk = tmp_path / "disk"
     disk.mkdir()
     with mounted(disk, "32m"):

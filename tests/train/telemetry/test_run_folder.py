@@ -1,4 +1,4 @@
-"""Whose a run's folder is: one run at a time, and readable by whom the umask says."""
+"""A run's folder belongs to one run at a time, and its files' permissions follow the umask."""
 
 import os
 from dataclasses import dataclass

@@ -35,10 +35,10 @@ class Maps:
 class DepthNet(nn.Module):
     def __init__(self, backbone: nn.Module, channels: int):
         super().__init__()
-        self.backbone, self.head = backbone, nn.Conv2d(channels, 1, 1)
+        self.backbone, self.head = backbone, nn.Linear(channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images)[-1])
+        return self.head(self.backbone(images)[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def no_weight_decay(self) -> set[str]:
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}

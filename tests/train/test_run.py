@@ -1,0 +1,39 @@
+"""The door for Python: `from train import run`."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import ROOT, events, losses
+
+SCRIPT = """
+import os, signal, sys, threading
+sys.path.insert(0, {root!r})
+import train
+from train.guard.errors import Stopped
+from train.guard.signals import stop_signals
+
+assert "torch" not in sys.modules
+before = signal.getsignal(signal.SIGINT)
+settings = ["train.evaluate_every=0", "train.max_steps=2"]
+assert str(train.run({config!r}, settings, output={output!r})) == {output!r}
+train.run({config!r}, [*settings, "train.max_steps=4"], output={output!r})
+stop_signals.install()
+stop_signals.uninstall()
+threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    train.run({config!r}, ["train.epochs=1000"], output={output!r} + "-stopped")
+except Stopped as stopped:
+    print("stopped:", stopped)
+assert signal.getsignal(signal.SIGINT) == before
+"""
+
+
+@pytest.mark.slow
+def test_runs_follow_each_other_in_one_process(tiny_config, tmp_path):
+    script = SCRIPT.format(root=str(ROOT), config=str(tiny_config), output=str(tmp_path / "run"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4] and len(events(tmp_path / "run", "resume")) == 1
+    assert "stopped: stopped after step" in done.stdout and "rank 0 got SIGINT" in done.stdout
