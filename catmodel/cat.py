@@ -1,6 +1,7 @@
-"""CAT: Cross Attention in Vision Transformer (arXiv 2106.05786). Read from top to bottom: layers, blocks, stages, the model, its variants.
+"""CAT: Cross Attention in Vision Transformer (arXiv 2106.05786).
 
-Parameter names are those of the released checkpoints. Shape letters as in `attention.py`.
+In this order: layers, blocks, stages, the model, its variants. Parameter names are those of the released checkpoints.
+For the shape letters see `attention.py`.
 """
 
 import itertools
@@ -15,26 +16,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from catmodel import kernels
-from catmodel.attention import CrossPatchAttention, InnerPatchAttention, Patches
-from catmodel.layers import DropPathAdd, Mlp, may_be_nonzero, missing
-from catmodel.variants import Staged, build, stages_asked_for
+from catmodel.attention import CrossPatchAttention, InnerPatchAttention
+from catmodel.layers import DropPathAdd, Mlp, PatchConv
+from catmodel.patches import Patches, may_be_nonzero, padding_to
+from catmodel.variants import Staged, build, select_stages
 
-# ---------------------------------------------------------------------------------------------------------------------- layers
-
-
-class PatchConv(nn.Conv2d):
-    """A convolution whose stride is its kernel size, p: [B, c, H, W] -> [B, H/p, W/p, C], channels last as the norm after it wants them.
-
-    Computed as a matrix product: the result of PyTorch's own would have to be transposed in memory.
-    """
-
-    def forward(self, image: Tensor) -> Tensor:
-        pixels = rearrange(image, "B c (H dy) (W dx) -> B H W (c dy dx)", dy=self.kernel_size[0], dx=self.kernel_size[1])
-        return F.linear(pixels, self.weight.flatten(1), self.bias)
+# --------------------------------------------------------------------------------------------------------------- layers
 
 
 class PatchSlice(nn.Linear):
-    """The same linear map of p x p pixels, but the pixels are moved to channels in the order of `PatchProjection`, then projected."""
+    """The same linear map of p x p pixels, with its weights in the order of `PatchProjection`'s: (dx, dy, channel)."""
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: int):
         super().__init__(in_chans * patch_size**2, embed_dim)
@@ -49,7 +40,9 @@ class PatchEmbed(nn.Module):
     """Image [B, 3, H, W] -> tokens [B, H/p, W/p, C]: one token per p x p pixels, then LayerNorm.
 
     Images are padded with zeros on the right and at the bottom to a multiple of p.
-    method "conv": the published models. "slice": the paper's ablation; it differs in the order of the weights and in their initialisation.
+
+    method: "conv" as in the published models, or "slice", an ablation of the paper that differs in the order of the
+    weights and in their initialisation.
     """
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int, method: Literal["conv", "slice"] = "conv"):
@@ -64,14 +57,14 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        rows, columns = missing(image.shape[2], self.patch_size), missing(image.shape[3], self.patch_size)
+        rows, columns = padding_to(image.shape[2], self.patch_size), padding_to(image.shape[3], self.patch_size)
         if may_be_nonzero(rows, columns):
             image = F.pad(image, (0, columns, 0, rows))
         return self.norm(self.proj(image))
 
 
 class PatchProjection(nn.Module):
-    """Between stages: every 2 x 2 tokens become one of twice the channels. [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 2C]."""
+    """Merges 2 x 2 tokens into one between stages: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 2C]."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -79,17 +72,17 @@ class PatchProjection(nn.Module):
         self.norm = nn.LayerNorm(4 * channels)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        rows, columns = missing(x_BHWC.shape[1], 2), missing(x_BHWC.shape[2], 2)
+        rows, columns = padding_to(x_BHWC.shape[1], 2), padding_to(x_BHWC.shape[2], 2)
         if may_be_nonzero(rows, columns):
             x_BHWC = F.pad(x_BHWC, (0, 0, 0, columns, 0, rows))
         return self.reduction(self.norm(rearrange(x_BHWC, "B (H dy) (W dx) C -> B H W (dx dy C)", dy=2, dx=2)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- blocks
+# --------------------------------------------------------------------------------------------------------------- blocks
 
 
 class Block(nn.Module):
-    """Attention, then MLP; each with a norm before it and a residual around it. `attn` is an IPSA or a CPSA."""
+    """Attention (`attn`, an IPSA or a CPSA), then an MLP, each with a norm before it and a residual around it."""
 
     def __init__(self, channels: int, attn: nn.Module, mlp_ratio: float, drop_path: float):
         super().__init__()
@@ -104,15 +97,17 @@ class Block(nn.Module):
         return self.add(x_BNC, self.mlp(self.norm2(x_BNC), patches.kernels))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- stages
+# --------------------------------------------------------------------------------------------------------------- stages
 
 
 class Stage(nn.Module):
-    """A row of Cross Attention Blocks (CABs; section 3.2, figure 3) at one resolution. [B, H, W, C] -> [B, H, W, C].
+    """Cross Attention Blocks (CABs; section 3.2, figure 3) at one resolution: [B, H, W, C] -> [B, H, W, C].
 
-    A CAB is an IPSA block, a CPSA block and another IPSA block, here element i of three lists: so the released checkpoints name them.
-    drop_path: one rate per CAB, shared by its three blocks. `downsample`, where there is a next stage, is left to the model to call:
-    dense features are taken before it.
+    A CAB is an IPSA block, a CPSA block and another IPSA block. They are stored as element i of three lists, which
+    gives the names of the released checkpoints.
+
+    drop_path: one rate per CAB, shared by its three blocks. downsample: build the projection to the next stage. The
+    model calls it, because dense features are taken before it.
     """
 
     def __init__(
@@ -134,7 +129,9 @@ class Stage(nn.Module):
         self.kernels = True
 
         def ipsa(rate: float, shifted: bool) -> Block:
-            return Block(channels, InnerPatchAttention(channels, num_heads, patch_size, shifted, ipsa_drop), mlp_ratio, rate)
+            return Block(
+                channels, InnerPatchAttention(channels, num_heads, patch_size, shifted, ipsa_drop), mlp_ratio, rate
+            )
 
         def cpsa(rate: float) -> Block:
             return Block(channels, CrossPatchAttention(patch_size, cpsa_num_heads, cpsa_drop), mlp_ratio, rate)
@@ -145,6 +142,7 @@ class Stage(nn.Module):
         self.downsample = PatchProjection(channels) if downsample else None
 
     def patches(self, x_BHWC: Tensor) -> Patches:
+        """The layout of the map's tokens, and whether the kernels process them."""
         fused = self.kernels and kernels.usable(x_BHWC.device, x_BHWC.dtype)
         return Patches(x_BHWC.shape[1], x_BHWC.shape[2], self.patch_size, by_row=fused, kernels=fused)
 
@@ -158,27 +156,29 @@ class Stage(nn.Module):
         return patches.map_from_tokens(x_BNC)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------------------------------------- model
 
 
 class CAT(Staged):
-    """CAT for classification, or with `features_only` as a backbone. Raises ValueError for settings that do not fit together.
+    """CAT for classification or, with `features_only`, as a backbone.
 
-    img_size: pixels, one number or (height, width). A classifier takes images of exactly this size; with features_only it only sets the
-        grid of the absolute position, which is resized to each image.
+    img_size: pixels, one number or (height, width). A classifier takes images of exactly this size. With features_only
+        it sets only the grid of the absolute position, which is resized to each image.
     patch_size: side of an attention patch, in tokens. embed_patch_size: side of a token, in pixels.
     in_chans, num_classes: input channels; outputs of the head (0: no head, pooled features).
-    embed_dim: channels of the first stage; they double from stage to stage.
-    depths: CABs per stage; as many stages as numbers. num_heads: of IPSA, per stage.
-    mlp_ratio: hidden channels of the MLP / its channels. drop_path_rate: drop-path of the last CAB, growing linearly from 0.
-    ipsa_drop, cpsa_drop: attention dropout in IPSA and CPSA. The paper's 0.2 in CPSA (Table 6); the released configs have 0 in both.
-    init_std: standard deviation of the initial linear weights, 0.02 as published; None: each layer's inputs ** -0.5 (LeCun), for narrow
-        networks, in which 0.02 starts every branch near zero.
-    The paper's ablations: patch_embed "conv" or "slice"; cpsa_num_heads; shifted_windows in the second IPSA of every CAB; ape (absolute
-        position) on or off.
-    features_only: `forward` returns the maps of the stages in out_indices (default all) for images of any size, each with its own
-        LayerNorm. Stages after the last one asked for are not built.
+    embed_dim: channels of the first stage; they double at each stage.
+    depths: CABs per stage. num_heads: heads of IPSA, per stage.
+    mlp_ratio: hidden channels of the MLP / its channels.
+    drop_path_rate: rate of the last CAB; rates grow linearly from 0.
+    ipsa_drop, cpsa_drop: attention dropout. The paper has 0.2 in CPSA (Table 6), the released configs 0 in both.
+    init_std: standard deviation of the initial linear weights; the published models use 0.02. None: inputs ** -0.5 of
+        each layer (LeCun), for narrow networks, in which 0.02 would start every branch near zero.
+    patch_embed ("conv" or "slice"), cpsa_num_heads, shifted_windows (in the second IPSA of each CAB), ape (absolute
+        position): the paper's ablations.
+    features_only: `forward` returns the maps of the stages in out_indices (default: all) for images of any size, each
+        with its own LayerNorm. Stages after the last of these are not built.
 
+    Raises ValueError for settings that do not fit together.
     """
 
     def __init__(
@@ -207,14 +207,16 @@ class CAT(Staged):
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         stages = len(depths)
         if len(num_heads) != stages:
-            raise ValueError(f"depths {list(depths)} and num_heads {list(num_heads)} must have one number per stage each")
+            raise ValueError(
+                f"depths {list(depths)} and num_heads {list(num_heads)} must have one number per stage each"
+            )
         for name, rate in (("drop_path_rate", drop_path_rate), ("ipsa_drop", ipsa_drop), ("cpsa_drop", cpsa_drop)):
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name} {rate} must be in [0, 1)")
         if not features_only:
             check_img_size(self.img_size, embed_patch_size * patch_size, stages)
         self.features_only, self.init_std = features_only, init_std
-        self.out_indices = stages_asked_for(out_indices, stages, features_only)
+        self.out_indices = select_stages(out_indices, stages, features_only)
         built = self.out_indices[-1] + 1 if features_only else stages
         self.patch_embed = PatchEmbed(embed_patch_size, in_chans, embed_dim, patch_embed)
         self.grid_size = tuple(-(-side // embed_patch_size) for side in self.img_size)
@@ -244,7 +246,10 @@ class CAT(Staged):
             for i in range(built)
         )
         self.num_features = channels[-1]
-        self.feature_info = [{"num_chs": c, "reduction": embed_patch_size * 2**i, "module": f"layers.{i}"} for i, c in enumerate(channels)]
+        self.feature_info = [
+            {"num_chs": c, "reduction": embed_patch_size * 2**i, "module": f"layers.{i}"}
+            for i, c in enumerate(channels)
+        ]
         if features_only:
             for i in self.out_indices:
                 self.add_module(f"norm{i}", nn.LayerNorm(channels[i]))
@@ -254,7 +259,7 @@ class CAT(Staged):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Truncated normals for linear weights and positions; biases 0. Norms and the patch convolution: PyTorch's default."""
+        """Truncated normals for linear weights and positions, zeros for their biases, else PyTorch's defaults."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 self._init_linear(module)
@@ -267,18 +272,22 @@ class CAT(Staged):
             nn.init.zeros_(linear.bias)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the head by a new one, freshly initialised, for another number of classes (0: none)."""
+        """Replace the head by a newly initialised one for another number of classes (0: no head)."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         if num_classes:
             self._init_linear(self.head)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters of two or more dimensions that the paper does not decay."""
-        return {name for name, _ in self.named_parameters() if name == "ape" or name.endswith("relative_position_bias_table")}
+        """Names of the parameters of two or more dimensions to which the paper applies no weight decay."""
+        return {
+            name
+            for name, _ in self.named_parameters()
+            if name == "ape" or name.endswith("relative_position_bias_table")
+        }
 
     def layer_of(self, name: str) -> int:
-        """The layer of a parameter, for layer-wise learning rates: 0 the embedding, one for every CAB, the last norm and head."""
+        """Layer of a parameter, for layer-wise learning rates: 0 embedding, one per CAB, the last for norm and head."""
         before = [0, *itertools.accumulate(len(stage.cpsa_blocks) for stage in self.layers)]
         parts = name.split(".")
         if parts[0] in ("ape", "patch_embed"):
@@ -289,22 +298,25 @@ class CAT(Staged):
         return before[stage + 1] + 1 if parts[2] == "downsample" else before[stage] + int(parts[3]) + 1
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass instead of storing them. Replays random draws: same gradients."""
+        """Recompute each block's activations in the backward pass, with the same random draws: same gradients."""
         for stage in self.layers:
             stage.grad_checkpointing = enable
 
     def set_kernels(self, enable: bool = True) -> None:
-        """Use the Triton kernels where device, dtype and shapes allow (the default), or plain PyTorch everywhere."""
+        """Use the Triton kernels if device, dtype and shapes allow it (the default), or PyTorch's operators only."""
         for stage in self.layers:
             stage.kernels = enable
 
     def stem_and_stages(self) -> list[list[nn.Module | nn.Parameter]]:
-        """What belongs to the stem, then to each stage. A backbone's norms of its maps belong to neither: no checkpoint has them."""
+        """The modules and parameters of the stem, then those of each stage.
+
+        The norms of a backbone's maps belong to neither, because no classifier's checkpoint has them.
+        """
         stem = [self.patch_embed] if self.ape is None else [self.patch_embed, self.ape]
         return [stem, *([stage] for stage in self.layers)]
 
     def embed(self, image: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> the first stage's input [B, H/p, W/p, C], with the absolute position."""
+        """[B, in_chans, H, W] -> the first stage's input [B, H/p, W/p, C], including the absolute position."""
         x_BHWC = self.patch_embed(image)
         if self.ape is None:
             return x_BHWC
@@ -316,7 +328,7 @@ class CAT(Staged):
         return x_BHWC + ape.permute(0, 2, 3, 1)
 
     def forward_features(self, image: Tensor) -> Tensor:
-        """[B, in_chans, H, W] of img_size -> normed map of the last stage [B, H/32, W/32, 8C] (for four stages of 4-pixel tokens)."""
+        """[B, in_chans, H, W] of img_size -> normed map of the last stage, [B, H/32, W/32, 8C] by default."""
         self.check_images(image)
         x_BHWC = self.embed(image)
         for stage in self.layers:
@@ -326,12 +338,12 @@ class CAT(Staged):
         return self.norm(x_BHWC)
 
     def forward_head(self, x_BHWC: Tensor, pre_logits: bool = False) -> Tensor:
-        """Normed map [B, H, W, C] -> logits [B, num_classes]; with pre_logits the mean over tokens [B, C]."""
+        """Normed map [B, H, W, C] -> logits [B, num_classes], or with pre_logits the mean over tokens [B, C]."""
         x_BC = x_BHWC.mean(dim=(1, 2))
         return x_BC if pre_logits else self.head(x_BC)
 
     def forward_maps(self, image: Tensor) -> list[Tensor]:
-        """[B, in_chans, H, W] of any size -> for each stage i of out_indices a normed map [B, C_i, ceil(H/stride_i), ceil(W/stride_i)]."""
+        """[B, in_chans, H, W] -> normed maps [B, C_i, ceil(H/stride_i), ceil(W/stride_i)] for i in out_indices."""
         maps = []
         x_BHWC = self.embed(image)
         for i, stage in enumerate(self.layers):
@@ -343,23 +355,23 @@ class CAT(Staged):
         return maps
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        """Images [B, in_chans, H, W] -> logits [B, num_classes]; with features_only the list of `forward_maps`."""
+        """Images [B, in_chans, H, W] -> logits [B, num_classes], or with features_only the list of `forward_maps`."""
         return self.forward_maps(image) if self.features_only else self.forward_head(self.forward_features(image))
 
 
 def check_img_size(img_size: tuple[int, int], patch_pixels: int, stages: int) -> None:
-    """Raises ValueError where attention patches, of side `patch_pixels` in the first stage, do not tile every stage's map exactly."""
+    """Raise ValueError unless attention patches tile every stage's map. patch_pixels: their side in the first stage."""
     unit = patch_pixels * 2 ** (stages - 1)
     if any(side <= 0 or side % unit for side in img_size):
         nearest = tuple(max(round(side / unit), 1) * unit for side in img_size)
         raise ValueError(
-            f"img_size {img_size} cannot be cut into whole patches: with {stages} stages both sides must be multiples of {unit} "
-            f"(embed_patch_size * patch_size, doubled per further stage). Nearest: {nearest}; or change patch_size, embed_patch_size or "
-            "the number of stages; or use features_only=True, which pads any size"
+            f"img_size {img_size} cannot be cut into whole patches: with {stages} stages both sides must be multiples "
+            f"of {unit} (embed_patch_size * patch_size, doubled for each further stage). Nearest: {nearest}; or change "
+            "patch_size, embed_patch_size or the number of stages; or use features_only=True, which pads any size"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------- variants
+# ------------------------------------------------------------------------------------------------------------- variants
 
 
 def cat_tiny(**overrides: Any) -> CAT:
@@ -378,8 +390,7 @@ def cat_base(**overrides: Any) -> CAT:
 
 
 def cat_nano(**overrides: Any) -> CAT:
-    """Ours, not the paper's: three stages for 32 x 32 images (img_size=64 works too), to be trained on a CPU. 1,283,190 parameters."""
-    small = dict(img_size=32, patch_size=4, embed_patch_size=2, num_classes=10)
-    return build(
-        CAT, overrides, **small, embed_dim=32, depths=(1, 1, 2), num_heads=(2, 4, 8), drop_path_rate=0.0, cpsa_drop=0.0, init_std=None
-    )
+    """Not in the paper: three stages for 32 x 32 (or 64 x 64) images, to train on a CPU. 1,283,190 parameters."""
+    sizes = dict(img_size=32, patch_size=4, embed_patch_size=2, num_classes=10)
+    widths = dict(embed_dim=32, depths=(1, 1, 2), num_heads=(2, 4, 8), init_std=None)
+    return build(CAT, overrides, **sizes, **widths, drop_path_rate=0.0, cpsa_drop=0.0)

@@ -1,31 +1,34 @@
-"""Dropout whose mask is a function of a seed and a place, so that a Triton kernel can draw it again and plain PyTorch can draw the same.
+"""Dropout whose mask is a function of a seed and a position.
 
-A matrix's element (row, column) is kept where a hash of (seed, row, column), taken as a number in [0, 1), is at least the rate.
-The hash is the 32-bit finaliser "lowbias32" (Wellons, 2018, "Prospecting for hash functions"): two multiplications and three shifts.
-The seed enters twice: its hash before the row's is taken, itself after that. With the first alone, two seeds whose
-hashes differ by the bits of a row's number give the same rows in another order, and a long run draws many such pairs.
+A Triton kernel can therefore draw the mask again in the backward pass, and PyTorch can draw the same mask.
+
+Element (row, column) of a matrix is kept if a hash of (seed, row, column), read as a number in [0, 1), is at least the
+rate. The hash is the 32-bit finaliser "lowbias32" (Wellons, 2018, "Prospecting for hash functions"): two
+multiplications and three shifts. The seed enters twice: its hash before the row is hashed, and the seed itself
+afterwards. With the hash alone, two seeds whose hashes differ in the bits of a row number would give the same rows in
+another order, and a long run draws many such pairs.
 """
 
 import torch
 from torch import Tensor
 
-# The constants of lowbias32 and, for columns, 2^32 / golden ratio; as the signed integers that have these bits.
+# The constants of lowbias32, and 2^32 / golden ratio for columns; as the signed integers with these bits.
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
 GOLDEN = 0x9E3779B9 - 2**32
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """An int32 seed from torch's default generator of the device: a scalar there, so nobody waits for it."""
+    """An int32 scalar from torch's default generator of the device, where it stays: the host does not wait."""
     return torch.randint(2**31 - 1, (), dtype=torch.int32, device=device)
 
 
 def threshold(rate: float) -> int:
-    """The smallest hash, as a signed 32-bit integer, that keeps its element."""
+    """The smallest hash, as a signed 32-bit integer, for which an element is kept."""
     return round(rate * 2**32) - 2**31
 
 
 def keep_mask(seed: Tensor, shape: tuple[int, ...], rate: float) -> Tensor:
-    """bool, True where an element stays. shape [..., rows, columns]: the leading dimensions number the rows on, in order."""
+    """bool [..., rows, columns], True for elements that are kept. Rows are numbered through the leading dimensions."""
     *rows, columns = shape
     total = torch.Size(rows).numel()
     row_key = _hash(torch.arange(total, dtype=torch.int32, device=seed.device) ^ _hash(seed)) ^ seed
@@ -34,17 +37,17 @@ def keep_mask(seed: Tensor, shape: tuple[int, ...], rate: float) -> Tensor:
 
 
 def dropout(x: Tensor, rate: float, seed: Tensor) -> Tensor:
-    """x [..., rows, columns] with elements dropped at `rate`, the others scaled by 1 / (1 - rate)."""
+    """Drop elements of x [..., rows, columns] at `rate` and scale the others by 1 / (1 - rate)."""
     return x * keep_mask(seed, tuple(x.shape), rate) * (1 / (1 - rate))
 
 
 def _hash(x: Tensor) -> Tensor:
-    """int32 → int32; products wrap around."""
+    """int32 -> int32, with products that wrap around."""
     x = (x ^ _shifted(x, 16)).mul_(MULTIPLIERS[0])
     x = x.bitwise_xor_(_shifted(x, 15)).mul_(MULTIPLIERS[1])
     return x.bitwise_xor_(_shifted(x, 16))
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """x >> bits with zeros coming in, as for unsigned integers."""
+    """x >> bits, shifting in zeros, as for unsigned integers."""
     return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)

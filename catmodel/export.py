@@ -1,7 +1,8 @@
-"""A model into files that need none of this project's code: safetensors, ONNX, torch.export's .pt2, and a folder for timm and the Hub.
+"""Export of a model to safetensors, ONNX, torch.export's .pt2, or a folder for timm and the Hugging Face Hub.
 
-A file is written under a temporary name, held against the model itself on random images of several batch sizes (of dense maps: of
-several image sizes too), and gets its name only where both agree. All of it in fp32, on the CPU, by the plain path without kernels.
+A file is written under a temporary name and compared with the model on random images of several batch sizes (and, for
+dense maps, of several image sizes). It is renamed only if both agree. Everything runs in fp32 on the CPU, without the
+Triton kernels.
 """
 
 import importlib.util
@@ -14,51 +15,63 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.export import ExportedProgram
 
 TOLERANCE = 1e-4
 SUFFIXES = (".safetensors", ".onnx", ".pt2")
-SMALLEST = 64  # pixels of a side, of images for dense maps
-METADATA = "catmodel"  # the key under which a file says what it is
+SMALLEST = 64  # pixels: the shortest side of images for dense maps
+METADATA = "catmodel"  # the metadata key of the model's description
 
-# Of images for dense maps, (height, width), as parts of the example's: no multiple of anything; the smallest; and whole patches.
+# (height, width) of images for dense maps: of the traced example, whose map needs padding to whole patches; and, for
+# the comparison, odd sides, the smallest sides, and whole patches.
 EXAMPLE = (240, 264)
 SIZES = ((97, 131), (SMALLEST, SMALLEST), (224, 224))
 BATCHES = (1, 2, 5)
 
 
 class ExportError(Exception):
-    """The file does not compute what the model computes."""
-
-    exit_code = 70
+    """The exported file does not compute what the model computes."""
 
 
 class CannotExport(ValueError):
-    """What was asked for cannot be exported; the message says why, and the remedy."""
-
-    exit_code = 78
+    """The request cannot be exported. The message gives the reason and the remedy."""
 
 
 def check_target(to: str, features_only: bool) -> None:
-    """Raises CannotExport, before torch is imported, for a target that `export` does not know or has not the libraries for."""
+    """Check the target of `export` without importing torch.
+
+    Raises CannotExport if the format is unknown, cannot hold dense maps, or needs libraries that are not installed.
+    """
     if not is_hub(to) and Path(to).suffix not in SUFFIXES:
-        raise CannotExport(f"--to {to}: must end in {', '.join(SUFFIXES)}, or in / for a folder that timm and the Hugging Face Hub read")
+        raise CannotExport(
+            f"{to}: must end in {', '.join(SUFFIXES)}, or in / for a folder that timm and the Hugging Face Hub read"
+        )
     if is_hub(to) and features_only:
-        raise CannotExport("a folder for timm holds the classifier, and timm takes the maps from it: create_model(…, features_only=True)")
-    if Path(to).suffix == ".onnx" and any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")):
-        raise CannotExport(f"--to {to} needs onnx, onnxscript and onnxruntime: pip install 'cat-training[export]'")
+        raise CannotExport(
+            f"{to}: a folder for timm holds the classifier, from which timm.create_model(..., features_only=True) "
+            "takes the maps"
+        )
+    if Path(to).suffix == ".onnx" and any(
+        importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")
+    ):
+        raise CannotExport(f"{to}: needs onnx, onnxscript and onnxruntime: pip install 'cat-training[export]'")
 
 
 def is_hub(to: str) -> bool:
+    """Whether the target is a folder for timm and the Hub."""
     return to.endswith("/")
 
 
 def export(model: "nn.Module", to: str, about: dict[str, Any]) -> float:
-    """Write `model` to the file `to`, or, where that ends in "/", the folder. Returns the largest difference from the model.
+    """Write `model` to a file, or to a folder if `to` ends in "/". Returns the largest difference from the model.
 
-    about: {"model": {"name": …, the arguments of catmodel.create_model}, "classes": names, "mean": [3], "std": [3], "interpolation",
-    "eval_crop"}; goes into the file (JSON, under "catmodel"). A difference is relative to the largest output, where that is above 1.
-    The batch size is free; so are, for features_only models, height and width from 64 pixels on.
-    Raises ExportError where the difference is above 1e-4, CannotExport for a model that its format cannot hold.
+    about: {"model": {"name": ..., arguments of catmodel.create_model}, "classes": names, "mean": [3], "std": [3],
+        "interpolation", "eval_crop"}. It is stored in the file as JSON, under the metadata key "catmodel".
+
+    A difference is relative to the largest output, if that is above 1. The batch size stays free; so do height and
+    width (64 pixels or more) of features_only models.
+
+    Raises ExportError if the difference exceeds 1e-4, CannotExport if the format cannot hold the model.
     """
     import torch
 
@@ -69,10 +82,13 @@ def export(model: "nn.Module", to: str, about: dict[str, Any]) -> float:
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
-        run = _HOW[path.suffix if not is_hub(to) else "/"](model, temporary, about)
+        run = _WRITERS[path.suffix if not is_hub(to) else "/"](model, temporary, about)
         difference = _largest_difference(model, run, about["model"])
         if not difference <= TOLERANCE:
-            raise ExportError(f"{to} was not written: its outputs differ by {difference:.1e} from the model's, more than {TOLERANCE:.0e}")
+            raise ExportError(
+                f"{to} was not written: its outputs differ by {difference:.1e} from the model's, "
+                f"more than {TOLERANCE:.0e}"
+            )
         if temporary.is_dir():
             path.mkdir(exist_ok=True)
             for file in temporary.iterdir():
@@ -83,6 +99,7 @@ def export(model: "nn.Module", to: str, about: dict[str, Any]) -> float:
 
 
 def _largest_difference(model: "nn.Module", run: Callable[["Tensor"], Sequence["Tensor"]], settings: dict) -> float:
+    """The largest relative difference of `run` from `model` on random images; NaN if there is one."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -93,9 +110,12 @@ def _largest_difference(model: "nn.Module", run: Callable[["Tensor"], Sequence["
         expected, found = _outputs(model(images)), run(images)
         for want, have in zip(expected, found, strict=True):
             if want.shape != have.shape:
-                raise ExportError(f"for images of {list(images.shape)} the file gives {list(have.shape)}, the model {list(want.shape)}")
+                raise ExportError(
+                    f"for images of shape {list(images.shape)} the file gives {list(have.shape)}, "
+                    f"the model {list(want.shape)}"
+                )
             error = ((want - have).abs().max() / want.abs().max().clamp(min=1)).item()
-            largest = error if error != error else max(largest, error)  # a NaN is no small difference
+            largest = error if error != error else max(largest, error)  # max would drop a NaN
             if largest != largest:
                 return largest
     return largest
@@ -110,7 +130,7 @@ def _outputs(found: Any) -> list["Tensor"]:
     return list(found) if isinstance(found, list | tuple) else [found]
 
 
-# --- formats ---------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------------- formats
 
 
 def _to_safetensors(model: "nn.Module", path: Path, about: dict) -> Callable:
@@ -118,8 +138,9 @@ def _to_safetensors(model: "nn.Module", path: Path, about: dict) -> Callable:
 
     import catmodel
 
-    # Not by save_file, whose files only their owner can read.
-    path.write_bytes(save({name: value.contiguous() for name, value in model.state_dict().items()}, {METADATA: json.dumps(about)}))
+    # Not save_file: only the owner can read the files that it writes.
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    path.write_bytes(save(weights, {METADATA: json.dumps(about)}))
     again = catmodel.create_model(**about["model"]).eval()
     again.load_state_dict(load_file(path))
     return lambda images: _outputs(again(images))
@@ -140,7 +161,7 @@ def _to_onnx(model: "nn.Module", path: Path, about: dict) -> Callable:
     from onnxscript import INT64, opset18
 
     def floor_divide(dividend: INT64, divisor: INT64) -> INT64:
-        """As Python does it: sizes are rounded up by -(-length // multiple), and ONNX's Div, to which torch translates //, cuts off."""
+        """Round down, as Python does. ONNX's Div, which torch uses for //, truncates; padding uses -(-a // b)."""
         return opset18.Div(opset18.Sub(dividend, opset18.Mod(dividend, divisor)), divisor)
 
     program = _program(model, about)
@@ -162,22 +183,27 @@ def _to_onnx(model: "nn.Module", path: Path, about: dict) -> Callable:
     return lambda images: [torch.from_numpy(array) for array in session.run(None, {"images": images.numpy()})]
 
 
-def _program(model: "nn.Module", about: dict):
-    """The model as torch.export's graph, with the batch size left open, and for dense maps height and width."""
+def _program(model: "nn.Module", about: dict) -> "ExportedProgram":
+    """Trace the model with torch.export. The batch size stays symbolic; so do height and width for dense maps."""
     import torch
     from torch.export import Dim
 
     settings = about["model"]
     if model.features_only and settings.get("shifted_windows"):
-        raise CannotExport("shifted windows shift where an image has more than one patch: a graph for any image size cannot hold both")
+        raise CannotExport(
+            "shifted_windows shifts only if an image has more than one patch: "
+            "a graph for any image size cannot hold both cases"
+        )
     dims = {0: Dim("batch")}
     if model.features_only:
         dims |= {2: Dim("height", min=SMALLEST), 3: Dim("width", min=SMALLEST)}
     images = torch.randn(2, settings.get("in_chans", 3), *(EXAMPLE if model.features_only else _image_size(settings)))
-    program = torch.export.export(model, (images,), dynamic_shapes=(dims,), prefer_deferred_runtime_asserts_over_guards=True)
+    program = torch.export.export(
+        model, (images,), dynamic_shapes=(dims,), prefer_deferred_runtime_asserts_over_guards=True
+    )
     if model.features_only:
-        # What is asserted of the example's size is how its tensors lie in memory (whether a reshape copies), which changes no value.
-        # `export` holds the graph against the model at sizes for which it is otherwise.
+        # These assertions hold for the example's size only. They concern memory layout (whether a reshape copies), not
+        # values; `export` compares the graph with the model at sizes that violate them.
         for node in list(program.graph.nodes):
             if node.target is torch.ops.aten._assert_scalar.default:
                 program.graph.erase_node(node)
@@ -187,7 +213,7 @@ def _program(model: "nn.Module", about: dict):
 
 
 def _to_hub(model: "nn.Module", folder: Path, about: dict) -> Callable:
-    """config.json and model.safetensors, as timm writes and reads them; see `timm_registry`."""
+    """Write config.json and model.safetensors in timm's format; `timm_registry` reads them."""
     folder.mkdir()
     settings = dict(about["model"])
     _to_safetensors(model, folder / "model.safetensors", about)
@@ -212,8 +238,11 @@ def _to_hub(model: "nn.Module", folder: Path, about: dict) -> Callable:
 
     import timm
 
+    import catmodel
+
+    catmodel.register_timm()
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return lambda images: [again(images)]
 
 
-_HOW = {".safetensors": _to_safetensors, ".pt2": _to_pt2, ".onnx": _to_onnx, "/": _to_hub}
+_WRITERS = {".safetensors": _to_safetensors, ".pt2": _to_pt2, ".onnx": _to_onnx, "/": _to_hub}

@@ -1,24 +1,28 @@
-"""Layers that several families share."""
+"""Layers that several model families share."""
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from catmodel import kernels
 
 
-def missing(length: int, multiple: int) -> int:
-    """What a side lacks to a multiple: 0 to multiple - 1."""
-    return -(-length // multiple) * multiple - length  # not -length % multiple: of torch.export's symbols the sum with length is simple
+class PatchConv(nn.Conv2d):
+    """A convolution whose stride is its kernel size p: [B, c, H, W] -> [B, H/p, W/p, C], with channels last.
 
+    It is computed as a matrix product, because the norm that follows needs channels last.
+    """
 
-def may_be_nonzero(*lengths: int) -> bool:
-    """Whether any of them is not 0, or may not be: torch.export must not decide by its example what holds for other sizes too."""
-    return any(not isinstance(length, int) or length != 0 for length in lengths)
+    def forward(self, image: Tensor) -> Tensor:
+        pixels = rearrange(
+            image, "B c (H dy) (W dx) -> B H W (c dy dx)", dy=self.kernel_size[0], dx=self.kernel_size[1]
+        )
+        return F.linear(pixels, self.weight.flatten(1), self.bias)
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between them, on the last dimension."""
+    """Two linear layers on the last dimension, with an exact GELU between them."""
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
@@ -26,7 +30,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
-        """fused: by the Triton kernels, where they pay."""
+        """[..., channels] -> [..., channels]. fused: use the Triton kernels for widths at which they are faster."""
         if fused and kernels.mlp_pays(self.fc1.in_features):
             weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
             return torch.ops.catmodel.mlp(*kernels.autocast(x, *weights), torch.is_grad_enabled())[0]
@@ -34,9 +38,10 @@ class Mlp(nn.Module):
 
 
 class DropPathAdd(nn.Module):
-    """A residual sum with drop-path (stochastic depth, arXiv 1603.09382): x + branch, each sample's branch dropped at `rate` in training.
+    """Residual sum x + branch with drop-path (stochastic depth, arXiv 1603.09382).
 
-    Branches that stay are scaled by 1 / (1 - rate). Draws from torch's default generator of the tensors' device.
+    In training, the branch of each sample is dropped with probability `rate`; otherwise it is scaled by 1 / (1 - rate).
+    Draws from torch's default generator of the tensors' device.
     """
 
     def __init__(self, rate: float):
@@ -44,7 +49,7 @@ class DropPathAdd(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        """x, branch [B, ...] -> the same."""
+        """x, branch [B, ...] -> [B, ...]."""
         if not self.training or self.rate == 0.0:
             return x + branch
         keep = 1.0 - self.rate

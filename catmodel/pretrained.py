@@ -1,4 +1,4 @@
-"""Published checkpoints into our models. Never runs code from the file, and never leaves out a weight in silence."""
+"""Loading of published checkpoints. No code of a file is run, and every weight that is left out is reported."""
 
 import json
 import math
@@ -15,17 +15,18 @@ from torch import Tensor, nn
 
 from catmodel import weight_file
 
-_WRAPPERS = ("model", "state_dict")  # where training scripts keep the weights in their checkpoint
-_PREFIXES = ("module.", "model.", "backbone.", "encoder.")  # what wrapper modules put before every key
-_HEADS = ("head.", "fc.")  # what the families call their heads
+_WRAPPERS = ("model", "state_dict")  # keys under which training scripts store the weights
+_PREFIXES = ("module.", "model.", "backbone.", "encoder.")  # prefixes that wrapper modules add to every key
+_HEADS = ("head.", "fc.")  # prefixes of the heads' parameters
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_published` did beyond the one-to-one match.
+    """Deviations of `load_published` from a one-to-one match.
 
-    left_out: keys of the file that the model has no use for, by design or as it keeps its own head. fresh: the model's own weights that
-    keep their initial values. resized: the position tables that were interpolated, and between which grids.
+    left_out: keys of the file that were not used, because the model has no such part or keeps its own head.
+    fresh: keys of the model that keep their initial values.
+    resized: the interpolated position tables, with the grids, e.g. "ape 56 x 56 -> 112 x 112".
     """
 
     left_out: list[str] = field(default_factory=list)
@@ -34,7 +35,7 @@ class LoadReport:
 
 
 class DoesNotFit(ValueError):
-    """The weights and the model do not belong together; `problems` has a line for every key."""
+    """The weights do not fit the model. `problems` has a line for each key."""
 
     def __init__(self, where: str, problems: list[str]):
         super().__init__(f"{where} does not fit the model, nothing was loaded:\n  " + "\n  ".join(problems))
@@ -48,22 +49,23 @@ def load_published(
     resize_positions: bool = False,
     fresh_head: bool = False,
 ) -> LoadReport:
-    """Loads a released checkpoint of CAT, PVT or CoTNet into `model`, every weight of both or none.
+    """Load a released checkpoint of CAT, PVT or CoTNet into `model`: all weights, or none if they do not fit.
 
-    source: a .pth file as `torch.save` writes it (the released ones: a dict with the weights under "model"), a .safetensors file, or a
-        state dict.
-    rename: {dotted part of a key: its name here}, for checkpoints with older module names, e.g. {"ipsa_1": "pre_ipsa_blocks"}.
-    resize_positions: where the model was built for another img_size, interpolate the position tables: CAT's bicubically, PVT's bilinearly,
-        as the released detectors do (a class token's entry stays as it is). A table [1, L, C] is taken to be a square
-        image's, unless it comes from a state_dict() of this package's models, or a file of one: those name its size.
-    fresh_head: leave the file's head out; the model keeps its own, for other classes.
+    source: a .pth file written by `torch.save` (a released file is a dict with the weights under "model"), a
+        .safetensors file, or a state dict.
+    rename: {dotted part of a key: new name}, for older module names, e.g. {"ipsa_1": "pre_ipsa_blocks"}.
+    resize_positions: interpolate the position tables if the model was built for another img_size: CAT's bicubically,
+        PVT's bilinearly, as in the released detectors. The class token's entry is not changed. A table [1, L, C] is
+        assumed to be for a square image unless it comes from a state_dict() of this package or a file of one: these
+        record the image size.
+    fresh_head: leave out the file's head; the model keeps its own, for other classes.
 
-    A prefix that all keys share (module., model., backbone., encoder.) is removed. The index buffers of the file must equal the model's.
-    Into a features_only model go the weights without the class token, the final norm, the head and the stages that it does not have; its
-    own norms stay as they are.
+    A prefix shared by all keys (module., model., backbone., encoder.) is removed. The file's index buffers must equal
+    the model's. A features_only model takes no class token, final norm, head or stages that it does not have, and keeps
+    its own norms.
 
-    Raises DoesNotFit, a ValueError that names every key which is missing, left over or of the wrong shape, or ValueError for a file that
-    cannot be read; the model is then unchanged.
+    Raises DoesNotFit, a ValueError that names every key that is missing, unknown or has the wrong shape, and ValueError
+    for a file that cannot be read. The model is then unchanged.
     """
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     published = published_weights(source)
@@ -84,7 +86,8 @@ def load_published(
     problems = [f"missing: {key}" for key in own if key not in weights and key not in fresh]
     problems += [f"not in the model: {key}" for key in weights if key not in own]
     last = max((key for key in published if re.fullmatch(r"pos_embed\d", key)), default=None)
-    tables = _place_positions(weights, own, model, size, last if "cls_token" in published else None, resize_positions, report)
+    with_class = last if "cls_token" in published else None
+    tables = _place_positions(weights, own, model, size, with_class, resize_positions, report)
     problems += tables.values()
     for key in (own.keys() & weights.keys()) - tables.keys():
         value, expected = weights[key], own[key]
@@ -93,9 +96,9 @@ def load_published(
         elif value.shape != expected.shape:
             problems.append(f"{key}: shape {list(value.shape)}, the model's is {list(expected.shape)}{_remedy(key)}")
         elif value.is_complex() or value.is_floating_point() != expected.is_floating_point():
-            problems.append(f"{key}: numbers of type {value.dtype}, the model's are {expected.dtype}")
+            problems.append(f"{key}: dtype {value.dtype}, the model's is {expected.dtype}")
         elif key.endswith("relative_position_index") and not torch.equal(value.to(expected), expected):
-            problems.append(f"{key}: other values than the model computes, so its weights belong to another layout")
+            problems.append(f"{key}: other values than the model computes: the weights belong to another layout")
     if problems:
         raise DoesNotFit(where, sorted(problems))
 
@@ -104,17 +107,17 @@ def load_published(
 
 
 def published_weights(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict in a file or in what was read from one, without the prefixes that all its keys share."""
+    """The state dict in a file or in its loaded contents, without the prefixes that all keys share."""
     found = _weights(source if isinstance(source, Mapping) else read_checkpoint(Path(source)))
     weights = OrderedDict(_strip_prefixes(found))
-    weights._metadata = getattr(found, "_metadata", None)  # as of a module's state_dict()
+    weights._metadata = getattr(found, "_metadata", None)  # as in a module's state_dict()
     return weights
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The dict in a .safetensors file, or in a .pth file of the zip format, of which `weight_file` runs nothing.
+    """Read the dict in a .safetensors file or in a zip-format .pth file (by `weight_file`, without running code).
 
-    Raises ValueError for a file that is missing, damaged or of another format.
+    Raises ValueError if the file is missing, damaged or in another format.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -133,9 +136,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def about(path: Path) -> dict[str, Any]:
-    """What `catmodel.export`, or a run at its end, has written about a model into its .safetensors file; otherwise {}.
+    """The description that `catmodel.export` or a finished run stored in a .safetensors file; {} if there is none.
 
-    {"model": {"name": …, "img_size": …, …}, "classes": names, …}; either may be missing. Raises ValueError for others.
+    It is {"model": {"name": ..., "img_size": ..., ...}, "classes": names, ...}, of which both keys are optional. Raises
+    ValueError for metadata of another form.
     """
     from safetensors import safe_open
 
@@ -148,7 +152,7 @@ def about(path: Path) -> dict[str, Any]:
     except (ValueError, AttributeError, RecursionError):
         sound = False
     if not sound:
-        raise ValueError(f"{path}: its metadata 'catmodel' is not what this project writes there")
+        raise ValueError(f"{path}: its metadata 'catmodel' is not in the form that this project writes")
     return found
 
 
@@ -181,7 +185,7 @@ def _rename(weights: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, A
 
 
 def _is_beyond_features(key: str, model: nn.Module) -> bool:
-    """Whether a classifier's key belongs to what a features_only model does without by design."""
+    """Whether a classifier's key belongs to a part that a features_only model does not have."""
     stages = model.out_indices[-1] + 1
     if stage := re.match(r"layers\.(\d+)\.(downsample\.)?", key):  # CAT counts its stages from 0
         return int(stage[1]) >= stages or (int(stage[1]) == stages - 1 and stage[2] is not None)
@@ -191,19 +195,22 @@ def _is_beyond_features(key: str, model: nn.Module) -> bool:
 
 
 def _image_size(weights: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The size of the images that weights are for, where they name it: state dicts of our models do (`variants.Staged`)."""
+    """The image size recorded in the weights, as state dicts of our models do (`variants.Staged`), or None."""
     metadata = getattr(weights, "_metadata", None)
     for entry in metadata.values() if isinstance(metadata, dict) else ():
         size = entry.get("img_size") if isinstance(entry, dict) else None
-        if isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size):
+        if not isinstance(size, list | tuple) or len(size) != 2:
+            continue
+        if all(isinstance(side, int) and side > 0 for side in size):
             return tuple(size)
     return None
 
 
 def _position_tables(model: nn.Module, size: tuple[int, int]) -> dict[str, tuple[tuple[int, int], str]]:
-    """The position tables of a model for images of this size: {key: (its grid, how it is interpolated)}."""
+    """The position tables of a model for images of this size: {key: (grid, interpolation)}."""
     if hasattr(model, "grids"):  # PVT
-        return {f"pos_embed{i + 1}": ((size[0] // 2 ** (i + 2), size[1] // 2 ** (i + 2)), "bilinear") for i in range(len(model.grids))}
+        strides = {f"pos_embed{i + 1}": 2 ** (i + 2) for i in range(len(model.grids))}
+        return {key: ((size[0] // stride, size[1] // stride), "bilinear") for key, stride in strides.items()}
     if getattr(model, "ape", None) is None:
         return {}
     token = model.patch_embed.patch_size
@@ -219,24 +226,25 @@ def _place_positions(
     resize: bool,
     report: LoadReport,
 ) -> dict[str, str]:
-    """Puts the position tables of `weights` into the form of `own`. Returns {key: problem} of those that do not fit.
+    """Convert the position tables of `weights` to the form of `own`. Returns {key: problem} for those that do not fit.
 
-    size: of the images that the weights are for, where they name it. with_class: the table that begins with a class
-    token's entry. resize: interpolate. report: gets what was interpolated.
+    size: image size recorded in the weights. with_class: the table that begins with the class token's entry. resize:
+    interpolate tables of another grid. report: its `resized` is extended.
     """
     problems = {}
     theirs = {key: grid for key, (grid, _) in _position_tables(model, size).items()} if size else {}
     for key, (grid, mode) in _position_tables(model, model.img_size).items() if hasattr(model, "img_size") else ():
         table = weights.get(key)
-        if not isinstance(table, Tensor) or not table.is_floating_point() or table.dim() not in (3, 4) or not table.numel():
-            continue  # load_published names it
+        sound = isinstance(table, Tensor) and table.is_floating_point() and table.dim() in (3, 4) and table.numel() > 0
+        if not sound:
+            continue  # load_published reports it
         before = int(key == with_class)
         found = _grid_of(table, before, theirs.get(key), grid)
         shape = f"{key}: shape {list(table.shape)}"
         if found is None:
             problems[key] = (
-                f"{shape}, of neither a square grid nor one that the file names: fill a model for images of its size by load_state_dict, "
-                "and give load_published that model's state_dict(), which names it"
+                f"{shape}, which is no square grid, and the file records no image size: load it with load_state_dict "
+                "into a model for images of its size, and pass that model's state_dict(), which records the size"
             )
         elif found != grid and not resize:
             ours = f"the model's is {list(own[key].shape)} of {_by(grid)} (resize_positions=True resizes it)"
@@ -248,11 +256,13 @@ def _place_positions(
     return problems
 
 
-def _grid_of(table: Tensor, before: int, named: tuple[int, int] | None, ours: tuple[int, int]) -> tuple[int, int] | None:
-    """The grid of a position table [1, before + L, C] or [1, C, H, W]; None: not known.
+def _grid_of(
+    table: Tensor, before: int, named: tuple[int, int] | None, ours: tuple[int, int]
+) -> tuple[int, int] | None:
+    """The grid of a position table [1, before + L, C] or [1, C, H, W], or None if it cannot be determined.
 
-    The former has no shape of its own. It is the one that its file names; or square, as all released ones are; or, where
-    L is no square number but as large as the model's, the model's.
+    The first form does not determine the grid. It is the recorded one (`named`), if any; otherwise square, as in all
+    released files, if L is a square number; otherwise the model's (`ours`), if it has L entries.
     """
     if table.dim() == 4:
         return tuple(table.shape[2:])
@@ -263,8 +273,10 @@ def _grid_of(table: Tensor, before: int, named: tuple[int, int] | None, ours: tu
     return (side, side) if side**2 == length else ours if math.prod(ours) == length else None
 
 
-def _fit_positions(table: Tensor, before: int, found: tuple[int, int], own: Tensor, grid: tuple[int, int], mode: str) -> Tensor:
-    """A position table of the grid `found`, behind `before` entries, in the form of `own`, whose grid is `grid`."""
+def _fit_positions(
+    table: Tensor, before: int, found: tuple[int, int], own: Tensor, grid: tuple[int, int], mode: str
+) -> Tensor:
+    """Convert a table of grid `found`, after `before` other entries, to the form of `own`, whose grid is `grid`."""
     if table.dim() == 3:
         token_1eC, table_1CHW = table[:, :before], table[:, before:].transpose(1, 2).unflatten(2, found)
     else:
@@ -283,7 +295,7 @@ def _by(grid: tuple[int, int]) -> str:
 
 
 def _check_patch_size(published: Mapping[str, Any], own: Mapping[str, Tensor], model: nn.Module, where: str) -> None:
-    """Raises DoesNotFit, with one sentence in place of a line for every weight, where CAT's attention patches have another size."""
+    """Raise DoesNotFit with one sentence, not a line for every weight, if CAT's attention patches have another size."""
     for key in own:
         if key.endswith("relative_position_bias_table") and getattr(published.get(key), "ndim", 0):
             theirs, ours = (math.isqrt(tables[key].shape[0]) // 2 + 1 for tables in (published, own))
@@ -291,8 +303,9 @@ def _check_patch_size(published: Mapping[str, Any], own: Mapping[str, Tensor], m
                 unit = theirs * model.patch_embed.patch_size * 2 ** (len(model.layers) - 1)
                 sizes = "" if model.features_only else f", and an img_size that is a multiple of {unit}"
                 problem = (
-                    f"its attention patches are {theirs} x {theirs} tokens, the model's {ours} x {ours}, and cross-patch attention's "
-                    f"weights depend on that size and cannot be interpolated: create the model with patch_size={theirs}{sizes}"
+                    f"its attention patches are {theirs} x {theirs} tokens, the model's {ours} x {ours}. The weights "
+                    "of cross-patch attention depend on that size and cannot be interpolated: create the model with "
+                    f"patch_size={theirs}{sizes}"
                 )
                 raise DoesNotFit(where, [problem])
 

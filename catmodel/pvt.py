@@ -1,6 +1,7 @@
-"""PVT, version 1: Pyramid Vision Transformer (arXiv 2102.12122). Read from top to bottom: attention, blocks, the model, its variants.
+"""PVT, version 1: Pyramid Vision Transformer (arXiv 2102.12122).
 
-Parameter names are those of the released checkpoints. Shape letters: B images, H W map, N tokens, C channels, h heads, d channels per head.
+In this order: attention, blocks, the model, its variants. Parameter names are those of the released checkpoints. Shape
+letters: B images, H W map, N tokens, C channels, h heads, d channels per head.
 """
 
 import itertools
@@ -16,17 +17,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from catmodel import kernels
-from catmodel.cat import PatchConv
-from catmodel.layers import DropPathAdd, Mlp, may_be_nonzero, missing
-from catmodel.variants import Staged, build, stages_asked_for
+from catmodel.layers import DropPathAdd, Mlp, PatchConv
+from catmodel.patches import may_be_nonzero, padding_to
+from catmodel.variants import Staged, build, select_stages
 
-BLOCK_EPS = 1e-6  # of the norms of the blocks and the last one; the others have PyTorch's 1e-5
+BLOCK_EPS = 1e-6  # for the blocks' norms and the final one; the others use PyTorch's default, 1e-5
 
 
 class SpatialReductionAttention(nn.Module):
-    """Multi-head attention whose keys and values are reduced R x R-fold by a convolution (section 3.3): [B, N, C] -> [B, N, C].
+    """Multi-head attention in which a convolution reduces keys and values R x R-fold (section 3.3).
 
-    reduction: R, 1 for none. Where the map is no multiple of R it is padded with zeros on the right and at the bottom.
+    [B, N, C] -> [B, N, C]. reduction: R; 1 for none. The map is padded with zeros on the right and at the bottom to a
+    multiple of R.
     """
 
     def __init__(self, channels: int, num_heads: int, reduction: int):
@@ -44,16 +46,17 @@ class SpatialReductionAttention(nn.Module):
     def forward(self, x_BNC: Tensor, height: int, width: int) -> Tensor:
         q = rearrange(self.q(x_BNC), "B N (h d) -> B h N d", h=self.num_heads)
         if self.reduction > 1:
-            rows, columns = missing(height, self.reduction), missing(width, self.reduction)
+            rows, columns = padding_to(height, self.reduction), padding_to(width, self.reduction)
             x_BCHW = rearrange(x_BNC, "B (H W) C -> B C H W", H=height)
-            x_BNC = self.norm(self.sr(F.pad(x_BCHW, (0, columns, 0, rows)) if may_be_nonzero(rows, columns) else x_BCHW).flatten(1, 2))
+            x_BCHW = F.pad(x_BCHW, (0, columns, 0, rows)) if may_be_nonzero(rows, columns) else x_BCHW
+            x_BNC = self.norm(self.sr(x_BCHW).flatten(1, 2))
         k, v = rearrange(self.kv(x_BNC), "B N (two h d) -> two B h N d", two=2, h=self.num_heads)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(y, "B h N d -> B N (h d)"))
 
 
 class Block(nn.Module):
-    """Attention, then MLP; each with a norm before it and a residual around it."""
+    """Attention, then an MLP, each with a norm before it and a residual around it."""
 
     def __init__(self, channels: int, num_heads: int, mlp_ratio: float, reduction: int, drop_path: float):
         super().__init__()
@@ -69,7 +72,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Map [B, c, H, W] -> tokens [B, ceil(H/p), ceil(W/p), C], then LayerNorm; padded with zeros on the right and at the bottom."""
+    """Map [B, c, H, W] -> tokens [B, ceil(H/p), ceil(W/p), C], then LayerNorm. Pads with zeros, right and bottom."""
 
     def __init__(self, patch_size: int, in_chans: int, channels: int):
         super().__init__()
@@ -78,20 +81,23 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        rows, columns = missing(x_BCHW.shape[2], self.patch_size), missing(x_BCHW.shape[3], self.patch_size)
-        return self.norm(self.proj(F.pad(x_BCHW, (0, columns, 0, rows)) if may_be_nonzero(rows, columns) else x_BCHW))
+        rows, columns = padding_to(x_BCHW.shape[2], self.patch_size), padding_to(x_BCHW.shape[3], self.patch_size)
+        x_BCHW = F.pad(x_BCHW, (0, columns, 0, rows)) if may_be_nonzero(rows, columns) else x_BCHW
+        return self.norm(self.proj(x_BCHW))
 
 
 class PVT(Staged):
-    """PVT for classification, or with `features_only` as a backbone. Raises ValueError for settings that do not fit together.
+    """PVT for classification or, with `features_only`, as a backbone.
 
-    img_size: pixels, one number or (height, width), multiples of 32. A classifier takes images of exactly this size; with features_only it
-        only sets the grids of the position tables, which are resized (bilinearly) to each image.
+    img_size: pixels, one number or (height, width), multiples of 32. A classifier takes images of exactly this size.
+        With features_only it sets only the grids of the position tables, which are resized (bilinearly) to each image.
     in_chans, num_classes: input channels; outputs of the head (0: no head, pooled features).
-    embed_dims, depths, num_heads, mlp_ratios, sr_ratios: per stage; the last is the reduction R of the keys and values.
-    drop_path_rate: drop-path of the last block, growing linearly from 0.
-    features_only: `forward` returns the maps of the stages in out_indices (default all) for images of any size, as the released detectors
-        take them: without the class token and the last norm.
+    embed_dims, depths, num_heads, mlp_ratios, sr_ratios: per stage. sr_ratios is the reduction R of keys and values.
+    drop_path_rate: rate of the last block; rates grow linearly from 0.
+    features_only: `forward` returns the maps of the stages in out_indices (default: all) for images of any size, as in
+        the released detectors: without the class token and the final norm.
+
+    Raises ValueError for settings that do not fit together.
     """
 
     def __init__(
@@ -112,15 +118,19 @@ class PVT(Staged):
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         stages = len(depths)
         if not stages == len(embed_dims) == len(num_heads) == len(mlp_ratios) == len(sr_ratios):
-            raise ValueError("embed_dims, depths, num_heads, mlp_ratios and sr_ratios must have one number per stage each")
+            raise ValueError(
+                "embed_dims, depths, num_heads, mlp_ratios and sr_ratios must have one number per stage each"
+            )
         if sr_ratios[-1] != 1 and not features_only:
-            raise ValueError(f"sr_ratios {list(sr_ratios)}: the last must be 1, for the class token is on no map that could be reduced")
+            raise ValueError(
+                f"sr_ratios {list(sr_ratios)}: the last must be 1, because the class token is not on the reduced map"
+            )
         if any(side % 2 ** (stages + 1) for side in self.img_size):
             raise ValueError(f"img_size {self.img_size}: both sides must be multiples of {2 ** (stages + 1)}")
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate {drop_path_rate} must be in [0, 1)")
         self.features_only = features_only
-        self.out_indices = stages_asked_for(out_indices, stages, features_only)
+        self.out_indices = select_stages(out_indices, stages, features_only)
         self.stages = self.out_indices[-1] + 1 if features_only else stages
         self.grad_checkpointing, self.kernels = False, True
         total = sum(depths)
@@ -130,13 +140,17 @@ class PVT(Staged):
             channels, stride = embed_dims[i], 2 ** (i + 2)
             self.grids.append((self.img_size[0] // stride, self.img_size[1] // stride))
             classifies = i == stages - 1 and not features_only
-            self.add_module(f"patch_embed{i + 1}", PatchEmbed(4 if i == 0 else 2, embed_dims[i - 1] if i else in_chans, channels))
-            self.register_parameter(f"pos_embed{i + 1}", nn.Parameter(torch.empty(1, math.prod(self.grids[i]) + classifies, channels)))
+            embed = PatchEmbed(4 if i == 0 else 2, embed_dims[i - 1] if i else in_chans, channels)
+            self.add_module(f"patch_embed{i + 1}", embed)
+            position = nn.Parameter(torch.empty(1, math.prod(self.grids[i]) + classifies, channels))
+            self.register_parameter(f"pos_embed{i + 1}", position)
             rates_here = rates[sum(depths[:i]) : sum(depths[: i + 1])]
             blocks = (Block(channels, num_heads[i], mlp_ratios[i], sr_ratios[i], rate) for rate in rates_here)
             self.add_module(f"block{i + 1}", nn.ModuleList(blocks))
         self.num_features = embed_dims[self.stages - 1]
-        self.feature_info = [{"num_chs": embed_dims[i], "reduction": 2 ** (i + 2), "module": f"block{i + 1}"} for i in range(self.stages)]
+        self.feature_info = [
+            {"num_chs": embed_dims[i], "reduction": 2 ** (i + 2), "module": f"block{i + 1}"} for i in range(self.stages)
+        ]
         if not features_only:
             self.cls_token = nn.Parameter(torch.empty(1, 1, self.num_features))
             self.norm = nn.LayerNorm(self.num_features, eps=BLOCK_EPS)
@@ -144,7 +158,7 @@ class PVT(Staged):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Truncated normals for linear weights, positions and the class token; biases 0. Norms and convolutions: PyTorch's default."""
+        """Truncated normals for linear weights, positions and class token, zeros for biases; else PyTorch's default."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 _init_linear(module)
@@ -152,20 +166,20 @@ class PVT(Staged):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the head by a new one, freshly initialised, for another number of classes (0: none)."""
+        """Replace the head by a newly initialised one for another number of classes (0: no head)."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         if num_classes:
             _init_linear(self.head)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters of two or more dimensions that are not decayed: the positions are, as released."""
+        """Names of the parameters of two or more dimensions without weight decay: as released, not the positions."""
         return {"cls_token"}
 
     def layer_of(self, name: str) -> int:
-        """The layer of a parameter, for layer-wise learning rates: 0 the embedding, one for every block, the last norm and head.
+        """Layer of a parameter, for layer-wise learning rates: 0 embedding, one per block, the last for norm and head.
 
-        Later embeddings, and the class token, belong to the block after them.
+        Later embeddings and the class token belong to the block that follows them.
         """
         before = [0, *itertools.accumulate(len(getattr(self, f"block{i + 1}")) for i in range(self.stages))]
         embedding = re.match(r"(?:patch|pos)_embed(\d+)", name)
@@ -177,23 +191,29 @@ class PVT(Staged):
         return before[-2] + 1 if name == "cls_token" else before[-1] + 1
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass instead of storing them. Replays random draws: same gradients."""
+        """Recompute each block's activations in the backward pass, with the same random draws: same gradients."""
         self.grad_checkpointing = enable
 
     def set_kernels(self, enable: bool = True) -> None:
-        """Use the Triton kernels (of the MLP) where device, dtype and shapes allow (the default), or plain PyTorch everywhere."""
+        """Use the MLP's Triton kernels if device, dtype and shapes allow it (the default), or only PyTorch's."""
         self.kernels = enable
 
     def stem_and_stages(self) -> list[list[nn.Module | nn.Parameter]]:
-        """What belongs to the stem, then to each stage; the class token belongs to the last."""
-        stages = [[getattr(self, f"{part}{i + 1}") for part in ("patch_embed", "pos_embed", "block")] for i in range(self.stages)]
+        """The modules and parameters of the stem, then those of each stage; the class token is part of the last."""
+        stages = [
+            [getattr(self, f"{part}{i + 1}") for part in ("patch_embed", "pos_embed", "block")]
+            for i in range(self.stages)
+        ]
         stem, stages[0] = stages[0][:2], stages[0][2:]
         if not self.features_only:
             stages[-1].append(self.cls_token)
         return [stem, *stages]
 
     def stage(self, index: int, x_BCHW: Tensor) -> tuple[Tensor, int, int]:
-        """Stage `index` (from 0): map [B, c, H, W] -> tokens [B, N, C] and the sides of their map; the classifier's last has one more."""
+        """Stage `index`, from 0: map [B, c, H, W] -> tokens [B, N, C], height and width of their map.
+
+        In the classifier's last stage the class token is the first of 1 + N tokens.
+        """
         x_BHWC = getattr(self, f"patch_embed{index + 1}")(x_BCHW)
         height, width = x_BHWC.shape[1:3]
         x_BNC, position = x_BHWC.flatten(1, 2), getattr(self, f"pos_embed{index + 1}")
@@ -211,7 +231,7 @@ class PVT(Staged):
         return x_BNC, height, width
 
     def forward_features(self, image: Tensor) -> Tensor:
-        """[B, in_chans, H, W] of img_size -> normed tokens of the last stage [B, 1 + N, C], the class token first."""
+        """[B, in_chans, H, W] of img_size -> normed tokens of the last stage [B, 1 + N, C], class token first."""
         self.check_images(image)
         x_BCHW = image
         for index in range(self.stages - 1):
@@ -219,11 +239,11 @@ class PVT(Staged):
         return self.norm(self.stage(self.stages - 1, x_BCHW)[0])
 
     def forward_head(self, x_BNC: Tensor, pre_logits: bool = False) -> Tensor:
-        """Normed tokens [B, 1 + N, C] -> logits [B, num_classes]; with pre_logits the class token [B, C]."""
+        """Normed tokens [B, 1 + N, C] -> logits [B, num_classes], or with pre_logits the class token [B, C]."""
         return x_BNC[:, 0] if pre_logits else self.head(x_BNC[:, 0])
 
     def forward_maps(self, image: Tensor) -> list[Tensor]:
-        """[B, in_chans, H, W] of any size -> for each stage i of out_indices a map [B, C_i, ceil(H/stride_i), ceil(W/stride_i)]."""
+        """[B, in_chans, H, W] -> maps [B, C_i, ceil(H/stride_i), ceil(W/stride_i)] for i in out_indices."""
         maps, x_BCHW = [], image
         for index in range(self.stages):
             x_BCHW = _as_map(*self.stage(index, x_BCHW))
@@ -232,7 +252,7 @@ class PVT(Staged):
         return maps
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        """Images [B, in_chans, H, W] -> logits [B, num_classes]; with features_only the list of `forward_maps`."""
+        """Images [B, in_chans, H, W] -> logits [B, num_classes], or with features_only the list of `forward_maps`."""
         return self.forward_maps(image) if self.features_only else self.forward_head(self.forward_features(image))
 
 
@@ -246,7 +266,7 @@ def _init_linear(linear: nn.Linear) -> None:
         nn.init.zeros_(linear.bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- variants
+# ------------------------------------------------------------------------------------------------------------- variants
 
 
 def pvt_tiny(**overrides: Any) -> PVT:
@@ -255,12 +275,12 @@ def pvt_tiny(**overrides: Any) -> PVT:
 
 
 def pvt_small(**overrides: Any) -> PVT:
-    """PVT-Small: 24,485,864 parameters, 3.82 GMACs. Four blocks in stage 2, as released; the paper's table prints 3."""
+    """PVT-Small: 24,485,864 parameters, 3.82 GMACs. Four blocks in stage 2, as released; the paper's table has 3."""
     return build(PVT, overrides, depths=(3, 4, 6, 3), drop_path_rate=0.1)
 
 
 def pvt_medium(**overrides: Any) -> PVT:
-    """PVT-Medium: 44,208,104 parameters, 6.66 GMACs. Four blocks in stage 2, as released; the paper's table prints 3."""
+    """PVT-Medium: 44,208,104 parameters, 6.66 GMACs. Four blocks in stage 2, as released; the paper's table has 3."""
     return build(PVT, overrides, depths=(3, 4, 18, 3), drop_path_rate=0.3)
 
 

@@ -1,77 +1,45 @@
-"""Makes our models known to timm, without importing it: that takes 7 seconds, and training does not need timm.
+"""Registration of our models with timm. Imports timm, which takes seconds and which training does not need."""
 
-If timm is there already, the models are registered at once. Otherwise a finder on sys.meta_path waits for `import timm` and registers
-them right after.
-"""
-
-import importlib.machinery
-import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from timm.models import FeatureInfo, register_model
 
-def register(names: list[str]) -> None:
-    """Lets `timm.create_model` build the named models, now or as soon as timm is imported."""
-    if "timm" in sys.modules:
-        _register_now(names)
-    else:
-        sys.meta_path.insert(0, _TimmWatcher(names))
+from catmodel.pretrained import load_published
 
 
-class _TimmWatcher:
-    """Finds nothing itself: has the finders behind it find timm, and adds our registration to the end of its import."""
-
-    def __init__(self, names: list[str]):
-        self.names = names
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name != "timm":
-            return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target)) is not None), None)
-        if spec is None or spec.loader is None:
-            return spec  # not installed, or not yet
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module: Any) -> None:
-            # Only now, for a spec is also looked up by those who merely ask whether timm is installed.
-            del spec.loader.exec_module
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            execute(module)
-            _register_now(self.names)
-
-        spec.loader.exec_module = execute_and_register
-        return spec
-
-
-def _register_now(names: list[str]) -> None:
-    from timm.models import register_model
-
+def register(names: Sequence[str], create_model: Callable[..., Any]) -> None:
+    """Register the named models, which create_model(name, **overrides) builds, with timm."""
     for name in names:
-        register_model(_entry_point(name))
+        register_model(_entry_point(name, create_model))
 
 
-def _entry_point(name: str) -> Any:
-    # The named arguments are those of timm.create_model, which passes a folder's or repository's config.json as pretrained_cfg.
+def _entry_point(name: str, create_model: Callable[..., Any]) -> Callable[..., Any]:
+    # The named arguments are those of timm.create_model. For local-dir: and hf-hub:, pretrained_cfg is config.json.
     def build(
-        pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, pretrained_model_args=None, **overrides: Any
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Any = None,
+        cache_dir: Any = None,
+        pretrained_model_args: Any = None,
+        **overrides: Any,
     ) -> Any:
-        import catmodel
-
         exported = isinstance(pretrained_cfg, dict) and pretrained_cfg.get("source") in ("local-dir", "hf-hub")
         if pretrained and not exported:
-            raise ValueError(f"{name}: no weights can be downloaded; get a published file and use catmodel.load_published(model, file)")
+            raise ValueError(
+                f"{name}: no weights can be downloaded; get a published file and use "
+                "catmodel.load_published(model, file)"
+            )
         if exported:
             overrides.setdefault("num_classes", pretrained_cfg["num_classes"])
-        model = catmodel.create_model(name, **overrides)
+        model = create_model(name, **overrides)
         if exported:
             model.pretrained_cfg = model.default_cfg = {**pretrained_cfg, **(pretrained_cfg_overlay or {})}
         if pretrained:
             _load_exported(model, pretrained_cfg, cache_dir)
         if getattr(model, "features_only", False):
-            from timm.models import FeatureInfo
-
-            # What timm's own backbones have, for callers of model.feature_info.channels().
+            # As in timm's own backbones, for calls such as model.feature_info.channels().
             model.feature_info = FeatureInfo(model.feature_info, model.out_indices)
         return model
 
@@ -81,11 +49,7 @@ def _entry_point(name: str) -> Any:
 
 
 def _load_exported(model: Any, config: dict[str, Any], cache_dir: Any) -> None:
-    """The weights that `catmodel.export` wrote beside a config.json; at another number of classes without the head, as timm does it."""
-    from pathlib import Path
-
-    from catmodel import pretrained
-
+    """Load the weights written by `catmodel.export`, without the head if the number of classes differs."""
     if config["source"] == "local-dir":
         file = Path(config["file"]) / "model.safetensors"
     else:
@@ -93,4 +57,4 @@ def _load_exported(model: Any, config: dict[str, Any], cache_dir: Any) -> None:
 
         file = Path(download_from_hf(config["hf_hub_id"], "model.safetensors", cache_dir))
     others = getattr(model, "num_classes", config["num_classes"]) != config["num_classes"]
-    pretrained.load_published(model, file, resize_positions=True, fresh_head=others)
+    load_published(model, file, resize_positions=True, fresh_head=others)

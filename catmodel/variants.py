@@ -1,4 +1,4 @@
-"""What the families share as a whole: how variants are built, which stages' maps a backbone returns, and frozen stages."""
+"""Shared by all model families: construction of variants, selection of a backbone's stages, and freezing of stages."""
 
 import difflib
 import inspect
@@ -11,7 +11,7 @@ Model = TypeVar("Model")
 
 
 def build(model_class: type[Model], overrides: dict[str, Any], **defaults: Any) -> Model:
-    """model_class(**defaults) with `overrides` in place of defaults. Raises ValueError for an override that it does not know."""
+    """model_class(**defaults), with `overrides` replacing defaults. Raises ValueError for an unknown override."""
     known = inspect.signature(model_class).parameters
     unknown = [name for name in overrides if name not in known]
     if unknown:
@@ -21,8 +21,8 @@ def build(model_class: type[Model], overrides: dict[str, Any], **defaults: Any) 
     return model_class(**{**defaults, **overrides})
 
 
-def stages_asked_for(out_indices: Sequence[int] | None, stages: int, features_only: bool) -> tuple[int, ...]:
-    """The stages whose maps a backbone returns, ascending (none for a classifier). Negative indices count from the last stage."""
+def select_stages(out_indices: Sequence[int] | None, stages: int, features_only: bool) -> tuple[int, ...]:
+    """The stages whose maps a backbone returns, ascending; none for a classifier. Negative indices count back."""
     if not features_only:
         if out_indices is not None:
             raise ValueError("out_indices needs features_only=True")
@@ -34,9 +34,9 @@ def stages_asked_for(out_indices: Sequence[int] | None, stages: int, features_on
 
 
 class Staged(nn.Module):
-    """A network of a stem and stages, the first of which can be frozen."""
+    """A network with a stem and stages, of which the first ones can be frozen."""
 
-    frozen = 0  # of `stem_and_stages`, counted from the stem
+    frozen = 0  # number of frozen entries of `stem_and_stages`
     features_only: bool
     img_size: tuple[int, int]
 
@@ -45,31 +45,38 @@ class Staged(nn.Module):
         self.register_state_dict_post_hook(_name_image_size)
 
     def check_images(self, image: Tensor) -> None:
-        """Raises where a classifier of one image size is not one, or gets images [B, in_chans, H, W] of another size."""
+        """Check images [B, in_chans, H, W] for a classifier of a fixed image size.
+
+        Raises RuntimeError if the model is a backbone, ValueError if the images have another size.
+        """
         if self.features_only:
-            raise RuntimeError("forward_features belongs to the classifier: call the features_only model itself")
+            raise RuntimeError("forward_features is for classifiers: call the features_only model itself")
         found = tuple(image.shape[2:])
         if found != self.img_size:
             raise ValueError(
-                f"images are {found}, the model was built for {self.img_size}: resize them, or create it with img_size={found}"
+                f"images are {found}, the model was built for {self.img_size}: "
+                f"resize them, or create it with img_size={found}"
             )
 
     def stem_and_stages(self) -> list[list[nn.Module | nn.Parameter]]:
-        """What belongs to the stem, then to each stage."""
+        """The modules and parameters of the stem, then those of each stage."""
         raise NotImplementedError
 
     def freeze(self, stages: int) -> None:
-        """Trains neither the stem nor the first `stages` stages (0: the stem alone), and does train the stages after them.
+        """Freeze the stem and the first `stages` stages (0: the stem only), and unfreeze the stages after them.
 
-        Frozen parameters require no gradient. Whatever `train()` is called later, frozen batch norms keep and use their running statistics,
-        and no drop-path or dropout is drawn there. A CAT's patch projection belongs to the stage before it, as in its state dict; a PVT's
-        stem is the patch embedding and position of its first stage.
+        Frozen parameters require no gradient. Frozen parts stay in evaluation mode even if `train()` is called later:
+        batch norms keep and use their running statistics, and no drop-path or dropout is drawn. CAT's patch projection
+        belongs to the stage before it, as in the state dict; PVT's stem is the patch embedding and position table of
+        its first stage.
 
-        Raises ValueError where the model has fewer stages.
+        Raises ValueError if the model has fewer stages.
         """
         parts = self.stem_and_stages()
         if not 0 <= stages < len(parts):
-            raise ValueError(f"freeze({stages}): must be 0, the stem alone, to {len(parts) - 1}, the stem and all stages")
+            raise ValueError(
+                f"freeze({stages}): must be between 0 (the stem only) and {len(parts) - 1} (the stem and all stages)"
+            )
         self.frozen = stages + 1
         for number, part in enumerate(parts):
             for piece in part:
@@ -77,7 +84,7 @@ class Staged(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Staged":
-        """As of any module, except that what is frozen stays in evaluation mode."""
+        """Set the training mode, as for any module, except that frozen parts stay in evaluation mode."""
         super().train(mode)
         for part in self.stem_and_stages()[: self.frozen]:
             for piece in part:
@@ -87,6 +94,9 @@ class Staged(nn.Module):
 
 
 def _name_image_size(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
-    """Into a state dict's metadata, which torch.save keeps: a position table [1, L, C] does not show its rows and columns."""
+    """Add the image size to a state dict's metadata, which torch.save keeps.
+
+    The shape [1, L, C] of a position table does not determine its rows and columns.
+    """
     if hasattr(model, "img_size"):
         metadata["img_size"] = model.img_size

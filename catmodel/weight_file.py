@@ -1,9 +1,9 @@
-"""Reads what `torch.save` writes, of files that anybody may have made: it runs nothing of them, and writes nothing.
+"""A reader for untrusted files written by `torch.save`. It runs no code of the file and writes nothing.
 
-A file is a zip archive with a pickle, `data.pkl`, and the bytes of each storage, `data/0`, `data/1`, …, uncompressed.
-torch.load does more than read it: it runs TorchScript programs and unpacks tar archives that it finds in its place. With
-`weights_only=True` it does not, but refuses the released files, whose `config` is a pickled yacs CfgNode. So the archive
-is read here, by one parser alone, and all but tensors and plain containers becomes inert stubs.
+Such a file is a zip archive of a pickle, `data.pkl`, and the bytes of each storage, `data/0`, `data/1`, ...,
+uncompressed. torch.load does more than read it: it also runs TorchScript programs and unpacks tar archives. With
+`weights_only=True` it does not, but it then refuses the released files, whose `config` is a pickled yacs CfgNode. This
+module therefore reads the archive itself, and replaces everything but tensors and plain containers by inert stubs.
 """
 
 import io
@@ -20,16 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# All that torch.save of PyTorch 1.6 to 2.15 writes, inside a folder of any name.
-RECORDS = re.compile(r"[^/]+/(data\.pkl|data/[0-9]+|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id)")
-DEEPEST = 100
-LARGEST_PICKLE = 2**25  # bytes; of released files it is below a megabyte, for the weights are not in it
+# All records that torch.save of PyTorch 1.6 to 2.15 writes, inside a folder of any name.
+RECORDS = re.compile(
+    r"[^/]+/"
+    r"(data\.pkl|data/[0-9]+|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id)"
+)
+DEEPEST = 100  # levels of nested tuples
+LARGEST_PICKLE = 2**25  # bytes; released files stay below a megabyte, because the weights are stored outside the pickle
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The dict in a .pth file, with its tensors on the CPU; an object of any other class is an empty dict.
+    """The dict in a .pth file, with tensors on the CPU. Objects of other classes become empty dicts.
 
-    Raises ValueError for a file that is damaged or not as torch.save writes it.
+    Raises ValueError if the file is damaged or was not written by torch.save.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -50,36 +53,41 @@ def read(path: Path) -> dict[str, Any]:
 
 
 class _Refused(Exception):
-    """The file is not as torch.save writes it; the message completes a sentence that begins with its name."""
+    """The file was not written by torch.save. The message continues a sentence that begins with the file's name."""
 
 
 def _records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
-    """The archive's records by their names without the folder's. size: of the file, in bytes."""
+    """The archive's records by name, without the folder. size: of the file, in bytes."""
     found: dict[str, zipfile.ZipInfo] = {}
     folders = set()
     for record in archive.infolist():
-        # orig_filename: Python cuts a name at a null byte.
+        # orig_filename, because Python cuts filename at a null byte.
         known = RECORDS.fullmatch(record.orig_filename)
         if not known:
             script = {"constants.pkl", "code"} & {*record.filename.split("/")}
-            what = "a TorchScript program" if script else "not a file of torch.save's"
-            raise _Refused(f"holds {record.orig_filename!r}, so it is {what}: save the model's state_dict() with torch.save")
+            kind = "a TorchScript program" if script else "not a file of torch.save's"
+            raise _Refused(
+                f"holds {record.orig_filename!r}, so it is {kind}: save the model's state_dict() with torch.save"
+            )
         if known[1] in found:
             raise _Refused(f"holds {known[1]} twice")
-        if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size or record.flag_bits & 1:
+        stored = record.compress_type == zipfile.ZIP_STORED and record.compress_size == record.file_size
+        if not stored or record.flag_bits & 1:
             raise _Refused(f"its {known[1]} is compressed or encrypted, which torch.save's files are not")
         found[known[1]] = record
         folders.add(record.orig_filename[: known.start(1)])
     if "data.pkl" not in found or len(folders) > 1:
         raise _Refused("not a file of torch.save's, which has one folder with a data.pkl")
     if sum(record.file_size for record in found.values()) > size:
-        raise _Refused("says that it holds more bytes than it has")
+        raise _Refused("declares more bytes than it has")
     return found
 
 
-def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_hooks_and_flags: Any) -> Tensor:
+def _tensor(
+    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_hooks_and_flags: Any
+) -> Tensor:
     if not isinstance(storage, Tensor):
-        raise _Refused("holds a tensor whose numbers are of a type that is not known here")
+        raise _Refused("holds a tensor of an unknown dtype")
     if math.prod(size) > len(storage):
         raise _Refused(f"holds a tensor of shape {list(size)} with {len(storage)} stored elements")
     return storage.as_strided(size, stride, offset)
@@ -90,12 +98,13 @@ def _parameter(data: Any, *_hooks_and_flags: Any) -> Any:
 
 
 _STORAGES = {
-    **dict(Double=torch.double, Float=torch.float, Half=torch.half, BFloat16=torch.bfloat16, Long=torch.long, Int=torch.int),
-    **dict(Short=torch.short, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool, ComplexFloat=torch.cfloat, ComplexDouble=torch.cdouble),
+    **dict(Double=torch.double, Float=torch.float, Half=torch.half, BFloat16=torch.bfloat16),
+    **dict(Long=torch.long, Int=torch.int, Short=torch.short, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool),
+    **dict(ComplexFloat=torch.cfloat, ComplexDouble=torch.cdouble),
 }
 
-# All that a file may name: how torch.save describes a tensor, and containers that cannot do anything.
-# Whole pairs, so that no attribute of an allowed object is in reach; our own functions, so that a file can change nothing in torch.
+# All globals that a pickle may name: those that describe tensors, and inert containers. Names are matched as pairs, so
+# that attributes of allowed objects are out of reach. Functions are our own, so that a file cannot modify torch.
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
@@ -103,17 +112,21 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     **{("torch", f"{name}Storage"): dtype for name, dtype in _STORAGES.items()},
-    **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)},
+    **{
+        ("torch", str(dtype).removeprefix("torch.")): dtype
+        for dtype in vars(torch).values()
+        if isinstance(dtype, torch.dtype)
+    },
 }
 
 
 class _Stub(dict):
-    """Stands for an object whose class we do not load. Takes whatever a pickle may do to an object, and does nothing."""
+    """Stands for an object of a class that is not loaded. Accepts every operation of a pickle and ignores it."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__()
 
-    __hash__ = object.__hash__  # may be the key of a dict
+    __hash__ = object.__hash__  # it may be a key of a dict
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -129,7 +142,7 @@ class _Stub(dict):
 
 
 def _check_depth(content: bytes) -> None:
-    """Refuses a pickle with tuples deep in tuples: Python takes their hash by a recursion without limit, and crashes."""
+    """Refuse deeply nested tuples, whose hash Python computes with an unlimited recursion, which crashes."""
     stack, marks, memo = [], [], {}
     for operation, argument, _ in pickletools.genops(content):
         name, taken = operation.name, []
@@ -153,35 +166,41 @@ def _check_depth(content: bytes) -> None:
                 taken.append(stack.pop())
             depth = 1 + max(taken, default=0) if "TUPLE" in name else 0
             if depth > DEEPEST:
-                raise _Refused(f"its data.pkl has tuples in tuples, more than {DEEPEST} deep, which describe no weights")
+                raise _Refused(f"its data.pkl has tuples in tuples, over {DEEPEST} deep, which describe no weights")
             stack += [depth] * len(operation.stack_after)
 
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo]):
         if records["data.pkl"].file_size > LARGEST_PICKLE:
-            raise _Refused(f"its data.pkl has {records['data.pkl'].file_size} bytes, which is no description of weights")
+            raise _Refused(f"its data.pkl has {records['data.pkl'].file_size} bytes, too many to describe weights")
         content = archive.read(records["data.pkl"])
         _check_depth(content)
         super().__init__(io.BytesIO(content), encoding="utf-8")
         self.archive, self.records, self.storages = archive, records, {}
         order = archive.read(records["byteorder"]).decode() if "byteorder" in records else "little"
         if order != sys.byteorder:
-            raise _Refused(f"its numbers are in {order}-endian order, this machine's are not: save it again on a machine like this one")
+            raise _Refused(
+                f"its numbers are in {order}-endian order, this machine's are not: save it again on a machine like "
+                "this one"
+            )
 
     def find_class(self, module: str, name: str) -> Any:
-        # A fresh class for each name: it reads well in an error, and what one pickle does to it cannot reach another.
+        # A new class for each name: errors show the name, and no pickle can modify a class that another one uses.
         return _ALLOWED.get((module, name)) or type(f"{module}.{name}", (_Stub,), {})
 
     def persistent_load(self, pid: Any) -> Any:
         """A storage, as a tensor of one dimension."""
         _, dtype, key, _, elements = pid
         if not isinstance(dtype, torch.dtype):
-            return _Stub()  # of what is no weight
+            return _Stub()  # not a weight
         if (key, dtype) not in self.storages:
             record = self.records[f"data/{key}"]
             if record.file_size != elements * dtype.itemsize:
-                raise _Refused(f"its data/{key} has {record.file_size} bytes, which are not {elements} elements of {dtype}")
+                raise _Refused(
+                    f"its data/{key} has {record.file_size} bytes, which are not {elements} elements of {dtype}"
+                )
             content = bytearray(self.archive.read(record))
-            self.storages[key, dtype] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            storage = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            self.storages[key, dtype] = storage
         return self.storages[key, dtype]

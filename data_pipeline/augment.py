@@ -1,7 +1,9 @@
-"""The recipe on the device: batched, per-sample random, without a host synchronisation and without a loop over samples.
+"""The augmentation recipe on the device: batched, random per sample, without host synchronisation.
 
-Everything that is chosen is a function of a sample's key (augment_choices.py), so an image's augmentation does not depend on its
-neighbours, its place in the batch, or the device. Make the keys of a micro-batch with `sample_keys`.
+All random choices are functions of a sample's key (augment_choices.py), so the augmentation of an image does not
+depend on its neighbours, its place in the batch, or the device. `sample_keys` makes the keys of a micro-batch.
+
+Only images are transformed, so a task with targets that depend on positions must leave out geometric operations.
 """
 
 import functools
@@ -13,11 +15,20 @@ from torch import Tensor
 
 from . import augment_geometry as geometry
 from . import augment_operations as operations
-from .augment_choices import NOTHING, OPERATIONS, Boxes, Step, color_jitter_steps, erasing_boxes, parse_rand_augment, rand_augment_steps
+from .augment_choices import (
+    NOTHING,
+    OPERATIONS,
+    Boxes,
+    ChosenOperations,
+    choose_color_jitter,
+    choose_rand_augment,
+    erasing_boxes,
+    parse_rand_augment,
+)
 from .config import AugmentConfig
 from .randomness import Stream, fold, make_key, normals
 
-# The functions of augment_choices.OPERATIONS; the geometric ones also want the colour of what they uncover.
+# The functions of augment_choices.OPERATIONS; the geometric ones also take the fill colour of uncovered pixels.
 ON_VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "AutoContrast": operations.auto_contrast,
     "Equalize": operations.equalize,
@@ -40,21 +51,22 @@ GEOMETRIC: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def sample_keys(seed: int, epoch: int, draws: np.ndarray) -> np.ndarray:
-    """The augmentation keys of `draws` (MicroBatch.draws, int64 [m]) in an epoch, int64 [m]. On the host, as all that is chosen by them."""
+    """The augmentation keys, int64 [m], of `draws` (MicroBatch.draws, int64 [m]) in an epoch. Computed on the host."""
     return fold(make_key(seed, Stream.AUGMENT, epoch), draws)
 
 
 def augment(images: Tensor, keys: np.ndarray, config: AugmentConfig) -> Tensor:
-    """uint8 [m, 3, S, S] on any device and int64 keys [m] on the host → float32 [m, 3, S, S] on the device, contiguous.
+    """Augment and normalise a micro-batch: RandAugment, colour jitter, normalisation, erasing, in this order.
 
-    RandAugment, colour jitter, normalise, erase, in this order. `images` are left as they are. What is off costs nothing.
+    images: uint8 [m, 3, S, S] on any device; not modified. keys: int64 [m] on the host. Returns float32 [m, 3, S, S] on
+    the same device, contiguous. Parts of the recipe that are turned off cost nothing.
     """
-    steps = []
+    rounds = []
     if config.rand_augment is not None:
-        steps += rand_augment_steps(keys, parse_rand_augment(config.rand_augment))
+        rounds += choose_rand_augment(keys, parse_rand_augment(config.rand_augment))
     if config.color_jitter > 0:
-        steps += color_jitter_steps(keys, config.color_jitter)
-    images = normalise(apply(images, steps, config.mean) if steps else images, config)
+        rounds += choose_color_jitter(keys, config.color_jitter)
+    images = normalise(apply(images, rounds, config.mean) if rounds else images, config)
     if config.erasing > 0:
         erase(images, keys, erasing_boxes(keys, config.erasing, *images.shape[-2:]), config.erasing_mode)
     return images
@@ -65,29 +77,32 @@ def normalise(images: Tensor, config: AugmentConfig) -> Tensor:
     scale, shift = _normalisation(config.mean, config.std, images.device)
     images = images.contiguous()
     found = torch.empty(images.shape, device=images.device)
-    # On a CPU image by image, which stays in the cache.
-    for source, target in zip(*(part.split(1) if part.device.type == "cpu" else [part] for part in (images, found)), strict=True):
+    # On a CPU one image at a time, because a single image fits in the cache.
+    for source, target in zip(
+        *(part.split(1) if part.device.type == "cpu" else [part] for part in (images, found)), strict=True
+    ):
         target.copy_(source).mul_(scale).add_(shift)
     return found
 
 
 @functools.lru_cache(8)
 def _normalisation(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Factor and summand, [3, 1, 1] each. Kept, because copying them to the device anew would wait for the device every time."""
+    """Factor and summand, [3, 1, 1] each. Cached, because every copy to the device would wait for it."""
     mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     return tuple(values.to(torch.float32).view(3, 1, 1).to(device) for values in (1 / (255 * std), -mean / std))
 
 
-def apply(images: Tensor, steps: Sequence[Step], mean: tuple[float, float, float]) -> Tensor:
-    """uint8 [m, 3, S, S] → the same after `steps`, a copy. `mean`, in 0 … 1, is the colour of what geometric operations uncover.
+def apply(images: Tensor, rounds: Sequence[ChosenOperations], mean: tuple[float, float, float]) -> Tensor:
+    """Apply `rounds` of operations to uint8 [m, 3, S, S] and return a modified copy.
 
-    In each step an operation takes all its images at once.
+    mean: in 0 … 1, the colour of pixels that a geometric operation uncovers. In each round, every operation runs once
+    on all images that use it.
     """
     images, fill = images.clone(memory_format=torch.contiguous_format), _fill(mean, images.device)
-    for step in steps:
-        order = np.argsort(step.operations, kind="stable")
-        arguments = to_device(step.arguments[order], images.device)
-        present, starts = np.unique(step.operations[order], return_index=True)
+    for chosen_operations in rounds:
+        order = np.argsort(chosen_operations.operations, kind="stable")
+        arguments = to_device(chosen_operations.arguments[order], images.device)
+        present, starts = np.unique(chosen_operations.operations[order], return_index=True)
         for operation, start, stop in zip(present, starts, [*starts[1:], len(order)], strict=True):
             if operation != NOTHING:
                 chosen = [images[row] for row in order[start:stop]]
@@ -97,20 +112,21 @@ def apply(images: Tensor, steps: Sequence[Step], mean: tuple[float, float, float
 
 
 def operate(name: str, images: Tensor, argument: Tensor, fill: Tensor) -> Tensor:
-    """One operation on uint8 [g, 3, S, S], with float64 arguments [g] and the fill colour, float32 [3] in 0 … 255."""
+    """Apply one operation to uint8 [g, 3, S, S]. argument: float64 [g]. fill: a colour, float32 [3] in 0 … 255."""
     return GEOMETRIC[name](images, argument, fill) if name in GEOMETRIC else ON_VALUES[name](images, argument)
 
 
 @functools.lru_cache(8)
 def _fill(mean: tuple, device: torch.device) -> Tensor:
-    """`mean` in whole steps of 255, as timm gives it to Pillow: float32 [3]."""
+    """`mean` as whole numbers in 0 … 255, as timm passes it to Pillow: float32 [3]."""
     return torch.tensor([min(255.0, round(255 * value)) for value in mean]).to(device)
 
 
 def erase(images: Tensor, keys: np.ndarray, boxes: Boxes, mode: str) -> None:
-    """Fill boxes of normalised images [m, 3, H, W] with normal noise per value ("pixel") or with 0 ("const"), as timm. Changes `images`.
+    """Fill boxes of normalised images [m, 3, H, W] in place, as timm's RandomErasing does.
 
-    The noise of a value is a function of its sample's key and its place.
+    mode: "pixel" fills with normal noise per value, a function of the sample's key and the pixel's place; "const" with
+    0.
     """
     if len(boxes.rows) == 0:
         return
@@ -119,7 +135,7 @@ def erase(images: Tensor, keys: np.ndarray, boxes: Boxes, mode: str) -> None:
 
 
 def _erase_one_by_one(images: Tensor, keys: np.ndarray, boxes: Boxes, mode: str) -> None:
-    """For a CPU: nothing is computed outside the boxes."""
+    """Erase on a CPU, where it pays to compute noise inside the boxes only."""
     fields = (keys, boxes.rows, boxes.tops, boxes.lefts, boxes.heights, boxes.widths)
     for key, row, top, left, height, width in zip(*(field.tolist() for field in fields), strict=True):
         y, x = torch.arange(top, top + height)[:, None], torch.arange(left, left + width)
@@ -128,13 +144,15 @@ def _erase_one_by_one(images: Tensor, keys: np.ndarray, boxes: Boxes, mode: str)
 
 
 def _erase_together(images: Tensor, keys: np.ndarray, boxes: Boxes, mode: str) -> None:
-    """For a GPU: few launches, for all boxes at once, in windows of the size of the largest."""
+    """Erase on a GPU: all boxes in a few kernel launches, each box in a window of the size of the largest."""
     height, width = boxes.heights.max(), boxes.widths.max()
     y = np.minimum(boxes.tops, images.shape[2] - height)[:, None] + np.arange(height)
     x = np.minimum(boxes.lefts, images.shape[3] - width)[:, None] + np.arange(width)
     y_inside = (y >= boxes.tops[:, None]) & (y < (boxes.tops + boxes.heights)[:, None])
     x_inside = (x >= boxes.lefts[:, None]) & (x < (boxes.lefts + boxes.widths)[:, None])
-    keys, rows, y, x, y_inside, x_inside = (to_device(array, images.device) for array in (keys, boxes.rows, y, x, y_inside, x_inside))
+    keys, rows, y, x, y_inside, x_inside = (
+        to_device(array, images.device) for array in (keys, boxes.rows, y, x, y_inside, x_inside)
+    )
     keys, rows, y, x = keys[:, None, None], rows[:, None, None], y[:, :, None], x[:, None, :]
     inside = y_inside[:, :, None] & x_inside[:, None, :]  # [k, height, width]
     noise = _noise(keys, y, x, images).permute(1, 2, 3, 0) if mode == "pixel" else images.new_zeros(())
@@ -142,11 +160,11 @@ def _erase_together(images: Tensor, keys: np.ndarray, boxes: Boxes, mode: str) -
 
 
 def _noise(keys: Tensor, y: Tensor, x: Tensor, images: Tensor) -> Tensor:
-    """Normal numbers for the three channels at (y, x), [3, …] after broadcasting."""
+    """Normal numbers for the three channels at pixel (y, x), [3, …] after broadcasting."""
     return normals(keys, y * images.shape[3] + x)[:3]
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy of a host array on the device, without waiting for it: from pinned memory where it is a GPU."""
+    """Copy a host array to the device without waiting: to a GPU the copy is made from pinned memory."""
     values = torch.from_numpy(array)
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

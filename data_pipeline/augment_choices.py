@@ -1,8 +1,9 @@
-"""What the recipe chooses for each sample: operations, their arguments, boxes. On the host, in numpy, as a function of integer keys.
+"""The random choices of the recipe: the operations of each sample, their arguments, and the boxes to erase.
 
-So CPU and GPU are given the same choices, and nothing waits for a device. The rules are timm's (timm.data.auto_augment and
-random_erasing, 1.0.31) and torchvision's (ColorJitter), with one exception: Posterize keeps at least one bit. timm can draw 0 bits,
-which old releases of Pillow made a black image and new ones refuse.
+They are computed on the host, in numpy, from integer keys, so they are the same for CPU and GPU and nothing waits for a
+device. The rules are those of timm (timm.data.auto_augment and random_erasing, 1.0.31) and torchvision (ColorJitter),
+with one exception: Posterize keeps at least one bit. timm can draw 0 bits, which gives a black image in old releases of
+Pillow and an error in new ones.
 """
 
 import math
@@ -13,7 +14,7 @@ import numpy as np
 
 from .randomness import Stream, fold, integers, uniform
 
-# RandAugment's operations in timm's order. A Step names them by their place in this list; -1 is "nothing".
+# RandAugment's operations in timm's order. ChosenOperations refers to them by their index here; NOTHING means none.
 OPERATIONS = (
     "AutoContrast",
     "Equalize",
@@ -33,13 +34,13 @@ OPERATIONS = (
 )
 NOTHING = -1
 HIGHEST_LEVEL = 10.0
-UNIFORM_DEVIATION = 100  # timm: a larger mstd means a level drawn uniformly from 0 to m
+UNIFORM_DEVIATION = 100  # as in timm: with a larger mstd, the level is drawn uniformly from 0 to m
 
 # The six orders of colour jitter's three operations.
 JITTER_ORDERS = np.array([(a, b, 3 - a - b) for a in range(3) for b in range(3) if a != b])
 JITTER_OPERATIONS = np.array([OPERATIONS.index(name) for name in ("Brightness", "Contrast", "Color")])
 
-# timm's RandomErasing: area of the box relative to the image, height / width, and tries to place it.
+# timm's RandomErasing: area of the box relative to the image, its height / width, and the number of attempts.
 ERASING_AREA = (0.02, 1 / 3)
 ERASING_ASPECT = (0.3, 1 / 0.3)
 ERASING_ATTEMPTS = 10
@@ -47,9 +48,11 @@ ERASING_ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`count` operations per image, each of them applied with `probability`, at level magnitude + N(0, deviation²) cut to [0, 10].
+    """Settings of RandAugment (Cubuk et al., arXiv 1909.13719), as in timm.
 
-    increasing: posterize, solarize and the four enhancements grow stronger with the level, rather than by Google's scale.
+    Each image gets `count` operations, each applied with `probability`, at the level magnitude + N(0, deviation²)
+    clipped to [0, 10]. increasing: Posterize, Solarize and the four enhancements get stronger with the level, which
+    they do not do in the original scale.
     """
 
     magnitude: int = 10
@@ -60,8 +63,8 @@ class RandAugment:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One operation per sample: operations int64 [m], places in OPERATIONS or NOTHING; arguments float64 [m], in the operation's unit."""
+class ChosenOperations:
+    """One operation per sample. operations: int64 [m], indices into OPERATIONS or NOTHING; arguments: float64 [m]."""
 
     operations: np.ndarray
     arguments: np.ndarray
@@ -69,7 +72,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Boxes:
-    """Boxes to erase: the sample each is in (row of the batch), and its place in pixels; int64 [k] each, k ≤ m."""
+    """Boxes to erase, int64 [k] each, k ≤ m. rows: the samples' rows in the batch. The other fields are in pixels."""
 
     rows: np.ndarray
     tops: np.ndarray
@@ -79,8 +82,14 @@ class Boxes:
 
 
 def parse_rand_augment(text: str) -> RandAugment:
-    """timm's notation, "rand-m9-n2-mstd0.5-p0.5-inc1": after "rand" in any order, what is left out as in timm. ValueError: one sentence."""
-    example = "write it like rand-m9-mstd0.5-inc1 (m: magnitude, n: operations, mstd: deviation of m, p: probability, inc: 0 or 1)"
+    """Parse timm's notation, "rand-m9-n2-mstd0.5-p0.5-inc1". Raises ValueError with one sentence.
+
+    The parts after "rand" may have any order; parts that are left out have timm's defaults.
+    """
+    example = (
+        "write it like rand-m9-mstd0.5-inc1 "
+        "(m: magnitude, n: operations, mstd: deviation of m, p: probability, inc: 0 or 1)"
+    )
     first, *parts = text.split("-")
     if first != "rand":
         raise ValueError(f"{text!r} does not begin with 'rand': {example}")
@@ -104,14 +113,14 @@ def parse_rand_augment(text: str) -> RandAugment:
     return settings
 
 
-def rand_augment_steps(keys: np.ndarray, settings: RandAugment) -> list[Step]:
-    """The operations of the samples with the int64 keys [m]: `settings.count` steps."""
+def choose_rand_augment(keys: np.ndarray, settings: RandAugment) -> list[ChosenOperations]:
+    """RandAugment's choices for the samples with the int64 keys [m]: `settings.count` operations per sample."""
     number = uniform(fold(keys, Stream.RAND_AUGMENT), 5 * settings.count).reshape(len(keys), settings.count, 5)
     chosen = (number[..., 0] * len(OPERATIONS)).astype(np.int64)
     if settings.deviation > UNIFORM_DEVIATION:
         level = settings.magnitude * number[..., 2]
     else:
-        # Box-Muller; 1 - u, because the logarithm of 0 is infinite.
+        # Box–Muller; 1 - u, because u can be 0 and the logarithm of 0 is infinite.
         normal = np.sqrt(-2 * np.log(1 - number[..., 2])) * np.cos(2 * math.pi * number[..., 3])
         level = settings.magnitude + settings.deviation * normal
     level = np.clip(level, 0, HIGHEST_LEVEL)
@@ -121,11 +130,11 @@ def rand_augment_steps(keys: np.ndarray, settings: RandAugment) -> list[Step]:
         these = chosen == place
         arguments[these] = argument(name, level[these], sign[these], settings.increasing)
     operations = np.where(number[..., 1] < settings.probability, chosen, NOTHING)
-    return [Step(operations[:, i], arguments[:, i]) for i in range(settings.count)]
+    return [ChosenOperations(operations[:, i], arguments[:, i]) for i in range(settings.count)]
 
 
 def argument(name: str, level: np.ndarray, sign: np.ndarray, increasing: bool) -> np.ndarray:
-    """The argument of an operation at a level in [0, 10]; `sign`, 1 or -1, is the direction of those that have one."""
+    """The argument of an operation at a level in [0, 10]. sign: 1 or -1, used by operations that have a direction."""
     fraction = level / HIGHEST_LEVEL
     match name:
         case "Rotate":  # degrees, counter-clockwise
@@ -133,34 +142,38 @@ def argument(name: str, level: np.ndarray, sign: np.ndarray, increasing: bool) -
         case "Posterize":  # bits kept
             bits = np.trunc(fraction * 4)
             return np.maximum(4 - bits if increasing else bits, 1)
-        case "Solarize":  # threshold: pixels from it on are inverted
+        case "Solarize":  # threshold: values of at least this are inverted
             threshold = np.minimum(np.trunc(fraction * 256), 256)
             return 256 - threshold if increasing else threshold
-        case "SolarizeAdd":  # what is added to the pixels below 128
+        case "SolarizeAdd":  # number that is added to values below 128
             return np.minimum(np.trunc(fraction * 110), 128)
         case "Color" | "Contrast" | "Brightness" | "Sharpness":  # factor: 1 changes nothing
             return np.maximum(0.1, 1.0 + sign * (fraction * 0.9)) if increasing else fraction * 1.8 + 0.1
         case "ShearX" | "ShearY":  # slope
             return sign * (fraction * 0.3)
-        case "TranslateX" | "TranslateY":  # shift relative to the image
+        case "TranslateX" | "TranslateY":  # shift relative to the image's side
             return sign * (fraction * 0.45)
     return np.zeros_like(level)
 
 
-def color_jitter_steps(keys: np.ndarray, strength: float) -> list[Step]:
-    """Brightness, contrast and saturation by factors from [1 - strength, 1 + strength] (not below 0), in one of six orders: three steps."""
+def choose_color_jitter(keys: np.ndarray, strength: float) -> list[ChosenOperations]:
+    """Colour jitter's choices: brightness, contrast and saturation, in one of six orders.
+
+    Their factors are uniform in [1 - strength, 1 + strength], but not below 0.
+    """
     keys = fold(keys, Stream.COLOR_JITTER)
     low, high = max(0.0, 1 - strength), 1 + strength
     factors = low + (high - low) * uniform(keys, 3)
     order = JITTER_ORDERS[integers(keys, 6, counter=3)]
     factors = np.take_along_axis(factors, order, 1)
-    return [Step(JITTER_OPERATIONS[order[:, i]], factors[:, i]) for i in range(3)]
+    return [ChosenOperations(JITTER_OPERATIONS[order[:, i]], factors[:, i]) for i in range(3)]
 
 
 def erasing_boxes(keys: np.ndarray, probability: float, image_height: int, image_width: int) -> Boxes:
-    """Random erasing (Zhong et al., arXiv 1708.04896): the boxes of those of the samples with int64 keys [m] that are erased.
+    """The boxes of random erasing (Zhong et al., arXiv 1708.04896) for the samples with the int64 keys [m].
 
-    Of 10 candidates the first that is smaller than the image in both directions; where there is none, nothing is erased.
+    A sample is erased with `probability`. Its box is the first of ERASING_ATTEMPTS candidates that is smaller than the
+    image in both directions; if none is, the sample is not erased.
     """
     number = uniform(fold(keys, Stream.ERASE), 2 * ERASING_ATTEMPTS + 3)
     low, high = ERASING_AREA

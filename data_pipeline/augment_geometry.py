@@ -1,12 +1,13 @@
-"""RandAugment's geometric operations on a group of images at once, in plain PyTorch: Pillow's affine transform with bicubic interpolation.
+"""RandAugment's geometric operations on a group of images, in plain PyTorch, as timm with interpolation="bicubic".
 
-Every operation takes `images`, uint8 [g, 3, S, S], `argument`, float64 [g], and `fill`, the colour of what lies outside, float32 [3], on
-one device, leaves them as they are, and returns uint8 [g, 3, S, S]. Nothing waits for a GPU. As timm with interpolation="bicubic".
+They reproduce Pillow's affine transform with bicubic interpolation. Every operation takes, on one device, `images`
+(uint8 [g, 3, S, S]), `argument` (float64 [g]) and `fill` (float32 [3], the colour outside the source), and returns
+uint8 [g, 3, S, S]. Inputs are not modified, and nothing waits for a GPU.
 
-The position of a result's pixel in the source is first + fraction, in units of pixels whose centres are the integers. Pillow's cubic
-(Keys, a = -1) weighs the pixels first - 1 … first + 2, those beyond the edge taken from the edge; a result is inside where its nearest
-pixel is. Pillow sums in float64 and truncates, this in float32: a value can differ by 1 of 255, and about one in 1000 does (more
-where a shift is close to whole pixels).
+A pixel of the result lies at first + fraction in the source, in units of pixels whose centres are integers. Pillow's
+cubic (Keys, a = -1) weights the pixels first - 1 … first + 2; pixels beyond the edge repeat the edge. A result is
+inside if its nearest source pixel is. Pillow sums in float64 and truncates, this module sums in float32: about one
+value in 1000 differs, by 1 of 255 (more values if a shift is close to whole pixels).
 """
 
 import functools
@@ -17,9 +18,9 @@ from torch.nn.functional import embedding_bag, pad
 
 from .augment_operations import to_uint8
 
-# Added before truncating: more than float32's rounding errors, which would else turn a flat 255 into 254.
+# Added before truncating. It exceeds the rounding errors of float32, which would otherwise turn a flat 255 into 254.
 ROUNDING = 2.0**-12
-BORDER = 2  # how far the pixels that are weighed reach beyond the image
+BORDER = 2  # pixels by which the cubic's support reaches beyond the image
 
 # The weights of the four pixels as polynomials of the fraction: rows are its powers 0 … 3.
 CUBIC = ((0, 1, 0, 0), (-1, 0, 1, 0), (2, -2, 1, -1), (-1, 1, -1, 1))
@@ -46,12 +47,14 @@ def translate_y(images: Tensor, argument: Tensor, fill: Tensor) -> Tensor:
 
 
 def _shift_rows(images: Tensor, shift: Tensor, fill: Tensor) -> Tensor:
-    """The result's pixel x of row y is at x + shift[:, y] in the source. shift: float64 [g, S], or [g, 1] for all rows."""
+    """Pixel x of row y is read at x + shift[:, y] in the source. shift: float64 [g, S], or [g, 1] for all rows."""
     size = images.shape[3]
     first = shift.floor()
     fraction = (shift - first).float()
-    # All pixels that are weighed, [g, 1, S or 1, S + 3].
-    position = first.to(torch.int32)[:, None, :, None] + torch.arange(-1, size + 2, dtype=torch.int32, device=images.device)
+    # The source pixels that get a weight, [g, 1, S or 1, S + 3].
+    position = first.to(torch.int32)[:, None, :, None] + torch.arange(
+        -1, size + 2, dtype=torch.int32, device=images.device
+    )
     index = position.clamp(0, size - 1).long().expand(-1, 3, size, -1)
     pixels = images.contiguous().gather(3, index).float()
     weights = (_powers(fraction) @ _cubic(images.device))[:, None, :, None]
@@ -68,14 +71,14 @@ def rotate(images: Tensor, argument: Tensor, fill: Tensor) -> Tensor:
     angle = -torch.deg2rad(argument)[:, None]
     cos, sin = torch.cos(angle), torch.sin(angle)
     centred = _centres(images) - size / 2
-    # x and y in the source, each the sum of a part of the column and a part of the row. Below, 2 stands for x and y.
+    # x and y in the source are sums of a term of the column and a term of the row. In the shapes below, 2 is (x, y).
     of_column = torch.stack([cos, -sin]) * centred  # [2, g, S]
     of_row = torch.stack([sin, cos]) * centred + (size / 2 - 0.5)
     first, fraction = _add(of_column, of_row)  # [2, g, S, S]
     inside = _inside(first, fraction, size)
     inside = inside[0].mul_(inside[1])[:, None]
 
-    # The first of the 4 x 4 pixels that are weighed, as a row of a table of all pixels.
+    # The first of the 4 x 4 weighted pixels, as a row number in a table of all pixels.
     x, y = first.clamp_(-1, size - 1).add_(BORDER - 1)
     corner = y.mul_(width).add_(x).to(torch.int32)
     corner += torch.arange(count, dtype=torch.int32, device=images.device)[:, None, None] * width**2
@@ -85,19 +88,23 @@ def rotate(images: Tensor, argument: Tensor, fill: Tensor) -> Tensor:
 
 
 def _weigh(table: Tensor, corner: Tensor, fraction: Tensor, width: int) -> Tensor:
-    """The weighed sums of 4 x 4 rows of `table`, pixels of images `width` wide: [n, 3], for n corners and fractions [2, n].
+    """Weighted sums of 4 x 4 pixels: [n, 3], for n corners and fractions [2, n].
 
-    An embedding bag is just that: it reads 16 rows for each result, multiplies and adds them.
+    table: all pixels of images `width` wide. An embedding bag computes this: for each result it reads 16 rows,
+    multiplies them by their weights and adds them.
     """
-    part = 16384 if table.device.type == "cpu" else len(corner)  # so that 16 weights each stay in a CPU's cache
+    part = 16384 if table.device.type == "cpu" else len(corner)  # 16 weights per result then fit in a CPU's cache
     offsets, x_cubic, y_cubic = _taps(width, table.device)
     parts = zip(*(values.split(part) for values in (corner[:, None], *_powers(fraction))), strict=True)
-    found = [embedding_bag(first + offsets, table, mode="sum", per_sample_weights=(x @ x_cubic).mul_(y @ y_cubic)) for first, x, y in parts]
+    found = [
+        embedding_bag(first + offsets, table, mode="sum", per_sample_weights=(x @ x_cubic).mul_(y @ y_cubic))
+        for first, x, y in parts
+    ]
     return torch.cat(found)
 
 
 def _add(of_column: Tensor, of_row: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 […, S] each → their sums as integer part and fraction, float32 […, S, S] each: float64 is needed only here."""
+    """Sums of two float64 […, S] as integer part and fraction, float32 […, S, S] each; only this needs float64."""
     column, row = of_column.floor(), of_row.floor()
     fraction = (of_column - column).float()[..., None, :] + (of_row - row).float()[..., None]
     carry = fraction.floor()
@@ -105,13 +112,16 @@ def _add(of_column: Tensor, of_row: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inside(first: Tensor, fraction: Tensor, size: int) -> Tensor:
-    """1 where the pixel next to first + fraction is one of 0 … size - 1, else 0; float32. (Comparing takes a CPU ten times as long.)"""
+    """1 if the pixel nearest to first + fraction is one of 0 … size - 1, else 0; float32.
+
+    Arithmetic, because comparisons take ten times as long on a CPU.
+    """
     nearest = first + (fraction + 0.5).floor_()
     return (nearest + 1).clamp_(0, 1).sub_((nearest - (size - 1)).clamp_(0, 1))
 
 
 def _fill(values: Tensor, inside: Tensor, fill: Tensor) -> Tensor:
-    """float32 [g, 3, S, S] → uint8, with the colour `fill` where `inside` is not 1 but 0. Changes `values`."""
+    """float32 [g, 3, S, S] → uint8, with the colour `fill` where `inside` is 0. Modifies `values`."""
     fill = fill[:, None, None]
     return to_uint8(values.sub_(fill).mul_(inside).add_(fill + ROUNDING))
 
@@ -132,11 +142,11 @@ def _cubic(device: torch.device) -> Tensor:
 
 @functools.lru_cache(8)
 def _taps(width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of 4 x 4 pixels, row by row: their places after the first, int32 [16], and CUBIC in x and in y, [4, 16] each."""
+    """For 4 x 4 pixels, row by row: offsets from the first, int32 [16], and CUBIC in x and in y, [4, 16] each."""
     cubic, four = _cubic(device), torch.arange(4, dtype=torch.int32)
     return (four[:, None] * width + four).view(-1).to(device), cubic.repeat(1, 4), cubic.repeat_interleave(4, 1)
 
 
 def _centres(images: Tensor) -> Tensor:
-    """The places of the pixels' centres along a side, float64 [S]."""
+    """Positions of the pixels' centres along a side, float64 [S]."""
     return torch.arange(images.shape[3], dtype=torch.float64, device=images.device) + 0.5

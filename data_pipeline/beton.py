@@ -1,16 +1,19 @@
-"""Write a prepared split once more as one FFCV file (`.beton`), and check it.
+"""Write a prepared split of classification as one FFCV file (`.beton`), and check it.
 
-The file is FFCV's own format, written by FFCV's own DatasetWriter, and FFCV's stock Loader reads it: an RGBImageField `image` with the
-original bytes of the JPEG ("jpeg"; FFCV by itself would encode it anew) or its pixels ("raw"), and an IntField `label`; samples in the
-order of their ids. Beside it lies `<file>.index`, a table of manifest.RECORD, through which our backend reads it without FFCV.
+The file is written by FFCV's DatasetWriter and readable by FFCV's stock Loader. It has an RGBImageField `image`, with
+the original bytes of the JPEG (mode "jpeg"; FFCV by itself would encode it again) or its pixels ("raw"), and an
+IntField `label`, so it holds one integer label per sample. Samples are in the order of their ids. `<file>.index`, a
+table of manifest.RECORD, lets our backend read the file without FFCV.
 
-Training does not go through FFCV's engine. Around the same decoder it reached 826 images/s on a core where plain files reached 865 to 905;
-it compiles for 5 to 11 s at every start; its random numbers cannot be reproduced; and from damaged bytes it returns black or another
-image's pixels without a word. What is FFCV's here is the format, which others can read.
+Training does not use FFCV's engine. With the same decoder it reached 826 images/s on a core on which plain files
+reached 865 to 905; it compiles for 5 to 11 s at every start; its random numbers cannot be reproduced; and for damaged
+bytes it silently returns black or the pixels of another image. Only the format is used, because other programs can read
+it.
 
-DatasetWriter waits for ever for a worker that failed. So it runs in a process group of its own, where every sample is checked before it is
-handed over, a thread watches the worker, and a failure of whatever kind ends the group. It writes with one worker, before which threads
-read and decode ahead: so the same split makes the same file to the byte, and samples that are near in id are near in the file.
+DatasetWriter waits forever for a failed worker. So it runs in its own process group: every sample is checked before it
+is passed on, a thread watches the worker, and any failure ends the group. It writes with one worker, and threads read
+and decode ahead of it, so the same split gives the same file byte by byte, and samples with near ids lie near each
+other.
 """
 
 import contextlib
@@ -39,27 +42,31 @@ import numpy as np
 from data_pipeline.backends.stored import StoredSamples, stored_in_shards
 from data_pipeline.jpeg import read_header
 from data_pipeline.manifest import RECORD, Beton, DataError, Split, UsageError, publish, sha256_of
-from data_pipeline.validate import BadImage, one_sample
+from data_pipeline.validate import BadImage, errors_as_bad_image
 
 MODES = ("jpeg", "raw")
-PAGE = 1 << 23  # bytes: FFCV's default; a sample lies inside one page, so a larger one needs larger pages
+PAGE = 1 << 23  # bytes: FFCV's default; a sample must fit in one page, so larger samples need larger pages
 
 
 def require_ffcv() -> None:
-    """Raise UsageError if FFCV is not installed. Does not import it, which takes seconds."""
+    """Raise UsageError if FFCV is not installed. Does not import it, because that takes seconds."""
     if importlib.util.find_spec("ffcv") is None:
         raise UsageError(
-            "writing FFCV files needs ffcv: apt-get install libopencv-dev libturbojpeg0-dev; pip install 'cat-training[ffcv]'."
+            "writing FFCV files needs ffcv: apt-get install libopencv-dev libturbojpeg0-dev; "
+            "pip install 'cat-training[ffcv]'."
         )
 
 
-def write_beton(split: Split, path: Path, *, mode: str, workers: int, progress: Callable[[int], None] = lambda done: None) -> Beton:
-    """Write `split`, read from its WebDataset shards, as the FFCV file `path` in the split's folder, and its index `<path>.index`.
+def write_beton(
+    split: Split, path: Path, *, mode: str, workers: int, progress: Callable[[int], None] = lambda done: None
+) -> Beton:
+    """Write `split`, read from its shards, as the FFCV file `path` in the split's folder, with `<path>.index`.
 
-    mode: "jpeg" or "raw". workers: threads that read and decode. progress is called with the number of samples written so far.
-    Returns the entry of the manifest, which is the caller's to write. Both files get their names when they are whole and have been read
-    back; whatever ends this before leaves at most files named `*.tmp`. Raises UsageError without FFCV, DataError for a sample that cannot
-    be read or is no RGB or gray JPEG, OSError where the writer fails (a full disk, killed for memory).
+    mode: "jpeg" or "raw". workers: threads that read and decode. progress: called with the number of samples written so
+    far. Returns the entry for the manifest; the caller writes it. Both files get their final names after they have been
+    read back, so an interruption leaves at most files named `*.tmp`. Raises UsageError if FFCV is not installed,
+    DataError for a sample that cannot be read or is not an RGB or gray JPEG, OSError if the writer fails (a full disk,
+    out of memory).
     """
     require_ffcv()
     temporary, index = (path.with_name(f"{name}.{os.getpid()}.tmp") for name in (path.name, f"{path.name}.index"))
@@ -67,8 +74,11 @@ def write_beton(split: Split, path: Path, *, mode: str, workers: int, progress: 
         _run_writer(_Task(replace(split), temporary, index, mode, workers), progress)
         progress(split.samples)
         sha256, damaged = read_back(temporary, np.fromfile(index, RECORD))
-        if damaged:  # FFCV does not look at how much of a page the disk took
-            raise OSError(f"{path}: {len(damaged)} samples are not as they were written, the first is {damaged[0]}; is the disk full?")
+        if damaged:  # FFCV does not check how much of a page was written
+            raise OSError(
+                f"{path}: {len(damaged)} samples differ from what was written, the first is {damaged[0]}; "
+                "is the disk full?"
+            )
         beton = Beton(path.name, temporary.stat().st_size, sha256, mode, sha256_of(index))
         publish(index, path.with_name(f"{path.name}.index"))
         publish(temporary, path)
@@ -79,23 +89,30 @@ def write_beton(split: Split, path: Path, *, mode: str, workers: int, progress: 
 
 
 def check_beton(split: Split) -> list[str]:
-    """Read the split's beton and its index, and return one sentence per fault found (none: they are whole)."""
+    """Read the split's FFCV file and its index, and return one sentence per fault (an empty list if they are sound)."""
     path = split.folder / split.beton.file
     faults, records = [], split.beton_records
     if sha256_of(split.beton_index_path) != split.beton.fingerprint:
         faults.append(f"{split.beton_index_path} is damaged: its SHA-256 is not the manifest's.")
-        records = records[:0]  # it cannot tell the samples apart any more
+        records = records[:0]  # a damaged index cannot locate the samples
     sha256, damaged = read_back(path, records)
-    faults += [f"{path} is damaged: sample {sample} (byte {records[sample]['offset']}) fails its checksum." for sample in damaged]
+    faults += [
+        f"{path} is damaged: sample {sample} (byte {records[sample]['offset']}) fails its checksum."
+        for sample in damaged
+    ]
     if not damaged and sha256 != split.beton.sha256:
         faults.append(
-            f"{path} is damaged: its SHA-256 is not the manifest's" + (", though its samples are whole." if len(records) else ".")
+            f"{path} is damaged: its SHA-256 is not the manifest's"
+            + (", though its samples are whole." if len(records) else ".")
         )
     return faults
 
 
 def read_back(path: Path, records: np.ndarray) -> tuple[str, list[int]]:
-    """A file's SHA-256, and which of its `records` (manifest.RECORD, by rising offset) fail their checksum. Read once, front to back."""
+    """A file's SHA-256, and the numbers of the `records` (manifest.RECORD, by rising offset) that fail their checksum.
+
+    The file is read once, from its start to its end.
+    """
     digest, damaged = hashlib.sha256(), []
     with open(path, "rb") as file:
         columns = (records[name].tolist() for name in ("offset", "size", "checksum"))
@@ -110,12 +127,12 @@ def read_back(path: Path, records: np.ndarray) -> tuple[str, list[int]]:
     return digest.hexdigest(), damaged
 
 
-# --- the writer's process, seen from outside -------------------------------------------------------------------------------------------
+# --- in the parent process -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What the writer's process is to do."""
+    """The arguments of the writer's process."""
 
     split: Split
     path: Path
@@ -125,25 +142,30 @@ class _Task:
 
 
 def _run_writer(task: _Task, progress: Callable[[int], None]) -> None:
-    """Run `_main` below in a process group of its own, and end all of it whatever happens here."""
+    """Run `_main` in its own process group, and end the whole group on return or on any exception."""
     root = str(Path(__file__).resolve().parents[1])
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-        "NUMBA_DISABLE_JIT": "1",  # nothing of it is needed to write, and importing FFCV compiles for 5 s
-        "PYTHONWARNINGS": "ignore",  # so that the last line on standard error is a failure's
+        "NUMBA_DISABLE_JIT": "1",  # writing needs no compiled code, and importing FFCV would compile for 5 s
+        "PYTHONWARNINGS": "ignore",  # so that the last line on standard error is that of a failure
         "TQDM_DISABLE": "1",
     }
     command = [sys.executable, "-c", "from data_pipeline import beton; beton._main()"]
     with tempfile.TemporaryFile() as errors:
         writer = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+            start_new_session=True,
         )
         try:
             done = 0
-            with contextlib.suppress(BrokenPipeError):  # it died at once: its exit code is looked at below
+            with contextlib.suppress(BrokenPipeError):  # it died at once: its exit code is checked below
                 pickle.dump(task, writer.stdin)
-                writer.stdin.flush()  # and stays open: its end is how the writer learns of ours
+                writer.stdin.flush()  # stays open: the writer ends when the pipe does
             for line in writer.stdout:
                 message = json.loads(line)
                 if "error" in message:
@@ -156,17 +178,18 @@ def _run_writer(task: _Task, progress: Callable[[int], None]) -> None:
                 reason = next((line for line in reversed(lines) if line.strip()), "it was killed (out of memory?)")
                 raise OSError(f"FFCV's writer failed at sample {done} of split {task.split.name!r}: {reason}")
         finally:
-            # Not SIGKILL: multiprocessing's resource tracker ignores this signal, sees the others go, and frees their shared memory.
+            # Not SIGKILL: multiprocessing's resource tracker ignores SIGTERM, outlives the others and frees their
+            # shared memory.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(writer.pid, signal.SIGTERM)
             writer.wait()
-            writer.stdout.read()  # ends when the last of the group has
+            writer.stdout.read()  # returns when the last process of the group has ended
             writer.stdout.close()
             with contextlib.suppress(BrokenPipeError):
                 writer.stdin.close()
 
 
-# --- in the writer's process -----------------------------------------------------------------------------------------------------------
+# --- in the writer's process -----------------------------------------------------------------------------------------
 
 
 def _main() -> None:
@@ -177,7 +200,7 @@ def _main() -> None:
 
     records = task.split.records
     image = RGBImageField()
-    # On the object and not in a subclass, which the file would name as a custom field: so it is a stock one for every reader.
+    # Set on the object, not in a subclass: the file would name a subclass as a custom field, which stock readers lack.
     image.encode = _encode
     pixels = records["width"].astype(np.int64) * records["height"] * 3
     largest = int((pixels if task.mode == "raw" else records["size"]).max())
@@ -196,7 +219,7 @@ def _main() -> None:
 
 
 def _watch() -> None:
-    """End the group when the worker fails, for which the writer would wait for ever, or when our parent has ended before us."""
+    """End the group if the worker fails, because the writer would wait for it forever, or if our parent has ended."""
     while not (workers := multiprocessing.active_children()):
         time.sleep(0.02)
     parent = sys.stdin.fileno()
@@ -208,14 +231,14 @@ def _watch() -> None:
             os.killpg(0, signal.SIGTERM)
 
 
-def _say(**message: object) -> None:
-    """A line to the parent process, from whichever process of the group."""
+def _send(**message: object) -> None:
+    """Send a line to the parent process, from any process of the group."""
     os.write(1, json.dumps(message).encode() + b"\n")
 
 
 @dataclass(frozen=True)
 class _Image:
-    """What is to be stored of an image: the bytes of a JPEG, or its pixels."""
+    """An image as it is stored: the bytes of a JPEG, or its pixels."""
 
     data: np.ndarray
     mode: str
@@ -224,7 +247,7 @@ class _Image:
 
 
 def _encode(destination: np.ndarray, image: _Image, malloc: Callable) -> None:
-    """FFCV's Field.encode: the image's bytes, as they are, into FFCV's page."""
+    """FFCV's Field.encode: copy the image's bytes unchanged into FFCV's page."""
     from ffcv.fields.rgb_image import IMAGE_MODES
 
     destination["mode"] = IMAGE_MODES["jpg" if image.mode == "jpeg" else "raw"]
@@ -234,12 +257,15 @@ def _encode(destination: np.ndarray, image: _Image, malloc: Callable) -> None:
 
 
 class _Samples:
-    """The split, as DatasetWriter asks for it: every sample once, by rising number. Threads read and decode ahead."""
+    """The split as an indexed dataset for DatasetWriter, which reads every sample once, by rising number.
+
+    Threads read and decode ahead.
+    """
 
     def __init__(self, task: _Task):
         self.task, self.records = task, task.split.records
         self.stored: StoredSamples = stored_in_shards(task.split)
-        # Of what is stored; written by the worker, read by the process that forked it.
+        # CRC-32 of the stored bytes; written by the worker, read by the process that forked it.
         self.checksums = multiprocessing.RawArray("I", len(self))
         self.pending: deque[Future] = deque()
         self.begun = 0
@@ -249,27 +275,31 @@ class _Samples:
         return len(self.records)
 
     def __getitem__(self, number: int) -> tuple[_Image, int]:
-        self.pool = self.pool or ThreadPoolExecutor(self.task.workers)  # here, because threads do not survive the fork
+        # Created here, in the worker, because threads do not survive the fork.
+        self.pool = self.pool or ThreadPoolExecutor(self.task.workers)
         while self.begun < min(number + 2 * self.task.workers, len(self)):
             self.pending.append(self.pool.submit(self._load, self.begun))
             self.begun += 1
         try:
             image = self.pending.popleft().result()
         except DataError as error:
-            _say(error=str(error))
+            _send(error=str(error))
             raise
-        _say(done=int(number))
+        _send(done=int(number))
         return image, int(self.records["label"][number])
 
     def _load(self, number: int) -> _Image:
-        """Read sample `number` and see that it is what FFCV can hold. Raises DataError with a sentence that names it."""
+        """Read sample `number` and check that FFCV can hold it.
+
+        Raises DataError with a sentence that names the sample.
+        """
         import simplejpeg
 
         [data], failures = self.stored.read(np.array([number]))
         try:
             if failures:
                 raise BadImage(failures[0])
-            with one_sample():
+            with errors_as_bad_image():
                 width, height, colorspace = read_header(data)
                 if colorspace in ("CMYK", "YCCK"):
                     raise BadImage(f"it is a {colorspace} JPEG, which an FFCV file cannot hold")

@@ -1,7 +1,11 @@
-"""Which window of an image is used, and whether it is mirrored. Pure functions of keys and sizes, in numpy: one for all backends.
+"""The window of an image that is used, and whether it is mirrored: pure functions of keys and sizes, for all backends.
 
-A window is (x, y, width, height, flip): x to the right and y down from the top left corner of the stored image, in its pixels; flip
-is 1 where the result is mirrored left to right, else 0. A padded window may stick out of the image; what lies outside is black.
+A window is (x, y, width, height, flip), in pixels of the stored image: x to the right and y down from its top left
+corner; flip is 1 if the result is mirrored left to right, else 0. A padded window may extend beyond the image; pixels
+outside the image are black.
+
+Crops are chosen as for classification, without regard to a sample's targets. A task with targets that depend on
+positions cuts them by the same windows (annotations.Targets).
 """
 
 import math
@@ -19,8 +23,8 @@ def training_windows(
 ) -> np.ndarray:
     """Random windows, int32 [n, 5], for the int64 [n] keys of (seed, epoch, sample id) and the images' sizes [n].
 
-    `config.crop` chooses: "resized" (Inception's crop, as in torchvision's and timm's RandomResizedCrop), "padded" (the CIFAR
-    recipe: the full image, shifted), "none" (evaluation's windows, with `eval_crop`).
+    config.crop: "resized" (Inception's crop, as RandomResizedCrop of torchvision and timm), "padded" (the full image,
+    shifted, as usual for CIFAR), or "none" (the windows of evaluation, with `eval_crop`).
     """
     widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
     if config.crop == "resized":
@@ -37,10 +41,10 @@ def training_windows(
 
 
 def evaluation_windows(widths: np.ndarray, heights: np.ndarray, eval_crop: float) -> np.ndarray:
-    """The centred squares of side eval_crop × the short side, never mirrored, int32 [n, 5].
+    """Centred squares of side eval_crop × the short side, never mirrored, int32 [n, 5].
 
-    Resizing such a square to S is, up to the rounding of sizes and offsets to whole pixels, the usual "resize the short side to
-    S / eval_crop, then cut the centre S × S", without computing the border that is thrown away.
+    Resizing such a square to S equals the usual "resize the short side to S / eval_crop, then crop the centre S × S",
+    up to the rounding of sizes and offsets to whole pixels, and does not compute the border that is cropped away.
     """
     widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
     side = np.maximum(1, np.rint(eval_crop * np.minimum(widths, heights)).astype(np.int64))
@@ -48,7 +52,7 @@ def evaluation_windows(widths: np.ndarray, heights: np.ndarray, eval_crop: float
 
 
 def _resized(keys: np.ndarray, widths: np.ndarray, heights: np.ndarray, config: AugmentConfig) -> np.ndarray:
-    """The first of 10 random windows that fits in the image; where none does, the largest centred one within the ratio range."""
+    """The first of ATTEMPTS random windows that fits; if none does, the largest centred one in the ratio range."""
     number = uniform(keys, 4 * ATTEMPTS).reshape(-1, 4, ATTEMPTS)
     smallest, largest = config.crop_scale
     low, high = config.crop_ratio
@@ -69,7 +73,7 @@ def _resized(keys: np.ndarray, widths: np.ndarray, heights: np.ndarray, config: 
     width = np.where(found, width, np.clip(fallback_width, 1, widths))
     height = np.where(found, height, np.clip(fallback_height, 1, heights))
 
-    # Uniform over the positions that fit, both ends included; the centre for the fallback.
+    # Uniform over all positions inside the image; the fallback is centred.
     x = np.where(found, number[row, 2, first] * (widths - width + 1), (widths - width) // 2).astype(np.int64)
     y = np.where(found, number[row, 3, first] * (heights - height + 1), (heights - height) // 2).astype(np.int64)
     return _windows(x, y, width, height)

@@ -1,12 +1,12 @@
-"""JPEGs, or stored pixels, and a window of each → squares of pixels. One of three decoders does it, the first that is there:
+"""Decode windows of JPEGs, or of stored pixels, to squares of pixels, with the first available of three decoders:
 
-    native      C on libjpeg-turbo (native/), which decodes only what the window needs
-    simplejpeg  libjpeg-turbo decodes all of the image, torch resizes; the same pixels, to the last bit
-    pillow      for machines that have nothing else; pixels differ by rounding, and it does not notice every damaged image
+    native      C on libjpeg-turbo (native/), which decodes only the part that the window needs
+    simplejpeg  libjpeg-turbo decodes the whole image, torch resizes; the pixels are bit-identical to native's
+    pillow      a fallback; pixels differ by rounding, and some damaged images are not detected
 
-All release the GIL, so threads scale. Prepared datasets hold only RGB and gray JPEGs that decode without a warning; whatever else turns up
-is a failure of that sample alone. Orientation in EXIF is ignored. `native` does not see damage below the window: the checksum in the
-index does.
+All release the GIL, so they run in parallel in threads. Prepared datasets hold only RGB and gray JPEGs that decode
+without a warning; anything else is a failure of that sample alone. EXIF orientation is ignored. `native` does not
+detect damage below the window; the checksum in the index does.
 """
 
 import importlib.util
@@ -20,20 +20,21 @@ from . import native
 from .jpeg import MOST_SCANS, has_too_many_scans, read_header
 
 
-def _first_there() -> str:
+def _first_available() -> str:
     if native.LIBRARY is not None:
         return "native"
     return "simplejpeg" if importlib.util.find_spec("simplejpeg") else "pillow"
 
 
 DECODERS = ("native", "simplejpeg", "pillow")
-DECODER = _first_there()
+DECODER = _first_available()
 
 if DECODER != "native":
     warnings.warn(
-        f"The compiled decoder is not built, so images are decoded with {DECODER}, at about half the speed. Install a C compiler and "
-        "the headers of libjpeg-turbo (Debian, Ubuntu: apt-get install gcc libc6-dev libjpeg-dev), then this project once more: "
-        "pip install --editable .",
+        f"The compiled decoder is not built, so {DECODER} decodes the images, at about half the speed. "
+        "Install a C compiler and the headers of libjpeg-turbo "
+        "(Debian, Ubuntu: apt-get install gcc libc6-dev libjpeg-dev), "
+        "then install this project again: pip install --editable .",
         stacklevel=2,
     )
 
@@ -47,10 +48,11 @@ def decode_batch(
     out: np.ndarray,
     decoder: str = DECODER,
 ) -> dict[int, str]:
-    """Decode n JPEGs, cut their windows (crop.py), resize with antialiasing and mirror them into `out`, uint8 [n, size, size, 3], RGB.
+    """Decode n JPEGs, cut out their windows (crop.py), resize these with antialiasing and mirror them.
 
-    dimensions: int [n, 2], the (width, height) that each image must have. windows: int32 [n, 5].
-    interpolation: "bicubic" or "bilinear". Returns {row: why} of the images that could not be decoded; their rows of `out` mean nothing.
+    dimensions: int [n, 2], the (width, height) that each image must have. windows: int32 [n, 5]. interpolation:
+    "bicubic" or "bilinear". out: receives the pixels, uint8 [n, size, size, 3], RGB. Returns {row: reason} of the
+    images that could not be decoded; their rows of `out` are undefined.
     """
     if decoder == "native":
         return native.decode_batch(encoded, dimensions, windows, size, interpolation, out)
@@ -67,21 +69,21 @@ def crop_and_resize_batch(
     out: np.ndarray,
     decoder: str = DECODER,
 ) -> dict[int, str]:
-    """As decode_batch, of images that are stored as pixels, uint8 [height, width, 3]."""
+    """As decode_batch, for images stored as pixels, uint8 [height, width, 3]."""
     if decoder == "native":
         return native.decode_batch(stored, dimensions, windows, size, interpolation, out, encoding="raw")
     return _one_by_one(_as_pixels, _FALLBACKS[decoder][1], stored, dimensions, windows, size, interpolation, out)
 
 
 def crop_and_resize(image: np.ndarray, window: Sequence[int], size: int, interpolation: str, out: np.ndarray) -> None:
-    """Cut the window (x, y, width, height, flip) of `image`, uint8 [height, width, 3], and resize it into `out`, uint8 [size, size, 3]."""
+    """Resize window (x, y, width, height, flip) of `image`, uint8 [height, width, 3], into `out`, [size, size, 3]."""
     dimensions = np.array([image.shape[1::-1]])
     failures = crop_and_resize_batch([image.tobytes()], dimensions, np.array([window]), size, interpolation, out[None])
     if failures:
         raise ValueError(failures[0])
 
 
-# --- without the compiled decoder ------------------------------------------------------------------------------------------------------
+# --- without the compiled decoder ------------------------------------------------------------------------------------
 
 
 def _one_by_one(
@@ -101,7 +103,9 @@ def _one_by_one(
         try:
             image = decode(data, width, height)
             if image.shape[1::-1] != (width, height):
-                raise ValueError(f"it is {image.shape[1]}x{image.shape[0]} pixels where the index says {width}x{height}")
+                raise ValueError(
+                    f"it is {image.shape[1]}x{image.shape[0]} pixels where the index says {width}x{height}"
+                )
         except ValueError as error:
             failures[row] = str(error)
             continue
@@ -112,7 +116,10 @@ def _one_by_one(
 
 
 def _cut(image: np.ndarray, x: int, y: int, width: int, height: int) -> np.ndarray:
-    """The window as a contiguous uint8 [height, width, 3]: torch would make it so itself, with all the threads of the process."""
+    """The window as a contiguous uint8 [height, width, 3].
+
+    torch would make it contiguous with all threads of the process.
+    """
     cut = np.zeros((height, width, 3), np.uint8)
     left, right = max(x, 0), min(x + width, image.shape[1])
     top, bottom = max(y, 0), min(y + height, image.shape[0])
@@ -145,7 +152,8 @@ def _resize_with_torch(image: np.ndarray, size: int, interpolation: str) -> np.n
     import torch
     from torch.nn.functional import interpolate
 
-    # Viewed as [1, 3, height, width] in channels-last memory, which torch resizes in uint8 with the vector unit, as Pillow-SIMD does.
+    # A channels-last view [1, 3, height, width], which torch resizes in uint8 with vector instructions, like
+    # Pillow-SIMD.
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     return interpolate(pixels, size=(size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
 
@@ -169,4 +177,7 @@ def _resize_with_pillow(image: np.ndarray, size: int, interpolation: str) -> np.
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling[interpolation.upper()]))
 
 
-_FALLBACKS = {"simplejpeg": (_decode_with_simplejpeg, _resize_with_torch), "pillow": (_decode_with_pillow, _resize_with_pillow)}
+_FALLBACKS = {
+    "simplejpeg": (_decode_with_simplejpeg, _resize_with_torch),
+    "pillow": (_decode_with_pillow, _resize_with_pillow),
+}

@@ -1,6 +1,6 @@
-"""I/O faults that may pass: a Lustre eviction, a stale NFS handle, a soft timeout. They are tried again, with growing pauses.
+"""Retries after transient I/O errors, such as a Lustre eviction, a stale NFS handle or a soft timeout.
 
-Only the file system is asked again here. Damaged contents (a wrong checksum, a file that is too short) are not a fault of this kind.
+Damaged contents (a wrong checksum, a file that is too short) are not transient and are not retried here.
 """
 
 import threading
@@ -12,19 +12,19 @@ from typing import TypeVar
 T = TypeVar("T")
 
 PAUSES = (0.25, 0.5, 1, 2, 4, 8, 16, 32)  # seconds between attempts: about a minute in all
-# What asking again does not change. Everything else that the system may answer has been seen to pass on network file systems.
+# Errors that a retry does not change. All others can be transient on network file systems.
 LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 class StorageError(Exception):
-    """A file could not be read or written, though nothing is wrong with its contents; another start may find the file system well."""
+    """A file could not be read or written because of the file system, not its contents; a later start may succeed."""
 
     exit_code = 74
 
 
 @dataclass(frozen=True)
 class PassingFault:
-    """`count` attempts to read `file` that failed with `error`, and were followed by others."""
+    """`count` attempts to read `file` failed with `error`; each was retried."""
 
     file: str
     error: str
@@ -39,11 +39,12 @@ def retried(
     closing: threading.Event | None = None,
     pauses: Sequence[float] | None = None,
 ) -> T:
-    """The result of `action`, which is called again after each OSError, with pauses in between; it should open its files anew.
+    """Call `action`, again after each OSError with pauses in between, and return its result.
 
-    what: names the file in the error. note: called with each error that is followed by another attempt. closing: ends the pauses early.
-    pauses: seconds, in place of PAUSES.
-    Raises LASTING errors as they are, at once; StorageError after the last attempt; CancelledError once `closing` is set.
+    action: should open its files itself, so that a retry does not use a stale handle. what: the file's name in the
+    error. note: called with each error that is retried. closing: when set, ends the pauses. pauses: seconds, default
+    PAUSES. Raises LASTING errors unchanged and at once; StorageError after the last attempt; CancelledError when
+    `closing` is set.
     """
     closing = closing or threading.Event()
     pauses = PAUSES if pauses is None else pauses
@@ -62,5 +63,5 @@ def retried(
         raise
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
-        text = f"{what} cannot be read after {len(pauses) + 1} attempts: {reason}. Start again once it can be."
+        text = f"{what} cannot be read after {len(pauses) + 1} attempts: {reason}. Start again when it can be read."
         raise StorageError(text) from error

@@ -1,25 +1,26 @@
-"""What the markers of a JPEG say (ITU T.81, annex B), without decoding it; and what of it is not for every decoder."""
+"""Parse the markers of a JPEG (ITU T.81, annex B) without decoding it, and detect JPEGs that some decoders refuse."""
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# In preparation and in training. A scan can take a few bytes of the file and a pass over the whole image; photographs have about ten.
+# The limit in preparation and in training. A scan of a few bytes can cost a pass over the whole image. Progressive
+# photographs have about ten scans.
 MOST_SCANS = 500
 
 PROGRESSIVE = 0xC2
 _ALL = (1 << 64) - 1  # the coefficients of a block, a bit each
-# Not 0xFF 0x00, which is a byte of image data, nor a marker between blocks, nor a 0xFF that stands before another one.
+# Excludes 0xFF 0x00, which is a byte of image data, restart markers, and a 0xFF that is followed by another one.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
 class UnusualSampling(ValueError):
-    """Chroma sampling that libjpeg reads, but not everything around it."""
+    """Chroma sampling that libjpeg reads but other libraries do not."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan: the ids of its components, its coefficients (a bit each), and how many of their lowest bits are still to come."""
+    """One scan: the ids of its components, its coefficients (a bit each), and the number of low bits that it omits."""
 
     components: bytes
     coefficients: int
@@ -28,28 +29,31 @@ class Scan:
 
 
 def read_header(data: bytes) -> tuple[int, int, str]:
-    """(width, height, colour space: "RGB", "YCbCr", "Gray", "CMYK" or "YCCK"). Raises ValueError; UnusualSampling is one."""
+    """Width, height, and colour space ("RGB", "YCbCr", "Gray", "CMYK" or "YCCK").
+
+    Raises ValueError or UnusualSampling.
+    """
     import simplejpeg
 
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    except KeyError as error:  # 4:4:1, which libjpeg-turbo 3 has a number for, and simplejpeg no name
+    except KeyError as error:  # 4:4:1, which libjpeg-turbo 3 knows and simplejpeg does not
         raise UnusualSampling("its chroma sampling is unusual") from error
     except ValueError as error:
-        if "subsampling" in str(error):  # also said of what is no JPEG at all
+        if "subsampling" in str(error):  # simplejpeg also reports this for data that is not a JPEG
             raise UnusualSampling(str(error)) from error
         raise
     return width, height, colorspace
 
 
 def read_scans(data: bytes) -> Iterator[Scan]:
-    """The scans of an image, in their order. What is no JPEG has none."""
+    """The scans of an image in the order of the file. Data that is not a JPEG has none."""
     frame, progressive, position = b"", False, 2
     while match := _MARKER.search(data, position):
         marker, position = data[match.start() + 1], match.end()
-        if marker == 0xD9:  # the end; what lies behind it is not of this image
+        if marker == 0xD9:  # the end of the image; bytes after it do not belong to it
             return
-        if marker in (0x01, 0xD8):  # these stand alone
+        if marker in (0x01, 0xD8):  # markers without a segment
             continue
         length = int.from_bytes(data[position : position + 2], "big")
         segment = data[position : position + length]
@@ -65,17 +69,21 @@ def read_scans(data: bytes) -> Iterator[Scan]:
 
 
 def has_too_many_scans(data: bytes) -> bool:
-    """Whether there are more than MOST_SCANS."""
+    """Whether an image has more than MOST_SCANS scans."""
     for number, scan in enumerate(read_scans(data), start=1):
         if number > MOST_SCANS:
             return True
-        if scan.coefficients == _ALL and set(scan.components) >= set(scan.frame):  # the usual JPEG, of one scan: no decoder looks further
+        # The usual JPEG has one scan that completes the image; decoders stop after it.
+        if scan.coefficients == _ALL and set(scan.components) >= set(scan.frame):
             return False
     return False
 
 
 def is_complete(data: bytes) -> bool:
-    """Whether each coefficient comes with all its bits. What is missing libjpeg guesses from the neighbours, each version differently."""
+    """Whether the scans contain all bits of all coefficients.
+
+    libjpeg guesses missing bits from neighbouring blocks, and its versions do so differently.
+    """
     complete = {}
     for scan in read_scans(data):
         for component in scan.components:

@@ -1,4 +1,7 @@
-"""The names of classes, and the label file of a flat validation folder, in the forms that ImageNet's comes in."""
+"""Class names, and label files for a flat validation folder in the formats that exist for ImageNet.
+
+Classification only.
+"""
 
 import unicodedata
 from collections.abc import Iterable
@@ -9,34 +12,36 @@ import numpy as np
 from data_pipeline.manifest import DataError
 
 KAGGLE_HEADER = "ImageId,PredictionString"
-FORMS = "a class name per line, in the order of the files' names; `file class` per line; or Kaggle's LOC_val_solution.csv"
+FORMS = (
+    "a class name per line, in the order of the files' names; `file class` per line; or Kaggle's LOC_val_solution.csv"
+)
 
 
 LONGEST_NAME = 500  # characters
 
 
 def fault_of_name(name: str) -> str | None:
-    """Why a class cannot be called so: logs, reports and terminals show the names of classes."""
+    """Why `name` is not allowed as a class name, or None. Class names are shown in logs, reports and terminals."""
     if not name:
         return "is empty"
     if len(name) > LONGEST_NAME:
-        return f"has {len(name)} characters, and may have {LONGEST_NAME}"
+        return f"has {len(name)} characters, more than {LONGEST_NAME}"
     if any(unicodedata.category(character) in ("Cc", "Cs") and character != "\t" for character in name):
-        return "has control characters, or is no UTF-8"
+        return "has control characters, or is not UTF-8"
     return None
 
 
 def check_names(where: str | Path, names: Iterable[str]) -> None:
-    """Raise DataError where one of the classes' names cannot be used."""
+    """Raise DataError if a class name is not allowed."""
     for name in names:
         if fault := fault_of_name(name):
-            raise DataError(f"{where}: the class name {name[:LONGEST_NAME]!r} {fault}: call it something else.")
+            raise DataError(f"{where}: the class name {name[:LONGEST_NAME]!r} {fault}: rename the class.")
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, without white space around them. Raises DataError where it cannot be read.
+    """The stripped lines of a text file. Raises DataError if it cannot be read.
 
-    A line ends where an editor ends it. Not at U+0085, U+2028 and others, which str.splitlines takes for ends: a name may hold them.
+    Lines end at newlines only. str.splitlines would also split at U+0085, U+2028 and others, which a name may contain.
     """
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
@@ -48,10 +53,10 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_labels(path: Path, files: list[str], classes: tuple[str, ...]) -> np.ndarray:
-    """The label of each of `files` (names sorted, folders and all), int32 [n], by the label file `path`. See FORMS.
+    """The labels of `files` (sorted names with folders), int32 [n], from the label file `path` in one of FORMS.
 
-    A class is written by its name; or, beside a file's name, by its number, counted from 0 in the sorted names.
-    Raises DataError where the file is of another form, or says nothing, or two things, about an image.
+    A class is given by its name or, next to a file's name, by its number in the sorted class names, from 0. Raises
+    DataError if the file has another form, or has no label or two labels for an image.
     """
     lines = [line for line in read_lines(path) if line]
     numbers = {name: number for number, name in enumerate(classes)}
@@ -64,8 +69,8 @@ def read_labels(path: Path, files: list[str], classes: tuple[str, ...]) -> np.nd
         return _in_order(path, files, lines, numbers)
     if lines[0].isdecimal():
         raise DataError(
-            f"{path} has numbers without names, as the devkit's ground truth has: they are not the numbers of the sorted classes. "
-            f"Give a file with {FORMS}."
+            f"{path} has numbers without names, like the ground truth in ImageNet's devkit: "
+            f"they are not the numbers of the sorted classes. Give a file with {FORMS}."
         )
     separator = next((separator for separator in (",", "\t", " ") if separator in lines[0]), None)
     if separator is None:
@@ -76,7 +81,9 @@ def read_labels(path: Path, files: list[str], classes: tuple[str, ...]) -> np.nd
 
 def _in_order(path: Path, files: list[str], lines: list[str], numbers: dict[str, int]) -> np.ndarray:
     if len(lines) != len(files):
-        raise DataError(f"{path} has {len(lines)} labels for {len(files)} images: give one per image, in the order of their names.")
+        raise DataError(
+            f"{path} has {len(lines)} labels for {len(files)} images: give one per image, in the order of their names."
+        )
     for row, name in enumerate(lines, start=1):
         if name not in numbers:
             raise DataError(f"{path}, line {row}: there is no class {name!r} in train.")
@@ -84,11 +91,11 @@ def _in_order(path: Path, files: list[str], lines: list[str], numbers: dict[str,
 
 
 def _by_name(path: Path, files: list[str], pairs: list[tuple[str, str]], numbers: dict[str, int]) -> np.ndarray:
-    """Images are found by their file's name without its folder, and where the label file has no endings, without those."""
+    """Match images by file name without folder, and without suffix if the label file gives none."""
     labels = {}
     for name, class_name in pairs:
         if class_name not in numbers:
-            raise DataError(f"{path}: there is no class {class_name!r} in train, which {name} is said to be of.")
+            raise DataError(f"{path}: {name} has the class {class_name!r}, which train does not have.")
         if labels.setdefault(name, numbers[class_name]) != numbers[class_name]:
             raise DataError(f"{path} has two labels for {name}.")
     result, used = np.zeros(len(files), np.int32), set()
@@ -98,10 +105,14 @@ def _by_name(path: Path, files: list[str], pairs: list[tuple[str, str]], numbers
         if name not in labels:
             raise DataError(f"{path} has no label for {file}.")
         if name in used:
-            raise DataError(f"{file}: there are two images of this name, and {path} tells them apart by nothing else.")
+            raise DataError(
+                f"{file}: there are two images of this name, and {path} does not distinguish them: rename one."
+            )
         used.add(name)
         result[i] = labels[name]
     if len(used) < len(labels):
         missing = next(name for name in labels if name not in used)
-        raise DataError(f"{path} has labels for {len(labels) - len(used)} images that are not there; the first is {missing}.")
+        raise DataError(
+            f"{path} has labels for {len(labels) - len(used)} images that are not there; the first is {missing}."
+        )
     return result

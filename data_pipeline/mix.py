@@ -1,7 +1,8 @@
-"""Mixup, CutMix and label smoothing on a micro-batch, as timm's batch mode: one draw per micro-batch, each image with its mirror.
+"""Mixup, CutMix and label smoothing on a micro-batch of classification, as timm's batch mode.
 
-Mixup: Zhang et al., arXiv 1710.09412. CutMix: Yun et al., arXiv 1905.04899. The draws are made on the host, from the key alone:
-nothing waits for the device. They come from numpy's Philox, whose Beta numbers numpy may change between its versions.
+One draw serves the whole micro-batch, and image i is mixed with image m-1-i. Mixup: Zhang et al., arXiv 1710.09412.
+CutMix: Yun et al., arXiv 1905.04899. The random numbers are drawn on the host from the key alone, so nothing waits for
+the device. They come from numpy's Philox; numpy may change its Beta distribution between versions.
 """
 
 import math
@@ -12,22 +13,25 @@ import torch
 from .config import AugmentConfig
 
 
-def mix(images: torch.Tensor, labels: torch.Tensor, key: int, num_classes: int, config: AugmentConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float images [m, 3, S, S], int64 labels [m] → mixed images and float32 targets [m, num_classes], whose rows sum to 1.
+def mix(
+    images: torch.Tensor, labels: torch.Tensor, key: int, num_classes: int, config: AugmentConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix float images [m, 3, S, S] with int64 labels [m].
 
-    Image i is mixed with image m-1-i. `key` is of (seed, step, micro-batch index). The images given are left as they are.
+    key: derived from (seed, step, micro-batch index). Returns mixed images and float32 targets [m, num_classes], whose
+    rows sum to 1. `images` are not modified.
     """
     targets = smoothed(labels, num_classes, config.label_smoothing)
     if not (config.mixup > 0 or config.cutmix > 0):
         return images, targets
     generator = np.random.Generator(np.random.Philox(key=key & 0xFFFFFFFFFFFFFFFF))
-    # Always drawn, and in this order, so that one setting does not shift the draws of another.
+    # All four are always drawn, in this order, so that one setting does not shift the draws of another.
     apply, switch, row, column = generator.random(4)
     if apply >= config.mix_probability:
         return images, targets
     use_cutmix = config.cutmix > 0 and (config.mixup == 0 or switch < config.switch_probability)
     alpha = config.cutmix if use_cutmix else config.mixup
-    share = float(generator.beta(alpha, alpha))  # lambda: how much of the image itself remains
+    share = float(generator.beta(alpha, alpha))  # lambda: the weight of the image itself
     if use_cutmix:
         top, bottom, left, right, share = cutmix_box(images.shape[-2], images.shape[-1], share, row, column)
         other = images[..., top:bottom, left:right].flip(0)
@@ -39,16 +43,16 @@ def mix(images: torch.Tensor, labels: torch.Tensor, key: int, num_classes: int, 
 
 
 def smoothed(labels: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
-    """int64 [m] → float32 [m, num_classes]: smoothing / num_classes everywhere, and 1 - smoothing more at the label."""
+    """int64 [m] → float32 [m, num_classes]: smoothing / num_classes everywhere, plus 1 - smoothing at the label."""
     off = smoothing / num_classes
     targets = torch.full((len(labels), num_classes), off, device=labels.device)
     return targets.scatter_(1, labels[:, None], 1 - smoothing + off)
 
 
 def cutmix_box(height: int, width: int, share: float, row: float, column: float) -> tuple[int, int, int, int, float]:
-    """The box that is replaced (top, bottom, left, right in pixels), and the share of the image that really remains.
+    """The box to replace (top, bottom, left, right in pixels), and the share of the image that remains after clipping.
 
-    A box of area 1 - share around a centre at (row, column) in [0, 1), clipped to the image.
+    The box has the area 1 - share around a centre at (row, column), in [0, 1) each, and is clipped to the image.
     """
     ratio = math.sqrt(1 - share)
     box_height, box_width = int(height * ratio), int(width * ratio)

@@ -1,12 +1,14 @@
-"""Which samples a step uses: a pure function of (seed, step), in constant time and memory per position.
+"""The samples of each step: a pure function of (seed, step), in constant time and memory per position.
 
-An epoch's order is a keyed permutation of the ids 0 … samples-1, evaluated only where it is needed; it is never laid out in
-memory. Step s uses positions [s·G, (s+1)·G) of its epoch's order (G = global batch), split into M micro-batches of fixed size.
-Rank r of `world` takes the micro-batches r, r + world, …, so what a step computes does not depend on the number of ranks.
+The order of an epoch is a keyed permutation of the ids 0 … samples-1. It is evaluated only at the positions that are
+needed and is never stored. Step s uses the positions [s·G, (s+1)·G) of its epoch (G = global batch), split into M
+micro-batches of fixed size. Rank r of `world` takes the micro-batches r, r + world, …, so the result of a step does not
+depend on the number of ranks.
 
-Repeated augmentation (Hoffer et al., arXiv 1901.09335; `repeats` = r > 1) uses each sample r times in a row, augmented differently:
-use u of an epoch is copy u % r of the sample at position u // r. A step deals its G uses to its micro-batches like cards, so that the
-copies lie in different ones. An epoch keeps its N // G steps, as in timm's RASampler, and so meets N / r samples.
+Repeated augmentation (Hoffer et al., arXiv 1901.09335; `repeats` = r > 1) uses each sample r times in a row, augmented
+differently: use u of an epoch is copy u % r of the sample at position u // r. A step distributes its G uses round-robin
+over its micro-batches, so the copies of a sample lie in different ones. An epoch keeps its N // G steps, as in timm's
+RASampler, and so uses N / r samples.
 """
 
 import math
@@ -18,21 +20,21 @@ import numpy as np
 
 from .randomness import Stream, bits, fold, integers, make_key
 
-# Of the block-wise order: contiguous ids that stay together, and blocks that are shuffled into each other.
+# Block-wise order: the number of contiguous ids in a block, and the number of positions that are shuffled together.
 BLOCK = 256
 POOL = 64 * BLOCK
 
-# Rounds of the Feistel network. Luby and Rackoff (1988) need 4 for large domains; small ones mix more slowly, and rounds are cheap.
+# Rounds of the Feistel network. Luby and Rackoff (1988) prove 4 sufficient for large domains; small domains need more.
 ROUNDS = 12
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of `samples` samples under `seed`, in global batches of `global_batch`, each made of micro-batches of `micro_batch`.
+    """The order of `samples` samples under `seed`, in global batches that consist of micro-batches.
 
-    shuffle: "full" draws each position's sample from the whole dataset, "block" from a pool of 64 blocks of 256 contiguous ids, so that
-    reading stays local. Steps count from 0: step s is the one taken after s optimizer steps have finished. Raises ValueError for sizes
-    that do not fit.
+    shuffle: "full" draws the sample of each position from the whole dataset, "block" from a pool of 64 blocks of 256
+    contiguous ids, so that reads stay local. Steps count from 0: step s follows s finished optimizer steps. Raises
+    ValueError for sizes that do not fit together.
     """
 
     seed: int
@@ -48,11 +50,13 @@ class Order:
         if self.global_batch % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}")
         if self.samples < self.global_batch:
-            raise ValueError(f"the dataset has {self.samples} samples, fewer than one global_batch of {self.global_batch}")
+            raise ValueError(
+                f"the dataset has {self.samples} samples, fewer than one global_batch of {self.global_batch}"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole global batches in an epoch; the rest of the order (another rest every epoch) is not used."""
+        """Whole global batches in an epoch. The remaining samples, different ones in each epoch, are not used."""
         return self.samples // self.global_batch
 
     @property
@@ -72,9 +76,9 @@ class Order:
         return self.draws(step, [index])[0] % self.samples
 
     def draws(self, step: int, indices: Sequence[int]) -> np.ndarray:
-        """id + samples · copy of each slot of some micro-batches of a step, int64 [len(indices), micro_batch].
+        """The draws of some micro-batches of a step, int64 [len(indices), micro_batch].
 
-        A draw says which use of a sample it is, where `repeats` has several.
+        A draw is id + samples · copy, so it identifies the use of a sample if `repeats` is more than 1.
         """
         if step < 0:
             raise ValueError(f"step {step} is negative")
@@ -89,17 +93,21 @@ class Order:
         return (shuffled(key, self.samples, positions) + self.samples * copy).reshape(-1, self.micro_batch)
 
     def replacement(self, sample: int, attempt: int) -> int:
-        """The id to use in place of a sample that cannot be read; `attempt` counts from 0, as that one may be unreadable too."""
+        """The id to use instead of an unreadable sample. attempt: from 0; the replacement may be unreadable too."""
         return make_key(self.seed, Stream.REPLACEMENT, sample, attempt) % self.samples
 
     def share(self, rank: int, world: int) -> range:
-        """The indices of the micro-batches that `rank` takes in every step. ValueError where `world` does not divide M."""
+        """The indices of the micro-batches that `rank` takes in every step.
+
+        Raises ValueError if `world` does not divide M.
+        """
         total = self.micro_batches
         if world < 1 or total % world:
             fitting = ", ".join(str(size) for size in range(1, total + 1) if total % size == 0)
             raise ValueError(
-                f"{world} ranks cannot share the {total} micro-batches of a step (global_batch {self.global_batch} / micro_batch "
-                f"{self.micro_batch}) evenly; world sizes that can: {fitting}"
+                f"{world} ranks cannot share the {total} micro-batches of a step "
+                f"(global_batch {self.global_batch} / micro_batch {self.micro_batch}) evenly; "
+                f"world sizes that can: {fitting}"
             )
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")
@@ -109,8 +117,9 @@ class Order:
 def block_permute(key: int, size: int, positions: np.ndarray) -> np.ndarray:
     """A keyed permutation of 0 … size-1 with local reads, evaluated at `positions` (int64 [n]); returns int64 [n].
 
-    The ring of ids is cut, from a random id on, into blocks of BLOCK contiguous ids and a shorter rest, which stays at the end; the full
-    blocks are permuted; then every POOL positions are permuted among themselves. The last pool is shorter.
+    The ids form a ring. From a random id on, it is cut into blocks of BLOCK contiguous ids and a shorter rest, which
+    stays last. The full blocks are permuted, then each POOL of positions is permuted within itself. The last pool is
+    shorter.
     """
     result = positions.copy()
     pools = positions // POOL
@@ -129,9 +138,9 @@ def block_permute(key: int, size: int, positions: np.ndarray) -> np.ndarray:
 def permute(key: int, size: int, positions: np.ndarray) -> np.ndarray:
     """A keyed permutation of 0 … size-1, evaluated at `positions` (int64 [n], each in [0, size)); returns int64 [n].
 
-    An alternating Feistel network on pairs (left, right) in Z_a × Z_b, with a·b the smallest such grid that covers `size`, and
-    cycle walking (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002): results outside 0 … size-1 are permuted
-    again until they fall inside. As a·b - size < a ≈ √size, hardly any do.
+    An alternating Feistel network on pairs (left, right) in Z_a × Z_b, with b = ⌈√size⌉ and a·b the smallest multiple
+    of b that is at least `size`, and cycle walking (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002):
+    results outside 0 … size-1 are permuted again until they lie inside. Because a·b - size < b ≈ √size, few results do.
     """
     columns = math.isqrt(size - 1) + 1  # b = ceil(sqrt(size)); size 1 gives 1
     rows = -(-size // columns)

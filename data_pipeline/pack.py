@@ -1,4 +1,7 @@
-"""What a worker does when a dataset is prepared: read, check and store the images of one shard."""
+"""The work of a worker process of prepare: read, check and store the images of one shard.
+
+A sample is an image with one integer label (classification): `<key>.jpg` and `<key>.cls`.
+"""
 
 import hashlib
 import json
@@ -11,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.image_source import Items
+from data_pipeline.listing import read_image
 from data_pipeline.manifest import RECORD, Shard, publish, write_atomically
 from data_pipeline.ownership import WORK
-from data_pipeline.sources import Items, read_image
 from data_pipeline.validate import BadImage, Encoding, check_image
 from data_pipeline.workers import count
 
@@ -22,7 +26,7 @@ BLOCK = 512  # bytes: everything in a tar file starts at a multiple of it
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Everything a worker needs to write one shard. `first` is the key of its first sample, `slot` its place in the table of progress."""
+    """Arguments for writing one shard. first: the key of its first sample. slot: its index in the table of progress."""
 
     dest: Path
     file: str
@@ -37,8 +41,8 @@ def done_path(dest: Path, file: str) -> Path:
 
 
 def write_done(path: Path, header: dict, records: np.ndarray) -> None:
-    """What is known of a finished shard: a line of JSON, then its records."""
-    path.parent.mkdir(parents=True, exist_ok=True)  # foreign shards may lie in folders
+    """Write the `.done` file of a finished shard: a line of JSON, then its records."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # foreign shards may lie in subfolders
     write_atomically(path, json.dumps(header).encode() + b"\n" + records.tobytes())
 
 
@@ -48,7 +52,7 @@ def read_done(path: Path) -> tuple[dict, np.ndarray]:
 
 
 def pack(task: ShardTask) -> None:
-    """Write one shard under a temporary name, then name it, then its `.done` file."""
+    """Write one shard under a temporary name, rename it, then write its `.done` file."""
     items, encoding = task.items, task.encoding
     records, samples = np.zeros(len(items.names), RECORD), 0
     outcomes, listed = Counter(), []
@@ -68,7 +72,15 @@ def pack(task: ShardTask) -> None:
             if image.why:
                 listed.append((name, image.outcome, image.why))
             key = f"{task.first + number:09d}"
-            records[samples] = (position + BLOCK, len(image.data), 0, label, zlib.crc32(image.data), image.width, image.height)
+            records[samples] = (
+                position + BLOCK,
+                len(image.data),
+                0,
+                label,
+                zlib.crc32(image.data),
+                image.width,
+                image.height,
+            )
             samples += 1
             block = _tar_member(f"{key}.jpg", image.data) + _tar_member(f"{key}.cls", str(label).encode())
             file.write(block)
@@ -80,10 +92,11 @@ def pack(task: ShardTask) -> None:
         position += len(end)
     publish(temporary, task.dest / task.file)
     shard = Shard(task.file, samples, position, digest.hexdigest())
-    write_done(done_path(task.dest, task.file), {"shard": asdict(shard), "outcomes": outcomes, "listed": listed}, records[:samples])
+    header = {"shard": asdict(shard), "outcomes": outcomes, "listed": listed}
+    write_done(done_path(task.dest, task.file), header, records[:samples])
 
 
 def _tar_member(name: str, data: bytes) -> bytes:
-    info = tarfile.TarInfo(name)  # owner, time and mode are constants: the same shard must have the same bytes
+    info = tarfile.TarInfo(name)  # owner, time and mode are constants, so that equal shards have equal bytes
     info.size = len(data)
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)

@@ -1,11 +1,13 @@
-"""Pack a source of images into a prepared dataset: WebDataset shards, one index per split, and the manifest (see manifest.py).
+"""Pack a source of images into a prepared dataset: WebDataset shards, an index per split, the manifest (manifest.py).
 
-The shards are planned from the source's listing before the first one is written, so the plan is a pure function of the source and the
-arguments: worker processes write shards in any order, a killed run goes on with those that are missing, and the result is the same to
-the byte. A sample's key in its shard is its position in the plan; its id is its position in the index. The two differ only behind an
-image that was found corrupt and left out.
+Sources are those of classification: every image has a class. The shards are planned from the listing of the source
+before the first one is written, so the plan is a pure function of the source and the arguments. Worker processes write
+shards in any order, a killed run continues with the missing ones, and the result is the same byte by byte. A sample's
+key in its shard is its position in the plan; its id is its position in the index. The two differ only after a corrupt
+image that was left out.
 
-In `DEST/.work` (ownership.py): `plan.json` (what is being prepared), and per finished shard `<shard>.done` (pack.py).
+`DEST/.work` (ownership.py) holds `plan.json` (the arguments and a digest of the listing), and `<shard>.done` for each
+finished shard (pack.py).
 """
 
 import json
@@ -17,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.image_source import SPLITS, Items, Listing
+from data_pipeline.listing import add_val, list_source, open_source, read_image
 from data_pipeline.manifest import (
     FILE_NAME,
     DataError,
@@ -33,11 +37,10 @@ from data_pipeline.manifest import (
 from data_pipeline.ownership import WORK, claim, remove_work_folder, work_folder
 from data_pipeline.pack import BLOCK, ShardTask, done_path, pack, read_done
 from data_pipeline.progress import Progress
-from data_pipeline.sources import SPLITS, Items, Listing, add_val, list_source, open_source, read_image
 from data_pipeline.validate import AS_IT_IS, BadImage, Encoding, check_image
 from data_pipeline.workers import run_tasks
 
-REPORT_NAME = "report.json"  # how many images became what, and by which arguments
+REPORT_NAME = "report.json"  # the arguments, and the number of images with each outcome
 LIST_NAME = "report.jsonl"  # each image that was repaired, transcoded or excluded, with the reason
 
 
@@ -54,12 +57,12 @@ def prepare(
     encoding: Encoding = AS_IT_IS,
     beton_mode: str | None = None,
 ) -> bool:
-    """Prepare `dest`, or go on where a killed run with the same arguments stopped. False if it was finished already.
+    """Prepare `dest`, or continue a killed run with the same arguments. Returns False if it was finished already.
 
-    Args: `source_text`, and `val` where val comes from another place, as on the command line; `shard_bytes` the intended size of a shard;
-    `val_fraction` the part of the images that becomes val where the source has no val of its own (0: none); `val_labels` see labels.py;
-    `beton_mode` "jpeg" or "raw": an FFCV file for each split as well. Raises UsageError, DataError, OSError (a full disk), or
-    BrokenProcessPool where a worker was killed.
+    source_text: the source, as on the command line. val: the source of val, if it is another one. shard_bytes: intended
+    size of a shard. val_fraction: share of the images that becomes val if the source has no val (0: none). val_labels:
+    see labels.py. beton_mode: "jpeg" or "raw" also writes an FFCV file per split. Raises UsageError, DataError, OSError
+    (a full disk), or BrokenProcessPool if a worker was killed.
     """
     dest, work = dest.resolve(), dest.resolve() / WORK
     arguments = {
@@ -80,7 +83,7 @@ def prepare(
     finished = (dest / FILE_NAME).exists()
     if finished:
         _refuse_other(dest, arguments, dest / REPORT_NAME)
-        # A file that has gone since is an error here, not a surprise in training.
+        # open_manifest reports files that are missing since, which training would otherwise find later.
         if not _without_beton(open_manifest(dest), beton_mode) and not work.is_dir():
             return False
     elif dest.is_dir() and any(path != work for path in dest.iterdir()) and not (work / "plan.json").exists():
@@ -102,7 +105,7 @@ def _absolute(text: str) -> str:
 
 
 def read_arguments(path: Path) -> dict:
-    """What a dataset was made with, by its report or plan; {} where that is not there, or is another program's."""
+    """The arguments in a dataset's report or plan; {} if the file is missing or was written by another program."""
     try:
         arguments = json.loads(path.read_bytes())["arguments"]
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
@@ -111,19 +114,21 @@ def read_arguments(path: Path) -> dict:
 
 
 def _refuse_other(dest: Path, arguments: dict, path: Path) -> None:
-    """Raise UsageError if `path` (a plan or a report) says that `dest` was begun with other arguments."""
+    """Raise UsageError if `path` (a plan or a report) shows that `dest` was begun with other arguments."""
     if path.exists():
         earlier = read_arguments(path)
-        changed = [f"{key} {earlier.get(key)} and not {value}" for key, value in arguments.items() if earlier.get(key) != value]
+        changed = [
+            f"{key} {earlier.get(key)} and not {value}" for key, value in arguments.items() if earlier.get(key) != value
+        ]
         if changed:
             raise UsageError(f"{dest} was prepared with {', '.join(changed)}: give another folder, or delete it.")
 
 
-# --- the plan --------------------------------------------------------------------------------------------------------------------------
+# --- the plan --------------------------------------------------------------------------------------------------------
 
 
 def _draw_val(listing: Listing, fraction: float, seed: int) -> Listing:
-    """The listing with `fraction` of its train images drawn, by the seed, as val."""
+    """The listing with `fraction` of its train images moved to val, drawn at random by the seed."""
     if not fraction:
         return listing
     if "val" in listing.splits:
@@ -133,17 +138,19 @@ def _draw_val(listing: Listing, fraction: float, seed: int) -> Listing:
     if not 0 < count < len(train.names):
         raise UsageError(f"--val-fraction {fraction} of {len(train.names)} images leaves a split empty.")
     order = _permutation(len(train.names), seed, stream=len(SPLITS))
-    return replace(listing, splits={"train": train.take(np.sort(order[count:])), "val": train.take(np.sort(order[:count]))})
+    return replace(
+        listing, splits={"train": train.take(np.sort(order[count:])), "val": train.take(np.sort(order[:count]))}
+    )
 
 
 def _permutation(n: int, seed: int, stream: int) -> np.ndarray:
-    """A permutation of 0 … n-1 that depends on the seed and the stream alone."""
+    """A permutation of 0 … n-1, a function of the seed and the stream."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64))).permutation(n)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """One split, shuffled and cut into shards: shard i has the items order[cuts[i]:cuts[i + 1]]."""
+    """One split, shuffled and cut into shards: shard i has the items order[cuts[i] : cuts[i + 1]]."""
 
     split: str
     items: Items
@@ -158,9 +165,13 @@ class _Plan:
 
 
 def _plan_split(split: str, items: Items, shard_bytes: int, scale: float, seed: int) -> _Plan:
-    """Shards of about equal size, at most `shard_bytes` where images are small beside that and `scale` times as large as in the source."""
+    """Cut a split into shards of about equal size.
+
+    scale: estimated size of a stored image relative to the source. If it holds, and images are small relative to
+    `shard_bytes`, no shard is larger than `shard_bytes`.
+    """
     order = _permutation(len(items.names), seed, SPLITS.index(split))
-    # An image takes a header, its bytes in whole blocks, and as much as two blocks for its label.
+    # An image takes a header block and its bytes in whole blocks; its label takes two blocks.
     ends = np.cumsum(3 * BLOCK + -(-(items.sizes[order] * scale).astype(np.int64) // BLOCK) * BLOCK)
     count = -(-int(ends[-1]) // shard_bytes)
     shard = np.concatenate([[0], ends[:-1]]) * count // ends[-1]
@@ -168,7 +179,7 @@ def _plan_split(split: str, items: Items, shard_bytes: int, scale: float, seed: 
 
 
 def _size_after_encoding(listing: Listing, encoding: Encoding) -> float:
-    """How large a stored image is beside its original, from up to 64 images spread over the source."""
+    """Size of stored images relative to their originals, estimated from up to 64 images spread over the source."""
     if encoding == AS_IT_IS:
         return 1.0
     before = after = 0
@@ -183,18 +194,22 @@ def _size_after_encoding(listing: Listing, encoding: Encoding) -> float:
     return after / before if before else 1.0
 
 
-# --- carrying it out -------------------------------------------------------------------------------------------------------------------
+# --- the execution ---------------------------------------------------------------------------------------------------
 
 
-def _write_shards(dest: Path, listing: Listing, shard_bytes: int, seed: int, encoding: Encoding, arguments: dict, workers: int) -> None:
-    """Everything from the plan to the manifest."""
+def _write_shards(
+    dest: Path, listing: Listing, shard_bytes: int, seed: int, encoding: Encoding, arguments: dict, workers: int
+) -> None:
+    """Plan the shards, write them, and write the manifest."""
     state = {"arguments": arguments, "listing": listing.digest()}
     path = dest / WORK / "plan.json"
     if path.exists():
         earlier = json.loads(path.read_text())
         scale = earlier.pop("scale")
         if earlier != state:
-            raise UsageError(f"{arguments['source']} has changed since {dest} was begun: delete {dest} and start again.")
+            raise UsageError(
+                f"{arguments['source']} has changed since {dest} was begun: delete {dest} and start again."
+            )
     else:
         scale = _size_after_encoding(listing, encoding)
         write_atomically(path, json.dumps({**state, "scale": scale}).encode())
@@ -218,7 +233,7 @@ def _write_shards(dest: Path, listing: Listing, shard_bytes: int, seed: int, enc
 
 
 def _is_done(dest: Path, file: str) -> bool:
-    """True if the shard was finished: its `.done` file is written after it, and both in one piece."""
+    """Whether the shard is finished: its `.done` file is written after it, and both are written atomically."""
     try:
         return (dest / file).stat().st_size == read_done(done_path(dest, file))[0]["shard"]["bytes"]
     except FileNotFoundError:
@@ -226,7 +241,7 @@ def _is_done(dest: Path, file: str) -> bool:
 
 
 def files_beside(splits: Iterable[str]) -> list[str]:
-    """The names of what `finish` writes for these splits."""
+    """The names of the files that `finish` writes for these splits."""
     return [FILE_NAME, REPORT_NAME, LIST_NAME, *(f"{split}.index" for split in splits)]
 
 
@@ -238,13 +253,14 @@ def finish(
     read: Callable[[str], tuple[dict, np.ndarray]],
     stale: Iterable[str] = (),
 ) -> None:
-    """Join what `read` gives for each split's shards (pack.read_done) into its index, then write the reports, and last the manifest.
+    """Join the records of each split's shards into its index, then write the reports, and last the manifest.
 
-    stale: files of an earlier `index` that go.
+    read: returns the header and records of a shard (pack.read_done). stale: files of an earlier `index` to remove.
     """
     splits, report = {}, {**report, "splits": {}}
     listed_path, report_path, *index_paths = (
-        dest / WORK / f"{name}.{os.getpid()}.tmp" for name in (LIST_NAME, REPORT_NAME, *(f"{split}.index" for split in files))
+        dest / WORK / f"{name}.{os.getpid()}.tmp"
+        for name in (LIST_NAME, REPORT_NAME, *(f"{split}.index" for split in files))
     )
     with open(listed_path, "w") as listed:
         for (split, names), index_path in zip(files.items(), index_paths, strict=True):
@@ -263,11 +279,14 @@ def finish(
                         listed.write(json.dumps({"split": split, "image": name, "outcome": outcome, "why": why}) + "\n")
             samples = sum(shard.samples for shard in shards)
             if not samples:
-                raise DataError(f"none of the {outcomes['excluded']} images of {split} can be used; the first is {first_excluded}.")
+                raise DataError(
+                    f"none of the {outcomes['excluded']} images of {split} can be used; the first is {first_excluded}."
+                )
             splits[split] = Split(dest, split, samples, sha256_of(index_path), tuple(shards))
-            report["splits"][split] = {"samples": samples, **{outcome: count for outcome, count in sorted(outcomes.items()) if count}}
+            counts = {outcome: count for outcome, count in sorted(outcomes.items()) if count}
+            report["splits"][split] = {"samples": samples, **counts}
     report_path.write_text(json.dumps(report, indent=1))
-    for name in (FILE_NAME, *stale):  # of an earlier `index`: that manifest must not meet the new files
+    for name in (FILE_NAME, *stale):  # the manifest of an earlier `index` must never exist beside new files
         (dest / name).unlink(missing_ok=True)
     for split, index_path in zip(splits.values(), index_paths, strict=True):
         publish(index_path, split.index_path)
@@ -276,19 +295,24 @@ def finish(
     write_manifest(Manifest(dest, classes, splits))
 
 
-# --- FFCV ------------------------------------------------------------------------------------------------------------------------------
+# --- FFCV ------------------------------------------------------------------------------------------------------------
 
 
 def _without_beton(manifest: Manifest, mode: str | None) -> list[Split]:
-    """The splits that lack the FFCV file that is asked for."""
+    """The splits without an FFCV file, if `mode` asks for them."""
     betons = [split.beton for split in manifest.splits.values() if split.beton]
     if mode and any(beton.mode != mode for beton in betons):
-        raise UsageError(f"{manifest.folder} has FFCV files of mode {betons[0].mode}, not {mode}: prepare another folder for those.")
+        raise UsageError(
+            f"{manifest.folder} has FFCV files of mode {betons[0].mode}, not {mode}: prepare another folder for those."
+        )
     return [split for split in manifest.splits.values() if mode and not split.beton]
 
 
 def _add_betons(dest: Path, mode: str | None, workers: int) -> bool:
-    """Write each missing FFCV file from the finished shards, and enter it in the manifest. True if there was one to write."""
+    """Write each missing FFCV file from the finished shards and add it to the manifest.
+
+    Returns whether any was missing.
+    """
     manifest = open_manifest(dest)
     missing = _without_beton(manifest, mode)
     claim(dest, [f"{split.name}.beton{ending}" for split in missing for ending in ("", ".index")])

@@ -1,16 +1,18 @@
-"""How far a long command is: a bar on a terminal, a line every ten seconds elsewhere; on standard error."""
+"""Progress of a long command on standard error: a bar on a terminal, otherwise a line every ten seconds."""
 
 import sys
 import time
+
+from data_pipeline.formatting import duration
 
 INTERVAL = 10  # seconds between lines
 
 
 class Progress:
-    """Call `show` with what is done so far, as often as is convenient. `done` is what was there before the start."""
+    """A progress display. Call `show` with the amount that is done, as often as convenient."""
 
     def __init__(self, unit: str, what: str, total: int | None = None, done: int = 0):
-        """unit: "images", "files" or "bytes"."""
+        """unit: "images", "files" or "bytes". what: the activity. done: the amount that was done before the start."""
         self.unit, self.what, self.total, self.first = unit, what, total, done
         self.start = time.monotonic()
         self.next_line = self.start + INTERVAL
@@ -18,7 +20,7 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            # A bar that would be over in a second is not shown.
+            # delay: no bar for work that takes less than a second.
             scale = {"unit": "B", "unit_scale": True} if unit == "bytes" else {"unit": f" {unit}"}
             self.bar = tqdm(desc=what, total=total, initial=done, smoothing=0.1, delay=1, **scale)
 
@@ -38,20 +40,16 @@ class Progress:
             self.next_line = now + INTERVAL
 
     def line(self, done: int, seconds: float) -> str:
-        """What is done, its rate over these seconds, and, where there is a total, the time that is left at this rate."""
+        """The amount done, its rate over `seconds`, and, if there is a total, the time left at this rate."""
         rate = (done - self.first) / seconds
         amount = self._number(done)
-        unit, speed = ("GB", f"{rate / 1e6:.0f} MB/s") if self.unit == "bytes" else (self.unit, f"{rate:.0f} {self.unit}/s")
+        unit, speed = (
+            ("GB", f"{rate / 1e6:.0f} MB/s") if self.unit == "bytes" else (self.unit, f"{rate:.0f} {self.unit}/s")
+        )
         if self.total is None:
             return f"{self.what}: {amount} {unit}, {speed}"
-        left = f"{_duration((self.total - done) / rate)} left" if rate else "time left unknown"
+        left = f"{duration((self.total - done) / rate)} left" if rate else "time left unknown"
         return f"{self.what}: {amount} of {self._number(self.total)} {unit}, {speed}, {left}"
 
     def _number(self, count: float) -> str:
         return f"{count / 1e9:.1f}" if self.unit == "bytes" else f"{count:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

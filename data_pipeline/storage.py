@@ -1,17 +1,18 @@
-"""Datasets that are copied to the node's own disk before use: `data.cache_dir`, and any URL that fsspec reads as `data.path`.
+"""Staging: copy a dataset's files to the node's own disk before use (`data.cache_dir`).
 
-All lies in one folder of `cache_dir`, `cat-cache-<user number>`, which this user alone may write to and which CACHEDIR.TAG marks as a
-cache. In it there is a folder per dataset, named after its manifest's SHA-256, with the files that were needed so far:
+The dataset may lie in a folder or behind any URL that fsspec reads. All copies lie in one folder of `cache_dir`,
+`cat-cache-<user number>`, which only this user may write to and which CACHEDIR.TAG marks as a cache. It has a folder
+per dataset, named after the SHA-256 of its manifest, with the files needed so far:
 
-    files/<name>         whole, its SHA-256 was the manifest's; never written to again
-    parts/<key>.<bytes>  being copied; or left behind by a process that was killed, until the next start, or the next need of its room
+    files/<name>         complete, with the SHA-256 of the manifest; never written to again
+    parts/<key>.<bytes>  being copied; those of a killed process are removed at the next start or when space is needed
     locks/<key>          empty; locked by the process that copies the file, while the others on the node wait
 
-A file's key is a hash of its name. What has no lock was not made here: it is neither counted nor removed.
+The key of a file is a hash of its name. Files without a lock were not made here and are neither counted nor removed.
 
-`cache_gb` bounds the sum of these files, whatever dataset they are of: those opened longest ago are removed first. A process that reads
-one at that moment is not disturbed, as its descriptor outlives the name; and with a limit set no descriptor is kept for later, so what
-was removed does not go on taking room.
+`cache_gb` limits the total size of these files over all datasets; the least recently opened ones are removed first. A
+process that is reading a removed file is not disturbed, because its descriptor outlives the name. With a limit, no
+descriptor is kept open for later, so that removing a file frees its space.
 """
 
 import fcntl
@@ -31,7 +32,7 @@ import numpy as np
 from .backends.stored import StoredSamples
 from .config import DataConfig
 from .faults import retried
-from .fetch import Note, Source, unheard
+from .fetch import Location, Note, ignore_fault
 from .manifest import (
     FILE_NAME,
     DataError,
@@ -50,23 +51,26 @@ from .manifest import (
 )
 from .order import BLOCK, POOL
 
-COPIERS = 4  # files that a rank copies at once, ahead of their use
-TAG = "CACHEDIR.TAG"  # bford.info/cachedir: what makes backups leave a folder out
-SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n# Copies of datasets, made by data.cache_dir; all of it may be deleted.\n"
+COPIERS = 4  # files that a rank copies in parallel, ahead of their use
+TAG = "CACHEDIR.TAG"  # marks a folder that backups leave out (the Cache Directory Tagging Specification)
+SIGNATURE = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n"
+    "# Copies of datasets, made by data.cache_dir; all of it may be deleted.\n"
+)
 
 
 def open_dataset(data: DataConfig, *, training: bool = True) -> Manifest:
-    """The dataset that `data` describes: as manifest.open_manifest, or, where there is a `cache_dir`, with files that are staged on use.
+    """The dataset that `data` describes: as manifest.open_manifest, but with a `cache_dir` its files are staged on use.
 
-    The manifest and the indexes are fetched at once. `training`: check that cache_gb has room for what data.shuffle keeps in use.
-    Raises DataError for a dataset that is missing or damaged, UsageError for settings that cannot be, StorageError where it cannot be
-    fetched for now.
+    The manifest and the indexes are fetched at once. training: check that cache_gb is enough for the files that
+    data.shuffle keeps in use. Raises DataError for a missing or damaged dataset, UsageError for invalid settings,
+    StorageError if the dataset cannot be fetched at present.
     """
     if data.cache_dir is None:
         return open_manifest(data.path)
     if "://" not in data.path and first_of_node():
-        check_sizes(read_manifest(data.path))  # a folder can be checked as a whole
-    source = Source(data.path)
+        check_sizes(read_manifest(data.path))  # possible for a folder, but not for a URL
+    source = Location(data.path)
     text = source.read_manifest()
     root = Path(data.cache_dir) / f"cat-cache-{os.geteuid()}"
     manifest = parse_manifest(text, root / hashlib.sha256(text).hexdigest()[:16] / "files", source.url(FILE_NAME))
@@ -78,20 +82,20 @@ def open_dataset(data: DataConfig, *, training: bool = True) -> Manifest:
         splits[name] = StagedSplit(**{field.name: getattr(split, field.name) for field in fields(split)}, cache=cache)
     indexes = [path for split in splits.values() for path in split.table_paths]
     for index in indexes:
-        os.close(retried(lambda index=index: cache.open(index, Event(), unheard), str(index)))
+        os.close(retried(lambda index=index: cache.open(index, Event(), ignore_fault), str(index)))
     if first_of_node():
         try:
             check_indexes(manifest)
         except DataError:
             for index in indexes:
-                cache.mend(index, Event(), unheard)
+                cache.mend(index, Event(), ignore_fault)
             check_indexes(manifest)
     return replace(manifest, splits=splits)
 
 
 @dataclass(frozen=True)
 class StagedSplit(Split):
-    """A split whose files are in `cache`, or will be when they are opened."""
+    """A split whose files are copied to `cache` when they are opened."""
 
     cache: "Cache" = None
 
@@ -107,48 +111,57 @@ class StagedSplit(Split):
 
 
 class Cache:
-    """The files of one dataset in the folder `root`, which this user's other runs and other datasets share. Thread-safe, process-safe.
+    """The files of one dataset below `root`, which all runs and datasets of this user share.
 
-    limit: bytes that all files below `root` may take, or None.
+    Safe for threads and processes.
+    limit: maximal size of all files below `root` in bytes, or None.
     """
 
-    def __init__(self, source: Source, root: Path, manifest: Manifest, limit: int | None):
+    def __init__(self, source: Location, root: Path, manifest: Manifest, limit: int | None):
         self.source, self.root, self.folder, self.limit = source, root, manifest.folder, limit
-        self.files = {name: (size, sha256) for split in manifest.splits.values() for name, size, sha256 in split.listing()}
-        self._sound: set[Path] = set()  # what `mend` has found to be as the manifest says
+        self.files = {
+            name: (size, sha256) for split in manifest.splits.values() for name, size, sha256 in split.listing()
+        }
+        self._sound: set[Path] = set()  # files that `mend` has verified against the manifest
         _own(root)
         for part in _parts(root):
             _remove_if_abandoned(part)
 
     def open(self, path: Path, closing: Event, note: Note) -> int:
-        """A descriptor, for reading, of the file `path` of `folder`; it is fetched first where it is not there.
+        """A descriptor for reading the file `path` of `folder`, which is fetched first if it is missing.
 
-        Raises DataError where it is missing or damaged at its source, StorageError where that does not answer, CancelledError as soon as
-        `closing` is set.
+        Raises DataError if it is missing or damaged at its source, StorageError if the source does not answer,
+        CancelledError as soon as `closing` is set.
         """
         while True:
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 self.stage(path, closing, note)
-                continue  # and look again: another process may have needed its room already
-            os.utime(descriptor)  # room is made by what was opened longest ago
+                continue  # try again: another process may have removed the file already, to free space
+            os.utime(descriptor)  # _remove_for removes the least recently opened files first
             return descriptor
 
     def stage(self, path: Path, closing: Event, note: Note, *, wait: bool = True) -> None:
-        """Fetch the file `path` of `folder`, unless it is there. Where somebody else is fetching it: wait for that, or leave it to them."""
+        """Fetch the file `path` of `folder` unless it is there.
+
+        wait: if another process is fetching it, wait until that is done; otherwise return at once.
+        """
         with self._lock(path, closing, wait) as mine:
             if mine and not path.exists():
                 self._fetch(path, closing, note)
 
     def mend(self, path: Path, closing: Event, note: Note) -> bool:
-        """Fetch `path` anew where it is not what the manifest says. False where it is known to be: it need not be read again."""
+        """Fetch `path` again if it differs from the manifest. Returns False if it was found intact before.
+
+        If True, reading the file again may give other bytes.
+        """
         if path in self._sound:
             return False
         with self._lock(path, closing, wait=True):
             try:
                 sha256 = retried(lambda: sha256_of(path), str(path), closing=closing)
-            except FileNotFoundError:  # its room was needed
+            except FileNotFoundError:  # removed to free space
                 return True
             if sha256 == self._wanted(path)[2]:
                 self._sound.add(path)
@@ -165,7 +178,7 @@ class Cache:
         return name, *self.files[name]
 
     def _fetch(self, path: Path, closing: Event, note: Note) -> None:
-        """Copy a file whose lock is held, and give it its name when it is whole."""
+        """Copy a file whose lock is held, and give it its final name when it is complete."""
         name, size, sha256 = self._wanted(path)
         part = self.folder.with_name("parts") / f"{_key(name)}.{size}"
         for folder in (path.parent, part.parent):
@@ -173,32 +186,38 @@ class Cache:
         part.unlink(missing_ok=True)
         try:
             self._make_room(part, size, closing)
-            for attempt in range(2):  # the copy may have been damaged on its way
+            for attempt in range(2):  # the copy may have been damaged in transfer
                 self.source.fetch(name, part, size, closing, note)
                 if sha256_of(part) == sha256:
                     break
                 if attempt:
                     url = self.source.url(name)
-                    raise DataError(f"{url} is damaged: its SHA-256 is not the manifest's. Copy it again, or prepare the dataset again.")
+                    raise DataError(
+                        f"{url} is damaged: its SHA-256 is not the manifest's. "
+                        "Copy it again, or prepare the dataset again."
+                    )
                 note(self.source.url(name), "damaged on its way, and fetched again")
             fsync(part)
-            with self._lock_all():  # so that who adds up the files meets this one once
+            with self._lock_all():  # so that _remove_for counts this file exactly once
                 publish(part, path)
         finally:
             part.unlink(missing_ok=True)
 
     def _make_room(self, part: Path, size: int, closing: Event) -> None:
-        """Remove files until `size` bytes more stay within the limit, and claim them by creating `part`."""
+        """Remove files until `size` more bytes are within the limit, and reserve them by creating `part`."""
         while self.limit is not None:
             with self._lock_all():
                 if self._remove_for(size):
                     part.touch()
                     return
-            if closing.wait(0.1):  # until others have finished copying: then theirs can go
+            if closing.wait(0.1):  # files that are being copied can be removed when they are complete
                 raise CancelledError
 
     def _remove_for(self, size: int) -> bool:
-        """False where files that are being copied leave no room at present."""
+        """Remove files until `size` more bytes are within the limit.
+
+        False if files being copied prevent it at present.
+        """
         total, others, removable = size, False, []
         for part in _parts(self.root):
             if not _remove_if_abandoned(part):
@@ -207,9 +226,10 @@ class Cache:
             for path in folder.rglob("*"):
                 try:
                     stat = path.lstat()
-                except FileNotFoundError:  # damaged, and removed by who met it
+                except FileNotFoundError:  # damaged, and removed by another process
                     continue
-                if not S_ISREG(stat.st_mode) or not (folder.with_name("locks") / _key(path.relative_to(folder).as_posix())).exists():
+                lock = folder.with_name("locks") / _key(path.relative_to(folder).as_posix())
+                if not S_ISREG(stat.st_mode) or not lock.exists():
                     continue
                 total += stat.st_size
                 if path.suffix not in (".index", ".npy"):
@@ -218,7 +238,9 @@ class Cache:
         if excess > sum(bytes for _, bytes, _ in removable):
             if others:
                 return False
-            raise UsageError(f"data.cache_gb {self.limit / 1e9:g} has no room for a file of {size / 1e9:.3g} GB: raise it.")
+            raise UsageError(
+                f"data.cache_gb {self.limit / 1e9:g} is too small for a file of {size / 1e9:.3g} GB: raise it."
+            )
         for _, bytes, path in sorted(removable):
             if excess <= 0:
                 break
@@ -228,23 +250,23 @@ class Cache:
 
     @contextmanager
     def _lock(self, path: Path, closing: Event, wait: bool) -> Iterator[bool]:
-        """Hold the lock of a file of `folder`; False where another process holds it and `wait` is false."""
+        """Hold the lock of a file of `folder`. Yields False if another process holds it and `wait` is false."""
         lock = self.folder.with_name("locks") / _key(self._wanted(path)[0])
         lock.parent.mkdir(parents=True, exist_ok=True)
         with open(lock, "a") as file:
             yield _locked(file, closing, wait)
 
     def _lock_all(self) -> IO:
-        """A lock on all of `root`, held while files are added up, removed or named; closing it lets go."""
+        """Lock all of `root` while files are counted, removed or renamed. Closing the file releases the lock."""
         lock = open(self.root / "lock", "a")
         fcntl.flock(lock, fcntl.LOCK_EX)
         return lock
 
 
 class Ahead:
-    """Stages, in the order of need, what the next `count` micro-batches will read.
+    """Stages the files of the next `count` micro-batches, in the order of use.
 
-    needs: the sample ids of each micro-batch, in the order of use. Call `advance` when one has been taken.
+    needs: the sample ids of each micro-batch, in the order of use. Call `advance` when a micro-batch has been taken.
     """
 
     def __init__(self, stored: StoredSamples, needs: Iterator[np.ndarray], count: int):
@@ -258,7 +280,7 @@ class Ahead:
     def advance(self) -> None:
         cache = self._stored.split.cache
         if cache.limit is None and not self._missing:
-            return  # all have been asked for, and none is removed again
+            return  # all files have been requested, and without a limit none is removed again
         ids = next(self._needs, np.empty(0, np.int64))
         for number in np.unique(self._stored.records["shard"][ids]).tolist():
             path = self._stored.files[number]
@@ -271,14 +293,14 @@ class Ahead:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _stage(self, path: Path) -> None:
-        # Whoever needs the file meets the same failure in its turn, and says it.
+        # The thread that reads the file gets the same error and reports it.
         with suppress(Exception):
             self._stored.split.cache.stage(path, self._stored.closing, self._stored.note, wait=False)
         self._begun.discard(path)
 
 
 def _check_room(manifest: Manifest, data: DataConfig) -> None:
-    """Raise UsageError where the files that training keeps in use are more than data.cache_gb: they would be fetched again and again."""
+    """Raise UsageError if training keeps more than data.cache_gb in use: files would be fetched again and again."""
 
     def files(split: Split) -> list:
         return [split.beton] if split.beton and (data.backend == "ffcv" or not split.shards) else list(split.shards)
@@ -286,27 +308,34 @@ def _check_room(manifest: Manifest, data: DataConfig) -> None:
     everything = sum(file.bytes for split in manifest.splits.values() for file in files(split))
     used = everything
     if data.shuffle == "block":
-        # The pool in use, the one before it, whose last samples may still be read, and the one that is fetched ahead.
+        # The current pool, the previous one, whose last samples may still be read, and the next one, which is fetched
+        # ahead.
         split = manifest.split("train")
         touched = 3 * (POOL / BLOCK) * (1 + BLOCK * len(files(split)) / split.samples)
         used = min(everything, touched * sum(file.bytes for file in files(split)) / len(files(split)))
     if used > data.cache_gb * 1e9:
         hint = "raise it, or set data.shuffle=block, which needs less" if data.shuffle == "full" else "raise it"
-        raise UsageError(f"data.cache_gb {data.cache_gb:g} is less than the {used / 1e9:.3g} GB that training keeps in use: {hint}.")
+        raise UsageError(
+            f"data.cache_gb {data.cache_gb:g} is less than the {used / 1e9:.3g} GB that training keeps in use: {hint}."
+        )
 
 
 def _own(root: Path) -> None:
-    """Make the folder of this user's cache, or see that it is one. Raises UsageError."""
+    """Create the folder of this user's cache, or check an existing one. Raises UsageError."""
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             root.mkdir(mode=0o700)
         stat = root.lstat()
         if not S_ISDIR(stat.st_mode) or stat.st_uid != os.geteuid() or S_IMODE(stat.st_mode) & 0o022:
-            raise UsageError(f"data.cache_dir: {root} was not made by you, or others may write to it: choose another data.cache_dir.")
+            raise UsageError(
+                f"data.cache_dir: {root} was not made by you, or others may write to it: choose another data.cache_dir."
+            )
         tag = root / TAG
         if any(root.iterdir()) and not tag.exists():
-            raise UsageError(f"data.cache_dir: {root} is no cache, as there is no {TAG} in it: choose another data.cache_dir.")
+            raise UsageError(
+                f"data.cache_dir: {root} is not a cache, because it has no {TAG}: choose another data.cache_dir."
+            )
         with suppress(FileExistsError), open(tag, "x") as file:
             file.write(SIGNATURE)
     except OSError as error:
@@ -314,12 +343,12 @@ def _own(root: Path) -> None:
 
 
 def _key(name: str) -> str:
-    """What a file's lock and its part are called."""
+    """The name of a file's lock and of its part."""
     return hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
 
 
 def _locked(lock: IO, closing: Event, wait: bool) -> bool:
-    """Lock an open file, until it is closed. False where somebody else has it and we do not wait."""
+    """Lock an open file until it is closed. Returns False if another process holds the lock and `wait` is false."""
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -332,7 +361,7 @@ def _locked(lock: IO, closing: Event, wait: bool) -> bool:
 
 
 def _parts(root: Path) -> list[Path]:
-    """Half-copied files of all datasets."""
+    """The incomplete files of all datasets."""
     return [part for part in root.glob("*/parts/*") if _lock_of_part(part).exists()]
 
 
@@ -341,7 +370,7 @@ def _lock_of_part(part: Path) -> Path:
 
 
 def _remove_if_abandoned(part: Path) -> bool:
-    """Remove a half-copied file that nobody is copying any more."""
+    """Remove an incomplete file unless a process is copying it. Returns whether it was removed."""
     with open(_lock_of_part(part), "a") as lock:
         if not _locked(lock, Event(), wait=False):
             return False

@@ -1,48 +1,53 @@
-"""Every image is decoded completely before it is packed, and what is stored is a JPEG that each decoder of the run reads.
+"""Check an image completely before it is packed, and return a JPEG that every decoder of training reads.
 
-A sound RGB or gray JPEG keeps its bytes. Everything else is repaired, transcoded, or refused with a reason; docs/data.md has the table.
-Orientation in EXIF and colour profiles are ignored, as is the practice with ImageNet: no decoder of the run applies them.
+A sound RGB or gray JPEG keeps its bytes. Other images are repaired, transcoded, or refused with a reason; docs/data.md
+has the table. EXIF orientation and colour profiles are ignored, as is usual for ImageNet, because no decoder of
+training applies them.
 """
 
 import contextlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_pipeline.jpeg import MOST_SCANS, UnusualSampling, has_too_many_scans, is_complete, read_header
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs
-MAX_BYTES = 1 << 30  # of the file
+MAX_BYTES = 1 << 30  # limit of the file
 MAX_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION; the index has 16 bits for a side
 QUALITY = 90
 LONGEST_REASON = 300  # characters
 
-# What Pillow may take an image for. It knows more, but some of those run other programs on the file (EPS).
+# The formats that Pillow may open. It knows more, but some of them run other programs on the file (EPS).
 FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG", "JPEG2000", "AVIF")
 
-# Frame markers (ITU T.81, table B.1) of the processes that every decoder reads: baseline, extended sequential, progressive.
-# The others are lossless, hierarchical, or arithmetic-coded.
+# Frame markers (ITU T.81, table B.1) that every decoder reads: baseline, extended sequential, progressive. The others
+# are lossless, hierarchical, or arithmetic-coded.
 COMMON_FRAMES = (0xC0, 0xC1, 0xC2)
 
 
 class BadImage(Exception):
-    """The bytes are no image that can be used; the message says why."""
+    """An image cannot be used; the message gives the reason."""
 
 
 def shortened(text: str) -> str:
-    """On one line, and no longer than a reason may be."""
+    """`text` on one line, with at most LONGEST_REASON characters."""
     text = " ".join(text.split())
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} …"
 
 
 @contextlib.contextmanager
-def one_sample(what: str = "") -> Iterator[None]:
-    """What goes wrong in this block is the sample's fault, and raised as BadImage: decoders and parsers raise nearly every kind there is.
+def errors_as_bad_image(what: str = "") -> Iterator[None]:
+    """Raise any exception of this block as BadImage, because decoders and parsers raise nearly every type.
 
-    Not so the machine's faults: no memory, an error of the system (which has an errno), a library that is not there. They stay as they are.
-    what: begins the message.
+    Faults of the machine are raised unchanged: out of memory, system errors (with an errno), missing libraries. what:
+    the beginning of the message.
     """
     try:
         yield
@@ -56,21 +61,24 @@ def one_sample(what: str = "") -> Iterator[None]:
 
 
 def check_size(size: int) -> None:
-    """Raise BadImage for a file that is not even to be read into memory."""
+    """Raise BadImage for a file that is too large to be read into memory."""
     if size > MAX_BYTES:
-        raise BadImage(f"{size} bytes: an image may have {MAX_BYTES}")
+        raise BadImage(f"{size} bytes, more than {MAX_BYTES}")
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images are stored. The default: as they are. Otherwise all are encoded again, and kept where that makes them no smaller."""
+    """How images are stored.
+
+    By default they are unchanged. Otherwise all are encoded again, unless that saves no bytes.
+    """
 
     resize_short: int | None = None  # pixels: the short side is shrunk to this, never enlarged
     max_side: int | None = None  # pixels: the long side is shrunk to this
-    quality: int | None = None  # of JPEG; None with one of the others: 90
+    quality: int | None = None  # of JPEG; None means QUALITY if one of the others is set
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """The (width, height) that an image gets, of the same shape as near as whole pixels allow."""
+        """The (width, height) of the stored image; its aspect ratio is kept up to rounding to whole pixels."""
         scale = 1.0
         if self.resize_short:
             scale = min(scale, self.resize_short / min(width, height))
@@ -84,7 +92,10 @@ AS_IT_IS = Encoding()
 
 @dataclass(frozen=True)
 class StoredImage:
-    """A JPEG as it goes into a shard. outcome: "kept", "repaired", "transcoded" or "reencoded"; why: for the report, or ""."""
+    """A JPEG to store.
+
+    outcome: "kept", "repaired", "transcoded" or "reencoded". why: the reason for the report, or "".
+    """
 
     data: bytes
     width: int
@@ -94,11 +105,12 @@ class StoredImage:
 
 
 def check_image(data: bytes, encoding: Encoding = AS_IT_IS) -> StoredImage:
-    """Decode an image completely and strictly, and return what to store. Raises BadImage where it is not whole, or cannot be used.
+    """Decode an image completely and strictly, and return the JPEG to store.
 
-    Strict means that libjpeg's warnings are failures, because they are in training, too; Pillow reads the other formats, first frames only.
+    Raises BadImage if it is damaged or unusable. Strictly: warnings of libjpeg are errors, as in training. Pillow reads
+    other formats; of several frames the first.
     """
-    with one_sample():
+    with errors_as_bad_image():
         return _check(data, encoding)
 
 
@@ -112,7 +124,7 @@ def _check(data: bytes, encoding: Encoding) -> StoredImage:
     height, width = pixels.shape[:2]
     size = encoding.size(width, height)
     if max(size) > MAX_SIDE:
-        raise BadImage(f"{width}x{height} pixels: a side may have {MAX_SIDE}")
+        raise BadImage(f"{width}x{height} pixels: a side has more than {MAX_SIDE}")
     if encoding != AS_IT_IS:
         stored = encode_jpeg(_resize(pixels, size), encoding.quality or QUALITY, "4:2:0")
         if size != (width, height) or reason or len(stored) < len(sound):
@@ -120,12 +132,12 @@ def _check(data: bytes, encoding: Encoding) -> StoredImage:
     if reason:
         return StoredImage(encode_jpeg(pixels), width, height, "transcoded", reason)
     if sound != data:
-        return StoredImage(sound, width, height, "repaired", "its header had what libjpeg warns about")
+        return StoredImage(sound, width, height, "repaired", "its header had faults that libjpeg warns about")
     return StoredImage(data, width, height, "kept")
 
 
 def encode_jpeg(pixels: np.ndarray, quality: int = 95, subsampling: str = "4:4:4") -> bytes:
-    """uint8 [height, width, 3] RGB, or [height, width] gray, as a JPEG. The defaults are for images that are only transcoded."""
+    """Encode uint8 [height, width, 3] RGB or [height, width] gray as JPEG. The defaults are those for transcoding."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -133,17 +145,17 @@ def encode_jpeg(pixels: np.ndarray, quality: int = 95, subsampling: str = "4:4:4
     return buffer.getvalue()
 
 
-def to_pixels(image) -> np.ndarray:
-    """A Pillow image as uint8 [height, width, 3] RGB, or [height, width] where it is gray. Transparency is dropped."""
+def to_pixels(image: "Image.Image") -> np.ndarray:
+    """A Pillow image as uint8 [height, width, 3] RGB, or [height, width] if it is gray. Transparency is dropped."""
     if image.mode.startswith("I;16"):  # Pillow's own conversion would clip 16-bit gray to white
         return (np.asarray(image) >> 8).astype(np.uint8)
     if image.mode in ("I", "F"):
-        raise BadImage("32-bit pixels, of which nothing says what is white")
+        raise BadImage("32-bit pixels, whose value for white is unknown")
     return np.array(image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB"))
 
 
 def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Antialiased bicubic."""
+    """Resize with antialiased bicubic interpolation."""
     from PIL import Image
 
     if size == pixels.shape[1::-1]:
@@ -157,10 +169,10 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, str]:
-    """Pixels, and why the image cannot stay as it is."""
+    """Pixels, and the reason why the image must be converted."""
     from PIL import Image
 
-    Image.MAX_IMAGE_PIXELS = None  # checked here
+    Image.MAX_IMAGE_PIXELS = None  # _check_pixels checks it
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(*image.size)
@@ -169,11 +181,11 @@ def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, str]:
         raise BadImage("not an image") from error
 
 
-# --- JPEG ------------------------------------------------------------------------------------------------------------------------------
+# --- JPEG ------------------------------------------------------------------------------------------------------------
 
 
 def _decode_jpeg(data: bytes) -> tuple[bytes, np.ndarray, str]:
-    """The JPEG's bytes, repaired where that was necessary; its pixels; and why it cannot stay a JPEG of this kind ("" where it can)."""
+    """The JPEG's bytes, repaired if necessary; its pixels; and the reason why it must be converted ("" if none)."""
     if has_too_many_scans(data):
         raise BadImage(f"more than {MOST_SCANS} scans")
     repaired, frame = _repair_header(data)
@@ -182,45 +194,46 @@ def _decode_jpeg(data: bytes) -> tuple[bytes, np.ndarray, str]:
     except ValueError:
         if repaired == data:
             raise
-        # libjpeg tells only its first warning: what else there is to warn about shows once the header is mended.
+        # libjpeg reports only its first warning. Decoding the repaired file shows whether there are others.
         data, (pixels, reason) = repaired, _decode_strictly(repaired)
     if not reason and frame not in COMMON_FRAMES:
         reason = "lossless or arithmetic-coded JPEG"
     if not reason and not is_complete(data):
-        reason = "JPEG that lacks scans, in whose place each decoder guesses differently"
+        reason = "JPEG that lacks scans, which each decoder replaces differently"
     return data, pixels, reason
 
 
 def _decode_strictly(data: bytes) -> tuple[np.ndarray, str]:
-    """Pixels, and why the image cannot stay as it is. Raises BadImage at the first warning."""
+    """Pixels, and the reason why the image must be converted. Raises ValueError at the first warning."""
     import simplejpeg
 
     try:
         width, height, colorspace = read_header(data)
-    except UnusualSampling:  # libjpeg itself, in Pillow, reads them
+    except UnusualSampling:  # Pillow's libjpeg reads these
         return _decode_with_pillow(data)[0], "JPEG with unusual chroma sampling"
     _check_pixels(width, height)
     if colorspace in ("CMYK", "YCCK"):
         simplejpeg.decode_jpeg(data, "CMYK")
-        return _decode_with_pillow(data)[0], "CMYK JPEG"  # Pillow knows Adobe's inverted CMYK
+        return _decode_with_pillow(data)[0], "CMYK JPEG"  # Pillow handles Adobe's inverted CMYK
     if colorspace == "Gray":
         return simplejpeg.decode_jpeg(data, "GRAY")[..., 0], ""
     return simplejpeg.decode_jpeg(data, "RGB"), ""
 
 
 def _repair_header(data: bytes) -> tuple[bytes, int]:
-    """The JPEG with a header that libjpeg does not warn about, and its frame marker. No pixel changes.
+    """The JPEG with a header that libjpeg does not warn about, and its frame marker.
 
-    What is mended does not touch the image: bytes between two segments, an unknown version of JFIF, a sequential scan with the parameters
-    of a progressive one. What lies behind the first scan's header stays: image data that is left over there, or missing, is bit rot.
+    No repair changes a pixel: bytes between two segments are removed, an unknown version of JFIF is replaced, and so
+    are the parameters of a progressive scan in a sequential one. Data after the first scan's header is not repaired,
+    because left-over or missing image data there is damage.
     """
     parts, position, frame = [data[:2]], 2, 0
     while True:
         position = data.find(b"\xff", position)
         if position < 0 or position + 4 > len(data):
-            raise BadImage("a JPEG's header that does not end")
+            raise BadImage("a JPEG header without an end")
         marker = data[position + 1]
-        if not (0xC0 <= marker <= 0xFE) or 0xD0 <= marker <= 0xD9:  # no marker of a segment
+        if not (0xC0 <= marker <= 0xFE) or 0xD0 <= marker <= 0xD9:  # not the marker of a segment
             position += 1
             continue
         length = 2 + int.from_bytes(data[position + 2 : position + 4], "big")

@@ -1,4 +1,4 @@
-"""Check a prepared dataset against its manifest, byte by byte."""
+"""Check every byte of a prepared dataset against its manifest."""
 
 import hashlib
 import os
@@ -12,9 +12,9 @@ from data_pipeline.progress import Progress
 
 
 def verify(folder: Path, workers: int | None = None) -> list[str]:
-    """Read every shard, FFCV file and index, and return one sentence per fault found (none: the dataset is whole).
+    """Read every shard, FFCV file and index, and return one sentence per fault (an empty list if the dataset is sound).
 
-    Raises DataError where the manifest or a file it names is missing. Hashing releases the GIL: `workers` are threads.
+    workers: threads; hashing releases the GIL. Raises DataError if the manifest or a file that it names is missing.
     """
     manifest = read_manifest(folder)
     check_sizes(manifest)
@@ -24,7 +24,8 @@ def verify(folder: Path, workers: int | None = None) -> list[str]:
         for split in splits:
             index_is_whole = sha256_of(split.index_path) == split.fingerprint
             if not index_is_whole:
-                checks.append(pool.submit(lambda path=split.index_path: [f"{path} is damaged: its SHA-256 is not the manifest's."]))
+                sentence = f"{split.index_path} is damaged: its SHA-256 is not the manifest's."
+                checks.append(pool.submit(lambda sentence=sentence: [sentence]))
                 sizes[checks[-1]] = 0
             for number, shard in enumerate(split.shards):
                 checks.append(pool.submit(_check_shard, split, number, index_is_whole))
@@ -41,7 +42,7 @@ def verify(folder: Path, workers: int | None = None) -> list[str]:
 
 
 def _check_shard(split: Split, number: int, index_is_whole: bool) -> list[str]:
-    """The faults of one shard. Its samples can be told apart only by an index that is whole."""
+    """The faults of one shard. Samples are checked one by one only if the index is sound."""
     shard = split.shards[number]
     path = split.folder / shard.file
     first = sum(earlier.samples for earlier in split.shards[:number])
@@ -53,11 +54,13 @@ def _check_shard(split: Split, number: int, index_is_whole: bool) -> list[str]:
                 data = file.read(int(record["size"]))
                 digest.update(data)
                 if zlib.crc32(data) != record["checksum"]:
-                    faults.append(f"{path} is damaged: the image of sample {sample} (byte {record['offset']}) fails its checksum.")
+                    place = f"the image of sample {sample} (byte {record['offset']})"
+                    faults.append(f"{path} is damaged: {place} fails its checksum.")
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     if not faults and digest.hexdigest() != shard.sha256:
         faults.append(
-            f"{path} is damaged: its SHA-256 is not the manifest's" + (", though its images are whole." if index_is_whole else ".")
+            f"{path} is damaged: its SHA-256 is not the manifest's"
+            + (", though its images are whole." if index_is_whole else ".")
         )
     return faults

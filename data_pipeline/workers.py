@@ -1,4 +1,4 @@
-"""Tasks in worker processes that outlive nothing: not a killed parent, not a killed sibling, not Ctrl-C."""
+"""Run tasks in worker processes that end with their parent, with a killed sibling, and at Ctrl-C."""
 
 import contextlib
 import multiprocessing
@@ -14,20 +14,20 @@ from data_pipeline.progress import Progress
 
 
 def run_tasks(function: Callable[[Any], None], tasks: Iterable, workers: int, slots: int, progress: Progress) -> None:
-    """Call `function` with each of `tasks` in one of `workers` processes; tasks are made as they are needed.
+    """Call `function` with each of `tasks` in one of `workers` processes. `tasks` is consumed as tasks are needed.
 
-    The function says how far it is with `count(slot, done)`, of slots 0 … slots-1. Raises what it raises, or BrokenProcessPool where a
-    worker was killed.
+    The function reports its progress with `count(slot, done)`, for slots 0 … slots-1. Raises the exceptions of
+    `function`, and BrokenProcessPool if a worker was killed.
     """
-    # Spawned, not forked: a forked worker inherits the pipes of its siblings, and would outlive a killed parent.
+    # Spawned, not forked: a forked worker inherits the pipes of its siblings and would outlive a killed parent.
     context = multiprocessing.get_context("spawn")
-    counts = context.RawArray("q", max(1, slots))  # no two processes write the same place, so no lock
+    counts = context.RawArray("q", max(1, slots))  # without a lock, because no two processes write the same element
     before = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counts,)) as pool:
         try:
             queue, running = iter(tasks), set()
             while True:
-                # A few at a time: every task that waits in the pool is a copy of its part of the listing.
+                # A few at a time, because every task in the pool holds a copy of its part of the listing.
                 while len(running) < 2 * workers and (task := next(queue, None)) is not None:
                     with _ctrl_c_held():
                         running.add(pool.submit(function, task))
@@ -38,20 +38,20 @@ def run_tasks(function: Callable[[Any], None], tasks: Iterable, workers: int, sl
                     future.result()
                 progress.show(progress.first + sum(counts))
         except BaseException:
-            # Leaving the pool waits for its workers: end them now rather than after their tasks.
+            # Leaving the pool waits for its workers. Kill them, so that it does not wait for their tasks.
             for child in set(multiprocessing.active_children()) - before:
                 child.kill()
             raise
 
 
 def count(slot: int, done: int) -> None:
-    """In a worker: `done` images (or bytes) of slot `slot` are done."""
+    """Called in a worker: report that `done` images (or bytes) of slot `slot` are done."""
     _counts[slot] = done
 
 
 @contextlib.contextmanager
 def _ctrl_c_held():
-    """Ctrl-C waits until this block is over. Processes started in it never see one, not even before their first line of Python."""
+    """Defer Ctrl-C to the end of this block. Processes started in it inherit the mask and never receive SIGINT."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -59,16 +59,16 @@ def _ctrl_c_held():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-_counts = None  # the table of what is done per slot, shared with the parent
+_counts = None  # the amounts done per slot, shared with the parent
 
 
 def _start_worker(counts) -> None:
     global _counts
     _counts = counts
-    warnings.simplefilter("ignore")  # Pillow's, about the metadata of images
+    warnings.simplefilter("ignore")  # Pillow warns about the metadata of images
 
     def follow_parent() -> None:
         multiprocessing.parent_process().join()
-        os._exit(1)  # a worker of a killed parent would wait for its next task for ever
+        os._exit(1)  # otherwise the worker of a killed parent would wait for its next task forever
 
     threading.Thread(target=follow_parent, daemon=True).start()

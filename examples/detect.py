@@ -1,10 +1,10 @@
-"""Train torchvision's RetinaNet on our backbones, on a handful of drawn images, until it finds every box again.
+"""Train torchvision's RetinaNet on one of our backbones with a few drawn images until it detects every box.
 
     python examples/detect.py [--backbone NAME] [--steps N] [--images N] [--seed S]
 
-The backbone is any of our models whose maps have strides 4 to 32, made small here so that a CPU does it in a minute. For real training
-leave these settings out, load published weights (`catmodel.load_published(backbone, file)`) and freeze the first stages
-(`backbone.freeze(1)`).
+The backbone is any model with feature maps of strides 4 to 32. It is made small here, so that training takes a minute
+on a CPU. For real training, omit these settings, load published weights (`catmodel.load_published(backbone, file)`) and
+freeze the first stages (`backbone.freeze(1)`).
 """
 
 import argparse
@@ -23,16 +23,18 @@ from torchvision.ops import FeaturePyramidNetwork, box_iou
 
 import catmodel
 
-SIZE = 96  # pixels, the images' sides
-SMALL = {  # a few seconds' models: one block per stage, few channels
-    "cat": dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), init_std=None, drop_path_rate=0.0, cpsa_drop=0.0),
+SIZE = 96  # side of the images, in pixels
+SMALL = {  # settings of small models: one block per stage, few channels
+    "cat": dict(
+        embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), init_std=None, drop_path_rate=0.0, cpsa_drop=0.0
+    ),
     "pvt": dict(embed_dims=(16, 32, 40, 64), depths=(1, 1, 1, 1), drop_path_rate=0.0),
     "cot": dict(depths=(1, 1, 1, 1), width=0.25),
 }
 
 
 class Pyramid(nn.Module):
-    """What torchvision's detectors take: images [B, 3, H, W] -> {level: map [B, out_channels, H/stride, W/stride]}."""
+    """A feature pyramid for torchvision: [B, 3, H, W] → {level: map [B, out_channels, H/stride, W/stride]}."""
 
     def __init__(self, backbone: nn.Module, out_channels: int):
         super().__init__()
@@ -49,13 +51,19 @@ def build(name: str) -> RetinaNet:
     """RetinaNet on the maps of strides 8, 16 and 32; class 0 is torchvision's background, 1 a disk, 2 a square."""
     family = "cot" if "cot" in name else name[:3]
     backbone = catmodel.create_model(name, features_only=True, out_indices=(1, 2, 3), **SMALL[family])
-    anchors = AnchorGenerator(tuple((side, side * 2 ** (1 / 3), side * 2 ** (2 / 3)) for side in (16, 32, 64)), ((0.5, 1.0, 2.0),) * 3)
-    head = RetinaNetHead(32, num_anchors=9, num_classes=3, norm_layer=partial(nn.GroupNorm, 8))  # without norms it needs longer
-    return RetinaNet(Pyramid(backbone, 32), num_classes=3, anchor_generator=anchors, head=head, min_size=SIZE, max_size=SIZE)
+    sides = tuple((side, side * 2 ** (1 / 3), side * 2 ** (2 / 3)) for side in (16, 32, 64))
+    anchors = AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * 3)
+    # Training takes more steps without norms.
+    head = RetinaNetHead(32, num_anchors=9, num_classes=3, norm_layer=partial(nn.GroupNorm, 8))
+    pyramid = Pyramid(backbone, 32)
+    return RetinaNet(pyramid, num_classes=3, anchor_generator=anchors, head=head, min_size=SIZE, max_size=SIZE)
 
 
 def draw(count: int, seed: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Noise with one to three bright disks and squares on it, one a quarter of the image, and their boxes (x1, y1, x2, y2) in pixels."""
+    """Draw images and their boxes (x1, y1, x2, y2) in pixels.
+
+    An image is noise with one to three bright disks and squares, each in another quarter of the image.
+    """
     random = torch.Generator().manual_seed(seed)
     axis = torch.arange(SIZE) + 0.5
     images, targets = [], []
@@ -65,7 +73,9 @@ def draw(count: int, seed: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         for quarter in torch.randperm(4, generator=random)[:number].tolist():
             radius = 8 + 14 * torch.rand((), generator=random)
             room = SIZE / 2 - 2 * radius
-            x, y = radius + room * torch.rand(2, generator=random) + SIZE / 2 * torch.tensor([quarter % 2, quarter // 2])
+            x, y = (
+                radius + room * torch.rand(2, generator=random) + SIZE / 2 * torch.tensor([quarter % 2, quarter // 2])
+            )
             label = int(torch.randint(1, 3, (), generator=random))
             dx, dy = (axis - x).abs()[None, :], (axis - y).abs()[:, None]
             inside = (dx**2 + dy**2).sqrt() < radius if label == 1 else torch.maximum(dx, dy) < radius
@@ -79,9 +89,10 @@ def draw(count: int, seed: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 
 @torch.no_grad()
 def evaluate(model: RetinaNet, images: list[Tensor], targets: list[dict[str, Tensor]]) -> tuple[float, int, int]:
-    """Mean IoU of the true boxes with the best confident detection of their class, how many have one above 0.5, and how many false ones.
+    """Evaluate detections with a score above 0.5.
 
-    Confident: a score above 0.5. False: such a detection without a box of its class to overlap with by half.
+    Returns the mean over true boxes of the largest IoU with a detection of their class, the number of true boxes for
+    which it is above 0.5, and the number of detections that have an IoU below 0.5 with every box of their class.
     """
     model.eval()
     best, false = [], 0
@@ -95,8 +106,11 @@ def evaluate(model: RetinaNet, images: list[Tensor], targets: list[dict[str, Ten
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Train torchvision's RetinaNet on one of our backbones until it overfits a few images.")
-    parser.add_argument("--backbone", default="cat_tiny", metavar="NAME", help="e.g. pvt_tiny, cotnet50 (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description="Train torchvision's RetinaNet on one of our backbones until it overfits a few images."
+    )
+    backbone_help = "e.g. pvt_tiny, cotnet50 (default: %(default)s)"
+    parser.add_argument("--backbone", default="cat_tiny", metavar="NAME", help=backbone_help)
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="default: %(default)s")
     parser.add_argument("--images", type=int, default=4, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
@@ -109,9 +123,8 @@ def main(arguments: list[str]) -> int:
     model = build(options.backbone)
     images, targets = draw(options.images, options.seed)
     boxes = sum(len(target["boxes"]) for target in targets)
-    print(
-        f"RetinaNet on {options.backbone}: {sum(p.numel() for p in model.parameters()):,} parameters; {boxes} boxes in {len(images)} images"
-    )
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"RetinaNet on {options.backbone}: {parameters:,} parameters; {boxes} boxes in {len(images)} images")
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=options.steps, pct_start=0.1)

@@ -2,9 +2,10 @@
 
     python examples/draw_dataset.py DEST [--train N] [--val N] [--size PIXELS] [--seed S]
 
-A class is named by its shape and its texture: `cross-checks`, `ring-stripes`. Colours, place, size, rotation (a little), background,
-clutter and noise are drawn at random and alike for all classes, the image's mean colour too, and both textures cover half of the shape:
-no mean colour tells a class, shape and texture together do. Every image is a pure function of (seed, split, index).
+A class is named after its shape and texture: `cross-checks`, `ring-stripes`. Colours, mean colour, place, size, small
+rotations, background, clutter and noise are random with the same distributions for all classes, and both textures cover
+half of the shape. So mean colours do not reveal the class; only shape and texture do. Every image is a pure function of
+(seed, split, index).
 """
 
 import argparse
@@ -19,7 +20,7 @@ SHAPES = ("cross", "disk", "ring", "square", "triangle")
 TEXTURES = ("checks", "stripes")
 CLASSES = tuple(f"{shape}-{texture}" for shape in SHAPES for texture in TEXTURES)
 SPLITS = ("train", "val")
-TURN = 0.2  # radians, either way: with every rotation allowed, a small transformer needs far more than a demo's minutes
+TURN = 0.2  # maximal rotation in radians; with arbitrary rotations, a small transformer needs far more training
 
 
 def draw(size: int, seed: int, split: int, index: int) -> tuple[np.ndarray, int]:
@@ -28,14 +29,14 @@ def draw(size: int, seed: int, split: int, index: int) -> tuple[np.ndarray, int]
     label = index % len(CLASSES)
     shape, texture = SHAPES[label // len(TEXTURES)], TEXTURES[label % len(TEXTURES)]
 
-    # Coordinates run from -1 to 1 over the image. The shape is found at twice the size, then averaged, so that its edges are smooth.
+    # Coordinates run from -1 to 1 over the image. The shape is drawn at twice the size and averaged, for smooth edges.
     axis = (np.arange(2 * size, dtype=np.float32) + 0.5) / size - 1
     radius = random.uniform(0.7, 0.9)
     centre = random.uniform(-1, 1, 2) * (1 - radius)
     x, y = _turned(axis, centre, random.uniform(-TURN, TURN))
     inside = _inside(shape, x / np.float32(radius), y / np.float32(radius))
 
-    # The texture has a place and a direction of its own: its phase says nothing about the shape.
+    # The texture has an independent place and direction, so its phase does not reveal the shape.
     u, v = _turned(axis, random.uniform(-1, 1, 2), random.uniform(-TURN, TURN))
     frequency = np.float32(2 * np.pi / random.uniform(0.38, 0.46))
     wave = np.sin(frequency * u)
@@ -45,27 +46,27 @@ def draw(size: int, seed: int, split: int, index: int) -> tuple[np.ndarray, int]
     alpha, bright = _halved(inside), _halved(inside & (wave > 0))
 
     image = _background(axis[::2], random) * (1 - alpha) + bright * light + (alpha - bright) * dark
-    # The image's mean colour is drawn at random, or brightness would tell how much of the image is shape.
+    # The mean colour of the image is random; otherwise brightness would reveal the area of the shape.
     image = (image - image.mean(axis=(0, 1))) * random.uniform(0.55, 0.85) + random.uniform(85, 130, 3)
     image += random.uniform(2, 10) * random.standard_normal(image.shape, dtype=np.float32)
     return image.clip(0, 255).round().astype(np.uint8), label
 
 
 def _halved(mask: np.ndarray) -> np.ndarray:
-    """The part of each 2x2 pixels that is in the mask, [2n, 2n] -> [n, n, 1]."""
+    """The share of each 2x2 pixels that is in the mask, [2n, 2n] -> [n, n, 1]."""
     counts = mask.view(np.uint8)
     return (counts[::2, ::2] + counts[1::2, ::2] + counts[::2, 1::2] + counts[1::2, 1::2])[..., None] / np.float32(4)
 
 
 def _turned(axis: np.ndarray, centre: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
-    """Every pixel's coordinates in a frame at `centre`, turned by `angle` (radians)."""
+    """The coordinates of every pixel in a frame at `centre`, rotated by `angle` (radians)."""
     x, y = axis[None, :] - np.float32(centre[0]), axis[:, None] - np.float32(centre[1])
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     return x * cos + y * sin, y * cos - x * sin
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which pixels lie in the shape; all shapes fill about the unit circle."""
+    """Whether each pixel lies in the shape; all shapes approximately fill the unit circle."""
     if shape == "cross":
         return np.minimum(abs(x), abs(y)) < np.where(np.maximum(abs(x), abs(y)) < 1, 0.28, 0)
     if shape == "square":
@@ -77,12 +78,12 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _two_colours(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The texture's two colours, far apart in brightness; the dark one is often close to the background."""
+    """The two colours of the texture, with very different brightness; the dark one is often close to the background."""
     return random.uniform(30, 90, 3), random.uniform(215, 255, 3)
 
 
 def _background(axis: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A slope between two colours, with a few bars and blobs lying about, too small to be taken for the shape. [size, size, 3]"""
+    """A gradient between two colours with a few bars that are much smaller than the shapes, [size, size, 3]."""
     first = random.uniform(0, 60, 3).astype(np.float32)
     second = first + random.uniform(0, 40, 3).astype(np.float32)
     u, _ = _turned(axis, np.zeros(2), random.uniform(0, 2 * np.pi))
@@ -95,9 +96,9 @@ def _background(axis: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def draw_dataset(dest: Path, *, train: int, val: int, size: int, seed: int) -> bool:
-    """Write `dest/{train,val}/<class>/<index>.jpg`; False if the same dataset is there already, complete.
+    """Write `dest/{train,val}/<class>/<index>.jpg`. Returns False if the complete dataset exists already.
 
-    Raises ValueError where another dataset, or something else, is there.
+    Raises ValueError if `dest` contains another dataset or other files.
     """
     wanted = {"train": train, "val": val, "size": size, "seed": seed, "classes": list(CLASSES)}
     complete = dest / "drawn.json"  # written last
@@ -122,11 +123,15 @@ def draw_dataset(dest: Path, *, train: int, val: int, size: int, seed: int) -> b
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Draw the demo's dataset: five shapes times two textures, as an image folder.")
+    parser = argparse.ArgumentParser(
+        description="Draw the demo's dataset: five shapes times two textures, as an image folder."
+    )
     parser.add_argument("dest", metavar="DEST", type=Path)
     parser.add_argument("--train", type=int, default=6000, metavar="N", help="images (default: %(default)s)")
     parser.add_argument("--val", type=int, default=1000, metavar="N", help="images (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=32, metavar="PIXELS", help="width and height (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=32, metavar="PIXELS", help="width and height (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     options = parser.parse_args(arguments)
     if min(options.train, options.val) < len(CLASSES) or options.size < 8 or options.seed < 0:
@@ -137,7 +142,8 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 78
-    print(f"{options.dest} {'is drawn' if fresh else 'is already drawn'}: {options.train} train, {options.val} val, {len(CLASSES)} classes")
+    state = "is drawn" if fresh else "is already drawn"
+    print(f"{options.dest} {state}: {options.train} train, {options.val} val, {len(CLASSES)} classes")
     return 0
 
 

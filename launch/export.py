@@ -6,20 +6,26 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, run
+from launch.cli import EXIT_CONFIG, EXIT_FAILED, Parser, fail, run
 
 
 def main(arguments: argparse.Namespace) -> None:
     from catmodel import export
     from train.checkpoint.trained_model import check_target, read_trained
 
-    export.check_target(arguments.to, arguments.features)
+    try:
+        export.check_target(arguments.to, arguments.features)
+    except export.CannotExport as error:
+        sys.exit(fail(EXIT_CONFIG, f"--to {error}"))
     target = check_target(arguments.target, arguments.best)
     trained = read_trained(target, arguments.weights, best=arguments.best)
     for note in trained.notes:
         print(note, file=sys.stderr)
     model, about = trained.task().export(trained.state, arguments.features)
-    difference = export.export(model, arguments.to, about)
+    try:
+        difference = export.export(model, arguments.to, about)
+    except (export.CannotExport, export.ExportError) as error:
+        sys.exit(fail(EXIT_CONFIG if isinstance(error, export.CannotExport) else EXIT_FAILED, error))
     print(f"{arguments.to}: {trained.checkpoint} ({trained.weights}), within {difference:.1e} of the model on random images")
 
 

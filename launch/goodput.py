@@ -8,8 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, run
+from operate.run_folder import last_beat, read_log
 from train.telemetry.formatting import clock, counted
-from train.telemetry.goodput import Ledger, Start, ending, goodput, hang_times, last_beat, read_lines
+from train.telemetry.goodput import Start, goodput
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -20,16 +21,17 @@ def main(arguments: argparse.Namespace) -> None:
     path = folder / "metrics.jsonl"
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a run's folder")
-    ledger = Ledger()
     try:
-        for line in read_lines(path):
-            ledger.add(line)
+        log = read_log(folder)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): give the folder of a run that has started") from error
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}): give the folder of a run that has started"
+        ) from error
+    ledger = log.ledger
     split = ledger.split(last_beat(folder))
     if not split:
-        raise DataError(f"{path} has no start with a time: the run has not begun, or was made before lines had times, and must be run anew")
-    hangs = hang_times(folder)
+        why = "the run has not begun, or was made before lines had times, and must be run anew"
+        raise DataError(f"{path} has no start with a time: {why}")
     summary = {
         "run": str(folder),
         "goodput": goodput(split),
@@ -38,15 +40,15 @@ def main(arguments: argparse.Namespace) -> None:
         "restarts": len(ledger.starts) - 1,
         "lost_steps": ledger.lost_steps,
         "lines_left_out": ledger.left_out,
-        "starts": [about(start, after, hangs) for start, after in zip(ledger.starts, [*ledger.starts[1:], None], strict=True)],
+        "starts": [about(start, end) for start, end in zip(ledger.starts, log.endings(folder), strict=True)],
     }
     print(json.dumps(summary)) if arguments.json else show(summary)
 
 
-def about(start: Start, after: Start | None, hangs: list[float]) -> dict:
-    """One start for the table; `after` is the next one, `hangs` is when the watchdog found a hang, in whole seconds."""
+def about(start: Start, end: str | None) -> dict:
+    """One start for the table."""
     steps = {"first_step": start.step, "last_step": start.last_step}
-    return {"time": start.began, "world_size": start.world_size, **steps, "end": ending(start, after, hangs)}
+    return {"time": start.began, "world_size": start.world_size, **steps, "end": end}
 
 
 def show(summary: dict) -> None:
@@ -61,7 +63,8 @@ def show(summary: dict) -> None:
     for number, start in enumerate(summary["starts"], 1):
         steps = f"{start['first_step']} to {start['last_step']}"
         ranks = start["world_size"] or "?"
-        print(f"{number:<7}{clock(start['time']):<21}{ranks:>5}{steps:>20}   {start['end'] or 'none yet: it runs, or was killed'}")
+        end = start["end"] or "none yet: it runs, or was killed"
+        print(f"{number:<7}{clock(start['time']):<21}{ranks:>5}{steps:>20}   {end}")
 
 
 def hms(seconds: float) -> str:
@@ -71,9 +74,9 @@ def hms(seconds: float) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="Where a run's time went, over all its starts, and how each start ended; of a run that goes on, too.",
+        description="Where a run's time went, over all its starts, and how each start ended. The run may still go on.",
         epilog="exit codes: 0, 65 the run's metrics cannot be used, 78 bad arguments. "
-        "train/telemetry/goodput.py says how each category is found.",
+        "train/telemetry/goodput.py describes how each category is measured.",
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, e.g. runs/cat_b")
     parser.add_argument("--json", action="store_true", help="print one line of JSON, times in seconds")

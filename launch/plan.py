@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""What a run will take, before it is run: python launch/plan.py --config F --nodes N --gpus-per-node G --images-per-second R"""
+"""What a run will take, before it is run.
+
+python launch/plan.py --config F --nodes N --gpus-per-node G --images-per-second R
+"""
 
 import argparse
 import json
@@ -11,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, run
 
 DECODING = "docs/results/data-cpu.json"
-IMAGENET = {"images": 1_281_167, "validation_images": 50_000, "classes": 1000}
+IMAGENET = 1_281_167, 50_000  # training and validation images
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -23,9 +26,11 @@ def main(arguments: argparse.Namespace) -> None:
         print(compare(arguments.compare))
         return
     if not (arguments.config and arguments.nodes and arguments.gpus_per_node):
-        raise ConfigError("plan.py needs --config, --nodes and --gpus-per-node; or --compare and plans that --json has written")
+        raise ConfigError(
+            "plan.py needs --config, --nodes and --gpus-per-node; or --compare and plans that --json has written"
+        )
     config = load_config(arguments.config, arguments.overrides)
-    dataset, where = find_dataset(arguments, config)
+    images, validation_images, manifest, where = find_dataset(arguments, config)
     cluster = assume(arguments, config)
     measured = None
     if arguments.calibrate:
@@ -34,28 +39,33 @@ def main(arguments: argparse.Namespace) -> None:
         measured = read_run(arguments.calibrate)
     elif cluster.images_per_second is None:
         raise ConfigError(
-            "the speed of a GPU is not known: give --images-per-second, --calibrate RUN, or --bench FILE of launch/bench.py train"
+            "the speed of a GPU is not known: give --images-per-second, --calibrate RUN, or --bench FILE of "
+            "launch/bench.py train"
         )
 
-    from operate.plan.job import check_sizes, count_job, memory
+    from operate.plan.workload import check_sizes, count_workload, memory_by_stage
 
-    check_sizes(config, dataset["images"], cluster.world)
+    check_sizes(config, images, cluster.world)
     from operate.plan.plan import make_plan, scale
+    from operate.task_model import task_of
 
-    job = count_job(config, **dataset)
+    task = task_of(config, manifest)
+    workload = count_workload(task, images, validation_images)
     if measured:
         from operate.plan.calibrate import calibrate
 
-        cluster = assume(arguments, config, calibrate(cluster, job, config, measured))
+        cluster = assume(arguments, config, calibrate(cluster, workload, config, measured))
     runs, seed = arguments.runs, arguments.seed
-    own, best = make_plan(job, cluster, runs, seed), make_plan(job, cluster, runs, seed, best=True)
-    plans = scale(job, cluster, runs, seed)
-    sizes = memory(config, job.classes, cluster.world)
+    own = make_plan(workload, cluster, runs, seed)
+    best = make_plan(workload, cluster, runs, seed, best=True)
+    plans = scale(workload, cluster, runs, seed)
+    memory = memory_by_stage(task, cluster.world)
 
     from operate.plan import text
 
     title = f"{config.model.name}, {Path(arguments.config).stem}"
-    print(f"{title}: {text.page(own, best, sizes, plans)}\n\ndataset: {job.images:,} images, {where}; simulated: {runs} runs, seed {seed}")
+    dataset = f"dataset: {images:,} images, {where}; simulated: {runs} runs, seed {seed}"
+    print(f"{title}: {text.page(own, best, memory, plans)}\n\n{dataset}")
     if measured:
         print(f"\nprediction and reality\n{reality(arguments, own)}")
     if arguments.plot:
@@ -66,12 +76,12 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.json:
         from operate.plan.record import record
 
-        result = {"command": " ".join(sys.argv), **record(title, own, best, sizes, plans)}
+        result = {"command": " ".join(sys.argv), **record(title, own, best, memory, plans)}
         Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def assume(arguments: argparse.Namespace, config, calibrated=None):
-    """The cluster: guesses, above them what --bench files measured, above it the run's `calibrated` ones, above all what was given."""
+    """The cluster's numbers, in rising priority: guesses, --bench files, the run's `calibrated` ones, given options."""
     from operate.plan.cluster import NUMBERS, Cluster, read_bench
 
     cluster = calibrated or Cluster(arguments.nodes, arguments.gpus_per_node)
@@ -85,62 +95,76 @@ def assume(arguments: argparse.Namespace, config, calibrated=None):
     return cluster.with_values(given, "given")
 
 
-def find_dataset(arguments: argparse.Namespace, config) -> tuple[dict[str, int], str]:
-    """Sizes of the dataset, and in words where they are from: given, of the prepared one, or guessed to be ImageNet's."""
+def find_dataset(arguments: argparse.Namespace, config):
+    """Numbers of training and validation images, the manifest (None without a dataset), and the numbers' origin."""
     from data_pipeline.manifest import FILE_NAME, open_manifest
 
-    found, where = dict(IMAGENET), "GUESSED to be ImageNet's, as there is no dataset at data.path"
+    (images, validation_images), manifest = IMAGENET, None
+    where = "GUESSED to be ImageNet's, as there is no dataset at data.path"
     if (Path(config.data.path) / FILE_NAME).is_file():
         manifest = open_manifest(config.data.path)
-        validation = manifest.splits["val"].samples if "val" in manifest.splits else 0
-        found = {"images": manifest.split("train").samples, "validation_images": validation, "classes": len(manifest.classes)}
+        images = manifest.split("train").samples
+        validation_images = manifest.splits["val"].samples if "val" in manifest.splits else 0
         where = f"counted in {config.data.path}"
     if arguments.images:
-        found["images"], where = arguments.images, "given"
-    return found, where
+        images, where = arguments.images, "given"
+    return images, validation_images, manifest, where
 
 
 def reality(arguments: argparse.Namespace, own) -> str:
-    """A run's time as it was, beside what the plan's numbers have for as many steps: on average, and with the failures that it had."""
+    """A table of a run's time beside the plan's for as many steps: on average, and with the run's own failures."""
     from operate.plan.calibrate import read_run
     from operate.plan.closed_form import expected
     from operate.plan.simulate import simulate
     from operate.plan.text import beside
 
     measured = read_run(arguments.against or arguments.calibrate)
-    of_run = replace(own.timeline, steps=measured.steps)
-    replayed = simulate(of_run, arguments.seed, measured.failures)
-    return beside(measured, expected(of_run), replayed, own.step.data_wait / own.step.seconds)
+    timeline = replace(own.timeline, steps=measured.steps)
+    replayed = simulate(timeline, arguments.seed, measured.failures)
+    return beside(measured, expected(timeline), replayed, own.step.data_wait / own.step.seconds)
 
 
 def parse_arguments() -> argparse.Namespace:
     from operate.plan.cluster import NUMBERS
 
     parser = Parser(
-        description="What a run will take on a cluster: its step by ZeRO stage, memory, cores, checkpoint interval, goodput, time, price; "
-        "by a closed form, and beside it a simulation of failures, waits and stragglers. Each number says where it came from.",
+        description="What a run will take on a cluster: its step by ZeRO stage, memory, cores, checkpoint interval, "
+        "goodput, time, price; by a closed form, and beside it a simulation of failures, waits and stragglers. Each "
+        "number says where it came from.",
         epilog="docs/plan.md says how to read it",
     )
     parser.add_argument("--config", metavar="FILE", help="recipe, e.g. configs/cat_b.yaml")
     parser.add_argument("--nodes", type=positive, metavar="N")
     parser.add_argument("--gpus-per-node", type=positive, metavar="G")
     parser.add_argument(
-        "--bench", action="append", default=[], metavar="FILE", help="what launch/bench.py … --json FILE measured; several times"
+        "--bench",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="what launch/bench.py … --json FILE measured; several times",
     )
     parser.add_argument(
-        "--calibrate", metavar="RUN", help="a run's folder: what it measured, in place of guesses; and prediction beside reality"
+        "--calibrate",
+        metavar="RUN",
+        help="a run's folder: what it measured, in place of guesses; and prediction beside reality",
     )
     parser.add_argument("--against", metavar="RUN", help="beside this run's reality instead of the calibrating one's")
-    parser.add_argument("--images", type=positive, metavar="N", help="training images (default: those of data.path, or ImageNet's)")
-    parser.add_argument("--runs", type=positive, default=20, metavar="N", help="simulated runs for each mean (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=positive, metavar="N", help="training images (default: those of data.path, or ImageNet's)"
+    )
+    parser.add_argument(
+        "--runs", type=positive, default=20, metavar="N", help="simulated runs for each mean (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the simulation (default: %(default)s)")
     parser.add_argument("--plot", metavar="FILE.png")
     parser.add_argument("--json", metavar="FILE", help="write the plan there too")
     parser.add_argument("--compare", nargs="+", metavar="FILE", help="plans that --json has written, side by side")
     numbers = parser.add_argument_group("assumptions")
     for name, entry in NUMBERS.items():
-        unit, guess = entry.metadata["unit"].replace("%", "%%"), "" if entry.default is None else f" (guess: {entry.default:g})"
-        numbers.add_argument(f"--{name.replace('_', '-')}", type=number, metavar="X", help=f"{unit}: {entry.metadata['help']}{guess}")
+        unit = entry.metadata["unit"].replace("%", "%%")
+        guess = "" if entry.default is None else f" (guess: {entry.default:g})"
+        text = f"{unit}: {entry.metadata['help']}{guess}"
+        numbers.add_argument(f"--{name.replace('_', '-')}", type=number, metavar="X", help=text)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     arguments = parser.parse_intermixed_args()
     if arguments.against and not arguments.calibrate:

@@ -15,7 +15,7 @@ class Unreadable(Exception):
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from data_pipeline.sources import find_images
+    from data_pipeline.listing import find_images
     from train.checkpoint.trained_model import check_target, read_trained
 
     target, paths = check_target(arguments.run, arguments.best), find_images(arguments.images)

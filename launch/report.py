@@ -11,13 +11,13 @@ from launch.cli import Parser, run
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from operate.report.history import names, read_history
+    from operate.report.run import names, read_reported_run
     from train.config import ConfigError
 
     output = Path(arguments.output)
     if not output.parent.is_dir():
         raise ConfigError(f"{output.parent} is no folder: choose another --output")
-    runs = [read_history(Path(folder)) for folder in arguments.runs]
+    runs = [read_reported_run(Path(folder)) for folder in arguments.runs]
 
     from operate.report.figures import figures
     from operate.report.page import page
@@ -35,12 +35,14 @@ def main(arguments: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="One HTML page, which needs nothing else, about a run or several: curves, speed, goodput, restarts, incidents, "
-        "classes, mistakes, config, versions. Of a run that goes on, too.",
-        epilog="exit codes: 0, 65 a run has not begun or its files are damaged, 78 bad arguments. docs/report.md shows one.",
+        description="Write one self-contained HTML page about a run or several: curves, speed, goodput, restarts, "
+        "incidents, details of the newest evaluation, config, versions. A run may still go on.",
+        epilog="exit codes: 0, 65 a run has not begun or its files are damaged, 78 bad arguments. See docs/report.md.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, e.g. runs/cat_b")
-    parser.add_argument("--output", default="report.html", metavar="FILE", help="default: report.html; plots go beside it, as PNG")
+    parser.add_argument(
+        "--output", default="report.html", metavar="FILE", help="default: report.html; plots go beside it, as PNG"
+    )
     return parser.parse_args()
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, run
-from operate.watch import FINAL, History, Status, Watched
+from operate.run_folder import amount, quantity
+from operate.watch import FINAL, Progress, Status, Watched
 from train.config import ConfigError
 from train.telemetry.formatting import clock, counted, duration
 
 TURN = 2.0  # seconds between two looks
-LINE_EVERY = 60.0  # seconds between two lines where the output is not a terminal
+LINE_EVERY = 60.0  # seconds between two lines if the output is not a terminal
 NARROWEST, WIDEST = 80, 120
 NAMES = {"model": "model", "ema": "EMA"}
 RED, GREEN, YELLOW, BOLD = "31", "32", "33", "1"
@@ -24,7 +25,7 @@ COLOURS = {"running": GREEN, "finished": GREEN, "starting": YELLOW, "stopped": Y
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Ends with the exit code that says the run's state."""
+    """Show the run, then exit with the code of its state."""
     folder = Path(arguments.run)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a run's folder")
@@ -58,17 +59,22 @@ def redraw(watched: Watched) -> Status:
 
 
 def print_lines(watched: Watched) -> Status:
-    """A line a minute, and one for every change of state and every new alarm, until the run is over."""
-    said, state, alarms = float("-inf"), "", set()
+    """Print a line a minute, and one for every change of state and every new alarm, until the run is over."""
+    printed, state, alarms = float("-inf"), "", set()
     while True:
         status = watched.look()
         new = [alarm for alarm in status.alarms if kind(alarm) not in alarms]
         alarms = {kind(alarm) for alarm in status.alarms}
-        if status.state != state or new or time.monotonic() - said > LINE_EVERY:
+        if status.state != state or new or time.monotonic() - printed > LINE_EVERY:
             why = f": {status.why}" if status.why and status.state != state else ""
-            parts = [clock(time.time()), status.state + why, summary(watched.history), *(f"ALARM {alarm}" for alarm in new)]
+            parts = [
+                clock(time.time()),
+                status.state + why,
+                summary(watched.progress),
+                *(f"ALARM {alarm}" for alarm in new),
+            ]
             print("  ".join(part for part in parts if part), flush=True)
-            said, state = time.monotonic(), status.state
+            printed, state = time.monotonic(), status.state
         if status.state in FINAL:
             return status
         time.sleep(TURN)
@@ -79,87 +85,102 @@ def kind(alarm: str) -> str:
     return "".join(letter for letter in alarm if not letter.isdigit())
 
 
-def summary(history: History) -> str:
-    train, last = history.train, total(history)
+def summary(progress: Progress) -> str:
+    train, last = progress.train, total(progress)
     if train is None:
-        return f"step {history.step}/{last}" if history.start else ""
-    text = f"step {history.step}/{last}  epoch {train['epoch']:.2f}  loss {number(train['loss'])}  {train['images_per_second']:,.0f} img/s"
-    scores = "".join(f"  {NAMES[weights]} {newest:.2f} %" for weights, (newest, _) in history.scores().items())
-    return f"{text}  data wait {train['data_wait']:.0%}{scores}  {left(history)} left"
+        return f"step {progress.step}/{last}" if progress.start else ""
+    speed = f"{train['images_per_second']:,.0f} {progress.log.speed_unit}"
+    text = f"step {progress.step}/{last}  epoch {train['epoch']:.2f}  loss {number(train['loss'])}  {speed}"
+    metric = progress.log.metrics[0]
+    scores = "".join(
+        f"  {NAMES[weights]} {quantity(metric, newest)}" for weights, (newest, _) in progress.scores().items()
+    )
+    return f"{text}  data wait {train['data_wait']:.0%}{scores}  {left(progress)} left"
 
 
 def page(watched: Watched, status: Status, *, colours: bool) -> list[str]:
-    """What is shown of a run, in lines no wider than the terminal."""
-    history = watched.history
+    """The lines that show a run, no wider than the terminal."""
+    progress = watched.progress
     width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size().columns) - 1)
 
     def paint(text: str, *codes: str) -> str:
         return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if colours and "NO_COLOR" not in os.environ else text
 
     def wrap(text: str, title: str = "") -> list[str]:
-        return textwrap.wrap(text, width, initial_indent=f"{title:<12}", subsequent_indent=" " * 12)
+        return textwrap.wrap(text, width, initial_indent=f"{title:<11} ", subsequent_indent=" " * 12)
 
     state = paint(status.state, BOLD, COLOURS.get(status.state, RED))
     name = shorten(str(watched.run), width - 45)
     lines = [f"{paint(name, BOLD)}  {state}  {clock(time.time())}"]
     if status.why:
         lines += wrap(status.why)
-    if history.start:
-        lines += ["", *progress(history, status, width, paint), ""]
-        lines += [line for title, text in facts(history, status, watched.guard) for line in wrap(text, title)]
+    if progress.start:
+        lines += ["", *bar_and_pace(progress, status, width, paint), ""]
+        lines += [line for title, text in facts(progress, status, watched.guard) for line in wrap(text, title)]
     for alarm in status.alarms:
         first, *more = wrap(alarm, "ALARM")
         lines += [paint(line, BOLD, RED) for line in (first, *more)]
     return lines
 
 
-def progress(history: History, status: Status, width: int, paint) -> list[str]:
-    last = history.start.get("last")
-    done = history.step / last if last else 0.0
-    text = f" {done:6.1%}  step {history.step:,} of {total(history)}"
+def bar_and_pace(progress: Progress, status: Status, width: int, paint) -> list[str]:
+    last = progress.log.last
+    done = progress.step / last if last else 0.0
+    text = f" {done:6.1%}  step {progress.step:,} of {total(progress)}"
     room = width - len(text) - 2
     full = int(done * room)
     bar = f"[{paint('#' * full, GREEN)}{'-' * (room - full)}]{text}"
-    epoch = f"epoch {history.train['epoch']:.2f}" if history.train else "before its first step"
-    steps = history.start.get("steps_per_epoch")
-    if history.train and last and steps:
+    epoch = f"epoch {progress.train['epoch']:.2f}" if progress.train else "before its first step"
+    steps = progress.start.get("steps_per_epoch")
+    if progress.train and last and steps:
         epoch += f" of {last / steps:g}"
     parts = [epoch]
-    seconds = history.seconds_left
+    seconds = progress.seconds_left
     if status.state == "running" and seconds is not None:
-        parts.append(f"{duration(seconds)} left ({time.strftime('%a %d %b %H:%M', time.localtime(time.time() + seconds))})")
+        end = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + seconds))
+        parts.append(f"{duration(seconds)} left ({end})")
     if status.ago is not None:
         parts.append(f"last line {duration(status.ago)} ago")
     return [bar, "   ".join(parts)]
 
 
-def facts(history: History, status: Status, guard: dict) -> list[tuple[str, str]]:
-    rows, train = [], history.train
+def facts(progress: Progress, status: Status, guard: dict) -> list[tuple[str, str]]:
+    rows, train = [], progress.train
     if train:
-        rows.append(("learning", f"loss {number(train['loss'])}   lr {train['lr']:.2e}   |gradient| {number(train['grad_norm'])}"))
+        learning = f"loss {number(train['loss'])}   lr {train['lr']:.2e}   |gradient| {number(train['grad_norm'])}"
+        rows.append(("learning", learning))
         mfu = "" if train["mfu"] is None else f"   MFU {train['mfu']:.1%}"
-        speed = f"{train['images_per_second']:,.0f} img/s   {train['step_ms']:,.0f} ms a step   data wait {train['data_wait']:.1%}{mfu}"
-        rows.append(("speed", f"{speed}   {counted(history.start['world_size'], 'rank')}"))
-    scores = [f"{NAMES[weights]} {newest:.2f} (best {best:.2f})" for weights, (newest, best) in history.scores().items()]
+        speed = f"{train['images_per_second']:,.0f} {progress.log.speed_unit}   {train['step_ms']:,.0f} ms a step"
+        speed += f"   data wait {train['data_wait']:.1%}{mfu}"
+        rows.append(("speed", f"{speed}   {counted(progress.start['world_size'], 'rank')}"))
+    metric = progress.log.metrics[0]
+    scores = [
+        f"{NAMES[weights]} {amount(metric, newest)} (best {amount(metric, best)})"
+        for weights, (newest, best) in progress.scores().items()
+    ]
     if scores:
-        rows.append(("top-1, %", f"{'   '.join(scores)}   at step {history.evaluations[-1]['step']:,}"))
-    if history.checkpoint:
-        ago = duration(max(0.0, history.time + (status.ago or 0.0) - history.checkpoint["time"]))
-        rows.append(("checkpoint", f"step {history.checkpoint['step']:,}" + (f", {ago} ago" if status.ago is not None else "")))
+        title = f"{metric.label}, {metric.unit}" if metric.unit else metric.label
+        rows.append((title, f"{'   '.join(scores)}   at step {progress.log.scores()[-1].values['step']:,}"))
+    if progress.checkpoint:
+        ago = duration(max(0.0, progress.time + (status.ago or 0.0) - progress.checkpoint["time"]))
+        rows.append(
+            ("checkpoint", f"step {progress.checkpoint['step']:,}{f', {ago} ago' if status.ago is not None else ''}")
+        )
     share = f"{status.goodput:.1%} of all time was productive   " if status.goodput is not None else ""
-    rows.append(("all starts", f"{share}{counted(status.restarts, 'restart')}   {counted(status.lost_steps, 'step')} lost"))
-    health = f"{counted(len(history.skipped), 'step')} skipped   bad samples {history.bad_samples} of {guard['bad_samples']}"
-    rows.append(("health", health))
+    lost = f"{counted(status.restarts, 'restart')}   {counted(status.lost_steps, 'step')} lost"
+    rows.append(("all starts", share + lost))
+    bad = f"bad samples {progress.bad_samples} of {guard['bad_samples']}"
+    rows.append(("health", f"{counted(len(progress.skipped), 'step')} skipped   {bad}"))
     return rows
 
 
-def total(history: History) -> str:
-    last = history.start.get("last")
+def total(progress: Progress) -> str:
+    last = progress.log.last
     return f"{last:,}" if last else "?"
 
 
-def left(history: History) -> str:
-    seconds = history.seconds_left
+def left(progress: Progress) -> str:
+    seconds = progress.seconds_left
     return "?" if seconds is None else duration(seconds)
 
 
@@ -173,12 +194,13 @@ def shorten(text: str, room: int) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="Watch a run in a terminal, from any node that sees its folder: progress, speed, scores, alarms. Ends with the run.",
-        epilog="exit codes: 10 running, 11 running with alarms, 12 not started, 13 died (killed, crashed, node lost); of a run that has "
-        "ended its own: 0 finished, 65, 70, 74 failed, 71 hung, 75 stopped; 78 bad arguments",
+        description="Watch a run in a terminal, from any node that sees its folder: progress, speed, scores, alarms. "
+        "Ends with the run.",
+        epilog="exit codes: 10 running, 11 running with alarms, 12 not started, 13 died (killed, crashed, node lost); "
+        "a run that has ended gives its own: 0 finished, 65, 70, 74 failed, 71 hung, 75 stopped; 78 bad arguments",
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, e.g. runs/cat_b")
-    parser.add_argument("--once", action="store_true", help="print the page once; the exit code says the state")
+    parser.add_argument("--once", action="store_true", help="print the page once; the exit code gives the state")
     return parser.parse_args()
 
 

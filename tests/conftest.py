@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from datetime import date
@@ -11,26 +12,60 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# A shell that starts these tests in its background leaves SIGINT ignored, and every process that they start would inherit that.
+from train.engine.processor import processor_name
+
+# A shell that runs the tests in the background ignores SIGINT, and all processes that they start would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# A pattern in the reason of a skip -> why CI accepts that skip. With the environment variable CI, any other skip fails
+# the session.
+ALLOWED_SKIPS = {
+    r"needs a GPU|there is no GPU": "CI machines have no GPU; `make gpu` runs on machines that have one",
+    r"there is a GPU|with a GPU|this device has fp16": "the test is about devices without that hardware",
+    r"needs root|no right to mount|cannot be mounted|namespaces cannot|cannot be made here": "containers forbid it",
+    r"no control group blkio of version 1": "control groups of version 2 cannot limit a whole disk in this way",
+    r"(?i)imagenet.sample": "ImageNet's photographs may not be published with this repository",
+    r"Chromium is not installed": "a browser is not among the packages that setup.sh installs",
+}
+
+
+def unexpected_skips(config) -> list[str]:
+    """A line for each skipped test or module whose reason is not in ALLOWED_SKIPS; none unless CI is set."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")  # None in xdist's workers: their controller has it
+    if not os.environ.get("CI") or terminal is None:
+        return []
+    skips = {report.nodeid: report.longrepr[2] for report in terminal.stats.get("skipped", [])}
+    return [f"{id}: {why}" for id, why in skips.items() if not any(re.search(known, why) for known in ALLOWED_SKIPS)]
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if exitstatus == pytest.ExitCode.OK and unexpected_skips(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_addoption(parser):
-    parser.addoption("--results", metavar="FILE", help="write what the tests measured (record_property) there, as JSON")
+    parser.addoption("--results", metavar="FILE", help="write the tests' measurements (record_property) as JSON")
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    for line in unexpected_skips(config):
+        terminalreporter.write_line(f"SKIP NOT ALLOWED IN CI (ALLOWED_SKIPS in tests/conftest.py): {line}", red=True)
     path = config.getoption("--results")
     if not path:
         return
-    reports = [report for reports in terminalreporter.stats.values() for report in reports if getattr(report, "when", None) == "call"]
-    model = next((line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    reports = [report for report in reports if getattr(report, "when", None) == "call"]
     results = {
         "command": " ".join(["pytest", *sys.argv[1:]]),
         "date": date.today().isoformat(),
-        "machine": f"{model}, {len(os.sched_getaffinity(0))} cores, shared",
+        "machine": f"{processor_name()}, {len(os.sched_getaffinity(0))} cores, shared",
         "tests": {
-            report.nodeid: {"outcome": report.outcome, "seconds": round(report.duration, 1), **dict(report.user_properties)}
+            report.nodeid: {
+                "outcome": report.outcome,
+                "seconds": round(report.duration, 1),
+                **dict(report.user_properties),
+            }
             for report in sorted(reports, key=lambda report: report.nodeid)
         },
     }
@@ -40,7 +75,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope="session")
 def tiny_images(tmp_path_factory):
-    """An image folder of 260 training and 101 validation JPEGs of 10 classes that colour tells apart, 16 to 32 pixels wide."""
+    """A folder of 260 training and 101 validation JPEGs, 16 to 32 pixels wide, of 10 classes that differ in colour."""
     folder = tmp_path_factory.mktemp("images")
     random = np.random.RandomState(0)
     for split, count in (("train", 260), ("val", 101)):
@@ -66,7 +101,7 @@ def tiny_dataset(tiny_images, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_dataset, tmp_path_factory):
-    """A config of 2 epochs of 8 steps, 4 micro-batches of 8 each, with every source of randomness on."""
+    """A config of 2 epochs of 8 steps with 4 micro-batches of 8, and with every source of randomness."""
     path = tmp_path_factory.mktemp("configs") / "tiny.yaml"
     path.write_text(f"""
 model: {{name: cat_nano, embed_dim: 16, depths: [1, 1], num_heads: [2, 4], drop_path_rate: 0.2, cpsa_drop: 0.2}}

@@ -12,7 +12,7 @@ from train.checkpoint.format import read_info
 from train.checkpoint.resume_point import Resume
 from train.config import Config, ConfigError, parse_config
 from train.engine.deepspeed_engine import DTYPES
-from train.engine.estimate import kept_beside
+from train.engine.estimate import optimizer_bytes
 from train.engine.memory import at_most, free_memory
 from train.engine.runtime import Runtime
 from train.tasks.base import Task, build_task
@@ -83,7 +83,7 @@ def _largest(task: Task, runtime: Runtime) -> tuple[int, str]:
     # The first trial lets libraries start their threads and fill their caches, before the memory is measured. At ZeRO 3 the weights are
     # partitioned, which these trials of a whole model do not show: more would fit than is found.
     if fits(sizes[0]):
-        beside = kept_beside(model, config, runtime) + ON_GPU * (runtime.device.type == "cuda")
+        beside = optimizer_bytes(model, config, runtime) + ON_GPU * (runtime.device.type == "cuda")
         free = (1 - HEADROOM) * free_memory(runtime.device) - beside
         with at_most(free, runtime.device):
             while too_large - fitting > 1:

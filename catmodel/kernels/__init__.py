@@ -1,7 +1,8 @@
-"""The Triton kernels, each beside its plain twin, and where they can be used. Importing this does not import Triton.
+"""The Triton kernels, and the conditions under which they replace PyTorch's operators. Does not import Triton.
 
-They are custom operators, `torch.ops.catmodel.*`: torch.compile keeps them whole, activation checkpointing replays them. Their gradients
-are deterministic: no atomic additions, and block sizes are fixed by the shapes, not tuned by timing.
+The kernels are custom operators, `torch.ops.catmodel.*`: torch.compile keeps them whole, and activation checkpointing
+repeats them. Their gradients are deterministic: there are no atomic additions, and block sizes follow from the shapes
+rather than from timings.
 """
 
 import functools
@@ -14,43 +15,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from catmodel.attention import Patches
+    from catmodel.patches import Patches
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @torch.compiler.assume_constant_result
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels run here: on NVIDIA GPUs from Ampere on, or in Triton's interpreter (TRITON_INTERPRET=1, for tests)."""
+    """Whether the kernels run: on NVIDIA GPUs since Ampere, in tests in Triton's interpreter (TRITON_INTERPRET=1)."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return _plain("torch.func's transforms do not take PyTorch's custom operators")
+        return _fall_back("torch.func's transforms do not support PyTorch's custom operators")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return _plain(f"{torch.cuda.get_device_name(device)} is older than Ampere")
+        return _fall_back(f"{torch.cuda.get_device_name(device)} is older than Ampere")
     if dtype not in DTYPES:
-        return _plain(f"they do not know {dtype}")
+        return _fall_back(f"they do not support {dtype}")
     try:
         register()
     except ModuleNotFoundError as error:
-        return _plain(f"{error.name} is not installed")
+        return _fall_back(f"{error.name} is not installed")
     return True
 
 
 def register() -> None:
-    """Make the operators, torch.ops.catmodel.*. Raises ModuleNotFoundError where there is no Triton."""
+    """Define the operators torch.ops.catmodel.*. Raises ModuleNotFoundError if Triton is not installed."""
     from catmodel.kernels import aggregate, cross_patch, flash, inner_patch, mlp, pack  # noqa: F401
 
 
 @functools.cache
-def _plain(reason: str) -> bool:
-    """Says once why plain PyTorch is used. Always False."""
-    logging.getLogger(__name__).warning("plain PyTorch in place of the Triton kernels: %s", reason)
+def _fall_back(reason: str) -> bool:
+    """Log once why the PyTorch path is used. Returns False."""
+    logging.getLogger(__name__).warning("PyTorch's operators are used instead of the Triton kernels: %s", reason)
     return False
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors of one device as a matrix product there would take them: where torch.autocast is on, in its type."""
+    """Cast tensors of one device to autocast's dtype, if torch.autocast is enabled there, as for a matrix product."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
@@ -58,15 +59,22 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def inner_patch_fits(size: int, head_dim: int) -> bool:
+    """Whether the kernel of inner-patch attention supports patches of size x size tokens and this size of a head."""
     return (
         size <= 12
         and head_dim <= 64
-        or _plain(f"inner-patch attention knows patches up to 12 x 12 and up to 64 channels a head, not {size} x {size} and {head_dim}")
+        or _fall_back(
+            "inner-patch attention supports patches of up to 12 x 12 tokens and heads of up to 64 channels, "
+            f"not {size} x {size} and {head_dim}"
+        )
     )
 
 
 def cross_patch_fits(size: int) -> bool:
-    return size <= 12 or _plain(f"cross-patch attention knows patches up to 12 x 12, not {size} x {size}")
+    """Whether the kernels of cross-patch attention support patches of size x size tokens."""
+    return size <= 12 or _fall_back(
+        f"cross-patch attention supports patches of up to 12 x 12 tokens, not {size} x {size}"
+    )
 
 
 def cross_patch_attention(
@@ -80,17 +88,20 @@ def cross_patch_attention(
     rate: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """`catmodel.attention.CrossPatchAttention` by kernels: tokens row by row, [B, N, C] -> [B, N, C].
+    """`catmodel.attention.CrossPatchAttention` with kernels, for tokens stored row by row: [B, N, C] -> [B, N, C].
 
-    In one kernel for up to 64 patches, which the images have that classifiers are trained on; otherwise flash attention between the two
-    linear layers. So too in float32: without tensor cores that one kernel takes minutes to compile, and has far too few registers.
+    Up to 64 patches (the images that classifiers are trained on) take a single kernel. More patches, several heads, and
+    float32 take flash attention between two linear layers: in float32, without tensor cores, the single kernel needs
+    minutes to compile and far too many registers.
     """
     x_BNC, qkv_weight, qkv_bias, proj_weight, proj_bias = autocast(x_BNC, qkv_weight, qkv_bias, proj_weight, proj_bias)
     place = patches.height, patches.width, patches.size
     x_BCnP = torch.ops.catmodel.pack(x_BNC, *place)
     B, C, n, P = x_BCnP.shape
     if num_heads == 1 and n <= 64 and P <= 49 and x_BNC.dtype != torch.float32:
-        y_BCnP = torch.ops.catmodel.cross_patch_attention(x_BCnP, qkv_weight, qkv_bias, proj_weight, proj_bias, rate, seed)
+        y_BCnP = torch.ops.catmodel.cross_patch_attention(
+            x_BCnP, qkv_weight, qkv_bias, proj_weight, proj_bias, rate, seed
+        )
     else:
         qkv_Tn3hd = F.linear(x_BCnP, qkv_weight, qkv_bias).view(B * C, n, 3, num_heads, P // num_heads)
         y_Tnhd, _ = torch.ops.catmodel.flash_attention(qkv_Tn3hd, rate, seed)
@@ -99,5 +110,5 @@ def cross_patch_attention(
 
 
 def mlp_pays(channels: int) -> bool:
-    """Where the products are bound by memory, an epilogue saves a pass over the hidden layer; where by arithmetic, cuBLAS is faster."""
+    """Whether the MLP's kernel is faster. Wide products are bound by arithmetic, in which cuBLAS is better."""
     return channels <= 192

@@ -1,13 +1,15 @@
-"""CoT's local aggregation (`catmodel.cotnet.aggregate`), forward and backward: every pixel's own 3 x 3 kernels over its neighbours.
+"""CoT's local aggregation (`catmodel.aggregation`), forward and backward: a 3 x 3 kernel of its own for each pixel.
 
-The channels a * G + g, a = 0 .. C/G - 1, use kernel g of a pixel. A program takes a block of an image's G * H * W kernels, loads the nine
-weights of each once and goes over the a. On the way back the gradient of a value is gathered from the nine pixels that saw it, and that
-of a weight is a sum over the a: both are the program's own. Sums are in fp32.
+Channels a * G + g, a = 0 .. C/G - 1, use kernel g of a pixel. A program processes a block of an image's G * H * W
+kernels: it loads the nine weights of each once and loops over a. In the backward pass it gathers a value's gradient
+from the nine pixels that used the value, and sums a weight's gradient over a, so that no two programs write the same
+element. Sums are in fp32.
 
-Elements moved per pixel: forward 2C + 9G, backward 3C + 18G. Each is read from memory once, but nine times by the program and those beside
-it: out of the caches. Of plain PyTorch's nine products each goes through memory. This is counted, not measured.
+Elements moved per pixel: forward 2C + 9G, backward 3C + 18G. Each is read from memory once; the other eight reads hit
+the caches. Each of PyTorch's nine products goes through memory. These figures are counted, not measured.
 
-Letters as in `catmodel.cotnet`. The values may be contiguous or channels-last; all else is to lie as they do, and is copied if it does not.
+For the shape letters see `catmodel.aggregation`. Values may be contiguous or channels-last. Other tensors are copied to
+the values' layout if they have another.
 """
 
 import torch
@@ -20,7 +22,7 @@ from catmodel.kernels.launch import operator
 
 @triton.jit
 def _steps(pixels, G: tl.constexpr, SHARE: tl.constexpr, LAST: tl.constexpr):
-    """Through memory: of values from pixel to pixel and from a to a + 1; of weights from pixel to pixel and from k to k + 1."""
+    """Strides in memory: of values by pixel and by a, of weights by pixel and by k."""
     if LAST:
         return G * SHARE, G, G * 9, 1
     else:
@@ -29,10 +31,13 @@ def _steps(pixels, G: tl.constexpr, SHARE: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def _kernels(pixels, G: tl.constexpr, SHARE: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """The program's image; the pixel of each of its kernels, in the order of memory; where in the image are the value for a = 0 and the
-    weight for k = 0; and whether there is such a kernel."""
+    """The program's image, and positions of each of its kernels, in memory order.
+
+    They are: its pixel, the offsets in the image of the value for a = 0 and of the weight for k = 0, and whether it is
+    inside the image.
+    """
     blocks = tl.cdiv(pixels * G, BLOCK)
-    image = (tl.program_id(0) // blocks).to(tl.int64)  # only its start can be beyond 2^31 elements
+    image = (tl.program_id(0) // blocks).to(tl.int64)  # only its start can exceed 2^31 elements
     kernel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     if LAST:
         pixel, g = kernel // G, kernel % G
@@ -45,7 +50,7 @@ def _kernels(pixels, G: tl.constexpr, SHARE: tl.constexpr, LAST: tl.constexpr, B
 
 @triton.jit
 def _neighbours(pixel, pixels, width, mask):
-    """How many pixels further each of the nine neighbours is, and where there is one. To look the other way: -steps[k] and has[8 - k]."""
+    """Offset in pixels of each neighbour, and whether it exists. In the opposite direction: -steps[k], has[8 - k]."""
     steps, has = (), ()
     for k in tl.static_range(9):
         step = (k // 3 - 1) * width
@@ -56,7 +61,17 @@ def _neighbours(pixel, pixels, width, mask):
 
 
 @triton.jit
-def _forward(values_ptr, weights_ptr, y_ptr, pixels, width, G: tl.constexpr, SHARE: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(
+    values_ptr,
+    weights_ptr,
+    y_ptr,
+    pixels,
+    width,
+    G: tl.constexpr,
+    SHARE: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     image, pixel, value, weight, mask = _kernels(pixels, G, SHARE, LAST, BLOCK)
     pixel_step, channel_step, _, weight_step = _steps(pixels, G, SHARE, LAST)
     steps, has = _neighbours(pixel, pixels, width, mask)
@@ -99,7 +114,7 @@ def _backward(
     weights_ptr += image * G * 9 * pixels + weight
     dweights_ptr += image * G * 9 * pixels + weight
 
-    weights, dweights = (), ()  # weights[k]: not of this pixel, but of the one whose neighbour k it is
+    weights, dweights = (), ()  # weights[k] belongs to the pixel whose neighbour k is this pixel
     for k in tl.static_range(9):
         place = k * weight_step - steps[k] * kernel_step
         weights += (tl.load(weights_ptr + place, mask=has[8 - k], other=0.0).to(tl.float32),)
@@ -134,7 +149,7 @@ def _lay_weights(weights_BGKHW: Tensor, last: bool) -> Tensor:
 
 
 def _plan(C: int, G: int, last: bool) -> tuple[dict, dict]:
-    """The constants and the launch options of both kernels. Two kernels of pixels a thread: neighbours in one load of a warp."""
+    """Constants and launch options. Each thread has two of the kernels, so that a warp loads neighbours together."""
     return dict(G=G, SHARE=C // G, LAST=last, BLOCK=512), dict(num_warps=8, num_stages=1)
 
 
@@ -145,9 +160,9 @@ def _grid(weights_BGKHW: Tensor, constants: dict) -> tuple[int]:
 
 @operator("aggregate")
 def aggregate(values_BCHW: Tensor, weights_BGKHW: Tensor) -> Tensor:
-    """Values [B, C, H, W] and weights [B, G, 9, H, W], G dividing C -> [B, C, H, W] in the values' dtype, laid out as they are.
+    """Values [B, C, H, W], weights [B, G, 9, H, W], G dividing C -> [B, C, H, W] in the dtype and layout of the values.
 
-    The two may be of different dtypes, as under autocast.
+    The two may have different dtypes, as under autocast.
     """
     last = _channels_last(values_BCHW)
     values_BCHW, weights_BGKHW = _lay(values_BCHW, last), _lay_weights(weights_BGKHW, last)
@@ -165,7 +180,7 @@ def _(values_BCHW, weights_BGKHW):
 
 @operator("aggregate_backward")
 def aggregate_backward(dy_BCHW: Tensor, values_BCHW: Tensor, weights_BGKHW: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the values and of the weights, each in its dtype."""
+    """Gradients of the values and of the weights, each in its dtype."""
     last = _channels_last(values_BCHW)
     values_BCHW, dy_BCHW = _lay(values_BCHW, last), _lay(dy_BCHW, last)
     weights_BGKHW = _lay_weights(weights_BGKHW, last)
@@ -187,20 +202,26 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-aggregate.register_autograd(lambda ctx, dy_BCHW: torch.ops.catmodel.aggregate_backward(dy_BCHW, *ctx.saved_tensors), setup_context=_save)
+def _differentiate(ctx, dy_BCHW):
+    return torch.ops.catmodel.aggregate_backward(dy_BCHW, *ctx.saved_tensors)
+
+
+aggregate.register_autograd(_differentiate, setup_context=_save)
 
 
 def cases() -> list[dict]:
-    """For `catmodel.kernels.report`: the first and the last stage of CoTNet-50 at 224 x 224, in bfloat16; the first channels-last too."""
+    """Cases for `catmodel.kernels.report`: the first stage (in both layouts) and the last of CoTNet-50, in bfloat16."""
     found = []
     for channels, side, last in ((64, 56, False), (64, 56, True), (512, 7, False)):
         constants, options = _plan(channels, channels // 8, last)
-        what = f"{channels} channels, {side} x {side}{', channels-last' if last else ''}"
+        size = f"{channels} channels, {side} x {side}{', channels-last' if last else ''}"
         for name, kernel, tensors in (
             ("forward", _forward, ("values_ptr", "weights_ptr", "y_ptr")),
             ("backward", _backward, ("dy_ptr", "values_ptr", "weights_ptr", "dvalues_ptr", "dweights_ptr")),
         ):
             signature = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(constants, "constexpr")
             signature |= dict(pixels="i32:16" if side**2 % 16 == 0 else "i32", width="i32")
-            found.append(dict(name=f"aggregate {name}, {what}", fn=kernel, signature=signature, constexprs=constants, **options))
+            found.append(
+                dict(name=f"aggregate {name}, {size}", fn=kernel, signature=signature, constexprs=constants, **options)
+            )
     return found

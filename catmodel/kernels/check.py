@@ -1,4 +1,4 @@
-"""Are the kernels right? Each module that uses one, on fresh random numbers, beside its plain twin and beside a float64 reference."""
+"""Correctness of the kernels: each module that uses one, on random numbers, against PyTorch and a float64 reference."""
 
 import copy
 import math
@@ -12,16 +12,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from catmodel import kernels
-from catmodel.attention import CrossPatchAttention, InnerPatchAttention, Patches
-from catmodel.cotnet import SHARE, aggregate
+from catmodel.aggregation import aggregate
+from catmodel.attention import CrossPatchAttention, InnerPatchAttention
+from catmodel.cotnet import SHARE
 from catmodel.layers import Mlp
+from catmodel.patches import Patches
 
 
 @dataclass(frozen=True)
 class Case:
-    """A module, its input [batch, height * width, channels], its patches and heads; rate: of attention dropout.
+    """A module and its input [batch, height * width, channels].
 
-    channels_last: how the map lies that is aggregated.
+    size: side of a patch. rate: attention dropout. channels_last: memory format of the aggregated map.
     """
 
     module: Literal["inner_patch", "cross_patch", "mlp", "aggregate"]
@@ -50,7 +52,7 @@ class Case:
 
 
 class Aggregation(nn.Module):
-    """Local aggregation behind the layers that give its values and weights: as in CoT, but from tokens to tokens [B, N, C]."""
+    """Local aggregation of the outputs of two linear layers, as in CoT, but from tokens to tokens [B, N, C]."""
 
     def __init__(self, channels: int, channels_last: bool):
         super().__init__()
@@ -58,17 +60,25 @@ class Aggregation(nn.Module):
         self.values, self.weights = nn.Linear(channels, channels), nn.Linear(channels, 9 * channels // SHARE)
 
     def forward(self, x_BNC: Tensor, patches: Patches) -> Tensor:
-        maps = (rearrange(layer(x_BNC), "B (H W) C -> B C H W", H=patches.height) for layer in (self.values, self.weights))
-        values, weights = (x_BCHW.contiguous(memory_format=self.memory_format) for x_BCHW in maps)
+        values, weights = (
+            rearrange(layer(x_BNC), "B (H W) C -> B C H W", H=patches.height).contiguous(
+                memory_format=self.memory_format
+            )
+            for layer in (self.values, self.weights)
+        )
         return rearrange(aggregate(values, weights.unflatten(1, (-1, 9)), patches.kernels), "B C H W -> B (H W) C")
 
 
 def check(device: torch.device, seed: int, cases: Sequence[Case] | None = None) -> list[dict]:
-    """For each case its settings, `errors` by what was computed, and `passed`. The default cases: few on a CPU, many on a GPU.
+    """Compare kernels with PyTorch. Returns for each case its settings, `errors` and `passed`.
 
-    errors: for the output and for every gradient, |out - reference| / |reference| of the plain module in the case's dtype ("plain") and of
-    the module with kernels ("kernel"). A case has passed where all of the kernel's are finite and at most twice the plain one's + 1e-6.
-    Raises RuntimeError where kernels do not run. Draws from torch's default generators, and sets them back.
+    cases: by default few on a CPU and many on a GPU.
+
+    errors: for the output and for each gradient, |out - reference| / |reference| of PyTorch in the case's dtype
+    ("plain") and of the kernels ("kernel"). A case passes if all errors of the kernels are finite and at most twice
+    PyTorch's + 1e-6.
+
+    Raises RuntimeError if the kernels do not run. The states of torch's default generators are restored.
     """
     found = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -80,7 +90,7 @@ def check(device: torch.device, seed: int, cases: Sequence[Case] | None = None) 
 
 
 def compare(case: Case, plain: nn.Module, fused: nn.Module, seed: int) -> dict:
-    """`errors` and `passed` of one case; kernels are used in `fused` alone. The two modules should have the same weights."""
+    """`errors` and `passed` of a case, for two modules with the same weights, of which `fused` uses the kernels."""
     weight = next(plain.parameters())
     if not kernels.usable(weight.device, weight.dtype):
         raise RuntimeError(f"the kernels do not run on {weight.device} in {case.dtype}: there is nothing to check")
@@ -89,25 +99,29 @@ def compare(case: Case, plain: nn.Module, fused: nn.Module, seed: int) -> dict:
     reference = _run(case, copy.deepcopy(plain).double(), x.double(), dy.double(), False, seed)
     found = {"plain": _run(case, plain, x, dy, False, seed), "kernel": _run(case, fused, x, dy, True, seed)}
     errors = {name: {way: _error(found[way][name], value) for way in found} for name, value in reference.items()}
-    passed = all(math.isfinite(error["kernel"]) and error["kernel"] <= 2 * error["plain"] + 1e-6 for error in errors.values())
+    passed = all(
+        math.isfinite(error["kernel"]) and error["kernel"] <= 2 * error["plain"] + 1e-6 for error in errors.values()
+    )
     return dict(errors=errors, passed=passed)
 
 
 def _run(case: Case, module: nn.Module, x_BNC: Tensor, dy_BNC: Tensor, fused: bool, seed: int) -> dict[str, Tensor]:
-    """The output and all gradients. The seed draws the dropout mask: the same for every dtype."""
+    """The output and all gradients. The seed determines the dropout mask, which is the same for every dtype."""
     x_BNC = x_BNC.detach().requires_grad_()
     torch.manual_seed(seed)
     patches = Patches(case.height, case.width, case.size, by_row=True, kernels=fused)
     y_BNC = module(x_BNC, fused if case.module == "mlp" else patches)
     y_BNC.backward(dy_BNC)
-    return {"output": y_BNC.detach(), "input": x_BNC.grad} | {name: weight.grad for name, weight in module.named_parameters()}
+    return {"output": y_BNC.detach(), "input": x_BNC.grad} | {
+        name: weight.grad for name, weight in module.named_parameters()
+    }
 
 
 def _error(value: Tensor, reference: Tensor) -> float:
     return ((value.double() - reference).norm() / reference.norm()).item()
 
 
-# What Triton's interpreter does in seconds. Not in bfloat16: its `tl.dot` multiplies the bits of such numbers as if they were integers.
+# Cases that take Triton's interpreter seconds. None is in bfloat16, whose bits its `tl.dot` multiplies as integers.
 FEW = (
     Case("inner_patch", 2, 8, 4, 8, size=4, heads=2),
     Case("inner_patch", 1, 9, 14, 8, heads=1, shifted=True, rate=0.2),
@@ -122,7 +136,7 @@ FEW = (
 
 
 def many() -> Iterable[Case]:
-    """For a GPU: CAT-B's stages at 224 pixels, a dense 800 x 1280 image, windows of all sizes on ragged maps; CoTNet's."""
+    """Cases for a GPU: stages of CAT-B at 224 pixels, a dense 800 x 1280 image, all patch sizes, padding; CoTNet."""
     stages = ((56, 96, 3), (28, 192, 6), (14, 384, 12), (7, 768, 24))
     for (side, channels, heads), dtype in product(stages, ("bfloat16", "float16", "float32")):
         yield Case("inner_patch", 8, side, side, channels, dtype, heads=heads)
@@ -139,7 +153,8 @@ def many() -> Iterable[Case]:
     yield Case("cross_patch", 1, 200, 320, 96, "float32")
     for channels, dtype in product((64, 96, 128, 192), ("bfloat16", "float16", "float32")):
         yield Case("mlp", 8, 55, 57, channels, dtype)
-    for (side, channels), dtype, last in product(((56, 64), (14, 256), (7, 512)), ("bfloat16", "float16", "float32"), (False, True)):
+    maps = ((56, 64), (14, 256), (7, 512))
+    for (side, channels), dtype, last in product(maps, ("bfloat16", "float16", "float32"), (False, True)):
         yield Case("aggregate", 8, side, side, channels, dtype, channels_last=last)
     yield Case("aggregate", 6, 27, 31, 48, "bfloat16")  # half of CoTNeXt's first stage
     yield Case("aggregate", 1, 200, 320, 64, "bfloat16")

@@ -1,20 +1,21 @@
-"""Cross-patch attention (`catmodel.attention.CrossPatchAttention`) of few patches, in one kernel forward and one backward.
+"""Cross-patch attention (`catmodel.attention.CrossPatchAttention`) of few patches: one kernel forward, one backward.
 
-Between the patches of a channel and the softmax, and between the softmax and the output, there is nothing but linear maps, of P to P
-features with one head: so two matrices stand for the four. With x the patches and a one, W the weights with their bias as one more column,
+With a single head, all maps from a channel's patches to the softmax and from the softmax to the output are linear maps
+of P to P features, so two matrices replace the four weights. Let x be the patches followed by a column of ones, and W
+the weights with their bias as an additional column:
 
     q k^T = x A x^T, A = W_q^T W_k              proj(weights v) = (weights x) M^T + bias, M = W_proj W_v
 
-That is 4 products a tile in place of 6, 11 in place of 17 on the way back, and two sums of gradients in place of four: few enough to stay
-in registers. A and M are made anew, with fp32 sums, by every program, and rounded to the dtype of the input, as q, k and v are elsewhere.
-Nothing is saved for the way back but the input.
+This needs 4 products per tile instead of 6, backward 11 instead of 17, and two sums of gradients instead of four, few
+enough to stay in registers. Every program computes A and M, with fp32 sums, and rounds them to the dtype of the input,
+as q, k and v are rounded elsewhere. Only the input is saved for the backward pass.
 
-A tile has ROWS rows of the matrix [B * C * n, P]: TOKENS (n, padded to a power of two) of each of ROWS / TOKENS channels. They attend to
-each other under a mask that is block-diagonal. Features are padded to FEATURES, at least P + 2: behind the one there is a column for the
-bias of the projection.
+A tile has ROWS rows of the matrix [B * C * n, P]: TOKENS (n, padded to a power of two) of each of ROWS / TOKENS
+channels, which attend to each other under a block-diagonal mask. Features are padded to FEATURES >= P + 2: after the
+column of ones there is one for the bias of the projection.
 
-Programs go over the tiles with a fixed stride. On the way back they sum the gradients of A and M in fp32; PyTorch then adds the sums of
-the programs, in a fixed order, and goes on to the parameters: by the product rule.
+Programs loop over the tiles with a fixed stride. Backward, they sum the gradients of A and M in fp32. PyTorch then adds
+the programs' sums in a fixed order and applies the product rule to obtain the gradients of the parameters.
 """
 
 import torch
@@ -26,7 +27,7 @@ from catmodel.dropout import threshold
 from catmodel.kernels.dropout import keep_mask
 from catmodel.kernels.launch import operator, padded, programs
 
-# ------------------------------------------------------------------------------------------------------------------- in kernels
+# -------------------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def _dot(a, b):
 
 @triton.jit
 def _load_linear(weight_ptr, bias_ptr, BIAS: tl.constexpr, P: tl.constexpr, FEATURES: tl.constexpr):
-    """A linear layer [P outputs, P inputs], with its bias in column BIAS: [FEATURES, FEATURES], otherwise zero."""
+    """A linear layer [P outputs, P inputs] with its bias in column BIAS: [FEATURES, FEATURES], zero elsewhere."""
     row, column = tl.arange(0, FEATURES)[:, None], tl.arange(0, FEATURES)[None, :]
     weight = tl.load(weight_ptr + row * P + column, mask=(row < P) & (column < P), other=0.0)
     return tl.where(column == BIAS, tl.load(bias_ptr + row, mask=row < P, other=0.0), weight)
@@ -44,28 +45,37 @@ def _load_linear(weight_ptr, bias_ptr, BIAS: tl.constexpr, P: tl.constexpr, FEAT
 
 @triton.jit
 def _fold(qkv_weight_ptr, qkv_bias_ptr, proj_weight_ptr, proj_bias_ptr, P: tl.constexpr, FEATURES: tl.constexpr):
-    """A / sqrt(P) and M, [FEATURES, FEATURES], the latter with the bias of the projection in column P + 1."""
+    """A / sqrt(P), and M with the projection's bias in column P + 1, both [FEATURES, FEATURES]."""
     w_q = _load_linear(qkv_weight_ptr, qkv_bias_ptr, P, P, FEATURES)
     w_k = _load_linear(qkv_weight_ptr + P * P, qkv_bias_ptr + P, P, P, FEATURES)
     w_v = _load_linear(qkv_weight_ptr + 2 * P * P, qkv_bias_ptr + 2 * P, P, P, FEATURES)
     w_proj = _load_linear(proj_weight_ptr, proj_bias_ptr, P + 1, P, FEATURES)
     m = _dot(w_proj, w_v).to(w_v.dtype)
-    return (_dot(tl.trans(w_q), w_k) * P**-0.5).to(w_q.dtype), tl.where((tl.arange(0, FEATURES) == P + 1)[None, :], w_proj, m)
+    a = (_dot(tl.trans(w_q), w_k) * P**-0.5).to(w_q.dtype)
+    return a, tl.where((tl.arange(0, FEATURES) == P + 1)[None, :], w_proj, m)
 
 
 @triton.jit
 def _one(at: tl.constexpr, dtype: tl.constexpr, FEATURES: tl.constexpr):
-    """[1, FEATURES]: a one in column `at`, otherwise zero."""
+    """[1, FEATURES]: one in column `at`, zero elsewhere."""
     return (tl.arange(0, FEATURES) == at)[None, :].to(tl.float32).to(dtype)
 
 
 @triton.jit
-def _places(tile, channels, n: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr):
-    """A tile's first element, its elements' offsets from there [ROWS, FEATURES], and which of them there are."""
+def _places(
+    tile,
+    channels,
+    n: tl.constexpr,
+    P: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """A tile's first element, its elements' offsets from there [ROWS, FEATURES], and a mask of those that exist."""
     i = tl.arange(0, ROWS)
     feature = tl.arange(0, FEATURES)
     first = tile * tl.full((), (ROWS // TOKENS) * n * P, tl.int64)
-    if n == TOKENS:  # rows are just consecutive: so the compiler needs one address, not one for each element
+    if n == TOKENS:  # rows are consecutive, so the compiler computes one address instead of one per element
         row = i
         there = i < (channels - tile * (ROWS // TOKENS)) * n
     else:
@@ -76,7 +86,7 @@ def _places(tile, channels, n: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr
 
 @triton.jit
 def _weights(logits, n: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
-    """The softmax in every channel, fp32 [ROWS, ROWS]. Every row, even of padding, has a finite logit."""
+    """The softmax within each channel, fp32 [ROWS, ROWS]. Every row, including padding, has a finite logit."""
     i = tl.arange(0, ROWS)
     allowed = ((i // TOKENS)[:, None] == (i // TOKENS)[None, :]) & (i % TOKENS < n)[None, :]
     logits = tl.where(allowed, logits, float("-inf"))
@@ -132,7 +142,7 @@ def _backward(
     proj_bias_ptr,
     seed_ptr,
     dx_ptr,
-    sums_ptr,  # float32 [programs, 2, FEATURES, FEATURES]: the gradients of A / sqrt(P) and M
+    sums_ptr,  # float32 [programs, 2, FEATURES, FEATURES]: gradients of A / sqrt(P) and M
     channels,
     n: tl.constexpr,
     P: tl.constexpr,
@@ -148,7 +158,7 @@ def _backward(
     for tile in range(tl.program_id(0), tl.cdiv(channels, ROWS // TOKENS), tl.num_programs(0)):
         first, offsets, there = _places(tile, channels, n, P, ROWS, TOKENS, FEATURES)
         x = tl.load(x_ptr + first + offsets, mask=there, other=_one(P, a.dtype, FEATURES))
-        dy = tl.load(dy_ptr + first + offsets, mask=there, other=0.0)  # rows of padding are zero: so they add nothing below
+        dy = tl.load(dy_ptr + first + offsets, mask=there, other=0.0)  # rows of padding are zero and add nothing
         xa = _dot(x, a).to(x.dtype)
         weights = _weights(_dot(xa, tl.trans(x)), n, ROWS, TOKENS)
         dmixed = _dot(dy, m).to(x.dtype)
@@ -175,7 +185,7 @@ def _backward(
     tl.store(sums_ptr + FEATURES * FEATURES + place, d_m)
 
 
-# -------------------------------------------------------------------------------------------------------------------- operators
+# ------------------------------------------------------------------------------------------------------------ operators
 
 
 @operator("cross_patch_attention")
@@ -188,10 +198,12 @@ def cross_patch_attention(
     rate: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """`CrossPatchAttention` with one head, between `pack` and `unpack`: [B, C, n, P] -> [B, C, n, P], for n <= 64 and P <= 49.
-    Of bfloat16 or float16: in float32 it is right, but not made for it (`kernels.cross_patch_attention`).
+    """`CrossPatchAttention` with one head, between `pack` and `unpack`: [B, C, n, P] -> [B, C, n, P], n <= 64, P <= 49.
 
-    rate, seed: of the dropout of the weights, whose rows `catmodel.dropout` numbers by image, channel and query.
+    It is designed for bfloat16 and float16. In float32 it is correct but slow (see `kernels.cross_patch_attention`).
+
+    rate, seed: dropout of the attention weights, whose rows are numbered by image, channel and query
+    (`catmodel.dropout`).
     """
     x_BCnP = x_BCnP.contiguous()
     B, C, n, P = x_BCnP.shape
@@ -219,7 +231,7 @@ def cross_patch_attention_backward(
     rate: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x and of the four parameters, each in its dtype."""
+    """Gradients of x and of the four parameters, each in its dtype."""
     dy_BCnP, x_BCnP = dy_BCnP.contiguous(), x_BCnP.contiguous()
     B, C, n, P = x_BCnP.shape
     dx_BCnP = torch.empty_like(x_BCnP)
@@ -231,8 +243,10 @@ def cross_patch_attention_backward(
     return dx_BCnP, *_unfold(sums.sum(0), *parameters)
 
 
-def _unfold(sums: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of the parameters from those of A / sqrt(P) and M."""
+def _unfold(
+    sums: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of the parameters from those of A / sqrt(P) and M."""
     P = len(proj_weight)
     d_a, d_m = sums[0, : P + 1, : P + 1] * P**-0.5, sums[1, :P, : P + 1]
     w_q, w_k, w_v = torch.cat((qkv_weight, qkv_bias[:, None]), dim=1).float().unflatten(0, (3, P))
@@ -260,31 +274,31 @@ def _differentiate(ctx, dy_BCnP):
 cross_patch_attention.register_autograd(_differentiate, setup_context=_save)
 
 
-# ------------------------------------------------------------------------------------------------------------------ their plans
+# ---------------------------------------------------------------------------------------------------- launch parameters
 
 ROWS = 64
 FORWARD_WARPS, BACKWARD_WARPS = 4, 4
-# Four warps: on Hopper eight would each compute every product of 64 rows twice. Backward that takes all registers and spills up to 72
-# bytes a thread (sm_90, P = 49, bfloat16). A kernel for each of the two sums would spill nothing, but read x and dy once more and repeat 6
-# of the 11 products; a spilled register costs two instructions a tile.
-# Programs per multiprocessor: about as many as fit there at once.
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 3, 2
+# Four warps, because on Hopper eight warps would compute each product of 64 rows twice. The backward kernel then uses
+# all registers and spills up to 72 bytes per thread (sm_90, P = 49, bfloat16). Separate kernels for the two sums would
+# not spill, but would read x and dy again and repeat 6 of the 11 products; a spilled register costs two instructions
+# per tile.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 3, 2  # per multiprocessor: about as many as are resident at once
 
 
 def _plan(n: int, P: int, rate: float, warps: int) -> tuple[dict, dict]:
-    """The constants and the launch options of a kernel."""
+    """Constants and launch options of a kernel."""
     tokens = triton.next_power_of_2(n)
     constants = dict(n=n, P=P, RATE=rate, THRESHOLD=threshold(rate), ROWS=ROWS, TOKENS=tokens, FEATURES=padded(P + 2))
     return constants, dict(num_warps=warps, num_stages=1)
 
 
 def _grid(channels: int, constants: dict, per_multiprocessor: int, device: torch.device) -> tuple[int]:
-    """As many programs as the device holds, no more than there are tiles: fixed by shapes and device, so are the sums."""
+    """As many programs as the device holds, at most one per tile. Depends on shapes and device only, as do the sums."""
     return (min(per_multiprocessor * programs(device), triton.cdiv(channels, ROWS // constants["TOKENS"])),)
 
 
 def cases() -> list[dict]:
-    """What launch/bench.py compiles for its report: the four stages of CAT-B at 224 pixels, in bfloat16."""
+    """Cases for `catmodel.kernels.report`: the four stages of CAT-B at 224 pixels, in bfloat16."""
     parameters = "x_ptr", "qkv_weight_ptr", "qkv_bias_ptr", "proj_weight_ptr", "proj_bias_ptr"
     found = []
     for n in (64, 16, 4, 1):
@@ -295,5 +309,6 @@ def cases() -> list[dict]:
             constants, options = _plan(n, 49, 0.2, warps)
             signature = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(sums, "*fp32")
             signature |= dict(seed_ptr="*i32", channels="i32") | dict.fromkeys(constants, "constexpr")
-            found.append(dict(name=f"cross-patch {name}, {n} patches", fn=kernel, signature=signature, constexprs=constants, **options))
+            case = dict(name=f"cross-patch {name}, {n} patches", fn=kernel, signature=signature, constexprs=constants)
+            found.append(case | options)
     return found

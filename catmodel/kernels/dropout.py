@@ -10,9 +10,9 @@ _FIRST, _SECOND, _GOLDEN = (tl.constexpr(bits % 2**32) for bits in (*MULTIPLIERS
 
 @triton.jit
 def keep_mask(seed, rows, columns, THRESHOLD: tl.constexpr):
-    """seed: an int32 scalar; rows [R] and columns [C]: any integers -> bool [R, C], True where an element stays.
+    """bool [R, C], True for elements that are kept.
 
-    THRESHOLD: of `catmodel.dropout.threshold`.
+    seed: int32 scalar. rows [R], columns [C]: integers. THRESHOLD: `catmodel.dropout.threshold` of the rate.
     """
     key = seed.to(tl.uint32)
     row_key = _hash(rows.to(tl.uint32) ^ _hash(key)) ^ key

@@ -1,10 +1,11 @@
-"""Self-attention among any number of tokens, forward and backward, without a matrix of tokens x tokens in memory.
+"""Self-attention of any number of tokens, forward and backward, without a tokens x tokens matrix in memory.
 
-As FlashAttention-2 (arXiv 2307.08691): blocks of queries against blocks of keys with a running softmax; on the way back, from the saved
-log-sum-exp, one kernel for dq (and the sums of dy * y it needs) and one for dk and dv, each program the only one to write its rows. Our
-own, for the mask of `catmodel.dropout` and for heads of any width, such as 49 channels, which PyTorch's fused attention pads by copies.
+The algorithm is FlashAttention-2 (arXiv 2307.08691). Forward, blocks of queries meet blocks of keys with a running
+softmax. Backward, starting from the saved log-sum-exp, one kernel computes dq (and the sums of dy * y that it needs),
+another dk and dv; each program alone writes its rows. Differences from PyTorch's fused attention: the mask of
+`catmodel.dropout`, and heads of any width, such as 49 channels, which PyTorch pads by copying.
 
-n tokens, h heads of d channels, padded to DIM. Matrices of weights are [M queries, N keys].
+Letters: n tokens, h heads of d channels, padded to DIM. Matrices of attention weights are [M queries, N keys].
 """
 
 import torch
@@ -16,12 +17,12 @@ from catmodel.dropout import threshold
 from catmodel.kernels.dropout import keep_mask
 from catmodel.kernels.launch import operator, padded
 
-# ------------------------------------------------------------------------------------------------------------------- in kernels
+# -------------------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
 def _load(ptr, rows, n, stride: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr):
-    """[rows, DIM] of one head, with zeros where there is nothing."""
+    """[rows, DIM] of one head, zero beyond n rows and D columns."""
     d = tl.arange(0, DIM)
     return tl.load(ptr + rows[:, None] * stride + d[None, :], mask=(rows < n)[:, None] & (d < D)[None, :], other=0.0)
 
@@ -29,12 +30,13 @@ def _load(ptr, rows, n, stride: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr
 @triton.jit
 def _store(ptr, values, rows, n, stride: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr):
     d = tl.arange(0, DIM)
-    tl.store(ptr + rows[:, None] * stride + d[None, :], values.to(ptr.dtype.element_ty), mask=(rows < n)[:, None] & (d < D)[None, :])
+    mask = (rows < n)[:, None] & (d < D)[None, :]
+    tl.store(ptr + rows[:, None] * stride + d[None, :], values.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _logits(q, k, keys, n, D: tl.constexpr):
-    """q k^T / sqrt(d), to the base 2; -inf where there is no key."""
+    """q k^T / sqrt(d) for exponentials of base 2; -inf for keys beyond n."""
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (D**-0.5 * 1.4426950408889634)
     return tl.where((keys < n)[None, :], logits, float("-inf"))
 
@@ -49,7 +51,7 @@ def _drop(weights, seed_ptr, sequence, queries, keys, n, RATE: tl.constexpr, THR
 
 @triton.jit
 def _head(sequence, n, h: tl.constexpr, D: tl.constexpr):
-    """Where a head's part begins: in q (k and v follow after h * D and 2 h * D), in y, and in the sums over its queries."""
+    """Offsets of a head in q (k and v follow after h * D and 2 h * D), in y, and in the sums per query."""
     batch = (sequence // h).to(tl.int64)
     return batch * n * (3 * h * D) + sequence % h * D, batch * n * (h * D) + sequence % h * D, sequence.to(tl.int64) * n
 
@@ -59,7 +61,7 @@ def _forward(
     qkv_ptr,  # [batch, n, 3, h, d]
     seed_ptr,
     y_ptr,  # [batch, n, h, d]
-    lse_ptr,  # [batch, h, n] float32, to the base 2
+    lse_ptr,  # [batch, h, n] float32, base 2
     n,
     h: tl.constexpr,
     D: tl.constexpr,
@@ -69,7 +71,7 @@ def _forward(
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """One program per head and, fastest, block of queries."""
+    """One program per head and (fastest) block of queries."""
     blocks = tl.cdiv(n, M)
     sequence = tl.program_id(0) // blocks
     queries = tl.program_id(0) % blocks * M + tl.arange(0, M)
@@ -103,8 +105,8 @@ def _backward_q(
     seed_ptr,
     y_ptr,
     lse_ptr,
-    delta_ptr,  # [batch, h, n] float32: the sums of dy * y, written
-    dqkv_ptr,  # as qkv: dq, written
+    delta_ptr,  # [batch, h, n] float32: sums of dy * y, written
+    dqkv_ptr,  # as qkv; dq is written
     n,
     h: tl.constexpr,
     D: tl.constexpr,
@@ -114,7 +116,7 @@ def _backward_q(
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """One program per head and, fastest, block of queries."""
+    """One program per head and (fastest) block of queries."""
     blocks = tl.cdiv(n, M)
     sequence = tl.program_id(0) // blocks
     queries = tl.program_id(0) % blocks * M + tl.arange(0, M)
@@ -132,7 +134,8 @@ def _backward_q(
         k = _load(q_ptr + h * D, keys, n, 3 * h * D, D, DIM)
         v = _load(q_ptr + 2 * h * D, keys, n, 3 * h * D, D, DIM)
         weights = tl.exp2(_logits(q, k, keys, n, D) - lse[:, None])
-        dweights = _drop(tl.dot(dy, tl.trans(v), input_precision="ieee"), seed_ptr, sequence, queries, keys, n, RATE, THRESHOLD)
+        dweights = tl.dot(dy, tl.trans(v), input_precision="ieee")
+        dweights = _drop(dweights, seed_ptr, sequence, queries, keys, n, RATE, THRESHOLD)
         dlogits = weights * (dweights - delta[:, None])
         dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision="ieee")
     _store(dqkv_ptr + at_q, dq * D**-0.5, queries, n, 3 * h * D, D, DIM)
@@ -155,7 +158,7 @@ def _backward_kv(
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """One program per head and, fastest, block of keys."""
+    """One program per head and (fastest) block of keys."""
     blocks = tl.cdiv(n, N)
     sequence = tl.program_id(0) // blocks
     keys = tl.program_id(0) % blocks * N + tl.arange(0, N)
@@ -169,28 +172,31 @@ def _backward_kv(
     for start in range(0, n, M):
         queries = start + tl.arange(0, M)
         q = _load(q_ptr, queries, n, 3 * h * D, D, DIM)
-        dy = _load(dy_ptr + at_y, queries, n, h * D, D, DIM)  # zeros where there is no query: so it adds nothing
+        dy = _load(dy_ptr + at_y, queries, n, h * D, D, DIM)  # zero beyond n queries, which then add nothing
         lse = tl.load(lse_ptr + at_sums + queries, mask=queries < n, other=0.0)
         delta = tl.load(delta_ptr + at_sums + queries, mask=queries < n, other=0.0)
         weights = tl.exp2(_logits(q, k, keys, n, D) - lse[:, None])
         dropped = _drop(weights, seed_ptr, sequence, queries, keys, n, RATE, THRESHOLD)
         dv = tl.dot(tl.trans(dropped.to(dy.dtype)), dy, dv, input_precision="ieee")
-        dweights = _drop(tl.dot(dy, tl.trans(v), input_precision="ieee"), seed_ptr, sequence, queries, keys, n, RATE, THRESHOLD)
+        dweights = tl.dot(dy, tl.trans(v), input_precision="ieee")
+        dweights = _drop(dweights, seed_ptr, sequence, queries, keys, n, RATE, THRESHOLD)
         dlogits = weights * (dweights - delta[:, None])
         dk = tl.dot(tl.trans(dlogits.to(q.dtype)), q, dk, input_precision="ieee")
     _store(dqkv_ptr + at_q + h * D, dk * D**-0.5, keys, n, 3 * h * D, D, DIM)
     _store(dqkv_ptr + at_q + 2 * h * D, dv, keys, n, 3 * h * D, D, DIM)
 
 
-# -------------------------------------------------------------------------------------------------------------------- operators
+# ------------------------------------------------------------------------------------------------------------ operators
 
 
 @operator("flash_attention")
 def flash_attention(qkv_Tn3hd: Tensor, rate: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(d)) v of T sequences of n tokens, in h heads: [T, n, 3, h, d] -> [T, n, h, d].
+    """softmax(q k^T / sqrt(d)) v for T sequences of n tokens, in h heads of d <= 256: [T, n, 3, h, d] -> [T, n, h, d].
 
-    And, for the way back, the log-sum-exp of each query's logits to the base 2, float32 [T, h, n]. d: up to 256.
-    rate, seed: of the dropout of the weights, whose rows `catmodel.dropout` numbers by sequence, head and query.
+    Also returns, for the backward pass, the log-sum-exp (base 2) of each query's logits, float32 [T, h, n].
+
+    rate, seed: dropout of the attention weights, whose rows are numbered by sequence, head and query
+    (`catmodel.dropout`).
     """
     qkv_Tn3hd = qkv_Tn3hd.contiguous()
     T, n, _, h, d = qkv_Tn3hd.shape
@@ -241,17 +247,18 @@ flash_attention.register_autograd(_differentiate, setup_context=_save)
 
 
 def _plan(h: int, d: int, rate: float, dtype: torch.dtype) -> tuple[dict, dict]:
-    """The constants and the launch options of all three kernels."""
+    """Constants and launch options of all three kernels."""
     dim = padded(d)
-    # Tiles that fit into registers: 64 x 64, and less of them where rows are long or numbers wide.
+    # Tiles of 64 x 64 fit into registers, except for long rows or float32.
     block = 64 if dim <= 64 and dtype != torch.float32 else 32
     constants = dict(h=h, D=d, RATE=rate, THRESHOLD=threshold(rate), DIM=dim, M=block, N=block)
-    # One stage: rows of 49 numbers do not lie at the multiples of 4 bytes that asynchronous copies want, and more stages spill registers.
+    # One stage: rows of 49 bfloat16 numbers are not aligned to the 4 bytes that asynchronous copies need, and more
+    # stages spill registers.
     return constants, dict(num_warps=4 if dim <= 64 else 8, num_stages=1)
 
 
 def cases() -> list[dict]:
-    """What launch/bench.py compiles for its report: CPSA of a dense 800 x 1280 image, in bfloat16."""
+    """Cases for `catmodel.kernels.report`: CPSA of a dense 800 x 1280 image, in bfloat16."""
     constants, options = _plan(1, 49, 0.2, torch.bfloat16)
     return [
         dict(

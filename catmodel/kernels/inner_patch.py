@@ -1,11 +1,13 @@
 """Inner-patch attention (`catmodel.attention.InnerPatchAttention`) between its two linear layers, forward and backward.
 
-A patch's tokens are found by address in the map as it lies, row by row: nothing is cut, pasted or rolled. A program works on one head; it
-holds the position bias of that head in registers and goes over the patches with a fixed stride, and on the way back sums the gradient of
-the bias, in fp32. The sums of the programs are then added by PyTorch, in a fixed order. The weights are computed anew on the way back.
+The kernels address a patch's tokens in the map as stored, row by row: no map is cut, pasted or rolled. A program
+processes one head. It holds the head's position bias in registers, loops over the patches with a fixed stride, and in
+the backward pass sums the gradient of the bias in fp32; PyTorch then adds the programs' sums in a fixed order. The
+attention weights are recomputed in the backward pass.
 
-Letters as in `catmodel.attention`; P tokens are padded to QUERIES rows and KEYS columns, D channels of a head to DIM. Patches of more than
-64 tokens are worked on in blocks of QUERIES queries, each against all keys; on the way back, one block after the other.
+For the shape letters see `catmodel.attention`. P tokens are padded to QUERIES rows and KEYS columns, D channels of a
+head to DIM. Patches of more than 64 tokens are processed in blocks of QUERIES queries against all keys; backward, one
+block after the other.
 """
 
 import torch
@@ -17,12 +19,12 @@ from catmodel.dropout import threshold
 from catmodel.kernels.dropout import keep_mask
 from catmodel.kernels.launch import operator, padded, programs
 
-# ------------------------------------------------------------------------------------------------------------------- in kernels
+# -------------------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
 def _place(patch, height, width, SIZE: tl.constexpr):
-    """The image of a patch, and the row and column of its first token on the map (the rolled one, where there is a shift)."""
+    """The image of a patch, and row and column of its first token on the map (with a shift, on the rolled map)."""
     columns = width // SIZE
     in_image = columns * (height // SIZE)
     image = patch // in_image
@@ -32,7 +34,7 @@ def _place(patch, height, width, SIZE: tl.constexpr):
 
 @triton.jit
 def _tokens(p, top, left, height, width, SIZE: tl.constexpr, SHIFT: tl.constexpr):
-    """The number in its image of each token p of a patch."""
+    """The index in its image of each token p of a patch."""
     y = top + p // SIZE + SHIFT
     x = left + p % SIZE + SHIFT
     if SHIFT > 0:
@@ -43,7 +45,7 @@ def _tokens(p, top, left, height, width, SIZE: tl.constexpr, SHIFT: tl.constexpr
 
 @triton.jit
 def _region(p, top, left, height, width, SIZE: tl.constexpr, SHIFT: tl.constexpr):
-    """`Patches.shift_mask`: only tokens of the same region attend to each other."""
+    """The regions of `Patches.shift_mask`: only tokens of the same region attend to each other."""
     y = top + p // SIZE
     x = left + p % SIZE
     row = (y >= height - SIZE).to(tl.int32) + (y >= height - SHIFT).to(tl.int32)
@@ -51,13 +53,15 @@ def _region(p, top, left, height, width, SIZE: tl.constexpr, SHIFT: tl.constexpr
 
 
 @triton.jit
-def _weights(q, k, bias, query, key, top, left, height, width, SIZE: tl.constexpr, SHIFT: tl.constexpr, D: tl.constexpr):
-    """softmax(q k^T / sqrt(D) + bias), fp32 [QUERIES, KEYS]. The bias is -inf where there is no key; every row has a finite logit."""
+def _weights(
+    q, k, bias, query, key, top, left, height, width, SIZE: tl.constexpr, SHIFT: tl.constexpr, D: tl.constexpr
+):
+    """softmax(q k^T / sqrt(D) + bias), fp32 [QUERIES, KEYS]. The bias of padding keys is -inf."""
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (D**-0.5) + bias
     if SHIFT > 0:
         of_query = _region(query, top, left, height, width, SIZE, SHIFT)
         of_key = _region(key, top, left, height, width, SIZE, SHIFT)
-        # Rows of padding may attend to everything, lest they have nothing.
+        # Rows of padding attend to all keys, so that every row has a finite logit.
         allowed = (of_query[:, None] == of_key[None, :]) | (query >= SIZE * SIZE)[:, None]
         logits = tl.where(allowed, logits, float("-inf"))
     weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
@@ -89,7 +93,7 @@ def _forward(
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Grid (heads, blocks of queries, any number)."""
+    """Grid (heads, blocks of queries, any number of programs)."""
     P: tl.constexpr = SIZE * SIZE
     head = tl.program_id(0)
     heads = tl.num_programs(0)
@@ -119,7 +123,9 @@ def _forward(
             keep = keep_mask(seed, (patch * heads + head) * P + query, key, THRESHOLD)
             weights = tl.where(keep, weights * (1 / (1 - RATE)), 0.0)
         y = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        tl.store(y_ptr + first * C + head * D + query_token[:, None] * C + channel[None, :], y.to(v.dtype), mask=query_mask)
+        tl.store(
+            y_ptr + first * C + head * D + query_token[:, None] * C + channel[None, :], y.to(v.dtype), mask=query_mask
+        )
 
 
 @triton.jit
@@ -147,8 +153,10 @@ def _backward(
     DKV: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """Grid (heads, slots), for one block of queries. dq goes to dqkv; dk and dv into rows of DKV * C elements: of dqkv too where there is
-    but one block; otherwise of fp32 [B, N, 2C], to which all blocks but the first ADD. dbias: fp32 [slots, h, all queries, KEYS].
+    """Grid (heads, slots), for one block of queries.
+
+    dq is written to dqkv, dk and dv to rows of DKV * C elements: with a single block also to dqkv, otherwise to an fp32
+    buffer [B, N, 2C], to which all blocks but the first ADD. dbias: fp32 [slots, h, all queries, KEYS].
     """
     P: tl.constexpr = SIZE * SIZE
     SCALE: tl.constexpr = D**-0.5
@@ -186,7 +194,7 @@ def _backward(
             keep = keep_mask(seed, (patch * heads + head) * P + query, key, THRESHOLD)
             dropped = tl.where(keep, weights * (1 / (1 - RATE)), 0.0)
             dweights = tl.where(keep, dweights * (1 / (1 - RATE)), 0.0)
-        # Each gradient is stored as soon as it is there: it would hold registers otherwise.
+        # Each gradient is stored as soon as it is complete, to free its registers.
         to_key = first * DKV * C + head * D
         at_dkey = key_token[:, None] * (DKV * C) + channel[None, :]
         dv = tl.dot(tl.trans(dropped.to(dy.dtype)), dy, input_precision="ieee")
@@ -204,24 +212,26 @@ def _backward(
             dk += tl.load(dk_ptr + to_key + at_dkey, mask=key_mask, other=0.0)
         tl.store(dk_ptr + to_key + at_dkey, dk.to(dk_ptr.dtype.element_ty), mask=key_mask)
 
-    # The whole tile: its addresses are simpler, and need not be held in registers meanwhile.
+    # The whole tile is stored, because its addresses are simpler and occupy no registers during the loop.
     slot = tl.program_id(1) * heads + head
     row = slot * tl.cdiv(P, QUERIES) * QUERIES + query
     tl.store(dbias_ptr + row[:, None] * KEYS + key[None, :], dbias)
 
 
-# -------------------------------------------------------------------------------------------------------------------- operators
+# ------------------------------------------------------------------------------------------------------------ operators
 
 
 @operator("inner_patch_attention")
 def inner_patch_attention(
     qkv_BNF: Tensor, bias_hPP: Tensor, height: int, width: int, size: int, shift: int, rate: float, seed: Tensor | None
 ) -> Tensor:
-    """Queries, keys and values [B, N, 3C] of the tokens of a map, row by row, and the position bias [h, P, P] -> [B, N, C].
+    """Queries, keys and values [B, N, 3C] of a map's tokens, row by row, and position bias [h, P, P] -> [B, N, C].
 
-    height, width: of the map, multiples of `size`, the side of a patch. shift: how far the map is rolled up and to the left before it is
-    cut into patches; tokens that only the roll brought together do not attend to each other. rate, seed: of the dropout of the weights,
-    whose rows `catmodel.dropout` numbers by image, patch, head and query.
+    height, width: sides of the map, multiples of `size`, the side of a patch.
+    shift: tokens by which the map is rolled up and to the left before it is divided into patches. Tokens that become
+        neighbours only by the roll do not attend to each other.
+    rate, seed: dropout of the attention weights, whose rows are numbered by image, patch, head and query
+        (`catmodel.dropout`).
     """
     qkv_BNF = qkv_BNF.contiguous()
     B, N, F = qkv_BNF.shape
@@ -231,7 +241,9 @@ def inner_patch_attention(
     constants, options = _plan(size, F // 3 // h, shift, rate, qkv_BNF.dtype)
     blocks = _blocks(constants)
     slots = _slots(patches, h * blocks, FORWARD_WARPS // options["num_warps"], qkv_BNF.device)
-    _forward[h, blocks, slots](qkv_BNF, bias_hPP.contiguous(), seed, y_BNC, patches, height, width, **constants, **options)
+    _forward[h, blocks, slots](
+        qkv_BNF, bias_hPP.contiguous(), seed, y_BNC, patches, height, width, **constants, **options
+    )
     return y_BNC
 
 
@@ -243,9 +255,17 @@ def _(qkv_BNF, bias_hPP, height, width, size, shift, rate, seed):
 
 @operator("inner_patch_attention_backward")
 def inner_patch_attention_backward(
-    dy_BNC: Tensor, qkv_BNF: Tensor, bias_hPP: Tensor, height: int, width: int, size: int, shift: int, rate: float, seed: Tensor | None
+    dy_BNC: Tensor,
+    qkv_BNF: Tensor,
+    bias_hPP: Tensor,
+    height: int,
+    width: int,
+    size: int,
+    shift: int,
+    rate: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `qkv_BNF` and `bias_hPP`, each in its dtype."""
+    """Gradients of `qkv_BNF` and `bias_hPP`, each in its dtype."""
     dy_BNC, qkv_BNF = dy_BNC.contiguous(), qkv_BNF.contiguous()
     B, N, F = qkv_BNF.shape
     C = F // 3
@@ -288,14 +308,14 @@ def _differentiate(ctx, dy_BNC):
 inner_patch_attention.register_autograd(_differentiate, setup_context=_save)
 
 
-# ------------------------------------------------------------------------------------------------------------------- their plans
+# ---------------------------------------------------------------------------------------------------- launch parameters
 
-# Warps on a multiprocessor: about as many as its registers hold.
+# Warps per multiprocessor: about as many as its registers hold.
 FORWARD_WARPS, BACKWARD_WARPS = 16, 8
 
 
 def _plan(size: int, d: int, shift: int, rate: float, dtype: torch.dtype) -> tuple[dict, dict]:
-    """The constants and the launch options of both kernels: such that their tiles stay in registers."""
+    """Constants and launch options of both kernels, chosen so that their tiles stay in registers."""
     P = size**2
     constants = dict(
         SIZE=size,
@@ -307,28 +327,29 @@ def _plan(size: int, d: int, shift: int, rate: float, dtype: torch.dtype) -> tup
         KEYS=padded(P),
         DIM=padded(d),
     )
-    # Products of fp32 are not the tensor cores' work, and take more registers.
+    # fp32 products do not use tensor cores, and take more registers.
     wide = dtype == torch.float32
     warps = constants["KEYS"] // 16 * (2 if wide else 1)
     return constants, dict(num_warps=min(warps, 8), num_stages=1 if wide else 2)
 
 
 def _dkv(constants: dict) -> int:
-    """In rows of how many C the gradients of keys and values are written: those of qkv, or of a buffer of their own."""
+    """Row length, in C, of the gradients of keys and values: 3 within dqkv, 2 in a separate buffer."""
     return 3 if constants["QUERIES"] == constants["KEYS"] else 2
 
 
 def _blocks(constants: dict) -> int:
+    """Number of blocks of queries."""
     return triton.cdiv(constants["SIZE"] ** 2, constants["QUERIES"])
 
 
 def _slots(patches: int, programs_each: int, per_multiprocessor: int, device: torch.device) -> int:
-    """As many as fill the device: fixed by shapes and device, and so is the order of the sums."""
+    """Programs per head: enough to fill the device. Depends on shapes and device only, as does the order of sums."""
     return min(patches, max(per_multiprocessor * programs(device) // programs_each, 1))
 
 
 def cases() -> list[dict]:
-    """What `catmodel.kernels.report` compiles: the first stage of CAT-B (with and without dropout), and patches of 12 x 12, in bfloat16."""
+    """Cases for `catmodel.kernels.report`, in bfloat16: stage 1 of CAT-B, also with dropout, and patches of 12 x 12."""
     found = []
     for what, size, rate in (("", 7, 0.0), (", dropout", 7, 0.1), (", 12 x 12", 12, 0.0)):
         constants, options = _plan(size, 32, 0, rate, torch.bfloat16)
@@ -340,5 +361,6 @@ def cases() -> list[dict]:
             ("backward", _backward, written, dict(constants, DKV=_dkv(constants), ADD=_dkv(constants) == 2)),
         ):
             signature = given | more | dict.fromkeys(constexprs, "constexpr")
-            found.append(dict(name=f"inner-patch {name}{what}", fn=kernel, signature=signature, constexprs=constexprs, **options))
+            case = dict(name=f"inner-patch {name}{what}", fn=kernel, signature=signature, constexprs=constexprs)
+            found.append(case | options)
     return found

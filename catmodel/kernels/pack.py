@@ -1,9 +1,9 @@
-"""Between tokens as they lie, row by row, and the rows of cross-patch attention: [B, N, C] <-> [B, C, n, P], a transposition by tiles.
+"""Transposition between tokens stored row by row and the rows of cross-patch attention: [B, N, C] <-> [B, C, n, P].
 
-In PyTorch that is up to four passes over memory (pad, cut, transpose; paste and crop on the way back); here it is one. Each of the two is
-the other's gradient: padding with zeros and cropping are adjoint.
+PyTorch needs up to four passes over memory for it (pad, cut, transpose; paste, crop), these kernels one. The gradient
+of either direction is the other one, because padding with zeros and cropping are adjoint.
 
-Letters as in `catmodel.attention`.
+For the shape letters see `catmodel.attention`.
 """
 
 import torch
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from catmodel.kernels.launch import operator, padded
 
-# Elements of a tile: 32 a thread.
-TILE = 4096
+TILE = 4096  # elements of a tile: 32 per thread
 
 
 @triton.jit
@@ -29,7 +28,10 @@ def _transpose(
     CHANNELS: tl.constexpr,
     TO_X: tl.constexpr,
 ):
-    """One program per image, block of channels and, fastest, patch: the short rows of P values that neighbours write meet in the cache."""
+    """One program per image, block of channels and (fastest) patch.
+
+    Neighbouring programs write short rows of P values next to each other, which the cache combines.
+    """
     P: tl.constexpr = SIZE * SIZE
     columns = tl.cdiv(width, SIZE)
     n = tl.cdiv(height, SIZE) * columns
@@ -68,9 +70,9 @@ def _plan(size: int, to_x: bool) -> tuple[dict, dict]:
 
 @operator("pack")
 def pack(x_BNC: Tensor, height: int, width: int, size: int) -> Tensor:
-    """Tokens [B, height * width, C], row by row -> [B, C, n, P]: in every channel, the values of each patch of size x size tokens.
+    """Tokens [B, height * width, C], row by row -> for each channel the values of each patch, [B, C, n, size * size].
 
-    Where patches stick out of the map on the right or at the bottom, they hold zeros.
+    Patches that extend beyond the map on the right or at the bottom are padded with zeros.
     """
     x_BNC = x_BNC.contiguous()
     y_BCnP = _new_packed(x_BNC, height, width, size)
@@ -80,7 +82,7 @@ def pack(x_BNC: Tensor, height: int, width: int, size: int) -> Tensor:
 
 @operator("unpack")
 def unpack(y_BCnP: Tensor, height: int, width: int, size: int) -> Tensor:
-    """The inverse of `pack`: [B, C, n, P] -> [B, height * width, C]. Values outside the map are left behind."""
+    """The inverse of `pack`: [B, C, n, P] -> [B, height * width, C]. Values outside the map are dropped."""
     y_BCnP = y_BCnP.contiguous()
     x_BNC = y_BCnP.new_empty(y_BCnP.shape[0], height * width, y_BCnP.shape[1])
     _launch(x_BNC, y_BCnP, height, width, size, to_x=True)
@@ -107,10 +109,12 @@ unpack.register_autograd(lambda ctx, dx: (torch.ops.catmodel.pack(dx, *ctx.map),
 
 
 def cases() -> list[dict]:
-    """What launch/bench.py compiles for its report: CAT-B's, in bfloat16."""
+    """Cases for `catmodel.kernels.report`: patches of CAT-B, in bfloat16."""
     found = []
     for name, to_x in (("pack", False), ("unpack", True)):
         constants, options = _plan(7, to_x)
-        signature = dict(x_ptr="*bf16", y_ptr="*bf16", height="i32", width="i32", C="i32") | dict.fromkeys(constants, "constexpr")
+        signature = dict(x_ptr="*bf16", y_ptr="*bf16", height="i32", width="i32", C="i32") | dict.fromkeys(
+            constants, "constexpr"
+        )
         found.append(dict(name=name, fn=_transpose, signature=signature, constexprs=constants, **options))
     return found

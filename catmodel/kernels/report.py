@@ -1,9 +1,9 @@
-"""What each kernel takes of a multiprocessor, compiled for the H100 and H200 (sm_90) by Triton's own tools: no GPU is needed.
+"""Resources of each kernel on the H100 and H200 (sm_90), from Triton's compiler. No GPU is needed.
 
     python -m catmodel.kernels.report [--json FILE] [MODULE ...]
 
-The kernels' modules name what is to be compiled by `cases()`: dicts of name, fn (the kernel), signature (of all its arguments, by name, as
-Triton writes types; "i32:16" is a number known to be divisible by 16), constexprs, num_warps and num_stages.
+Each module of kernels lists its cases in `cases()`: dicts with name, fn (the kernel), signature (argument -> type in
+Triton's notation; "i32:16" is a number divisible by 16), constexprs, num_warps and num_stages.
 """
 
 import argparse
@@ -19,18 +19,22 @@ from pathlib import Path
 
 MODULES = ("inner_patch", "cross_patch", "flash", "pack", "mlp", "aggregate")
 
-# Of a multiprocessor of compute capability 9.0 (CUDA C++ programming guide, table of technical specifications per compute capability).
+# Limits of a multiprocessor of compute capability 9.0 (CUDA C++ programming guide, technical specifications).
 REGISTERS, QUARTERS, WARPS, BLOCKS = 65536, 4, 64, 32
 SHARED = 228 * 1024
-SHARED_RESERVED = 1024  # for the system, in every block
+SHARED_RESERVED = 1024  # by the system, in each block
 
 
 def resources(modules: Sequence[str] = MODULES) -> list[dict]:
-    """For each case: name, registers (a thread's), stack and local (bytes of a thread's in memory: registers that were spilled, for
-    Triton's kernels keep nothing else there), shared (bytes, a block's), warps (a block's), blocks_per_sm (that it holds at once),
-    warps_per_sm and limit (what there is too little of for more).
+    """A dict for each case of the modules.
+
+    name; registers per thread; stack and local, in bytes per thread (in Triton's kernels these are spilled registers);
+    shared, in bytes per block; warps per block; blocks_per_sm and warps_per_sm, resident at once; limit, the resource
+    that prevents more.
     """
-    return [_resources(case) for name in modules for case in importlib.import_module(f"catmodel.kernels.{name}").cases()]
+    return [
+        _resources(case) for name in modules for case in importlib.import_module(f"catmodel.kernels.{name}").cases()
+    ]
 
 
 def _resources(case: dict) -> dict:
@@ -39,7 +43,7 @@ def _resources(case: dict) -> dict:
     from triton.compiler import ASTSource
 
     fn, kinds = case["fn"], {name: kind.partition(":") for name, kind in case["signature"].items()}
-    # As at a call: tensors begin at multiples of 16 bytes, and Triton makes use of it.
+    # As in a launch, tensors are aligned to 16 bytes, which Triton's compiler uses.
     aligned = [i for i, name in enumerate(fn.arg_names) if kinds[name][0].startswith("*") or kinds[name][2] == "16"]
     source = ASTSource(
         fn,
@@ -48,21 +52,25 @@ def _resources(case: dict) -> dict:
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of settings of Triton's that are about to change
+        warnings.simplefilter("ignore")  # Triton warns of settings that will change
         compiled = triton.compile(
-            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": case["num_warps"], "num_stages": case["num_stages"]}
+            source,
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": case["num_warps"], "num_stages": case["num_stages"]},
         )
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     used = _usage(triton.knobs.nvidia.cuobjdump.path, compiled.asm["cubin"])
     blocks, limit = occupancy(used["registers"], shared, warps)
-    return dict(name=case["name"], **used, shared=shared, warps=warps, blocks_per_sm=blocks, warps_per_sm=blocks * warps, limit=limit)
+    resident = dict(blocks_per_sm=blocks, warps_per_sm=blocks * warps, limit=limit)
+    return dict(name=case["name"], **used, shared=shared, warps=warps, **resident)
 
 
 def _usage(cuobjdump: str, cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        command = [cuobjdump, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {
         name: int(re.search(rf"\b{key}:(\d+)", text).group(1))
         for name, key in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL"))
@@ -70,8 +78,8 @@ def _usage(cuobjdump: str, cubin: bytes) -> dict[str, int]:
 
 
 def occupancy(registers: int, shared: int, warps: int) -> tuple[int, str]:
-    """How many blocks a multiprocessor holds at once, and what there is too little of for one more."""
-    # Registers are given out in 256s to a warp, of the quarter of the multiprocessor that it runs on.
+    """Number of blocks resident on a multiprocessor at once, and the resource that limits it."""
+    # Registers are allocated to warps in units of 256, from the quarter of the multiprocessor on which the warp runs.
     of_warp = -(-registers * 32 // 256) * 256
     limits = {
         "registers": REGISTERS // QUARTERS // of_warp * QUARTERS // warps,
@@ -83,21 +91,26 @@ def occupancy(registers: int, shared: int, warps: int) -> tuple[int, str]:
 
 
 def table(rows: list[dict]) -> str:
+    """The rows as text with aligned columns."""
     columns = list(rows[0])
     cells = [columns] + [[str(row[column]) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Registers, shared memory, spills and occupancy of each kernel on sm_90.")
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(MODULES)} (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write them there too")
+    parser = argparse.ArgumentParser(
+        description="Registers, shared memory, spills and occupancy of each kernel on sm_90."
+    )
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"one of {', '.join(MODULES)} (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON, too")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.modules) - set(MODULES):
         parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(MODULES)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("nothing is compiled with TRITON_INTERPRET=1: unset it")
+        parser.error("with TRITON_INTERPRET=1 Triton compiles nothing: unset it")
     rows = resources(arguments.modules or MODULES)
     print(table(rows))
     if arguments.json:

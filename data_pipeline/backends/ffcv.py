@@ -1,4 +1,7 @@
-"""FFCV files, read at any place through their index and decoded by the project's decoder. FFCV itself is not needed; beton.py says why."""
+"""Backend for FFCV files, with random access through their index, decoded by the project's decoder.
+
+FFCV itself is not needed; see beton.py.
+"""
 
 import numpy as np
 
@@ -8,13 +11,15 @@ from .stored import stored_in_beton
 
 
 class FFCVBackend:
-    """Samples of `split` by id. Thread-safe. DataError where the split has no beton."""
+    """Decodes samples of `split` by id. Thread-safe. Raises DataError if the split has no FFCV file."""
 
     def __init__(self, split: Split):
         self.stored = stored_in_beton(split)
         self._decode_batch = decode_batch if split.beton.mode == "jpeg" else crop_and_resize_batch
 
-    def decode_batch(self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray) -> dict[int, str]:
+    def decode_batch(
+        self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray
+    ) -> dict[int, str]:
         """See Backend."""
         stored, failures = self.stored.read(ids)
         failures = self._decode_batch(stored, self.stored.dimensions(ids), windows, size, interpolation, out) | failures

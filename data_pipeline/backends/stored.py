@@ -1,4 +1,7 @@
-"""The stored bytes of samples, by id, from whatever files hold them: one pread per sample. No file format is read here, only the index."""
+"""Random access to the stored bytes of samples by id: one pread per sample, at the place that the index gives.
+
+This module knows no file format; it serves tar shards and FFCV files.
+"""
 
 import errno
 import os
@@ -15,10 +18,10 @@ from ..manifest import DataError, Split
 
 
 class StoredSamples:
-    """Random access to the bytes of `split`'s samples in its shards, or in its beton.
+    """Random access to the bytes of `split`'s samples in its shards, or in its FFCV file (`beton`).
 
-    Thread-safe: pread has no position to share, and files and index open on first use. Set `closing` before leaving, as it ends a file's
-    staging and the pauses between attempts; then `close`.
+    Thread-safe: pread uses no shared file position, and files and index are opened on first use. To end, set `closing`,
+    which interrupts the staging of files and the pauses between attempts, then call `close`.
     """
 
     def __init__(self, split: Split, *, beton: bool = False):
@@ -26,7 +29,7 @@ class StoredSamples:
         self.files = [split.folder / file.file for file in ([split.beton] if beton else split.shards)]
         self.closing = threading.Event()
         self._lock = threading.Lock()
-        self._open: dict[int, _File] = {}  # the one used longest ago is the first
+        self._open: dict[int, _File] = {}  # in order of use, the least recently used first
         self._faults: Counter[tuple[str, str]] = Counter()
 
     @cached_property
@@ -35,10 +38,10 @@ class StoredSamples:
         return self.split.beton_records if self._beton else self.split.records
 
     def read(self, ids: np.ndarray) -> tuple[list[bytes], dict[int, str]]:
-        """The bytes of each sample, and {row: why} of those that are damaged (their bytes are empty).
+        """The bytes of each sample, and {row: reason} of the damaged ones (their bytes are empty).
 
-        Every read is checked against the index's CRC-32: 2 % of the decoding time for a photograph of 110 KB. What the file system
-        refuses is asked for again, and is no damage: StorageError where it stays.
+        Every read is checked against the CRC-32 in the index, which takes 2 % of the decoding time for a photograph of
+        110 KB. Errors of the file system are not damage: the read is retried, and a lasting error raises StorageError.
         """
         records = self.records[ids]  # one gather from the memory map for the batch
         columns = (records[name].tolist() for name in ("shard", "offset", "size", "checksum"))
@@ -53,25 +56,27 @@ class StoredSamples:
         return encoded, failures
 
     def take_faults(self) -> tuple[PassingFault, ...]:
-        """The faults that have passed since the last call."""
+        """The faults that were noted since the last call."""
         with self._lock:
             faults, self._faults = self._faults, Counter()
         return tuple(PassingFault(*key, count) for key, count in faults.items())
 
     def note(self, file: str, error: str) -> None:
-        """Count a fault of `file` that did no harm."""
+        """Count a fault of `file` from which reading recovered."""
         with self._lock:
             self._faults[file, error] += 1
 
     def will_need(self, ids: np.ndarray) -> None:
-        """Have the system begin to read these samples from the disk, so that the threads that decode need not wait for it."""
+        """Ask the system to read these samples ahead, so that decoding threads do not wait for the disk."""
         records = self.records[ids]
-        for shard, offset, length in zip(*(records[name].tolist() for name in ("shard", "offset", "size")), strict=True):
-            with suppress(OSError):  # `read` meets the same error, and reports it
+        for shard, offset, length in zip(
+            *(records[name].tolist() for name in ("shard", "offset", "size")), strict=True
+        ):
+            with suppress(OSError):  # `read` gets the same error and reports it
                 os.posix_fadvise(self._file(shard).descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
-        """Close all files. Nothing may read any more."""
+        """Close all files. Do not read after this."""
         self._forget(*self._open)
 
     def dimensions(self, ids: np.ndarray) -> np.ndarray:
@@ -80,17 +85,20 @@ class StoredSamples:
         return np.stack([records["width"], records["height"]], axis=1)
 
     def sentence(self, number: int, reason: str) -> str:
-        """Names the file and the sample of a failure."""
+        """The error sentence of sample `number`, with its file and place."""
         shard, offset, size = (int(self.records[name][number]) for name in ("shard", "offset", "size"))
         place = f"sample {number} of split {self.split.name!r} (bytes {offset} to {offset + size})"
         return f"{self.files[shard]}: {place} cannot be read: {reason}."
 
     def sentences(self, ids: np.ndarray, failures: dict[int, str]) -> dict[int, str]:
-        """{row: why} with each reason as a sentence that names the file and the sample."""
+        """{row: reason} with each reason turned into a sentence that names the file and the sample."""
         return {row: self.sentence(int(ids[row]), reason) for row, reason in failures.items()}
 
     def _read_sound(self, shard: int, offset: int, length: int, checksum: int) -> bytes:
-        """The bytes that the checksum is of: of a staged file that is damaged, those of a new copy. ValueError where there are none."""
+        """The bytes, checked against the checksum. A damaged staged file is first replaced by a new copy.
+
+        Raises ValueError if the bytes are damaged at their source.
+        """
         try:
             return _check(self._read(shard, offset, length), length, checksum)
         except ValueError:
@@ -103,18 +111,20 @@ class StoredSamples:
         path = self.files[shard]
 
         def attempt() -> bytes:
-            file = self._file(shard)  # held while reading: the table alone does not keep it open
+            file = self._file(shard)  # this reference keeps the file open if another thread drops it from the table
             return os.pread(file.descriptor, length, offset)
 
         def again(error: OSError) -> None:
             self.note(str(path), error.strerror or str(error))
-            # A handle may have gone stale; and where there are too many, all can be spared.
+            # The handle may be stale, so open the file again. If too many files are open, close all of them.
             self._forget(*(list(self._open) if error.errno in (errno.EMFILE, errno.ENFILE) else [shard]))
 
         try:
             return retried(attempt, str(path), note=again, closing=self.closing)
-        except LASTING as error:  # it was there at the start
-            raise StorageError(f"{path} cannot be read any more: {error.strerror}. Start again once it can.") from error
+        except LASTING as error:  # the file was readable at the start
+            raise StorageError(
+                f"{path} cannot be read any more: {error.strerror}. Start again when it can be read."
+            ) from error
 
     def _file(self, shard: int) -> "_File":
         """The open file; at most `split.keep_open` stay open."""
@@ -136,7 +146,7 @@ class StoredSamples:
 
 
 class _File:
-    """An open file, closed when the last thread that reads it lets go: the table may drop it while another thread is reading."""
+    """An open file, closed with its last reference. The table may drop it while another thread is reading."""
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
@@ -154,20 +164,22 @@ def _check(data: bytes, length: int, checksum: int) -> bytes:
 
 
 def stored_in_shards(split: Split) -> StoredSamples:
-    """The samples of the split's WebDataset shards. DataError where it has none."""
+    """The samples of the split's WebDataset shards. Raises DataError if it has none."""
     if not split.shards:
         raise DataError(
-            f"{split.folder} has no WebDataset shards of split {split.name!r}, only an FFCV file: train with data.backend=ffcv, or make "
-            "them with: python launch/prepare.py SOURCE DEST --formats webdataset"
+            f"{split.folder} has no WebDataset shards of split {split.name!r}, only an FFCV file: "
+            "train with data.backend=ffcv, or make them with: "
+            "python launch/prepare.py SOURCE DEST --formats webdataset"
         )
     return StoredSamples(split)
 
 
 def stored_in_beton(split: Split) -> StoredSamples:
-    """The samples of the split's FFCV file. DataError where it has none."""
+    """The samples of the split's FFCV file. Raises DataError if it has none."""
     if not split.beton:
         raise DataError(
-            f"{split.folder} has no FFCV file of split {split.name!r}: train with data.backend=webdataset, or make one with: "
+            f"{split.folder} has no FFCV file of split {split.name!r}: "
+            "train with data.backend=webdataset, or make one with: "
             f"python launch/prepare.py SOURCE {split.folder} --formats webdataset,ffcv"
         )
     return StoredSamples(split, beton=True)

@@ -1,4 +1,7 @@
-"""WebDataset shards (plain tar files), read at any place through the manifest's index and decoded by the project's decoder."""
+"""Backend for WebDataset shards (plain tar files), with random access through the manifest's index.
+
+The project's decoder decodes the images.
+"""
 
 import numpy as np
 
@@ -8,12 +11,14 @@ from .stored import stored_in_shards
 
 
 class WebDatasetBackend:
-    """Samples of `split` by id. Thread-safe. DataError where the split has no shards."""
+    """Decodes samples of `split` by id. Thread-safe. Raises DataError if the split has no shards."""
 
     def __init__(self, split: Split):
         self.stored = stored_in_shards(split)
 
-    def decode_batch(self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray) -> dict[int, str]:
+    def decode_batch(
+        self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray
+    ) -> dict[int, str]:
         """See Backend."""
         encoded, failures = self.stored.read(ids)
         failures = decode_batch(encoded, self.stored.dimensions(ids), windows, size, interpolation, out) | failures

@@ -1,8 +1,9 @@
-/* JPEGs or raw pixels, and a window of each → squares of pixels.
+/* Decode windows of JPEGs, or cut them from raw pixels, and resize them to squares.
  *
- * Only what the window needs is decoded: rows above it are entropy-decoded and dropped, columns beside it get no inverse DCT, and reading
- * stops below it. Rows are resampled as they come. libjpeg's warnings are errors here: a damaged image is refused, unless the damage lies
- * below the window, where it is not seen (the checksum in the index covers that). */
+ * Only the part that the window needs is decoded: rows above it are entropy-decoded and dropped, columns beside it get
+ * no inverse DCT, and reading stops below it. Each row is resampled as soon as it is decoded. Warnings of libjpeg are
+ * errors here: a damaged image is refused, unless the damage lies below the window (the checksum in the index detects
+ * that). */
 #include "decode.h"
 
 #include <setjmp.h>
@@ -21,22 +22,24 @@
 #error "libjpeg-turbo 2 or 3 is needed"
 #endif
 
-/* Pixels around the window that are decoded too: upsampling looks one chroma sample, that is two pixels, to each side. With them the window
- * is bit-identical to the same part of the whole image. */
+/* Pixels around the window that are also decoded. Upsampling uses one chroma sample, that is two pixels, on each side;
+ * with this padding the window is bit-identical to the same part of the whole image. */
 enum { PADDING = 2 };
-/* Rows that are decoded before they are resampled: one at a time, code and data of both would chase each other out of the caches. */
+/* Rows that are decoded before they are resampled. With one at a time, decoding and resampling would evict each other's
+ * code and data from the caches. */
 enum { ROWS = 8 };
 enum { LARGEST_WINDOW = 1 << 16 };
-/* A progressive image is held as coefficients: 1 GiB of them. */
+/* Limit of the coefficients of a progressive image, which libjpeg holds in memory: 1 GiB. */
 #define LARGEST_COEFFICIENTS ((uint64_t)1 << 30)
-/* How an attempt at an image ends. GAVE_UP: huffman.c did not like the data. */
+/* Outcomes of an attempt to decode an image. GAVE_UP: huffman.c met data that it does not handle. */
 enum { DONE, FAILED, GAVE_UP };
 
 typedef struct {
     int32_t x, y, width, height, flip;
 } Window;
 
-/* The part [left, right) x [top, bottom) of the image that a window shows, `before` pixels to the right of the window's left edge. */
+/* The part [left, right) x [top, bottom) of the image inside a window, `before` pixels right of the window's left edge.
+ * */
 typedef struct {
     int left, right, top, bottom, before;
 } Part;
@@ -50,7 +53,7 @@ typedef struct {
     int encoding, most_scans, size, filter, features;
     Huffman huffman;
     Resampler resampler;
-    Buffer rows; /* of the window, as they go to the resampler: black outside the image */
+    Buffer rows; /* rows of the window for the resampler, black outside the image */
 } Decoder;
 
 EXPORT int decoder_interface(void) { return INTERFACE; }
@@ -63,7 +66,7 @@ EXPORT int decoder_features(void) {
 #endif
 }
 
-/* Ends the image: back to `attempt`. */
+/* Abort this image and return to `attempt`. */
 static _Noreturn __attribute__((format(printf, 2, 3))) void fail(Decoder *decoder, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
@@ -79,7 +82,7 @@ static _Noreturn void on_error(j_common_ptr jpeg) {
 }
 
 static void on_message(j_common_ptr jpeg, int level) {
-    if (level < 0) on_error(jpeg); /* a warning; the others are traces */
+    if (level < 0) on_error(jpeg); /* negative levels are warnings, others are traces */
 }
 
 static void on_progress(j_common_ptr jpeg) {
@@ -94,7 +97,7 @@ _Noreturn void huffman_give_up(j_decompress_ptr jpeg) { longjmp(((Decoder *)jpeg
 static int larger(int64_t a, int64_t b) { return (int)(a > b ? a : b); }
 static int smaller(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
 
-/* Room for `count` black rows, and for what the resampler may read behind the last. */
+/* Allocate `count` black rows, plus the bytes that the resampler may read past the last one. */
 static uint8_t *start_rows(Decoder *decoder, size_t pixels, int count) {
     const size_t bytes = pixels * CHANNELS * count + resample_slack(&decoder->resampler);
     if (!buffer_reserve(&decoder->rows, bytes)) fail(decoder, "out of memory");
@@ -139,7 +142,8 @@ static void open_jpeg(Decoder *decoder, const uint8_t *data, size_t length, int 
     jpeg->out_color_space = JCS_RGB;
 }
 
-/* Whether a progressive image has all bits of all coefficients. Where it has not, libjpeg guesses them from the neighbours. */
+/* Whether a progressive image has all bits of all coefficients. libjpeg guesses missing ones from neighbouring blocks.
+ * */
 static bool is_complete(j_decompress_ptr jpeg) {
     if (!jpeg->progressive_mode) return true;
     for (int component = 0; component < jpeg->num_components; component++)
@@ -152,10 +156,10 @@ static void jpeg_rows(Decoder *decoder, Window window, Part part) {
     j_decompress_ptr jpeg = &decoder->jpeg;
     jpeg_start_decompress(jpeg);
     if (decoder->features & OWN_HUFFMAN) huffman_install(&decoder->huffman, jpeg);
-    const bool partly = is_complete(jpeg); /* the guess is another one in a part of the image */
+    const bool partly = is_complete(jpeg); /* the guesses would differ if only a part of the image is decoded */
     JDIMENSION left = partly ? larger(part.left - PADDING, 0) : 0;
     JDIMENSION width = partly ? smaller((int64_t)part.right + PADDING, jpeg->output_width) - left : jpeg->output_width;
-    jpeg_crop_scanline(jpeg, &left, &width); /* moves `left` to the edge of a block */
+    jpeg_crop_scanline(jpeg, &left, &width); /* moves `left` to the left edge of a block */
     const size_t excess = part.left - left;
     const size_t pixels = part.before + excess + larger(width, window.width);
     uint8_t *rows = start_rows(decoder, pixels, ROWS);
@@ -209,7 +213,7 @@ static int attempt(Decoder *decoder, const uint8_t *data, size_t length, const i
     }
 }
 
-/* True where it worked; else the message says why it did not. */
+/* Returns true on success; otherwise the message has the reason. */
 static bool decode(Decoder *decoder, const uint8_t *data, size_t length, const int32_t *dimensions, Window window, uint8_t *out) {
     decoder->message[0] = 0;
     int outcome = attempt(decoder, data, length, dimensions, window, out);

@@ -1,41 +1,44 @@
 /* Huffman decoding of a sequential JPEG with a single scan (ITU T.81, F.2.2).
  *
- * Most of the time that a photograph takes goes into this. libjpeg looks up a code and then reads the bits of its coefficient; here, where
- * both fit into LOOK bits, one look gives the zeros before the coefficient, the coefficient, and the length of both.
+ * Decoding a photograph spends most of its time here. libjpeg looks up a code and then reads the bits of its
+ * coefficient. Here, if both fit into LOOK bits, one lookup gives the number of zeros before the coefficient, the
+ * coefficient, and the length of both.
  *
- * The coefficients are the same. Whatever is not as it should be (an unknown code, a 65th coefficient, data that ends) is not judged here:
- * decode.c then begins the image again with libjpeg's own decoder, which has the last word. */
+ * The coefficients are the same. On unexpected data (an unknown code, a 65th coefficient, the end of the data),
+ * decode.c starts the image again with libjpeg's own decoder, which decides. */
 #include "huffman.h"
 
 #include <string.h>
 
-/* The beginning of a structure that jpeglib.h does not show. It has been so since libjpeg 6 of 1995, and is in libjpeg-turbo 3. */
+/* The beginning of a structure that jpeglib.h does not declare. It is the same in libjpeg 6 (1995) to libjpeg-turbo 3.
+ * */
 struct jpeg_entropy_decoder {
     void (*start_pass)(j_decompress_ptr);
     boolean (*decode_mcu)(j_decompress_ptr, JBLOCKROW *);
 };
 
-/* Where the k-th coefficient goes. A run can lead 15 past the last one, which is noticed when the block is done. */
+/* The place of the k-th coefficient. A run can go 15 places past the last one, which is checked at the end of the
+ * block. */
 static const uint8_t ZIGZAG[DCTSIZE2 + 15] = {0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33,
                                               40, 48, 41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36,
                                               29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54,
                                               47, 55, 62, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63};
 
-/* An entry of HuffmanTable.look: the length in bits (0: the code is longer than LOOK), the zeros before the coefficient, how many bits of
- * the coefficient are still to be read, the coefficient. */
+/* An entry of HuffmanTable.look: the length in bits (0: the code is longer than LOOK), the number of zeros before the
+ * coefficient, the number of bits of the coefficient that are still to be read, and the coefficient. */
 #define ENTRY(length, run, extra, value) ((int32_t)((uint32_t)(value) << 16 | (uint32_t)(extra) << 10 | (uint32_t)(run) << 6 | (length)))
 #define LENGTH(entry) ((entry) & 63)
 #define RUN(entry) ((entry) >> 6 & 15)
 #define EXTRA(entry) ((entry) >> 10 & 15)
 #define VALUE(entry) ((entry) >> 16)
 
-/* Bytes that libjpeg may have read ahead of what is decoded: 8, of which each 0xFF takes two. */
+/* Bytes that libjpeg may have read ahead: 8, and twice as many if each is an 0xFF, which takes two. */
 enum { AHEAD = 16 };
 
-/* The number that `size` bits stand for (T.81, F.2.2.1, EXTEND). */
+/* The number that `size` bits encode (T.81, F.2.2.1, EXTEND). */
 static inline int32_t extend(uint32_t bits, int size) { return (int32_t)bits - (bits >> (size - 1) ? 0 : (1 << size) - 1); }
 
-/* libjpeg has checked the source: its codes fit into their lengths. */
+/* libjpeg has checked that the codes of the source fit into their lengths. */
 static void build(HuffmanTable *table, const JHUFF_TBL *source, bool ac) {
     if (!memcmp(table->counts, source->bits, sizeof table->counts) && !memcmp(table->symbols, source->huffval, sizeof table->symbols)) return;
     memcpy(table->counts, source->bits, sizeof table->counts);
@@ -56,7 +59,7 @@ static void build(HuffmanTable *table, const JHUFF_TBL *source, bool ac) {
     }
 }
 
-/* Eight bytes, the first one highest. */
+/* Read eight bytes, the first one highest. */
 static inline uint64_t read8(const uint8_t *bytes) {
     uint64_t word;
     memcpy(&word, bytes, sizeof word);
@@ -66,13 +69,13 @@ static inline uint64_t read8(const uint8_t *bytes) {
     return word;
 }
 
-/* Whether one of eight bytes is 0xFF, which is where data is not just data. */
+/* Whether one of eight bytes is 0xFF, which begins a marker or an escaped byte. */
 static inline bool has_ff(const uint8_t *bytes) {
     const uint64_t word = read8(bytes);
     return (~word - 0x0101010101010101) & word & 0x8080808080808080;
 }
 
-/* At least 56 bits, where the data has ended with zeros. */
+/* Fill up to at least 56 bits, with zeros after the end of the data. */
 static inline void refill(Huffman *h) {
     if (h->end - h->next >= 8) {
         if (!has_ff(h->next)) {
@@ -87,7 +90,7 @@ static inline void refill(Huffman *h) {
         uint64_t byte = 0;
         if (h->next < h->end && *h->next != 0xFF) {
             byte = *h->next++;
-        } else if (h->end - h->next >= 2 && h->next[1] == 0) { /* a byte 0xFF is written as 0xFF 0x00 */
+        } else if (h->end - h->next >= 2 && h->next[1] == 0) { /* the byte 0xFF is stored as 0xFF 0x00 */
             byte = 0xFF;
             h->next += 2;
         } else {
@@ -122,7 +125,7 @@ static int32_t long_code(uint64_t bits, const HuffmanTable *table, bool ac) {
 }
 
 static void restart(Huffman *h, j_decompress_ptr jpeg) {
-    /* Less than a byte must be left, and the marker must be the next in turn. */
+    /* Less than a byte must be left, and the marker must be the next one in the sequence. */
     if (h->count - h->invented >= 8 || h->end - h->next < 2 || h->next[0] != 0xFF || h->next[1] != JPEG_RST0 + h->restart_number)
         huffman_give_up(jpeg);
     h->next += 2;
@@ -132,8 +135,9 @@ static void restart(Huffman *h, j_decompress_ptr jpeg) {
     memset(h->last_dc, 0, sizeof h->last_dc);
 }
 
-/* libjpeg reads ahead, and warns where it meets the end of a file that has no marker there: how far it reads, and so whether it warns, is
- * left to it. The same for 0xFF that are repeated, as they may be before a marker, and which it skips. */
+/* Whether libjpeg must decide about the data ahead. libjpeg reads ahead and warns if the file ends without a marker;
+ * how far it reads, and so whether it warns, cannot be determined here. The same holds for repeated 0xFF, which are
+ * allowed before a marker and which libjpeg skips. */
 static bool is_unclear_ahead(const Huffman *h) {
     const uint8_t *byte = h->next, *end = h->end;
     if (end - byte >= AHEAD) {
@@ -143,7 +147,7 @@ static bool is_unclear_ahead(const Huffman *h) {
     for (; byte < end; byte++) {
         if (*byte != 0xFF) continue;
         if (++byte == h->end || *byte == 0xFF) return true;
-        if (*byte != 0) return false; /* a marker: nothing is read beyond it */
+        if (*byte != 0) return false; /* a marker: libjpeg does not read past it */
     }
     return h->end - h->next < AHEAD;
 }
@@ -154,9 +158,9 @@ static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *blocks) {
         if (state->until_restart == 0) restart(state, jpeg);
         state->until_restart--;
     }
-    Huffman h; /* of it only the reader's state is used, which the compiler then keeps in registers */
+    Huffman h; /* a local copy of the reader's fields, which the compiler keeps in registers */
     h.next = state->next, h.end = state->end, h.bits = state->bits, h.count = state->count, h.invented = state->invented;
-    JBLOCK nowhere; /* for rows that are skipped, libjpeg gives no blocks */
+    JBLOCK nowhere; /* libjpeg passes no blocks for rows that are skipped */
 
     for (int b = 0; b < state->blocks; b++) {
         JCOEF *block = blocks ? *blocks[b] : nowhere;
@@ -173,7 +177,7 @@ static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *blocks) {
         table = state->ac[b];
         int k = 1;
         do {
-            refill(&h); /* enough for three looks that find a coefficient, or for two and one code of 16 bits with one of 15 */
+            refill(&h); /* enough for three lookups with a coefficient, or two and a code of 16 bits with 15 more */
 #define LOOK_ONCE                                                \
     entry = table->look[h.bits >> (64 - LOOK)];                  \
     if (__builtin_expect(!VALUE(entry), 0)) goto no_coefficient; \

@@ -1,4 +1,4 @@
-/* A faster Huffman decoder for the usual JPEG, put into libjpeg in place of its own. */
+/* A faster Huffman decoder for the usual JPEG, which replaces the one inside libjpeg. */
 #ifndef HUFFMAN_H
 #define HUFFMAN_H
 
@@ -8,22 +8,24 @@
 
 #include <jpeglib.h>
 
-#define LOOK 11 /* bits that one look into a table decodes; fewer look more often, with more the tables leave the first-level cache */
+/* Bits that one table lookup decodes. With fewer, lookups are more frequent; with more, the tables exceed the L1 cache.
+ * */
+#define LOOK 11
 
 typedef struct {
     int32_t look[1 << LOOK];
-    int32_t limit[17]; /* one more than the largest code of a length, or 0 where there is none */
-    int32_t place[17]; /* what to add to a code of a length to get its symbol's place */
+    int32_t limit[17]; /* one more than the largest code of each length, or 0 if there is none */
+    int32_t place[17]; /* offset from a code of each length to the index of its symbol */
     uint8_t counts[17], symbols[256];
 } HuffmanTable;
 
-/* All zeros is a new one. It is kept from image to image, for its tables: most images use the same. */
+/* Initialised by zeros. It is reused from image to image, because most images have the same tables. */
 typedef struct {
     const uint8_t *next, *end;
-    uint64_t bits; /* not yet decoded, the first one highest */
-    int count;     /* of them */
-    int invented;  /* zeros among them, that stand for what is missing behind the data's end */
-    int blocks;    /* of an MCU: the component of each, and its tables */
+    uint64_t bits; /* bits that are not decoded yet, the first one highest */
+    int count;     /* number of valid bits */
+    int invented;  /* number of zeros among them that were appended after the end of the data */
+    int blocks;    /* blocks of an MCU; below, the component and the tables of each */
     int component[D_MAX_BLOCKS_IN_MCU];
     const HuffmanTable *dc[D_MAX_BLOCKS_IN_MCU], *ac[D_MAX_BLOCKS_IN_MCU];
     int32_t last_dc[MAX_COMPS_IN_SCAN];
@@ -32,10 +34,11 @@ typedef struct {
     HuffmanTable tables[2][NUM_HUFF_TBLS]; /* [DC, AC] */
 } Huffman;
 
-/* To be called between jpeg_start_decompress and the first row. Takes over the entropy decoding, if the image is of the usual kind. */
+/* Call this between jpeg_start_decompress and the first row. It takes over entropy decoding if the image is a usual
+ * one. */
 void huffman_install(Huffman *huffman, j_decompress_ptr jpeg);
 
-/* For decode.c to define: the Huffman of an image, and what to do where the data is not as it should be, which must not return. */
+/* Defined in decode.c: the Huffman of an image, and the handler of unexpected data, which must not return. */
 Huffman *huffman_of(j_decompress_ptr jpeg);
 _Noreturn void huffman_give_up(j_decompress_ptr jpeg);
 

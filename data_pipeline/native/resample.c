@@ -1,6 +1,7 @@
-/* Pillow's algorithm (Resample.c): separable convolution, its kernel widened by the scale where the image shrinks; the horizontal pass
- * first, its result rounded to uint8, then the vertical pass. The weights have 16 bits, with as many of them behind the point as the
- * largest weight leaves room for, as in Pillow-SIMD and in torch's antialiased interpolate() of uint8: torch gives the same bits. */
+/* Pillow's algorithm (Resample.c): separable convolution with a kernel that is widened by the scale if the image
+ * shrinks; first the horizontal pass, whose result is rounded to uint8, then the vertical pass. Weights have 16 bits,
+ * with as many fractional bits as the largest weight permits, as in Pillow-SIMD and in torch's antialiased
+ * interpolate() of uint8, which gives the same bits. */
 #include "resample.h"
 
 #include <math.h>
@@ -68,7 +69,7 @@ static bool axis_start(Axis *axis, int length, int size, int filter, bool mirror
         if (count > taps) taps = count;
     }
 
-    taps = (taps + 1) / 2 * 2; /* AVX2 multiplies by pairs of weights; the last may be zero */
+    taps = (taps + 1) / 2 * 2; /* AVX2 multiplies by pairs of weights; the last one may be zero */
     int precision = 0;
     while (precision < 22 && (int)(0.5 + largest * (1 << (precision + 1))) < 1 << 15) precision++;
     /* Whole groups of 8 outputs for AVX2. */
@@ -93,7 +94,8 @@ static bool axis_start(Axis *axis, int length, int size, int filter, bool mirror
     return true;
 }
 
-/* The order of resample_avx2.c: for outputs k and k + 4 of 8, a pair of weights for each of three channels (and a fourth), twice. */
+/* Weights in the order of resample_avx2.c: for outputs k and k + 4 of 8, a pair of weights, repeated for four channels.
+ * */
 static bool axis_widen(Axis *axis, int size) {
     const size_t groups = ((size_t)size + 7) / 8;
     const int pairs = axis->taps / 2;
@@ -126,7 +128,8 @@ bool resample_start(Resampler *r, int width, int height, int size, int filter, b
     return buffer_reserve(&r->ring, kept * r->stride) && buffer_reserve(&r->rows, kept * sizeof(uint8_t *));
 }
 
-/* The taps of the last outputs reach past the end with weights of zero, and a vector load is of 16 bytes where 2 taps are 6. */
+/* The taps of the last outputs reach past the end with weights of zero, and a vector load has 16 bytes where 2 taps
+ * have 6. */
 size_t resample_slack(const Resampler *r) { return (size_t)CHANNELS * r->horizontal.taps + 10; }
 
 void resample_row(Resampler *r, const uint8_t *row) {
@@ -152,7 +155,7 @@ void resample_row(Resampler *r, const uint8_t *row) {
         const int available = r->height - first < vertical->taps ? r->height - first : vertical->taps;
         if (r->received < first + available) return;
         const uint8_t **rows = r->rows.data;
-        for (int t = 0; t < vertical->taps; t++) { /* below the window the weights are zero: any row will do */
+        for (int t = 0; t < vertical->taps; t++) { /* below the window the weights are zero, so any row is valid */
             const int wanted = first + (t < available ? t : available - 1);
             rows[t] = (uint8_t *)r->ring.data + wanted % vertical->taps * r->stride;
         }
@@ -191,7 +194,7 @@ void horizontal_scalar(const Axis *axis, const uint8_t *row, int size, uint8_t *
 }
 
 void vertical_scalar(const int16_t *weights, int taps, int precision, Rows rows, int bytes, uint8_t *out) {
-    for (int start = 0; start < bytes; start += RING_ALIGNMENT) { /* a length that the compiler knows, to make vectors of it */
+    for (int start = 0; start < bytes; start += RING_ALIGNMENT) { /* a constant, so that the compiler vectorises */
         int32_t sum[RING_ALIGNMENT];
         for (int i = 0; i < RING_ALIGNMENT; i++) sum[i] = 1 << (precision - 1);
         for (int t = 0; t < taps; t++)

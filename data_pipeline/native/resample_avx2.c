@@ -1,4 +1,5 @@
-/* The two passes with AVX2. Integer arithmetic: pmaddwd multiplies 16 by 16 bits and adds pairs in 32, so the bits are the scalar ones. */
+/* The two passes with AVX2. pmaddwd multiplies 16 by 16 bits and adds pairs in 32 bits, so the results equal the scalar
+ * ones. */
 #include "resample.h"
 
 #if HAVE_AVX2
@@ -7,8 +8,8 @@
 
 #define AVX2 __attribute__((target("avx2")))
 
-/* Two outputs of a row, k and k + 4 of a group of 8, one in each half of a vector. A 16-byte load of each has four taps (12 bytes); a
- * shuffle makes 16-bit pairs (tap, next tap) of each channel. `pairs`: of taps. */
+/* Two outputs of a row, k and k + 4 of a group of 8, one in each half of a vector. A 16-byte load has four taps (12
+ * bytes); a shuffle makes 16-bit pairs (tap, next tap) of each channel. pairs: number of pairs of taps. */
 AVX2 static inline __attribute__((always_inline)) __m256i two_outputs(const uint8_t *low, const uint8_t *high, const __m256i *weights, int pairs, __m256i half) {
     const __m256i first = _mm256_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1, /**/
                                            0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1);
@@ -44,7 +45,7 @@ AVX2 static inline __attribute__((always_inline)) void horizontal(const Axis *ax
 }
 
 AVX2 void horizontal_avx2(const Axis *axis, const uint8_t *row, int size, uint8_t *out) {
-    switch (axis->taps / 2) { /* the usual numbers unrolled */
+    switch (axis->taps / 2) { /* unroll the usual numbers */
     case 1: horizontal(axis, row, size, out, 1); break;
     case 2: horizontal(axis, row, size, out, 2); break;
     case 3: horizontal(axis, row, size, out, 3); break;
@@ -81,6 +82,6 @@ AVX2 void vertical_avx2(const int16_t *weights, int taps, int precision, Rows ro
     }
     int start = 0;
     for (; start <= bytes - 32; start += 32) vertical_block(weights, taps, precision, rows, start, out);
-    if (start < bytes) vertical_block(weights, taps, precision, rows, bytes - 32, out); /* the last 32 again, some of them twice */
+    if (start < bytes) vertical_block(weights, taps, precision, rows, bytes - 32, out); /* the last 32, some twice */
 }
 #endif

@@ -1,1 +1,1 @@
-"""The doctor: is this allocation fit for this run? `examine` measures on every rank, `judge` compares, `page` prints."""
+"""Is this allocation fit for this run? `run_checks` measures on every rank, `assess` compares, `page` prints."""

@@ -1,4 +1,4 @@
-"""The disk that checkpoints go to, the dataset, and how fast this rank's cores make pixels of it."""
+"""Check the disk that checkpoints go to, the dataset, and how fast this rank's cores decode it."""
 
 import errno
 import hashlib
@@ -19,14 +19,15 @@ from data_pipeline.order import Order
 
 CHUNK = 8 * 2**20  # bytes between two fsyncs
 MOST = 2**30  # bytes that a rank writes at most
-WRITING, DECODING = 3.0, 2.0  # seconds, about
-SHARDS, SAMPLES = 16, 256  # that a rank looks at, of each split
+WRITING, DECODING = 3.0, 2.0  # approximate duration of these checks, in seconds
+SHARDS, SAMPLES = 16, 256  # checked per rank and split, at most
 
 
 def disk(output: Path, amount: int, mark: str) -> dict:
-    """Write about `amount` bytes where `output`'s checkpoints go, all ranks at the same time, as in a save. Nothing of it stays.
+    """Write about `amount` bytes where `output`'s checkpoints go, all ranks at the same time, as in a save.
 
-    mark: a file that rank 0 has made there ("": it could not). `same`: this node sees it, too.
+    Nothing is left behind. mark: a file that rank 0 has made there, or "" if it could not; "same" is whether this node
+    sees it. Returns bytes under "free" and "held" (by the run's checkpoints), and "bytes_per_second" or "error".
     """
     folder = checkpoint_folder(output)
     found = {
@@ -42,27 +43,27 @@ def disk(output: Path, amount: int, mark: str) -> dict:
 
 
 def leave_mark(output: Path) -> str:
-    """A new file where checkpoints go, by which the other nodes see that it is the same folder; "" where none can be made."""
+    """Make a file where checkpoints go, by which other nodes verify that they see the same folder; "" on failure."""
     try:
         descriptor, path = tempfile.mkstemp(prefix=".doctor_", dir=checkpoint_folder(output))
-    except OSError:  # `disk` meets it, too, and says so
+    except OSError:  # `disk` meets and reports it, too
         return ""
     os.close(descriptor)
     return path
 
 
 def checkpoint_folder(output: Path) -> Path:
-    """Where `output`'s checkpoints go, or will: the nearest folder that exists."""
+    """The folder of `output`'s checkpoints, or its nearest parent that exists."""
     folder = (output / "checkpoints").absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def _write(folder: Path, amount: int) -> float:
-    """Bytes a second."""
+    """Write and fsync about `amount` bytes; returns bytes per second."""
     data, written, seconds = os.urandom(CHUNK), 0, 0.0  # random: some file systems compress
     descriptor, path = tempfile.mkstemp(prefix=".doctor_", dir=folder)
     try:
-        os.unlink(path)  # nothing is left, however this ends
+        os.unlink(path)  # nothing is left behind, however this ends
         while written < min(max(amount, CHUNK), MOST) and seconds < WRITING:
             began = time.perf_counter()
             if os.write(descriptor, data) < CHUNK:  # the rest of a nearly full disk
@@ -75,18 +76,19 @@ def _write(folder: Path, amount: int) -> float:
 
 
 def dataset(data: DataConfig, manifest: Manifest, rank: int) -> dict:
-    """Check the checksums of a sample of images, another one on every rank; opening `manifest` has checked sizes and indexes.
+    """Check the checksums of a random sample of images, a different one on every rank.
 
-    `fingerprints` are compared between the nodes.
+    Opening the manifest has checked sizes and indexes already. The "fingerprint" is compared between nodes.
     """
     damaged, checked = [], 0
     for split in manifest.splits.values():
         stored = open_backend(data.backend, split).stored
-        ids = sample_ids(stored, 1 if data.cache_dir else SHARDS, rank)  # with a cache, to look into a shard is to copy it
+        shards = 1 if data.cache_dir else SHARDS  # with a cache, reading from a shard copies it
+        ids = sample_ids(stored, shards, rank)
         failures = stored.read(ids)[1]
         damaged += stored.sentences(ids, failures).values()
         checked += len(ids)
-    text = (manifest.folder / FILE_NAME).read_bytes() if data.cache_dir is None else _names(manifest)
+    text = (manifest.folder / FILE_NAME).read_bytes() if data.cache_dir is None else _index_hashes(manifest)
     return {
         "fingerprint": hashlib.sha256(text).hexdigest(),
         "samples": manifest.split("train").samples,
@@ -96,10 +98,10 @@ def dataset(data: DataConfig, manifest: Manifest, rank: int) -> dict:
 
 
 def sample_ids(stored: StoredSamples, shards: int, seed: int) -> np.ndarray:
-    """Ids of up to SAMPLES samples that lie in up to `shards` files, which `seed` chooses. In memory that does not grow with the split."""
+    """Ids of up to SAMPLES random samples in up to `shards` random files; memory does not grow with the split."""
     random = np.random.default_rng(seed)
     chosen = np.sort(random.permutation(len(stored.files))[:shards])
-    # A shard's samples have ids that follow each other.
+    # A shard's samples have consecutive ids.
     counts = [shard.samples for shard in stored.split.shards] if len(stored.files) > 1 else [stored.split.samples]
     ends = np.cumsum(counts)
     sizes = np.array(counts)[chosen]
@@ -109,11 +111,11 @@ def sample_ids(stored: StoredSamples, shards: int, seed: int) -> np.ndarray:
 
 
 def decoding(data: DataConfig, augment: AugmentConfig, split: Split, rank: int) -> dict:
-    """Images a second that this rank's `data.workers` threads decode while the others decode, too; and how many cores they may use."""
+    """Measure images per second decoded by this rank's `data.workers` threads while the other ranks decode, too."""
     batch = min(64, split.samples)
     order = Order(rank, split.samples, batch, batch, data.shuffle)
     with build_loader(data, augment, split, order) as loader:
-        list(islice(loader, data.prefetch + 1))  # threads start, files open
+        list(islice(loader, data.prefetch + 1))  # start threads, open files
         began, images = time.perf_counter(), 0
         while (seconds := time.perf_counter() - began) < DECODING:
             next(loader)
@@ -121,7 +123,7 @@ def decoding(data: DataConfig, augment: AugmentConfig, split: Split, rank: int) 
     return {"images_per_second": images / seconds, "cores": len(os.sched_getaffinity(0)), "threads": data.workers}
 
 
-def _names(manifest: Manifest) -> bytes:
+def _index_hashes(manifest: Manifest) -> bytes:
     return "".join(f"{name} {split.fingerprint}\n" for name, split in sorted(manifest.splits.items())).encode()
 
 
@@ -131,5 +133,5 @@ def _free(folder: Path) -> int:
 
 
 def _size_of(folder: Path) -> int:
-    """Bytes of the files below `folder`: checkpoints that the run has already."""
+    """Bytes of the files below `folder`."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""What a node is: its devices, the versions of what it runs, its limits and its memory. All of it is read, nothing is loaded."""
+"""A node's devices, software versions and limits."""
 
 import os
 import re
@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from train.engine.processor import processor_name
 from train.telemetry.start_message import program_versions
 
-# The libraries that compute, decode or store something: pyproject.toml's, and what they bring for GPUs.
+# The libraries that compute, decode or store something: those of pyproject.toml, and their dependencies for GPUs.
 PACKAGES = (
-    *("torchvision", "timm", "triton", "webdataset", "einops", "numpy", "fsspec", "pillow", "simplejpeg", "pydantic", "safetensors"),
-    *("nvidia-dali-cuda130", "ffcv"),
+    *("torchvision", "timm", "triton", "webdataset", "einops", "numpy", "fsspec", "pillow", "simplejpeg"),
+    *("pydantic", "safetensors", "nvidia-dali-cuda130", "ffcv"),
 )
 
 
@@ -21,13 +22,19 @@ def devices(local_rank: int) -> dict:
     """The device of this rank, and the cores it may use."""
     cores = len(os.sched_getaffinity(0))
     if not torch.cuda.is_available():
-        return {"kind": "cpu", "name": _processor(), "cores": cores}
+        return {"kind": "cpu", "name": processor_name(), "cores": cores}
     about = torch.cuda.get_device_properties(local_rank)
-    return {"kind": "gpu", "name": about.name, "bytes": about.total_memory, "visible": torch.cuda.device_count(), "cores": cores}
+    return {
+        "kind": "gpu",
+        "name": about.name,
+        "bytes": about.total_memory,
+        "visible": torch.cuda.device_count(),
+        "cores": cores,
+    }
 
 
 def versions() -> dict[str, str]:
-    """Of what must be alike on all nodes; "none" where there is none."""
+    """Versions of everything that must be the same on all nodes; "none" if it is not installed."""
     found = program_versions()
     for package in PACKAGES:
         try:
@@ -43,12 +50,7 @@ def versions() -> dict[str, str]:
 
 
 def limits() -> dict:
-    """Open files that a process may have (soft, hard; -1: no limit), and bytes free in shared memory (None: there is no /dev/shm)."""
+    """Limits of open files (soft and hard, -1: no limit), and bytes free in /dev/shm (None without one)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     shm = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
     return {"open_files": soft, "open_files_hard": hard, "shm_bytes": shm and shm.f_bavail * shm.f_frsize}
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")

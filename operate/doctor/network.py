@@ -1,4 +1,4 @@
-"""The clocks of the ranks, and what goes through the network between them."""
+"""Measure the ranks' clocks and the network between them."""
 
 import os
 import socket
@@ -12,14 +12,14 @@ import torch.distributed as dist
 from train.engine.flops import finish
 from train.guard.rank_store import Store
 
-LONG_ENOUGH = 0.03  # seconds of one transfer, from which on a larger one would say no more
+LONG_ENOUGH = 0.03  # seconds of one transfer; a larger one would not be measured better
 SMALLEST, LARGEST = 2**20, 2**28  # bytes
-REPEATS = 3  # the best counts: everything that disturbs makes it slower
-ROUNDS = 31  # of pairs: all pairs of 32 nodes, and of more nodes 31 partners for each
+REPEATS = 3  # the fastest counts, as disturbances only slow a transfer down
+ROUNDS = 31  # of pairs: all pairs of up to 32 nodes; with more nodes, 31 partners for each
 
 
 def gloo(seconds: float) -> None:
-    """What a run has beside NCCL: a collective of gloo over all ranks, and the store that rank 0 keeps. Raises what goes wrong."""
+    """Use what a run needs beside NCCL: gloo, and rank 0's store. Raises RuntimeError if one fails."""
     try:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
         dist.all_reduce(torch.zeros(1), group=group)
@@ -31,11 +31,11 @@ def gloo(seconds: float) -> None:
     for rank in range(dist.get_world_size()):
         if store.wait_for(f"doctor/{rank}", seconds) is None:
             raise RuntimeError(f"the store that rank 0 keeps has no word of rank {rank} after {seconds:g} s")
-    dist.barrier(group=group)  # the store ends with rank 0's part of this
+    dist.barrier(group=group)  # rank 0's store ends with this function
 
 
 def clocks() -> list[float]:
-    """The time (Unix, s) at moments that are the same on all ranks, as near as a collective of one number ends everywhere at once."""
+    """Unix times at five moments that are the same on all ranks, as nearly as a barrier ends everywhere at once."""
     stamps = []
     for _ in range(5):
         dist.barrier()
@@ -44,7 +44,7 @@ def clocks() -> list[float]:
 
 
 def all_reduce(device: torch.device) -> dict[str, float]:
-    """Latency (s) of one number; bytes and seconds of the largest all-reduce of fp32 that was worth trying. The same on all ranks."""
+    """Latency (s) of one number; bytes and seconds of the largest all-reduce tried, fp32. The same on all ranks."""
     one = torch.zeros(1, device=device)
     latencies = []
     for _ in range(20):
@@ -61,9 +61,9 @@ def all_reduce(device: torch.device) -> dict[str, float]:
 
 
 def pairs(leaders: list[int], rank: int, device: torch.device) -> list[dict]:
-    """Links from this rank, a node's first, to other nodes' first ranks: {"to": rank, "bytes_per_second", "latency"}.
+    """Measure the links from this rank to the other leaders: {"to": rank, "bytes_per_second", "latency"} for each.
 
-    All pairs of a round talk at the same time, as they do in training.
+    leaders: the first rank of every node. All pairs of a round communicate at the same time, as they do in training.
     """
     found = []
     for a, b in [pair for pair in schedule(leaders) if rank in pair]:
@@ -76,24 +76,26 @@ def pairs(leaders: list[int], rank: int, device: torch.device) -> list[dict]:
 
 
 def schedule(leaders: list[int]) -> list[tuple[int, int]]:
-    """Pairs, round after round, nobody in two pairs of a round: the circle method of tournaments."""
+    """All pairs, round after round, no rank twice in a round: the circle method of round-robin tournaments."""
     ring = list(leaders) + [None] * (len(leaders) % 2)
     found = []
     for _ in range(min(ROUNDS, len(ring) - 1)):
         half = len(ring) // 2
-        found += [(a, b) for a, b in zip(ring[:half], reversed(ring[half:]), strict=True) if a is not None and b is not None]
+        found += [
+            (a, b) for a, b in zip(ring[:half], reversed(ring[half:]), strict=True) if a is not None and b is not None
+        ]
         ring = [ring[0], ring[-1], *ring[1:-1]]
     return found
 
 
 def _send(target: int, device: torch.device) -> dict[str, float]:
-    word = torch.zeros(1, dtype=torch.float64, device=device)  # how many bytes come next; 0: no more
+    word = torch.zeros(1, dtype=torch.float64, device=device)  # bytes of the next transfer; 0: end
 
     def transfer(data: torch.Tensor) -> None:
         dist.send(data, target)
         dist.recv(word, target)
 
-    trips = [_seconds(lambda: transfer(word), device) for _ in range(10)]  # the first may have to connect
+    trips = [_seconds(lambda: transfer(word), device) for _ in range(10)]  # the first one may connect
     size, rates = SMALLEST, []
     while size:
         dist.send(word.fill_(size), target)

@@ -1,4 +1,4 @@
-"""The doctor's page, and the JSON beside it."""
+"""The doctor's page, as text and as JSON."""
 
 import json
 import shutil
@@ -7,19 +7,19 @@ import time
 from collections import Counter
 from dataclasses import asdict
 
-from operate.doctor.case import GREEN, RED, YELLOW, Line
+from operate.doctor.findings import GREEN, RED, YELLOW, Line
 
 COLOURS = {GREEN: "\033[32m", YELLOW: "\033[33m", RED: "\033[1;31m"}
 INDENT = 24
 
 
 def verdict(lines: list[Line]) -> str:
-    """ "red" where any line is, else "green": what could not be checked does not stop a run."""
+    """ "red" if any line is red, else "green": yellow lines, which could not be checked, stop no run."""
     return RED if any(line.status == RED for line in lines) else GREEN
 
 
 def page(lines: list[Line], about: str, seconds: float, *, colour: bool) -> str:
-    """One page of text. colour: for a terminal."""
+    """One page of text; colour: with a terminal's colour codes."""
     width = min(max(shutil.get_terminal_size((120, 40)).columns, 60), 150)
 
     def painted(text: str, status: str) -> str:
@@ -32,13 +32,13 @@ def page(lines: list[Line], about: str, seconds: float, *, colour: bool) -> str:
         if line.remedy:
             text.append(_wrapped(f"remedy: {line.remedy}", width, " " * INDENT))
     counts = Counter(line.status for line in lines)
-    said = ", ".join(f"{counts[status]} {status}" for status in (RED, YELLOW, GREEN) if counts[status])
+    summary = ", ".join(f"{counts[status]} {status}" for status in (RED, YELLOW, GREEN) if counts[status])
     result = verdict(lines)
-    return "\n".join([*text, "", f"{painted(result.upper(), result)}: {said}, in {seconds:.0f} s", ""])
+    return "\n".join([*text, "", f"{painted(result.upper(), result)}: {summary}, in {seconds:.0f} s", ""])
 
 
 def document(lines: list[Line], about: dict, seconds: float, facts: dict[int, dict], hosts: list[str]) -> str:
-    """The same for programs, with all that was measured, by rank."""
+    """The page as JSON, with every rank's results."""
     measured = [{"rank": rank, "host": hosts[rank], **found} for rank, found in sorted(facts.items())]
     when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     head = {"verdict": verdict(lines), "time": when, "seconds": round(seconds, 1), **about}
@@ -46,4 +46,6 @@ def document(lines: list[Line], about: dict, seconds: float, facts: dict[int, di
 
 
 def _wrapped(text: str, width: int, indent: str) -> str:
-    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )

@@ -1,1 +1,1 @@
-"""What a run will take before it is run: its step, its memory, its failures, its days and its price. launch/plan.py is the command."""
+"""Predict a run's step time, memory, failures, duration and price before it is run; launch/plan.py is the command."""

@@ -1,7 +1,8 @@
 """The expected run in closed form: checkpoint intervals (Young, Daly) and the mean wall time under failures.
 
-Sources: Young 1974, "A first order approximation to the optimum checkpoint interval". Daly 2006, "A higher order estimate of the optimum
-checkpoint interval for restart dumps". Bougeret, Casanova, Rabie, Robert, Vivien 2011, "Checkpointing strategies for parallel jobs".
+Sources: Young 1974, "A first order approximation to the optimum checkpoint interval". Daly 2006, "A higher order
+estimate of the optimum checkpoint interval for restart dumps". Bougeret, Casanova, Rabie, Robert, Vivien 2011,
+"Checkpointing strategies for parallel jobs".
 """
 
 from math import exp, expm1, sqrt
@@ -15,7 +16,7 @@ def young(stall: float, mtbf: float) -> float:
 
 
 def daly(stall: float, mtbf: float) -> float:
-    """The same to higher order (Daly's equation 37), which matters where a checkpoint costs more than a hundredth of the MTBF."""
+    """The same to higher order (Daly's equation 37): it differs if a checkpoint costs more than 1 % of the MTBF."""
     if stall >= 2 * mtbf:
         return mtbf
     root = sqrt(stall / (2 * mtbf))
@@ -23,7 +24,7 @@ def daly(stall: float, mtbf: float) -> float:
 
 
 def best_every(timeline: Timeline) -> int:
-    """Steps between checkpoints by Daly's interval; no fewer than it takes to write one, as the next would wait, and at most all steps."""
+    """Steps between checkpoints by Daly's interval, at least the time to write one, because the next waits for it."""
     if not timeline.failure_rate:
         return timeline.steps
     work = per_step(timeline)
@@ -32,36 +33,39 @@ def best_every(timeline: Timeline) -> int:
 
 
 def slowdown(timeline: Timeline) -> float:
-    """Mean time of a step / that of one without stragglers.
+    """Mean time of a step, relative to one without stragglers.
 
-    Slow nodes are the customers of an M/G/∞ queue: none is there in exp(-rate · duration) of the time (Cox and Miller 1965), and
+    Slow episodes form an M/G/∞ queue: no node is slow in exp(-rate · duration) of the time (Cox and Miller 1965), and
     the time of a step is the inverse of the mean speed.
     """
-    nobody = exp(-timeline.straggler_rate * timeline.straggler_lasts)
-    return 1 / (nobody + (1 - nobody) / timeline.straggler_factor)
+    none_slow = exp(-timeline.straggler_rate * timeline.straggler_lasts)
+    return 1 / (none_slow + (1 - none_slow) / timeline.straggler_factor)
 
 
 def per_step(timeline: Timeline) -> float:
-    """Seconds of work a step: its own, its share of an evaluation, and what stragglers add."""
+    """Seconds of work per step: the step, its share of an evaluation, and the delay by stragglers."""
     share = timeline.evaluation / timeline.evaluate_every if timeline.evaluate_every else 0.0
     return (timeline.step + share) * slowdown(timeline)
 
 
 def expected(timeline: Timeline) -> Outcome:
-    """The mean run. Exact under `timeline.ASSUMPTIONS`, but that evaluations and stragglers are spread evenly over the steps: it holds
-    where a run has many checkpoints, lasts longer than a slow episode, and writes one in less than half of the interval.
+    """The mean run under `timeline.ASSUMPTIONS`.
 
-    A run is a row of segments, each from the moment that a checkpoint is whole to the moment that the next is. Where training went on
-    meanwhile, that takes the segment's length L; after a restart L and the V seconds for which it is written.
+    One approximation is made: evaluations and stragglers are spread evenly over the steps. It holds for a run that has
+    many checkpoints, lasts longer than a slow episode, and writes a checkpoint in less than half of the interval.
+
+    A run is a sequence of segments, each from the completion of one checkpoint to that of the next. A segment takes its
+    length L if training went on during the write before it, and L plus the V seconds of its own write after a restart.
     """
     rate, stall, startup = timeline.failure_rate, timeline.stall, timeline.startup
     work = per_step(timeline)
     lag = max(0.0, timeline.write - stall)
     full, rest = divmod(timeline.steps, timeline.every)
-    segments = [(count, max(steps * work, lag) + stall) for count, steps in ((full, timeline.every), (1, rest)) if count and steps]
+    counts = ((full, timeline.every), (1, rest))
+    segments = [(count, max(steps * work, lag) + stall) for count, steps in counts if count and steps]
     unbroken = sum(count * length for count, length in segments)
     if rate:
-        # Seconds per exponential failure, its wait included; with the start-up after it, which may fail itself (Bougeret's equation 1).
+        # Seconds between failures, with the wait after one; then the start-up, which may fail (Bougeret's equation 1).
         between = 1 / rate + timeline.requeue
         recovery = timeline.requeue + expm1(rate * startup) * between
 
@@ -76,12 +80,12 @@ def expected(timeline: Timeline) -> Outcome:
         wall += sum(count * from_training(length) for count, length in segments)
     else:
         wall = startup + unbroken + lag
-    # While it runs it fails at `rate`, and waits for each (Wald's identity).
+    # The job fails at `rate` while it runs, and waits after each failure (Wald's identity).
     running = wall / (1 + rate * timeline.requeue)
     failures = rate * running
     starting = (1 + failures) * (-expm1(-rate * startup) / rate if rate else startup)
     productive = timeline.steps * timeline.step
-    # What remains is work, done once or again: split in proportion.
+    # The rest is work, done once or repeated: split in proportion.
     saving = unbroken - timeline.steps * work + lag
     slow = slowdown(timeline)
     again = max(0.0, running - starting - saving - timeline.steps * work)

@@ -1,4 +1,4 @@
-"""What is assumed of machines and people: every number with its unit, its guess where there is one, and where its value came from."""
+"""The plan's assumptions about a cluster: numbers with units, default guesses, and the origins of their values."""
 
 import json
 from dataclasses import dataclass, field, fields, replace
@@ -8,25 +8,32 @@ from train.config import Config, ConfigError
 
 
 def _number(unit: str, text: str, guess: float | None = None, why: str = "") -> float | None:
-    """A field of Cluster. `guess` is its value where nothing else says it; `why` is the guess's source."""
+    """A field of Cluster. guess: its default value. why: the guess's source."""
     return field(default=guess, metadata={"unit": unit, "help": text, "why": why})
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The assumptions. `origins` says of each field where it came from: given, measured (where), or nothing, and then it is a guess."""
+    """The assumptions. origins: "given" or "measured: …" by field; fields without an origin are guesses."""
 
     nodes: int
     gpus_per_node: int
     images_per_second: float | None = _number("img/s", "a GPU alone, forward, backward and optimizer")
     decode_rate: float | None = _number("img/s", "decoded by one core of a node")
     cores_per_gpu: float | None = _number("cores", "that decode for one GPU; not given: as many as it needs")
-    link_within: float | None = _number("GB/s", "a GPU to others in its node, one direction", 200, "NVLink of an H100: 450 at best")
-    link_between: float | None = _number("GB/s", "a node to others, all its cards, one direction", 25, "200 Gb/s a node")
+    link_within: float | None = _number(
+        "GB/s", "a GPU to others in its node, one direction", 200, "NVLink of an H100: 450 at best"
+    )
+    link_between: float | None = _number(
+        "GB/s", "a node to others, all its cards, one direction", 25, "200 Gb/s a node"
+    )
     latency_within: float | None = _number("µs", "of one message in a node", 5)
     latency_between: float | None = _number("µs", "of one message between nodes", 15)
     node_mtbf: float | None = _number(
-        "h", "mean time between failures of one node", 3700, "6.5 per 1,000 node-days: Kokolis et al. 2025, arXiv 2410.21680, RSC-1"
+        "h",
+        "mean time between failures of one node",
+        3700,
+        "6.5 per 1,000 node-days: Kokolis et al. 2025, arXiv 2410.21680, RSC-1",
     )
     startup: float | None = _number("s", "from a process's start until its first step has compiled and begun", 120)
     requeue: float | None = _number("s", "from a failure until the processes are started again, mean", 300)
@@ -45,11 +52,11 @@ class Cluster:
         return self.nodes * self.gpus_per_node
 
     def with_values(self, values: dict[str, float], origin: str) -> "Cluster":
-        """These values in place of those that are there, and where they came from."""
+        """A copy with these values, and their origin."""
         return replace(self, **values, origins={**self.origins, **dict.fromkeys(values, origin)})
 
     def origin(self, name: str) -> str:
-        """Such as "given", "measured: …", or "GUESSED (…)"."""
+        """The origin of a field's value, such as "given", "measured: …", or "GUESSED (…)"."""
         why = NUMBERS[name].metadata["why"]
         return self.origins.get(name) or (f"GUESSED ({why})" if why else "GUESSED")
 
@@ -58,9 +65,9 @@ NUMBERS = {entry.name: entry for entry in fields(Cluster) if entry.metadata}
 
 
 def read_bench(path: str, config: Config) -> tuple[dict[str, float], str]:
-    """What a JSON file of launch/bench.py (data, train, model or guard) says of this config's model, and in words where that was measured.
+    """The fields of Cluster that a JSON file of launch/bench.py gives for this config's model, and their origin.
 
-    Raises ConfigError where the file says nothing of use.
+    path: written by bench.py data, train, model or guard. Raises ConfigError if it gives none.
     """
     try:
         bench = json.loads(Path(path).read_text())
@@ -69,7 +76,8 @@ def read_bench(path: str, config: Config) -> tuple[dict[str, float], str]:
     values: dict[str, float] = {}
     name = config.model.name
     if "train" in bench and bench.get("model") == name:
-        values["images_per_second"] = next(row["median"] for way, row in bench["train"].items() if way.startswith("DeepSpeed"))
+        rows = bench["train"].items()
+        values["images_per_second"] = next(row["median"] for way, row in rows if way.startswith("DeepSpeed"))
     row = bench.get("models", {}).get(name, {}).get("training", {}).get("rows", {}).get("ours", {})
     if "median" in row:
         values["images_per_second"] = row["median"]
@@ -78,5 +86,8 @@ def read_bench(path: str, config: Config) -> tuple[dict[str, float], str]:
     if "save_stall_ms" in bench.get("guard", {}):
         values["checkpoint_stall"] = bench["guard"]["save_stall_ms"] / 1000
     if not values:
-        raise ConfigError(f"{path} measures neither the training of {name}, nor decoding, nor a checkpoint: see launch/bench.py --help")
+        raise ConfigError(
+            f"{path} measures neither the training of {name}, nor decoding, nor a checkpoint: see launch/bench.py "
+            "--help"
+        )
     return values, f"measured: {path}, {bench['date']}, {bench['machine']}"

@@ -1,24 +1,24 @@
-"""A plan: a job on a cluster, its step, its best checkpoint interval, and its time by the closed form and by simulation."""
+"""A plan: a workload on a cluster, with its step, checkpoint interval, and time by closed form and by simulation."""
 
 from dataclasses import dataclass, replace
 
 from operate.plan.closed_form import best_every, daly, expected, young
 from operate.plan.cluster import Cluster
-from operate.plan.job import Job
 from operate.plan.simulate import simulate_mean
-from operate.plan.step import Step, step
+from operate.plan.step_time import StepTime, step_time
 from operate.plan.timeline import Outcome, Timeline
+from operate.plan.workload import Workload
 
-FORWARD = 1 / 3  # of a training step's arithmetic, for evaluations that were not measured
+FORWARD = 1 / 3  # share of the forward pass in a training step's arithmetic, for evaluations that were not measured
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`error`: the standard error of the simulated wall time, in seconds."""
+    """A planned run. error: standard error of the simulated wall time, in seconds."""
 
-    job: Job
+    workload: Workload
     cluster: Cluster
-    step: Step
+    step: StepTime
     timeline: Timeline
     expected: Outcome
     simulated: Outcome
@@ -26,7 +26,7 @@ class Plan:
 
     @property
     def goodput(self) -> float:
-        """0..1, without waiting for data, as train/telemetry/goodput.py has it."""
+        """0..1, as train/telemetry/goodput.py defines it: waiting for data does not count as productive."""
         return self.expected.goodput * (1 - self.step.data_wait / self.step.seconds)
 
     @property
@@ -38,16 +38,22 @@ class Plan:
         return None if self.cluster.price is None else self.gpu_hours * self.cluster.price
 
 
-def timeline(job: Job, cluster: Cluster, every: int, of_step: Step) -> Timeline:
+def make_timeline(workload: Workload, cluster: Cluster, checkpoint_interval: int, step: StepTime) -> Timeline:
     hours = 3600.0
     evaluation = cluster.evaluation
     if evaluation is None:
-        evaluation = job.evaluated_weights * job.validation_images * FORWARD / cluster.images_per_second / cluster.world
+        evaluation = (
+            workload.evaluated_weights
+            * workload.validation_images
+            * FORWARD
+            / cluster.images_per_second
+            / cluster.world
+        )
     return Timeline(
-        steps=job.steps,
-        step=of_step.seconds,
-        every=every,
-        evaluate_every=job.evaluate_every * job.steps_per_epoch,
+        steps=workload.steps,
+        step=step.seconds,
+        every=checkpoint_interval,
+        evaluate_every=workload.evaluation_interval,
         evaluation=evaluation,
         startup=cluster.startup,
         stall=cluster.checkpoint_stall,
@@ -60,32 +66,32 @@ def timeline(job: Job, cluster: Cluster, every: int, of_step: Step) -> Timeline:
     )
 
 
-def make_plan(job: Job, cluster: Cluster, runs: int, seed: int, *, best: bool = False) -> Plan:
-    """With the job's own checkpoint interval, or with the best. `runs`: how many are simulated for the mean."""
-    of_step = step(job, cluster, job.zero_stage)
-    of_run = timeline(job, cluster, job.every, of_step)
+def make_plan(workload: Workload, cluster: Cluster, runs: int, seed: int, *, best: bool = False) -> Plan:
+    """Plan with the workload's own checkpoint interval, or with the best one. runs: number of simulated runs."""
+    step = step_time(workload, cluster, workload.zero_stage)
+    timeline = make_timeline(workload, cluster, workload.checkpoint_interval, step)
     if best:
-        of_run = replace(of_run, every=best_every(of_run))
-    simulated, error = simulate_mean(of_run, seed, runs)
-    return Plan(job, cluster, of_step, of_run, expected(of_run), simulated, error)
+        timeline = replace(timeline, every=best_every(timeline))
+    simulated, error = simulate_mean(timeline, seed, runs)
+    return Plan(workload, cluster, step, timeline, expected(timeline), simulated, error)
 
 
 def intervals(plan: Plan) -> dict[str, float]:
-    """Seconds of work between checkpoints: Young's, Daly's, and the best that is possible (no save before the last is written)."""
+    """Seconds of work between checkpoints, Young's and Daly's, and the job's mean time between failures."""
     mtbf = 1 / plan.timeline.failure_rate
     return {"young": young(plan.timeline.stall, mtbf), "daly": daly(plan.timeline.stall, mtbf), "mtbf": mtbf}
 
 
-def scale(job: Job, cluster: Cluster, runs: int, seed: int, most: int = 10_000) -> list[Plan]:
-    """The same job on 1 to `most` GPUs, each with the best checkpoint interval, and a larger global batch where its own is too small."""
+def scale(workload: Workload, cluster: Cluster, runs: int, seed: int, most: int = 10_000) -> list[Plan]:
+    """Plans on 1 to `most` GPUs, each with its best checkpoint interval and a global batch by `Workload.fitted`."""
     plans, world = [], 1
     while world <= most:
         within = min(world, cluster.gpus_per_node)
         size = replace(cluster, nodes=-(-world // within), gpus_per_node=within)
         if cluster.evaluation is not None:
             size = replace(size, evaluation=cluster.evaluation * cluster.world / size.world)
-        of_size = job.fitted(size.world)
-        if of_size.steps_per_epoch:
-            plans.append(make_plan(of_size, size, runs, seed, best=True))
+        fitted = workload.fitted(size.world)
+        if fitted.steps_per_epoch:
+            plans.append(make_plan(fitted, size, runs, seed, best=True))
         world = most if world < most < 2 * world else 2 * world
     return plans

@@ -1,4 +1,4 @@
-"""A run, event by event: failures, waits, stragglers, evaluations, checkpoints. `timeline.ASSUMPTIONS` is what holds."""
+"""Simulate a run event by event: failures, waits, stragglers, evaluations, checkpoints. See `timeline.ASSUMPTIONS`."""
 
 import heapq
 import statistics
@@ -11,7 +11,11 @@ from operate.plan.timeline import Outcome, Timeline
 
 
 def simulate(timeline: Timeline, seed: int, failures: Sequence[float] | None = None) -> Outcome:
-    """One run. `failures`: seconds from its first start at which it fails, instead of by chance; the waits are then all the mean."""
+    """Simulate one run.
+
+    failures: moments at which it fails, in seconds from its first start, in place of random ones; every wait then has
+    the mean length.
+    """
     return _Simulation(timeline, seed, failures).run()
 
 
@@ -28,18 +32,19 @@ class _Failure(Exception):
 
 
 class _Simulation:
-    """`clock`: seconds since the first start. `position`: steps done; `saved`: those of the newest whole checkpoint."""
+    """clock: seconds since the first start. position: completed steps. saved: steps of the newest whole checkpoint."""
 
     def __init__(self, timeline: Timeline, seed: int, failures: Sequence[float] | None):
         self.timeline, self.random = timeline, np.random.default_rng(seed)
         self.planned = None if failures is None else sorted(failures)
         self.clock, self.position, self.saved = 0.0, 0.0, 0
-        self.writing: tuple[float, int] | None = None  # when it will be whole, and its step
-        # A heap: the ends of the slow episodes that are under way; at the start as many as at any other moment.
+        self.writing: tuple[float, int] | None = None  # the moment at which it will be whole, and its step
+        # A heap of the present slow episodes' ends. The run begins in the stationary state.
         under_way = self.random.poisson(timeline.straggler_rate * timeline.straggler_lasts)
         self.slow_until = sorted(self.random.uniform(0, timeline.straggler_lasts, under_way).tolist())
         self.next_slow = self.draw(timeline.straggler_rate)
-        self.spent = {"stepping": 0.0, "stragglers": 0.0, "startup": 0.0, "checkpoint_stall": 0.0, "evaluation": 0.0, "waiting": 0.0}
+        kinds = ("stepping", "stragglers", "startup", "checkpoint_stall", "evaluation", "waiting")
+        self.spent = dict.fromkeys(kinds, 0.0)
         self.failed = 0
 
     def run(self) -> Outcome:
@@ -54,7 +59,7 @@ class _Simulation:
         return Outcome(productive=productive, lost=lost, failures=self.failed, **self.spent)
 
     def one_start(self) -> None:
-        """From start-up to the last step; raises _Failure when it strikes."""
+        """From start-up to the last step; raises _Failure at a failure."""
         timeline = self.timeline
         self.fails_at = self.next_failure()
         self.rest(timeline.startup, "startup")
@@ -85,7 +90,7 @@ class _Simulation:
             self.saved, self.writing = self.writing[1], None
 
     def work(self, seconds: float, kind: str) -> None:
-        """Do what takes `seconds` where nobody is slow."""
+        """Let work pass that takes `seconds` without stragglers."""
         while True:
             while self.slow_until and self.slow_until[0] <= self.clock:
                 heapq.heappop(self.slow_until)
@@ -93,7 +98,7 @@ class _Simulation:
                 heapq.heappush(self.slow_until, self.next_slow + self.timeline.straggler_lasts)
                 self.next_slow += self.draw(self.timeline.straggler_rate)
             if self.slow_until and self.slow_until[0] <= self.clock:
-                continue  # an episode that began and ended while nothing was done
+                continue  # an episode that began and ended while the job waited
             factor = self.timeline.straggler_factor if self.slow_until else 1.0
             end = self.clock + seconds * factor
             until = min(end, self.next_slow, *self.slow_until[:1])
@@ -106,7 +111,7 @@ class _Simulation:
             seconds -= done
 
     def rest(self, seconds: float, kind: str) -> None:
-        """Let `seconds` pass that no straggler makes longer."""
+        """Let `seconds` pass that stragglers do not extend."""
         self.spent[kind] += min(seconds, self.fails_at - self.clock)
         self.go_to(self.clock + seconds)
 
@@ -128,7 +133,7 @@ class _Simulation:
         self.clock += wait
 
     def next_failure(self) -> float:
-        """When this start fails, if it has not finished by then. Failures have no memory, so each start may draw its own."""
+        """When this start fails, unless it ends first. Failures are memoryless, so each start draws its own."""
         if self.planned is None:
             return self.clock + self.draw(self.timeline.failure_rate)
         return next((moment for moment in self.planned if moment > self.clock), float("inf"))

@@ -1,32 +1,35 @@
-"""A run on the time axis, in numbers: what the closed form and the simulation both start from, and what both come to."""
+"""The input and the result that the closed form and the simulation share."""
 
 from dataclasses import dataclass
 
 ASSUMPTIONS = (
-    "Failures are a Poisson process: every node fails at the same constant rate, independently, and one failed node ends the whole job.",
-    "Failures strike while the job runs: in start-up, steps, evaluations and saves; not while it waits to be started again.",
-    "After a failure the job waits (exponentially distributed, with the mean given), starts up (always equally long), and goes on from the "
-    "newest checkpoint that was whole when it failed.",
-    "A checkpoint stops training while it is copied to host memory; a thread writes it while training goes on, and until it is written a "
-    "failure goes back to the one before. The next save waits for it.",
-    "Stragglers: every node has slow episodes, a Poisson process, each equally long; while any node is in one, every step and evaluation "
-    "takes longer by the factor given.",
-    "Steps, evaluations, stalls and writes otherwise take equally long each. Evaluation comes before the save of the same step.",
+    "Failures are a Poisson process: every node fails at the same constant rate, independently, and one failed node "
+    "ends the whole job.",
+    "Failures strike while the job runs: in start-up, steps, evaluations and saves; not while it waits to be started "
+    "again.",
+    "After a failure the job waits (exponentially distributed, with the mean given), starts up (always equally long), "
+    "and goes on from the newest checkpoint that was whole when it failed.",
+    "A checkpoint stops training while it is copied to host memory; a thread writes it while training goes on, and "
+    "until it is written a failure goes back to the one before. The next save waits for it.",
+    "Stragglers: every node has slow episodes, a Poisson process, each equally long; while any node is in one, every "
+    "step and evaluation takes longer by the factor given.",
+    "Steps, evaluations, stalls and writes otherwise take equally long each. Evaluation comes before the save of the "
+    "same step.",
 )
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Seconds, unless it says otherwise; rates are per second and of the whole job."""
+    """Durations are in seconds, rates per second and of the whole job."""
 
     steps: int
-    step: float  # one optimizer step, nobody slow
-    every: int  # steps from one checkpoint to the next; the last step has one, too
+    step: float  # one optimizer step without stragglers
+    every: int  # steps between checkpoints; the last step has one, too
     evaluate_every: int = 0  # steps; 0: never
     evaluation: float = 0.0
     startup: float = 0.0  # from a process's start until its first step begins
     stall: float = 0.0  # training stands still for a checkpoint
-    write: float = 0.0  # from a checkpoint's begin until it is whole, the stall included
+    write: float = 0.0  # from a checkpoint's begin until it is whole, including the stall
     failure_rate: float = 0.0
     requeue: float = 0.0  # from a failure until the next start, mean
     straggler_rate: float = 0.0
@@ -36,20 +39,21 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where the wall time goes, in seconds; the categories are those of train/telemetry/goodput.py (`other` is not modelled)."""
+    """The wall time in seconds, by the categories of train/telemetry/goodput.py (`other` is not modelled)."""
 
-    productive: float  # steps that count, as if nobody was slow
-    stragglers: float  # what slow nodes add to steps and evaluations, lost ones too
+    productive: float  # steps that count, without stragglers
+    stragglers: float  # delay of steps and evaluations, lost ones included
     startup: float
     checkpoint_stall: float
-    evaluation: float  # lost ones too
-    lost: float  # steps that had to be taken again, as if nobody was slow
+    evaluation: float  # lost ones included
+    lost: float  # repeated steps, without stragglers
     waiting: float
-    failures: float  # how many
+    failures: float  # a count
 
     @property
     def wall(self) -> float:
-        return self.productive + self.stragglers + self.startup + self.checkpoint_stall + self.evaluation + self.lost + self.waiting
+        busy = (self.productive, self.stragglers, self.startup, self.checkpoint_stall, self.evaluation, self.lost)
+        return sum((*busy, self.waiting))
 
     @property
     def running(self) -> float:

@@ -1,1 +1,1 @@
-"""One HTML page about one run or several: history.py reads a run's folder, figures.py plots, pictures.py shows mistakes, page.py writes."""
+"""One HTML page about one run or several: run.py reads, figures.py plots, page.py and page.html.j2 write."""

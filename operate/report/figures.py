@@ -1,9 +1,11 @@
-"""The report's plots, by matplotlib. Colours are Okabe and Ito's (jfly.uni-koeln.de/color), which colour-blind people tell apart, and
-nothing is said by colour alone: lines differ in style and marker, bars in hatching.
+"""The report's plots, by matplotlib.
+
+The colours are those of Okabe and Ito (jfly.uni-koeln.de/color), which colour-blind people can tell apart. Nothing is
+shown by colour alone: lines differ in style and marker, bars in hatching.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import groupby
@@ -13,15 +15,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from operate.report.history import History, Line
+from operate.report.run import ReportedRun
+from operate.run_folder import Line
+from train.telemetry.metrics import Metric
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", (0, (1, 1)))
 MARKERS = "osD^vP*"
-POINTS = 400  # of a run's curve; where it has more, means of so many parts are drawn, and a band from each one's smallest to its largest
+# Points of a run's curve. A longer curve is drawn as the means of as many parts, in a band of their extremes.
+POINTS = 400
 EVALUATIONS = 25  # of a run's curve that get a marker
-WIDTH = 11.6  # inches: of the page at 1280 pixels
-# (colour, hatching) of each category of goodput.py, in its order.
+WIDTH = 11.6  # inches: the page's width at 1280 pixels
+# (colour, hatching) of each category of train/telemetry/goodput.py, in its order.
 LOOK = {
     "productive": ("#009E73", ""),
     "startup": ("#E69F00", "//"),
@@ -33,7 +38,7 @@ LOOK = {
     "waiting": ("#DDDDDD", "--"),
     "other": ("#888888", ""),
 }
-# Events on the time axis: what they are called, marker and colour.
+# Events on the time axis: label, marker, colour.
 MARKS = {
     "ended": ("start ended early", "v", "#000000"),
     "skipped_step": ("step skipped", "x", "#D55E00"),
@@ -61,7 +66,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot: its name in file names, what it shows for who cannot see it, as SVG and as PNG."""
+    """A plot: its name in file names, its alternative text, and the image as SVG and as PNG."""
 
     name: str
     caption: str
@@ -69,15 +74,22 @@ class Picture:
     png: bytes
 
 
-def figures(runs: Sequence[History], names: Sequence[str]) -> dict[str, Picture]:
+Named = list[tuple[ReportedRun, str]]
+
+
+def figures(runs: Sequence[ReportedRun], names: Sequence[str]) -> dict[str, Picture]:
     """By name: "learning", "speed" and "time"."""
     named = list(zip(runs, names, strict=True))
+    scores = _distinct(run.log.metrics[0].label for run in runs)
+    samples = _distinct(run.log.samples for run in runs)
+    captions = {
+        "learning": f"Loss, learning rate and {scores} against epochs and against hours",
+        "speed": f"{samples.capitalize()} per second and the share of time waited for data, against hours",
+        "time": "The starts of each run on the time axis, and where the time went",
+    }
+    draw = {"learning": _learning, "speed": _speed, "time": _time}
     with matplotlib.rc_context(SETTINGS):
-        return {
-            "learning": _picture("learning", "Loss, learning rate and top-1 against epochs and against hours", _learning(named)),
-            "speed": _picture("speed", "Images per second and the share of time waited for data, against hours", _speed(named)),
-            "time": _picture("time", "The starts of each run on the time axis, and where the time went", _time(named)),
-        }
+        return {name: _picture(name, caption, draw[name](named)) for name, caption in captions.items()}
 
 
 def _picture(name: str, caption: str, figure: Figure) -> Picture:
@@ -87,25 +99,33 @@ def _picture(name: str, caption: str, figure: Figure) -> Picture:
     return Picture(name, caption, svg.getvalue(), png.getvalue())
 
 
-def _learning(named: list[tuple[History, str]]) -> Figure:
+def _learning(named: Named) -> Figure:
     figure = Figure(figsize=(WIDTH, 8.2), layout="constrained")
     axes = figure.subplots(3, 2, sharex="col", sharey="row")
     unit, scale = _time_unit(named)
+    score = _distinct(_axis_label(run.log.metrics[0]) for run, _ in named)
     for index, (run, name) in enumerate(named):
         look = _look(index)
         for row, key in enumerate(("loss", "lr")):
-            _curve(axes[row, 0], run, lambda line: line.epoch, key, look, label=name)
+            _curve(axes[row, 0], run, run.epoch, key, look, label=name)
             _story(axes[row, 1], run, scale, key, look)
         for weights, called, style, fill in (("model", "model", "--", "none"), ("ema", "EMA", "-", "full")):
-            if scores := run.scores(weights):
+            if scores := run.log.scores(weights):
                 label = f"{name}, {called}" if len(named) > 1 else called
-                shape = {"marker": MARKERS[index % len(MARKERS)], "markersize": 3.5, "fillstyle": fill, "lw": 1.2, "label": label}
+                shape = {
+                    "marker": MARKERS[index % len(MARKERS)],
+                    "markersize": 3.5,
+                    "fillstyle": fill,
+                    "lw": 1.2,
+                    "label": label,
+                }
                 shape["markevery"] = -(-len(scores) // EVALUATIONS)
-                for axis, x in ((axes[2, 0], [line.epoch for line in scores]), (axes[2, 1], [line.hours * scale for line in scores])):
-                    axis.plot(x, _values(scores, "top1"), **{**look, **shape, "ls": style})
+                values = _values(scores, run.log.metrics[0].name)
+                axes[2, 0].plot([run.epoch(line) for line in scores], values, **{**look, **shape, "ls": style})
+                axes[2, 1].plot([line.hours * scale for line in scores], values, **{**look, **shape, "ls": style})
         for launch in run.launches[1:]:
             axes[2, 1].axvline(launch.began * scale, color=look["color"], ls=":", lw=1, alpha=0.7)
-    for axis, label in zip(axes[:, 0], ("training loss", "learning rate", "top-1, %"), strict=True):
+    for axis, label in zip(axes[:, 0], ("training loss", "learning rate", score), strict=True):
         axis.set_ylabel(label)
     axes[0, 0].set_title("against epochs")
     axes[0, 1].set_title(f"against {unit}; dotted: a restart; pale: taken again")
@@ -117,24 +137,24 @@ def _learning(named: list[tuple[History, str]]) -> Figure:
     return figure
 
 
-def _speed(named: list[tuple[History, str]]) -> Figure:
+def _speed(named: Named) -> Figure:
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     speed, wait = figure.subplots(2, 1, sharex=True)
     unit, scale = _time_unit(named)
     for index, (run, name) in enumerate(named):
         _story(speed, run, scale, "images_per_second", _look(index), label=name)
         _story(wait, run, scale, "data_wait", _look(index), factor=100)
-    speed.set_ylabel("images / s")
+    speed.set_ylabel(_distinct(f"{run.log.samples} / s" for run, _ in named))
     speed.set_ylim(bottom=0)
     wait.set_ylabel("data wait, % of a step")
     wait.set_ylim(0, max(5, wait.get_ylim()[1]))
     wait.set_xlabel(f"{unit} since the first start; dotted: a restart")
     if len(named) > 1:
-        _legend(speed, "lower right")
+        _legend(speed, "lower right", bbox_to_anchor=(1, 1), ncols=4)
     return figure
 
 
-def _time(named: list[tuple[History, str]]) -> Figure:
+def _time(named: Named) -> Figure:
     figure = Figure(figsize=(WIDTH, 2.9 + 0.9 * len(named)), layout="constrained")
     axes = figure.subplots(2, 1)
     _starts(axes[0], named)
@@ -143,11 +163,13 @@ def _time(named: list[tuple[History, str]]) -> Figure:
         axis.set_yticks(range(len(named)), [name for _, name in named])
         axis.set_ylim(len(named) - 0.4, -0.6)
         axis.grid(axis="y", visible=False)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=9, handlelength=1.6, columnspacing=1.2)
+    figure.legend(
+        *axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=9, handlelength=1.6, columnspacing=1.2
+    )
     return figure
 
 
-def _starts(axis: Axes, named: list[tuple[History, str]]) -> None:
+def _starts(axis: Axes, named: Named) -> None:
     unit, scale = _time_unit(named)
     marks: dict[str, tuple[list[float], list[float]]] = {}  # by event: where it happened, and in which row
 
@@ -159,7 +181,9 @@ def _starts(axis: Axes, named: list[tuple[History, str]]) -> None:
     for row, (run, _) in enumerate(named):
         for number, launch in enumerate(run.launches):
             width, shade = (launch.ended - launch.began) * scale, ("#9ecae1", "#c6dbef")[number % 2]
-            axis.barh(row, width, left=launch.began * scale, height=0.5, color=shade, edgecolor="#34495e", linewidth=0.6)
+            axis.barh(
+                row, width, left=launch.began * scale, height=0.5, color=shade, edgecolor="#34495e", linewidth=0.6
+            )
             if launch.end not in ("finished", ""):
                 mark("ended", launch.ended, row - 0.37)
         for line in run.incidents():
@@ -173,13 +197,23 @@ def _starts(axis: Axes, named: list[tuple[History, str]]) -> None:
     _legend(axis, "lower right", bbox_to_anchor=(1, 0.97), ncols=len(MARKS))
 
 
-def _split(axis: Axes, named: list[tuple[History, str]]) -> None:
+def _split(axis: Axes, named: Named) -> None:
     for row, (run, _) in enumerate(named):
         left = 0.0
         for category, (colour, hatch) in LOOK.items():
             share = 100 * run.seconds[category] / (run.total or 1)
             label = category.replace("_", " ") if row == 0 else None
-            axis.barh(row, share, left=left, height=0.6, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5, label=label)
+            axis.barh(
+                row,
+                share,
+                left=left,
+                height=0.6,
+                color=colour,
+                hatch=hatch,
+                edgecolor="white",
+                linewidth=0.5,
+                label=label,
+            )
             if share >= 4:
                 box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.2}
                 axis.text(left + share / 2, row, f"{share:.0f} %", ha="center", va="center", fontsize=8, bbox=box)
@@ -190,16 +224,28 @@ def _split(axis: Axes, named: list[tuple[History, str]]) -> None:
 
 
 def _curve(
-    axis: Axes, run: History, x: Callable[[Line], float], key: str, look: dict, *, label: str | None = None, factor: float = 1
+    axis: Axes,
+    run: ReportedRun,
+    x: Callable[[Line], float],
+    key: str,
+    look: dict,
+    *,
+    label: str | None = None,
+    factor: float = 1,
 ) -> None:
     """One value of the train lines that count."""
-    _line(axis, run, [line for line in run.train if not line.again], x, key, factor, {**look, "label": label})
+    _line(axis, run, [line for line in run.log.train if not line.again], x, key, factor, {**look, "label": label})
 
 
-def _story(axis: Axes, run: History, scale: float, key: str, look: dict, *, label: str | None = None, factor: float = 1) -> None:
-    """One value of all train lines against time: a gap between two starts, and pale what was taken again. Dotted lines: restarts."""
+def _story(
+    axis: Axes, run: ReportedRun, scale: float, key: str, look: dict, *, label: str | None = None, factor: float = 1
+) -> None:
+    """One value of all train lines against time, with a gap between two starts.
+
+    Steps that were taken again are pale; restarts are dotted lines.
+    """
     restarts = [launch.began for launch in run.launches[1:]]
-    for (_, again), lines in groupby(run.train, lambda line: (bisect_right(restarts, line.hours), line.again)):
+    for (_, again), lines in groupby(run.log.train, lambda line: (bisect_right(restarts, line.hours), line.again)):
         pale = {"alpha": 0.3, "lw": 2.2} if again else {"label": label}
         label = label if again else None
         _line(axis, run, list(lines), lambda line: line.hours * scale, key, factor, {**look, **pale})
@@ -208,15 +254,17 @@ def _story(axis: Axes, run: History, scale: float, key: str, look: dict, *, labe
 
 
 def _look(index: int) -> dict:
-    """Of run number `index`."""
+    """The colour and line style of run number `index`."""
     return {"color": COLOURS[index % len(COLOURS)], "ls": STYLES[index % len(STYLES)]}
 
 
-def _line(axis: Axes, run: History, lines: list[Line], where: Callable[[Line], float], key: str, factor: float, look: dict) -> None:
-    """A part of a run's curve, or all of it."""
+def _line(
+    axis: Axes, run: ReportedRun, lines: list[Line], where: Callable[[Line], float], key: str, factor: float, look: dict
+) -> None:
+    """Draw a part of a run's curve, or all of it."""
     x, y = np.array(list(map(where, lines))), factor * _values(lines, key)
-    if len(run.train) > POINTS:
-        parts = np.array_split(np.arange(len(x)), -(-len(x) * POINTS // len(run.train)))
+    if len(run.log.train) > POINTS:
+        parts = np.array_split(np.arange(len(x)), -(-len(x) * POINTS // len(run.log.train)))
         low, mean, high = (np.array([_finite(pick, y[part]) for part in parts]) for pick in (np.min, np.mean, np.max))
         x, y = np.array([x[part].mean() for part in parts]), mean
         axis.fill_between(x, low, high, color=look["color"], alpha=0.2, lw=0)
@@ -230,13 +278,21 @@ def _finite(pick: Callable[[np.ndarray], float], values: np.ndarray) -> float:
 
 
 def _values(lines: list[Line], key: str) -> np.ndarray:
-    """A loss that is not finite is null in the file, and a gap in the plot."""
+    """The lines' values of `key`. A value that is not finite is null in the file, and a gap in the plot."""
     return np.array([line.values[key] for line in lines], dtype=float)
 
 
-def _time_unit(named: list[tuple[History, str]]) -> tuple[str, float]:
-    """Hours, but minutes for runs that have not run for two of them: (name, how many there are in an hour)."""
+def _time_unit(named: Named) -> tuple[str, float]:
+    """(name, number in an hour) of the time axis's unit: minutes if all runs have taken less than two hours."""
     return ("hours", 1.0) if max(run.total for run, _ in named) > 7200 else ("minutes", 60.0)
+
+
+def _axis_label(metric: Metric) -> str:
+    return f"{metric.label}, {metric.unit}" if metric.unit else metric.label
+
+
+def _distinct(texts: Iterable[str]) -> str:
+    return " / ".join(dict.fromkeys(texts))
 
 
 def _legend(axis: Axes, place: str = "upper right", **look: object) -> None:

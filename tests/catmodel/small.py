@@ -1,21 +1,23 @@
-"""Every architecture that `catmodel` has, small enough for a CPU: one block per stage, few channels where they can be chosen."""
+"""Every architecture of `catmodel`, small enough for a CPU: one block per stage, and few channels if configurable."""
 
 import torch
 from torch import nn
 
 import catmodel
 
-# One of each architecture; the other names differ from one of these in depths, widths and numbers of heads alone.
+# One model of each architecture. The others differ from one of these in depths, widths and numbers of heads only.
 ARCHITECTURES = ("cat_nano", "cat_tiny", "pvt_tiny", "cotnet50", "cotnext50", "se_cotnetd50", "se_cotnetd152")
 
 
 def settings(name: str, stages: int = 4) -> dict:
-    """What makes the model of this name small, without drop-path and dropout; images are of 64 pixels (cat_nano: 32)."""
+    """Overrides for a small model without drop-path and dropout, for images of 64 pixels (cat_nano: 32)."""
     if name == "cat_nano":
         return dict(depths=(1, 1, 1)[:stages], num_heads=(2, 4, 8)[:stages])
     few = dict(depths=(1,) * stages, num_classes=10, img_size=64)
     if name.startswith("cat"):
-        return dict(few, embed_dim=32, num_heads=(2, 4, 8, 16)[:stages], patch_size=2, drop_path_rate=0.0, cpsa_drop=0.0)
+        return dict(
+            few, embed_dim=32, num_heads=(2, 4, 8, 16)[:stages], patch_size=2, drop_path_rate=0.0, cpsa_drop=0.0
+        )
     if name.startswith("pvt"):
         per_stage = dict(embed_dims=(16, 32, 40, 64), num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4))
         cut = {key: values[:stages] for key, values in per_stage.items()}
@@ -34,7 +36,7 @@ def images(name: str, count: int = 2, size: tuple[int, int] | None = None) -> to
 
 
 def jitter(model: nn.Module) -> nn.Module:
-    """Weights far from the initial ones, in which attention is nearly uniform and the last norm of a CoTNet's block is zero."""
+    """Move weights far from their initial values, where attention is nearly uniform and CoTNet's last norms 0."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in model.parameters():

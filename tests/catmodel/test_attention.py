@@ -1,4 +1,4 @@
-"""IPSA and CPSA against a reference written with loops from the paper's equations, and the bookkeeping of patches."""
+"""IPSA and CPSA against loops that follow the paper's equations, and the layout of patches."""
 
 import math
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from catmodel.attention import CrossPatchAttention, InnerPatchAttention, Patches, attend
+from catmodel.attention import CrossPatchAttention, InnerPatchAttention, attend
+from catmodel.patches import Patches
 
 
 def softmax(row: Tensor) -> Tensor:
@@ -15,7 +16,7 @@ def softmax(row: Tensor) -> Tensor:
 
 
 def reference_ipsa(attn: InnerPatchAttention, x: Tensor, size: int) -> Tensor:
-    """x [H, W, C], one image whose sides may need padding; every patch, head and token in turn."""
+    """x [H, W, C], an image whose sides may need padding. Loops over patches, heads and tokens."""
     H, W, C = x.shape
     d = C // attn.num_heads
     padded = torch.zeros(-(-H // size) * size, -(-W // size) * size, C, dtype=x.dtype)
@@ -32,16 +33,20 @@ def reference_ipsa(attn: InnerPatchAttention, x: Tensor, size: int) -> Tensor:
                     logits = []
                     for b, (ib, jb) in enumerate(places):
                         k = qkv[b][C + h * d : C + (h + 1) * d]
-                        bias = attn.relative_position_bias_table[(ia - ib + size - 1) * (2 * size - 1) + ja - jb + size - 1, h]
+                        bias = attn.relative_position_bias_table[
+                            (ia - ib + size - 1) * (2 * size - 1) + ja - jb + size - 1, h
+                        ]
                         logits.append(q @ k / math.sqrt(d) + bias)
                     weights = softmax(torch.stack(logits))
-                    heads.append(sum(weights[b] * qkv[b][2 * C + h * d : 2 * C + (h + 1) * d] for b in range(len(places))))
+                    heads.append(
+                        sum(weights[b] * qkv[b][2 * C + h * d : 2 * C + (h + 1) * d] for b in range(len(places)))
+                    )
                 out[top + ia, left + ja] = attn.proj.weight @ torch.cat(heads) + attn.proj.bias
     return out[:H, :W]
 
 
 def reference_cpsa(attn: CrossPatchAttention, x: Tensor, size: int) -> Tensor:
-    """x [H, W, C], one image whose sides may need padding; every channel and patch in turn."""
+    """x [H, W, C], an image whose sides may need padding. Loops over channels and patches."""
     H, W, C = x.shape
     padded = torch.zeros(-(-H // size) * size, -(-W // size) * size, C, dtype=x.dtype)
     padded[:H, :W] = x
@@ -49,14 +54,20 @@ def reference_cpsa(attn: CrossPatchAttention, x: Tensor, size: int) -> Tensor:
     corners = [(top, left) for top in range(0, padded.shape[0], size) for left in range(0, padded.shape[1], size)]
     F, d = size**2, size**2 // attn.num_heads
     for c in range(C):
-        qkv = [attn.qkv.weight @ padded[t : t + size, le : le + size, c].reshape(-1) + attn.qkv.bias for t, le in corners]
+        qkv = [
+            attn.qkv.weight @ padded[t : t + size, le : le + size, c].reshape(-1) + attn.qkv.bias for t, le in corners
+        ]
         for a, (top, left) in enumerate(corners):
             heads = []
             for h in range(attn.num_heads):
                 part = slice(h * d, (h + 1) * d)
-                weights = softmax(torch.stack([qkv[a][:F][part] @ other[F : 2 * F][part] / math.sqrt(d) for other in qkv]))
+                weights = softmax(
+                    torch.stack([qkv[a][:F][part] @ other[F : 2 * F][part] / math.sqrt(d) for other in qkv])
+                )
                 heads.append(sum(w * other[2 * F :][part] for w, other in zip(weights, qkv, strict=True)))
-            out[top : top + size, left : left + size, c] = (attn.proj.weight @ torch.cat(heads) + attn.proj.bias).view(size, size)
+            out[top : top + size, left : left + size, c] = (attn.proj.weight @ torch.cat(heads) + attn.proj.bias).view(
+                size, size
+            )
     return out[:H, :W]
 
 
@@ -67,14 +78,16 @@ def randomise(module: torch.nn.Module) -> torch.nn.Module:
     return module.double().eval()
 
 
-MAPS = [(4, 2), (2, 6), (2, 2), (5, 3), (1, 7)]  # in patches of 2 x 2: whole, whole, a single one, padded, padded
+MAPS = [(4, 2), (2, 6), (2, 2), (5, 3), (1, 7)]  # for patches of 2 x 2; the last two need padding
 
 
 @pytest.mark.parametrize("map_size", MAPS)
 @pytest.mark.parametrize("kind", ["ipsa", "cpsa", "cpsa with 2 heads"])
 def test_equals_the_reference_in_value_and_gradient(kind: str, map_size: tuple[int, int]):
     channels, size = 4, 2
-    attn = randomise(InnerPatchAttention(channels, 2, size) if kind == "ipsa" else CrossPatchAttention(size, 2 if "2" in kind else 1))
+    attn = randomise(
+        InnerPatchAttention(channels, 2, size) if kind == "ipsa" else CrossPatchAttention(size, 2 if "2" in kind else 1)
+    )
     reference = reference_ipsa if kind == "ipsa" else reference_cpsa
     x = torch.randn(2, *map_size, channels, dtype=torch.double, requires_grad=True)
     patches = Patches(*map_size, size)
@@ -121,7 +134,7 @@ def test_whole_patches_are_split_and_joined_without_a_copy():
 
 @pytest.mark.parametrize("map_size", [(6, 6), (5, 7)])
 def test_shifted_patches_mix_exactly_the_tokens_of_a_shifted_grid(map_size: tuple[int, int]):
-    """Which inputs a token's output depends on, compared with the grid drawn by hand."""
+    """Compares the inputs on which each token's output depends with a shifted grid."""
     H, W = map_size
     size, shift = 3, 1
     attn = randomise(InnerPatchAttention(4, 1, size, shifted=True))
@@ -152,7 +165,7 @@ def test_shift_leaves_a_single_patch_alone():
     assert torch.equal(attn(x, patches), plain(x, patches))
 
 
-def test_cpsa_dropout_with_one_patch_silences_whole_channels():
+def test_cpsa_dropout_with_one_patch_zeroes_whole_channels():
     attn = randomise(CrossPatchAttention(2, dropout=0.5)).train()
     patches = Patches(2, 2, 2)
     x = torch.randn(64, 4, 3, dtype=torch.double)

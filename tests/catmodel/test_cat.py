@@ -1,12 +1,12 @@
-"""The CAT models as their user sees them: sizes, options, randomness, errors."""
+"""The public behaviour of CAT models: sizes, options, randomness, errors."""
 
 import pytest
 import torch
 from torch import nn
 
 import catmodel
-from catmodel.attention import Patches
 from catmodel.layers import DropPathAdd
+from catmodel.patches import Patches
 
 
 def count(model: nn.Module) -> int:
@@ -23,7 +23,7 @@ def images(n: int = 2, size: int = 32) -> torch.Tensor:
 
 
 def jitter(model: nn.Module) -> nn.Module:
-    """Weights far from the initial ones, which are so small that every attention is nearly uniform."""
+    """Move the weights far from the initial ones, which are so small that attention is nearly uniform."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in model.parameters():
@@ -32,7 +32,8 @@ def jitter(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "name, backbone, drop_path", [("cat_tiny", None, 0.1), ("cat_small", 36_526_602, 0.2), ("cat_base", 50_764_266, 0.3)]
+    "name, backbone, drop_path",
+    [("cat_tiny", None, 0.1), ("cat_small", 36_526_602, 0.2), ("cat_base", 50_764_266, 0.3)],
 )
 def test_published_rates_and_backbones(name: str, backbone: int | None, drop_path: float):
     with torch.device("meta"):
@@ -124,13 +125,20 @@ def test_activation_checkpointing_of_a_backbone_changes_no_gradient():
 
 @pytest.mark.parametrize(
     "overrides, changes_parameters",
-    [({"patch_embed": "slice"}, False), ({"cpsa_num_heads": 4}, False), ({"shifted_windows": True}, False), ({"ape": False}, True)],
+    [
+        ({"patch_embed": "slice"}, False),
+        ({"cpsa_num_heads": 4}, False),
+        ({"shifted_windows": True}, False),
+        ({"ape": False}, True),
+    ],
 )
 def test_ablations_compute_something_else(overrides: dict, changes_parameters: bool):
     plain, ablated = nano().eval(), nano(**overrides).eval()
     assert (count(plain) != count(ablated)) == changes_parameters
     jitter(plain)
-    state = {k: v.reshape(ablated.state_dict()[k].shape) for k, v in plain.state_dict().items() if k in ablated.state_dict()}
+    state = {
+        k: v.reshape(ablated.state_dict()[k].shape) for k, v in plain.state_dict().items() if k in ablated.state_dict()
+    }
     ablated.load_state_dict(state)
     x = images()
     assert not torch.allclose(plain(x), ablated(x), atol=1e-3)
@@ -141,7 +149,9 @@ def test_ablations_compute_something_else(overrides: dict, changes_parameters: b
 def test_slicing_is_the_convolution_with_reordered_weights():
     conv, slices = jitter(nano()).eval(), nano(patch_embed="slice").eval()
     state = conv.state_dict()
-    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].permute(0, 3, 2, 1).flatten(1)  # [C, in, dy, dx] -> [C, (dx dy in)]
+    state["patch_embed.proj.weight"] = (
+        state["patch_embed.proj.weight"].permute(0, 3, 2, 1).flatten(1)
+    )  # [C, in, dy, dx] -> [C, (dx dy in)]
     slices.load_state_dict(state)
     torch.testing.assert_close(conv(images()), slices(images()))
 
@@ -160,8 +170,8 @@ def test_dense_maps_at_the_training_size_are_the_classifiers():
     torch.testing.assert_close(dense(x)[-1], classifier.forward_features(x).permute(0, 3, 1, 2), rtol=0, atol=1e-5)
 
 
-def test_padding_is_zeros_after_the_norm_so_a_padded_image_is_not_a_smaller_one():
-    """A map that needs padding differs from the same map extended by hand, whose padding the norm's bias would have reached."""
+def test_padding_is_zero_after_the_norm():
+    """A map padded by the model differs from an image padded beforehand, whose padding the norm's bias changes."""
     model = jitter(nano(features_only=True, depths=(1,), num_heads=(2,))).eval()
     x = images(1)[..., :30]
     assert not torch.allclose(model(x)[0], model(nn.functional.pad(x, (0, 2)))[0][..., :15], atol=1e-3)

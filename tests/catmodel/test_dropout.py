@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of a seed and a place."""
+"""Dropout whose mask is a function of a seed and a position."""
 
 import math
 
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.9])
-def test_elements_stay_as_often_as_the_rate_says_in_rows_columns_and_pairs(rate: float):
+def test_elements_are_kept_at_the_given_rate_in_rows_columns_and_pairs(rate: float):
     torch.manual_seed(0)
     keep = keep_mask(draw_seed(CPU), (1000, 1000), rate).double() - (1 - rate)
     sigma = math.sqrt(rate * (1 - rate) / 1000)
@@ -23,12 +23,16 @@ def test_elements_stay_as_often_as_the_rate_says_in_rows_columns_and_pairs(rate:
         assert abs(correlation) < 5e-3
 
 
-def test_the_mask_is_a_function_of_the_seed_and_the_place():
+def test_the_mask_is_a_function_of_the_seed_and_the_position():
     torch.manual_seed(0)
     seed, other = draw_seed(CPU), draw_seed(CPU)
     mask = keep_mask(seed, (3, 40, 50), 0.3)
-    assert torch.equal(mask, keep_mask(seed, (120, 50), 0.3).view(3, 40, 50)), "leading dimensions number the rows on"
-    assert torch.equal(mask[:1, :, :20], keep_mask(seed, (1, 40, 20), 0.3)), "a place's fate does not depend on the size"
+    assert torch.equal(mask, keep_mask(seed, (120, 50), 0.3).view(3, 40, 50)), (
+        "rows are numbered through the leading dimensions"
+    )
+    assert torch.equal(mask[:1, :, :20], keep_mask(seed, (1, 40, 20), 0.3)), (
+        "the mask at a position does not depend on the size"
+    )
     agree = (mask == keep_mask(other, (3, 40, 50), 0.3)).double().mean()
     assert abs(agree - (0.7**2 + 0.3**2)) < 0.03
 
@@ -43,7 +47,7 @@ def unhash(x: int) -> int:
 
 
 def test_no_two_seeds_give_the_same_rows_in_another_order():
-    """Of seeds that differ in a row's bits, or whose hashes do: of a million rows, a run draws such pairs."""
+    """For seeds that differ in the bits of a row number, or whose hashes do: a run of a million rows has such pairs."""
     seed = torch.tensor(123456789, dtype=torch.int32)
     hashed = _hash(seed).item() % 2**32
     assert unhash(hashed) == seed
@@ -54,7 +58,7 @@ def test_no_two_seeds_give_the_same_rows_in_another_order():
             assert not rows & {bytes(row.tolist()) for row in mask}
 
 
-def test_what_stays_is_scaled_so_that_the_mean_is_kept():
+def test_kept_elements_are_scaled_to_preserve_the_mean():
     torch.manual_seed(0)
     x = torch.ones(500, 500, dtype=torch.double)
     y = dropout(x, 0.2, draw_seed(CPU))

@@ -1,8 +1,4 @@
-"""CAT-T against values that the published model computed (../shared/golden; where it is absent, test_attention's reference has to do)."""
-
-import math
-import zlib
-from pathlib import Path
+"""CAT-T against values computed by the published model (tests/golden)."""
 
 import numpy as np
 import pytest
@@ -10,41 +6,8 @@ import torch
 from torch import nn
 
 import catmodel
-from catmodel.attention import Patches
-
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
-pytestmark = pytest.mark.skipif(not (GOLDEN / "cat_tiny.npz").exists(), reason=f"golden values are not in {GOLDEN}")
-
-
-def fill(model: nn.Module) -> nn.Module:
-    """The weights of golden/README.md."""
-    state = {}
-    for key, tensor in model.state_dict().items():
-        if key.endswith("relative_position_index"):
-            state[key] = tensor
-            continue
-        shape = tuple(tensor.shape)
-        if key == "ape" and tensor.dim() == 4:  # of the dense form: the classifier's values as a map
-            shape = (1, shape[2] * shape[3], shape[1])
-        z = np.random.RandomState(zlib.crc32(key.encode()) & 0xFFFFFFFF).standard_normal(shape)
-        if key.endswith("relative_position_bias_table"):
-            z = 0.5 * z
-        elif key == "ape":
-            z = 0.2 * z
-        elif key.endswith(".bias"):
-            z = 0.05 * z
-        elif z.ndim == 1:
-            z = 1 + 0.1 * z
-        else:
-            z = z / math.sqrt(np.prod(shape[1:]))
-        value = torch.from_numpy(z.astype(np.float32))
-        state[key] = value if shape == tuple(tensor.shape) else value.transpose(1, 2).reshape(tensor.shape)
-    model.load_state_dict(state)
-    return model.eval()
-
-
-def image(seed: int, *shape: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+from catmodel.patches import Patches
+from tests.catmodel.golden import filled, golden_images, load, released_shapes
 
 
 def assert_stat_and_samples(value: torch.Tensor, stat: np.ndarray, samples: np.ndarray, what: str) -> None:
@@ -57,30 +20,32 @@ def assert_stat_and_samples(value: torch.Tensor, stat: np.ndarray, samples: np.n
 
 @pytest.fixture(scope="module")
 def golden():
-    return np.load(GOLDEN / "cat_tiny.npz")
+    return load("cat_tiny")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return fill(catmodel.create_model("cat_tiny"))
+    return filled(catmodel.create_model("cat_tiny"))
 
 
 def test_state_dict_has_the_released_names_and_shapes(model):
-    lines = (GOLDEN / "keys" / "cat_tiny.txt").read_text().splitlines()
-    released = [line.split(" ", 1) for line in lines if line]
     ours = {key: str(tuple(value.shape)) for key, value in model.state_dict().items()}
-    assert ours == dict(released)
-    assert all(value.dtype == torch.int64 for key, value in model.state_dict().items() if key.endswith("relative_position_index"))
+    assert ours == released_shapes("cat_tiny")
+    assert all(
+        value.dtype == torch.int64
+        for key, value in model.state_dict().items()
+        if key.endswith("relative_position_index")
+    )
 
 
 def test_float32_logits(model, golden):
     with torch.no_grad():
-        logits = model(image(1234, 2, 3, 224, 224)).numpy()
+        logits = model(golden_images()).numpy()
     np.testing.assert_allclose(logits, golden["logits_f32"], rtol=0, atol=2e-5)
 
 
 def test_float64_values_of_every_stage_and_block_and_gradients(golden):
-    model = fill(catmodel.create_model("cat_tiny")).double()
+    model = filled(catmodel.create_model("cat_tiny")).double()
     stages, blocks = {}, {}
     for s, stage in enumerate(model.layers):
         stage.register_forward_hook(lambda _, __, out, s=s: stages.__setitem__(s, out))
@@ -93,7 +58,7 @@ def test_float64_values_of_every_stage_and_block_and_gradients(golden):
 
             module.register_forward_hook(keep)
 
-    features = model.forward_features(image(1234, 2, 3, 224, 224).double())
+    features = model.forward_features(golden_images().double())
     pooled = model.forward_head(features, pre_logits=True)
     logits = model.forward_head(features)
     np.testing.assert_allclose(logits.detach().numpy(), golden["logits_f64"], rtol=0, atol=1e-9)
@@ -109,18 +74,22 @@ def test_float64_values_of_every_stage_and_block_and_gradients(golden):
     loss.backward()
     parameters = dict(model.named_parameters())
     assert set(parameters) == set(golden["grad_names"].tolist())
-    for name, norm, total, first in zip(golden["grad_names"], golden["grad_l2"], golden["grad_sum"], golden["grad_first4"], strict=True):
+    for name, norm, total, first in zip(
+        golden["grad_names"], golden["grad_l2"], golden["grad_sum"], golden["grad_first4"], strict=True
+    ):
         grad = parameters[str(name)].grad
         np.testing.assert_allclose(grad.norm().item(), norm, rtol=1e-9, atol=1e-9, err_msg=str(name))
         np.testing.assert_allclose(grad.sum().item(), total, rtol=0, atol=1e-9, err_msg=str(name))
-        np.testing.assert_allclose(grad.flatten()[:4].numpy(), first[: grad.numel()], rtol=0, atol=1e-9, err_msg=str(name))
+        np.testing.assert_allclose(
+            grad.flatten()[:4].numpy(), first[: grad.numel()], rtol=0, atol=1e-9, err_msg=str(name)
+        )
 
 
 def test_float64_dense_maps():
-    golden = np.load(GOLDEN / "cat_tiny_det.npz")
-    model = fill(catmodel.create_model("cat_tiny", features_only=True)).double()
+    golden = load("cat_tiny_det")
+    model = filled(catmodel.create_model("cat_tiny", features_only=True)).double()
     with torch.no_grad():
-        maps = model(image(4321, 1, 3, 160, 256).double())
+        maps = model(golden_images(4321, (1, 3, 160, 256)).double())
     for i, out in enumerate(maps):
         assert tuple(out.shape) == tuple(golden[f"out{i}_shape"])
         assert_stat_and_samples(out, golden[f"out{i}_stat"], golden[f"out{i}_samp"], f"map {i}")

@@ -1,12 +1,12 @@
-"""What holds for every model: published sizes, and what its users rely on in training, saving, exporting. As timm tests its models.
+"""Tests of every model: published sizes, and its behaviour in training, saving and exporting.
 
-Sizes and names are of the full models, on PyTorch's meta device, which computes shapes alone. All else is of small ones (`small.py`).
+Sizes and names are tested with the full models on PyTorch's meta device, everything else with small models
+(`small.py`).
 """
 
 import functools
 import io
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +14,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import catmodel
+from tests.catmodel.golden import released_shapes
 from tests.catmodel.small import ARCHITECTURES, images, jitter, settings, small
 
-KEYS = Path(__file__).parents[3] / "shared" / "golden" / "keys"
-PUBLISHED = {  # parameters, 10^9 multiply-accumulates at 224 x 224; of CoTNet without the aggregation. From the papers and their code.
+# Parameters and 10^9 multiply-accumulates at 224 x 224 (CoTNet: without aggregation), from the papers and their code.
+PUBLISHED = {
     "cat_tiny": (16_870_996, 2.7705),
     "cat_small": (37_294_258, 6.0632),
     "cat_base": (51_531_922, 8.9281),
-    "cat_nano": (1_283_190, 0.0371),  # our own, at 32 x 32
+    "cat_nano": (1_283_190, 0.0371),  # not published; at 32 x 32
     "pvt_tiny": (13_229_288, 1.933),
     "pvt_small": (24_485_864, 3.816),
     "pvt_medium": (44_208_104, 6.659),
@@ -34,15 +35,16 @@ PUBLISHED = {  # parameters, 10^9 multiply-accumulates at 224 x 224; of CoTNet w
     "se_cotnetd101": (40_912_392, 8.430),
     "se_cotnetd152": (55_783_688, 12.89),
 }
-RELEASED = {
-    "cotnext50": "cotnext50_2x48d",
-    "cotnext101": "cotnext101_2x48d",
+RELEASED = {  # model -> its file in tests/golden/keys
+    **{name: name for name in ("cat_tiny", "pvt_tiny", "pvt_large", "cotnet50", "cotnet101")},
+    **{f"cotnext{n}": f"cotnext{n}_2x48d" for n in (50, 101)},
     **{f"se_cotnetd{n}": f"se_cotnetd_{n}" for n in (50, 101, 152)},
 }
 
 every_model = pytest.mark.parametrize("name", catmodel.list_models())
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
-# Those that differ in the operations that they are made of: tracing takes seconds. Two stages have them all, three of SE-CoTNetD.
+# Models that differ in their operations, because tracing takes seconds. Two stages (SE-CoTNetD: three) contain them
+# all.
 every_trace = pytest.mark.parametrize("name", ["cat_tiny", "pvt_tiny", "cotnet50", "cotnext50", "se_cotnetd152"])
 
 
@@ -86,18 +88,14 @@ def test_least_images_train_and_fewer_do_not(name: str):
             model(images(name, least - 1))
 
 
-@every_model
+@pytest.mark.parametrize("name", RELEASED)
 def test_names_and_shapes_are_the_released_ones(name: str):
-    file = KEYS / f"{RELEASED.get(name, name)}.txt"
-    if not file.exists():
-        pytest.skip(f"no names in {KEYS} for it")
-    released = dict(line.split(" ", 1) for line in file.read_text().splitlines() if line)
-    assert {key: str(shape) for key, shape in shapes(shapes_of(name)).items()} == released
+    assert {key: str(shape) for key, shape in shapes(shapes_of(name)).items()} == released_shapes(RELEASED[name])
 
 
 @every_model
-def test_one_of_the_small_ones_stands_for_it(name: str):
-    """What is tested of the small models below holds for all names: none of them has an architecture of its own."""
+def test_a_small_model_has_the_same_architecture(name: str):
+    """Every model has the architecture of a small model, so that the tests of small models below cover all of them."""
     assert any(small_shapes_of(name) == small_shapes_of(other) for other in ARCHITECTURES)
 
 
@@ -155,7 +153,7 @@ def test_a_saved_state_dict_gives_the_same_model(name: str):
 
 @every_architecture
 def test_initial_weights(name: str):
-    """Linear weights 0.02 (cat_nano: LeCun), CoTNet's convolutions He-normal by their outputs, what else there is PyTorch's default."""
+    """Linear weights 0.02 (cat_nano: LeCun), CoTNet's convolutions He-normal (fan-out), else PyTorch's defaults."""
     model = small(name)
     cotnet = "cot" in name
     for path, module in model.named_modules():
@@ -179,7 +177,7 @@ def test_initial_weights(name: str):
 
 @every_architecture
 def test_bfloat16_runs_and_is_close(name: str):
-    """Under autocast, forward and backward; and with all weights and images in bfloat16."""
+    """Under autocast, forward and backward, and with weights and images in bfloat16."""
     model, x = small(name).eval(), images(name)
     expected = model(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -214,7 +212,7 @@ def test_activation_checkpointing_changes_no_gradient_and_keeps_less(name: str, 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["cat_tiny", "pvt_tiny", "cotnext50"])
 def test_compiles_as_a_whole(name: str):
-    """Without a break in the graph. By the compiler's front end: its back end does not know one model from another."""
+    """As a single graph. Tests the compiler's front end only, because its back end does not depend on the model."""
     model, x = jitter(small(name, stages=2)).eval(), images(name)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():

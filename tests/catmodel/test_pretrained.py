@@ -1,4 +1,4 @@
-"""Published checkpoints: what is accepted, what is refused and why, and that a file cannot run code."""
+"""Loading of published checkpoints: accepted files, refused files with the reason, and files that try to run code."""
 
 import contextlib
 import copy
@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import catmodel
+from tests.catmodel.golden import released_shapes
 from tests.catmodel.small import small
 from tests.interpolation import resized
 
-KEYS = Path(__file__).parents[3] / "shared" / "golden" / "keys"
 SMALL_PVT = dict(embed_dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), num_heads=(1, 2, 3, 4))
 
 
@@ -30,7 +30,7 @@ def nano(seed: int = 0, **overrides) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def published() -> dict[str, torch.Tensor]:
-    """A classifier's state dict that no freshly made model equals."""
+    """A classifier's state dict that differs from that of a new model."""
     return nano(seed=1).state_dict()
 
 
@@ -41,7 +41,7 @@ def assert_loaded(model: nn.Module, published: dict[str, torch.Tensor]) -> None:
 
 @pytest.fixture
 def config_node():
-    """A class as yacs.CfgNode: a dict with state, of a module that is gone when the file is read."""
+    """A class like yacs.CfgNode: a dict with state, from a module that cannot be imported when the file is read."""
     module = types.ModuleType("gone_config")
 
     class Node(dict):
@@ -58,9 +58,22 @@ def config_node():
 
 def test_released_file_with_a_config_of_an_unknown_class(tmp_path: Path, published, config_node):
     file = tmp_path / "cat.pth"
-    optimizer = {"state": {0: {"step": 3, "exp_avg": torch.ones(2)}}, "param_groups": [{"betas": (0.9, 0.999), "params": {0}}]}
+    optimizer = {
+        "state": {0: {"step": 3, "exp_avg": torch.ones(2)}},
+        "param_groups": [{"betas": (0.9, 0.999), "params": {0}}],
+    }
     config = config_node({"MODEL": config_node({"NAME": "cat"}), "list": [1, 2]})
-    torch.save({"model": published, "optimizer": optimizer, "lr_scheduler": {}, "max_accuracy": 80.3, "epoch": 299, "config": config}, file)
+    torch.save(
+        {
+            "model": published,
+            "optimizer": optimizer,
+            "lr_scheduler": {},
+            "max_accuracy": 80.3,
+            "epoch": 299,
+            "config": config,
+        },
+        file,
+    )
     del sys.modules["gone_config"]
     with pytest.raises(Exception, match="weights_only|gone_config|Unsupported"):
         torch.load(file, weights_only=True)
@@ -97,7 +110,7 @@ def test_a_file_cannot_run_code(tmp_path: Path, published, kind):
     assert_loaded(model, published)
 
 
-def test_a_stub_in_the_place_of_a_weight_is_refused(tmp_path: Path, published):
+def test_a_stub_in_place_of_a_weight_is_refused(tmp_path: Path, published):
     file, trace = tmp_path / "evil.pth", tmp_path / "trace"
     torch.save({"model": {**published, "ape": RunsCode(trace)}}, file)
     with pytest.raises(ValueError, match="ape: not a tensor"):
@@ -153,7 +166,9 @@ def test_rename_table(published):
         for key, v in published.items()
     }
     model = nano()
-    catmodel.load_published(model, old, rename={"ipsa_1": "pre_ipsa_blocks", "patch_embed.projection": "patch_embed.proj"})
+    catmodel.load_published(
+        model, old, rename={"ipsa_1": "pre_ipsa_blocks", "patch_embed.projection": "patch_embed.proj"}
+    )
     assert_loaded(model, published)
     with pytest.raises(ValueError, match="'ipsa' -> 'x': matches no key"):
         catmodel.load_published(model, old, rename={"ipsa": "x"})
@@ -174,7 +189,9 @@ def test_a_classifier_into_a_dense_model(published, out_indices):
     for key, value in model.state_dict().items():
         assert key == "ape" or key in report.fresh or torch.equal(value, published[key])
     with pytest.raises(ValueError, match="missing: layers.0.pre_ipsa_blocks.0.norm1.weight"):
-        catmodel.load_published(model, {k: v for k, v in published.items() if k != "layers.0.pre_ipsa_blocks.0.norm1.weight"})
+        catmodel.load_published(
+            model, {k: v for k, v in published.items() if k != "layers.0.pre_ipsa_blocks.0.norm1.weight"}
+        )
 
 
 @pytest.mark.parametrize("features_only", [False, True])
@@ -185,8 +202,10 @@ def test_cat_at_another_resolution_only_on_request(features_only: bool, size: in
     model = nano(img_size=other, features_only=features_only, **two_stages)
     with pytest.raises(ValueError, match="ape: shape .*resize_positions=True"):
         catmodel.load_published(model, published)
-    with pytest.raises(ValueError, match="ape: shape"):  # one entry too many is no class token here
-        catmodel.load_published(model, {**published, "ape": torch.zeros(1, size**2 // 4 + 1, 32)}, resize_positions=True)
+    with pytest.raises(ValueError, match="ape: shape"):  # CAT has no class token
+        catmodel.load_published(
+            model, {**published, "ape": torch.zeros(1, size**2 // 4 + 1, 32)}, resize_positions=True
+        )
     report = catmodel.load_published(model, published, resize_positions=True)
     side = size // 2
     ours = model.ape.permute(0, 2, 3, 1) if features_only else model.ape.unflatten(1, model.grid_size)
@@ -196,13 +215,13 @@ def test_cat_at_another_resolution_only_on_request(features_only: bool, size: in
 
 
 def wide(**overrides) -> nn.Module:
-    """A cat_nano of one stage for images of 32 x 128 pixels: 16 x 64 tokens, as many as of 64 x 64 pixels."""
+    """A cat_nano of one stage for images of 32 x 128 pixels: 16 x 64 tokens, as many as for 64 x 64 pixels."""
     return nano(**{"img_size": (32, 128), "depths": (1,), "num_heads": (2,), **overrides})
 
 
 @pytest.mark.parametrize("through", ["state dict", "file", "exported"])
-def test_as_many_positions_of_another_shape_are_not_taken_as_they_are(tmp_path: Path, through: str):
-    """Of 16 x 64 tokens into 32 x 32, both ways: refused, or interpolated where that is asked for."""
+def test_equally_many_positions_of_another_grid_are_refused_or_interpolated(tmp_path: Path, through: str):
+    """From 16 x 64 to 32 x 32 tokens and back: refused, or interpolated on request."""
     published, square = wide(seed=1), wide(img_size=64)
     source = published.state_dict()
     if through == "file":
@@ -212,7 +231,9 @@ def test_as_many_positions_of_another_shape_are_not_taken_as_they_are(tmp_path: 
         about = {"model": {"name": "cat_nano", "img_size": [32, 128]}, "classes": []}
         save_file(source, tmp_path / "wide.safetensors", {"catmodel": json.dumps(about)})
         source = tmp_path / "wide.safetensors"
-    with pytest.raises(ValueError, match=r"ape: shape \[1, 1024, 32\] of 16 x 64 positions, .* of 32 x 32 \(resize_positions=True"):
+    with pytest.raises(
+        ValueError, match=r"ape: shape \[1, 1024, 32\] of 16 x 64 positions, .* of 32 x 32 \(resize_positions=True"
+    ):
         catmodel.load_published(square, source)
     assert catmodel.load_published(square, source, resize_positions=True).resized == ["ape 16 x 64 -> 32 x 32"]
     expected = resized(published.ape.detach().unflatten(1, (16, 64))[0].numpy(), 32, 32, "bicubic")
@@ -221,45 +242,62 @@ def test_as_many_positions_of_another_shape_are_not_taken_as_they_are(tmp_path: 
     assert catmodel.load_published(again, source).resized == []
     assert_loaded(again, published.state_dict())
 
-    released = dict(wide(seed=1, img_size=64).state_dict())  # as released ones it names no size: it is square
+    released = dict(
+        wide(seed=1, img_size=64).state_dict()
+    )  # records no size, like a released file: assumed to be square
     with pytest.raises(ValueError, match="ape: .* of 32 x 32 positions, .* of 16 x 64"):
         catmodel.load_published(wide(), released)
     assert catmodel.load_published(wide(), released, resize_positions=True).resized == ["ape 32 x 32 -> 16 x 64"]
 
 
-def test_positions_of_an_unknown_grid_are_refused_with_a_remedy_that_helps():
-    published = dict(wide(seed=1, img_size=(32, 96)).state_dict())  # 16 x 48 are no square number
+def test_positions_of_an_unknown_grid_are_refused_with_a_working_remedy():
+    published = dict(wide(seed=1, img_size=(32, 96)).state_dict())  # 16 x 48 is no square number
     same, other = wide(img_size=(32, 96)), wide(img_size=64)
-    catmodel.load_published(same, published)  # as many as the model's, and no square: the model's
+    catmodel.load_published(same, published)  # no square, but as many as the model's: assumed to be the model's
     assert_loaded(same, published)
     for resize in (False, True):
-        with pytest.raises(ValueError, match=r"ape: shape \[1, 768, 32\], of neither a square grid nor .*: fill a model"):
+        with pytest.raises(ValueError, match=r"ape: shape \[1, 768, 32\], which is no square grid, .*: load it"):
             catmodel.load_published(other, published, resize_positions=resize)
     same.load_state_dict(published)  # the remedy
-    assert catmodel.load_published(other, same.state_dict(), resize_positions=True).resized == ["ape 16 x 48 -> 32 x 32"]
+    assert catmodel.load_published(other, same.state_dict(), resize_positions=True).resized == [
+        "ape 16 x 48 -> 32 x 32"
+    ]
 
 
-def test_pvt_s_positions_of_another_shape():
-    """Also in the last table, of which the entry for the class token makes a square: 6 x 8 + 1 = 7 x 7."""
+def test_pvt_positions_of_another_shape():
+    """Also in the last table, whose length with the class token happens to be a square: 6 x 8 + 1 = 7 x 7."""
     published = small_pvt(seed=1, img_size=(192, 256))
     model = small_pvt(img_size=224)
     report = catmodel.load_published(model, published.state_dict(), resize_positions=True)
     assert report.resized[-1] == "pos_embed4 6 x 8 -> 7 x 7"
     assert torch.equal(model.pos_embed4[:, 0], published.pos_embed4[:, 0])
     expected = resized(published.pos_embed4[0, 1:].detach().unflatten(0, (6, 8)).numpy(), 7, 7, "bilinear")
-    np.testing.assert_allclose(model.pos_embed4[0, 1:].detach().unflatten(0, (7, 7)).numpy(), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        model.pos_embed4[0, 1:].detach().unflatten(0, (7, 7)).numpy(), expected, rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["cat_nano", "pvt_tiny", "cotnet50"])
-def test_any_value_in_the_place_of_a_weight_loads_or_is_named(name: str):
+def test_any_value_in_place_of_a_weight_is_loaded_or_reported(name: str):
     model = small(name, stages=2)
     published = copy.deepcopy(model.state_dict())
-    odd = [torch.ones(()), torch.ones(0), torch.ones(1, 0, 3), torch.ones(1, 3, 0, 0), torch.ones(2, 3, 4, 5), None, "x", {}, [1], 3]
+    odd = [
+        torch.ones(()),
+        torch.ones(0),
+        torch.ones(1, 0, 3),
+        torch.ones(1, 3, 0, 0),
+        torch.ones(2, 3, 4, 5),
+        None,
+        "x",
+        {},
+        [1],
+        3,
+    ]
     for key, weight in published.items():
         for value in (*odd, weight.to(torch.complex64), weight.bool(), weight[None], weight.double()):
             with contextlib.suppress(ValueError):
                 catmodel.load_published(model, {**published, key: value}, resize_positions=True)
-        with pytest.raises(ValueError, match=f"{key}: numbers of type torch.complex64"):
+        with pytest.raises(ValueError, match=f"{key}: dtype torch.complex64"):
             catmodel.load_published(model, {**published, key: weight.to(torch.complex64)})
     with pytest.raises(ValueError, match="no weights by their names"):
         catmodel.load_published(model, {**published, 3: torch.ones(1)})
@@ -268,7 +306,8 @@ def test_any_value_in_the_place_of_a_weight_loads_or_is_named(name: str):
 def test_another_patch_size_is_refused_in_one_sentence(published):
     model = nano(patch_size=3, img_size=24)
     with pytest.raises(
-        ValueError, match="patches are 4 x 4 tokens, the model's 3 x 3.*patch_size=4, and an img_size that is a multiple of 32"
+        ValueError,
+        match="patches are 4 x 4 tokens, the model's 3 x 3.*patch_size=4, and an img_size that is a multiple of 32",
     ):
         catmodel.load_published(model, published, resize_positions=True)
 
@@ -301,16 +340,17 @@ def test_a_truncated_file_is_refused(tmp_path: Path, published):
         catmodel.load_published(nano(), file)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- PVT and CoTNet
+# ------------------------------------------------------------------------------------------------------- PVT and CoTNet
 
 
-@pytest.mark.skipif(not KEYS.exists(), reason=f"the names of the released weights are not in {KEYS}")
 @pytest.mark.parametrize(("name", "keys"), [("pvt_tiny", "pvt_tiny"), ("se_cotnetd50", "se_cotnetd_50")])
 def test_released_names_with_wrappers_and_running_statistics(tmp_path: Path, name: str, keys: str):
-    released = [line.split(" ", 1) for line in (KEYS / f"{keys}.txt").read_text().splitlines()]
-    published = {key: torch.rand(literal_eval(shape)) for key, shape in released}
+    published = {key: torch.rand(literal_eval(shape)) for key, shape in released_shapes(keys).items()}
     published |= {key: torch.tensor(7) for key in published if key.endswith("num_batches_tracked")}
-    torch.save({"state_dict": {f"module.{key}": value for key, value in published.items()}, "epoch": 300}, tmp_path / "released.pth.tar")
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in published.items()}, "epoch": 300},
+        tmp_path / "released.pth.tar",
+    )
     model = catmodel.create_model(name)
     report = catmodel.load_published(model, tmp_path / "released.pth.tar")
     assert_loaded(model, published)
@@ -324,7 +364,7 @@ def small_pvt(seed: int = 0, **overrides) -> nn.Module:
 
 @pytest.mark.parametrize("features_only", [False, True])
 def test_pvt_at_another_resolution(features_only: bool):
-    """Four tables, bilinearly; the class token's entry stays, or is left out where there is no class token."""
+    """Four tables, bilinearly. The class token's entry is kept, or left out if the model has no class token."""
     published = small_pvt(seed=1).state_dict()
     model = small_pvt(img_size=96, features_only=features_only)
     with pytest.raises(ValueError, match="pos_embed4: shape .*resize_positions=True"):

@@ -8,7 +8,7 @@ from tests.data_pipeline.staging import PER_SHARD, SAMPLES
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    """12 shards of 5 images, 10 kB each or a little more."""
+    """12 shards of 5 images; a shard has slightly more than 10 kB."""
     folder = tmp_path_factory.mktemp("dataset")
     write_split(folder, [jpeg(number, 40, 36) for number in range(SAMPLES)], per_shard=PER_SHARD)
     return folder

@@ -1,4 +1,4 @@
-"""Sources of images for the tests of preparation, and what they look for in what was prepared."""
+"""Sources of images for the tests of preparation, and helpers that read prepared datasets."""
 
 import hashlib
 import io
@@ -13,7 +13,7 @@ from data_pipeline.manifest import open_manifest
 from data_pipeline.prepare import prepare
 
 CLASSES = ("bird", "cat", "dog")
-SAMPLE = Path(__file__).resolve().parents[3] / "shared/data/imagenet_sample.tar"  # 800 photographs, where it is at hand
+SAMPLE = Path(__file__).resolve().parents[3] / "shared/data/imagenet_sample.tar"  # 800 photographs; may be missing
 
 
 def picture(number: int, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -46,7 +46,9 @@ def make_tar(folder: Path, path: Path, mode: str = "w") -> Path:
 
 
 def run(source, dest: Path, **changes) -> bool:
-    return prepare(str(source), dest, **{"workers": 2, "shard_bytes": 1 << 20, "val_fraction": 0.0, "seed": 0, **changes})
+    return prepare(
+        str(source), dest, **{"workers": 2, "shard_bytes": 1 << 20, "val_fraction": 0.0, "seed": 0, **changes}
+    )
 
 
 def contents(dest: Path, leave_out: tuple[str, ...] = ()) -> dict[str, str]:
@@ -59,15 +61,20 @@ def stored(dest: Path, split: str) -> list[tuple[bytes, int]]:
     """(image bytes, label) of every sample by its id, through the index."""
     split = open_manifest(dest).split(split)
     shards = [(dest / shard.file).read_bytes() for shard in split.shards]
-    return [(shards[r["shard"]][int(r["offset"]) : int(r["offset"]) + int(r["size"])], int(r["label"])) for r in split.records]
+    return [
+        (shards[r["shard"]][int(r["offset"]) : int(r["offset"]) + int(r["size"])], int(r["label"]))
+        for r in split.records
+    ]
 
 
 def originals(folder: Path, split: str) -> set[tuple[bytes, int]]:
     """(image bytes, label) of every image of an image folder's split."""
-    return {(path.read_bytes(), label) for label, name in enumerate(CLASSES) for path in (folder / split / name).iterdir()}
+    return {
+        (path.read_bytes(), label) for label, name in enumerate(CLASSES) for path in (folder / split / name).iterdir()
+    }
 
 
 def listed(dest: Path) -> dict[str, tuple[str, str]]:
-    """{image: (outcome, why)} of the images that the report lists."""
+    """{image: (outcome, reason)} of the images in the report."""
     lines = [json.loads(line) for line in (dest / "report.jsonl").read_text().splitlines()]
     return {line["image"]: (line["outcome"], line["why"]) for line in lines}

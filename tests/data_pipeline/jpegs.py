@@ -9,13 +9,14 @@ from PIL import Image
 
 from tests.data_pipeline.shards import picture
 
-# A tiny file of every kind; 16 bytes behind each are for the fuzzer.
+# A tiny file of every kind, each followed by 16 bytes of parameters for the fuzzer.
 CORPUS = Path(__file__).parents[2] / "data_pipeline/native/fuzz/corpus"
 
 
 def noisy(number: int, width: int, height: int) -> np.ndarray:
-    """Half picture, half noise: every coefficient counts. uint8 [height, width, 3]."""
-    return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8) // 2 + picture(number, width, height) // 2
+    """Half picture, half noise, so that no coefficient is 0: uint8 [height, width, 3]."""
+    noise = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return noise // 2 + picture(number, width, height) // 2
 
 
 def with_pillow(image: np.ndarray, mode: str | None = None, **options) -> bytes:
@@ -25,10 +26,15 @@ def with_pillow(image: np.ndarray, mode: str | None = None, **options) -> bytes:
 
 
 def every_kind(width: int, height: int) -> dict[str, bytes]:
-    """What libjpeg can write: subsamplings, gray, progressive, restarts, optimized Huffman tables."""
+    """The kinds of JPEG that libjpeg writes: subsamplings, gray, progressive, restarts, optimized Huffman tables."""
     image = noisy(1, width, height)
-    kinds = {f"{name} baseline": simplejpeg.encode_jpeg(image, quality=90, colorsubsampling=name) for name in SUBSAMPLINGS}
-    kinds |= {f"{name} progressive": with_pillow(image, progressive=True, subsampling=name) for name in ("4:4:4", "4:2:2", "4:2:0")}
+    kinds = {
+        f"{name} baseline": simplejpeg.encode_jpeg(image, quality=90, colorsubsampling=name) for name in SUBSAMPLINGS
+    }
+    kinds |= {
+        f"{name} progressive": with_pillow(image, progressive=True, subsampling=name)
+        for name in ("4:4:4", "4:2:2", "4:2:0")
+    }
     kinds["gray"] = with_pillow(image[..., 0])
     kinds["gray progressive"] = with_pillow(image[..., 0], progressive=True)
     kinds["restarts"] = with_pillow(image, restart_marker_blocks=3, subsampling="4:2:0")
@@ -41,9 +47,9 @@ SUBSAMPLINGS = ("444", "422", "420", "440", "411")
 
 
 def with_sampling(factors: list[tuple[int, int]], width: int, height: int) -> bytes:
-    """A baseline YCbCr JPEG whose components have these (horizontal, vertical) sampling factors, 1 to 4 each; blocks of one colour.
+    """A baseline YCbCr JPEG with these (horizontal, vertical) sampling factors, 1 to 4 each, and blocks of one colour.
 
-    Pillow and simplejpeg write only the usual ones.
+    Pillow and simplejpeg write the usual factors only.
     """
     random = np.random.default_rng(0)
     widest, highest = (max(column) for column in zip(*factors, strict=True))
@@ -52,11 +58,12 @@ def with_sampling(factors: list[tuple[int, int]], width: int, height: int) -> by
     for _ in range(units):
         for component, (horizontal, vertical) in enumerate(factors):
             for _ in range(horizontal * vertical):
-                value = int(random.integers(-60, 61))  # of the block's mean, in steps of the quantization: 16 / 8 = 2 of 255
+                value = int(random.integers(-60, 61))  # the block's mean, in quantization steps of 16 / 8 = 2 of 255
                 difference, last[component] = value - last[component], value
                 length = abs(difference).bit_length()
-                bits.append(f"{length:04b}")  # the code of a length is its number, in 4 bits
-                bits.append(f"{difference if difference > 0 else difference + (1 << length) - 1:0{length}b}" if length else "")
+                bits.append(f"{length:04b}")  # the Huffman code of a length is its number in 4 bits
+                number = difference if difference > 0 else difference + (1 << length) - 1
+                bits.append(f"{number:0{length}b}" if length else "")
                 bits.append("0")  # no other coefficient
     text = "".join(bits)
     text += "1" * (-len(text) % 8)
@@ -74,5 +81,5 @@ def with_sampling(factors: list[tuple[int, int]], width: int, height: int) -> by
 
 
 def corpus(name: str) -> bytes:
-    """A seed of the fuzzer, without its last 16 bytes, which are the fuzzer's settings."""
+    """A seed of the fuzzer without its last 16 bytes, which are parameters of the fuzzer."""
     return (CORPUS / f"{name}.jpg").read_bytes()[:-16]

@@ -1,4 +1,4 @@
-"""Tiny prepared datasets for the tests of the data path, written without `prepare`."""
+"""Write tiny prepared datasets for the tests of the data path without `prepare`."""
 
 import io
 import tarfile
@@ -14,7 +14,7 @@ from data_pipeline.manifest import RECORD, Beton, Manifest, Shard, Split, sha256
 
 
 def picture(number: int, width: int, height: int) -> np.ndarray:
-    """A smooth RGB picture (JPEG likes those) that differs for every `number`, uint8 [height, width, 3]."""
+    """A smooth RGB picture, which JPEG keeps well, different for every `number`: uint8 [height, width, 3]."""
     y, x = np.mgrid[0:height, 0:width] / max(width, height)
     phase = np.random.default_rng(number).uniform(0, 6, 6)
     channels = [np.sin(6 * x + phase[c]) * np.cos(5 * y + phase[c + 3]) for c in range(3)]
@@ -36,7 +36,7 @@ def write_split(
 ) -> Split:
     """Write JPEGs as a split of WebDataset shards with index and manifest; labels default to id modulo 10.
 
-    sizes: the (width, height) to be written into the index, for images that are no JPEGs.
+    sizes: the (width, height) to write into the index, for images that are not JPEGs.
     """
     labels = [number % 10 for number in range(len(images))] if labels is None else labels
     sizes = [simplejpeg.decode_jpeg_header(image)[1::-1] for image in images] if sizes is None else sizes
@@ -70,7 +70,10 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 
 
 def add_beton(split: Split, stored: Sequence[bytes], mode: str) -> Split:
-    """The split with a file that our backend reads as its beton: `stored` end to end, without FFCV, which would refuse bad ones."""
+    """Add an FFCV file with the contents `stored` to the split, as our backend reads it.
+
+    It is written without FFCV, which refuses bad images.
+    """
     records = np.array(split.records)
     records["shard"] = 0
     records["size"] = [len(data) for data in stored]

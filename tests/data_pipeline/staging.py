@@ -1,4 +1,4 @@
-"""Staging of a small dataset: by which processes, from a web server that can be slow, cut off, and counts, and what is in the cache."""
+"""Helpers for staging a small dataset: processes that stage, a web server that can be slow or cut files, the cache."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from data_pipeline.config import DataConfig
-from data_pipeline.fetch import unheard
+from data_pipeline.fetch import ignore_fault
 from data_pipeline.storage import open_dataset
 
 SAMPLES, PER_SHARD = 60, 5
@@ -24,13 +24,13 @@ def config(path: object, cache: object = None, **changes) -> DataConfig:
 
 
 def staged(cache: Path) -> set[str]:
-    """Whole files in the cache, by name."""
+    """The names of the complete files in the cache."""
     return {path.name for path in cache.glob("cat-cache-*/*/files/*")}
 
 
 def read_one(split, number: int = 0) -> bytes:
-    """The bytes of shard `number`, through the cache."""
-    descriptor = split.open_file(split.folder / split.shards[number].file, threading.Event(), unheard)
+    """The bytes of shard `number`, read through the cache."""
+    descriptor = split.open_file(split.folder / split.shards[number].file, threading.Event(), ignore_fault)
     with open(descriptor, "rb") as file:
         return file.read()
 
@@ -50,7 +50,7 @@ def start(data: DataConfig, numbers: list[int]) -> multiprocessing.Process:
 def open_files(pid: int) -> list[str]:
     found = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+        with contextlib.suppress(FileNotFoundError):  # closed in the meantime
             found.append(os.readlink(link))
     return found
 
@@ -75,7 +75,11 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """slow: seconds per kilobyte of a shard. cut: shards still to be sent only in half. requests: names of the files that were sent."""
+    """A web server on the loopback interface.
+
+    slow: seconds per kilobyte of a shard. cut: number of shards of which only half will be sent. requests: names of the
+    files that were sent.
+    """
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))

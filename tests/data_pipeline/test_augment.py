@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.augment import operation_costs
+from benchmarks import augment as benchmark
 from data_pipeline import augment as module
-from data_pipeline.augment import augment, normalise, sample_keys
+from data_pipeline.augment import augment, normalise, operate, sample_keys
 from data_pipeline.augment_choices import OPERATIONS, erasing_boxes
 from data_pipeline.config import AugmentConfig
 from data_pipeline.randomness import Stream, fold, normals, uniform
@@ -34,7 +34,7 @@ def test_normalise():
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_input_is_left_alone(memory_format):
+def test_input_is_not_modified(memory_format):
     images = images_of(40).contiguous(memory_format=memory_format)
     before = images.clone()
     found = augment(images, keys_of(40), EVERYTHING)
@@ -43,7 +43,7 @@ def test_input_is_left_alone(memory_format):
 
 
 def erase_one(image: torch.Tensor, key: np.int64, probability: float, mode: str) -> torch.Tensor:
-    """timm's RandomErasing for one image, written as a loop, with the draws that the module documents."""
+    """A reference: timm's RandomErasing for one image, written as a loop over attempts."""
     _, image_height, image_width = image.shape
     draws = uniform(fold(np.array([key]), Stream.ERASE), 23)[0].tolist()
     image = image.clone()
@@ -75,8 +75,8 @@ def test_erasing_matches_the_loop(size, width, probability, mode):
 
 
 @pytest.mark.parametrize("mode", ["pixel", "const"])
-def test_erasing_all_boxes_at_once_is_the_same(mode):
-    """The way that GPUs take, run on the CPU."""
+def test_erasing_all_boxes_together_gives_the_same_result(mode):
+    """Runs the implementation for GPUs on the CPU."""
     images, keys = normalise(images_of(100, 32, 40), PLAIN), keys_of(100)
     boxes = erasing_boxes(keys, 0.5, 32, 40)
     noise_keys = fold(keys[boxes.rows], Stream.ERASE_NOISE)
@@ -102,7 +102,7 @@ def test_erased_boxes():
     assert abs(values.std() - 1) < 0.01
 
 
-def test_erasing_comes_after_the_other_operations_and_takes_the_same_boxes():
+def test_erasing_is_last_and_its_boxes_do_not_depend_on_the_other_operations():
     images, keys = images_of(60), keys_of(60)
     whole = augment(images, keys, EVERYTHING)
     unerased = augment(images, keys, EVERYTHING.model_copy(update={"erasing": 0.0}))
@@ -113,7 +113,12 @@ def test_erasing_comes_after_the_other_operations_and_takes_the_same_boxes():
 
 @pytest.mark.parametrize(
     "config",
-    [AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1"), AugmentConfig(color_jitter=0.4), AugmentConfig(erasing=0.5), EVERYTHING],
+    [
+        AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1"),
+        AugmentConfig(color_jitter=0.4),
+        AugmentConfig(erasing=0.5),
+        EVERYTHING,
+    ],
 )
 def test_a_sample_does_not_depend_on_its_neighbours_or_memory_layout(config):
     images, keys = images_of(60, 35), keys_of(60)
@@ -126,30 +131,37 @@ def test_a_sample_does_not_depend_on_its_neighbours_or_memory_layout(config):
     assert not torch.equal(augment(images, keys_of(60, epoch=1), config), whole)
 
 
-def test_a_quarter_of_the_images_stays_as_it_is_under_the_usual_recipe():
+def test_the_usual_recipe_leaves_a_quarter_of_the_images_unchanged():
     images, config = images_of(400, 16), AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1")
     unchanged = (augment(images, keys_of(400), config) == normalise(images, config)).flatten(1).all(1)
-    assert 0.18 < unchanged.float().mean() < 0.34  # neither of two operations, each of which is applied half the time
+    assert 0.18 < unchanged.float().mean() < 0.34  # neither of two operations, each with probability 1/2
 
 
-def test_nothing_depends_on_what_a_device_has_computed():
-    """On the meta device tensors have shapes only: what would make the host wait for a GPU raises an error there."""
+def test_the_host_reads_no_value_from_the_device():
+    """Tensors on the meta device have no values, so operations that make the host wait for a GPU raise there."""
     found = augment(images_of(64).to("meta"), keys_of(64), EVERYTHING)
     assert found.shape == (64, 3, 32, 32)
     assert found.device.type == "meta"
 
 
-def test_costs_name_everything():
-    costs = operation_costs(size=16, rounds=1)
+def test_the_benchmark_runs_every_operation_in_every_round(monkeypatch):
+    calls = []
+
+    def counted(name: str, images: torch.Tensor, *arguments: torch.Tensor) -> torch.Tensor:
+        calls.append((name, len(images)))
+        return operate(name, images, *arguments)
+
+    monkeypatch.setattr(benchmark, "operate", counted)
+    costs = benchmark.operation_costs(size=16, rounds=2)
     assert list(costs) == [*OPERATIONS, "normalise", "erasing", "recipe"]
-    assert costs["recipe"] > costs["normalise"] > 0
+    assert calls == 3 * [(name, benchmark.GROUP) for name in OPERATIONS]  # a warm-up and two rounds
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_agrees_and_does_not_wait():
     images, keys = images_of(64), keys_of(64)
     on_device = images.cuda()
-    augment(on_device, keys, EVERYTHING)  # fills the caches of constants
+    augment(on_device, keys, EVERYTHING)  # fill the caches of constants
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = augment(on_device, keys, EVERYTHING)

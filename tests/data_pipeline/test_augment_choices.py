@@ -8,10 +8,10 @@ from data_pipeline.augment_choices import (
     NOTHING,
     OPERATIONS,
     RandAugment,
-    color_jitter_steps,
+    choose_color_jitter,
+    choose_rand_augment,
     erasing_boxes,
     parse_rand_augment,
-    rand_augment_steps,
 )
 from data_pipeline.config import AugmentConfig
 from data_pipeline.randomness import Stream, fold, make_key
@@ -49,7 +49,7 @@ def test_notation():
         ("rand-inc2", "inc 0 or 1"),
     ],
 )
-def test_a_mistake_in_the_notation_is_one_sentence_that_names_it(text, named):
+def test_an_error_in_the_notation_is_one_sentence_that_names_it(text, named):
     with pytest.raises(ValidationError) as caught:
         AugmentConfig(rand_augment=text)
     (error,) = caught.value.errors()
@@ -59,30 +59,34 @@ def test_a_mistake_in_the_notation_is_one_sentence_that_names_it(text, named):
     assert "\n" not in error["msg"]
 
 
-@pytest.mark.parametrize(("text", "probability"), [("rand-m9-mstd0.5-inc1", 0.5), ("rand-n3-p0.2", 0.2), ("rand-n1-p1", 1.0)])
-def test_every_operation_is_equally_likely_in_every_step(text, probability):
+@pytest.mark.parametrize(
+    ("text", "probability"), [("rand-m9-mstd0.5-inc1", 0.5), ("rand-n3-p0.2", 0.2), ("rand-n1-p1", 1.0)]
+)
+def test_every_operation_is_equally_likely_in_every_round(text, probability):
     settings = parse_rand_augment(text)
-    steps = rand_augment_steps(KEYS, settings)
-    assert len(steps) == settings.count
-    for step in steps:
-        applied = step.operations[step.operations != NOTHING]
+    rounds = choose_rand_augment(KEYS, settings)
+    assert len(rounds) == settings.count
+    for chosen in rounds:
+        applied = chosen.operations[chosen.operations != NOTHING]
         assert abs(len(applied) / len(KEYS) - probability) < 0.01
-        assert chi_square(np.bincount(applied, minlength=15)) < 42  # 14 degrees of freedom: 1 in 10,000 above
+        assert chi_square(np.bincount(applied, minlength=15)) < 42  # 14 degrees of freedom: exceeded by 1 in 10,000
 
 
-def test_steps_are_independent_of_each_other():
-    first, second = rand_augment_steps(KEYS, parse_rand_augment("rand-m9-mstd0.5-inc1-p1"))
-    assert chi_square(np.bincount(first.operations * 15 + second.operations, minlength=225)) < 310  # 224 degrees of freedom
+def test_rounds_are_independent_of_each_other():
+    first, second = choose_rand_augment(KEYS, parse_rand_augment("rand-m9-mstd0.5-inc1-p1"))
+    assert (
+        chi_square(np.bincount(first.operations * 15 + second.operations, minlength=225)) < 310
+    )  # 224 degrees of freedom
     both = (first.operations == second.operations) & (first.operations == OPERATIONS.index("Brightness"))
     assert abs(np.corrcoef(first.arguments[both], second.arguments[both])[0, 1]) < 0.25
 
 
 def arguments_of(text: str, name: str) -> np.ndarray:
-    steps = rand_augment_steps(KEYS, parse_rand_augment(text))
-    return np.concatenate([step.arguments[step.operations == OPERATIONS.index(name)] for step in steps])
+    rounds = choose_rand_augment(KEYS, parse_rand_augment(text))
+    return np.concatenate([chosen.arguments[chosen.operations == OPERATIONS.index(name)] for chosen in rounds])
 
 
-def test_magnitudes_are_normal_around_m_and_cut_to_10():
+def test_magnitudes_are_normal_around_m_and_clipped_to_10():
     degrees = arguments_of("rand-m5-mstd0.5-inc1-p1", "Rotate")
     levels = np.abs(degrees) / 3
     assert abs(levels.mean() - 5) < 0.03
@@ -120,14 +124,15 @@ def test_enhancements_go_both_ways_when_increasing():
 
 @pytest.mark.parametrize(("strength", "low", "high"), [(0.4, 0.6, 1.4), (1.5, 0.0, 2.5)])
 def test_color_jitter_draws_factors_and_orders_uniformly(strength, low, high):
-    steps = color_jitter_steps(KEYS, strength)
-    names = np.stack([step.operations for step in steps], 1)
-    assert {tuple(sorted(OPERATIONS[place] for place in row)) for row in names.tolist()} == {("Brightness", "Color", "Contrast")}
+    rounds = choose_color_jitter(KEYS, strength)
+    names = np.stack([chosen.operations for chosen in rounds], 1)
+    kinds = {tuple(sorted(OPERATIONS[place] for place in row)) for row in names.tolist()}
+    assert kinds == {("Brightness", "Color", "Contrast")}
     orders = np.unique(names, axis=0, return_counts=True)[1]
     assert len(orders) == 6
     assert chi_square(orders) < 26  # 5 degrees of freedom
     for name in ("Brightness", "Contrast", "Color"):
-        factors = np.concatenate([step.arguments[step.operations == OPERATIONS.index(name)] for step in steps])
+        factors = np.concatenate([chosen.arguments[chosen.operations == OPERATIONS.index(name)] for chosen in rounds])
         assert len(factors) == len(KEYS)
         assert chi_square(np.histogram(factors, 20, (low, high))[0]) < 50
 
@@ -135,7 +140,7 @@ def test_color_jitter_draws_factors_and_orders_uniformly(strength, low, high):
 def test_choices_are_a_function_of_the_key():
     settings = parse_rand_augment("rand-m9-mstd0.5-inc1")
     order = np.random.default_rng(0).permutation(1000)
-    for choose in (lambda keys: rand_augment_steps(keys, settings), lambda keys: color_jitter_steps(keys, 0.4)):
+    for choose in (lambda keys: choose_rand_augment(keys, settings), lambda keys: choose_color_jitter(keys, 0.4)):
         for whole, part in zip(choose(KEYS[:1000]), choose(KEYS[:1000][order]), strict=True):
             assert np.array_equal(whole.operations[order], part.operations)
             assert np.array_equal(whole.arguments[order], part.arguments)

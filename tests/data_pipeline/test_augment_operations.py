@@ -1,4 +1,4 @@
-"""Every operation against timm's (Pillow) and torchvision's, on the same pixels and the same level."""
+"""Compare every operation with timm's (Pillow) and torchvision's, on the same pixels at the same level."""
 
 import numpy as np
 import pytest
@@ -6,32 +6,42 @@ import torch
 from PIL import Image, ImageEnhance
 
 from data_pipeline.augment import GEOMETRIC, apply
-from data_pipeline.augment_choices import OPERATIONS, Step, argument, color_jitter_steps, parse_rand_augment, rand_augment_steps
+from data_pipeline.augment_choices import (
+    OPERATIONS,
+    ChosenOperations,
+    argument,
+    choose_color_jitter,
+    choose_rand_augment,
+    parse_rand_augment,
+)
 from tests.data_pipeline.shards import picture
 
 timm = pytest.importorskip("timm.data.auto_augment")
 
 MEAN = (0.485, 0.456, 0.406)
-FILL = (124, 116, 104)  # what timm makes of MEAN
-# timm's names of what we name without a suffix: the pixels are the same, the arguments are not.
-INCREASING = {name: f"{name}Increasing" for name in ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")}
+FILL = (124, 116, 104)  # timm's conversion of MEAN
+# timm's names for variants that compute the same pixels from other arguments. We use one name for them.
+INCREASING = {
+    name: f"{name}Increasing" for name in ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")
+}
 RELATIVE = {"TranslateX": "TranslateXRel", "TranslateY": "TranslateYRel"}
 LEVELS = (0.0, 0.6, 3.0, 7.77, 9.0, 9.4, 10.0)
 
 
 def images_of(size: int) -> np.ndarray:
-    """Pictures with noise, with few levels, dark, bright, flat: uint8 [n, size, size, 3]."""
+    """Smooth, noisy, dark, bright and flat pictures, and some with few levels: uint8 [n, size, size, 3]."""
     generator = np.random.default_rng(size)
     smooth = [picture(number, size, size) for number in range(3)]
     noise = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
     grainy = np.clip(smooth[0].astype(int) + generator.integers(-40, 40, (size, size, 3)), 0, 255)
     one_channel = np.stack([smooth[1][..., 0], np.full((size, size), 77), noise[..., 0] // 128], -1)
     flat = [np.full((size, size, 3), value) for value in (0, 128, 255)]
-    return np.stack([*smooth, noise, grainy, smooth[1] // 3, 255 - smooth[2] // 4, noise // 128 * 255, one_channel, *flat]).astype(np.uint8)
+    dark, bright, few_levels = smooth[1] // 3, 255 - smooth[2] // 4, noise // 128 * 255
+    return np.stack([*smooth, noise, grainy, dark, bright, few_levels, one_channel, *flat]).astype(np.uint8)
 
 
 def tensor_of(images: np.ndarray) -> torch.Tensor:
-    """As the loader gives them: [n, 3, S, S] in channels-last memory."""
+    """[n, 3, S, S] in channels-last memory, as from the loader."""
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
@@ -40,7 +50,7 @@ def array_of(images: torch.Tensor) -> np.ndarray:
 
 
 def with_pillow(name: str, image: np.ndarray, value: float) -> np.ndarray:
-    """timm's operation on one image, at an argument of ours."""
+    """timm's operation on one image, with one of our arguments."""
     function = timm.NAME_TO_OP[RELATIVE.get(name, name)]
     values = () if timm.LEVEL_TO_ARG[RELATIVE.get(name, name)] is None else (value,)
     if name in ("Posterize", "Solarize", "SolarizeAdd"):
@@ -62,7 +72,7 @@ def test_arguments_are_timms(monkeypatch, name, sign, increasing):
         assert not found.any()
         return
     expected = np.array([rule(level, {})[0] for level in levels.tolist()])
-    if name == "Posterize":  # 0 bits are not defined with new releases of Pillow: one bit is kept
+    if name == "Posterize":  # new releases of Pillow refuse 0 bits, so we keep one bit
         assert (expected == 0).any()
         expected = np.maximum(expected, 1)
     np.testing.assert_array_equal(found, expected)
@@ -74,11 +84,14 @@ def test_pixels_are_timms(name, size):
     images = images_of(size)
     before = tensor_of(images.copy())
     different = total = 0
-    arguments = {argument(name, np.array([level]), np.array([sign]), True)[0] for level in LEVELS for sign in (1.0, -1.0)}
+    arguments = {
+        argument(name, np.array([level]), np.array([sign]), True)[0] for level in LEVELS for sign in (1.0, -1.0)
+    }
     for value in sorted(arguments):
-        step = Step(np.full(len(images), OPERATIONS.index(name)), np.full(len(images), value))
-        found = array_of(apply(before, [step], MEAN)).astype(int)
-        difference = np.stack([np.abs(image - with_pillow(name, source, value)) for image, source in zip(found, images, strict=True)])
+        chosen = ChosenOperations(np.full(len(images), OPERATIONS.index(name)), np.full(len(images), value))
+        found = array_of(apply(before, [chosen], MEAN)).astype(int)
+        expected = np.stack([with_pillow(name, source, value) for source in images])
+        difference = np.abs(found - expected)
         if name in GEOMETRIC:
             assert difference.max() <= 1
             assert not difference[-3:].any()  # the flat ones
@@ -90,32 +103,32 @@ def test_pixels_are_timms(name, size):
     assert np.array_equal(array_of(before), images)
 
 
-def test_geometric_operations_at_nothing_and_at_whole_pixels():
+def test_geometric_operations_are_exact_at_zero_and_at_whole_pixels():
     images = images_of(64)
     for name in GEOMETRIC:
-        step = Step(np.full(len(images), OPERATIONS.index(name)), np.zeros(len(images)))
-        assert np.array_equal(array_of(apply(tensor_of(images), [step], MEAN)), images), name
+        chosen = ChosenOperations(np.full(len(images), OPERATIONS.index(name)), np.zeros(len(images)))
+        assert np.array_equal(array_of(apply(tensor_of(images), [chosen], MEAN)), images), name
     for name, axis in (("TranslateX", 2), ("TranslateY", 1)):
-        step = Step(np.full(len(images), OPERATIONS.index(name)), np.full(len(images), 0.25))
-        found = array_of(apply(tensor_of(images), [step], MEAN))
+        chosen = ChosenOperations(np.full(len(images), OPERATIONS.index(name)), np.full(len(images), 0.25))
+        found = array_of(apply(tensor_of(images), [chosen], MEAN))
         kept, new = (slice(None),) * axis + (slice(48),), (slice(None),) * axis + (slice(48, None),)
         assert np.array_equal(found[kept], images[(slice(None),) * axis + (slice(16, None),)])
         assert (found[new] == FILL).all()
 
 
-def test_operations_of_a_batch_follow_each_other_as_in_timm():
-    """RandAugment's steps on a batch against Pillow, image by image: to the last bit where nothing geometric is among them."""
+def test_operations_of_a_batch_are_applied_in_sequence_as_in_timm():
+    """Compare RandAugment on a batch with Pillow, image by image; bit-identical without geometric operations."""
     count = 300
     images = np.concatenate([images_of(32)] * 25)
-    steps = rand_augment_steps(np.arange(count), parse_rand_augment("rand-m9-n3-mstd0.5-p0.7-inc1"))
-    found = array_of(apply(tensor_of(images), steps, MEAN))
+    rounds = choose_rand_augment(np.arange(count), parse_rand_augment("rand-m9-n3-mstd0.5-p0.7-inc1"))
+    found = array_of(apply(tensor_of(images), rounds, MEAN))
     exact = 0
     for i in range(count):
-        names = [OPERATIONS[step.operations[i]] for step in steps if step.operations[i] >= 0]
+        names = [OPERATIONS[chosen.operations[i]] for chosen in rounds if chosen.operations[i] >= 0]
         image = images[i]
-        for step in steps:
-            if step.operations[i] >= 0:
-                image = with_pillow(OPERATIONS[step.operations[i]], image, step.arguments[i])
+        for chosen in rounds:
+            if chosen.operations[i] >= 0:
+                image = with_pillow(OPERATIONS[chosen.operations[i]], image, chosen.arguments[i])
         if any(name in GEOMETRIC for name in names):
             assert (np.abs(found[i].astype(int) - image) > 1).mean() < 0.02, names
         else:
@@ -126,22 +139,28 @@ def test_operations_of_a_batch_follow_each_other_as_in_timm():
 
 def test_color_jitter_is_torchvisions():
     functional = pytest.importorskip("torchvision.transforms.functional")
-    adjust = {"Brightness": functional.adjust_brightness, "Contrast": functional.adjust_contrast, "Color": functional.adjust_saturation}
+    adjust = {
+        "Brightness": functional.adjust_brightness,
+        "Contrast": functional.adjust_contrast,
+        "Color": functional.adjust_saturation,
+    }
     images = np.concatenate([images_of(32)] * 5)
-    steps = color_jitter_steps(np.arange(len(images)), 0.4)
-    found = array_of(apply(tensor_of(images), steps, MEAN))
+    rounds = choose_color_jitter(np.arange(len(images)), 0.4)
+    found = array_of(apply(tensor_of(images), rounds, MEAN))
     for i, source in enumerate(images):
         image = Image.fromarray(source)
-        for step in steps:
-            image = adjust[OPERATIONS[step.operations[i]]](image, step.arguments[i])
+        for chosen in rounds:
+            image = adjust[OPERATIONS[chosen.operations[i]]](image, chosen.arguments[i])
         assert np.array_equal(found[i], np.asarray(image))
 
 
 @pytest.mark.parametrize("name", ["Brightness", "Contrast", "Color", "Sharpness"])
-def test_enhancements_far_from_the_usual_factors(name):
+def test_enhancements_with_unusual_factors(name):
     images = images_of(40)
     for factor in (0.0, 1.0, 2.0, 7.5):
-        step = Step(np.full(len(images), OPERATIONS.index(name)), np.full(len(images), factor))
-        found = array_of(apply(tensor_of(images), [step], MEAN))
+        chosen = ChosenOperations(np.full(len(images), OPERATIONS.index(name)), np.full(len(images), factor))
+        found = array_of(apply(tensor_of(images), [chosen], MEAN))
         for image, source in zip(found, images, strict=True):
-            assert np.array_equal(image, np.asarray(getattr(ImageEnhance, name)(Image.fromarray(source)).enhance(factor)))
+            assert np.array_equal(
+                image, np.asarray(getattr(ImageEnhance, name)(Image.fromarray(source)).enhance(factor))
+            )

@@ -37,7 +37,9 @@ def split(tmp_path, images) -> Split:
     return open_manifest(tmp_path).split("train")
 
 
-def read(split: Split, ids, windows=None, size: int = 24, backend: str = "webdataset") -> tuple[np.ndarray, dict[int, str]]:
+def read(
+    split: Split, ids, windows=None, size: int = 24, backend: str = "webdataset"
+) -> tuple[np.ndarray, dict[int, str]]:
     ids = np.asarray(ids, np.int64)
     out = np.zeros((len(ids), size, size, 3), np.uint8)
     windows = np.tile(np.array([2, 3, 30, 33, 0], np.int32), (len(ids), 1)) if windows is None else windows
@@ -45,7 +47,7 @@ def read(split: Split, ids, windows=None, size: int = 24, backend: str = "webdat
 
 
 def decoded(images: list[bytes], windows: np.ndarray, size: int = 24) -> np.ndarray:
-    """The project's decoder, without any files."""
+    """The result of the project's decoder on the images in memory."""
     dimensions = np.array([simplejpeg.decode_jpeg_header(image)[1::-1] for image in images], np.int32)
     out = np.empty((len(images), size, size, 3), np.uint8)
     assert decode_batch(images, dimensions, windows, size, "bicubic", out) == {}
@@ -60,7 +62,7 @@ def test_any_samples_in_any_order(split, images):
     assert np.array_equal(pixels, decoded([images[number] for number in ids], windows))
 
 
-# --- all backends, the same pixels -----------------------------------------------------------------------------------------------------
+# --- all backends give the same pixels -------------------------------------------------------------------------------
 
 
 def encoded(image: Image.Image, format: str = "JPEG", **options) -> bytes:
@@ -71,7 +73,7 @@ def encoded(image: Image.Image, format: str = "JPEG", **options) -> bytes:
 
 @pytest.fixture(scope="module")
 def varied(tmp_path_factory) -> tuple[Split, list[bytes], np.ndarray]:
-    """A split of 24 images with noise and edges, of every usual kind of JPEG; and two windows of each, the second sticks out of it."""
+    """24 images of the usual kinds of JPEG with noise and edges, and two windows of each, the second partly outside."""
     random = np.random.default_rng(7)
     images = []
     for number in range(24):
@@ -109,7 +111,9 @@ def test_dali_gives_nearly_the_pixels_of_webdataset(varied, shards):
     split, images, windows = varied
     ids = np.tile(np.arange(len(images)), 2)
     expected, _ = read(split, ids, windows, 64)
-    pixels, failures = read(split if shards else replace(add_beton(split, images, "jpeg"), shards=()), ids, windows, 64, "dali")
+    pixels, failures = read(
+        split if shards else replace(add_beton(split, images, "jpeg"), shards=()), ids, windows, 64, "dali"
+    )
     assert failures == {}
     assert np.abs(pixels.astype(int) - expected).mean(axis=(1, 2, 3)).max() < 0.5
 
@@ -122,8 +126,8 @@ def batches(split: Split, backend: str, steps: range) -> list[MicroBatch]:
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "dali"])
-def test_a_run_may_go_on_with_another_backend(varied, backend):
-    """Two steps an epoch: five steps of webdataset are three steps of it and then two of the other."""
+def test_a_run_may_continue_with_another_backend(varied, backend):
+    """Five steps of webdataset equal three steps of it followed by two of the other backend. An epoch has two steps."""
     if backend == "dali":
         pytest.importorskip("nvidia.dali", reason=WITHOUT_DALI)
     split = add_beton(varied[0], varied[1], "jpeg")
@@ -131,7 +135,8 @@ def test_a_run_may_go_on_with_another_backend(varied, backend):
     parts = batches(split, "webdataset", range(3)) + batches(split, backend, range(3, 5))
     for one, other in zip(whole, parts, strict=True):
         assert (one.step, one.index) == (other.step, other.index)
-        assert torch.equal(one.ids, other.ids) and np.array_equal(one.draws, other.draws) and torch.equal(one.targets, other.targets)
+        assert torch.equal(one.ids, other.ids) and torch.equal(one.targets, other.targets)
+        assert np.array_equal(one.draws, other.draws)
         difference = (one.images.float() - other.images.float()).abs().mean(dim=(1, 2, 3)).max()
         assert difference == 0 if backend == "ffcv" or one.step < 3 else difference < 0.5
 
@@ -145,7 +150,9 @@ def test_dalis_pixels_depend_on_the_sample_alone(varied):
         backend = open_backend("dali", split)
         alone = np.zeros_like(together)
         rows = [slice(row, row + 1) for row in range(len(ids))]
-        failures = list(executor.map(lambda row: backend.decode_batch(ids[row], windows[row], 32, "bicubic", alone[row]), rows))
+        failures = list(
+            executor.map(lambda row: backend.decode_batch(ids[row], windows[row], 32, "bicubic", alone[row]), rows)
+        )
     assert not any(failures)
     assert np.array_equal(together, alone)
 
@@ -163,11 +170,12 @@ def test_more_images_than_a_dali_pipeline_was_built_for(varied):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the next test decodes on it")
-def test_dalis_pipeline_for_a_gpu_is_built_as_far_as_a_cpu_allows():
+def test_dalis_pipeline_for_a_gpu_is_valid():
+    """Without a GPU, DALI checks the arguments of all operators and fails only in `build`."""
     dali = pytest.importorskip("data_pipeline.backends.dali")
     pytest.importorskip("nvidia.dali", reason=WITHOUT_DALI)
     for padded in (False, True):
-        pipeline = dali.build_pipeline(8, 0, 32, "bicubic", padded)  # every operator has looked at its arguments
+        pipeline = dali.build_pipeline(8, 0, 32, "bicubic", padded)
         with pytest.raises(RuntimeError, match="CUDA is not available"):
             pipeline.build()
 
@@ -183,7 +191,7 @@ def test_dali_on_a_gpu_gives_nearly_the_pixels_of_webdataset(varied):
     assert np.abs(pixels.cpu().numpy().astype(int) - expected).mean(axis=(1, 2, 3)).max() < 0.5
 
 
-# --- what cannot be read ---------------------------------------------------------------------------------------------------------------
+# --- unreadable samples ----------------------------------------------------------------------------------------------
 
 
 def damage(split: Split, number: int, data: bytes) -> None:
@@ -193,7 +201,7 @@ def damage(split: Split, number: int, data: bytes) -> None:
         file.write(data)
 
 
-def test_a_damaged_sample_is_named_and_its_neighbours_are_right(split):
+def test_a_damaged_sample_is_named_and_its_neighbours_are_correct(split):
     expected, _ = read(split, [7, 8, 9])
     damage(split, 8, b"\x00\x01\x02\x03")
     pixels, failures = read(split, [7, 8, 9])
@@ -209,7 +217,7 @@ def test_a_truncated_shard_is_named(split):
     assert list(failures) == [0] and "train-00002.tar: sample 13 " in failures[0] and "only 10 of " in failures[0]
 
 
-def test_a_shard_that_is_gone_is_no_bad_sample(split):
+def test_a_missing_shard_is_an_error_of_storage_and_not_a_bad_sample(split):
     (split.folder / split.shards[3].file).unlink()
     with pytest.raises(StorageError, match=r"train-00003\.tar cannot be read any more: No such file.*Start again"):
         read(split, [0, 19])
@@ -220,7 +228,7 @@ def rewrite_index(split: Split, number: int, **fields) -> Split:
     for name, value in fields.items():
         records[name][number] = value
     records.tofile(split.index_path)
-    return read_manifest(split.folder).split("train")  # which does not look at it
+    return read_manifest(split.folder).split("train")  # read_manifest does not check the index
 
 
 def test_an_index_that_disagrees_is_named(split):
@@ -228,7 +236,7 @@ def test_an_index_that_disagrees_is_named(split):
     assert "sample 4 " in failures[0] and "it is 44x66 pixels where the index says 44x60" in failures[0]
 
 
-def test_more_shards_than_may_be_open_and_many_threads(split, monkeypatch):
+def test_many_threads_read_more_shards_than_may_be_open(split, monkeypatch):
     monkeypatch.setattr(Split, "keep_open", 1)
     before = len(os.listdir("/proc/self/fd"))
     backend = open_backend("webdataset", split)
@@ -241,7 +249,7 @@ def test_more_shards_than_may_be_open_and_many_threads(split, monkeypatch):
         return backend.decode_batch(ids, windows, 24, "bicubic", out) == {} and np.array_equal(out, expected[ids])
 
     def slow_open(*arguments, opened=os.open) -> int:
-        time.sleep(0.001)  # so that several threads open the same shard at once
+        time.sleep(0.001)  # so that several threads open the same shard at the same time
         return opened(*arguments)
 
     monkeypatch.setattr(manifest.os, "open", slow_open)
@@ -250,7 +258,7 @@ def test_more_shards_than_may_be_open_and_many_threads(split, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
-# --- what is not there -----------------------------------------------------------------------------------------------------------------
+# --- missing files and libraries -------------------------------------------------------------------------------------
 
 
 def test_an_unknown_backend_is_refused(split):
@@ -259,11 +267,13 @@ def test_an_unknown_backend_is_refused(split):
 
 
 def test_a_split_without_a_beton(split):
-    with pytest.raises(DataError, match=r"has no FFCV file of split 'train'.*prepare.py SOURCE .* --formats webdataset,ffcv"):
+    with pytest.raises(
+        DataError, match=r"has no FFCV file of split 'train'.*prepare.py SOURCE .* --formats webdataset,ffcv"
+    ):
         open_backend("ffcv", split)
 
 
-def test_a_split_whose_shards_are_gone(split, images):
+def test_a_split_without_shards(split, images):
     only_beton = replace(add_beton(split, images, "jpeg"), shards=())
     manifest.write_manifest(replace(open_manifest(split.folder), splits={"train": only_beton}))
     for shard in split.shards:
@@ -284,7 +294,7 @@ def test_dali_and_raw_pixels(split, images):
 
 
 def test_dali_is_not_installed(split, monkeypatch):
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # as Python has it of a module that cannot be found
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # importing it now raises ModuleNotFoundError
     with pytest.raises(UsageError, match=r"data.backend=dali needs nvidia-dali: pip install 'cat-training\[dali\]'"):
         open_backend("dali", split)
 

@@ -1,4 +1,4 @@
-"""Every kind of bad image, in a dataset that somebody else has made: each backend names it, and its neighbours are right."""
+"""Bad images of every kind in a dataset: each backend names them and decodes their neighbours correctly."""
 
 import io
 
@@ -51,7 +51,7 @@ FINE = {
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> tuple[Split, list[str], list[bytes]]:
-    """A split that has a good image before, between and after all the others, with checksums that are right; its names and its bytes."""
+    """A split with correct checksums and a good image before, between and after all others; its names and its bytes."""
     names, images = ["good"], [GOOD]
     for name, data in (BAD | FINE).items():
         names += [name, "good"]
@@ -61,7 +61,7 @@ def table(tmp_path_factory) -> tuple[Split, list[str], list[bytes]]:
 
 
 @pytest.mark.parametrize("name", ["webdataset", "ffcv", "dali"])
-def test_what_cannot_be_decoded_is_named_and_the_rest_is_right(table, name):
+def test_undecodable_images_are_named_and_all_others_are_correct(table, name):
     if name == "dali":
         pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed (the optional extra `dali`)")
     split, names, images = table
@@ -70,38 +70,39 @@ def test_what_cannot_be_decoded_is_named_and_the_rest_is_right(table, name):
     windows[:, 2], windows[:, 3] = split.records["width"], split.records["height"]
     out = np.zeros((len(ids), SIZE, SIZE, 3), np.uint8)
     backend = open_backend(name, split)
-    # Zeros are image data to libjpeg, and the compiled decoder does not go on behind the window to see that the end is missing.
+    # libjpeg decodes zeros as image data, and the compiled decoder stops below the window, so it misses the absent end.
     unseen = {"zero tail"} if name != "dali" and DECODER == "native" else set()
-    for _ in range(2):  # and it goes on after failures
+    for _ in range(2):  # a second time, because failures must not affect later batches
         failures = backend.decode_batch(ids, windows, SIZE, "bicubic", out)
         assert [names[row] for row in sorted(failures)] == [bad for bad in BAD if bad not in unseen]
         for row, sentence in failures.items():
             assert f"sample {row} of split 'train'" in sentence and (".beton" in sentence) == (name == "ffcv")
         for row in [row for row in ids.tolist() if names[row] not in BAD]:
-            expected = Image.open(io.BytesIO(images[row])).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+            image = Image.open(io.BytesIO(images[row])).convert("RGB")
+            expected = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
             assert np.abs(out[row].astype(int) - np.asarray(expected)).mean() < 0.5, names[row]
 
 
 @pytest.mark.parametrize("name", ["webdataset", "ffcv", "dali"])
-def test_a_bit_that_flipped_after_packing(tmp_path, name):
+def test_a_bit_flipped_after_packing_is_detected(tmp_path, name):
     if name == "dali":
         pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed (the optional extra `dali`)")
     split = add_beton(write_split(tmp_path, [GOOD] * 3), [GOOD] * 3, "jpeg")
     records = split.beton_records if name == "ffcv" else split.records
     path = tmp_path / (split.beton.file if name == "ffcv" else split.shards[0].file)
     data = bytearray(path.read_bytes())
-    data[int(records["offset"][1]) + len(GOOD) * 2 // 3] ^= 1  # image data, in which libjpeg notices nothing
+    data[int(records["offset"][1]) + len(GOOD) * 2 // 3] ^= 1  # in the image data, where libjpeg does not notice it
     path.write_bytes(data)
-    out = np.zeros((3, SIZE, SIZE, 3), np.uint8)
-    failures = open_backend(name, split).decode_batch(np.arange(3), np.array([[0, 0, 64, 48, 0]] * 3, np.int32), SIZE, "bicubic", out)
+    out, windows = np.zeros((3, SIZE, SIZE, 3), np.uint8), np.array([[0, 0, 64, 48, 0]] * 3, np.int32)
+    failures = open_backend(name, split).decode_batch(np.arange(3), windows, SIZE, "bicubic", out)
     assert list(failures) == [1]
     assert f"{path}: sample 1 of split 'train'" in failures[1] and "checksum does not match" in failures[1]
     assert np.array_equal(out[0], out[2]) and out[0].any()
 
 
 @pytest.mark.parametrize("mode", ["jpeg", "raw"])
-def test_what_is_refused_before_ffcvs_writer_sees_it(table, mode):
-    """As bytes, damage in the image data is of no consequence: what cannot be stored is what has no header of an RGB or gray JPEG."""
+def test_bad_images_are_refused_before_ffcvs_writer_gets_them(table, mode):
+    """Mode "jpeg" stores bytes, so it checks only the header of an RGB or gray JPEG; "raw" must decode the image."""
     split, names, images = table
     samples = _Samples(_Task(split, split.folder / "unused", split.folder / "unused", mode, 1))
     for row, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""FFCV files: made by FFCV's writer, read by FFCV's own Loader and by us; and no failure of the writer hangs or leaves anything behind."""
+"""FFCV files: written by FFCV's writer, read by FFCV's Loader and our backend, and no remains of a failed writer."""
 
 import contextlib
 import importlib.util
@@ -24,11 +24,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 if importlib.util.find_spec("ffcv") is None:
     pytest.skip("ffcv is not installed (the optional extra `ffcv`)", allow_module_level=True)
-pytestmark = pytest.mark.slow  # every writing starts FFCV, which takes 4 s
+pytestmark = pytest.mark.slow  # every test that writes starts FFCV, which takes 4 s
 
 
 def images() -> list[bytes]:
-    """JPEGs of one size, which FFCV's simplest decoder wants; the third is gray."""
+    """JPEGs of one size, as FFCV's simplest decoder requires; the third is gray."""
     pictures = [jpeg(number, 72, 48) for number in range(10)]
     gray = np.ascontiguousarray(picture(2, 72, 48)[:, :, :1])
     return [*pictures[:2], simplejpeg.encode_jpeg(gray, colorspace="GRAY", quality=95), *pictures[3:]]
@@ -49,7 +49,7 @@ def left_over(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if "beton" in path.name]
 
 
-# --- what is written -------------------------------------------------------------------------------------------------------------------
+# --- contents --------------------------------------------------------------------------------------------------------
 
 
 def test_the_original_bytes_in_the_order_of_the_ids(as_jpeg):
@@ -74,7 +74,8 @@ batches = [
     [np.array(column) for column in batch]
     for batch in Loader(sys.argv[1], batch_size=5, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines=pipelines)
 ]
-np.savez(sys.argv[2], images=np.concatenate([batch[0] for batch in batches]), labels=np.concatenate([batch[1] for batch in batches]))
+images, labels = (np.concatenate(column) for column in zip(*batches))
+np.savez(sys.argv[2], images=images, labels=labels)
 """
 
 
@@ -97,13 +98,16 @@ def test_the_same_bits_as_webdataset(as_jpeg):
 
 
 def test_raw_pixels_and_a_sample_larger_than_a_page(tmp_path):
-    pictures = [jpeg(0, 40, 30), jpeg(1, 2400, 1200), images()[2], jpeg(3, 33, 77)]  # 2400 x 1200 x 3 bytes are more than 8 MiB
+    # 2400 x 1200 x 3 bytes are more than a page of 8 MiB.
+    pictures = [jpeg(0, 40, 30), jpeg(1, 2400, 1200), images()[2], jpeg(3, 33, 77)]
     split = write_split(tmp_path, pictures)
     split = replace(split, beton=write_beton(split, tmp_path / "train.beton", mode="raw", workers=2))
     assert check_beton(split) == []
     data = (tmp_path / "train.beton").read_bytes()
     for record, image in zip(split.beton_records, pictures, strict=True):
-        assert data[record["offset"] : record["offset"] + record["size"]] == simplejpeg.decode_jpeg(image, "RGB").tobytes()
+        assert (
+            data[record["offset"] : record["offset"] + record["size"]] == simplejpeg.decode_jpeg(image, "RGB").tobytes()
+        )
     windows = np.array([[5, 3, 20, 20, 1], [100, 50, 2000, 1000, 0], [0, 0, 72, 48, 0], [-5, 10, 33, 77, 1]], np.int32)
     pixels = {}
     for name in ("webdataset", "ffcv"):
@@ -112,7 +116,7 @@ def test_raw_pixels_and_a_sample_larger_than_a_page(tmp_path):
     assert np.array_equal(pixels["webdataset"], pixels["ffcv"])
 
 
-# --- damage to a finished file ---------------------------------------------------------------------------------------------------------
+# --- damage to a finished file ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -157,17 +161,18 @@ def test_a_missing_file_is_named(copy, name):
         open_manifest(copy.folder)
 
 
-# --- failures while writing ------------------------------------------------------------------------------------------------------------
+# --- failures while writing ------------------------------------------------------------------------------------------
 
 
 def children() -> set[psutil.Process]:
-    """Of this process: other tests may have left a server for theirs."""
+    """Child processes of this process. Other tests may have left a server process for theirs."""
     return set(psutil.Process().children(recursive=True))
 
 
 def shared_memory(processes: list[psutil.Process]) -> set[Path]:
     """The segments that the processes have mapped."""
-    return {Path(part.path) for process in processes for part in process.memory_maps() if part.path.startswith("/dev/shm/psm_")}
+    paths = [part.path for process in processes for part in process.memory_maps()]
+    return {Path(path) for path in paths if path.startswith("/dev/shm/psm_")}
 
 
 @pytest.mark.parametrize(
@@ -188,7 +193,7 @@ def test_a_sample_that_ffcv_cannot_hold_is_named(tmp_path, bad, why):
 
 @pytest.fixture
 def long(tmp_path) -> Split:
-    """A split that keeps FFCV's writer for a while: the same ten images again and again."""
+    """A split that keeps FFCV's writer busy for a while: ten images, each many times."""
     split = write_split(tmp_path, images())
     np.tile(np.array(split.records), 30_000).tofile(split.index_path)
     [shard] = split.shards
@@ -197,7 +202,7 @@ def long(tmp_path) -> Split:
 
 
 def worker_of(process: psutil.Process) -> psutil.Process:
-    """The process that DatasetWriter started: of those below `process`, the one that has the writer's command and a parent with it."""
+    """The process that DatasetWriter started below `process`: it and its parent have the writer's command line."""
     writers = [child for child in process.children(recursive=True) if "beton" in " ".join(child.cmdline())]
     return next(child for child in writers if child.ppid() in [writer.pid for writer in writers])
 
@@ -219,7 +224,7 @@ def test_a_worker_that_is_killed_ends_the_writing(long):
 
 
 def test_a_disk_that_is_full_ends_the_writing(long):
-    """A limit on the size of files stands for it: the write that crosses it is short, and the next one fails."""
+    """A limit on the size of files simulates it: the write that crosses the limit is short, and the next one fails."""
     script = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000_000, 30_000_000))"
     assert run_in_process(long, script, stdout=subprocess.DEVNULL).wait() == 1
     [line] = (long.folder / "error").read_text().splitlines()
@@ -228,7 +233,7 @@ def test_a_disk_that_is_full_ends_the_writing(long):
 
 
 def run_in_process(split: Split, before: str = "", stdout: int = subprocess.PIPE) -> subprocess.Popen:
-    """write_beton in a Python process of its own, which prints its progress and leaves its exception in the file `error`."""
+    """Run write_beton in another process, which prints its progress and writes its exception to the file `error`."""
     write_manifest(Manifest(split.folder, tuple("abcdefghij"), {"train": split}))
     script = f"""
 import sys, traceback

@@ -18,8 +18,12 @@ def sizes(count: int, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_resized_windows_lie_inside_images_of_all_sizes():
     generator = np.random.default_rng(0)
-    widths = np.concatenate([np.array([1, 1, 65535, 65535, 2, 3]), generator.integers(1, 700, 20_000)]).astype(np.uint16)
-    heights = np.concatenate([np.array([1, 65535, 1, 65535, 3, 2]), generator.integers(1, 700, 20_000)]).astype(np.uint16)
+    widths = np.concatenate([np.array([1, 1, 65535, 65535, 2, 3]), generator.integers(1, 700, 20_000)]).astype(
+        np.uint16
+    )
+    heights = np.concatenate([np.array([1, 65535, 1, 65535, 3, 2]), generator.integers(1, 700, 20_000)]).astype(
+        np.uint16
+    )
     windows = training_windows(keys_of(len(widths)), widths, heights, AugmentConfig())
     assert windows.dtype == np.int32
     x, y, width, height, _ = windows.T
@@ -32,7 +36,7 @@ def test_resized_windows_lie_inside_images_of_all_sizes():
 
 
 def test_resized_areas_ratios_and_places_are_distributed_as_documented():
-    # On a square image with areas up to a half every first attempt fits, so area and log ratio stay uniform.
+    # In a square image with areas of at most one half, every first attempt fits, so area and log ratio stay uniform.
     count = 50_000
     config = AugmentConfig(crop_scale=(0.08, 0.5))
     x, y, width, height, _ = training_windows(keys_of(count), *sizes(count, 1000, 1000), config).T.astype(float)
@@ -60,18 +64,20 @@ def test_resized_agrees_with_timm_in_distribution():
     image = Image.new("RGB", (500, 375))
     torch.manual_seed(0)
     count = 10_000
-    theirs = np.array([crop.get_params(image, crop.scale, crop.ratio) for _ in range(count)], float)  # top, left, height, width
+    # timm returns top, left, height, width.
+    theirs = np.array([crop.get_params(image, crop.scale, crop.ratio) for _ in range(count)], float)
     ours = training_windows(keys_of(count), *sizes(count, 500, 375), AugmentConfig()).astype(float)
     for column, their_column in ((0, 1), (1, 0), (2, 3), (3, 2)):
         for share in (5, 25, 50, 75, 95):
-            assert abs(np.percentile(ours[:, column], share) - np.percentile(theirs[:, their_column], share)) < 9
+            difference = np.percentile(ours[:, column], share) - np.percentile(theirs[:, their_column], share)
+            assert abs(difference) < 9
 
 
 def test_resized_falls_back_to_the_centre():
     config = AugmentConfig(crop_scale=(1.0, 1.0), flip=0)
     windows = training_windows(keys_of(3), np.array([1000, 100, 400]), np.array([100, 1000, 399]), config)
-    assert windows[0].tolist() == [433, 0, 133, 100, 0]  # wide: the height and 4/3 of it, centred
-    assert windows[1].tolist() == [0, 433, 100, 133, 0]  # high: the width and 4/3 of it
+    assert windows[0].tolist() == [433, 0, 133, 100, 0]  # a wide image: its height and 4/3 of that, centred
+    assert windows[1].tolist() == [0, 433, 100, 133, 0]  # a high image: its width and 4/3 of that, centred
     assert (windows[2, 2:4] >= 390).all()
 
 
@@ -98,23 +104,25 @@ def test_padding_of_zero_is_the_full_image():
 
 
 @pytest.mark.parametrize("crop", ["resized", "padded", "none"])
-def test_flips_are_as_likely_as_asked_and_move_nothing(crop):
+def test_flips_have_the_given_probability_and_do_not_change_the_window(crop):
     count = 20_000
     never, sometimes, always = (
-        training_windows(keys_of(count), *sizes(count, 500, 375), AugmentConfig(crop=crop, flip=flip)) for flip in (0, 0.3, 1)
+        training_windows(keys_of(count), *sizes(count, 500, 375), AugmentConfig(crop=crop, flip=flip))
+        for flip in (0, 0.3, 1)
     )
     assert (never[:, 4] == 0).all()
     assert (always[:, 4] == 1).all()
     assert set(sometimes[:, 4].tolist()) == {0, 1}
     assert abs(sometimes[:, 4].mean() - 0.3) < 0.013
     assert np.array_equal(never[:, :4], sometimes[:, :4])
-    if crop == "resized":  # a flip says nothing about the window
+    if crop == "resized":  # flips and windows are independent
         assert all(abs(np.corrcoef(sometimes[:, 4], sometimes[:, column])[0, 1]) < 0.03 for column in range(4))
 
 
 def test_evaluation_windows():
     windows = evaluation_windows(np.array([500, 375, 256, 1, 32]), np.array([375, 500, 256, 1, 32]), 0.875)
-    assert windows[:, :4].tolist() == [[86, 23, 328, 328], [23, 86, 328, 328], [16, 16, 224, 224], [0, 0, 1, 1], [2, 2, 28, 28]]
+    expected = [[86, 23, 328, 328], [23, 86, 328, 328], [16, 16, 224, 224], [0, 0, 1, 1], [2, 2, 28, 28]]
+    assert windows[:, :4].tolist() == expected
     assert (windows[:, 4] == 0).all()
     assert evaluation_windows(np.array([500]), np.array([375]), 1.0).tolist() == [[62, 0, 375, 375, 0]]
 
@@ -126,8 +134,9 @@ def test_none_is_evaluations_crop():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"crop_scale": (0.5, 0.1)}, {"crop_ratio": (0.0, 1.0)}, {"crop_ratio": (2.0, 1.0)}, {"std": (0.0, 1.0, 1.0)}]
+    "bad",
+    [{"crop_scale": (0.5, 0.1)}, {"crop_ratio": (0.0, 1.0)}, {"crop_ratio": (2.0, 1.0)}, {"std": (0.0, 1.0, 1.0)}],
 )
-def test_ranges_that_cannot_be_are_refused(bad):
+def test_invalid_ranges_are_refused(bad):
     with pytest.raises(ValueError, match="must be"):
         AugmentConfig(**bad)

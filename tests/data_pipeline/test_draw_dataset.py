@@ -1,4 +1,4 @@
-"""The demo's drawn dataset: reproducible, complete, and not to be told from its colours."""
+"""The demo's drawn dataset is reproducible and complete, and mean colours do not reveal its classes."""
 
 import subprocess
 import sys
@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def call(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(ROOT / "examples/draw_dataset.py"), *map(str, arguments)], capture_output=True, text=True, timeout=60
+        [sys.executable, str(ROOT / "examples/draw_dataset.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -20,7 +23,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_dataset_is_drawn_the_same_each_time_and_once(tmp_path):
+def test_the_dataset_is_reproducible_and_not_drawn_twice(tmp_path):
     small = ("--train", 40, "--val", 20)
     for dest in ("one", "two"):
         assert call(tmp_path / dest, *small).returncode == 0
@@ -41,7 +44,7 @@ def test_the_dataset_is_drawn_the_same_each_time_and_once(tmp_path):
     assert few.returncode == 78 and few.stderr.startswith("error: --train and --val must be at least 10")
 
 
-def test_an_interrupted_drawing_is_done_again(tmp_path):
+def test_an_interrupted_drawing_is_repeated(tmp_path):
     assert call(tmp_path / "one", "--train", 10, "--val", 10).returncode == 0
     whole = files(tmp_path / "one")
     (tmp_path / "one/drawn.json").rename(tmp_path / "one/drawing.json")
@@ -50,8 +53,8 @@ def test_an_interrupted_drawing_is_done_again(tmp_path):
     assert files(tmp_path / "one") == whole
 
 
-def test_a_mean_colour_does_not_tell_the_class():
-    """The classes' mean colours lie as close together as ten random groups of the same images do."""
+def test_mean_colours_do_not_reveal_the_class():
+    """The mean colours of the classes are as close to each other as those of ten random groups of the same images."""
     sys.path.insert(0, str(ROOT / "examples"))
     from draw_dataset import CLASSES, draw
 

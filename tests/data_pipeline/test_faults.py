@@ -1,4 +1,4 @@
-"""Passing I/O faults: what is tried again, and what is not."""
+"""Transient I/O faults: which errors are retried and which are not."""
 
 import errno
 import threading
@@ -16,7 +16,7 @@ def short_pauses(monkeypatch):
 
 
 class Disk:
-    """Answers `failures` times with an error, then with the bytes."""
+    """Raises `error` at the first `failures` calls, then returns bytes."""
 
     def __init__(self, error: OSError, failures: int):
         self.error, self.failures, self.calls = error, failures, 0
@@ -28,20 +28,21 @@ class Disk:
         return b"data"
 
 
-def test_a_fault_that_passes_costs_time_only():
+def test_a_transient_fault_is_retried_and_noted():
     disk, noted = Disk(OSError(errno.ESTALE, "Stale file handle"), 3), []
     assert retried(disk.read, "shard", note=noted.append) == b"data"
     assert [error.errno for error in noted] == [errno.ESTALE] * 3
 
 
-def test_a_fault_that_stays_names_the_file_and_is_no_bad_data():
+def test_a_lasting_fault_is_an_error_of_storage_that_names_the_file():
     disk = Disk(OSError(errno.EIO, "Input/output error"), 99)
-    with pytest.raises(StorageError, match="train-0.tar cannot be read after 4 attempts: Input/output error") as caught:
+    sentence = r"train-0\.tar cannot be read after 4 attempts: Input/output error\. Start again when it can be read\."
+    with pytest.raises(StorageError, match=sentence) as caught:
         retried(disk.read, "train-0.tar")
     assert caught.value.exit_code == 74 and disk.calls == 4
 
 
-def test_what_is_not_there_is_not_asked_for_again():
+def test_a_missing_file_is_not_retried():
     disk = Disk(FileNotFoundError(errno.ENOENT, "No such file"), 99)
     with pytest.raises(FileNotFoundError):
         retried(disk.read, "shard")
@@ -50,7 +51,8 @@ def test_what_is_not_there_is_not_asked_for_again():
 
 def test_closing_ends_the_waiting(monkeypatch):
     monkeypatch.setattr(faults, "PAUSES", (60.0,))
-    closing = threading.Event()
+    disk, closing = Disk(OSError(errno.EIO, ""), 99), threading.Event()
     closing.set()
     with pytest.raises(CancelledError):
-        retried(Disk(OSError(errno.EIO, ""), 99).read, "shard", closing=closing)
+        retried(disk.read, "shard", closing=closing)
+    assert disk.calls == 1

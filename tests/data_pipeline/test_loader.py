@@ -15,7 +15,7 @@ import torch
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.crop import evaluation_windows, training_windows
 from data_pipeline.decode import decode_batch
-from data_pipeline.loader import BadSample, build_loader, evaluation_batches
+from data_pipeline.loader import BadSample, MicroBatch, build_loader, evaluation_batches
 from data_pipeline.manifest import DataError, Split, open_manifest
 from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, fold, make_key
@@ -52,7 +52,15 @@ def config_of(split: Split, **changes) -> DataConfig:
     return DataConfig(**{"path": str(split.folder), "image_size": 16, "workers": 2, "prefetch": 3, **changes})
 
 
-def take(split: Split, count: int, *, order: Order | None = None, augment: AugmentConfig = AUGMENT, data: dict | None = None, **place):
+def take(
+    split: Split,
+    count: int,
+    *,
+    order: Order | None = None,
+    augment: AugmentConfig = AUGMENT,
+    data: dict | None = None,
+    **place: int,
+) -> list[MicroBatch]:
     order = order or Order(5, SAMPLES, 24, 4)
     with build_loader(config_of(split, **(data or {})), augment, split, order, **place) as loader:
         return list(itertools.islice(loader, count))
@@ -74,10 +82,12 @@ def expected_pixels(encoded: bytes, window: np.ndarray, size: int = 16) -> torch
     return torch.from_numpy(out[0]).permute(2, 0, 1)
 
 
-def test_batches_hold_what_order_and_crop_say(split, images):
+def test_batches_follow_order_and_crop(split, images):
     order = Order(5, SAMPLES, 24, 4)
-    batches = take(split, 30, order=order)  # 4 steps an epoch, 6 micro-batches a step: into the second epoch
-    assert [(batch.step, batch.index) for batch in batches] == [(step, index) for step in range(5) for index in range(6)]
+    batches = take(split, 30, order=order)  # 4 steps per epoch, 6 micro-batches per step: ends in the second epoch
+    assert [(batch.step, batch.index) for batch in batches] == [
+        (step, index) for step in range(5) for index in range(6)
+    ]
     for batch in batches[::5]:
         assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (4, 3, 16, 16))
         assert (batch.ids.dtype, batch.targets.dtype, batch.bad) == (torch.int64, torch.int64, ())
@@ -116,7 +126,7 @@ def test_starting_later_changes_nothing(split, start_step):
     assert all(map(same, reference, found))
 
 
-def test_copies_of_a_sample_are_cut_differently(split, images):
+def test_copies_of_a_sample_are_cropped_differently(split, images):
     order = Order(5, SAMPLES, 24, 4, repeats=3)
     batches = take(split, 12, order=order)
     assert [batch.ids.tolist() for batch in batches] == [
@@ -131,7 +141,7 @@ def test_copies_of_a_sample_are_cut_differently(split, images):
         )
         for number, window, pixels in zip(ids, windows, batch.images, strict=True):
             assert torch.equal(pixels, expected_pixels(images[number], window))
-    # The first copy is cut as it is without repeats; the others are not.
+    # The first copy has the same window as without repeats; the others have different ones.
     uses = {int(draw): pixels for batch in batches for draw, pixels in zip(batch.draws, batch.images, strict=True)}
     plain = {int(i): pixels for batch in take(split, 12) for i, pixels in zip(batch.ids, batch.images, strict=True)}
     assert all(torch.equal(pixels, plain[draw]) for draw, pixels in uses.items() if draw < SAMPLES)
@@ -139,7 +149,7 @@ def test_copies_of_a_sample_are_cut_differently(split, images):
 
 
 def damaged(folder: Path, *numbers: int, samples: int = 40) -> Split:
-    """A split in which the bytes of some samples are not what the index says."""
+    """A split in which some samples differ from their checksums."""
     write_split(folder, [jpeg(n, 40, 40) for n in range(samples)])
     split = open_manifest(folder).split("train")
     for record in split.records[list(numbers)]:
@@ -150,7 +160,7 @@ def damaged(folder: Path, *numbers: int, samples: int = 40) -> Split:
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_a_bad_sample_is_replaced_and_named_whoever_meets_it(tmp_path, repeats):
+def test_a_bad_sample_is_replaced_and_named_on_any_rank(tmp_path, repeats):
     order = Order(0, 40, 8, 4, repeats=repeats)
     first, second = order.replacement(17, 0), order.replacement(17, 1)
     assert len({17, first, second}) == 3
@@ -175,10 +185,10 @@ def test_a_bad_sample_is_replaced_and_named_whoever_meets_it(tmp_path, repeats):
             assert all(f"sample {sample.id} of split 'train'" in sample.sentence for sample in batch.bad)
         elif first not in planned % 40:
             assert batch.bad == ()
-    assert met == (repeats if 17 in np.concatenate([order.ids(step) for step in range(5)]) else 0)
+    assert met == repeats
 
 
-def test_where_nothing_can_be_read_it_is_an_error(tmp_path):
+def test_an_unreadable_dataset_is_an_error(tmp_path):
     write_split(tmp_path, [jpeg(n, 40, 40) for n in range(40)], per_shard=40)
     split = open_manifest(tmp_path).split("train")
     os.truncate(tmp_path / split.shards[0].file, 0)
@@ -196,17 +206,25 @@ def test_evaluation_leaves_a_bad_sample_out_and_names_it(tmp_path):
     counted = torch.cat([batch.counted for batch in batches])
     assert counted.tolist() == [number not in (5, 39) for number in range(40)]
     bad = [sample for batch in batches for sample in batch.bad]
-    assert [(type(sample), sample.id, sample.replaced_by) for sample in bad] == [(BadSample, 5, None), (BadSample, 39, None)]
+    assert [(type(sample), sample.id, sample.replaced_by) for sample in bad] == [
+        (BadSample, 5, None),
+        (BadSample, 39, None),
+    ]
     assert "sample 39 of split 'train'" in bad[1].sentence
     assert not batches[0].images[5].any()
     assert batches[0].images[4].any()
 
 
-class Unwell:
-    """A backend whose `turn`-th call does `what`."""
+class FailingBackend:
+    """A backend that calls `what` at call number `turn`, from 0."""
 
     def __init__(self, backend, turn: int, what):
-        self.stored, self.decode, self.turn, self.what = backend.stored, backend.decode_batch, itertools.count(-turn), what
+        self.stored, self.decode, self.turn, self.what = (
+            backend.stored,
+            backend.decode_batch,
+            itertools.count(-turn),
+            what,
+        )
 
     def decode_batch(self, *arguments):
         if next(self.turn) == 0:
@@ -215,25 +233,26 @@ class Unwell:
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, SystemExit])
-def test_whatever_a_thread_raises_surfaces_in_its_turn(split, error):
+def test_an_exception_of_a_thread_is_raised_when_its_batch_is_due(split, error):
     def fail():
         raise error("in a thread")
 
     with build_loader(config_of(split, workers=1, prefetch=1), AUGMENT, split, Order(0, SAMPLES, 24, 4)) as loader:
-        loader._backend = Unwell(loader._backend, 5, fail)
+        loader._backend = FailingBackend(loader._backend, 5, fail)
         with pytest.raises(error, match="in a thread"):
             for _ in range(10):
                 next(loader)
 
 
 def test_a_thread_that_dies_is_an_error_and_not_a_hang(split):
-    """The worst moment: it has taken a chunk from the queue and has not begun it, so nobody will ever finish it."""
+    """In the worst case it has taken a chunk from the queue and not begun it, so the chunk is never finished."""
     loader = build_loader(config_of(split, workers=2, prefetch=1), AUGMENT, split, Order(0, SAMPLES, 24, 4))
     next(loader)
-    next(loader)  # what was begun is finished, so both threads will soon wait for work
-    time.sleep(0.2)
+    next(loader)
+    time.sleep(0.2)  # both threads finish their chunks and wait for work
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
     for thread in loader._threads:
-        assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)) == 1
+        assert raise_in(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)) == 1
     with pytest.raises(RuntimeError, match="a decoding thread has died"):
         for _ in range(20):
             next(loader)
@@ -248,7 +267,7 @@ def test_a_pool_that_was_shut_down_is_an_error_and_not_a_hang(split):
 
 
 def test_threads_that_cannot_start_are_an_error_and_not_a_hang(split):
-    """In a process with room for two threads' stacks and no more."""
+    """In a process whose memory limit permits the stacks of two threads only."""
     program = f"""
 import resource, threading, torch
 from data_pipeline.config import *; from data_pipeline.loader import *; from data_pipeline.manifest import open_manifest
@@ -261,11 +280,13 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
+    )
     assert (result.returncode, result.stdout) == (0, "can't start new thread\n"), result.stderr
 
 
-def test_close_drops_what_has_not_begun_and_may_be_repeated(split):
+def test_close_drops_pending_work_and_may_be_repeated(split):
     loader = build_loader(config_of(split, workers=3, prefetch=50), AUGMENT, split, Order(0, SAMPLES, 96, 96))
     next(loader)
     assert len(decoders()) == 3
@@ -274,7 +295,7 @@ def test_close_drops_what_has_not_begun_and_may_be_repeated(split):
     loader.close()
 
 
-def test_the_callers_threads_in_torch_stay(split):
+def test_the_callers_number_of_torch_threads_is_kept(split):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -286,18 +307,20 @@ def test_the_callers_threads_in_torch_stay(split):
         torch.set_num_threads(before)
 
 
-def test_a_program_that_forgets_to_close_still_ends(split):
+def test_a_program_that_does_not_close_the_loader_ends(split):
     program = f"""
 from data_pipeline.config import *; from data_pipeline.loader import *; from data_pipeline.manifest import open_manifest
 split = open_manifest({str(split.folder)!r}).split("train")
 loader = build_loader(DataConfig(path="", image_size=16, workers=2), AugmentConfig(), split, Order(0, {SAMPLES}, 24, 4))
 print(next(loader).step)
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
+    )
     assert (result.returncode, result.stdout) == (0, "0\n"), result.stderr
 
 
-def test_what_does_not_fit_is_refused(split):
+def test_arguments_that_do_not_fit_together_are_refused(split):
     with pytest.raises(ValueError, match="the order is of 50 samples, split 'train' has 101"):
         take(split, 1, order=Order(0, 50, 10, 5))
     with pytest.raises(ValueError, match="world sizes that can: 1, 2, 3, 6"):
@@ -332,11 +355,11 @@ def test_a_rank_without_a_batch_repeats_its_previous_one(split):
         batches = evaluation_batches(config_of(split), split, size, rank=rank, world=3)
         return [(k, batch.counted[0].item()) for k, batch in batches]
 
-    assert found(1, 30) == [(1, True), (1, False)]  # 4 batches: ranks 1 and 2 have one, rank 0 two
+    assert found(1, 30) == [(1, True), (1, False)]  # 4 batches: rank 0 has two, ranks 1 and 2 have one
     assert found(2, 60) == [(0, False)]
 
 
-def test_evaluation_uses_the_centre(split, images):
+def test_evaluation_uses_the_centre_crop(split, images):
     (_, batch), *_ = evaluation_batches(config_of(split, eval_crop=0.5), split, 10)
     windows = evaluation_windows(split.records["width"], split.records["height"], 0.5)
     assert torch.equal(batch.images[3], expected_pixels(images[3], windows[3]))

@@ -1,4 +1,4 @@
-"""The manifest: what is written is read back, and every kind of damage is one clear sentence."""
+"""The manifest: reading returns what was written, and every kind of damage gives one clear sentence."""
 
 import json
 
@@ -21,7 +21,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_what_is_written_is_read_back(folder):
+def test_reading_returns_what_was_written(folder):
     manifest = open_manifest(folder)
     assert manifest.classes == ("cat", "dog")
     split = manifest.split("train")
@@ -30,11 +30,11 @@ def test_what_is_written_is_read_back(folder):
     assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
 
 
-def test_the_index_is_mapped_not_read(folder):
+def test_the_index_is_memory_mapped(folder):
     assert isinstance(open_manifest(folder).split("train").records, np.memmap)
 
 
-def test_a_split_that_is_not_there_is_named_with_those_that_are(folder):
+def test_the_error_for_a_missing_split_names_the_existing_ones(folder):
     with pytest.raises(DataError, match="has no split 'val'; it has train"):
         open_manifest(folder).split("val")
 

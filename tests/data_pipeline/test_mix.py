@@ -11,7 +11,9 @@ CLASSES = 7
 
 def batch(count: int = 6, height: int = 24, width: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, 3, height, width, generator=generator), torch.randint(0, CLASSES, (count,), generator=generator)
+    return torch.randn(count, 3, height, width, generator=generator), torch.randint(
+        0, CLASSES, (count,), generator=generator
+    )
 
 
 def key_of(step: int) -> int:
@@ -50,7 +52,7 @@ def test_mixup_matches_the_formula(count, smoothing):
     assert torch.equal(images, before)
 
 
-def test_cutmix_replaces_a_box_and_weighs_targets_by_its_area():
+def test_cutmix_replaces_a_box_and_weights_targets_by_its_area():
     images, labels = batch()
     before = images.clone()
     for step in range(50):
@@ -63,7 +65,8 @@ def test_cutmix_replaces_a_box_and_weighs_targets_by_its_area():
         assert replaced[0].sum() == area  # a box
         assert (replaced == replaced[0]).all()  # the same for the whole micro-batch
         share = 1 - area / (24 * 32)
-        torch.testing.assert_close(targets, share * one_hot(labels) + (1 - share) * one_hot(labels).flip(0), rtol=1e-5, atol=1e-6)
+        expected = share * one_hot(labels) + (1 - share) * one_hot(labels).flip(0)
+        torch.testing.assert_close(targets, expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(images, before)
 
 
@@ -106,7 +109,8 @@ def test_probabilities():
     assert abs(kinds.count("mixup") / 3000 - 0.375) < 0.04
     assert abs(kinds.count("cutmix") / 3000 - 0.125) < 0.03  # a few of its boxes are empty
     assert {kind_of(key, AugmentConfig(mixup=0.8)) for key in keys[:200]} == {"mixup"}
-    assert "mixup" not in {kind_of(key, AugmentConfig(cutmix=1.0)) for key in keys[:200]}
+    only_cutmix = [kind_of(key, AugmentConfig(cutmix=1.0)) for key in keys[:200]]
+    assert only_cutmix.count("mixup") == 0 and only_cutmix.count("cutmix") > 150  # the others have empty boxes
     assert {kind_of(key, AugmentConfig(mixup=0.8, cutmix=1.0, mix_probability=0)) for key in keys[:50]} == {"none"}
 
 

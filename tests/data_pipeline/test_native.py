@@ -21,8 +21,10 @@ SAMPLE = Path(__file__).parents[2] / "../shared/data/imagenet_sample.tar"
 FEATURES = [features for features in range(4) if features & native.FEATURES == features]
 
 
-def decode(data: bytes, dimensions, windows, size: int, interpolation: str = "bicubic", **options) -> tuple[np.ndarray, dict[int, str]]:
-    """All `windows` [n, 4 or 5] of one image."""
+def decode(
+    data: bytes, dimensions, windows, size: int, interpolation: str = "bicubic", **options
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Decode all `windows` [n, 4 or 5] of one image."""
     windows = np.array([(*window, 0)[:5] for window in windows], np.int32)
     out = np.full((len(windows), size, size, 3), 77, np.uint8)
     dimensions = np.tile(dimensions, (len(windows), 1))
@@ -30,7 +32,7 @@ def decode(data: bytes, dimensions, windows, size: int, interpolation: str = "bi
 
 
 def whole(data: bytes, width: int, height: int) -> np.ndarray:
-    """All of the image: a window that is not resized and sticks out to be a square."""
+    """Decode the whole image with a square window that is not resized and extends beyond the image."""
     side = max(width, height)
     out, failures = decode(data, (width, height), [(0, 0, side, side)], side, features=0)
     assert not failures
@@ -39,7 +41,7 @@ def whole(data: bytes, width: int, height: int) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", every_kind(16, 16))
 def test_a_window_is_bit_identical_to_the_same_part_of_the_whole_image(kind):
-    # Sizes at which blocks of 8, 16 and 32 pixels end and do not; windows of one pixel, at every edge, and across blocks.
+    # Sizes that are and are not multiples of 8, 16 and 32; windows of one pixel, at every edge, and across blocks.
     for width, height in [(97, 83), (64, 64), (33, 17), (7, 5), (1, 1)]:
         data = every_kind(width, height)[kind]
         image = np.pad(simplejpeg.decode_jpeg(data, colorspace="RGB"), ((50, 50), (50, 50), (0, 0)))
@@ -68,7 +70,8 @@ def test_photographs_are_bit_identical_to_a_full_decode_and_torch():
             height, width = image.shape[:2]
             side = random.integers(1, min(width, height, 300) + 1)
             xs, ys = random.integers(0, width - side + 1, 4), random.integers(0, height - side + 1, 4)
-            out, failures = decode(data, (width, height), [(x, y, side, side) for x, y in zip(xs, ys, strict=True)], side)
+            windows = [(x, y, side, side) for x, y in zip(xs, ys, strict=True)]
+            out, failures = decode(data, (width, height), windows, side)
             assert not failures
             for row, (x, y) in enumerate(zip(xs, ys, strict=True)):
                 assert np.array_equal(out[row], image[y : y + side, x : x + side]), (member.name, x, y, side)
@@ -76,17 +79,25 @@ def test_photographs_are_bit_identical_to_a_full_decode_and_torch():
             window = training_windows(random.integers(0, 2**62, 1), [width], [height], AugmentConfig())
             resized = np.empty((2, 1, 224, 224, 3), np.uint8)
             for decoder, pixels in zip(("native", "simplejpeg"), resized, strict=True):
-                assert not decode_batch([data], np.array([[width, height]]), window, 224, "bicubic", pixels, decoder=decoder)
+                dimensions = np.array([[width, height]])
+                assert not decode_batch([data], dimensions, window, 224, "bicubic", pixels, decoder=decoder)
             assert np.array_equal(resized[0], resized[1]), (member.name, window)
             count += 1
     assert count == 800
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CORPUS.glob("*.jpg")))
-def test_every_kind_of_file_decodes_alike_or_is_refused(name):
-    # Unusual samplings and several scans, too, which simplejpeg does not read.
+def test_every_kind_of_file_is_decoded_identically_or_refused(name):
+    # The corpus has unusual samplings and several scans, which simplejpeg does not read.
     data = (CORPUS / f"{name}.jpg").read_bytes()
-    sizes = {"one_pixel": (1, 1), "narrow": (3, 90), "wide": (700, 3), "cmyk": (24, 24), "scans_500": (24, 16), "scans_501": (24, 16)}
+    sizes = {
+        "one_pixel": (1, 1),
+        "narrow": (3, 90),
+        "wide": (700, 3),
+        "cmyk": (24, 24),
+        "scans_500": (24, 16),
+        "scans_501": (24, 16),
+    }
     dimensions = sizes.get(name, (49, 43))
     width, height = dimensions
     refused = {
@@ -128,26 +139,40 @@ def test_faster_code_gives_the_same_bits(interpolation):
                 assert np.array_equal(out, plain), (kind, size, features)
 
 
-def test_extremes_of_windows():
+def test_extreme_windows():
     data = with_pillow(noisy(1, 40, 30))
     limit = 2**31 - 1
     far = [(limit, limit, 5, 5), (-limit - 1, -limit - 1, 5, 5), (limit, 0, 65536, 1), (-limit - 1, 0, 65536, 1)]
     out, failures = decode(data, (40, 30), far, 8)
     assert not failures and not out.any()
     out, failures = decode(data, (40, 30), [(-30_000, -5, 65536, 40), (-5, -30_000, 50, 65536)], 1)
-    assert not failures and not out.any()  # the image is a thousandth of it
+    assert not failures and not out.any()  # the image is so small a part of the window that all pixels round to 0
     wrong = [(0, 0, 0, 5), (0, 0, 5, -1), (0, 0, 65537, 5), (0, 0, limit, limit), (0, 0, -limit - 1, 5)]
     _, failures = decode(data, (40, 30), wrong, 8)
     assert all("window" in failures[row] for row in range(len(wrong)))
 
 
-def test_huffman_damage_is_judged_by_libjpeg():
-    # Every byte of the image data, damaged, and the end replaced: with and without the project's Huffman decoder the outcome is the same,
-    # message and pixels.
+def test_libjpeg_decides_about_huffman_damage():
+    # Damage every byte of the image data, or replace its end. Message and pixels must be the same with and without the
+    # project's Huffman decoder.
     data = with_pillow(noisy(3, 48, 32), quality=60, subsampling="4:2:0")
     start = data.index(b"\xff\xda") + 14
-    damaged = [data[:at] + bytes([value]) + data[at + 1 :] for at in range(start, len(data)) for value in (0x00, 0xFF, data[at] ^ 0x10)]
-    ends = [b"", b"\0", b"\xff", b"\xff" * 40, b"\xff\0" * 9, b"\0" * 12, b"\xff\xff\xd9", b"\0\xff\xd9", b"\xff\xd0\xff\xd9"]
+    damaged = [
+        data[:at] + bytes([value]) + data[at + 1 :]
+        for at in range(start, len(data))
+        for value in (0x00, 0xFF, data[at] ^ 0x10)
+    ]
+    ends = [
+        b"",
+        b"\0",
+        b"\xff",
+        b"\xff" * 40,
+        b"\xff\0" * 9,
+        b"\0" * 12,
+        b"\xff\xff\xd9",
+        b"\0\xff\xd9",
+        b"\xff\xd0\xff\xd9",
+    ]
     damaged += [data[: len(data) - cut] + end for cut in range(2, 12) for end in ends]
     refused = 0
     for number, image in enumerate(damaged):
@@ -160,11 +185,12 @@ def test_huffman_damage_is_judged_by_libjpeg():
     assert 100 < refused < len(damaged)
 
 
-def test_images_do_not_leave_anything_behind():
-    # Buffers and Huffman tables are kept within a batch: what comes after must not see them.
+def test_images_of_a_batch_do_not_affect_each_other():
+    # Buffers and Huffman tables are reused within a batch.
     kinds = [data for size in (90, 20, 60) for data in every_kind(size, size).values()]
     dimensions = np.repeat([[90, 90], [20, 20], [60, 60]], len(kinds) // 3, axis=0)
-    windows = np.stack([dimensions[:, 0] * 0 - 3, dimensions[:, 1] // 3, dimensions[:, 0], dimensions[:, 1], np.arange(len(kinds)) % 2], 1)
+    width, height = dimensions.T
+    windows = np.stack([np.full(len(kinds), -3), height // 3, width, height, np.arange(len(kinds)) % 2], 1)
     order = np.random.default_rng(0).permutation(len(kinds))
     kinds[3] = kinds[3][: len(kinds[3]) // 2]
     out = np.zeros((len(kinds), 33, 33, 3), np.uint8)
@@ -176,7 +202,7 @@ def test_images_do_not_leave_anything_behind():
             assert np.array_equal(out[row], alone[0])
 
 
-def test_threads_at_once_give_the_same():
+def test_parallel_threads_give_the_same_result():
     images = list(every_kind(200, 150).values())
     windows = np.array([(number, 2 * number, 120, 90, number % 2) for number in range(len(images))], np.int32)
     dimensions = np.tile((200, 150), (len(images), 1))
@@ -192,7 +218,8 @@ def test_threads_at_once_give_the_same():
 
 
 def test_the_gil_is_released():
-    # With switching off, this thread runs again only when the other one gives the GIL away: in the middle of decoding, or at its end.
+    # With such a long switch interval, this thread runs again only when the other one releases the GIL: during
+    # decoding, or else after it.
     images, dimensions = [with_pillow(noisy(1, 3000, 2000))] * 8, np.array([[3000, 2000]] * 8)
     windows, out = np.array([[0, 0, 3000, 2000, 0]] * 8, np.int32), np.zeros((8, 8, 8, 3), np.uint8)
     finished = threading.Event()
@@ -213,13 +240,19 @@ def test_the_gil_is_released():
     assert finished.is_set()
 
 
-def test_what_does_not_fit_together_is_refused():
+def test_arguments_that_do_not_fit_together_are_refused():
     data, out = with_pillow(noisy(1, 8, 8)), np.zeros((1, 4, 4, 3), np.uint8)
-    right = {"encoded": [data], "dimensions": np.array([[8, 8]]), "windows": np.array([[0, 0, 8, 8, 0]]), "size": 4, "out": out}
+    windows = np.array([[0, 0, 8, 8, 0]])
+    right = {"encoded": [data], "dimensions": np.array([[8, 8]]), "windows": windows, "size": 4, "out": out}
     assert not native.decode_batch(**right, interpolation="bicubic")
     for name, value in [
         *(("dimensions", np.zeros((2, 2))), ("windows", np.zeros((1, 4))), ("windows", np.zeros((0, 5)))),
-        *(("out", out[:, :, ::-1]), ("out", out.astype(np.int8)), ("out", np.zeros((1, 5, 4, 3), np.uint8)), ("size", 5)),
+        *(
+            ("out", out[:, :, ::-1]),
+            ("out", out.astype(np.int8)),
+            ("out", np.zeros((1, 5, 4, 3), np.uint8)),
+            ("size", 5),
+        ),
         ("encoded", [data, data]),
     ]:
         with pytest.raises(ValueError):
@@ -228,6 +261,6 @@ def test_what_does_not_fit_together_is_refused():
         native.decode_batch(**(right | {"encoded": ["text"]}), interpolation="bicubic")
 
 
-def test_a_library_of_other_sources_is_not_used(monkeypatch):
+def test_a_library_with_another_interface_is_not_used(monkeypatch):
     monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
     assert native._load() is None

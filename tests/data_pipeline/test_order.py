@@ -13,20 +13,20 @@ def test_permutation(size):
         assert np.array_equal(np.sort(permute(key, size, np.arange(size))), np.arange(size))
 
 
-def test_permutation_is_the_same_at_any_position_alone():
+def test_permutation_can_be_evaluated_at_single_positions():
     whole = permute(5, 1000, np.arange(1000))
     assert [int(permute(5, 1000, np.array([position]))[0]) for position in range(0, 1000, 37)] == whole[::37].tolist()
 
 
 def test_permutation_looks_random():
-    # Where each of 20 positions goes, over 4000 keys: every cell of the 20 × 20 table about 200 times.
+    # The destinations of 20 positions over 4000 keys: every cell of the 20 × 20 table occurs about 200 times.
     counts = np.zeros((20, 20))
     for key in range(4000):
         counts[np.arange(20), permute(key * 7919, 20, np.arange(20))] += 1
     assert ((counts - 200) ** 2 / 200).sum() < 361 + 4 * np.sqrt(2 * 361)
-    # Neighbours do not stay neighbours.
-    steps = np.diff(permute(1, 100_000, np.arange(100_000)))
-    assert np.mean(np.abs(steps) < 1000) < 0.03
+    # Neighbours are separated.
+    distances = np.diff(permute(1, 100_000, np.arange(100_000)))
+    assert np.mean(np.abs(distances) < 1000) < 0.03
 
 
 def test_all_permutations_of_four_occur():
@@ -35,7 +35,7 @@ def test_all_permutations_of_four_occur():
 
 
 @pytest.mark.parametrize("shuffle", ["full", "block"])
-def test_every_epoch_uses_each_sample_at_most_once_and_leaves_another_rest(shuffle):
+def test_every_epoch_uses_each_sample_at_most_once_and_leaves_out_other_samples(shuffle):
     order = Order(seed=0, samples=103, global_batch=10, micro_batch=5, shuffle=shuffle)
     assert order.steps_per_epoch == 10
     rests = set()
@@ -50,15 +50,23 @@ def test_every_epoch_uses_each_sample_at_most_once_and_leaves_another_rest(shuff
     assert len(rests) == 5
 
 
+def test_the_order_of_a_seed_never_changes():
+    """These values are part of the results of a seed: checkpoints and logs depend on them."""
+    assert Order(0, 1000, 10, 5).ids(0).tolist() == [666, 438, 888, 927, 30, 70, 22, 417, 10, 68]
+    assert Order(3, 1000, 10, 5).ids(250).tolist() == [200, 641, 233, 538, 444, 789, 935, 650, 229, 370]
+    block = Order(0, 100_000, 10, 5, "block").ids(3).tolist()
+    assert block == [70698, 58982, 51379, 58949, 40805, 38617, 21928, 29421, 35313, 75466]
+
+
 def test_seeds_and_epochs_differ():
     first = Order(0, 1000, 100, 10).ids(0).tolist()
-    assert first == Order(0, 1000, 100, 50).ids(0).tolist()  # the micro-batch does not change which samples a step uses
+    assert first == Order(0, 1000, 100, 50).ids(0).tolist()  # independent of the micro-batch
     assert first != Order(1, 1000, 100, 10).ids(0).tolist()
     assert first != Order(0, 1000, 100, 10).ids(10).tolist()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
-def test_shares_make_up_the_same_step_at_any_world_size(world):
+def test_shares_add_up_to_the_same_step_at_any_world_size(world):
     order = Order(seed=3, samples=1000, global_batch=96, micro_batch=8)
     shares = [list(order.share(rank, world)) for rank in range(world)]
     assert {len(share) for share in shares} == {12 // world}
@@ -69,7 +77,7 @@ def test_shares_make_up_the_same_step_at_any_world_size(world):
 
 
 @pytest.mark.parametrize("shuffle", ["full", "block"])
-def test_a_billion_samples_cost_no_more(shuffle):
+def test_memory_does_not_grow_with_the_dataset(shuffle):
     order = Order(seed=0, samples=10**9, global_batch=4096, micro_batch=128, shuffle=shuffle)
     order.ids(0)
     tracemalloc.start()
@@ -80,7 +88,7 @@ def test_a_billion_samples_cost_no_more(shuffle):
     assert peak < 2_000_000
 
 
-def test_what_does_not_fit_is_refused():
+def test_sizes_that_do_not_fit_together_are_refused():
     with pytest.raises(ValueError, match="the dataset has 9 samples, fewer than one global_batch of 10"):
         Order(0, 9, 10, 5)
     with pytest.raises(ValueError, match="micro_batch 3 does not divide global_batch 10"):
@@ -104,10 +112,10 @@ def test_block_permutation(size):
         whole = block_permute(key, size, np.arange(size))
         assert np.array_equal(np.sort(whole), np.arange(size))
         positions = np.arange(0, size, 97)[::-1]
-        assert np.array_equal(block_permute(key, size, positions), whole[positions])  # in any company
+        assert np.array_equal(block_permute(key, size, positions), whole[positions])
 
 
-def test_block_order_reads_few_places_and_others_every_epoch():
+def test_block_order_reads_few_places_and_different_ones_in_every_epoch():
     size = 1_000_000
     order = Order(3, size, POOL // 4, 128, shuffle="block")
     for pool in (0, 7, 59):
@@ -115,11 +123,13 @@ def test_block_order_reads_few_places_and_others_every_epoch():
         inside = np.sort(ids)
         assert len(np.unique(ids)) == POOL
         assert np.sum(np.diff(inside) > 1) + 1 <= 64
-        assert inside[-1] - inside[0] > size / 2  # from all over the dataset
-    # A step mixes all the blocks of its pool, and neighbours do not stay neighbours.
+        assert inside[-1] - inside[0] > size / 2  # from the whole dataset
+    # A step mixes all blocks of its pool, and neighbours are separated.
     assert len(np.unique(ids[:1024] // BLOCK)) > 60
     assert np.mean(np.abs(np.diff(ids)) < BLOCK) < 0.05
-    again = np.concatenate([order.ids(step) for step in range(order.steps_per_epoch + 236, order.steps_per_epoch + 240)])
+    again = np.concatenate(
+        [order.ids(step) for step in range(order.steps_per_epoch + 236, order.steps_per_epoch + 240)]
+    )
     assert len(np.intersect1d(np.unique(ids // BLOCK), np.unique(again // BLOCK))) < 20
 
 
@@ -133,7 +143,8 @@ def test_block_order_leaves_every_sample_out_equally_often():
 
 
 @pytest.mark.parametrize("shuffle", ["full", "block"])
-@pytest.mark.parametrize("global_batch", [96, 64])  # 64 is no multiple of the three copies: some samples go on in the next step
+# 64 is not a multiple of the three copies, so some samples have copies in two steps.
+@pytest.mark.parametrize("global_batch", [96, 64])
 def test_repeats_are_copies_in_other_micro_batches(shuffle, global_batch):
     plain, order = (Order(1, 1000, global_batch, 8, shuffle, repeats) for repeats in (1, 3))
     assert order.steps_per_epoch == plain.steps_per_epoch
@@ -142,7 +153,7 @@ def test_repeats_are_copies_in_other_micro_batches(shuffle, global_batch):
         assert np.array_equal((draws % 1000).ravel(), order.ids(step))
         assert np.array_equal(draws[2], order.draws(step, [2])[0])
         assert all(len(np.unique(batch % 1000)) == 8 for batch in draws)
-    # Put back from the deal, the uses are the plain order with each sample three times, numbered.
+    # In the order before they are distributed, the uses are the plain order with each sample three times.
     uses = np.concatenate([draws.T.ravel() for draws in epoch])
     first = np.concatenate([plain.ids(step) for step in range(plain.steps_per_epoch)])
     assert np.array_equal(uses % 1000, np.repeat(first, 3)[: len(uses)])

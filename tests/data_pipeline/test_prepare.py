@@ -1,4 +1,4 @@
-"""Preparing a dataset: what is in the shards, which sources are understood, and what of the arguments."""
+"""Preparing a dataset: the contents of the shards, the kinds of sources, and the arguments."""
 
 import io
 import shutil
@@ -14,7 +14,18 @@ from PIL import Image
 
 from data_pipeline.manifest import DataError, UsageError, open_manifest
 from data_pipeline.verify import verify
-from tests.data_pipeline.images import CLASSES, SAMPLE, contents, encoded, make_folder, make_tar, originals, picture, run, stored
+from tests.data_pipeline.images import (
+    CLASSES,
+    SAMPLE,
+    contents,
+    encoded,
+    make_folder,
+    make_tar,
+    originals,
+    picture,
+    run,
+    stored,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +45,8 @@ def test_any_webdataset_reader_gets_the_same_images_and_labels(folder, dataset):
     for split in ("train", "val"):
         shards = open_manifest(dataset).split(split).shards
         assert len(shards) > 1
-        reader = webdataset.WebDataset([str(dataset / shard.file) for shard in shards], shardshuffle=False).to_tuple(
-            "jpg", "cls", "__key__"
-        )
-        samples = list(reader)
+        files = [str(dataset / shard.file) for shard in shards]
+        samples = list(webdataset.WebDataset(files, shardshuffle=False).to_tuple("jpg", "cls", "__key__"))
         assert {(data, int(label)) for data, label, _ in samples} == originals(folder, split)
         assert [(data, int(label)) for data, label, _ in samples] == stored(dataset, split)
         keys = [key for *_, key in samples]
@@ -53,7 +62,7 @@ def test_the_index_gives_exact_bytes_sizes_and_checksums(folder, dataset):
         assert (record["width"], record["height"]) == (40, 30)
 
 
-def test_classes_are_mixed_and_nothing_is_left_over(dataset):
+def test_classes_are_mixed_and_no_temporary_files_remain(dataset):
     labels = [label for _, label in stored(dataset, "train")]
     assert labels != sorted(labels)
     assert not (dataset / ".work").exists()
@@ -61,7 +70,7 @@ def test_classes_are_mixed_and_nothing_is_left_over(dataset):
     assert verify(dataset) == []
 
 
-def test_the_seed_decides_the_order_and_the_workers_do_not(folder, dataset, tmp_path):
+def test_the_order_depends_on_the_seed_and_not_on_the_workers(folder, dataset, tmp_path):
     run(folder, tmp_path / "one", shard_bytes=10_000, workers=1)
     assert contents(tmp_path / "one") == contents(dataset)
     run(folder, tmp_path / "other", shard_bytes=10_000, seed=1)
@@ -70,17 +79,18 @@ def test_the_seed_decides_the_order_and_the_workers_do_not(folder, dataset, tmp_
 
 
 @pytest.mark.parametrize("ending", ["tar", "tar.xz", "tar.gz", "tar.bz2", "tar.zst"])
-def test_a_tar_makes_the_dataset_that_its_folder_makes(folder, dataset, tmp_path, ending):
+def test_a_tar_gives_the_same_dataset_as_its_folder(folder, dataset, tmp_path, ending):
     if ending == "tar.zst":
         if shutil.which("zstd") is None:
             pytest.skip("no zstd program")
         import subprocess
 
-        subprocess.run(["zstd", "-q", make_tar(folder, tmp_path / "pictures.tar"), "-o", tmp_path / "pictures.tar.zst"], check=True)
+        tar = make_tar(folder, tmp_path / "pictures.tar")
+        subprocess.run(["zstd", "-q", tar, "-o", tmp_path / "pictures.tar.zst"], check=True)
     else:
         make_tar(folder, tmp_path / f"pictures.{ending}", "w:" + ending.partition(".")[2])
     run(tmp_path / f"pictures.{ending}", tmp_path / "set", shard_bytes=10_000)
-    # The report differs, for it names the source.
+    # The report names the source, so it differs.
     assert contents(tmp_path / "set", ("report.json",)) == contents(dataset, ("report.json",))
 
 
@@ -90,13 +100,14 @@ def test_imagefolder_of_torchvision(folder, tmp_path):
     run(f"imagefolder:{folder}/train", tmp_path / "set")
     theirs = ImageFolder(str(folder / "train"))
     assert open_manifest(tmp_path / "set").classes == tuple(theirs.classes)
-    assert set(stored(tmp_path / "set", "train")) == {(Path(path).read_bytes(), label) for path, label in theirs.samples}
+    expected = {(Path(path).read_bytes(), label) for path, label in theirs.samples}
+    assert set(stored(tmp_path / "set", "train")) == expected
     with pytest.raises(DataError, match="has no split 'val'"):
         open_manifest(tmp_path / "set").split("val")
 
 
 def test_a_torchvision_dataset_by_name(tmp_path):
-    """MNIST's raw files, made here: 40 train and 20 test images, each with a bar whose height is its digit."""
+    """Raw files of MNIST made here: 40 train and 20 test images, each with a bar whose height gives its digit."""
     raw = tmp_path / "root/MNIST/raw"
     raw.mkdir(parents=True)
     for prefix, count in (("train", 40), ("t10k", 20)):
@@ -114,21 +125,23 @@ def test_a_torchvision_dataset_by_name(tmp_path):
         assert (np.asarray(Image.open(io.BytesIO(data)))[:, 5] > 127).sum() == 2 * label + 2
 
 
-def test_a_torchvision_dataset_that_cannot_be_had_is_one_sentence(tmp_path):
+def test_the_error_for_an_unavailable_torchvision_dataset_is_one_sentence(tmp_path):
     with pytest.raises(UsageError, match="FakeData has neither train= nor split="):
         run("fakedata", tmp_path / "set")
     with pytest.raises(DataError, match="torchvision cannot open or download ImageNet at"):
         run(f"imagenet:{tmp_path}", tmp_path / "other")
 
 
-def test_a_split_without_one_good_image_is_an_error(tmp_path):
+def test_a_split_without_a_good_image_is_an_error(tmp_path):
     (tmp_path / "source/thing").mkdir(parents=True)
     (tmp_path / "source/thing/a.jpg").write_bytes(b"no")
-    with pytest.raises(DataError, match=r"none of the 1 images of train can be used; the first is thing/a.jpg: not an image"):
+    with pytest.raises(
+        DataError, match=r"none of the 1 images of train can be used; the first is thing/a.jpg: not an image"
+    ):
         run(tmp_path / "source", tmp_path / "set")
 
 
-def test_val_fraction_splits_the_same_way_each_time(folder, tmp_path):
+def test_val_fraction_is_reproducible(folder, tmp_path):
     for dest in ("one", "two"):
         run(folder / "train", tmp_path / dest, val_fraction=0.2, workers=1)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -142,12 +155,12 @@ def test_val_fraction_splits_the_same_way_each_time(folder, tmp_path):
     ("names", "message"),
     [
         (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/c/1.jpg"], "only train has b and only val has c"),
-        (["train/a/1.jpg", "test/a/1.jpg"], "folders test, train; expected train and val"),
-        (["a/1.jpg", "2.jpg"], "2.jpg in .* lies in no class folder"),
+        (["train/a/1.jpg", "test/a/1.jpg"], "folders test, train; expected train and val, or class folders only"),
+        (["a/1.jpg", "2.jpg"], "2.jpg in .* is not in a class folder"),
         (["readme.txt"], "contains no images"),
     ],
 )
-def test_a_layout_that_is_not_understood(tmp_path, names, message):
+def test_unclear_layouts_are_refused(tmp_path, names, message):
     for name in names:
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "source" / name).write_bytes(encoded(picture(1)))
@@ -155,7 +168,7 @@ def test_a_layout_that_is_not_understood(tmp_path, names, message):
         run(tmp_path / "source", tmp_path / "set")
 
 
-def test_classes_may_be_called_train_and_hold_folders(tmp_path):
+def test_classes_may_be_named_train_and_contain_folders(tmp_path):
     for number, name in enumerate(["data/train/1.jpg", "data/bus/1.jpg", "data/bus/old/2.jpg"]):
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "source" / name).write_bytes(encoded(picture(number)))
@@ -190,15 +203,16 @@ def test_other_arguments_or_another_source_are_refused(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SAMPLE.exists(), reason="imagenet_sample.tar is not at hand")
+@pytest.mark.skipif(not SAMPLE.exists(), reason="imagenet_sample.tar is missing")
 def test_real_photographs_keep_their_bytes(tmp_path):
-    """200 photographs of ImageNet, in a tar of their own."""
+    """200 photographs of ImageNet in a new tar."""
     with tarfile.open(SAMPLE) as tar, tarfile.open(tmp_path / "some.tar", "w") as some:
         members = [member for member in tar if member.isreg()][:200]
         data = {member.name: tar.extractfile(member).read() for member in members}
         for member in members:
             some.addfile(member, io.BytesIO(data[member.name]))
     run(tmp_path / "some.tar", tmp_path / "set", shard_bytes=4 << 20)
-    assert sorted(image for image, _ in stored(tmp_path / "set", "train")) == sorted(data.values())
-    for (image, _), record in zip(stored(tmp_path / "set", "train"), open_manifest(tmp_path / "set").split("train").records, strict=True):
+    images = [image for image, _ in stored(tmp_path / "set", "train")]
+    assert sorted(images) == sorted(data.values())
+    for image, record in zip(images, open_manifest(tmp_path / "set").split("train").records, strict=True):
         assert Image.open(io.BytesIO(image)).size == (record["width"], record["height"])

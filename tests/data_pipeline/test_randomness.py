@@ -10,7 +10,7 @@ MASK = (1 << 64) - 1
 
 
 def splitmix64(state: int, count: int) -> list[int]:
-    """The published algorithm in python integers."""
+    """A reference: the published algorithm in Python integers."""
     outputs = []
     for _ in range(count):
         state = (state + 0x9E3779B97F4A7C15) & MASK
@@ -29,7 +29,9 @@ def test_bits_are_splitmix64(state):
 
 
 def test_known_value():
-    assert int(bits(np.array([0]), 0)[0]) & MASK == 0xE220A8397B1DCDAF  # first output of the reference implementation for seed 0
+    assert (
+        int(bits(np.array([0]), 0)[0]) & MASK == 0xE220A8397B1DCDAF
+    )  # first output of the reference implementation for seed 0
 
 
 def test_numpy_and_torch_give_the_same_bits():
@@ -44,7 +46,7 @@ def test_numpy_and_torch_give_the_same_bits():
     assert np.array_equal(integers(keys, 1000), integers(torch_keys, 1000).numpy())
 
 
-def test_torch_uniform_is_numpys_cut_to_24_bits():
+def test_torch_uniform_is_numpys_truncated_to_24_bits():
     keys = fold(make_key(0, Stream.FLIP), np.arange(1000))
     wide, narrow = uniform(keys, 5), uniform(torch.from_numpy(keys), 5)
     assert wide.dtype == np.float64
@@ -61,8 +63,14 @@ def test_keys_depend_on_every_part_and_its_place():
     }
     assert len(keys) == 3 * len(Stream) * 7
     assert all(-(2**63) <= key < 2**63 for key in keys)
-    assert make_key(5, Stream.MIX, 2) == make_key(5, Stream.MIX, 2)
     assert make_key(2**70 + 5, Stream.MIX) == make_key(5 + 2**70 % 2**64, Stream.MIX)
+
+
+def test_keys_never_change():
+    """These values are part of the results of a seed."""
+    assert make_key(5, Stream.MIX, 2) == 325727604114977225
+    assert make_key(0, Stream.CROP, 1) == 8375624030849302028
+    assert make_key(-1, Stream.ORDER) == -2019832283722765627
 
 
 def test_nothing_warns_of_overflow():
@@ -83,22 +91,25 @@ def test_uniform_over_consecutive_ids(counter):
     numbers = uniform(keys, counter + 1)[:, counter]
     assert numbers.min() >= 0
     assert numbers.max() < 1
-    assert chi_square(np.bincount((numbers * 100).astype(int), minlength=100)) < 160  # 99 degrees of freedom: 1 in 10,000 above
+    # 99 degrees of freedom: exceeded by 1 in 10,000.
+    assert chi_square(np.bincount((numbers * 100).astype(int), minlength=100)) < 160
 
 
 def test_uniform_over_epochs_and_independent_of_the_neighbouring_counter():
-    numbers = np.concatenate([uniform(fold(make_key(3, Stream.CROP, epoch), np.arange(1)), 2) for epoch in range(5000)])
+    keys = [fold(make_key(3, Stream.CROP, epoch), np.arange(1)) for epoch in range(5000)]
+    numbers = np.concatenate([uniform(key, 2) for key in keys])
     cells = (numbers * 8).astype(int)
     assert chi_square(np.bincount(cells[:, 0] * 8 + cells[:, 1], minlength=64)) < 115  # 63 degrees of freedom
 
 
-@pytest.mark.parametrize("bound", [1, 2, 7, 1000, 2**31])
-def test_integers_stay_below_their_bound(bound):
+# The limits are exceeded by 1 in 10,000 at min(bound, 50) - 1 degrees of freedom.
+@pytest.mark.parametrize(("bound", "limit"), [(1, 1e-9), (2, 15.2), (7, 27.9), (1000, 94.1), (2**31, 94.1)])
+def test_integers_are_uniform_below_their_bound(bound, limit):
     numbers = integers(fold(make_key(0, Stream.CROP), np.arange(20_000)), bound)
     assert numbers.min() >= 0
     assert numbers.max() < bound
     cells = min(bound, 50)
-    assert chi_square(np.bincount(numbers * cells // bound, minlength=cells)) < 110
+    assert chi_square(np.bincount(numbers * cells // bound, minlength=cells)) < limit
 
 
 def test_normal_numbers():

@@ -22,7 +22,17 @@ from data_pipeline.manifest import DataError, UsageError, open_manifest
 from data_pipeline.order import Order
 from data_pipeline.storage import open_dataset
 from tests.data_pipeline.shards import jpeg, write_split
-from tests.data_pipeline.staging import PER_SHARD, SAMPLES, Server, config, open_files, read_one, stage_in_a_process, staged, start
+from tests.data_pipeline.staging import (
+    PER_SHARD,
+    SAMPLES,
+    Server,
+    config,
+    open_files,
+    read_one,
+    stage_in_a_process,
+    staged,
+    start,
+)
 
 
 @pytest.fixture
@@ -31,7 +41,7 @@ def copied(dataset, tmp_path) -> Path:
 
 
 def every_batch(data: DataConfig, **order) -> list[tuple]:
-    """An epoch, and an evaluation of the same split."""
+    """The batches of an epoch and of an evaluation of the same split."""
     split = open_dataset(data).split("train")
     with build_loader(data, AugmentConfig(), split, Order(1, SAMPLES, 10, 5, **order)) as loader:
         found = [next(loader) for _ in range(12)]
@@ -44,7 +54,7 @@ def parts(cache: Path) -> list[Path]:
     return list(cache.glob("cat-cache-*/*/parts/*"))
 
 
-# --- what a loader sees ----------------------------------------------------------------------------------------------------------------
+# --- the loader with staged files ------------------------------------------------------------------------------------
 
 
 def test_a_staged_folder_gives_the_same_batches(dataset, tmp_path):
@@ -53,20 +63,20 @@ def test_a_staged_folder_gives_the_same_batches(dataset, tmp_path):
     assert parts(tmp_path / "cache") == []
 
 
-def test_what_is_staged_is_not_read_again(copied, tmp_path):
+def test_staged_files_are_not_read_again_from_the_source(copied, tmp_path):
     expected = every_batch(config(copied, tmp_path / "cache"))
     for path in copied.glob("*.tar"):
-        path.write_bytes(bytes(path.stat().st_size))  # as large as before, and of no use
+        path.write_bytes(bytes(path.stat().st_size))  # zeros of the same size
     assert every_batch(config(copied, tmp_path / "cache")) == expected
 
 
 @pytest.mark.parametrize("shuffle", ["full", "block"])
-def test_files_are_fetched_before_their_turn(dataset, tmp_path, shuffle):
+def test_files_are_fetched_ahead(dataset, tmp_path, shuffle):
     data = config(dataset, tmp_path / "cache")
     split = open_dataset(data).split("train")
     assert staged(tmp_path / "cache") == {"train.index"}
     with build_loader(data, AugmentConfig(), split, Order(1, SAMPLES, 10, 5, shuffle)):
-        wait_for(lambda: len(staged(tmp_path / "cache")) == 13)  # though only two micro-batches are decoded ahead
+        wait_for(lambda: len(staged(tmp_path / "cache")) == 13)  # although only two micro-batches are decoded ahead
 
 
 def test_file_url(dataset, tmp_path):
@@ -79,7 +89,7 @@ def test_memory_url(dataset, tmp_path):
 
 
 def test_http_url(dataset, tmp_path):
-    """Python's own web server, in a process of its own, on the loopback interface."""
+    """Python's web server in another process, on the loopback interface."""
     command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(dataset)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
@@ -89,7 +99,7 @@ def test_http_url(dataset, tmp_path):
             server.kill()
 
 
-# --- a web server that can be slow, cut off, and counts --------------------------------------------------------------------------------
+# --- a web server that can be slow or cut files ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -105,7 +115,7 @@ def server(dataset):
 def wait_for(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, f"not true after {seconds} s"
         time.sleep(0.005)
 
 
@@ -116,11 +126,12 @@ def test_processes_of_a_node_fetch_a_file_once(server, tmp_path):
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert sorted(name for name in server.requests if name.endswith(".tar")) == [f"train-{number:05d}.tar" for number in range(12)]
+    shards = sorted(name for name in server.requests if name.endswith(".tar"))
+    assert shards == [f"train-{number:05d}.tar" for number in range(12)]
     assert server.requests.count("train.index") == 1
 
 
-def test_a_process_that_is_killed_while_copying_is_relieved_by_one_that_waits(server, tmp_path):
+def test_a_waiting_process_takes_over_from_one_that_is_killed_while_copying(server, tmp_path):
     server.slow = 1.0
     data = config(server.url, tmp_path / "cache")
     first = start(data, [3])
@@ -137,7 +148,7 @@ def test_a_process_that_is_killed_while_copying_is_relieved_by_one_that_waits(se
     assert server.requests.count("train-00003.tar") == 2
 
 
-def test_what_a_killed_process_left_behind_is_removed_and_what_it_finished_is_kept(server, tmp_path):
+def test_unfinished_files_of_a_killed_process_are_removed_and_finished_ones_kept(server, tmp_path):
     data = config(server.url, tmp_path / "cache")
     stage_in_a_process(data, [1])
     server.slow = 1.0
@@ -146,21 +157,22 @@ def test_what_a_killed_process_left_behind_is_removed_and_what_it_finished_is_ke
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     server.slow = 0.0
-    assert len(parts(tmp_path / "cache")) == 1 and staged(tmp_path / "cache") == {"train.index", "train-00001.tar"}
+    assert len(parts(tmp_path / "cache")) == 1
+    assert staged(tmp_path / "cache") == {"train.index", "train-00001.tar"}
     split = open_dataset(data).split("train")
     assert parts(tmp_path / "cache") == []
     read_one(split, 1)
     assert server.requests.count("train-00001.tar") == 1
 
 
-def test_a_broken_connection_is_tried_again(server, tmp_path):
+def test_a_broken_connection_is_retried(server, tmp_path):
     server.cut = 1
     split = open_dataset(config(server.url, tmp_path / "cache")).split("train")
     assert hashlib.sha256(read_one(split, 4)).hexdigest() == split.shards[4].sha256
     assert server.requests.count("train-00004.tar") == 2
 
 
-def test_closing_a_loader_ends_what_is_being_fetched(server, tmp_path):
+def test_closing_a_loader_ends_its_fetches(server, tmp_path):
     server.slow = 0.5
     data = config(server.url, tmp_path / "cache")
     split = open_dataset(data).split("train")
@@ -171,7 +183,7 @@ def test_closing_a_loader_ends_what_is_being_fetched(server, tmp_path):
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith(("decode", "stage"))] == []
 
 
-# --- what is wrong -----------------------------------------------------------------------------------------------------------------------
+# --- faults ----------------------------------------------------------------------------------------------------------
 
 
 def flip_a_bit(path: Path) -> None:
@@ -195,7 +207,7 @@ def test_a_damaged_index_is_named(copied, tmp_path):
         open_dataset(config(copied, tmp_path / "cache"))
 
 
-def test_another_dataset_in_the_same_place_is_another(copied, tmp_path):
+def test_another_dataset_in_the_same_place_is_staged_separately(copied, tmp_path):
     data = config(copied, tmp_path / "cache")
     read_one(open_dataset(data).split("train"))
     shutil.rmtree(copied)
@@ -207,16 +219,19 @@ def test_another_dataset_in_the_same_place_is_another(copied, tmp_path):
     ("url", "sentence"),
     [
         ("memory://nowhere", r"memory://nowhere/manifest\.json is missing\. Make one with: python launch/prepare\.py"),
-        ("http://127.0.0.1:1/dataset", r"http://127\.0\.0\.1:1/dataset/manifest\.json cannot be read after 1 attempts: .*127\.0\.0\.1"),
+        (
+            "http://127.0.0.1:1/dataset",
+            r"127\.0\.0\.1:1/dataset/manifest\.json cannot be read after 1 attempts: .*127\.0\.0\.1",
+        ),
     ],
 )
-def test_no_dataset_there(url, sentence, tmp_path, monkeypatch):
+def test_the_error_for_a_missing_dataset(url, sentence, tmp_path, monkeypatch):
     monkeypatch.setattr(faults, "PAUSES", ())
     with pytest.raises((DataError, StorageError), match=sentence):
         open_dataset(config(url, tmp_path))
 
 
-def test_a_shard_that_is_missing(dataset, tmp_path):
+def test_a_missing_shard_is_named(dataset, tmp_path):
     memory = fsspec.filesystem("memory")
     memory.put(str(dataset), "/incomplete", recursive=True)
     memory.rm("/incomplete/train-00002.tar")
@@ -225,7 +240,7 @@ def test_a_shard_that_is_missing(dataset, tmp_path):
 
 
 @pytest.mark.parametrize(("url", "sentence"), [("s3://bucket/dataset", "s3fs"), ("nonsense://dataset", "nonsense")])
-def test_a_protocol_that_is_not_there(url, sentence, tmp_path):
+def test_an_unavailable_protocol_is_named(url, sentence, tmp_path):
     if url.startswith("s3") and importlib.util.find_spec("s3fs"):
         pytest.skip("s3fs is installed")
     with pytest.raises(UsageError, match=rf"data\.path {url} cannot be opened: .*{sentence}"):
@@ -240,25 +255,25 @@ def test_a_protocol_that_is_not_there(url, sentence, tmp_path):
         ({"path": "dataset", "device": "gpu"}, "data.device gpu needs data.backend dali"),
     ],
 )
-def test_settings_that_do_not_fit_together(settings, sentence):
+def test_settings_that_do_not_fit_together_are_refused(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         DataConfig(**settings)
 
 
-def test_a_cache_that_cannot_be(dataset, tmp_path):
+def test_an_impossible_cache_dir_is_refused(dataset, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"data\.cache_dir .*cache cannot be used: Not a directory"):
         open_dataset(config(dataset, tmp_path / "file" / "cache"))
 
 
-def test_a_full_disk_is_said_and_leaves_nothing_behind(dataset, tmp_path):
+def test_a_full_disk_is_reported_and_leaves_no_unfinished_file(dataset, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "none", disk], capture_output=True).returncode:
-        pytest.skip("no right to mount a small disk here")
+        pytest.skip("mounting a small disk is not permitted here")
     try:
         split = open_dataset(config(dataset, disk / "cache")).split("train")
-        with pytest.raises(StorageError, match=r"data\.cache_dir: .* is full: free some room"):
+        with pytest.raises(StorageError, match=r"data\.cache_dir: .* is full: free some space"):
             for number in range(12):
                 read_one(split, number)
         assert parts(disk / "cache") == []
@@ -267,7 +282,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(dataset, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_the_dataset_that_is_staged_is_the_manifests(dataset, tmp_path):
+def test_a_staged_dataset_has_the_contents_of_the_manifest(dataset, tmp_path):
     staged_manifest, manifest = open_dataset(config(dataset, tmp_path)), open_manifest(dataset)
     assert staged_manifest.classes == manifest.classes
     one, other = staged_manifest.split("train"), manifest.split("train")

@@ -1,4 +1,4 @@
-"""The table of docs/data.md: what becomes of every kind of image when it is packed."""
+"""The table in docs/data.md: how every kind of image is packed."""
 
 import base64
 import io
@@ -30,7 +30,10 @@ def cut(data: bytes, start: int, end: int, new: bytes) -> bytes:
 
 
 def flip_bit(data: bytes) -> bytes:
-    """A bit in the image data flipped, where strict decoding sees it. Elsewhere nobody can: Huffman codes fall into step again."""
+    """Flip a bit in the image data that strict decoding detects.
+
+    Most bits are not detected: Huffman codes resynchronise.
+    """
     flipped = (cut(data, place, place + 1, bytes([data[place] ^ 16])) for place in range(SCAN + 14, len(data)))
     return next(image for image in flipped if not decodes(image))
 
@@ -43,7 +46,7 @@ def photographs(count: int) -> list[bytes]:
 
 def turned() -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees
     return encoded(picture(9), quality=90, exif=exif)
 
 
@@ -52,27 +55,34 @@ PNG = encoded(picture(5), "PNG")
 SCAN = GOOD.index(b"\xff\xda")  # the scan's header: 14 bytes in a colour image
 HALF = len(GOOD) - 200  # somewhere in the image data
 FRAMES = [picture(number) for number in (6, 7)]
-# Made with libjpeg-turbo's cjpeg (arithmetic coding, sampling 3x1) and imagecodecs (lossless, 12 bits a sample): 16 x 8 pixels.
+# Made with libjpeg-turbo's cjpeg (arithmetic coding, sampling 3x1) and imagecodecs (lossless, 12 bits a sample): 16 x 8
+# pixels.
 ARITHMETIC = base64.b85decode(
-    "|JeWF01!$>Nk#wx0RR9200961|JwjV00;&K2L=TQ2L}fU2?z=d6b%du3k(?&6Au&}8Xq1V8XO!TBrYc)A}k{u94I#_EHE)NG&CP4IXyTsJT5adGXKc{3kU!R01yEI"
+    "|JeWF01!$>Nk#wx0RR9200961|JwjV00;&K2L=TQ2L}fU2?z=d6b%du3k(?&6Au&}8Xq1V8XO!TBrYc)A}k{u94I#_EHE)NG&CP4IXyTsJT5ad"
+    "GXKc{3kU!R01yEI"
     "5di<p00saM5C#9*00;pA002J#{{Xj$Q3pYN5etC-*#"
 )
 ODD_SAMPLING = base64.b85decode(
-    "|JeWF01!$>Nk#wx0RR9200961|JwjV00;&K2L=TQ2L}fU2?z=d6b%du3k(?&6Au&}8Xq1V8XO!TBrYc)A}k{u94I#_EHE)NG&CP4IXyTsJT5adGXL8ELjeg12@DGi7!3^="
-    "G9erxGBPqUGBPqUGBPqUGBPqUGBPqUGBPqUGBPqUGBPqUGBPqUGBPqUGBPqUGBPqUGBW?b01*fP2mlZR0Wkmq5di}c0sq7R6#xMN000000000000000000I6|HJ?p5C8!M"
-    "000000000000000000FBBQc@>!~him0RaF20000000000000000|o!Y02vVg0{{a60000000000000001O*}^G5^{C3<CiG0ucid06zdMoW!WGTAakFu!d2*N-(Zz>Hpa"
+    "|JeWF01!$>Nk#wx0RR9200961|JwjV00;&K2L=TQ2L}fU2?z=d6b%du3k(?&6Au&}8Xq1V8XO!TBrYc)A}k{u94I#_EHE)NG&CP4IXyTsJT5ad"
+    "GXL8ELjeg12@DGi7!3^="
+    "G9erxGBPqUGBPqUGBPqUGBPqUGBPqUGBPqUGBPqUGBPqUGBPqUGBPqUGBPqUGBPqUGBW?b01*fP2mlZR0Wkmq5di}c0sq7R6#xMN0000000000"
+    "00000000I6|HJ?p5C8!M"
+    "000000000000000000FBBQc@>!~him0RaF20000000000000000|o!Y02vVg0{{a60000000000000001O*}^G5^{C3<CiG0ucid06zdMoW!WG"
+    "TAakFu!d2*N-(Zz>Hpa"
 )
 LOSSLESS = base64.b85decode(
-    "|JeWF01!$>Nk#wx0RR9200961|HA+a2mlBG5CH)Z0RO}Q761VO0RR910000000000000C42>;pu2mt{A0RRBc?|a_&z3+S8_r81H_r33X-uJ!p-uJ!ld*1iG@1FO)"
+    "|JeWF01!$>Nk#wx0RR9200961|HA+a2mlBG5CH)Z0RO}Q761VO0RR910000000000000C42>;pu2mt{A0RRBc?|a_&z3+S8_r81H_r33X-uJ!p"
+    "-uJ!ld*1iG@1FO)"
     "?|a_&z3+VYz3+S8_r33X=e_TH-uJ!ld*40pd*1iG?|a_)?|a_&z3+S8_x}L@*#"
 )
 TWELVE_BITS = base64.b85decode(
-    "|JeWF01!$>Nk#wx0RR9200961|JwjV00IF40RaI50RaI50s;a81OoyB0s;jD1Oo&H1qKEN1qKEN2MGuU2MGrT1_%oX2?`1d3JL}Y3k(Yi3<(Mf3je_X3k(1V01yEI"
+    "|JeWF01!$>Nk#wx0RR9200961|JwjV00IF40RaI50RaI50s;a81OoyB0s;jD1Oo&H1qKEN1qKEN2MGuU2MGrT1_%oX2?`1d3JL}Y3k(Yi3<(Mf"
+    "3je_X3k(1V01yEI"
     "5di<h02BZL0000000000000000000D|HJ?o5C8%L000000000000000000e0hQt5b00;pA002J#G<|nW8m{6z0K29QS8+f8*#"
 )
 
 KEPT, REPAIRED, TRANSCODED, EXCLUDED = "kept", "repaired", "transcoded", "excluded"
-TABLE = {  # file: (its bytes, outcome, words of the reason, mode of the stored JPEG)
+TABLE = {  # file: (its bytes, outcome, part of the reason, mode of the stored JPEG)
     "a JPEG.jpg": (GOOD, KEPT, "", "RGB"),
     "progressive.jpg": (encoded(picture(2), progressive=True), KEPT, "", "RGB"),
     "gray.jpg": (encoded(picture(3, "L")), KEPT, "", "L"),
@@ -91,8 +101,18 @@ TABLE = {  # file: (its bytes, outcome, words of the reason, mode of the stored 
     "transparent.png": (encoded(picture(6, "RGBA"), "PNG"), TRANSCODED, "PNG to JPEG", "RGB"),
     "gray with alpha.png": (encoded(picture(6, "LA"), "PNG"), TRANSCODED, "PNG to JPEG", "L"),
     "black and white.png": (encoded(picture(6, "1"), "PNG"), TRANSCODED, "PNG to JPEG", "L"),
-    "16-bit.png": (encoded(Image.fromarray(np.full((30, 40), 40_000, np.uint16)), "PNG"), TRANSCODED, "PNG to JPEG", "L"),
-    "animated.gif": (encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), TRANSCODED, "GIF to JPEG", "RGB"),
+    "16-bit.png": (
+        encoded(Image.fromarray(np.full((30, 40), 40_000, np.uint16)), "PNG"),
+        TRANSCODED,
+        "PNG to JPEG",
+        "L",
+    ),
+    "animated.gif": (
+        encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]),
+        TRANSCODED,
+        "GIF to JPEG",
+        "RGB",
+    ),
     "a WebP.webp": (encoded(picture(7), "WEBP"), TRANSCODED, "WEBP to JPEG", "RGB"),
     "truncated.jpg": (GOOD[:HALF], EXCLUDED, "Premature end of JPEG file", None),
     "end marker lost.jpg": (GOOD[:-2], EXCLUDED, "Premature end of JPEG file", None),
@@ -100,21 +120,26 @@ TABLE = {  # file: (its bytes, outcome, words of the reason, mode of the stored 
     "zeros inside.jpg": (cut(GOOD, HALF, len(GOOD) - 2, bytes(198)), EXCLUDED, "Corrupt JPEG data", None),
     "flipped bit.jpg": (flip_bit(GOOD), EXCLUDED, "", None),
     "junk and truncated.jpg": (cut(GOOD[:HALF], 20, 20, b"junk"), EXCLUDED, "Premature end of JPEG file", None),
-    "header alone.jpg": (GOOD[:100], EXCLUDED, "a JPEG's header that does not end", None),
+    "header alone.jpg": (GOOD[:100], EXCLUDED, "a JPEG header without an end", None),
     "12-bit.jpg": (TWELVE_BITS, EXCLUDED, "Unsupported JPEG data precision 12", None),
     "a PostScript.jpg": (encoded(picture(7), "EPS"), EXCLUDED, "not an image", None),
     "empty.jpg": (b"", EXCLUDED, "an empty file", None),
     "garbage.jpg": (b"no image at all", EXCLUDED, "not an image", None),
     "truncated.png": (PNG[: len(PNG) // 2], EXCLUDED, "truncated", None),
     "32-bit.tiff": (encoded(Image.fromarray(np.full((3, 4), 7, np.int32)), "TIFF"), EXCLUDED, "32-bit pixels", None),
-    "66000 wide.png": (encoded(Image.new("L", (66_000, 2)), "PNG"), EXCLUDED, "a side may have 65500", None),
-    "90 megapixels.png": (encoded(Image.new("1", (10_000, 9_000)), "PNG"), EXCLUDED, "10000x9000 pixels, more than", None),
+    "66000 wide.png": (encoded(Image.new("L", (66_000, 2)), "PNG"), EXCLUDED, "a side has more than 65500", None),
+    "90 megapixels.png": (
+        encoded(Image.new("1", (10_000, 9_000)), "PNG"),
+        EXCLUDED,
+        "10000x9000 pixels, more than",
+        None,
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """Every image of the table, packed; the stored ones by their file, in which the class is named after the file's place in the table."""
+    """The images of the table, packed. Each is in a class of its own, so that its label identifies its file."""
     root = tmp_path_factory.mktemp("table")
     for number, (name, row) in enumerate(TABLE.items()):
         (root / f"source/{number:02d}").mkdir(parents=True)
@@ -127,7 +152,7 @@ def packed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_what_becomes_of(packed, name):
+def test_outcome(packed, name):
     dest, images, report = packed
     data, outcome, words, mode = TABLE[name]
     if outcome == KEPT:
@@ -139,11 +164,11 @@ def test_what_becomes_of(packed, name):
         return
     image = Image.open(io.BytesIO(images[name]))
     assert image.format == "JPEG" and image.mode == mode
-    assert decodes(images[name]), "training would refuse it"
+    assert decodes(images[name]), "training would refuse this image"
     record = open_manifest(dest).split("train").records[list(images).index(name)]
     assert (record["width"], record["height"]) == image.size == Image.open(io.BytesIO(data)).size
     if outcome == REPAIRED:
-        assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(GOOD)))), "a repair changes no pixel"
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(GOOD)))), "the repair changed pixels"
     if outcome == TRANSCODED:
         original = Image.open(io.BytesIO(data))
         pixels = np.asarray(original) >> 8 if original.mode.startswith("I;16") else np.asarray(original.convert(mode))
@@ -151,7 +176,7 @@ def test_what_becomes_of(packed, name):
 
 
 def test_orientation_is_not_applied(packed):
-    """In no case: an image that is encoded again is not turned, either."""
+    """Also not if the image is encoded again."""
     [data] = [data for name, data in packed[1].items() if name == "rotated by EXIF.jpg"]
     assert Image.open(io.BytesIO(data)).size == (40, 30)
     again = Image.open(io.BytesIO(check_image(data, Encoding(max_side=20)).data))
@@ -178,7 +203,7 @@ def test_sizes(options, size, expected):
 
 
 def test_shrinking_is_antialiased():
-    """Lines a pixel wide become gray, and neither black nor white."""
+    """Lines of one pixel become gray, not black or white."""
     lines = np.zeros((64, 64), np.uint8)
     lines[:, ::2] = 255
     image = check_image(encoded(Image.fromarray(lines), quality=95), Encoding(resize_short=16))
@@ -186,11 +211,15 @@ def test_shrinking_is_antialiased():
     assert image.outcome == "reencoded" and np.abs(pixels[:, 2:-2].astype(int) - 127).max() < 25
 
 
-def test_encoding_again_is_of_the_quality_and_sampling_that_it_says():
-    """As Pillow does it at quality 90 and 4:2:0, and at 95 and 4:4:4 where an image is only transcoded."""
+def test_quality_and_sampling_of_images_that_are_encoded_again():
+    """Quality 90 and 4:2:0 with an Encoding, 95 and 4:4:4 for images that are only transcoded."""
     png = picture(5, size=(64, 48))
     tables = {quality: Image.open(io.BytesIO(encoded(png, quality=quality))).quantization for quality in (60, 90, 95)}
-    for encoding, quality, sampling in ((AS_IT_IS, 95, "444"), (Encoding(max_side=60), 90, "420"), (Encoding(quality=60), 60, "420")):
+    for encoding, quality, sampling in (
+        (AS_IT_IS, 95, "444"),
+        (Encoding(max_side=60), 90, "420"),
+        (Encoding(quality=60), 60, "420"),
+    ):
         data = check_image(encoded(png, "PNG"), encoding).data
         assert Image.open(io.BytesIO(data)).quantization == tables[quality]
         assert simplejpeg.decode_jpeg_header(data)[3] == sampling
@@ -210,9 +239,9 @@ def test_an_image_that_is_too_wide_may_be_shrunk():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SAMPLE.exists(), reason="imagenet_sample.tar is not at hand")
-def test_most_flipped_bits_in_a_source_cannot_be_seen():
-    """Why every stored image has a checksum. With -s it prints the figure of docs/data.md."""
+@pytest.mark.skipif(not SAMPLE.exists(), reason="imagenet_sample.tar is missing")
+def test_most_flipped_bits_in_a_source_are_not_detected():
+    """This is why every stored image has a checksum. With -s it prints the number in docs/data.md."""
     random = np.random.default_rng(0)
     seen, images = 0, photographs(400)
     for data in images:
@@ -223,9 +252,10 @@ def test_most_flipped_bits_in_a_source_cannot_be_seen():
 
 
 def test_training_reads_every_image_of_the_table(packed):
-    """With the decoder that is there: native, or simplejpeg."""
+    """Uses the best available decoder."""
     split = open_manifest(packed[0]).split("train")
-    records = split.records
-    windows = np.stack([np.zeros(len(records)), np.zeros(len(records)), records["width"], records["height"], np.zeros(len(records))], 1)
-    out = np.zeros((len(records), 16, 16, 3), np.uint8)
-    assert open_backend("webdataset", split).decode_batch(np.arange(len(records)), windows.astype(np.int32), 16, "bicubic", out) == {}
+    windows = np.zeros((split.samples, 5), np.int32)
+    windows[:, 2], windows[:, 3] = split.records["width"], split.records["height"]
+    out = np.zeros((split.samples, 16, 16, 3), np.uint8)
+    backend = open_backend("webdataset", split)
+    assert backend.decode_batch(np.arange(split.samples), windows, 16, "bicubic", out) == {}

@@ -1,4 +1,4 @@
-"""The detection example: torchvision's RetinaNet on our backbones finds the boxes that it was trained on."""
+"""The detection example: torchvision's RetinaNet on our backbones detects the boxes that it was trained on."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ def example(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_cat_finds_the_boxes_again():
+def test_cat_detects_all_boxes():
     command = [sys.executable, str(ROOT / "examples/detect.py"), "--steps", "80", "--images", "2"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -30,7 +30,7 @@ def test_a_cat_finds_the_boxes_again():
 
 @pytest.mark.long
 @pytest.mark.parametrize("backbone", ["pvt_tiny", "se_cotnetd152"])
-def test_another_backbone_takes_its_place_by_name(example, backbone: str):
+def test_other_backbones_can_be_chosen_by_name(example, backbone: str):
     import torch
 
     torch.manual_seed(0)

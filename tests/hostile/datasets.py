@@ -1,4 +1,4 @@
-"""A small prepared dataset, and what can be done to one."""
+"""Helpers that read and damage a small prepared dataset."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def everything(split: Split) -> list[bytes]:
-    """The bytes of all samples; none may be bad."""
+    """The bytes of all samples, none of which may be bad."""
     encoded, failures = open_backend("webdataset", split).stored.read(np.arange(split.samples))
     assert failures == {}
     return encoded

@@ -1,4 +1,4 @@
-"""Addresses of datasets: odd names, servers that do not behave, and secrets that are not repeated."""
+"""Addresses of datasets: unusual names, misbehaving servers, and secrets that must not be printed."""
 
 import hashlib
 import os
@@ -37,7 +37,7 @@ def serve():
         server.server_close()
 
 
-def test_names_that_mean_something_in_an_address(dataset, tmp_path, serve):
+def test_file_names_with_special_characters_of_urls(dataset, tmp_path, serve):
     names = ["a#1?x=%20.tar", "b c%2F/d&é.tar", "e+f;g=h.tar"]
     manifest = open_manifest(dataset)
     split = manifest.split("train")
@@ -66,9 +66,9 @@ def test_names_that_mean_something_in_an_address(dataset, tmp_path, serve):
         "simplecache::https://user:SECRET@host/dataset",
     ],
 )
-def test_a_secret_in_an_address_is_refused_and_not_repeated(tiny_config, tmp_path, url):
+def test_a_secret_in_an_address_is_refused_and_not_printed(tiny_config, tmp_path, url):
     output = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(tiny_config), "--output", str(output)]
+    command = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(tiny_config), "--output", str(output)]
     command += [f"data.path={url}", f"data.cache_dir={tmp_path / 'cache'}"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 78, result.stderr
@@ -77,14 +77,22 @@ def test_a_secret_in_an_address_is_refused_and_not_repeated(tiny_config, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "url", ["https://host:8080/a@b", "sftp://user@host/dataset", "s3://bucket/a b", "abfs://box@account.net/x", "file:///a#b", "memory://x"]
+    "url",
+    [
+        "https://host:8080/a@b",
+        "sftp://user@host/dataset",
+        "s3://bucket/a b",
+        "abfs://box@account.net/x",
+        "file:///a#b",
+        "memory://x",
+    ],
 )
 def test_addresses_without_a_secret(url):
     assert DataConfig(path=url, cache_dir="/cache").path == url
 
 
-def test_what_a_server_sends_us_on_to_is_not_repeated(tmp_path, serve, monkeypatch):
-    """As stores of large files do: to a signed address."""
+def test_the_target_of_a_redirect_is_not_printed(tmp_path, serve, monkeypatch):
+    """Stores of large files redirect to signed addresses."""
     monkeypatch.setattr(faults, "PAUSES", ())
 
     class Elsewhere(Handler):
@@ -93,7 +101,8 @@ def test_what_a_server_sends_us_on_to_is_not_repeated(tmp_path, serve, monkeypat
                 self.send_error(500)
             else:
                 self.send_response(302)
-                self.send_header("Location", f"http://user:SECRET@127.0.0.1:{self.server.server_port}/x?X-Amz-Signature=SECRET&y=1")
+                host = f"127.0.0.1:{self.server.server_port}"
+                self.send_header("Location", f"http://user:SECRET@{host}/x?X-Amz-Signature=SECRET&y=1")
                 self.end_headers()
 
     with pytest.raises(StorageError, match=r"manifest\.json cannot be read after 1 attempts: .*500") as caught:
@@ -101,7 +110,7 @@ def test_what_a_server_sends_us_on_to_is_not_repeated(tmp_path, serve, monkeypat
     assert "SECRET" not in str(caught.value)
 
 
-def test_a_server_that_never_ends(dataset, tmp_path, serve, monkeypatch):
+def test_an_endless_download_is_aborted(dataset, tmp_path, serve, monkeypatch):
     monkeypatch.setattr(faults, "PAUSES", ())
 
     class Endless(Handler):
@@ -115,21 +124,20 @@ def test_a_server_that_never_ends(dataset, tmp_path, serve, monkeypatch):
                 super().send_header(name, value)
 
     split = open_dataset(config(serve(dataset, Endless).url, tmp_path / "cache")).split("train")
-    with pytest.raises(
-        StorageError, match=r"train-00000\.tar cannot be read after 1 attempts: it has more bytes than the \d+ of the manifest"
-    ):
+    sentence = r"train-00000\.tar cannot be read after 1 attempts: it has more bytes than the \d+ of the manifest"
+    with pytest.raises(StorageError, match=sentence):
         read_one(split)
     assert staged(tmp_path / "cache") == {"train.index"}
 
 
-def test_a_manifest_that_is_no_file(tmp_path):
+def test_a_manifest_that_is_a_device_is_refused(tmp_path):
     (tmp_path / "manifest.json").symlink_to("/dev/zero")
     with pytest.raises(DataError, match=r"manifest\.json is missing"):
         open_manifest(tmp_path)
 
 
-def test_credentials_that_fsspec_has(dataset, tmp_path, serve):
-    """The remedy: a file in ~/.config/fsspec."""
+def test_fsspec_takes_credentials_from_its_own_file(dataset, tmp_path, serve):
+    """The remedy that the documentation gives: a file in ~/.config/fsspec."""
 
     class Guarded(Handler):
         def do_GET(self) -> None:
@@ -138,17 +146,19 @@ def test_credentials_that_fsspec_has(dataset, tmp_path, serve):
             super().do_GET()
 
     url = serve(dataset, Guarded).url
-    with pytest.raises(DataError, match=r"manifest\.json cannot be read: 403.* See that you may read it"):
+    with pytest.raises(DataError, match=r"manifest\.json cannot be read: 403.* Check its permissions"):
         open_dataset(config(url, tmp_path / "cache"))
     (tmp_path / ".config" / "fsspec").mkdir(parents=True)
-    (tmp_path / ".config" / "fsspec" / "web.json").write_text('{"http": {"headers": {"Authorization": "Bearer SECRET"}}}')
-    code = f"from data_pipeline.storage import *; open_dataset(DataConfig(path={url!r}, cache_dir={str(tmp_path / 'cache')!r}))"
+    settings = '{"http": {"headers": {"Authorization": "Bearer SECRET"}}}'
+    (tmp_path / ".config" / "fsspec" / "web.json").write_text(settings)
+    cache = str(tmp_path / "cache")
+    code = f"from data_pipeline.storage import *; open_dataset(DataConfig(path={url!r}, cache_dir={cache!r}))"
     environment = {**os.environ, "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=60)
     assert "train.index" in staged(tmp_path / "cache")
 
 
-def test_a_checkpoint_of_before_is_read_without_its_secret(tmp_path):
+def test_the_secret_in_an_old_checkpoint_is_not_read(tmp_path):
     from train.checkpoint.format import CheckpointInfo, read_info, write_manifest
 
     config = {"data": {"path": "s3://key:SECRET@bucket/dataset"}}
@@ -156,7 +166,7 @@ def test_a_checkpoint_of_before_is_read_without_its_secret(tmp_path):
     assert read_info(tmp_path).config["data"]["path"] == "s3://bucket/dataset"
 
 
-def test_the_home_folder(dataset, tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_folder(dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     data = DataConfig(path="~/dataset", cache_dir="~/cache")
     assert (data.path, data.cache_dir) == (str(dataset), str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""A cache of staged files: nothing foreign in its folder is touched, and what is damaged is fetched again."""
+"""A cache of staged files: foreign files in its folder are not touched, and damaged copies are fetched again."""
 
 import os
 import shutil
@@ -22,13 +22,19 @@ from tests.hostile.datasets import SAMPLES, contents, everything, flip_a_bit, ne
 from tests.runs import ROOT
 
 
-def test_a_cache_with_a_limit_leaves_a_users_files_alone(dataset, tmp_path):
+def test_a_cache_with_a_limit_does_not_touch_the_users_files(dataset, tmp_path):
     cache = tmp_path / "cache"
-    foreign = ["results/thesis.pdf", "results/run.12.part", "notes.lock", "results/train-00000.tar", "0123456789abcdef/train-00000.tar"]
+    foreign = [
+        "results/thesis.pdf",
+        "results/run.12.part",
+        "notes.lock",
+        "results/train-00000.tar",
+        "0123456789abcdef/train-00000.tar",
+    ]
     for name in foreign:
         (cache / name).parent.mkdir(parents=True, exist_ok=True)
         (cache / name).write_bytes(os.urandom(100_000))
-        os.utime(cache / name, (1, 1))  # older than anything else
+        os.utime(cache / name, (1, 1))  # older than all other files
     before = contents(cache)
     shard_size = max(path.stat().st_size for path in dataset.glob("*.tar"))
     data = config(dataset, cache, cache_gb=(1000 + 1.5 * shard_size) / 1e9)
@@ -43,18 +49,19 @@ def test_a_cache_with_a_limit_leaves_a_users_files_alone(dataset, tmp_path):
     assert {path: data for path, data in contents(cache).items() if own not in path.parents} == before
 
 
-def test_a_folder_that_is_no_cache_is_refused(dataset, tmp_path):
+def test_a_folder_that_is_not_a_cache_is_refused(dataset, tmp_path):
     folder = tmp_path / "cache" / f"cat-cache-{os.geteuid()}"
     folder.mkdir(parents=True)
     (folder / "thesis.pdf").write_text("years")
-    with pytest.raises(UsageError, match=r"cat-cache-\d+ is no cache, as there is no CACHEDIR\.TAG in it: choose another data\.cache_dir"):
+    sentence = r"cat-cache-\d+ is not a cache, because it has no CACHEDIR\.TAG: choose another data\.cache_dir"
+    with pytest.raises(UsageError, match=sentence):
         open_dataset(config(dataset, tmp_path / "cache"))
     assert (folder / "thesis.pdf").read_text() == "years"
 
 
 @pytest.mark.parametrize("how", ["link", "writable", pytest.param("owner", marks=needs_root)])
 def test_a_cache_that_another_user_has_prepared_is_refused(dataset, tmp_path, how):
-    """As anybody can in /tmp, before the first start."""
+    """Any user can do so in a shared folder before the first start."""
     folder, elsewhere = tmp_path / "cache" / f"cat-cache-{os.geteuid()}", tmp_path / "elsewhere"
     folder.parent.mkdir()
     elsewhere.mkdir(mode=0o700)
@@ -86,8 +93,8 @@ def stage_as(user: int, data: DataConfig) -> None:
 
 @needs_root
 def test_two_users_share_a_cache_folder(dataset):
-    """One after the other and at once; with a limit, too, under which each makes room for its own files only."""
-    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+    """Sequentially and in parallel, without and with a limit; each user removes only own files."""
+    with tempfile.TemporaryDirectory() as name:  # other users cannot enter the folders of pytest
         folder = Path(name)
         folder.chmod(0o755)
         shutil.copytree(dataset, folder / "dataset")
@@ -106,7 +113,7 @@ def test_two_users_share_a_cache_folder(dataset):
 
 
 @needs_root
-def test_a_cache_folder_of_another_user_is_one_sentence(dataset):
+def test_the_error_for_a_cache_folder_of_another_user_is_one_sentence(dataset):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -115,11 +122,12 @@ def test_a_cache_folder_of_another_user_is_one_sentence(dataset):
         code = "from data_pipeline.storage import *; open_dataset(DataConfig(path={!r}, cache_dir={!r}))"
         command = [sys.executable, "-c", code.format(str(folder / "dataset"), str(folder / "cache"))]
         nobody = ["setpriv", "--reuid=65534", "--clear-groups"]
-        result = subprocess.run([*nobody, *command], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HOME": "/"})
+        environment = {**os.environ, "HOME": "/"}
+        result = subprocess.run([*nobody, *command], capture_output=True, text=True, cwd=ROOT, env=environment)
         assert f"UsageError: data.cache_dir {folder}/cache cannot be used: Permission denied." in result.stderr
 
 
-# --- damage on the node's disk -----------------------------------------------------------------------------------------------------------
+# --- damage on the node's disk ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut off"])
@@ -132,7 +140,8 @@ def test_a_damaged_file_of_the_cache_is_fetched_again(dataset, tmp_path, damage)
     flip_a_bit(path, place) if damage == "flipped" else os.truncate(path, place)
     stored = open_backend("webdataset", open_dataset(data).split("train")).stored
     assert stored.read(np.arange(SAMPLES)) == (expected, {})
-    assert [(fault.file, fault.error) for fault in stored.take_faults()] == [(str(path), "damaged on this node's disk, and fetched again")]
+    faults = [(fault.file, fault.error) for fault in stored.take_faults()]
+    assert faults == [(str(path), "damaged on this node's disk, and fetched again")]
     assert path.read_bytes() == (dataset / path.name).read_bytes()
 
 
@@ -140,11 +149,12 @@ def test_a_damaged_index_of_the_cache_is_fetched_again(dataset, tmp_path):
     data = config(dataset, tmp_path / "cache")
     split = open_dataset(data).split("train")
     flip_a_bit(split.index_path, 16)
-    assert open_dataset(data).split("train").records["label"].tolist() == [number % 10 for number in range(SAMPLES)]
+    labels = open_dataset(data).split("train").records["label"]
+    assert labels.tolist() == [number % 10 for number in range(SAMPLES)]
 
 
-def test_a_sample_that_was_packed_damaged_stays_bad_and_costs_one_look(dataset, tmp_path):
-    """Its file is the manifest's, so another copy would not help."""
+def test_the_file_of_a_sample_that_was_damaged_before_packing_is_not_fetched_again(dataset, tmp_path):
+    """Its file equals that of the manifest, so another copy would not help."""
     records = np.array(open_manifest(dataset).split("train").records)
     records["checksum"][[5, 6]] ^= 1
     records.tofile(dataset / "train.index")
@@ -159,7 +169,7 @@ def test_a_sample_that_was_packed_damaged_stays_bad_and_costs_one_look(dataset, 
     assert stored.take_faults() == ()
 
 
-# --- descriptors -----------------------------------------------------------------------------------------------------------------------
+# --- descriptors -----------------------------------------------------------------------------------------------------
 
 
 def test_every_loader_closes_its_files(dataset):

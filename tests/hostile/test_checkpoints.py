@@ -1,4 +1,4 @@
-"""A checkpoint from a stranger: it may end a command with one sentence, and do nothing else."""
+"""Untrusted checkpoints: reading one may end a command with one sentence and must have no other effect."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from train.tasks.base import build_task
 
 
 class Forged:
-    """A checkpoint of one shard, which is sound until somebody changes it."""
+    """A sound checkpoint of one shard, with methods that tamper with it."""
 
     def __init__(self, folder: Path, config: Path, classes: list[str] | None = None):
         self.path = folder / "checkpoint"
@@ -40,9 +40,9 @@ class Forged:
         self.seal(name)
 
     def seal(self, *names: str) -> None:
-        """Make the hashes right again."""
-        shards = self.manifest()["shards"] | {name: hashlib.sha256((self.path / name).read_bytes()).hexdigest() for name in names}
-        self.change(shards=shards)
+        """Correct the hashes of changed shards in the manifest."""
+        hashes = {name: hashlib.sha256((self.path / name).read_bytes()).hexdigest() for name in names}
+        self.change(shards=self.manifest()["shards"] | hashes)
 
     def manifest(self) -> dict:
         return json.loads((self.path / "manifest.json").read_text())
@@ -75,7 +75,7 @@ def refused(forged: Forged) -> str:
     return text
 
 
-def test_the_forger_can_write_a_sound_one(forged):
+def test_the_unchanged_checkpoint_is_sound(forged):
     read_trained(forged.path).model()
 
 
@@ -96,8 +96,10 @@ DEEP = 100_000 * "[" + 100_000 * "]"
         {"step": 10**400},
         {"step": True},
         {"step": "8"},
-        {"top1": float("nan")},
-        {"top1": 1e300},
+        {"score": float("nan")},
+        {"score": 1e300},
+        {"better": "other"},
+        {"version": 1, "top1": float("nan")},
         {"optimizer_step": -1},
         {"world_size": None},
         {"classes": ["a", 7]},
@@ -107,28 +109,30 @@ DEEP = 100_000 * "[" + 100_000 * "]"
         {"shapes": {"head.bias": [-10]}},
         {"shapes": {"head.bias": [1.5]}},
         {"shapes": {"head.bias": 10}},
-        {"version": 2},
+        {"version": 3},
         {"version": "\x1b[2J"},
     ],
     ids=lambda fields: f"{next(iter(fields))}-{str(next(iter(fields.values())))[:20]!a}",
 )
-def test_a_manifest_that_lies(forged, fields):
+def test_a_manifest_with_invalid_fields_is_refused(forged, fields):
     forged.change(**fields)
     refused(forged)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", DEEP, '{"version": 1}', '{"version": 1, "config": ' + DEEP + "}", "\xff\x00"])
-def test_a_manifest_that_is_none(forged, text):
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "7", DEEP, '{"version": 1}', '{"version": 1, "config": ' + DEEP + "}", "\xff\x00"]
+)
+def test_a_file_that_is_not_a_manifest_is_refused(forged, text):
     (forged.path / "manifest.json").write_text(text)
     refused(forged)
 
 
-def test_a_manifest_without_end_is_not_read(forged):
-    os.truncate(forged.path / "manifest.json", 2**40)  # a hole: it takes no room
+def test_a_huge_manifest_is_not_read(forged):
+    os.truncate(forged.path / "manifest.json", 2**40)  # a sparse file, which takes no space
     assert "no manifest is that large" in refused(forged)
 
 
-def test_files_that_never_end_are_not_opened(forged):
+def test_pipes_and_devices_are_not_opened(forged):
     (forged.path / "manifest.json").rename(forged.path / "kept")
     os.mkfifo(forged.path / "manifest.json")
     assert "is no file" in refused(forged)
@@ -139,7 +143,7 @@ def test_files_that_never_end_are_not_opened(forged):
         assert "shard_00000.safetensors is missing" in refused(forged)
 
 
-def test_shapes_that_no_memory_holds(forged):
+def test_shapes_that_exceed_any_memory_are_refused(forged):
     forged.change(shapes=forged.manifest()["shapes"] | {"head.bias": [10**12]})
     assert "model/head.bias has 10 of the 1000000000000 elements of its shape" in refused(forged)
     forged.header(lambda header: header["model/head.bias"].update(shape=[10**12]))
@@ -168,28 +172,31 @@ def test_shapes_that_no_memory_holds(forged):
         lambda header: header.pop("model/head.bias"),
     ],
 )
-def test_a_shard_that_lies(forged, change):
+def test_a_shard_with_an_invalid_header_is_refused(forged, change):
     forged.header(change)
     refused(forged)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\x00" * 8, b"\xff" * 8 + b"{}", (1 << 40).to_bytes(8, "little") + b"{}", b"\x02" + bytes(7) + b"{"]
+    "content",
+    [b"", b"\x00" * 8, b"\xff" * 8 + b"{}", (1 << 40).to_bytes(8, "little") + b"{}", b"\x02" + bytes(7) + b"{"],
 )
-def test_a_shard_that_is_none(forged, content):
+def test_a_file_that_is_not_a_shard_is_refused(forged, content):
     (forged.path / "shard_00000.safetensors").write_bytes(content)
     forged.seal("shard_00000.safetensors")
     refused(forged)
 
 
-def test_pieces_that_overlap_or_leave_holes(forged):
-    """Of ten elements: six and six, of which two are the same; and as many as there should be, but four twice and three not at all."""
+def test_pieces_that_overlap_or_leave_gaps_are_refused(forged):
+    """Pieces of a tensor of ten elements, given by their lengths and the start of the second one."""
     bias = forged.tensors.pop("model/head.bias")
     forged.write()
     for first, second, start in ((6, 6, 4), (7, 3, 2), (3, 3, 7), (5, 5, 6)):
         save_file({"model/head.bias": bias[:first]}, forged.path / "shard_00001.safetensors", {"starts": "{}"})
         starts = json.dumps({"model/head.bias": start})
-        save_file({"model/head.bias": bias[:second].clone()}, forged.path / "shard_00002.safetensors", {"starts": starts})
+        save_file(
+            {"model/head.bias": bias[:second].clone()}, forged.path / "shard_00002.safetensors", {"starts": starts}
+        )
         forged.seal("shard_00001.safetensors", "shard_00002.safetensors")
         assert "head.bias" in refused(forged)
 
@@ -208,7 +215,7 @@ def test_pieces_that_overlap_or_leave_holes(forged):
         ("train", 7),
     ],
 )
-def test_a_config_that_does_not_fit(forged, section, settings):
+def test_an_invalid_config_is_refused(forged, section, settings):
     config = forged.manifest()["config"]
     config[section] = config[section] | settings if isinstance(settings, dict) else settings
     forged.change(config=config)
@@ -216,14 +223,13 @@ def test_a_config_that_does_not_fit(forged, section, settings):
 
 
 def command(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / f"launch/{name}.py"), *arguments], cwd=folder, capture_output=True, text=True, timeout=600
-    )
+    whole = [sys.executable, str(ROOT / f"launch/{name}.py"), *arguments]
+    return subprocess.run(whole, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.slow
-def test_what_a_config_points_at_is_neither_fetched_nor_written(tiny_config, tiny_dataset, tmp_path):
-    """The first weights of a run are not looked for; a URL is not asked; a folder for copies is not made."""
+def test_paths_and_urls_in_a_config_are_not_accessed(tiny_config, tiny_dataset, tmp_path):
+    """Initial weights are not read, a URL is not requested, and a folder for copies is not created."""
     forged = Forged(tmp_path, tiny_config)
     config = forged.manifest()["config"]
     config["model"]["init_from"] = "/dev/zero"
@@ -232,23 +238,25 @@ def test_what_a_config_points_at_is_neither_fetched_nor_written(tiny_config, tin
     work = tmp_path / "work"
     work.mkdir()
     done = command("evaluate", work, str(forged.path))
-    assert done.returncode == 78 and done.stderr == "error: the run's dataset is behind a URL; name it: --data URL --cache-dir FOLDER\n"
+    assert done.returncode == 78
+    assert done.stderr == "error: the run's dataset is behind a URL; name it: --data URL --cache-dir FOLDER\n"
     done = command("evaluate", work, str(forged.path), "--data", str(tiny_dataset))
     assert done.returncode == 0 and "(101 images)" in done.stdout, done.stderr
     assert not (tmp_path / "cache").exists() and not list(work.iterdir())
 
 
 @pytest.mark.slow
-def test_class_names_do_not_command_a_terminal(tiny_config, tiny_images, tmp_path):
+def test_control_characters_in_class_names_are_escaped(tiny_config, tiny_images, tmp_path):
     classes = [f"\x1b[2J\u202e{number}\r\n" for number in range(10)]
     forged = Forged(tmp_path, tiny_config, classes)
     image = next((tiny_images / "val").rglob("*.jpg"))
     done = command("predict", tmp_path, str(image), "--run", str(forged.path), "--top", "1")
     assert done.returncode == 0, done.stderr
-    assert [line.isprintable() for line in done.stdout.splitlines()] == [True, True] and r"\x1b[2J\u202e" in done.stdout
+    assert [line.isprintable() for line in done.stdout.splitlines()] == [True, True]
+    assert r"\x1b[2J\u202e" in done.stdout
 
 
-def test_what_is_read_is_what_was_written(forged):
+def test_reading_returns_the_written_tensors(forged):
     state = read_trained(forged.path).state
     assert all(torch.equal(tensor.flatten(), forged.tensors[f"model/{name}"]) for name, tensor in state.items())
 

@@ -1,4 +1,4 @@
-"""Images from strangers: prepare leaves one out with its reason or stores what training reads; no code is run."""
+"""Untrusted images: prepare stores what training reads or leaves an image out with a reason, and runs no code of it."""
 
 import io
 import itertools
@@ -12,7 +12,7 @@ from PIL import Image
 from data_pipeline import native
 from data_pipeline.decode import DECODERS, decode_batch
 from data_pipeline.jpeg import MOST_SCANS
-from data_pipeline.validate import BadImage, check_image, one_sample
+from data_pipeline.validate import BadImage, check_image, errors_as_bad_image
 from tests.data_pipeline.images import encoded, picture
 from tests.data_pipeline.jpegs import CORPUS, corpus, with_sampling
 
@@ -21,12 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 ALL = [(x, y) for x in (1, 2, 3, 4) for y in (1, 2, 3, 4)]
-# Ten blocks is the most that the standard lets an interleaved scan have in a unit.
+# The standard permits at most ten blocks per unit of an interleaved scan.
 SAMPLINGS = [factors for factors in itertools.product(ALL, repeat=3) if sum(x * y for x, y in factors) <= 10]
 
 
-def test_what_prepare_keeps_training_reads_for_every_sampling():
-    """As it is, or transcoded; and every decoder gives the same pixels. What libjpeg does not read is left out."""
+def test_training_reads_images_that_prepare_accepts_with_every_sampling():
+    """Every decoder gives the same pixels for kept and transcoded images. Files that libjpeg refuses are left out."""
     outcomes = {}
     for factors in SAMPLINGS:
         data = with_sampling(list(factors), 37, 29)
@@ -46,10 +46,12 @@ def test_what_prepare_keeps_training_reads_for_every_sampling():
         for decoder in (name for name in DECODERS if name != "native" or native.LIBRARY):
             out = np.zeros((1, 40, 40, 3), np.uint8)
             window = np.array([[-1, -2, 40, 40, 0]], np.int32)
-            assert decode_batch([image.data], np.array([[37, 29]]), window, 40, "bicubic", out, decoder=decoder) == {}, (factors, decoder)
+            failures = decode_batch([image.data], np.array([[37, 29]]), window, 40, "bicubic", out, decoder=decoder)
+            assert failures == {}, (factors, decoder)
             pixels.append(out)
         assert all(np.array_equal(pixels[0], others) for others in pixels), factors
-    assert len(SAMPLINGS) == 515 and outcomes["kept"] >= 10 and outcomes["transcoded"] > 100 and outcomes["excluded"] > 100
+    assert len(SAMPLINGS) == 515
+    assert outcomes["kept"] >= 10 and outcomes["transcoded"] > 100 and outcomes["excluded"] > 100
 
 
 def test_four_four_one_is_transcoded():
@@ -59,8 +61,8 @@ def test_four_four_one_is_transcoded():
     assert np.abs(np.asarray(Image.open(io.BytesIO(image.data))) - original).mean() < 3
 
 
-def test_there_is_one_limit_of_scans():
-    """In preparation and in every decoder: 500 are kept, 501 left out."""
+def test_the_limit_of_scans_is_the_same_everywhere():
+    """Preparation and every decoder accept 500 scans and refuse 501."""
     assert MOST_SCANS == 500
     assert check_image(corpus("scans_500")).outcome == "kept"
     with pytest.raises(BadImage, match="more than 500 scans"):
@@ -68,25 +70,32 @@ def test_there_is_one_limit_of_scans():
     for decoder in (name for name in DECODERS if name != "native" or native.LIBRARY):
         for name, reason in (("scans_500", {}), ("scans_501", {0: "it has more than 500 scans"})):
             out, window = np.zeros((1, 8, 8, 3), np.uint8), np.array([[0, 0, 24, 16, 0]], np.int32)
-            assert decode_batch([corpus(name)], np.array([[24, 16]]), window, 8, "bicubic", out, decoder=decoder) == reason
+            failures = decode_batch([corpus(name)], np.array([[24, 16]]), window, 8, "bicubic", out, decoder=decoder)
+            assert failures == reason
 
 
-@pytest.mark.parametrize("name", ["progressive_incomplete", "progressive_444_incomplete", "progressive_without_last", "scans_without_last"])
-def test_what_lacks_scans_is_transcoded(name):
-    """libjpeg fills in what is missing, and each version of it differently: such an image is stored as this one sees it."""
+@pytest.mark.parametrize(
+    "name", ["progressive_incomplete", "progressive_444_incomplete", "progressive_without_last", "scans_without_last"]
+)
+def test_images_with_missing_scans_are_transcoded(name):
+    """Versions of libjpeg fill in missing scans differently, so the pixels of the installed version are stored."""
     image = check_image(corpus(name))
     assert image.outcome == "transcoded" and "lacks scans" in image.why
     assert check_image(image.data).outcome == "kept"
 
 
-@pytest.mark.parametrize("name", ["progressive", "progressive_444", "1x3_progressive", "scans", "gray", "rgb", "restarts_rows"])
-def test_what_has_all_its_scans_is_not_touched_for_them(name):
-    image = check_image(corpus(name))
-    assert "lacks scans" not in image.why
+@pytest.mark.parametrize("name", ["progressive", "progressive_444", "scans", "gray", "rgb", "restarts_rows"])
+def test_images_with_all_scans_are_kept(name):
+    assert check_image(corpus(name)).outcome == "kept"
+
+
+def test_a_complete_image_is_transcoded_only_for_its_sampling():
+    image = check_image(corpus("1x3_progressive"))
+    assert (image.outcome, image.why) == ("transcoded", "JPEG with unusual chroma sampling")
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG whose header alone says that it is that large."""
+    """A small PNG whose header claims this size."""
     small = bytearray(encoded(Image.new("1", (1, 1)), "PNG"))
     small[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     small[29:33] = zlib.crc32(small[12:29]).to_bytes(4, "big")
@@ -116,7 +125,7 @@ BAD_IMAGES = {
 
 
 @pytest.mark.parametrize("name", BAD_IMAGES)
-def test_images_that_are_none(name):
+def test_files_that_are_not_images_are_refused(name):
     with pytest.raises(BadImage) as raised:
         check_image(BAD_IMAGES[name])
     assert 0 < len(str(raised.value)) < 400
@@ -124,7 +133,7 @@ def test_images_that_are_none(name):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about damaged TIFF files
 def test_damaged_files_of_every_kind_are_bad_images_or_usable():
-    """Whatever a decoder raises: 2,000 files with bytes changed, cut out, or doubled."""
+    """No other exception is raised for 2,000 files with bytes changed, removed or inserted."""
     random = np.random.default_rng(0)
     kinds = ["PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG", "JPEG2000"]
     files = [encoded(picture(number, size=(24, 18)), kind) for number, kind in enumerate(kinds)]
@@ -140,15 +149,17 @@ def test_damaged_files_of_every_kind_are_bad_images_or_usable():
         except BadImage:
             continue
         usable += 1
-        out, window = np.zeros((1, 8, 8, 3), np.uint8), np.array([[0, 0, image.width, image.height, 0]], np.int32)
-        assert decode_batch([image.data], np.array([[image.width, image.height]]), window, 8, "bicubic", out) == {}, number
+        out, size = np.zeros((1, 8, 8, 3), np.uint8), (image.width, image.height)
+        window = np.array([[0, 0, *size, 0]], np.int32)
+        assert decode_batch([image.data], np.array([size]), window, 8, "bicubic", out) == {}, number
     assert 100 < usable < 1900
 
 
-def test_no_memory_and_the_machines_errors_are_no_faults_of_a_sample():
+def test_errors_of_the_machine_are_not_faults_of_a_sample():
     for error in (MemoryError(), OSError(5, "Input/output error"), ImportError("no simplejpeg")):
-        with pytest.raises(type(error)), one_sample():
+        with pytest.raises(type(error)), errors_as_bad_image():
             raise error
-    for error in (KeyError(6), RecursionError("deep"), OSError("image file is truncated"), AssertionError(), OverflowError("large")):
-        with pytest.raises(BadImage), one_sample():
+    truncated = OSError("image file is truncated")
+    for error in (KeyError(6), RecursionError("deep"), truncated, AssertionError(), OverflowError("large")):
+        with pytest.raises(BadImage), errors_as_bad_image():
             raise error

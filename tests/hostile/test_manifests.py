@@ -1,4 +1,4 @@
-"""What a stranger's manifest or index can do: make the program stop with a sentence, and nothing else."""
+"""Untrusted manifests and indexes: reading one may end a program with one sentence and must have no other effect."""
 
 import tracemalloc
 
@@ -56,23 +56,27 @@ HOSTILE = {
     "classes numbers": lambda document: document.update(classes=[1, 2]),
     "classes text": lambda document: document.update(classes="abc"),
     "splits a list": lambda document: document.update(splits=[]),
-    "beton mode": split_entry(beton={"file": "b", "bytes": 1, "sha256": "0" * 64, "mode": "exec", "fingerprint": "0" * 64}),
-    "beton upwards": split_entry(beton={"file": "../b", "bytes": 1, "sha256": "0" * 64, "mode": "raw", "fingerprint": "0" * 64}),
+    "beton mode": split_entry(
+        beton={"file": "b", "bytes": 1, "sha256": "0" * 64, "mode": "exec", "fingerprint": "0" * 64}
+    ),
+    "beton upwards": split_entry(
+        beton={"file": "../b", "bytes": 1, "sha256": "0" * 64, "mode": "raw", "fingerprint": "0" * 64}
+    ),
 }
 
 
 @pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_manifest_is_one_sentence(dataset, tmp_path, change):
+def test_a_hostile_manifest_is_refused_in_one_sentence(dataset, tmp_path, change):
     rewrite(dataset, change)
-    before = contents(tmp_path)
-    for attempt in (lambda: open_manifest(dataset), lambda: open_dataset(config(f"file://{dataset}", tmp_path / "cache"))):
+    before, staged = contents(tmp_path), config(f"file://{dataset}", tmp_path / "cache")
+    for attempt in (lambda: open_manifest(dataset), lambda: open_dataset(staged)):
         with pytest.raises(DataError, match=r"manifest\.json is damaged \(.*\)\. Prepare the dataset again\.$"):
             attempt()
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, '{"version": 1}', "null", "\ufeff{}", ""])
-def test_what_is_hardly_json(dataset, text):
+def test_a_file_that_is_not_a_manifest_is_refused(dataset, text):
     (dataset / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=r"manifest\.json (is damaged|has format version)"):
         open_manifest(dataset)
@@ -91,8 +95,8 @@ def test_what_is_hardly_json(dataset, text):
         ("width", 0, "it has no pixels"),
     ],
 )
-def test_an_index_that_says_what_cannot_be(dataset, tmp_path, field, value, sentence):
-    """With the right hash: it is the one who made it that is not to be trusted."""
+def test_an_index_with_impossible_values_is_refused(dataset, tmp_path, field, value, sentence):
+    """Its hash is correct, because an attacker can compute it too."""
     path = dataset / "train.index"
     records = np.array(open_manifest(dataset).split("train").records)
     records[field][7] = value
@@ -109,7 +113,7 @@ def test_a_flipped_bit_in_an_index_is_found_at_the_start(dataset):
         open_dataset(config(dataset))
 
 
-def test_one_process_of_a_node_looks(dataset, monkeypatch):
+def test_one_process_of_a_node_checks_the_files(dataset, monkeypatch):
     (dataset / "train-00001.tar").unlink()
     monkeypatch.setenv("LOCAL_RANK", "1")
     open_dataset(config(dataset))

@@ -1,6 +1,6 @@
-"""Tars, folders and labels from strangers: prepare and index stop with a sentence or leave a sample out with its reason.
+"""Untrusted tars, folders and labels: prepare and index end with one sentence or leave a sample out with a reason.
 
-They write nothing outside DEST, run nothing, and give no label that is out of range.
+They write nothing outside DEST, execute nothing, and give no label that is out of range.
 """
 
 import gzip
@@ -17,9 +17,10 @@ import pytest
 
 from data_pipeline import tars
 from data_pipeline.foreign import index
+from data_pipeline.image_source import Source
 from data_pipeline.labels import read_labels
+from data_pipeline.listing import list_source, open_source
 from data_pipeline.manifest import DataError, UsageError, open_manifest
-from data_pipeline.sources import Source, list_source, open_source
 from data_pipeline.tars import tar_files
 from tests.data_pipeline.images import encoded, listed, picture, run, stored
 from tests.data_pipeline.jpegs import corpus
@@ -29,9 +30,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def header(name: bytes, size: int | bytes, kind: bytes = b"0", link: bytes = b"") -> bytes:
-    """A tar header as it is not written by tar. size: as a number, or the field's 12 bytes."""
+    """A tar header with arbitrary fields. size: a number, or the 12 bytes of the field."""
     field = b"%011o\0" % size if isinstance(size, int) else size
-    block = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + field + b"00000000000\0" + b" " * 8 + kind + link.ljust(100, b"\0")
+    block = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + field + b"00000000000\0" + b" " * 8
+    block += kind + link.ljust(100, b"\0")
     block = (block + b"ustar\x0000").ljust(512, b"\0")
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
@@ -56,12 +58,12 @@ def base256(number: int) -> bytes:
 END = bytes(1024)
 IMAGE = member("a/1.jpg", GOOD)
 HOSTILE_TARS = {
-    "a name outside": (member("a/../../b/1.jpg", GOOD), "has an image outside itself"),
+    "a name outside": (member("a/../../b/1.jpg", GOOD), "has an image with a path outside itself"),
     "a link to a file": (header(b"a/2.jpg", 0, b"2", b"/etc/passwd"), "is a link"),
     "a hard link": (header(b"a/2.jpg", 0, b"1", b"../../x"), "is a link"),
-    "a device": (header(b"a/2.jpg", 0, b"3"), "is no plain file"),
-    "a block device": (header(b"a/2.jpg", 0, b"4"), "is no plain file"),
-    "a pipe": (header(b"a/2.jpg", 0, b"6"), "is no plain file"),
+    "a device": (header(b"a/2.jpg", 0, b"3"), "is not a plain file"),
+    "a block device": (header(b"a/2.jpg", 0, b"4"), "is not a plain file"),
+    "a pipe": (header(b"a/2.jpg", 0, b"6"), "is not a plain file"),
     "a line break in a name": (member("a\nb/2.jpg", GOOD), "control characters"),
     "an escape in a name": (member("a/\x1b[2J.jpg", GOOD), "control characters"),
     "8 GB": (header(b"a/2.jpg", b"77777777777\0"), "is cut off"),
@@ -72,7 +74,7 @@ HOSTILE_TARS = {
     "less than nothing, by pax": (pax(size="-1024") + member("a/2.jpg", GOOD), "is damaged|not a whole tar"),
     "more than there is, by pax": (pax(size=str(1 << 70)) + member("a/2.jpg", GOOD), "is cut off"),
     "sparse, without a map": (pax(GNU__sparse__realsize="1500") + member("a/2.jpg", GOOD[:100]), "is damaged"),
-    "sparse": (pax(GNU__sparse__size="1500") + member("a/2.jpg", GOOD[:100]), "is damaged|is no plain file"),
+    "sparse": (pax(GNU__sparse__size="1500") + member("a/2.jpg", GOOD[:100]), "is damaged|is not a plain file"),
     "sparse, as no number": (pax(GNU__sparse__size="x") + member("a/2.jpg", GOOD), "is not a whole tar"),
     "a number of many digits": (pax(GNU__sparse__realsize="9" * 5000) + member("a/2.jpg", GOOD), "is not a whole tar"),
     "a record of no length": (member("pax", b"0 a=b\n", b"x") + IMAGE, "damaged|not a whole tar"),
@@ -85,8 +87,8 @@ HOSTILE_TARS = {
 
 
 @pytest.mark.parametrize("name", HOSTILE_TARS)
-def test_hostile_tars_are_one_sentence(tmp_path, name):
-    """For prepare, which lists a tar first, and for index."""
+def test_hostile_tars_are_refused_in_one_sentence(tmp_path, name):
+    """By the listing of prepare, and by tar_files, which index uses."""
     data, message = HOSTILE_TARS[name]
     path = tmp_path / "hostile.tar"
     path.write_bytes(IMAGE + data + END)
@@ -99,14 +101,16 @@ def test_hostile_tars_are_one_sentence(tmp_path, name):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_absolute_names_and_double_slashes_are_read_as_tar_does_it(tmp_path):
-    (tmp_path / "a.tar").write_bytes(member("/cats/1.jpg", GOOD) + member("cats//2.jpg", GOOD) + member("./dogs/./3.jpg", GOOD) + END)
+def test_absolute_names_and_double_slashes_are_normalised_as_by_tar(tmp_path):
+    names = ("/cats/1.jpg", "cats//2.jpg", "./dogs/./3.jpg")
+    (tmp_path / "a.tar").write_bytes(b"".join(member(name, GOOD) for name in names) + END)
     listing = list_source(open_source(str(tmp_path / "a.tar"), tmp_path))
-    assert listing.classes == ("cats", "dogs") and listing.splits["train"].names == ["cats/1.jpg", "cats/2.jpg", "dogs/3.jpg"]
+    assert listing.classes == ("cats", "dogs")
+    assert listing.splits["train"].names == ["cats/1.jpg", "cats/2.jpg", "dogs/3.jpg"]
 
 
-def test_a_tar_in_a_tar_in_a_tar_is_no_class(tmp_path):
-    """One level is read, as ImageNet's own file has it."""
+def test_only_one_level_of_nested_tars_is_read(tmp_path):
+    """ImageNet's own file has one level."""
     inner = member("1.jpg", GOOD) + END
     nested = inner
     for _ in range(50):
@@ -117,7 +121,7 @@ def test_a_tar_in_a_tar_in_a_tar_is_no_class(tmp_path):
 
 
 def test_a_compressed_bomb_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
-    """The limit of 4 GiB is lowered, or the test would write as much."""
+    """The limit of 4 GiB is lowered, so that the test writes less."""
     monkeypatch.setattr(tars, "ALWAYS_ALLOWED", 1 << 20)
     path = tmp_path / "bomb.tar.gz"
     with gzip.open(path, "wb") as file:
@@ -130,43 +134,44 @@ def test_a_compressed_bomb_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.7z", "a.rar", "a.tar"])
-def test_what_is_no_tar(tmp_path, name):
+def test_other_archives_are_refused(tmp_path, name):
     path = tmp_path / name
     if name == "a.zip":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("../cat/1.jpg", GOOD)
     else:
-        path.write_bytes({"a.7z": b"7z\xbc\xaf\x27\x1c", "a.rar": b"Rar!\x1a\x07", "a.tar": b"\x1f\x8b"}[name] + bytes(2000))
+        magic = {"a.7z": b"7z\xbc\xaf\x27\x1c", "a.rar": b"Rar!\x1a\x07", "a.tar": b"\x1f\x8b"}
+        path.write_bytes(magic[name] + bytes(2000))
     with pytest.raises(DataError, match="is not a whole tar archive|cannot be decompressed|contains no images"):
         run(path, tmp_path / "set")
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------------------------
+# --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def test_folders_with_pipes_and_circles(tmp_path):
+def test_folders_with_pipes_devices_and_circular_links_are_refused(tmp_path):
     (tmp_path / "set/cat").mkdir(parents=True)
     (tmp_path / "set/cat/1.jpg").write_bytes(GOOD)
     (tmp_path / "set/cat/again").symlink_to(tmp_path / "set")
-    with pytest.raises(DataError, match="again is a link to a folder that it lies in"):
+    with pytest.raises(DataError, match="again is a link to a folder that contains it"):
         list_source(Source("folder", tmp_path / "set"))
     (tmp_path / "set/cat/again").unlink()
     os.mkfifo(tmp_path / "set/cat/2.jpg")
-    with pytest.raises(DataError, match=r"2\.jpg is no regular file"):
+    with pytest.raises(DataError, match=r"2\.jpg is not a regular file"):
         list_source(Source("folder", tmp_path / "set"))
     (tmp_path / "set/cat/2.jpg").unlink()
     (tmp_path / "set/cat/2.jpg").symlink_to("/dev/zero")
-    with pytest.raises(DataError, match=r"2\.jpg is no regular file"):
+    with pytest.raises(DataError, match=r"2\.jpg is not a regular file"):
         list_source(Source("folder", tmp_path / "set"))
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\x85b", os.fsdecode(b"caf\xe9")])
-def test_names_of_classes_that_are_refused(tmp_path, name):
+def test_class_names_with_control_characters_are_refused(tmp_path, name):
     (tmp_path / "set" / name).mkdir(parents=True)
     (tmp_path / "set" / name / "1.jpg").write_bytes(GOOD)
     with pytest.raises(DataError, match="control characters") as raised:
         list_source(Source("folder", tmp_path / "set"))
-    str(raised.value).encode()  # can be written to a log
+    str(raised.value).encode()  # raises if the message cannot be written to a log
     assert "\n" not in str(raised.value) and "\x1b" not in str(raised.value)
 
 
@@ -174,15 +179,15 @@ def test_a_huge_file_is_left_out_before_it_is_read(tmp_path):
     for name in ("1", "2"):
         (tmp_path / "set/cat").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"set/cat/{name}.jpg").write_bytes(GOOD)
-    os.truncate(tmp_path / "set/cat/2.jpg", 1 << 40)  # a hole
+    os.truncate(tmp_path / "set/cat/2.jpg", 1 << 40)  # a sparse file
     run(tmp_path / "set", tmp_path / "out", shard_bytes=1 << 45)
-    assert listed(tmp_path / "out")["cat/2.jpg"] == ("excluded", "1099511627776 bytes: an image may have 1073741824")
+    assert listed(tmp_path / "out")["cat/2.jpg"] == ("excluded", "1099511627776 bytes, more than 1073741824")
     assert stored(tmp_path / "out", "train") == [(GOOD, 0)]
 
 
-# --- labels ----------------------------------------------------------------------------------------------------------------------------
+# --- labels ----------------------------------------------------------------------------------------------------------
 
-LABELS = {  # key: (the .cls, the .json, words of the reason)
+LABELS = {  # key: (the .cls, the .json, part of the reason)
     "digits": (b"9" * 5000, None, "no label: '999.* has 5000 characters|its label cannot be read"),
     "huge": (b"9" * 40, None, "no label: 9999"),
     "negative": (b"-3", None, "no label: -3"),
@@ -200,21 +205,23 @@ LABELS = {  # key: (the .cls, the .json, words of the reason)
     "half": (None, b'{"label": 0.5}', "no label: 0.5"),
     "true": (None, b'{"label": true}', "no label: True"),
     "a list": (None, b'{"label": [[[]]]}', "no label: "),
-    "a surrogate": (None, rb'{"label": "\ud800"}', "no UTF-8"),
+    "a surrogate": (None, rb'{"label": "\ud800"}', "not UTF-8"),
     "no object": (None, b'"label"', "its label cannot be read"),
     "a list of labels": (None, b"[1, 2]", "no label"),
-    "16 MB": (None, b'{"label": 0, "text": "' + b"x" * (1 << 24) + b'"}', "and may have 16777216"),
+    "16 MB": (None, b'{"label": 0, "text": "' + b"x" * (1 << 24) + b'"}', "more than 16777216"),
 }
 
 
-def test_labels_that_are_none_are_left_out_with_their_reason(tmp_path):
+def test_samples_with_invalid_labels_are_left_out_with_a_reason(tmp_path):
     with open(tmp_path / "train-0.tar", "wb") as file:
         for key, (word, fields, _) in LABELS.items():
             file.write(member(f"{key}.jpg", GOOD))
             for ending, data in (("cls", word), ("json", fields)):
                 if data is not None:
                     file.write(member(f"{key}.{ending}", data))
-        file.write(member("441.jpg", corpus("441")) + member("441.cls", b"0") + member("scans.jpg", corpus("scans_501")))
+        file.write(
+            member("441.jpg", corpus("441")) + member("441.cls", b"0") + member("scans.jpg", corpus("scans_501"))
+        )
         file.write(member("scans.cls", b"0") + member("good.jpg", GOOD) + member("good.cls", b"1") + END)
     index(tmp_path, workers=1)
     report = listed(tmp_path)
@@ -222,23 +229,25 @@ def test_labels_that_are_none_are_left_out_with_their_reason(tmp_path):
     for key, (_, _, words) in LABELS.items():
         outcome, why = report[f"train-0.tar/{key}"]
         assert outcome == "excluded" and re.search(words, why) and len(why) < 1200, (key, why)
-    assert "unusual chroma sampling" in report["train-0.tar/441"][1] and "more than 500 scans" in report["train-0.tar/scans"][1]
-    manifest = open_manifest(tmp_path)
-    assert stored(tmp_path, "train") == [(GOOD, 1)] and manifest.split("train").records["label"].max() < len(manifest.classes)
+    assert "unusual chroma sampling" in report["train-0.tar/441"][1]
+    assert "more than 500 scans" in report["train-0.tar/scans"][1]
+    assert stored(tmp_path, "train") == [(GOOD, 1)] and open_manifest(tmp_path).classes == ("0", "1")
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u200b", "\t"])
-def test_characters_that_pass_for_line_ends_do_not_shift_labels(tmp_path, character):
-    """Neither in classes.txt nor in a label file: str.splitlines would take them for the ends of lines."""
+def test_unicode_line_separators_do_not_shift_labels(tmp_path, character):
+    """str.splitlines would split lines there, in classes.txt and in a label file."""
     names = ["ant", f"b{character}ee", "cat"]
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/classes.txt").write_text("\r\n".join(names) + "\n\n")
     (tmp_path / "shards/train-0.tar").write_bytes(member("1.jpg", GOOD) + member("1.cls", b"cat") + END)
     index(tmp_path / "shards", workers=1)
-    assert open_manifest(tmp_path / "shards").classes == tuple(names) and stored(tmp_path / "shards", "train") == [(GOOD, 2)]
+    assert open_manifest(tmp_path / "shards").classes == tuple(names)
+    assert stored(tmp_path / "shards", "train") == [(GOOD, 2)]
 
     (tmp_path / "labels.txt").write_text("\n".join(names))
-    assert read_labels(tmp_path / "labels.txt", ["1.jpg", "2.jpg", "3.jpg"], tuple(sorted(names))).tolist() == [0, 1, 2]
+    labels = read_labels(tmp_path / "labels.txt", ["1.jpg", "2.jpg", "3.jpg"], tuple(sorted(names)))
+    assert labels.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +259,7 @@ def test_characters_that_pass_for_line_ends_do_not_shift_labels(tmp_path, charac
         ("ant\nb\x1b[2J\ncat\n", "control characters"),
     ],
 )
-def test_classes_that_are_refused_before_anything_is_read(tmp_path, text, message):
+def test_an_invalid_classes_file_is_refused_before_shards_are_read(tmp_path, text, message):
     (tmp_path / "classes.txt").write_text(text)
     (tmp_path / "train-0.tar").write_bytes(member("1.jpg", GOOD) + member("1.cls", b"cat") + END)
     with pytest.raises(DataError, match=message):
@@ -258,8 +267,8 @@ def test_classes_that_are_refused_before_anything_is_read(tmp_path, text, messag
     assert sorted(path.name for path in tmp_path.iterdir()) == ["classes.txt", "train-0.tar"]
 
 
-def test_class_names_may_hold_what_paths_are_made_of(tmp_path):
-    """A class is a name, never a path: nothing is written under it."""
+def test_class_names_may_look_like_paths(tmp_path):
+    """A class name is never used as a path."""
     words = ["../../evil", "/etc/cron.d/evil", "n/a", "CON", "a;rm -rf b", "$(touch evil)", "<script>"]
     with open(tmp_path / "train-0.tar", "wb") as file:
         for number, word in enumerate(words):
@@ -270,8 +279,8 @@ def test_class_names_may_hold_what_paths_are_made_of(tmp_path):
     assert not list(tmp_path.parent.rglob("*evil*"))
 
 
-def test_a_strangers_manifest_does_not_have_index_delete_files(tmp_path):
-    """One that names a split which is a path, beside a report that says `index`."""
+def test_an_untrusted_manifest_cannot_make_index_delete_files(tmp_path):
+    """Its splits have names that are paths, and a report claims that `index` wrote it."""
     (tmp_path / "mine.index").write_text("my own")
     folder = tmp_path / "set"
     folder.mkdir()
@@ -281,26 +290,27 @@ def test_a_strangers_manifest_does_not_have_index_delete_files(tmp_path):
     (folder / "report.json").write_text(json.dumps({"arguments": {"index": True}}))
     (folder / "image.index").write_text("of another program")
     (folder / "train-0.tar").write_bytes(IMAGE + member("a/1.cls", b"0") + END)
-    try:
+    with pytest.raises(UsageError, match=r"manifest\.json is in the way, and was not made by this program"):
         index(folder, workers=1)
-    except UsageError:
-        pass  # the manifest is refused: just as well
-    assert (tmp_path / "mine.index").read_text() == "my own" and (folder / "image.index").read_text() == "of another program"
+    assert (tmp_path / "mine.index").read_text() == "my own"
+    assert (folder / "image.index").read_text() == "of another program"
 
 
-# --- faults that pass ------------------------------------------------------------------------------------------------------------------
+# --- transient faults ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="making system calls fail needs strace")
-def test_a_stale_handle_is_opened_anew(tmp_path):
+def test_a_file_with_a_stale_handle_is_opened_again(tmp_path):
     path = tmp_path / "a.tar"
     path.write_bytes(IMAGE + END)
     program = """
 import sys
-from data_pipeline.sources import Path, Source, read_image
+from data_pipeline.listing import Path, Source, read_image
 print(len(read_image(Source("tar", Path(sys.argv[1])), "a/1.jpg", 512, 400)))
 """
-    strace = ["strace", "-qq", "-o", str(tmp_path / "log"), "-P", str(path), "-e", "inject=pread64:error=ESTALE:when=1..2"]
-    result = subprocess.run([*strace, sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    log = tmp_path / "log"
+    strace = ["strace", "-qq", "-o", str(log), "-P", str(path), "-e", "inject=pread64:error=ESTALE:when=1..2"]
+    command = [*strace, sys.executable, "-c", program, path]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert result.stdout == "400\n", result.stderr
-    assert (tmp_path / "log").read_text().count("ESTALE") == 2 and (tmp_path / "log").read_text().count("openat") == 3
+    assert log.read_text().count("ESTALE") == 2 and log.read_text().count("openat") == 3

@@ -1,6 +1,6 @@
-"""Weight files that somebody made to do harm: they are refused with a sentence, and nothing of them runs.
+"""Malicious weight files are refused with one sentence, and none of their code runs.
 
-Each names `trace`, a file that is there if code of it ran. Where torch.load itself would run it, the test shows that first.
+Their code would create the file `trace`. If torch.load itself runs the code, the test demonstrates that first.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def refused(path: Path, sentence: str) -> None:
-    """By load_published and by what model.init_from calls: in one line that names the file."""
+    """Check that load_published and model.init_from refuse the file in one line that names it."""
     with pytest.raises(ValueError, match=sentence) as error:
         catmodel.load_published(small("cat_nano", stages=1), path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
@@ -42,7 +42,7 @@ def refused(path: Path, sentence: str) -> None:
 
 
 def torch_load(path: Path) -> None:
-    """As torch.load reads it, with code."""
+    """Read the file with torch.load, which runs its code."""
     with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.load(path, weights_only=False)
@@ -55,7 +55,7 @@ def records(path: Path) -> dict[str, bytes]:
 
 def write(path: Path, *contents: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
     with warnings.catch_warnings(), zipfile.ZipFile(path, "w", compression) as archive:
-        warnings.simplefilter("ignore")  # of names that are there twice
+        warnings.simplefilter("ignore")  # zipfile warns about duplicate names
         for name, content in contents:
             archive.writestr(name, content)
     return path
@@ -66,11 +66,11 @@ def released(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
     return folder / "released.pth"
 
 
-# ------------------------------------------------------------------------------------------------------------------ other archives
+# --- other archives --------------------------------------------------------------------------------------------------
 
 
 def script(trace: Path) -> torch.jit.ScriptModule:
-    """TorchScript whose __setstate__, which runs as the module is loaded, makes a file."""
+    """TorchScript whose __setstate__, which runs when the module is loaded, creates a file."""
 
     class Harm(nn.Module):
         def __init__(self, path: str):
@@ -106,7 +106,7 @@ def test_torchscript(tmp_path):
 
 
 def test_torchscript_beside_weights(tmp_path, weights):
-    """The weights are all there, and what makes torch.load run the program as well."""
+    """All weights are present, and also the records that make torch.load run the program."""
     file, trace = tmp_path / "both.pth", tmp_path / "trace"
     script(trace).save(str(tmp_path / "program.pt"))
     trace.unlink(missing_ok=True)
@@ -131,8 +131,8 @@ def test_torch_package(tmp_path):
 
 
 @pytest.mark.parametrize("appended", [False, True])
-def test_the_format_before_zip(tmp_path, weights, appended):
-    """A tar archive, which torch.load unpacks; also with a zip archive at its end, so that it is both."""
+def test_the_tar_format_of_old_releases(tmp_path, weights, appended):
+    """torch.load unpacks such a tar archive. With a zip archive appended, the file is both."""
     file, trace = tmp_path / "old.pth", tmp_path / "trace"
     with tarfile.open(file, "w", format=tarfile.PAX_FORMAT) as archive:
         for name in ("storages", "tensors", "pickle"):
@@ -147,7 +147,7 @@ def test_the_format_before_zip(tmp_path, weights, appended):
     assert trace.exists()
     trace.unlink()
     if appended:
-        catmodel.load_published(small("cat_nano", stages=1), file)  # of the two it is the zip archive, and nothing else
+        catmodel.load_published(small("cat_nano", stages=1), file)  # reads the zip archive only
     else:
         refused(file, "neither a .safetensors file nor a zip file")
     assert not trace.exists()
@@ -163,7 +163,7 @@ def test_a_bare_pickle(tmp_path):
     assert not trace.exists()
 
 
-# ------------------------------------------------------------------------------------------------------------------ what a pickle says
+# --- pickles ---------------------------------------------------------------------------------------------------------
 
 
 class Runs:
@@ -174,7 +174,7 @@ class Runs:
         return os.system, (f"touch {self.trace}",)
 
 
-# Each way in which a pickle calls what it names; %s is the trace's path, of which a byte tells the length.
+# The ways in which a pickle can call a function.
 PICKLES: dict[str, Callable[[bytes], bytes]] = {
     "reduce": lambda path: b"cposix\nsystem\n(S'touch " + path + b"'\ntR.",
     "instance": lambda path: b"(S'touch " + path + b"'\niposix\nsystem\n.",
@@ -184,15 +184,18 @@ PICKLES: dict[str, Callable[[bytes], bytes]] = {
     "attribute": lambda path: b"cbuiltins\ngetattr\n(cos\nenviron\nS'clear'\ntR(S'touch " + path + b"'\nt.",
     "state": lambda path: b"ctorch._utils\n_rebuild_tensor_v2\n}S'__globals__'\n}sb(S'touch " + path + b"'\nt.",
     "extension": lambda path: b"\x80\x02\x82\x01(S'touch " + path + b"'\ntR.",
-    "dotted": lambda path: b"\x80\x04\x8c\x05torch\x8c\x10serialization.os\x93\x8c\x06system\x94(S'touch " + path + b"'\nt.",
+    "dotted": lambda path: (
+        b"\x80\x04\x8c\x05torch\x8c\x10serialization.os\x93\x8c\x06system\x94(S'touch " + path + b"'\nt."
+    ),
     "torch.load": lambda path: b"ctorch\nload\n(S'" + path + b"'\ntR.",
 }
 
 
 @pytest.mark.parametrize("name", PICKLES)
-def test_what_a_pickle_may_call(tmp_path, name):
+def test_a_pickle_cannot_call_functions(tmp_path, name):
     trace = tmp_path / "trace"
-    file = write(tmp_path / "evil.pth", ("archive/data.pkl", PICKLES[name](str(trace).encode())), ("archive/version", b"3"))
+    pickled = PICKLES[name](str(trace).encode())
+    file = write(tmp_path / "evil.pth", ("archive/data.pkl", pickled), ("archive/version", b"3"))
     refused(file, "holds a|not a readable checkpoint")
     assert not trace.exists()
 
@@ -203,24 +206,26 @@ DEEP = {
     "memoized": b")" + b"\x85q\0h\0\x86" * 10**5,
     "twice in each": b")" + b"2\x86" * 10**6,
     "with lists between": b")" + b"\x85]Na0" * 10**5,
-    "with marks that are taken back": b")" + b"N(00\x85" * 10**5,
+    "with removed marks": b")" + b"N(00\x85" * 10**5,
 }
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_tuples_in_tuples(tmp_path, name):
-    """As the key of a dict, of which Python takes the hash and crashes."""
-    refused(write(tmp_path / "deep.pth", ("archive/data.pkl", b"\x80\x02}" + DEEP[name] + b"K\x01s.")), "tuples in tuples")
+def test_deeply_nested_tuples_are_refused(tmp_path, name):
+    """As the key of a dict: Python crashes when it computes the hash."""
+    pickled = b"\x80\x02}" + DEEP[name] + b"K\x01s."
+    refused(write(tmp_path / "deep.pth", ("archive/data.pkl", pickled)), "tuples in tuples")
 
 
-def test_tuples_that_pass_for_parameters(tmp_path):
-    """What is rebuilt as a parameter is a tensor: a tuple that went through would be counted anew."""
+def test_nested_tuples_inside_parameters_are_dropped(tmp_path):
+    """Only tensors are rebuilt as parameters. If tuples were too, the depth would be counted from 0 at each of them."""
     level = b"\x85q\x000ctorch._utils\n_rebuild_parameter\nh\x00\x85R"
-    found = read_source(write(tmp_path / "deep.pth", ("archive/data.pkl", b"\x80\x02}S'x'\n)" + level * 10**4 + b"s.")))[0]
+    pickled = b"\x80\x02}S'x'\n)" + level * 10**4 + b"s."
+    found = read_source(write(tmp_path / "deep.pth", ("archive/data.pkl", pickled)))[0]
     assert found == {"x": {}}
 
 
-def test_of_two_pickles_none_is_taken(tmp_path, weights):
+def test_a_file_with_two_pickles_is_refused(tmp_path, weights):
     trace = tmp_path / "trace"
     names = records(released(tmp_path, weights))
     evil = ("released/data.pkl", PICKLES["reduce"](str(trace).encode()))
@@ -229,24 +234,26 @@ def test_of_two_pickles_none_is_taken(tmp_path, weights):
     other = ("other/data.pkl", names["released/data.pkl"])
     refused(write(tmp_path / "folders.pth", *names.items(), other), "holds data.pkl twice")
     other = ("other/version", b"3")
-    refused(write(tmp_path / "folders.pth", other, *(item for item in names.items() if "version" not in item[0])), "which has one folder")
+    without_version = (item for item in names.items() if "version" not in item[0])
+    refused(write(tmp_path / "folders.pth", other, *without_version), "which has one folder")
     assert not trace.exists()
 
 
-# ------------------------------------------------------------------------------------------------------------------ what an archive says
+# --- archives --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["code/__torch__.py", "constants.pkl", ".data/extern_modules", "data/../../x", "data/1/2", "data/\u0661", "data.pkl~.txt", "x"]
-)
-def test_other_records(tmp_path, weights, name):
+OTHER = ("code/__torch__.py", "constants.pkl", ".data/extern_modules", "data/../../x", "data/1/2", "data/\u0661")
+
+
+@pytest.mark.parametrize("name", [*OTHER, "data.pkl~.txt", "x"])
+def test_unknown_records_are_refused(tmp_path, weights, name):
     file = write(tmp_path / "more.pth", *records(released(tmp_path, weights)).items(), (f"released/{name}", b""))
-    file.write_bytes(file.read_bytes().replace(b"~", b"\0"))  # where many programs end a name
+    file.write_bytes(file.read_bytes().replace(b"~", b"\0"))  # many programs end a name at a zero byte
     refused(file, "so it is (not a file of torch.save's|a TorchScript)")
 
 
-def test_names_that_the_two_headers_do_not_share(tmp_path, weights):
-    """A zip archive names each record twice: before its content, and at the end."""
+def test_different_names_in_the_two_headers_are_refused(tmp_path, weights):
+    """A zip archive has the name of each record twice: before its content and in the directory at its end."""
     file = released(tmp_path, weights)
     content = file.read_bytes()
     assert content.count(b"released/data.pkl") == 2
@@ -254,12 +261,13 @@ def test_names_that_the_two_headers_do_not_share(tmp_path, weights):
     refused(file, "differ")
 
 
-def test_bombs(tmp_path, weights):
-    """A gigabyte of zeros in a megabyte; and records that all lie at one place."""
+def test_decompression_bombs_are_refused(tmp_path, weights):
+    """Compressed zeros, and many records with the same place in the file."""
     names = records(released(tmp_path, weights))
-    bomb = write(tmp_path / "bomb.pth", *names.items(), ("released/data/999", bytes(2**26)), compression=zipfile.ZIP_DEFLATED)
-    refused(bomb, "is compressed")
-    stored = bytearray(write(tmp_path / "overlap.pth", *names.items(), ("released/data/999", bytes(2**16))).read_bytes())
+    zeros = ("released/data/999", bytes(2**26))
+    refused(write(tmp_path / "bomb.pth", *names.items(), zeros, compression=zipfile.ZIP_DEFLATED), "is compressed")
+    overlap = write(tmp_path / "overlap.pth", *names.items(), ("released/data/999", bytes(2**16)))
+    stored = bytearray(overlap.read_bytes())
     with zipfile.ZipFile(tmp_path / "overlap.pth") as archive:
         last = archive.infolist()[-1]
         place, entries = archive.start_dir, len(archive.infolist())
@@ -273,7 +281,7 @@ def test_bombs(tmp_path, weights):
 
 
 @pytest.mark.parametrize("cut", [1, 100, 5000])
-def test_a_damaged_file(tmp_path, weights, cut):
+def test_a_damaged_file_is_refused(tmp_path, weights, cut):
     file = released(tmp_path, weights)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -283,17 +291,20 @@ def test_a_damaged_file(tmp_path, weights, cut):
     refused(file, "it is damaged")
 
 
-# ------------------------------------------------------------------------------------------------------------------ what a tensor says
+# --- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def tensor(storage: str = "FloatStorage", key: str = "0", stored: int = 4, offset: int = 0, size=(4,), stride=(1,)) -> bytes:
-    """A pickled {"model": {"x": this tensor}}, of a file whose data/0 has 16 bytes."""
+def tensor(
+    storage: str = "FloatStorage", key: str = "0", stored: int = 4, offset: int = 0, size=(4,), stride=(1,)
+) -> bytes:
+    """A pickled {"model": {"x": this tensor}}, for a file whose data/0 has 16 bytes."""
 
     def numbers(values) -> bytes:
         return b"(" + b"".join(b"L%dL\n" % value for value in values) + b"t"
 
     persistent = b"(S'storage'\nctorch\n" + storage.encode() + b"\nS'" + key.encode() + b"'\nS'cpu'\nL%dL\ntQ" % stored
-    call = b"ctorch._utils\n_rebuild_tensor_v2\n(" + persistent + b"L%dL\n" % offset + numbers(size) + numbers(stride) + b"I00\nNtR"
+    arguments = persistent + b"L%dL\n" % offset + numbers(size) + numbers(stride)
+    call = b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"I00\nNtR"
     return b"\x80\x02}S'model'\n}S'x'\n" + call + b"ss."
 
 
@@ -322,42 +333,54 @@ def tensor(storage: str = "FloatStorage", key: str = "0", stored: int = 4, offse
     ],
     ids=str,
 )
-def test_a_tensor_beyond_its_bytes(tmp_path, lie):
+def test_a_tensor_that_does_not_fit_its_bytes_is_refused(tmp_path, lie):
     def file(**what) -> Path:
-        return write(tmp_path / "lie.pth", ("a/data.pkl", tensor(**what)), ("a/data/0", bytes(16)), ("a/byteorder", b"little"))
+        contents = [("a/data.pkl", tensor(**what)), ("a/data/0", bytes(16)), ("a/byteorder", b"little")]
+        return write(tmp_path / "lie.pth", *contents)
 
     assert read_source(file())[0]["x"].tolist() == [0.0] * 4
     refused(file(**lie), "not a readable checkpoint|holds a tensor|its data/0 has 16 bytes")
 
 
-# ------------------------------------------------------------------------------------------------------------------ safetensors, a run
+# --- safetensors, and a run ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"\xff" * 8 + b"{}", struct.pack("<Q", 2**40) + b"{}", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 100_000) + b"[" * 100_000],
+    [
+        b"\xff" * 8 + b"{}",
+        struct.pack("<Q", 2**40) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 100_000) + b"[" * 100_000,
+    ],
     ids=["length", "longer than the file", "no dict", "deep"],
 )
-def test_safetensors_headers(tmp_path, content):
+def test_invalid_safetensors_headers_are_refused(tmp_path, content):
     file = tmp_path / "evil.safetensors"
     file.write_bytes(content)
     refused(file, "not a readable safetensors file")
 
 
-@pytest.mark.parametrize("about", ["", "{", "[]", "3", '{"classes": 3}', '{"classes": [3]}', '{"model": []}', "[" * 10**5])
-def test_what_a_file_says_about_itself(tmp_path, weights, about):
+@pytest.mark.parametrize(
+    "about", ["", "{", "[]", "3", '{"classes": 3}', '{"classes": [3]}', '{"model": []}', "[" * 10**5]
+)
+def test_invalid_metadata_is_refused(tmp_path, weights, about):
     file = tmp_path / "evil.safetensors"
     save_file(weights, file, {"catmodel": about})
-    refused(file, "metadata 'catmodel' is not what this project writes")
+    refused(file, "metadata 'catmodel' is not in the form that this project writes")
 
 
 @pytest.mark.parametrize("size", [0, -32, [32], [32, 0], ["a", "b"], {"a": 1}, 10**30])
-def test_what_a_file_says_of_its_images(tmp_path, weights, size):
-    """A size that cannot be is none, or one that does not fit."""
-    file = tmp_path / "odd.safetensors"
+def test_impossible_image_sizes(tmp_path, weights, size):
+    """A huge size does not fit the weights; values that are not sizes are ignored."""
+    file, model = tmp_path / "odd.safetensors", small("cat_nano", stages=1)
     save_file(weights, file, {"catmodel": json.dumps({"model": {"img_size": size}})})
-    with contextlib.suppress(ValueError):
-        catmodel.load_published(small("cat_nano", stages=1), file)
+    with (
+        pytest.raises(ValueError, match="odd.safetensors does not fit") if size == 10**30 else contextlib.nullcontext()
+    ):
+        report = catmodel.load_published(model, file)
+        assert not report.left_out and not report.fresh and not report.resized
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""launch/doctor.py on the two-node SLURM of tests/launch/slurm.py: every fault is made for real, and named; a healthy pair is not."""
+"""launch/doctor.py on the two-node SLURM of tests/launch/slurm.py: real faults are named, healthy nodes are green."""
 
 import contextlib
 import json
@@ -51,7 +51,15 @@ def doctor(
     output.mkdir(exist_ok=True)
     report = output.with_suffix(".json")
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", "sh", "-c", ON_NODE, "sh", first, prepare, sys.executable]
-    command += [str(ROOT / "launch" / "doctor.py"), "--config", str(config), "--output", str(output), "--json", str(report)]
+    command += [
+        str(ROOT / "launch" / "doctor.py"),
+        "--config",
+        str(config),
+        "--output",
+        str(output),
+        "--json",
+        str(report),
+    ]
     result = cluster.execute(*command, *arguments)
     assert report.exists(), f"{result.stdout}{result.stderr}\n{cluster.log()}"
     return json.loads(report.read_text()), result.stdout + result.stderr, result.returncode
@@ -70,8 +78,22 @@ def test_healthy_nodes_are_green_and_the_job_goes_on(cluster, tiny_config, tmp_p
     assert trains(), log(output)
     cluster.run("scancel", job)
     found = json.loads((output / "doctor.json").read_text())
-    assert found["verdict"] == "green" and not [line for line in found["lines"] if line["status"] != "green"], log(output)
-    checks = ["nodes", "devices", "versions", "open files", "disk", "space", "dataset", "decoding", "clocks", "all-reduce", "links"]
+    assert found["verdict"] == "green" and not [line for line in found["lines"] if line["status"] != "green"], log(
+        output
+    )
+    checks = [
+        "nodes",
+        "devices",
+        "versions",
+        "open files",
+        "disk",
+        "space",
+        "dataset",
+        "decoding",
+        "clocks",
+        "all-reduce",
+        "links",
+    ]
     assert [line["check"] for line in found["lines"]] == [*checks, "memory", "step"]
     assert [rank["host"] for rank in found["ranks"]] == ["n1", "n2"]
     assert "GREEN: 13 green" in log(output)
@@ -84,9 +106,11 @@ def without_a_shard(dataset: Path, folder: Path) -> str:
     return f"cp -r {dataset} {folder}/copy && rm {folder}/copy/{shard} && mount --bind {folder}/copy {dataset}"
 
 
-@pytest.mark.skipif(not THROTTLE.exists(), reason="the kernel cannot slow down a disk: no control group blkio of version 1")
+@pytest.mark.skipif(
+    not THROTTLE.exists(), reason="the kernel cannot slow down a disk: no control group blkio of version 1"
+)
 def test_a_spoilt_second_node(cluster, tiny_config, tiny_dataset, other_einops, tmp_path):
-    """Another version of a library, a shard that is missing, a slow link and a slow disk: all of them are found in one go."""
+    """Another version of a library, a missing shard, a slow link and a slow disk: one run finds all of them."""
     output = tmp_path / "run"
     output.mkdir()
     prepare = f"export PYTHONPATH={other_einops} && {without_a_shard(tiny_dataset, tmp_path)}"
@@ -94,7 +118,9 @@ def test_a_spoilt_second_node(cluster, tiny_config, tiny_dataset, other_einops, 
         found, said, code = doctor(cluster, tiny_config, output, prepare=prepare)
     assert code == 78, said
     red = reds(found)
-    assert set(red) - {"all-reduce"} == {"versions", "dataset", "links", "disk"}, said  # whether that is a matter for so small a model
+    assert set(red) - {"all-reduce"} == {"versions", "dataset", "links", "disk"}, (
+        said
+    )  # whether that is a matter for so small a model
     assert "n2 has einops 0.8.1" in red["versions"] and red["versions"].count("has") == 2
     assert red["dataset"].startswith("n2: ") and "train-000000.tar is missing" in red["dataset"].replace("_", "-")
     assert red["links"].startswith("n2 to n1: ")
@@ -105,12 +131,14 @@ def test_a_spoilt_second_node(cluster, tiny_config, tiny_dataset, other_einops, 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="both nodes have this machine's only core")
 def test_too_little_memory_and_too_few_cores(cluster, tiny_config, tmp_path):
-    """The second node's ranks may have 6.5 GB of address space, of which libraries take 4, and half of the first one's cores."""
+    """The second node has half as many cores, and 6.5 GB of address space a rank, of which libraries take 4."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     widen = f"taskset --pid --cpu-list {cores[0]},{cores[1]} $$"  # this machine's cores are shared out among the nodes
     large = ["train.micro_batch=10240", "train.global_batch=20480"]
     few = "prlimit --pid $$ --as=6500000000"
-    found, said, code = doctor(cluster, tiny_config, tmp_path / "run", "--gpu-rate=1e6", *large, prepare=few, first=widen)
+    found, said, code = doctor(
+        cluster, tiny_config, tmp_path / "run", "--gpu-rate=1e6", *large, prepare=few, first=widen
+    )
     assert code == 78, said
     red = reds(found)
     assert set(red) == {"devices", "memory", "decoding"}, said
@@ -129,7 +157,9 @@ def test_red_ends_the_job(cluster, tiny_config, tmp_path):
     cluster.execute("dd", "if=/dev/zero", f"of={full}/something", "bs=64k")
     job = submit(cluster, tiny_config, output, "--gpus-per-node=0", "--tasks-per-node=1", "--doctor")
     cluster.wait("the end", lambda: cluster.ended(job) or cluster.job(job).restarts)
-    assert (cluster.job(job).state, cluster.job(job).exit_code, cluster.job(job).restarts) == ("FAILED", "78:0", 0), log(output)
+    assert (cluster.job(job).state, cluster.job(job).exit_code, cluster.job(job).restarts) == ("FAILED", "78:0", 0), (
+        log(output)
+    )
     assert reds(json.loads((output / "doctor.json").read_text())).keys() == {"disk"}
     said = " ".join(log(output).split())
     assert "No space left on device" in said and "remedy: make room" in said and "start 1" not in said
@@ -147,7 +177,9 @@ def test_a_node_that_does_not_come(cluster, tiny_config, tmp_path):
 @pytest.mark.parametrize("fault", ["link", "both ways", "version", "shard"])
 def test_one_fault_alone_is_the_only_red(cluster, tiny_config, tiny_dataset, other_einops, tmp_path, fault):
     """A link that is slow both ways has no other to be compared with; but the gradient takes longer than the step."""
-    prepare = {"version": f"export PYTHONPATH={other_einops}", "shard": without_a_shard(tiny_dataset, tmp_path)}.get(fault, "true")
+    prepare = {"version": f"export PYTHONPATH={other_einops}", "shard": without_a_shard(tiny_dataset, tmp_path)}.get(
+        fault, "true"
+    )
     with contextlib.ExitStack() as stack:
         for node in {"link": ["n2"], "both ways": ["n1", "n2"]}.get(fault, []):
             stack.enter_context(cluster.slow_link(node, {"link": "50mbit", "both ways": "3mbit"}[fault]))

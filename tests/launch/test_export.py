@@ -43,8 +43,8 @@ def tiny_run(tiny_config, tmp_path_factory):
     ("arguments", "sentence"),
     [
         (["nowhere", "--to", "m.onnx"], "nowhere is neither a run's folder nor a checkpoint"),
-        ([".", "--to", "m.pth"], "must end in .safetensors, .onnx, .pt2, or in /"),
-        ([".", "--to", "m/", "--features"], "a folder for timm holds the classifier"),
+        ([".", "--to", "m.pth"], "--to m.pth: must end in .safetensors, .onnx, .pt2, or in /"),
+        ([".", "--to", "m/", "--features"], "--to m/: a folder for timm holds the classifier"),
     ],
 )
 def test_a_mistake(arguments, sentence):
@@ -89,6 +89,7 @@ def test_a_run_as_safetensors(tiny_run, tmp_path):
 def test_a_run_as_a_folder_for_timm(tiny_run, tmp_path):
     import timm
 
+    catmodel.register_timm()
     job = start_command("export", tmp_path, str(tiny_run), "--to", f"{tmp_path}/hub/")
     assert job.wait() == [0], job.text()
     source, images = f"local-dir:{tmp_path}/hub", torch.randn(2, 3, 16, 16)

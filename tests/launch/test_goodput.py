@@ -9,15 +9,16 @@ import pytest
 
 from tests.runs import ROOT
 
+RESUME = {"kind": "event", "event": "resume", "step": 10, "startup_seconds": 10.0}
 # A start that hangs, one that is killed, and one that goes on.
 LINES = [
     {"kind": "event", "event": "start", "step": 0, "startup_seconds": 10.0, "world_size": 4, "time": 3610.0},
     {"kind": "train", "step": 1, "step_ms": 1000.0, "data_wait": 0.0, "time": 3611.0},
     {"kind": "train", "step": 10, "step_ms": 1000.0, "data_wait": 0.0, "time": 3620.0},
-    {"kind": "event", "event": "resume", "step": 10, "startup_seconds": 10.0, "world_size": 4, "down_seconds": 10.0, "time": 3700.0},
+    {**RESUME, "world_size": 4, "down_seconds": 10.0, "time": 3700.0},
     {"kind": "train", "step": 11, "step_ms": 1000.0, "data_wait": 0.0, "time": 3701.0},
     {"kind": "train", "step": 20, "step_ms": 1000.0, "data_wait": 0.0, "time": 3710.0},
-    {"kind": "event", "event": "resume", "step": 10, "startup_seconds": 10.0, "world_size": 2, "lost_steps": 10, "time": 3730.0},
+    {**RESUME, "world_size": 2, "lost_steps": 10, "time": 3730.0},
     {"kind": "train", "step": 11, "step_ms": 1000.0, "data_wait": 0.0, "time": 3731.0},
     {"kind": "train", "step": 20, "step_ms": 1000.0, "data_wait": 0.0, "time": 3740.0},
 ]
@@ -26,16 +27,16 @@ SECONDS = {"productive": 20.0, "startup": 30.0, "lost": 70.0, "waiting": 20.0, "
 
 def command(*arguments):
     environment = {**os.environ, "TZ": "UTC"}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "goodput.py"), *arguments], capture_output=True, text=True, timeout=60, env=environment
-    )
+    words = [sys.executable, str(ROOT / "launch" / "goodput.py"), *arguments]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment)
 
 
 @pytest.fixture
 def finished(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES) + '{"kind": "tra')
     (tmp_path / "stacks").mkdir()
-    (tmp_path / "stacks" / "rank_2.txt").write_text("1970-01-01 01:01:20 +0000 rank 2 has been 60 s in step 11 (limit 60 s).\n")
+    hang = "1970-01-01 01:01:20 +0000 rank 2 has been 60 s in step 11 (limit 60 s).\n"
+    (tmp_path / "stacks" / "rank_2.txt").write_text(hang)
     (tmp_path / ".lock").write_text('{"beat": 3800.0}')
     return tmp_path
 
@@ -47,7 +48,8 @@ def test_the_table(finished):
     assert lines[0] == f"{finished}: 10.0% of 0:03:20 was productive"
     assert lines[1] == "2 restarts, 10 steps lost"
     rows = [line.split() for line in lines]
-    assert ["productive", "0:00:20", "10.0"] in rows and ["lost", "0:01:10", "35.0"] in rows and ["data", "wait", "0:00:00", "0.0"] in rows
+    assert ["productive", "0:00:20", "10.0"] in rows and ["lost", "0:01:10", "35.0"] in rows
+    assert ["data", "wait", "0:00:00", "0.0"] in rows
     assert ["1", "1970-01-01", "01:00:00", "4", "0", "to", "10", "hung"] in rows
     assert ["2", "1970-01-01", "01:01:30", "4", "10", "to", "20", "killed"] in rows
     assert rows[-1][:9] == ["3", "1970-01-01", "01:02:00", "2", "10", "to", "20", "none", "yet:"]
@@ -75,7 +77,8 @@ def test_mistakes_get_one_sentence(tmp_path):
     ):
         result = command(str(tmp_path / name))
         assert result.returncode == code
-        assert result.stderr.startswith("error: ") and sentence in result.stderr and result.stderr.count("\n") == 1, result.stderr
+        assert result.stderr.startswith("error: ") and sentence in result.stderr, result.stderr
+        assert result.stderr.count("\n") == 1
 
 
 def test_torch_is_not_imported(finished):

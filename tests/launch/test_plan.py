@@ -1,4 +1,4 @@
-"""python launch/plan.py, as a user types it; and a prediction that is put to the test by a real run with real kills."""
+"""launch/plan.py as a user types it, and a prediction compared with a real run that is really killed."""
 
 import ctypes
 import json
@@ -27,13 +27,26 @@ def planned(tiny_config, tmp_path_factory):
     """A plan of two nodes: what it printed, its JSON, and its folder."""
     folder = tmp_path_factory.mktemp("plan")
     where = ["--config", tiny_config, "--nodes", 2, "--gpus-per-node", 1, "train.epochs=300", "zero.stage=2"]
-    given = ["--images-per-second", 50, "--node-mtbf", 0.4, "--startup", 20, "--requeue", 30, "--checkpoint-stall", 1, "--price", 2.5]
+    given = [
+        "--images-per-second",
+        50,
+        "--node-mtbf",
+        0.4,
+        "--startup",
+        20,
+        "--requeue",
+        30,
+        "--checkpoint-stall",
+        1,
+        "--price",
+        2.5,
+    ]
     result = command(*where, *given, "--plot", folder / "plan.png", "--json", folder / "plan.json")
     assert result.returncode == 0, result.stderr
     return result.stdout, json.loads((folder / "plan.json").read_text()), folder
 
 
-def test_a_guess_is_called_one_and_what_was_given_is_not(planned):
+def test_guessed_and_given_numbers_are_marked(planned):
     text, plan, _ = planned
     origins = {name: entry["origin"] for name, entry in plan["assumptions"].items()}
     assert origins["startup"] == origins["node_mtbf"] == "given"
@@ -44,16 +57,26 @@ def test_a_guess_is_called_one_and_what_was_given_is_not(planned):
     assert "Failures are a Poisson process" in text
 
 
-def test_what_the_plan_comes_to(planned):
+def test_the_numbers_of_a_plan(planned):
     """32 images a step on two GPUs of 50 images/s; failures every 0.2 h."""
     text, plan, folder = planned
     best, zero = plan["best interval"], plan["zero"]["2"]
     assert zero["compute"] == pytest.approx(0.32) and best["timeline"]["steps"] == 300 * (260 // 32)
     assert best["timeline"]["failure_rate"] == pytest.approx(1 / 720)
-    assert best["closed_form"]["failures"] > 1 and best["closed_form"]["wall"] < plan["as configured"]["closed_form"]["wall"]
+    assert (
+        best["closed_form"]["failures"] > 1
+        and best["closed_form"]["wall"] < plan["as configured"]["closed_form"]["wall"]
+    )
     running = best["closed_form"]["wall"] - best["closed_form"]["waiting"]
     assert best["price"] == pytest.approx(2.5 * 2 * running / 3600)
-    assert [point["gpus"] for point in plan["scale"]] == [1, 2, 4, 8, 16, 32]  # 64 would have global batches of more than all images
+    assert [point["gpus"] for point in plan["scale"]] == [
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+    ]  # 64 would have global batches of more than all images
     assert (folder / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -84,10 +107,12 @@ def test_mistakes_get_one_sentence(tiny_config, tmp_path):
     ):
         result = command(*arguments)
         assert result.returncode == 78, (arguments, result.stderr)
-        assert result.stderr.startswith("error: ") and sentence in result.stderr and result.stderr.count("\n") == 1, result.stderr
+        assert result.stderr.startswith("error: ") and sentence in result.stderr and result.stderr.count("\n") == 1, (
+            result.stderr
+        )
 
 
-# --- a prediction, and what became of it -------------------------------------------------------------------------------------------------
+# --- a prediction, compared with a real run ---
 
 WAIT = 3.0  # seconds from a kill to the next start, as a scheduler takes them
 CALIBRATION = ["train.epochs=15", "train.evaluate_every=5", "checkpoint.every_steps=20"]
@@ -97,14 +122,16 @@ CLONE_NEWNET = 0x40000000
 
 
 def enter(network, rank):
-    """In a rank's process, which has one thread yet: move to the network namespace."""
+    """Move to the network namespace, in a rank's process while it has one thread."""
     with open(f"/run/netns/{network}") as file:
-        assert ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+        assert ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET) == 0, os.strerror(
+            ctypes.get_errno()
+        )
 
 
 @pytest.fixture
 def slow_network():
-    """Brings a rank's process into a network of 20 Mbit/s: there a step takes as long as its bytes, whoever else uses the cores."""
+    """Move a rank's process into a network of 20 Mbit/s: a step takes as long as its bytes, however busy the cores are."""
     name = f"plan{os.getpid()}"
     if os.geteuid() or subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
         pytest.skip("needs root, and iproute2: makes a network namespace")
@@ -117,10 +144,7 @@ def slow_network():
 
 
 def run_with_kills(config, output, kills, *settings, before):
-    """A two-rank run, killed with -9 as soon as its metrics have each of the steps `kills`, and started again until it finishes.
-
-    Returns the seconds that it took.
-    """
+    """Train on two ranks, killed with -9 at each of the steps `kills` and started again; returns the seconds it took."""
     began = time.monotonic()
     for step in kills:
         job = start(config, output, *settings, world=2, before=before)
@@ -135,8 +159,10 @@ def run_with_kills(config, output, kills, *settings, before):
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_calibrated_plan_predicts_the_wall_time_of_a_run_that_is_killed(tiny_config, slow_network, tmp_path, seed, record_property):
-    """From another run, which was killed elsewhere, and before the run begins."""
+def test_a_calibrated_plan_predicts_the_wall_time_of_a_run_that_is_killed(
+    tiny_config, slow_network, tmp_path, seed, record_property
+):
+    """It is calibrated on another run, which was killed at other steps, and made before this one begins."""
     run(
         tiny_config, tmp_path / "warm", "train.max_steps=2", world=2, before=slow_network
     )  # or the first start would read its libraries from the disk

@@ -1,4 +1,4 @@
-"""The page about real runs, as a user gets it: of one that was killed twice and went on, of one that still runs, of several."""
+"""The page about real runs, as a user gets it: one that was killed twice and resumed, one that still runs, several."""
 
 import json
 import re
@@ -76,11 +76,14 @@ def test_numbers_of_a_run_that_was_killed_twice(killed, page):
     resumed = [line for line in lines if line.get("event") == "resume"]
     best = max(line["top1"] for line in lines if line["kind"] == "eval")
     summary = dict(zip(*rows(page, "summary"), strict=True))
-    assert (summary["run"], summary["state"], summary["epoch"], summary["restarts"]) == ("killed", "finished", "2 of 2", "2")
-    assert summary["best top-1"] == f"{best:.2f} %" and summary["bad samples"] == "1" and summary["skipped steps"] == "0"
+    assert [summary[key] for key in ("run", "state", "epoch", "restarts")] == ["killed", "finished", "2 of 2", "2"]
+    assert summary["best top-1"] == f"{best:.2f} %"
+    assert summary["bad samples"] == "1" and summary["skipped steps"] == "0"
     assert summary["steps lost"] == str(sum(line["lost_steps"] for line in resumed)) != "0"
-    assert [(row[3], row[-1]) for row in rows(page, "starts")[1:]] == [("2", "killed"), ("1", "killed"), ("1", "finished")]
-    assert ["bad sample"] == [row[2] for row in rows(page, "incidents")[1:]] and "train-000000.tar" in rows(page, "incidents")[1][3]
+    starts = [(row[3], row[-1]) for row in rows(page, "starts")[1:]]
+    assert starts == [("2", "killed"), ("1", "killed"), ("1", "finished")]
+    (incident,) = rows(page, "incidents")[1:]
+    assert incident[2] == "bad sample" and "train-000000.tar" in incident[3]
     assert [row[0] for row in rows(page, "versions")[1:]] == ["1", "2, 3"]
     classes = rows(page, "classes")[1:]
     assert len(classes) == 10 and CLASS in [row[0] for row in classes] and sum(int(row[1]) for row in classes) == 101
@@ -100,15 +103,17 @@ def test_the_page_needs_nothing_else(page):
 def test_in_a_browser(page, tmp_path):
     """In a frame of a laptop's width, from which a script beside it takes the sizes."""
     shutil.copy(page, tmp_path / "report.html")
-    (tmp_path / "frame.html").write_text("""<!DOCTYPE html><iframe src="report.html" width="1280" height="900"></iframe><script>
+    (tmp_path / "frame.html").write_text("""<!DOCTYPE html>
+        <iframe src="report.html" width="1280" height="900"></iframe><script>
         addEventListener("load", () => {
             const page = document.querySelector("iframe").contentDocument
             const heights = Object.fromEntries([...page.querySelectorAll("section")].map(s => [s.id, s.clientHeight]))
             const images = [...page.images].map(image => image.complete ? image.naturalWidth : 0)
             document.body.textContent = JSON.stringify({heights, images, width: page.documentElement.scrollWidth})
         })</script>""")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--allow-file-access-from-files"]
-    options += ["--window-size=1400,1000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "frame.html").as_uri()]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1400,1000"]
+    options += ["--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    options.append((tmp_path / "frame.html").as_uri())
     result = subprocess.run(["chromium", *options], capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in result.stderr, result.stderr
     seen = json.loads(re.search(r"<body>(\{.*\})</body>", result.stdout)[1])
@@ -119,7 +124,8 @@ def test_in_a_browser(page, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_beside_one_that_has_ended(killed, tiny_config, tmp_path):
-    job = start(tiny_config, tmp_path / "goes_on", "train.epochs=1000", "optimizer.lr=0.01", "train.evaluate_every=1000")
+    settings = ["train.epochs=1000", "optimizer.lr=0.01", "train.evaluate_every=1000"]
+    job = start(tiny_config, tmp_path / "goes_on", *settings)
     try:
         wait_for_steps(job, 3)
         page = report(tmp_path / "both.html", killed, tmp_path / "goes_on")
@@ -130,7 +136,8 @@ def test_a_run_that_goes_on_beside_one_that_has_ended(killed, tiny_config, tmp_p
     assert (first[state], second[state], second[best]) == ("finished", "running", "none yet")
     assert "No evaluation has been recorded yet." in page.read_text()
     differing = {row[0]: row[1:] for row in rows(page, "config")[1:]}
-    assert differing["optimizer.lr"] == ["0.001", "0.01"] and differing["train.epochs"] == ["2", "1000"] and "train.seed" not in differing
+    assert differing["optimizer.lr"] == ["0.001", "0.01"] and differing["train.epochs"] == ["2", "1000"]
+    assert "train.seed" not in differing
 
 
 @pytest.mark.slow
@@ -142,7 +149,8 @@ def test_a_folder_that_was_moved_and_has_a_torn_line(killed, tmp_path):
     shutil.rmtree(tmp_path / "moved" / "checkpoints")
     page = report(tmp_path / "report.html", tmp_path / "moved")
     assert rows(page, "summary")[1][:3] == ["moved", "finished", "2 of 2"]
-    assert "No pictures: no dataset at datasets/elsewhere" in page.read_text() and page.read_text().count("no picture<") == 24
+    text = page.read_text()
+    assert "No pictures: no dataset at datasets/elsewhere" in text and text.count("no picture<") == 24
 
 
 def test_mistakes_get_one_sentence(tmp_path):
@@ -157,4 +165,5 @@ def test_mistakes_get_one_sentence(tmp_path):
     ):
         result = command(*arguments)
         assert result.returncode == code
-        assert result.stderr.startswith("error: ") and sentence in result.stderr and result.stderr.count("\n") == 1, result.stderr
+        assert result.stderr.startswith("error: ") and sentence in result.stderr, result.stderr
+        assert result.stderr.count("\n") == 1

@@ -45,12 +45,13 @@ def test_a_run_from_before_its_start_to_its_end(tiny_config, tmp_path):
     wait_for(job, lambda: any(line["step"] >= 9 for line in metrics(folder, "train", missing_ok=True)))
     result = watch(folder, "--once")
     assert result.returncode == 10, result.stdout + result.stderr
-    for text in ("running", " of 800", "of 100 ", " left (", "img/s", "data wait", "model ", "EMA ", "0 restarts", "bad samples 0 of 100"):
+    texts = ("running", " of 800", "of 100 ", " left (", "img/s", "data wait", "0 restarts", "bad samples 0 of 100")
+    for text in (*texts, "top-1, %    model ", "EMA "):
         assert text in result.stdout, result.stdout
     job.kill()
     deadline = time.monotonic() + 60
-    while (result := watch(folder, "--once")).returncode == 10 and time.monotonic() < deadline:  # its last sign of life is young
-        time.sleep(1)
+    while (result := watch(folder, "--once")).returncode == 10 and time.monotonic() < deadline:
+        time.sleep(1)  # its last sign of life is young
     assert result.returncode == 13 and "died" in result.stdout and "last sign of life" in result.stdout, result.stdout
 
     job = start(tiny_config, folder, *SETTINGS, "train.epochs=100")
@@ -58,8 +59,8 @@ def test_a_run_from_before_its_start_to_its_end(tiny_config, tmp_path):
     os.kill(job.processes[0].pid, signal.SIGTERM)
     assert job.wait() == [75]
     result = watch(folder, "--once")
-    assert result.returncode == 75 and "stopped after step" in result.stdout and "1 restart " in result.stdout, result.stdout
-    assert result.stderr == ""
+    assert result.returncode == 75 and result.stderr == "", result.stdout
+    assert "stopped after step" in result.stdout and "1 restart " in result.stdout
 
 
 @pytest.mark.slow
@@ -92,7 +93,7 @@ def on_terminal(command, columns):
 def read(leader):
     try:
         return os.read(leader, 65536)
-    except OSError:  # Linux' way to say that nobody holds the other end
+    except OSError:  # Linux raises this once the other end is closed
         return b""
 
 

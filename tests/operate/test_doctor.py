@@ -1,4 +1,4 @@
-"""The doctor without a cluster: ranks of one machine, what becomes of it when a rank dies, and what it makes of many nodes."""
+"""The doctor without a cluster: the ranks of one machine, a rank that dies, and made-up findings of many nodes."""
 
 import json
 import os
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from operate.doctor.case import RED, Case
-from operate.doctor.judge import judge
+from operate.doctor.assess import assess
+from operate.doctor.findings import RED, Findings
 from operate.doctor.meeting import Meeting
 from operate.doctor.network import schedule
 from tests.runs import start_command
@@ -37,14 +37,22 @@ class KillBefore:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        from operate.doctor.examine import Patient
+        from operate.doctor.checks import Checks
 
-        setattr(Patient, self.check, lambda patient: os.kill(os.getpid(), signal.SIGKILL))
+        setattr(Checks, self.check, lambda checks: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def doctor(config, folder, *arguments, world=2, before=None):
     job = start_command(
-        "doctor", folder, "--config", str(config), "--json", str(folder / "found.json"), *arguments, world=world, before=before
+        "doctor",
+        folder,
+        "--config",
+        str(config),
+        "--json",
+        str(folder / "found.json"),
+        *arguments,
+        world=world,
+        before=before,
     )
     codes = job.wait()
     return json.loads((folder / "found.json").read_text()), codes, job.text()
@@ -59,7 +67,9 @@ def test_few_files_and_a_full_page(tiny_config, tmp_path):
     """A limit that one of two ranks has is the only red line, and rank 0 says it with 78."""
     found, codes, said = doctor(tiny_config, tmp_path, before=FewFiles(1))
     assert codes == [78, 0], said
-    assert list(reds(found["lines"])) == ["open files"] and "(rank 1): 400 allowed" in reds(found["lines"])["open files"]
+    assert (
+        list(reds(found["lines"])) == ["open files"] and "(rank 1): 400 allowed" in reds(found["lines"])["open files"]
+    )
     assert "raise the hard limit" in said and "RED: 1 red" in said
     assert found["ranks"][1]["step"]["value"]["peak"] > 0
 
@@ -83,32 +93,39 @@ class FreezeIn:
     check: str
 
     def __call__(self, rank: int) -> None:
-        from operate.doctor import examine
+        from operate.doctor import checks
 
-        examine.LIMITS[self.check] = 10
+        checks.LIMITS[self.check] = 10
         if rank == self.rank:
-            setattr(examine.Patient, self.check, lambda patient: os.kill(os.getpid(), signal.SIGSTOP))
+            setattr(checks.Checks, self.check, lambda _: os.kill(os.getpid(), signal.SIGSTOP))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("check", ["network", "step"])
 def test_a_rank_that_hangs_in_a_collective(tiny_config, tmp_path, check):
     job = start_command(
-        "doctor", tmp_path, "--config", str(tiny_config), "--json", str(tmp_path / "found.json"), world=2, before=FreezeIn(1, check)
+        "doctor",
+        tmp_path,
+        "--config",
+        str(tiny_config),
+        "--json",
+        str(tmp_path / "found.json"),
+        world=2,
+        before=FreezeIn(1, check),
     )
     assert job.wait_for_death(0) == 78
     red = reds(json.loads((tmp_path / "found.json").read_text())["lines"])
     assert set(red) == {"nodes", check} and "(rank 1) left" in red["nodes"] and "no end within 10 s" in red[check]
 
 
-def case(config, hosts: list[str], facts: dict[int, dict], **options) -> Case:
+def findings(config, hosts: list[str], facts: dict[int, dict], **options) -> Findings:
     meeting = Meeting(0, len(hosts), None, tuple(hosts), ())
     found = {rank: {check: {"value": value} for check, value in one.items()} for rank, one in facts.items()}
-    return Case(config, meeting, found, options.get("checkpoint", 10**9), options.get("gpu_rate"))
+    return Findings(config, meeting, found, options.get("checkpoint", 10**9), options.get("gpu_rate"))
 
 
-def red_lines(one: Case) -> dict[str, str]:
-    return {line.check: line.says for line in judge(one) if line.status == RED}
+def red_lines(found: Findings) -> dict[str, str]:
+    return {line.check: line.says for line in assess(found) if line.status == RED}
 
 
 @pytest.fixture(scope="module")
@@ -124,30 +141,44 @@ def rates(hosts: list[str], slow: dict[tuple[int, int], float]) -> dict[int, dic
 
 def test_a_slow_node_and_a_slow_link_among_eight(config):
     hosts = [f"n{number}" for number in range(8)]
-    assert red_lines(case(config, hosts, rates(hosts, {(2, 5): 1e9})))["links"].startswith("n2 to n5: 1 GB/s where")
+    assert red_lines(findings(config, hosts, rates(hosts, {(2, 5): 1e9})))["links"].startswith("n2 to n5: 1 GB/s where")
     node = {(a, b): 1e9 for a in range(8) for b in range(8) if a != b and 6 in (a, b)}
-    assert red_lines(case(config, hosts, rates(hosts, node)))["links"].startswith("n6 is slow: 14 of its 14 links")
-    assert "links" not in red_lines(case(config, hosts, rates(hosts, {(2, 5): 5e9})))
+    assert red_lines(findings(config, hosts, rates(hosts, node)))["links"].startswith("n6 is slow: 14 of its 14 links")
+    assert "links" not in red_lines(findings(config, hosts, rates(hosts, {(2, 5): 5e9})))
+
+
+def test_a_link_without_another_is_not_compared(config):
+    """Rank 1 died after the links had been measured."""
+    found = findings(config, ["n1", "n2"], rates(["n1", "n2"], {}))
+    del found.facts[1]
+    assert list(red_lines(found)) == ["nodes"]
 
 
 def test_a_clock_that_is_off_is_named(config):
     hosts = ["n1", "n2", "n3"]
-    facts = {rank: {"network": {"clocks": [1e9 + step + 90 * (rank == 2) for step in range(5)], "all_reduce": None}} for rank in range(3)}
+    facts = {
+        rank: {"network": {"clocks": [1e9 + step + 90 * (rank == 2) for step in range(5)], "all_reduce": None}}
+        for rank in range(3)
+    }
     for one in facts.values():
         one["network"]["all_reduce"] = {"latency": 1e-4, "bytes": 2**20, "seconds": 1e-3}
-    assert red_lines(case(config, hosts, facts))["clocks"].startswith("n3: up to 90.0 s")
+    assert red_lines(findings(config, hosts, facts))["clocks"].startswith("n3: up to 90.0 s")
 
 
 def test_more_nodes_than_a_line_can_name(config):
     hosts = [f"n{number}" for number in range(20)]
     disk = {"folder": "/x", "free": 10**12, "held": 0, "same": True, "bytes_per_second": 1e6}
-    assert red_lines(case(config, hosts, {rank: {"disk": disk} for rank in range(20)}))["disk"].startswith("n0, n1, n2, n3 and 16 more: ")
+    assert red_lines(findings(config, hosts, {rank: {"disk": disk} for rank in range(20)}))["disk"].startswith(
+        "n0, n1, n2, n3 and 16 more: "
+    )
 
 
 def test_space_for_all_checkpoints_is_needed_less_what_is_there(config):
     hosts, disk = ["n1"], {"folder": "/x", "free": 4 * 10**9, "held": 0, "same": True, "bytes_per_second": 1e9}
-    assert "space" in red_lines(case(config, hosts, {0: {"disk": disk}}))  # 3 to keep, the best, the one in writing: 5 GB
-    assert "space" not in red_lines(case(config, hosts, {0: {"disk": {**disk, "held": 10**9}}}))
+    assert "space" in red_lines(
+        findings(config, hosts, {0: {"disk": disk}})
+    )  # 3 to keep, the best, the one in writing: 5 GB
+    assert "space" not in red_lines(findings(config, hosts, {0: {"disk": {**disk, "held": 10**9}}}))
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 5, 8])

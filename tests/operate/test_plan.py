@@ -1,4 +1,4 @@
-"""The planner's arithmetic: against published figures, by hand, and closed form against simulation."""
+"""The planner's arithmetic, against published figures, by hand, and closed form against simulation."""
 
 import json
 from dataclasses import astuple, replace
@@ -9,18 +9,20 @@ import pytest
 from operate.plan.calibrate import calibrate, read_run
 from operate.plan.closed_form import best_every, daly, expected, per_step, slowdown, young
 from operate.plan.cluster import Cluster
-from operate.plan.job import Job, count_job, memory
 from operate.plan.plan import scale
 from operate.plan.simulate import simulate, simulate_mean
-from operate.plan.step import STAGES, all_gather, all_reduce, step
+from operate.plan.step_time import STAGES, all_gather, all_reduce, step_time
 from operate.plan.timeline import Timeline
+from operate.plan.workload import Workload, count_workload, memory_by_stage
+from operate.task_model import task_of
 from train.config import load_config
 
-CLUSTER = Cluster(2, 4, images_per_second=100, decode_rate=50, link_within=100, link_between=10, latency_within=0, latency_between=0)
-JOB = Job(
+CLUSTER = Cluster(
+    2, 4, images_per_second=100, decode_rate=50, link_within=100, link_between=10, latency_within=0, latency_between=0
+)
+WORKLOAD = Workload(
     parameters=1_000_000,
     element_bytes=2,
-    classes=10,
     images=100_000,
     validation_images=1000,
     global_batch=512,
@@ -85,11 +87,15 @@ def test_closed_form_and_simulation_agree_within_2_percent(changes):
     assert sum(astuple(closed)[:-1]) == pytest.approx(closed.wall) and min(astuple(closed)) >= 0
 
 
-@pytest.mark.parametrize("changes", [{"stall": 60}, {"stall": 20, "failure_rate": 1 / 2000}, {"stall": 300, "failure_rate": 1 / 5000}])
+@pytest.mark.parametrize(
+    "changes", [{"stall": 60}, {"stall": 20, "failure_rate": 1 / 2000}, {"stall": 300, "failure_rate": 1 / 5000}]
+)
 def test_the_best_interval_beats_its_half_and_its_double_in_simulation(changes):
     timeline = replace(DAYS, write=0, straggler_rate=0, **changes)
     best = best_every(timeline)
-    half, at_best, double = (simulate_mean(replace(timeline, every=every), 1, 100)[0].wall for every in (best // 2, best, 2 * best))
+    half, at_best, double = (
+        simulate_mean(replace(timeline, every=every), 1, 100)[0].wall for every in (best // 2, best, 2 * best)
+    )
     assert at_best < half and at_best < double
 
 
@@ -99,7 +105,7 @@ def test_no_checkpoint_is_planned_while_the_last_is_being_written():
 
 
 def test_a_run_by_hand():
-    """10 s to start, 1 s a step, a checkpoint every 20 steps that stops training for 2 s and is whole 5 s after its begin."""
+    """10 s to start, 1 s a step, every 20 steps a checkpoint that stalls for 2 s and is whole 5 s after its begin."""
     timeline = Timeline(steps=50, step=1, every=20, startup=10, stall=2, write=5, requeue=7)
     whole = simulate(timeline, 0)
     assert whole.wall == 10 + 50 + 3 * 2 + 3  # the last one is waited for
@@ -112,7 +118,7 @@ def test_a_run_by_hand():
 
 
 def test_a_run_of_a_year_ends():
-    """Where the clock's resolution is coarser than what may remain of a step."""
+    """The clock's resolution becomes coarser than the rest of a step."""
     assert simulate(replace(DAYS, step=91.3, evaluate_every=7), 0).wall > 200_000 * 91.3
 
 
@@ -126,7 +132,7 @@ def test_stragglers_by_hand():
 
 
 def test_collectives_by_hand():
-    """8 MB round 8 GPUs on two nodes whose network carries 10 GB/s: seven eighths pass every link, and twice to reduce."""
+    """8 MB round 8 GPUs, 10 GB/s between two nodes: seven eighths pass every link, and twice for an all-reduce."""
     assert all_gather(8e6, CLUSTER) == pytest.approx(0.7e-3)
     assert all_reduce(8e6, CLUSTER) == pytest.approx(1.4e-3)
     assert all_gather(8e6, replace(CLUSTER, nodes=1, gpus_per_node=8)) == pytest.approx(0.07e-3)
@@ -136,40 +142,45 @@ def test_collectives_by_hand():
 
 
 def test_bytes_and_time_of_the_zero_stages():
-    """Of 1 M parameters, seven eighths pass: to sum gradients (4 bytes) twice, to gather weights (2 bytes) once; 4 micro-batches."""
-    steps = {stage: step(JOB, CLUSTER, stage) for stage in STAGES}
-    assert [steps[stage].sent / 1.75e6 for stage in STAGES] == pytest.approx([2 * 2, 2 * 2 + 1, 4 * 2 * 2 + 1, 4 * (2 + 2)])
+    """Seven eighths of 1 M parameters are sent: gradients (4 bytes) twice, weights (2 bytes) once; 4 micro-batches."""
+    steps = {stage: step_time(WORKLOAD, CLUSTER, stage) for stage in STAGES}
+    assert [steps[stage].sent / 1.75e6 for stage in STAGES] == pytest.approx(
+        [2 * 2, 2 * 2 + 1, 4 * 2 * 2 + 1, 4 * (2 + 2)]
+    )
     assert all(one.compute == pytest.approx(64 / 100) for one in steps.values())
     assert steps[0].exposed == steps[0].communication == pytest.approx(0.7e-3)
     assert steps[1].exposed == pytest.approx(0.175e-3)  # between nodes the backward pass hides the gradients
-    assert step(JOB, replace(CLUSTER, nodes=1), 1).exposed == step(JOB, replace(CLUSTER, nodes=1), 1).communication
+    one_node = step_time(WORKLOAD, replace(CLUSTER, nodes=1), 1)
+    assert one_node.exposed == one_node.communication
     assert steps[3].exposed == 0
-    assert step(JOB, replace(CLUSTER, nodes=1, gpus_per_node=1), 0).communication == 0
+    assert step_time(WORKLOAD, replace(CLUSTER, nodes=1, gpus_per_node=1), 0).communication == 0
 
 
 def test_too_few_cores_make_the_gpu_wait():
     """100 images/s need two cores of 50 images/s each."""
-    assert step(JOB, replace(CLUSTER, cores_per_gpu=2), 0).data_wait == 0
-    assert step(JOB, replace(CLUSTER, cores_per_gpu=1), 0).seconds == pytest.approx(2 * 64 / 100)
+    assert step_time(WORKLOAD, replace(CLUSTER, cores_per_gpu=2), 0).data_wait == 0
+    assert step_time(WORKLOAD, replace(CLUSTER, cores_per_gpu=1), 0).seconds == pytest.approx(2 * 64 / 100)
 
 
 def test_from_1_to_10_000_gpus():
-    plans = scale(replace(JOB, images=10_000_000), replace(CLUSTER, gpus_per_node=8), runs=2, seed=0)
+    plans = scale(replace(WORKLOAD, images=10_000_000), replace(CLUSTER, gpus_per_node=8), runs=2, seed=0)
     assert [plan.cluster.world for plan in plans] == [2**power for power in range(14)] + [10_000]
-    assert plans[-1].cluster.nodes == 1250 and plans[-1].timeline.failure_rate == pytest.approx(1250 * plans[0].timeline.failure_rate)
-    assert {plan.job.global_batch for plan in plans[:6]} == {512} and plans[6].job.global_batch == 1024
+    assert plans[-1].cluster.nodes == 1250 and plans[-1].timeline.failure_rate == pytest.approx(
+        1250 * plans[0].timeline.failure_rate
+    )
+    assert {plan.workload.global_batch for plan in plans[:6]} == {512} and plans[6].workload.global_batch == 1024
 
 
 def test_memory_falls_with_the_zero_stage_and_activations_grow_with_the_micro_batch(tiny_config):
-    sizes = memory(load_config(tiny_config), 10, 4)
+    sizes = memory_by_stage(task_of(load_config(tiny_config)), 4)
     totals = [sum(sizes[stage].values()) for stage in STAGES]
     assert sizes[3]["weights"] == sizes[0]["weights"] / 4 and sizes[2]["gradients"] == sizes[1]["gradients"] / 4
     assert totals[2] < totals[1] and totals[3] < totals[2]
-    double = memory(load_config(tiny_config, ["train.micro_batch=16"]), 10, 4)
+    double = memory_by_stage(task_of(load_config(tiny_config, ["train.micro_batch=16"])), 4)
     assert double[0]["activations"] == pytest.approx(2 * sizes[0]["activations"], rel=0.05)
 
 
-# --- calibration -------------------------------------------------------------------------------------------------------------------------
+# --- calibration ---
 
 
 def event(at, name, step, **fields):
@@ -201,7 +212,8 @@ KILLED_ONCE = [
 def killed_once(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in KILLED_ONCE))
     (tmp_path / "config.yaml").write_text(
-        "{model: {name: cat_nano}, data: {path: nowhere, image_size: 32}, train: {global_batch: 512, micro_batch: 16, precision: fp32}}"
+        "{model: {name: cat_nano}, data: {path: nowhere, image_size: 32}, "
+        "train: {global_batch: 512, micro_batch: 16, precision: fp32}}"
     )
     return str(tmp_path)
 
@@ -209,21 +221,24 @@ def killed_once(tmp_path):
 def test_what_a_run_measured_replaces_the_guesses(killed_once):
     measured = read_run(killed_once)
     assert measured.failures == (34.0,) and measured.steps == 20
-    cluster = calibrate(replace(CLUSTER, node_mtbf=1.0), JOB, measured.config, measured)
+    cluster = calibrate(replace(CLUSTER, node_mtbf=1.0), WORKLOAD, measured.config, measured)
     assert cluster.startup == pytest.approx(9) and cluster.requeue == pytest.approx(6)
     assert cluster.checkpoint_stall == pytest.approx(1) and cluster.checkpoint_write == pytest.approx(2.5)
     assert cluster.evaluation == pytest.approx(3)
     assert cluster.node_mtbf == pytest.approx(2 * (34 + 23) / 3600)  # two nodes, one failure in so many seconds
-    assert step(JOB, cluster, 1).seconds == pytest.approx(1.0)  # as long as it took there, communication included
-    assert cluster.origin("startup") == f"measured: {killed_once}" and cluster.origin("link_between") == "GUESSED (200 Gb/s a node)"
+    assert step_time(WORKLOAD, cluster, 1).seconds == pytest.approx(1.0)  # the run's, communication included
+    assert (
+        cluster.origin("startup") == f"measured: {killed_once}"
+        and cluster.origin("link_between") == "GUESSED (200 Gb/s a node)"
+    )
 
 
 def test_on_more_gpus_a_calibrated_step_has_more_communication(killed_once):
     measured = read_run(killed_once)
-    more = replace(JOB, global_batch=1024)
+    more = replace(WORKLOAD, global_batch=1024)
     cluster = calibrate(replace(CLUSTER, nodes=4), more, measured.config, measured)
-    there = step(JOB, replace(cluster, nodes=2), 1)
-    here = step(more, cluster, 1)
+    there = step_time(WORKLOAD, replace(cluster, nodes=2), 1)
+    here = step_time(more, cluster, 1)
     assert there.seconds == pytest.approx(1.0) and here.compute == there.compute and here.seconds > there.seconds
 
 
@@ -231,12 +246,20 @@ def test_another_model_cannot_calibrate(killed_once):
     measured = read_run(killed_once)
     config = measured.config.model_copy(update={"data": measured.config.data.model_copy(update={"image_size": 64})})
     with pytest.raises(Exception, match="its data.image_size is another one: 32 there, 64 here"):
-        calibrate(CLUSTER, JOB, config, measured)
+        calibrate(CLUSTER, WORKLOAD, config, measured)
 
 
-def test_a_jobs_counts(tiny_config):
+def test_a_workloads_counts(tiny_config):
     config = load_config(tiny_config)
-    job = count_job(config, 260, 101, 10)
-    assert (job.steps_per_epoch, job.steps, job.every, job.accumulation(2)) == (8, 16, 8, 2)
-    assert job.element_bytes == 4 and job.parameters > 10_000
-    assert replace(job, max_steps=5).steps == 5
+    workload = count_workload(task_of(config), 260, 101)
+    assert (workload.steps_per_epoch, workload.steps, workload.accumulation(2)) == (8, 16, 2)
+    assert workload.checkpoint_interval == workload.evaluation_interval == 8
+    assert workload.element_bytes == 4 and workload.parameters > 10_000
+    assert replace(workload, max_steps=5).steps == 5
+
+
+def test_a_run_that_is_counted_in_steps(tiny_config):
+    keys = ["train.epochs=null", "train.steps=20", "train.evaluate_every_steps=3", "checkpoint.every_steps=7"]
+    workload = count_workload(task_of(load_config(tiny_config, [*keys, "schedule.warmup_steps=2"])), 260, 101)
+    assert (workload.steps, workload.evaluation_interval, workload.checkpoint_interval) == (20, 3, 7)
+    assert workload.fitted(64).steps == 20  # whatever the global batch

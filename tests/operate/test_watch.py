@@ -1,4 +1,4 @@
-"""What operate/watch.py makes of a run's folder: lines as a run writes them, and a lock that a process really holds."""
+"""The state and alarms of operate/watch.py, from lines as a run writes them and a lock that a process really holds."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from operate.watch import Tail, Watched
+from operate.watch import Watched
 from tests.runs import ROOT
 from train.guard.run_lock import RunLock
 
@@ -66,40 +66,53 @@ def alive(folder):
     lock.release()
 
 
-def test_only_new_and_whole_lines_are_read(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    tail = Tail(path)
-    assert tail.read() == []
-    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert tail.read() == [{"step": 1}, {"step": 2}]
-    with open(path, "r+b") as file:  # what has been read is not read again
-        file.write(b"x" * 24)
-    assert tail.read() == []
-    with open(path, "a") as file:
-        file.write('ep": 3}\n{"torn\n{"step": 4}\n')
-    assert tail.read() == [{"step": 3}, {"step": 4}] and not tail.replaced
-    path.write_text('{"step": 1}\n')
-    assert tail.replaced
-
-
 def test_progress_pace_and_scores(alive):
     alive.start()
-    alive.train(30, seconds=2.0)
-    for step_top1 in (50.0, 70.0, 60.0):
-        alive.write(kind="eval", step=alive.step, weights="ema", top1=step_top1, top5=90.0, loss=1.0, count=10, seconds=6.0, after=6.0)
+    score = {"weights": "ema", "top5": 90.0, "loss": 1.0, "count": 10, "seconds": 6.0}
+    for top1 in (50.0, 70.0, 60.0):
+        alive.train(10, seconds=2.0)
+        alive.write(kind="eval", step=alive.step, top1=top1, **score, after=6.0)
     alive.train(10, seconds=2.0)
     watched = Watched(alive.path)
     status = watched.look()
-    history = watched.history
+    progress = watched.progress
     assert status.state == "running" and status.restarts == 0
-    assert history.step == 40 and history.seconds_left == pytest.approx(960 * (39 * 2.0 + 3 * 6.0) / 39)
-    assert history.scores() == {"ema": (60.0, 70.0)}
+    assert progress.step == 40 and progress.seconds_left == pytest.approx(960 * (39 * 2.0 + 3 * 6.0) / 39)
+    assert progress.scores() == {"ema": (60.0, 70.0)}
     alive.start("resume")
     alive.step -= 20
     alive.event("resume", world_size=2, last=1000, steps_per_epoch=10, startup_seconds=1.0, lost_steps=20)
     status = watched.look()
-    assert watched.history.step == 20 and status.restarts == 2 and status.lost_steps == 20
-    assert watched.history.scores() == {}, "of step 30, which is still to be taken again"
+    assert watched.progress.step == 20 and status.restarts == 2 and status.lost_steps == 20
+    assert watched.progress.scores() == {"ema": (70.0, 70.0)}, "step 30 is still to be taken again"
+
+
+def test_another_tasks_metric_is_shown_by_its_own_name(alive, monkeypatch):
+    """Lower is better, and an evaluation that is not finite is not the best one."""
+    from launch.watch import page
+
+    monkeypatch.setenv("COLUMNS", "100")
+    error = {"name": "mae", "label": "mean error", "unit": "m", "better": "lower", "primary": True}
+    other = {"name": "bias", "label": "bias", "unit": "", "better": "higher", "primary": False}
+    fields = {
+        "last": 1000,
+        "steps_per_epoch": 10,
+        "startup_seconds": 1.0,
+        "metrics": [other, error],
+        "samples": "volumes",
+    }
+    alive.event("start", world_size=2, **fields)
+    alive.train(20)
+    for value in (0.5, 0.25, None, 0.375):
+        alive.write(kind="eval", step=alive.step, weights="model", mae=value, bias=9.0, count=10, seconds=6.0)
+        alive.train(1)
+    watched = Watched(alive.path)
+    status = watched.look()
+    assert watched.progress.scores() == {"model": (0.375, 0.25)}
+    lines = page(watched, status, colours=False)
+    assert "mean error, m model 0.3750 (best 0.2500)   at step 23" in lines
+    assert any("   100 volumes/s" in line or "100 volumes/s   " in line for line in lines), lines
+    assert not any(word in "\n".join(lines) for word in ("top-1", "img/s", "bias"))
 
 
 def alarms(folder):
@@ -191,8 +204,8 @@ def test_trouble_is_an_alarm_which_goes_when_it_is_over(alive, trouble, words):
     assert alarms(alive) == []
 
 
-def test_silence_is_an_alarm_where_the_process_lives(alive):
-    """The time since the last line is told by the clock of the run's node alone."""
+def test_silence_is_an_alarm_if_the_process_lives(alive):
+    """The time since the last line is measured by the clock of the run's node alone."""
     alive.start()
     alive.train(20)
     status = Watched(alive.path).look()
@@ -202,7 +215,7 @@ def test_silence_is_an_alarm_where_the_process_lives(alive):
     assert not Watched(alive.path).look().alarms
 
 
-def test_states_of_a_run_nobody_holds(folder):
+def test_states_of_a_run_without_a_lock(folder):
     assert Watched(folder.path).look().state == "not started"
     folder.start()
     folder.train(3)
@@ -229,7 +242,7 @@ def test_states_of_a_run_nobody_holds(folder):
 
 
 def test_a_killed_process_is_found_dead_and_a_young_record_alive(folder):
-    """The record of a killed process no longer changes: its clock may be another node's, so it is watched, and then it is dead."""
+    """The record of a killed process no longer changes. Its clock may be another node's: only watching shows that."""
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder.path)], cwd=ROOT)
     try:
         while not (folder.path / ".lock").exists() or not (folder.path / ".lock").read_bytes():
@@ -243,7 +256,9 @@ def test_a_killed_process_is_found_dead_and_a_young_record_alive(folder):
         holder.kill()
         holder.wait()
     record = json.loads((folder.path / ".lock").read_text())
-    (folder.path / ".lock").write_text(json.dumps({**record, "beat": record["beat"] + 7200}))  # a clock that is two hours ahead
+    (folder.path / ".lock").write_text(
+        json.dumps({**record, "beat": record["beat"] + 7200})
+    )  # a clock that is two hours ahead
     began = time.monotonic()
     status = Watched(folder.path).look(patient=True)
     assert status.state == "died" and record["host"] in status.why and time.monotonic() - began > 9
@@ -265,10 +280,10 @@ def test_another_run_in_the_same_folder_is_begun_anew(alive):
     alive.start()
     alive.train(30)
     watched = Watched(alive.path)
-    assert watched.look().state == "running" and watched.history.step == 30
+    assert watched.look().state == "running" and watched.progress.step == 30
     os.remove(alive.path / "metrics.jsonl")
     alive.step = 0
     alive.start()
     alive.train(2)
     watched.look()
-    assert watched.history.step == 2
+    assert watched.progress.step == 2

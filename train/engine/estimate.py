@@ -1,83 +1,81 @@
-"""Bytes that a run takes, counted on the meta device, without taking any."""
+"""Bytes that a run takes, computed from a model on the meta device: no memory is allocated."""
+
+from typing import Any
 
 import torch
 from torch import nn
 
 from train.config import Config
 from train.engine.deepspeed_config import BUCKET_ELEMENTS, zero_stage
-from train.engine.deepspeed_engine import DTYPES
 from train.engine.runtime import Runtime
 
 
-def meta_model(config: Config, classes: int) -> nn.Module:
-    """The model in the precision that it is computed in, without memory."""
-    with torch.device("meta"):
-        from train.tasks.base import build_task
-
-        return build_task(config, [""] * classes).build_model().to(DTYPES[config.train.precision])
-
-
-def held(model: nn.Module, config: Config, runtime: Runtime) -> dict[str, int]:
-    """What a rank holds all the time: its weights, their gradients, and under "optimizer" what it keeps beside them."""
+def resident_bytes(model: nn.Module, config: Config, runtime: Runtime) -> dict[str, int]:
+    """Bytes that a rank holds during the whole run: "weights", "gradients" and "optimizer" (see `optimizer_bytes`)."""
     weights = sum(parameter.nbytes for parameter in model.parameters())
     stage, world = zero_stage(config, runtime.world), runtime.world
     return {
         "weights": weights // (world if stage == 3 else 1),
         "gradients": weights // (world if stage >= 2 else 1),
-        "optimizer": kept_beside(model, config, runtime),
+        "optimizer": optimizer_bytes(model, config, runtime),
     }
 
 
-def kept_beside(model: nn.Module, config: Config, runtime: Runtime) -> int:
-    """What a rank keeps beyond the model, its gradients and activations: see Engine, Ema and Saver."""
-    weights, element = sum(parameter.numel() for parameter in model.parameters()), next(model.parameters()).element_size()
+def optimizer_bytes(model: nn.Module, config: Config, runtime: Runtime) -> int:
+    """Bytes that a rank holds beyond weights, gradients and activations.
+
+    These are the optimizer's states, master weights, EMA, communication buffers and, on a CPU, a checkpoint's snapshot.
+    """
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    element = next(model.parameters()).element_size()
     stage, world = zero_stage(config, runtime.world), runtime.world
-    moments, averages = _moments(config), _averages(config)
+    moments, average = _moment_bytes(config), _average_bytes(config)
     master = 0 if stage == 0 and config.train.precision == "fp32" else 4
-    share = world if stage else 1
+    partitions = world if stage else 1
     on_host = runtime.device.type == "cpu"
-    kept = 0 if config.zero.offload and not on_host else weights * (master + moments + 4) // share + weights * averages // world
-    # In half precision the fp32 sum of gradients is whole at ZeRO 1, and there beside this rank's share of it; at ZeRO 3 it is a share.
+    states = weights * (master + moments + 4) // partitions + weights * average // world
+    if config.zero.offload and not on_host:
+        states = 0
+    # In half precision ZeRO 1 holds the whole fp32 sum of gradients beside its partition of it, ZeRO 3 a partition.
     sums = (4 - element) * weights // (world if stage == 3 else 1) if stage in (1, 3) else 0
     if config.zero.offload and not on_host and element < 4:
         sums += 4 * weights // world
-    # Gradients on their way: at ZeRO 2 a bucket of them as they are, and an fp32 copy of it.
+    # Gradients being communicated: at ZeRO 2 a bucket in their own precision, and an fp32 copy of it.
     buckets = 0 if stage == 0 else BUCKET_ELEMENTS * (4 + element if stage == 2 and element < 4 else 4)
-    snapshot = weights * (4 + moments + averages) // world if on_host else 0
-    return kept + sums + buckets + snapshot
+    snapshot = weights * (4 + moments + average) // world if on_host else 0
+    return states + sums + buckets + snapshot
 
 
-def activations(model: nn.Module, config: Config) -> int:
-    """What the forward pass of a micro-batch keeps for the backward pass, every storage once, weights left out.
+def activation_bytes(model: nn.Module, example: Any) -> int:
+    """Bytes that autograd saves in `model(example)` for the backward pass, without the model's own tensors.
 
-    Of the plain path: kernels and compilation keep less.
+    model, example: on the meta device. The plain PyTorch path is counted: the kernels and compilation save less.
     """
-    side, weight = config.data.image_size, next(model.parameters())
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def save(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no other gets its place
+            saved[storage._cdata] = storage  # the reference keeps the address from being used again
         return tensor
 
-    images = torch.empty(config.train.micro_batch, 3, side, side, device="meta", dtype=weight.dtype)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(images)
-    return sum(storage.nbytes() for storage in kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        model(example)
+    return sum(storage.nbytes() for storage in saved.values())
 
 
-def checkpoint_bytes(config: Config, classes: int) -> int:
-    """Of a whole checkpoint: fp32 weights, moments and averages of all parameters."""
-    each = 4 + _moments(config) + _averages(config)
-    return each * sum(parameter.numel() for parameter in meta_model(config, classes).parameters())
+def checkpoint_bytes(model: nn.Module, config: Config) -> int:
+    """Bytes of a checkpoint: fp32 weights, moments and EMA of all parameters."""
+    each = 4 + _moment_bytes(config) + _average_bytes(config)
+    return each * sum(parameter.numel() for parameter in model.parameters())
 
 
-def _moments(config: Config) -> int:
-    """Bytes of a weight's."""
+def _moment_bytes(config: Config) -> int:
+    """Bytes of the optimizer's moments per parameter."""
     return 4 if config.optimizer.name == "sgd" else 8
 
 
-def _averages(config: Config) -> int:
+def _average_bytes(config: Config) -> int:
+    """Bytes of the EMA per parameter."""
     return 4 if config.ema.decay else 0

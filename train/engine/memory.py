@@ -1,4 +1,4 @@
-"""What memory a rank may still take, of a machine, a control group and a process; and how to be refused more instead of killed."""
+"""Memory that a rank may still allocate, and a limit that makes further allocations fail."""
 
 import os
 import resource
@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-THREADS = 2**30  # bytes of address space, used or not, that the threads take which are started later: their stacks and malloc's arenas
+THREADS = 2**30  # bytes of address space reserved for threads that start later: their stacks and malloc's arenas
 
 
 def hosts() -> list[str]:
-    """The name of each rank's machine; every rank calls this."""
+    """Each rank's host name; every rank calls this."""
     names: list = [None] * dist.get_world_size()
     dist.all_gather_object(names, socket.gethostname())
     return names
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this rank may still take: on a CPU its part of what is available to all ranks on this machine."""
+    """Bytes that this rank may still allocate: on a CPU, its share of what is available on this machine."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -34,9 +34,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def cgroup_room() -> int | None:
-    """Bytes that the control groups of this process, SLURM's or a container's, leave it; None without a limit.
+    """Bytes left by the limits of this process's control groups, SLURM's or a container's; None without a limit.
 
-    Version 2 has one tree, version 1 one of memory's own; a group is bounded by all groups above it.
+    Version 2 has one tree, version 1 one for memory alone. The limits of all parent groups apply.
     """
     rooms = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -53,13 +53,13 @@ def cgroup_room() -> int | None:
                 break
             if (folder / limit).exists() and (folder / usage).exists():
                 text = (folder / limit).read_text().strip()
-                if text != "max" and int(text) < 2**60:  # version 1 says "no limit" by a huge number
+                if text != "max" and int(text) < 2**60:  # a huge number is version 1's "no limit"
                     rooms.append(int(text) - int((folder / usage).read_text()) + _reclaimable(folder))
     return min(rooms, default=None)
 
 
 def _reclaimable(folder: Path) -> int:
-    """Bytes of a group's usage that are files' pages: the kernel takes them back where memory is wanted."""
+    """Bytes of a group's usage that are cached files, which the kernel reclaims when memory is needed."""
     lines = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     return int(lines.get("total_inactive_file", lines.get("inactive_file", 0)))
 
@@ -70,13 +70,15 @@ def _address_space() -> int:
 
 @contextmanager
 def at_most(more: float, device: torch.device) -> Iterator[None]:
-    """Inside, an allocation fails that would take this process more than `more` bytes above what it has now.
+    """Context in which allocations fail that exceed this process's present memory by more than `more` bytes.
 
-    On a CPU that is a limit of its address space: without one the system would give out memory that it has not got, and kill a process.
+    On a CPU this limits the address space: Linux would overcommit memory, and then kill a process.
     """
     if device.type == "cuda":
         total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, (torch.cuda.memory_reserved(device) + more) / total)), device)
+        torch.cuda.set_per_process_memory_fraction(
+            max(0.0, min(1.0, (torch.cuda.memory_reserved(device) + more) / total)), device
+        )
         try:
             yield
         finally:

@@ -2,18 +2,17 @@
 
 import ctypes
 import os
-import platform
 import resource
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from train.engine.deepspeed_engine import destroy_process_group, init_process_group
 from train.engine.network_interface import choose_interface
+from train.engine.processor import processor_name
 
 # CPU capabilities with bf16 arithmetic, by torch's names: x86, then ARM.
 BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
@@ -59,12 +58,6 @@ class Runtime:
         ):
             return ["this processor has no bf16 instructions: train.precision=fp32 is faster"]
         return []
-
-
-def processor_name() -> str:
-    """Model name of this machine's processor; its architecture if the kernel reports no name, as on ARM."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def start_runtime(patience: float = PATIENCE) -> Runtime:

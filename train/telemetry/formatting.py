@@ -1,28 +1,16 @@
 """Times, sizes, counts and untrusted text, formatted for people."""
 
 import time
+from collections.abc import Sequence
+
+from data_pipeline.formatting import duration
+
+__all__ = ["clock", "counted", "duration", "printable", "size", "table"]
 
 
 def clock(when: float) -> str:
     """A Unix time as local date and time, such as "2026-11-26 23:59:59"."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
-
-
-def duration(seconds: float) -> str:
-    """A duration, such as "4.2 s", "40 s", "3 min 20 s", "4 h 05 min" or "3 d 04 h"."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    minutes = whole // 60
-    return (
-        f"{minutes // 60} h {minutes % 60:02} min"
-        if minutes < 48 * 60
-        else f"{minutes // 1440} d {minutes % 1440 // 60:02} h"
-    )
 
 
 def size(number: float) -> str:
@@ -44,3 +32,16 @@ def printable(text: str) -> str:
         letter if letter.isprintable() else letter.encode("unicode_escape", "backslashreplace").decode()
         for letter in text
     )
+
+
+def table(rows: Sequence[Sequence[str]], align: str = "<>", widths: Sequence[int] = (0,), gap: str = "  ") -> str:
+    """Rows of cells as lines of text, each column as wide as its longest cell.
+
+    align: "<" (left) or ">" (right) for each column. widths: the least width of each column. Both repeat their last
+    entry for further columns. gap: between columns. Rows may have different lengths.
+    """
+    count = max(map(len, rows))
+    sides, least = ([*given, *[given[-1]] * (count - len(given))] for given in (align, widths))
+    wide = [max(least[column], *(len(row[column]) for row in rows if column < len(row))) for column in range(count)]
+    lines = ([f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, wide, strict=False)] for row in rows)
+    return "\n".join(gap.join(line).rstrip() for line in lines)

@@ -2,32 +2,43 @@
 
 Every second from the first start until now is in one category:
 
-productive        steps that count: `step_ms` of the train lines, without their waiting for data and without `compilation`
-startup           of every start, from the process's start (`startup_seconds` before the start's line) until its first step began
-compilation       what the first step of a start took beyond a usual one of that start (of another, where it had no other step)
-data_wait         `data_wait`, the share of the time of steps that count in which the network waited for data
+productive        steps that count: `step_ms` of the train lines, without data wait and compilation
+startup           from each start's process start (`startup_seconds` before its line) until its first step began
+compilation       a start's first step beyond its usual step (or another start's, if it took no second step)
+data_wait         the share `data_wait` of the time of steps that count: the network waited for data
 checkpoint_stall  `stall_seconds` of checkpoints and `seconds` of save_slow: training stood still
 evaluation        `seconds` of the eval lines
-lost              the time of steps that had to be taken again, data wait included; and a killed start's last seconds, from its last
-                  train line to its last sign of life: its last line, or later by what the next start says in `down_seconds`
-waiting           from a start's last sign of life to the next start; a start in between that died before its first line is in here
-other             the rest of a start's wall time: writing metrics, leaving, and steps that no line tells of yet
+lost              steps that had to be taken again, data wait included; and a killed start's time from its last train
+                  line to its last sign of life: its last line or, if later, what the next start's `down_seconds` gives
+waiting           from a start's last sign of life to the next start, including a start that died before its first line
+other             the rest of a start's wall time: writing metrics, leaving, and steps without a line yet
 
-A train line stands for all steps since the one before it, each with the same share. Steps after the last train line that count all the
-same, because a later line or a resumed checkpoint says that they were taken, get the usual time of a step, if there is as much.
+A train line stands for all steps since the previous one, each with the same share. Steps after the last train line that
+count, because a later line or a resumed checkpoint proves that they were taken, get the usual time of a step, as far as
+there is time.
 
-Measured times are kept even where the step around them was lost: an evaluation stays one. Categories never overlap but by errors of
-measurement (clocks that were set, other clocks on other nodes): where a start's categories exceed its wall time, all are scaled down to it,
-and a start that began before the last sign of life of the one before cuts that one short. So `other` is never negative.
+Measured times are kept even if the step around them was lost: an evaluation stays an evaluation. Categories overlap
+only by errors of measurement (clocks that were set, clocks of other nodes). If a start's categories exceed its wall
+time, all are scaled down to it; a start that began before the previous one's last sign of life cuts that one short. So
+`other` is never negative.
 """
 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
-CATEGORIES = ("productive", "startup", "compilation", "data_wait", "checkpoint_stall", "evaluation", "lost", "waiting", "other")
+CATEGORIES = (
+    "productive",
+    "startup",
+    "compilation",
+    "data_wait",
+    "checkpoint_stall",
+    "evaluation",
+    "lost",
+    "waiting",
+    "other",
+)
 # Events after which a start had nothing left to do.
 ENDS = ("finished", "preempted")
 
@@ -41,18 +52,18 @@ class Start:
     world_size: int | None
     startup: float
     last: float  # its last line
-    last_step: int  # the furthest that a line tells of
+    last_step: int  # the furthest in its lines
     reported: float  # its last train line, rollback or start
     reported_step: int
     ended: float | None = None  # its last sign of life, once another start has followed
-    end: str | None = None  # the event that ended it, where there was one
-    busy: float = 0.0  # steps that count, and have been told of by train lines, without data_wait
+    end: str | None = None  # the event that ended it, if any
+    busy: float = 0.0  # steps that count and have a train line, without data_wait
     data_wait: float = 0.0
     checkpoint_stall: float = 0.0
     evaluation: float = 0.0
     lost: float = 0.0
     since_report: float = 0.0  # checkpoint_stall and evaluation since `reported`
-    first_busy: float = 0.0  # the first step's
+    first_busy: float = 0.0  # `busy` of the first step
     first_lost: bool = False
     later_steps: int = 0  # all other steps, lost ones too
     later_busy: float = 0.0
@@ -71,16 +82,19 @@ class Steps:
 
 
 class Ledger:
-    """Add the lines of metrics.jsonl in their order, then ask. Lines before the first start that has a `time` are only counted."""
+    """The account of a run's time. Add the lines of metrics.jsonl in their order.
+
+    Lines before the first start that has a `time` are only counted.
+    """
 
     def __init__(self):
         self.starts: list[Start] = []
         self.lost_steps = 0
-        self.left_out = 0  # lines without a place in time
+        self.left_out = 0  # lines without a time, or before the first start that has one
         self._taken: list[Steps] = []  # what counts so far, in the order of steps
 
     def add(self, line: dict) -> None:
-        """Take one parsed line into account; a constant amount of work, over all lines."""
+        """Add one parsed line, in amortised constant time."""
         now, step, event = line.get("time"), line.get("step", 0), line.get("event")
         if now is None or not (self.starts or event in ("start", "resume")):
             self.left_out += 1
@@ -108,7 +122,10 @@ class Ledger:
             start.end = event
 
     def split(self, end: float | None = None) -> dict[str, float]:
-        """Seconds by category, from the first start to the last line, or to `end` (Unix seconds) if that is later; {} without a start."""
+        """Seconds by category, from the first start to the last line, or to `end` (Unix seconds) if that is later.
+
+        Returns {} if there is no start.
+        """
         if not self.starts:
             return {}
         total = dict.fromkeys(CATEGORIES, 0.0)
@@ -129,7 +146,10 @@ class Ledger:
     def line(self) -> dict:
         """The goodput line of metrics.jsonl: the share of productive time, 0..1, and the seconds by category."""
         split = self.split()
-        share = {"goodput": round(goodput(split), 4), **{category: round(seconds, 3) for category, seconds in split.items()}}
+        share = {
+            "goodput": round(goodput(split), 4),
+            **{category: round(seconds, 3) for category, seconds in split.items()},
+        }
         return {"kind": "goodput", "step": self.starts[-1].last_step, **share}
 
     def _begin(self, line: dict, now: float, step: int) -> None:
@@ -139,12 +159,14 @@ class Ledger:
             began = max(began, before.began)
             down = line.get("down_seconds")
             if (line.get("previous_started") or 0.0) > before.last:
-                down = None  # it is measured from a start in between, which died before it wrote a line
+                down = None  # measured from a start in between, which died before it wrote a line
             before.ended = min(began, before.last if down is None else max(before.last, began - down))
             self._go_back(step, before.ended, crashed=before.end not in ENDS)
             lost = line.get("lost_steps")
             self.lost_steps += max(0, before.last_step - step) if lost is None else lost
-        self.starts.append(Start(began, step, line.get("world_size"), max(0.0, now - began), max(now, began), step, now, step))
+        self.starts.append(
+            Start(began, step, line.get("world_size"), max(0.0, now - began), max(now, began), step, now, step)
+        )
 
     def _train(self, start: Start, line: dict, now: float, step: int) -> None:
         count = step - start.reported_step
@@ -191,7 +213,10 @@ class Ledger:
             start.lost += rest
 
     def _tail(self, index: int, step: int, now: float) -> tuple[float, float, float]:
-        """Seconds of a start from its last train line to `now`: (busy, waiting for data) of steps up to `step` at the usual pace, rest."""
+        """Seconds of a start from its last train line to `now`: (busy, data wait, rest).
+
+        The first two are of the steps up to `step`, at the usual pace.
+        """
         start = self.starts[index]
         there = max(0.0, now - start.reported - start.since_report)
         busy, wait = (max(0, step - start.reported_step) * seconds for seconds in self._usual(index))
@@ -199,14 +224,14 @@ class Ledger:
         return busy * scale, wait * scale, there - (busy + wait) * scale
 
     def _usual(self, index: int) -> tuple[float, float]:
-        """Seconds of a usual step of a start (busy, waiting for data); of the nearest other start, where it took no second step."""
+        """Seconds (busy, data wait) of a start's usual step, or of the nearest start's that took a second step."""
         for start in (*self.starts[index::-1], *self.starts[index + 1 :]):
             if start.later_steps:
                 return start.later_busy / start.later_steps, start.later_wait / start.later_steps
         return self.starts[index].first_busy, 0.0
 
     def _known(self, index: int) -> dict[str, float]:
-        """Seconds of a start by category, all but waiting and other."""
+        """Seconds of a start by category, without waiting and other."""
         start = self.starts[index]
         compilation = max(0.0, start.first_busy - self._usual(index)[0])
         busy, wait, _ = self._tail(index, start.last_step, start.last) if start.ended is None else (0.0, 0.0, 0.0)
@@ -219,11 +244,11 @@ class Ledger:
             "evaluation": start.evaluation,
             "lost": start.lost - compilation * start.first_lost,
         }
-        return {category: max(0.0, value) for category, value in seconds.items()}  # what was subtracted leaves a rounding error
+        return {category: max(0.0, value) for category, value in seconds.items()}  # subtraction leaves rounding errors
 
 
 def goodput(split: dict[str, float]) -> float:
-    """The productive share of all time, 0..1, of what `Ledger.split` returned."""
+    """The productive share of all time, 0..1. split: as `Ledger.split` returns it."""
     total = sum(split.values())
     return split["productive"] / total if total else 0.0
 
@@ -235,7 +260,7 @@ def read_lines(path: Path) -> Iterator[dict]:
 
 
 def parse_lines(texts: Iterable[bytes]) -> Iterator[dict]:
-    """Lines of a metrics.jsonl; one that a kill or a full disk left torn is skipped."""
+    """Parse lines of a metrics.jsonl; skip lines that a kill or a full disk left incomplete."""
     for text in texts:
         try:
             line = json.loads(text)
@@ -243,40 +268,3 @@ def parse_lines(texts: Iterable[bytes]) -> Iterator[dict]:
             continue
         if isinstance(line, dict):
             yield line
-
-
-def last_beat(run: Path) -> float | None:
-    """The last sign of life, in Unix seconds, that the process holding the run's lock has left there; None where there is none."""
-    try:
-        return json.loads((run / ".lock").read_text()).get("beat")
-    except (OSError, ValueError):
-        return None
-
-
-def hang_times(run: Path) -> list[float]:
-    """When ranks of the run were found to hang, in Unix seconds."""
-    return [when for when, _ in hangs(run)]
-
-
-def hangs(run: Path) -> list[tuple[float, str]]:
-    """(Unix seconds, sentence) of the hangs of the run: the watchdog begins each record of stacks with a line that says when, and who."""
-    found = []
-    for path in sorted((run / "stacks").glob("rank_*.txt")):
-        for text in path.read_text(errors="replace").splitlines():
-            words = text.split(maxsplit=3)
-            try:
-                found.append((datetime.strptime(" ".join(words[:3]), "%Y-%m-%d %H:%M:%S %z").timestamp(), " ".join(words[3:])))
-            except ValueError:
-                continue
-    return found
-
-
-def ending(start: Start, after: Start | None, hung: list[float]) -> str | None:
-    """How a start ended: "finished", "preempted", "failed", "hung", "killed", or None: it runs, or was killed.
-
-    after: the next start. hung: `hang_times`, in whole seconds.
-    """
-    end = start.end or (after and "killed")
-    if end != "finished" and any(start.last - 1 < hang and (after is None or hang <= after.began) for hang in hung):
-        return "hung"
-    return end

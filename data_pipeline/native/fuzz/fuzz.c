@@ -1,7 +1,7 @@
-/* libFuzzer's target. An input is a file, whose last 16 bytes say what to do with it: window, size, flip, interpolation.
+/* A target for libFuzzer. An input is a file followed by 16 bytes of parameters: window, size, flip, interpolation.
  *
- * Besides what the sanitizers find, it checks what the decoder promises: the result is the same with and without the faster code, and where
- * plain libjpeg decodes all of the image without a warning, the window shows the same pixels. */
+ * Besides the sanitizers' checks, it tests two guarantees of the decoder: the result is the same with and without the
+ * faster code, and if plain libjpeg decodes the whole image without a warning, the window has the same pixels. */
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,15 +25,15 @@ static void on_message(j_common_ptr jpeg, int level) {
 }
 
 typedef struct {
-    int32_t dimensions[2]; /* 0 where the header cannot be read */
-    uint8_t *pixels;       /* NULL where it cannot be decoded, or would take long, or has too many scans */
+    int32_t dimensions[2]; /* 0 if the header cannot be read */
+    uint8_t *pixels;       /* NULL if it cannot be decoded, would take long, or has too many scans */
 } Reference;
 
 static void on_progress(j_common_ptr jpeg) {
     if (((j_decompress_ptr)jpeg)->input_scan_number > MOST_SCANS) on_error(jpeg);
 }
 
-/* All of the image, by libjpeg alone, as strict as the decoder. */
+/* Decode the whole image with libjpeg alone, as strictly as the decoder. */
 static void read_reference(Reference *reference, const uint8_t *data, size_t length) {
     struct jpeg_decompress_struct jpeg = {0};
     struct failure failure;
@@ -74,23 +74,23 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t input_length) {
     if (input_length < PARAMETERS) return 0;
     const size_t length = input_length - PARAMETERS;
     const uint8_t *parameters = input + length;
-    uint8_t *data = malloc(length ? length : 1); /* a copy that ends where the file ends */
+    uint8_t *data = malloc(length ? length : 1); /* a copy that ends with the file, to detect reads past it */
     memcpy(data, input, length);
 
     Reference reference = {0};
     read_reference(&reference, data, length);
     int32_t *dimensions = reference.dimensions;
-    if ((int64_t)dimensions[0] * dimensions[1] > MOST_PIXELS) dimensions[0]++; /* would take long: must be refused */
+    if ((int64_t)dimensions[0] * dimensions[1] > MOST_PIXELS) dimensions[0]++; /* too slow: must be refused */
 
     const int choice = parameters[9], size = 1 + parameters[8] % 48, filter = choice & 1;
-    /* Two windows, so that what the first leaves behind meets the second. */
+    /* Two windows, so that state left by the first can affect the second. */
     int32_t windows[2][5] = {
         {(int16_t)read16(parameters), (int16_t)read16(parameters + 2), 1 + read16(parameters + 4) % 256, 1 + read16(parameters + 6) % 256},
         {parameters[10], parameters[11], 1 + parameters[12], 1 + parameters[13]},
     };
     if (choice & 2) windows[0][0] %= 64, windows[0][1] %= 64;
     if (choice & 4) windows[0][2] = windows[0][3] = size;
-    /* As wide as it may be and wider, and far away; the height is then kept low, or it would take long. */
+    /* Up to the maximal width and beyond, and far away; the height is then small, to keep it fast. */
     if (choice & 8) windows[0][2] *= parameters[14], windows[0][3] %= 8, windows[0][0] *= 65535;
     if (choice & 16) windows[0][3] *= -(parameters[14] & 1), windows[0][1] *= 65535;
     windows[0][4] = choice >> 5 & 1, windows[1][4] = choice >> 6 & 1;

@@ -1,4 +1,7 @@
-"""Writes corpus/: a tiny JPEG of every kind, each with the 16 bytes that fuzz.c reads behind it. Needs Debian's libjpeg-turbo-progs."""
+"""Write corpus/: a tiny JPEG of every kind, each followed by 16 bytes of parameters for fuzz.c.
+
+Needs Debian's libjpeg-turbo-progs.
+"""
 
 import io
 import subprocess
@@ -8,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 CORPUS = Path(__file__).parent / "corpus"
-SCANS = "0; 1; 2;"  # three scans, a component each
+SCANS = "0; 1; 2;"  # three scans of one component each
 
 # Arguments of cjpeg.
 KINDS = {
@@ -44,7 +47,7 @@ UNUSUAL = {
 
 
 def picture(width: int, height: int, seed: int) -> np.ndarray:
-    """Smooth, with an edge and noise, so that long and short codes, zeros and runs all occur."""
+    """A smooth image with an edge and noise, so that long and short codes, zeros and runs all occur."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     image = np.stack([128 + 100 * np.sin((x * a + y * b) / 9) for a, b in random.uniform(0.2, 1.5, (3, 2))], -1)
@@ -57,7 +60,9 @@ def cjpeg(image: np.ndarray, arguments: str) -> bytes:
     scans = Path("/tmp/scans.txt")
     scans.write_text(SCANS)
     ppm = b"P6 %d %d 255\n" % image.shape[1::-1] + image.tobytes()
-    return subprocess.run(["cjpeg", *arguments.replace("SCANS", str(scans)).split()], input=ppm, stdout=subprocess.PIPE, check=True).stdout
+    return subprocess.run(
+        ["cjpeg", *arguments.replace("SCANS", str(scans)).split()], input=ppm, stdout=subprocess.PIPE, check=True
+    ).stdout
 
 
 def segment(marker: int, body: bytes) -> bytes:
@@ -65,22 +70,35 @@ def segment(marker: int, body: bytes) -> bytes:
 
 
 def many_scans(count: int) -> bytes:
-    """A gray, progressive image of 24x16 pixels, whose coefficients come bit by bit in `count` scans (64 to 883), a byte of data each."""
-    steps = [(count - 1) // 63 + (k <= (count - 1) % 63) for k in range(1, 64)]  # of each coefficient: one scan for each of its bits
+    """A gray progressive image of 24x16 pixels in `count` scans (64 to 883) of single coefficient bits, a byte each."""
+    steps = [
+        (count - 1) // 63 + (k <= (count - 1) % 63) for k in range(1, 64)
+    ]  # of each coefficient: one scan for each of its bits
     scans = [(0, 0, 0, 0)]
-    scans += [(k, k, bit + 1 if bit + 1 < steps[k - 1] else 0, bit) for k in range(1, 64) for bit in reversed(range(steps[k - 1]))]
-    table = bytes([1, *bytes(15), 0])  # one code, of one bit: no difference, or no coefficients
-    parts = [b"\xff\xd8", segment(0xDB, b"\0" + bytes([8] * 64)), segment(0xC2, bytes([8, 0, 16, 0, 24, 1, 1, 0x11, 0]))]
+    scans += [
+        (k, k, bit + 1 if bit + 1 < steps[k - 1] else 0, bit)
+        for k in range(1, 64)
+        for bit in reversed(range(steps[k - 1]))
+    ]
+    table = bytes([1, *bytes(15), 0])  # one code of one bit: a difference of 0, or no coefficients
+    parts = [
+        b"\xff\xd8",
+        segment(0xDB, b"\0" + bytes([8] * 64)),
+        segment(0xC2, bytes([8, 0, 16, 0, 24, 1, 1, 0x11, 0])),
+    ]
     parts += [segment(0xC4, b"\0" + table), segment(0xC4, b"\x10" + table)]
     for first, last, high, low in scans:
-        parts += [segment(0xDA, bytes([1, 1, 0, first, last, high << 4 | low])), b"\x03"]  # six blocks: six codes 0, and two bits
+        parts += [
+            segment(0xDA, bytes([1, 1, 0, first, last, high << 4 | low])),
+            b"\x03",
+        ]  # six blocks: six codes 0 and two fill bits
     return b"".join([*parts, b"\xff\xd9"])
 
 
 def without_scans(data: bytes, keep: int) -> bytes:
-    """The first `keep` scans of an image, and its end."""
+    """An image with its first `keep` scans only."""
     places = [place for place in range(len(data)) if data.startswith(b"\xff\xda", place)]
-    tables = data.find(b"\xff\xc4", places[keep - 1], places[keep])  # of the next scan, where it has some
+    tables = data.find(b"\xff\xc4", places[keep - 1], places[keep])  # of the next scan, if it has any
     return data[: places[keep] if tables < 0 else tables] + b"\xff\xd9"
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the fuzz target and runs it: bash data_pipeline/native/fuzz/run.sh [RUNS] [FOLDER OF MORE SEEDS …]. README.md says more.
+# Build the fuzz target and run it: bash data_pipeline/native/fuzz/run.sh [RUNS] [FOLDER OF MORE SEEDS …].
 set -euo pipefail
 cd "$(dirname "$0")"
 runs=${1:-1000000}
@@ -7,9 +7,9 @@ shift $(($# > 0 ? 1 : 0))
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 mkdir "$build/found"
-# LIBJPEG: a libjpeg.a that was built with sanitizers and coverage; else the system's, of which only its use of the heap is watched.
+# LIBJPEG: a libjpeg.a that was built with sanitizers and coverage. Else the system's, whose heap use alone is checked.
 flags=(-g -O2 -std=c11 -Wall -Wextra -ffp-contract=off ${INCLUDE:+-I"$INCLUDE"} -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all)
-# No branch of the resampling depends on pixels: to trace its comparisons would only take time.
+# No branch of the resampling depends on pixels, so tracing its comparisons would only cost time.
 for name in resample resample_avx2; do
   clang "${flags[@]}" -fno-sanitize-coverage=trace-cmp -c "../$name.c" -o "$build/$name.o"
 done

@@ -1,7 +1,7 @@
-"""Kernels run in Triton's interpreter here, on the CPU, unless there is a GPU.
+"""Runs the kernels in Triton's interpreter, on the CPU, unless there is a GPU.
 
-Triton decides when it is first imported, and for every kernel when that is defined: so this comes before both. Commands that tests
-start do not inherit it.
+Triton reads the setting when it is first imported, and again when a kernel is defined, so it must be set before both.
+Commands that tests start do not inherit it.
 """
 
 import os
@@ -19,18 +19,18 @@ if not torch.cuda.is_available():
     multiply, cut = InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_trunc
 
     def create_dot(builder, a, b, *arguments):
-        """The interpreter's own (of Triton 3.6 to 3.9) multiplies the bits of bfloat16 as integers."""
+        """Replaces that of Triton 3.6 to 3.9, which multiplies the bits of bfloat16 as integers."""
         a, b = (builder.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return multiply(builder, a, b, *arguments)
 
     def create_fp_trunc(builder, x, to):
-        """The interpreter's own cuts bfloat16 off; GPUs round to nearest."""
+        """Replaces the interpreter's truncation to bfloat16; GPUs round to nearest."""
         if (x.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
             return cut(builder, x, to)
         return TensorHandle(torch.from_numpy(x.data).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
 
     InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_trunc = create_dot, create_fp_trunc
-    catmodel.kernels.usable(torch.device("cpu"), torch.float32)  # defines them all
+    catmodel.kernels.usable(torch.device("cpu"), torch.float32)  # defines all kernels
     del os.environ["TRITON_INTERPRET"]
 
 

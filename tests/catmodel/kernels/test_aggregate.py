@@ -1,4 +1,4 @@
-"""CoT's local aggregation, in plain PyTorch and by the Triton kernels, against its definition; and CoTNet with them."""
+"""CoT's local aggregation, in PyTorch and with the Triton kernels, against its definition; CoTNet with the kernels."""
 
 import pytest
 import torch
@@ -6,22 +6,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import opcheck
 
-from catmodel.cotnet import CoTNet, aggregate
+from catmodel.aggregation import aggregate
+from catmodel.cotnet import CoTNet
 from tests.catmodel.small import images, small
 
-# Images, channels, kernels of a pixel, height, width.
+# Images, channels, kernels per pixel, height, width.
 SHAPES = [
     (1, 8, 1, 1, 1),
     (2, 6, 3, 4, 5),
     (1, 6, 3, 6, 1),
-    (1, 48, 6, 1, 5),  # of CoTNeXt: kernels that are no power of two
-    (1, 64, 8, 9, 11),  # more than one block of them
+    (1, 48, 6, 1, 5),  # as in CoTNeXt: the number of kernels is not a power of two
+    (1, 64, 8, 9, 11),  # more than one block of kernels
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def unfolded(values: Tensor, weights: Tensor) -> Tensor:
-    """The definition: with all nine neighbours of every pixel, copied."""
+    """The definition, with copies of all nine neighbours of each pixel."""
     B, C, H, W = values.shape
     neighbours = F.unfold(values, 3, padding=1).view(B, C, 9, H, W)
     kernels = weights[:, torch.arange(C, device=values.device) % weights.shape[1]]
@@ -36,8 +37,10 @@ def fused(values: Tensor, weights: Tensor) -> Tensor:
     return aggregate(values, weights, fused=True)
 
 
-def draw(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, weights and the gradient of the result, of numbers that every type holds exactly."""
+def draw(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, weights and the gradient of the result, with numbers that every dtype represents exactly."""
     B, C, G, H, W = shape
     g = torch.Generator().manual_seed(sum(shape))
     sizes = (B, C, H, W), (B, G, 9, H, W), (B, C, H, W)
@@ -55,16 +58,18 @@ def outcome(function, values: Tensor, weights: Tensor, dy: Tensor) -> list[Tenso
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("function", [plain, fused])
 def test_value_and_gradients(function, dtype, shape, device):
-    """Of every type within one rounding of the definition in float64."""
+    """In every dtype within one rounding of the definition in float64."""
     drawn = draw(shape, device, dtype)
     exact = outcome(unfolded, *(x.double() for x in drawn))
     for found, expected in zip(outcome(function, *drawn), exact, strict=True):
         assert found.dtype == dtype and found.shape == expected.shape
-        torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=2e-6 * expected.abs().max().item())
+        torch.testing.assert_close(
+            found.double(), expected, rtol=torch.finfo(dtype).eps, atol=2e-6 * expected.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])
-def test_plain_gradients_are_the_function_s(shape):
+def test_gradients_of_the_pytorch_path(shape):
     values, weights, _ = draw(shape, torch.device("cpu"), torch.float64)
     torch.testing.assert_close(plain(values, weights), unfolded(values, weights))
     assert torch.autograd.gradcheck(plain, (values.requires_grad_(), weights.requires_grad_()))
@@ -74,14 +79,16 @@ TRANSFORMS = {
     "vjp": lambda function, v, w: torch.func.vjp(function, v, w)[1](v + 1),
     "jacrev": lambda function, v, w: torch.func.jacrev(function, (0, 1))(v, w),
     "vmap": lambda function, v, w: torch.vmap(function)(v[:, None], w[:, None]),
-    "per sample": lambda function, v, w: torch.vmap(torch.func.grad(lambda v: function(v, w[:1]).square().sum()))(v[:, None]),
+    "per sample": lambda function, v, w: torch.vmap(torch.func.grad(lambda v: function(v, w[:1]).square().sum()))(
+        v[:, None]
+    ),
     "hessian": lambda function, v, w: torch.func.jacrev(torch.func.grad(lambda w: function(v, w).square().sum()))(w),
 }
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_transforms_of_torch_func_are_the_definition_s(name):
+def test_torch_func_transforms_agree_with_the_definition(name):
     values, weights, _ = draw(SHAPES[1], torch.device("cpu"), torch.float64)
     torch.testing.assert_close(TRANSFORMS[name](plain, values, weights), TRANSFORMS[name](unfolded, values, weights))
 
@@ -89,7 +96,7 @@ def test_transforms_of_torch_func_are_the_definition_s(name):
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", ["cat_nano", "pvt_tiny", "cotnet50"])
 def test_models_under_torch_func(name, device):
-    """One gradient per sample, though the model would use kernels: PyTorch's custom operators do not take these transforms."""
+    """Per-sample gradients. The model avoids its kernels, because custom operators do not support these transforms."""
     model = small(name, stages=2, drop_path_rate=0.0).to(device).eval()
     parameters = dict(model.named_parameters())
     x = images(name).to(device)
@@ -109,17 +116,19 @@ def test_models_under_torch_func(name, device):
 @pytest.mark.parametrize("function", [plain, fused])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backward_keeps_its_two_inputs_only(function, dtype, device):
-    """Not the nine neighbours, nor anything padded or in another type."""
+    """Neither the nine neighbours nor padded or converted copies."""
     values, weights, _ = draw(SHAPES[1], device, dtype)
     kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.untyped_storage().nbytes()}) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.update({x.data_ptr(): x.untyped_storage().nbytes()}) or x, lambda x: x
+    ):
         function(values.requires_grad_(), weights.requires_grad_())
     assert sum(kept.values()) == values.nbytes + weights.nbytes
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])
 def test_layouts(shape, device):
-    """Channels-last in, channels-last out; and any others. The numbers are those of contiguous tensors, to the last bit."""
+    """All layouts give the results of contiguous tensors, bit for bit. Channels-last values stay channels-last."""
     values, weights, dy = draw(shape, device)
     expected = outcome(fused, values, weights, dy)
     last = dict(memory_format=torch.channels_last)
@@ -138,7 +147,7 @@ def test_layouts(shape, device):
 
 @pytest.mark.parametrize("function", [plain, fused])
 def test_weights_of_another_type(function, device):
-    """As under autocast, which leaves what a group norm puts out in float32."""
+    """As under autocast, in which the output of a group norm stays in float32."""
     values, weights, dy = draw(SHAPES[1], device)
     y, dvalues, dweights = outcome(function, values.bfloat16(), weights, dy.bfloat16())
     exact = outcome(unfolded, values.double(), weights.double(), dy.double())
@@ -147,22 +156,24 @@ def test_weights_of_another_type(function, device):
         torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(found.dtype).eps, atol=1e-5)
 
 
-def test_the_same_to_the_last_bit_each_time(device):
+def test_results_are_bitwise_reproducible(device):
     drawn = draw(SHAPES[-1], device)
     for first, second in zip(outcome(fused, *drawn), outcome(fused, *drawn), strict=True):
         assert torch.equal(first, second)
 
 
 @pytest.mark.long
-def test_is_a_proper_operator(device):
-    """Its schema, its fake, its autograd registration, alone and in a traced graph of any size; channels-last, the harder layout."""
+def test_operators_pass_opcheck(device):
+    """Schema, fake and autograd registration, eagerly and in a traced graph of any size, for channels-last tensors."""
     values, weights, dy = draw(SHAPES[1], device)
     values = values.contiguous(memory_format=torch.channels_last)
     opcheck(torch.ops.catmodel.aggregate_backward, (dy, values, weights))
     opcheck(torch.ops.catmodel.aggregate, (values.requires_grad_(), weights.requires_grad_()))
 
 
-@pytest.mark.parametrize(("function", "dtype"), [(plain, torch.float32), (plain, torch.bfloat16), (fused, torch.float32)])
+@pytest.mark.parametrize(
+    ("function", "dtype"), [(plain, torch.float32), (plain, torch.bfloat16), (fused, torch.float32)]
+)
 def test_compiles_whole(function, dtype, device):
     drawn = draw(SHAPES[1], device, dtype)
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
@@ -170,18 +181,18 @@ def test_compiles_whole(function, dtype, device):
         torch.testing.assert_close(found, expected)
 
 
-# --------------------------------------------------------------------------------------------------------------------- CoTNet
+# --------------------------------------------------------------------------------------------------------------- CoTNet
 
 
-def test_model_computes_what_it_does_without(device):
+def test_model_gives_the_same_maps_and_gradients_without_kernels(device):
     """Maps and gradients of one block per stage.
 
-    Batch norms use their running statistics: those of so few pixels would magnify rounding errors.
+    Batch norms use their running statistics, because statistics of so few pixels would magnify rounding errors.
     """
     torch.manual_seed(0)
     model = CoTNet(depths=(1, 1, 1, 1), features_only=True).to(device).eval()
     for stage in range(1, 5):
-        torch.nn.init.ones_(model.get_submodule(f"layer{stage}.0.bn3").weight)  # or the branch would be zero
+        torch.nn.init.ones_(model.get_submodule(f"layer{stage}.0.bn3").weight)  # initially zero, as would be the branch
     images = torch.randn(1, 3, 32, 33, device=device)
 
     def maps_and_gradients(kernels: bool) -> list[Tensor]:
@@ -190,7 +201,7 @@ def test_model_computes_what_it_does_without(device):
         return [*maps, *torch.autograd.grad(sum(x.square().mean() for x in maps), list(model.parameters()))]
 
     found, expected = maps_and_gradients(True), maps_and_gradients(False)
-    # Some gradients are zero but for rounding: of a bias that the next norm takes away again.
+    # Some gradients are rounding errors of zero: those of a bias that the next norm removes.
     largest = max(x.abs().max().item() for x in expected)
     for value, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-6 * largest)
@@ -198,7 +209,7 @@ def test_model_computes_what_it_does_without(device):
 
 @pytest.mark.parametrize("kernels", [False, True])
 def test_model_exports(kernels, device):
-    """With the kernels they are operators of the exported graph; without, a graph that runs anywhere. CoTNeXt's two groups."""
+    """With kernels the exported graph contains their operators; without, it runs anywhere. For CoTNeXt's two groups."""
     torch.manual_seed(0)
     model = CoTNet(depths=(1,), width=1.5, key_groups=8, groups=2, num_classes=3).to(device).eval()
     torch.nn.init.ones_(model.layer1[0].bn3.weight)

@@ -1,4 +1,4 @@
-"""Training under a user's own torch.autocast: with the kernels a model computes what it does without, in every family."""
+"""Training under torch.autocast: models of all families give the same results with kernels and without."""
 
 import contextlib
 
@@ -9,16 +9,28 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import catmodel
-from catmodel.attention import CrossPatchAttention, Patches
+from catmodel.attention import CrossPatchAttention
 from catmodel.layers import Mlp
+from catmodel.patches import Patches
 from tests.catmodel.small import jitter
 
-# Small enough for the interpreter; CAT with four patches, then one; PVT and CoTNet with two stages.
+# Small enough for the interpreter: CAT with four patches, then one; PVT and CoTNet with two stages.
 MODELS = {
-    "cat_tiny": (56, dict(img_size=56, embed_dim=16, depths=(1, 1), num_heads=(1, 2), num_classes=5, shifted_windows=True)),
+    "cat_tiny": (
+        56,
+        dict(img_size=56, embed_dim=16, depths=(1, 1), num_heads=(1, 2), num_classes=5, shifted_windows=True),
+    ),
     "pvt_tiny": (
         32,
-        dict(img_size=32, embed_dims=(8, 16), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(4, 4), sr_ratios=(2, 1), num_classes=5),
+        dict(
+            img_size=32,
+            embed_dims=(8, 16),
+            depths=(1, 1),
+            num_heads=(1, 2),
+            mlp_ratios=(4, 4),
+            sr_ratios=(2, 1),
+            num_classes=5,
+        ),
     ),
     "cotnet50": (32, dict(depths=(1, 1), width=0.25, num_classes=5)),
 }
@@ -27,7 +39,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def build(name: str, device: torch.device) -> tuple[nn.Module, Tensor]:
-    """A model with dropout and drop-path, and two images. CoTNet in evaluation: its norms would magnify rounding."""
+    """A model with dropout and drop-path, and two images. CoTNet is in evaluation mode: its norms magnify rounding."""
     size, settings = MODELS[name]
     torch.manual_seed(0)
     if name.startswith("cat"):
@@ -38,7 +50,7 @@ def build(name: str, device: torch.device) -> tuple[nn.Module, Tensor]:
 
 
 def step(model: nn.Module, images: Tensor, autocast, backward_inside: bool = False, run=None) -> list[Tensor]:
-    """Logits, and the gradients of every parameter."""
+    """Logits and the gradients of all parameters."""
     model.zero_grad()
     torch.manual_seed(1)
     with autocast:
@@ -52,20 +64,23 @@ def step(model: nn.Module, images: Tensor, autocast, backward_inside: bool = Fal
 
 
 def far(found: list[Tensor], reference: list[Tensor]) -> float:
-    """|found - reference| / |reference| of all together."""
-    squares = [((a.double() - b.double()).square().sum(), b.double().square().sum()) for a, b in zip(found, reference, strict=True)]
+    """|found - reference| / |reference| over all tensors together."""
+    squares = [
+        ((a.double() - b.double()).square().sum(), b.double().square().sum())
+        for a, b in zip(found, reference, strict=True)
+    ]
     return (sum(a for a, _ in squares) / sum(b for _, b in squares)).sqrt().item()
 
 
-def assert_as_good(found: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
-    """Of the same types as the plain path's, and no further from float32 than twice as far as that."""
+def assert_as_accurate(found: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
+    """The dtypes equal PyTorch's, and the distance from float32 is at most twice PyTorch's."""
     assert [x.dtype for x in found] == [x.dtype for x in plain]
     for part in (slice(0, 1), slice(1, None)):
         assert far(found[part], exact[part]) <= 2 * far(plain[part], exact[part])
 
 
 class Operators(TorchDispatchMode):
-    """Collects the names of our operators that are called."""
+    """Records the names of our operators that are called."""
 
     def __init__(self):
         super().__init__()
@@ -86,8 +101,8 @@ OPERATORS = {
 
 @every_model
 @pytest.mark.parametrize("dtype", TYPES)
-def test_gradients_are_as_good_as_the_plain_path_s(name, dtype, device):
-    """By the kernels of a model in that type; wherever the backward pass is called; with each block computed twice."""
+def test_gradients_are_as_accurate_as_without_kernels(name, dtype, device):
+    """With the backward pass inside or outside of autocast, without its cache, and with activation checkpointing."""
     model, images = build(name, device)
     model.set_kernels(False)
     exact = step(model, images, contextlib.nullcontext())
@@ -95,7 +110,7 @@ def test_gradients_are_as_good_as_the_plain_path_s(name, dtype, device):
     model.set_kernels(True)
     with Operators() as used:
         fused = step(model, images, torch.autocast(device.type, dtype))
-    assert_as_good(fused, plain, exact)
+    assert_as_accurate(fused, plain, exact)
     backward = {f"{operator}_backward" for operator in OPERATORS[name] - {"pack", "unpack"}}
     assert used.names == OPERATORS[name] | backward
     inside = step(model, images, torch.autocast(device.type, dtype), backward_inside=True)
@@ -109,8 +124,8 @@ def test_gradients_are_as_good_as_the_plain_path_s(name, dtype, device):
 @pytest.mark.slow
 @every_model
 @pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_it_computes_the_same(name, recompute, device):
-    """Whole, and with each block computed twice: what is traced has the types that eager execution meets."""
+def test_compiled_models_compute_the_same(name, recompute, device):
+    """As a single graph, with and without activation checkpointing, and with the dtypes of eager execution."""
     model, images = build(name, device)
     model.set_grad_checkpointing(recompute)
     eager = step(model, images, torch.autocast(device.type, torch.bfloat16))
@@ -124,7 +139,7 @@ def test_compiled_it_computes_the_same(name, recompute, device):
 @every_model
 @pytest.mark.parametrize("recompute", [False, True])
 def test_inductor_computes_the_same(name, recompute, device):
-    """With the random numbers of eager execution, which Inductor would draw in another way."""
+    """With the random numbers of eager execution; Inductor's own would differ."""
     model, images = build(name, device)
     model.set_kernels(False)
     exact = step(model, images, contextlib.nullcontext())
@@ -134,12 +149,12 @@ def test_inductor_computes_the_same(name, recompute, device):
     compiled = torch.compile(model, fullgraph=True)
     with torch._inductor.config.patch(fallback_random=True):
         found = step(model, images, torch.autocast(device.type, torch.bfloat16), run=compiled)
-    assert_as_good(found, plain, exact)
+    assert_as_accurate(found, plain, exact)
 
 
 @pytest.mark.parametrize("name", ["pvt_tiny", "cotnet50"])  # CAT in float32 takes the interpreter many seconds
-def test_where_autocast_is_off_nothing_is_cast(name, device):
-    """In a region that is disabled inside of an enabled one: the bits of no autocast at all."""
+def test_nothing_is_cast_if_autocast_is_disabled(name, device):
+    """A disabled region inside an enabled one gives the same bits as no autocast."""
     model, images = build(name, device)
     expected = step(model, images, contextlib.nullcontext())
 
@@ -153,7 +168,7 @@ def test_where_autocast_is_off_nothing_is_cast(name, device):
 
 @pytest.mark.parametrize("heads", [1, 7])
 def test_cross_patch_attention_by_flash_attention(heads, device):
-    """Of more patches than the one kernel takes, and of several heads."""
+    """For more patches than the single kernel supports, and for several heads."""
     torch.manual_seed(0)
     size, side = (7, 14) if heads == 7 else (2, 18)
     module = jitter(CrossPatchAttention(size, heads, dropout=0.1)).to(device)
@@ -169,11 +184,11 @@ def test_cross_patch_attention_by_flash_attention(heads, device):
     with Operators() as used:
         fused = outcome(True, autocast)
     assert "flash_attention_backward" in used.names
-    assert_as_good(fused, outcome(False, autocast), outcome(False, contextlib.nullcontext()))
+    assert_as_accurate(fused, outcome(False, autocast), outcome(False, contextlib.nullcontext()))
 
 
 def test_operators_compute_in_the_types_they_are_given(device):
-    """Called directly under autocast, backward too: they cast nothing inside."""
+    """Operators called directly under autocast cast nothing, forward and backward."""
     torch.manual_seed(0)
     mlp, attention = Mlp(16, 64).to(device), jitter(CrossPatchAttention(2)).to(device)
     weights = [mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, *attention.parameters()]

@@ -1,4 +1,4 @@
-"""Cross-patch attention by the Triton kernels against its plain twin, and the twin's own gradients."""
+"""Cross-patch attention with the Triton kernels against PyTorch, and the gradients of the PyTorch path."""
 
 import copy
 
@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from catmodel.attention import CrossPatchAttention, Patches
+from catmodel.attention import CrossPatchAttention
+from catmodel.patches import Patches
 
-# Patch size, map (the odd ones are padded), heads, channels, dropout, type. In one kernel: one head, up to 64 patches of at most 7 x 7, not
-# in float32; the others by flash attention.
+# Patch size, height and width (padded if not a multiple), heads, channels, dropout, dtype; as a comment, the number of
+# patches. The single kernel takes one head and up to 64 patches of at most 7 x 7 in bfloat16 or float16; otherwise
+# flash attention is used.
 CASES = [
-    (7, 7, 7, 1, 850, 0.3, torch.float16),  # 1 patch; more tiles than programs, and the last one not full
+    (7, 7, 7, 1, 850, 0.3, torch.float16),  # 1 patch; more tiles than programs, and an incomplete last tile
     (7, 7, 20, 1, 3, 0.0, torch.bfloat16),  # 3
     (7, 14, 13, 1, 20, 0.2, torch.bfloat16),  # 4
     (5, 18, 20, 1, 2, 0.2, torch.float16),  # 16
@@ -25,7 +27,9 @@ CASES = [
 ]
 
 
-def attention(size: int, heads: int = 1, dropout: float = 0.0, dtype=torch.float32, device="cpu") -> CrossPatchAttention:
+def attention(
+    size: int, heads: int = 1, dropout: float = 0.0, dtype=torch.float32, device="cpu"
+) -> CrossPatchAttention:
     torch.manual_seed(0)
     module = CrossPatchAttention(size, heads, dropout)
     with torch.no_grad():
@@ -34,11 +38,16 @@ def attention(size: int, heads: int = 1, dropout: float = 0.0, dtype=torch.float
     return module.to(device, dtype)
 
 
-def outcome(module, height: int, width: int, size: int, channels: int, kernels: bool, dtype, device, wrap=lambda f: f) -> list[Tensor]:
-    """The result for an image, and the gradients of that and of the parameters. Numbers, and dropout's seed, do not depend on dtype."""
+def outcome(
+    module, height: int, width: int, size: int, channels: int, kernels: bool, dtype, device, wrap=lambda f: f
+) -> list[Tensor]:
+    """The output for an image, and the gradients of the image and of the parameters.
+
+    The numbers and the seed of dropout do not depend on dtype.
+    """
     module = copy.deepcopy(module).to(dtype)
     g = torch.Generator().manual_seed(1)
-    # Numbers that every type holds exactly: so what is compared is the arithmetic.
+    # Every dtype represents these numbers exactly, so that only the arithmetic differs.
     x, dy = (torch.randn(1, height * width, channels, generator=g).bfloat16().to(device, dtype) for _ in range(2))
     x.requires_grad_()
     torch.manual_seed(2)
@@ -48,14 +57,14 @@ def outcome(module, height: int, width: int, size: int, channels: int, kernels: 
 
 
 @pytest.mark.parametrize("size, height, width, heads, channels, rate, dtype", CASES)
-def test_agrees_with_the_plain_twin_in_float64(size, height, width, heads, channels, rate, dtype, device):
+def test_agrees_with_pytorch_in_float64(size, height, width, heads, channels, rate, dtype, device):
     module = attention(size, heads, rate, dtype, device)
     exact = outcome(module, height, width, size, channels, False, torch.float64, device)
     plain = outcome(module, height, width, size, channels, False, dtype, device)
     fused = outcome(module, height, width, size, channels, True, dtype, device)
     for e, p, f in zip(exact, plain, fused, strict=True):
         assert f.dtype == dtype
-        # At least two roundings of the largest number: a plain result may be right by chance.
+        # At least two roundings of the largest number, because PyTorch's result may be exact by chance.
         allowed = 2 * max((p - e).abs().max(), torch.finfo(dtype).eps * e.abs().max())
         assert (f - e).abs().max() <= allowed
 
@@ -89,7 +98,7 @@ def test_gradients_are_bitwise_the_same_each_time(heads, channels, dtype, device
 
 
 @pytest.mark.parametrize("heads, dtype", [(1, torch.bfloat16), (2, torch.float32)])
-def test_compiled_and_checkpointed_it_gives_the_same(heads, dtype, device):
+def test_compiled_and_checkpointed_results_are_the_same(heads, dtype, device):
     module = attention(4, heads, 0.3, dtype, device)
     eager, compiled, checkpointed = (
         outcome(module, 7, 8, 4, 2, True, dtype, device, wrap)
@@ -104,7 +113,7 @@ def test_compiled_and_checkpointed_it_gives_the_same(heads, dtype, device):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_registered_as_pytorch_wants_it(rate, device):
+def test_operators_pass_opcheck(rate, device):
     def number(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
 
@@ -115,13 +124,15 @@ def test_registered_as_pytorch_wants_it(rate, device):
     torch.library.opcheck(ops.flash_attention.default, (number(1, 5, 3, 2, 8), rate, seed))
     torch.library.opcheck(ops.pack.default, (number(1, 12, 3), 3, 4, 3))
     torch.library.opcheck(ops.unpack.default, (number(1, 3, 2, 9), 3, 4, 3))
-    x, dy, qkv, *weights = (tensor.detach() for tensor in (number(1, 2, 3, 16), number(1, 2, 3, 16), number(1, 5, 3, 2, 8), *parameters))
+    x, dy, qkv, *weights = (
+        tensor.detach() for tensor in (number(1, 2, 3, 16), number(1, 2, 3, 16), number(1, 5, 3, 2, 8), *parameters)
+    )
     torch.library.opcheck(ops.cross_patch_attention_backward.default, (dy, x, *weights, rate, seed))
     y, lse = ops.flash_attention(qkv, rate, seed)
     torch.library.opcheck(ops.flash_attention_backward.default, (torch.ones_like(y), qkv, y, lse, rate, seed))
 
 
-def test_gradients_of_the_plain_twin():
+def test_gradients_of_the_pytorch_path():
     module = attention(2, dropout=0.3, dtype=torch.float64)
     patches = Patches(3, 4, 2)
     names, parameters = zip(*module.named_parameters(), strict=True)

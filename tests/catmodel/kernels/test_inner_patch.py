@@ -1,4 +1,4 @@
-"""Inner-patch attention by the Triton kernels against its plain twin, and the twin's own gradients."""
+"""Inner-patch attention with the Triton kernels against PyTorch, and the gradients of the PyTorch path."""
 
 import copy
 
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from catmodel.attention import InnerPatchAttention, Patches
+from catmodel.attention import InnerPatchAttention
+from catmodel.patches import Patches
 
-# Patch size, map (the odd ones are padded), heads, channels per head, shifted, dropout, type.
+# Patch size, height and width (padded if not a multiple), heads, channels per head, shifted, dropout, dtype.
 CASES = [
     (7, 14, 7, 3, 8, False, 0.0, torch.float32),
     (7, 13, 6, 1, 32, False, 0.2, torch.bfloat16),
@@ -23,7 +24,9 @@ CASES = [
 ]
 
 
-def attention(size: int, heads: int, d: int, shifted: bool = False, dropout: float = 0.0, dtype=torch.float32, device="cpu"):
+def attention(
+    size: int, heads: int, d: int, shifted: bool = False, dropout: float = 0.0, dtype=torch.float32, device="cpu"
+):
     torch.manual_seed(0)
     module = InnerPatchAttention(heads * d, heads, size, shifted, dropout)
     with torch.no_grad():
@@ -32,12 +35,17 @@ def attention(size: int, heads: int, d: int, shifted: bool = False, dropout: flo
     return module.to(device, dtype)
 
 
-def outcome(module, height: int, width: int, size: int, kernels: bool, dtype, device, wrap=lambda module: module) -> list[Tensor]:
-    """The result for two images, and the gradients of those and of the parameters. Numbers, and dropout's seed, do not depend on dtype."""
+def outcome(
+    module, height: int, width: int, size: int, kernels: bool, dtype, device, wrap=lambda module: module
+) -> list[Tensor]:
+    """The outputs for two images, and the gradients of the images and of the parameters.
+
+    The numbers and the seed of dropout do not depend on dtype.
+    """
     module = copy.deepcopy(module).to(dtype)
     channels = module.proj.in_features
     g = torch.Generator().manual_seed(1)
-    # Numbers that every type holds exactly: so what is compared is the arithmetic.
+    # Every dtype represents these numbers exactly, so that only the arithmetic differs.
     x, dy = (torch.randn(2, height * width, channels, generator=g).bfloat16().to(device, dtype) for _ in range(2))
     x.requires_grad_()
     torch.manual_seed(2)
@@ -47,14 +55,14 @@ def outcome(module, height: int, width: int, size: int, kernels: bool, dtype, de
 
 
 @pytest.mark.parametrize("size, height, width, heads, d, shifted, rate, dtype", CASES)
-def test_agrees_with_the_plain_twin_in_float64(size, height, width, heads, d, shifted, rate, dtype, device):
+def test_agrees_with_pytorch_in_float64(size, height, width, heads, d, shifted, rate, dtype, device):
     module = attention(size, heads, d, shifted, rate, dtype, device)
     exact = outcome(module, height, width, size, False, torch.float64, device)
     plain = outcome(module, height, width, size, False, dtype, device)
     fused = outcome(module, height, width, size, True, dtype, device)
     for e, p, f in zip(exact, plain, fused, strict=True):
         assert f.dtype == dtype
-        # At least three roundings of the largest number: a plain result may be right by chance.
+        # At least three roundings of the largest number, because PyTorch's result may be exact by chance.
         allowed = 3 * max((p - e).abs().max(), torch.finfo(dtype).eps * e.abs().max())
         assert (f - e).abs().max() <= allowed
 
@@ -77,7 +85,7 @@ def test_gradients_are_bitwise_the_same_each_time(size, rate, device):
 
 
 @pytest.mark.parametrize("size, shift, rate", [(4, 0, 0.3), (9, 0, 0.0)])
-def test_registered_as_pytorch_wants_it(size, shift, rate, device):
+def test_operators_pass_opcheck(size, shift, rate, device):
     N, P = 2 * size**2, size**2
     qkv = torch.randn(1, N, 3 * 16, device=device, requires_grad=True)
     bias = torch.randn(2, P, P, device=device, requires_grad=True)
@@ -88,7 +96,7 @@ def test_registered_as_pytorch_wants_it(size, shift, rate, device):
     torch.library.opcheck(torch.ops.catmodel.inner_patch_attention_backward.default, (*inputs, *rest))
 
 
-def test_compiled_and_checkpointed_it_gives_the_same(device):
+def test_compiled_and_checkpointed_results_are_the_same(device):
     module = attention(4, 1, 8, True, 0.3, device=device)
     eager, compiled, checkpointed = (
         outcome(module, 8, 8, 4, True, torch.float32, device, wrap)
@@ -104,7 +112,7 @@ def test_compiled_and_checkpointed_it_gives_the_same(device):
 
 
 def test_the_bias_may_be_of_another_type(device):
-    """As under autocast: products in bfloat16, parameters and their gradients in float32."""
+    """As under autocast, with products in bfloat16 and parameters and their gradients in float32."""
     module = attention(4, 2, 8, device=device)
     x = torch.randn(1, 64, 16, device=device)
     with torch.autocast(device.type, torch.bfloat16):
@@ -113,12 +121,12 @@ def test_the_bias_may_be_of_another_type(device):
 
 
 @pytest.mark.parametrize("shifted, rate", [(True, 0.3), (False, 0.0)])
-def test_gradients_of_the_plain_twin(shifted, rate):
+def test_gradients_of_the_pytorch_path(shifted, rate):
     module = attention(2, 2, 1, shifted, rate, torch.float64)
     x = torch.randn(1, 16, 2, dtype=torch.float64, requires_grad=True)
 
     def run(x: Tensor, *parameters: Tensor) -> Tensor:
-        torch.manual_seed(3)  # of the dropout
+        torch.manual_seed(3)  # for dropout
         named = dict(zip(dict(module.named_parameters()), parameters, strict=True))
         return torch.func.functional_call(module, named, (x, Patches(4, 4, 2)))
 

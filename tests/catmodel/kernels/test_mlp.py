@@ -1,4 +1,4 @@
-"""The MLP with its GELU in the products' epilogues, against plain PyTorch in float64."""
+"""The MLP's kernel, with the GELU in the products' epilogues, against PyTorch in float64."""
 
 import pytest
 import torch
@@ -41,18 +41,20 @@ def error(value, reference):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "channels"), [((2, 67), 16), ((1,), 96), ((2, 3, 11), 40)])
 def test_value_and_gradients(device, rows, channels, dtype):
-    """Rows that fill tiles of 128 or do not, channels that are no power of two: no further from float64 than plain PyTorch, twice over."""
+    """At most twice PyTorch's distance from float64, also for incomplete tiles and channels that are no power of 2."""
     torch.manual_seed(0)
     drawn = draw(device, dtype, *rows, channels=channels)
     reference = gradients(plain, *(z.double() for z in drawn))
     ours, theirs = gradients(fused, *drawn), gradients(plain, *drawn)
-    for name, value, twin, exact in zip(("y", "x", "w1", "b1", "w2", "b2"), ours, theirs, reference, strict=True):
+    for name, value, plain_value, exact in zip(
+        ("y", "x", "w1", "b1", "w2", "b2"), ours, theirs, reference, strict=True
+    ):
         assert value.dtype == dtype and value.shape == exact.shape
-        assert error(value, exact) <= 2 * error(twin, exact) + 1e-6, name
+        assert error(value, exact) <= 2 * error(plain_value, exact) + 1e-6, name
 
 
 def test_gelu_is_exact_at_both_ends(device):
-    """Far out the GELU is 0 or the identity, and its derivative 0 or 1: nothing overflows."""
+    """For large inputs the GELU is 0 or the identity, its derivative 0 or 1, and nothing overflows."""
     x = torch.tensor([-200.0, -8.0, -1e-6, 0.0, 1e-6, 8.0, 200.0], device=device)[:, None].repeat(1, 16)
     eye, zero = torch.eye(16, device=device), torch.zeros(16, device=device)
     y, dx = gradients(fused, x, eye, zero, eye, zero, torch.ones_like(x))[:2]
@@ -68,13 +70,15 @@ def test_gradients_are_the_same_to_the_last_bit_each_time(device):
         assert torch.equal(first, second)
 
 
-def test_rows_that_do_not_lie_in_order(device):
-    """A transposed input, and a gradient that is one number spread out."""
+def test_non_contiguous_inputs(device):
+    """A transposed input, and a gradient that is one expanded number."""
     torch.manual_seed(2)
     x, *weights, dy = draw(device, torch.float32, 4, 9)
     turned = x.transpose(0, 1).contiguous().transpose(0, 1)
     one = dy[0, 0, 0].expand_as(dy)
-    for value, expected in zip(gradients(fused, turned, *weights, one), gradients(fused, x, *weights, one.contiguous()), strict=True):
+    for value, expected in zip(
+        gradients(fused, turned, *weights, one), gradients(fused, x, *weights, one.contiguous()), strict=True
+    ):
         assert torch.equal(value, expected)
 
 
@@ -86,8 +90,8 @@ def test_inference_keeps_no_hidden_layer(device):
     assert torch.equal(y, fused(*inputs))
 
 
-def test_is_a_proper_operator(device):
-    """Its schema, its fake, its autograd registration, alone and in a traced graph of any size."""
+def test_operators_pass_opcheck(device):
+    """Schema, fake and autograd registration, eagerly and in a traced graph of any size."""
     torch.manual_seed(4)
     *inputs, dy = draw(device, torch.float32, 2, 9)
     opcheck(torch.ops.catmodel.mlp, tuple(z.requires_grad_() for z in inputs))
@@ -98,7 +102,7 @@ def test_is_a_proper_operator(device):
 
 
 def test_module_compiles_whole(device):
-    """fullgraph, in training and in inference, with the values and gradients of the plain module."""
+    """As a single graph, in training and inference, with the values and gradients of the PyTorch path."""
     torch.manual_seed(5)
     mlp = Mlp(16, 64).to(device)
     x = torch.randn(2, 21, 16, device=device)
@@ -111,7 +115,7 @@ def test_module_compiles_whole(device):
         torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-5)
 
 
-def test_wide_networks_leave_it_to_the_library():
-    """Where arithmetic is the limit, cuBLAS is faster: stages 3 and 4 of CAT-B stay plain."""
+def test_wide_networks_use_cublas():
+    """Stages 3 and 4 of CAT-B are bound by arithmetic, in which cuBLAS is faster."""
     assert kernels.mlp_pays(96) and kernels.mlp_pays(192)
     assert not kernels.mlp_pays(384)

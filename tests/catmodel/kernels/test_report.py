@@ -1,4 +1,4 @@
-"""What is said of the kernels: the resources they take, and whether they are right."""
+"""The report of the kernels' resources, and the check of their results."""
 
 import json
 import os
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.slow
 def test_kernels_compile_for_the_h200_without_one(tmp_path):
-    """The table and the JSON name every case; nothing of the MLP is spilled, and two blocks of it fit a multiprocessor."""
+    """The table and the JSON name every case. The MLP spills nothing, and two of its blocks fit on a multiprocessor."""
     command = [sys.executable, "-m", "catmodel.kernels.report", "mlp", "--json", str(tmp_path / "report.json")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -31,7 +31,7 @@ def test_kernels_compile_for_the_h200_without_one(tmp_path):
 
 
 @pytest.mark.parametrize(("argument", "message"), [("mlp", "unset it"), ("gemm", "gemm: not among inner_patch, ")])
-def test_what_cannot_be_reported(argument, message, monkeypatch, capsys):
+def test_invalid_arguments_of_the_report(argument, message, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit):
         report.main([argument])
@@ -43,7 +43,7 @@ def test_what_cannot_be_reported(argument, message, monkeypatch, capsys):
     [
         (24, 0, 8, (8, "warps")),  # 64 warps in all
         (64, 0, 8, (4, "registers")),
-        (65, 0, 8, (3, "registers")),  # given out in eights a thread
+        (65, 0, 8, (3, "registers")),  # allocated in units of eight per thread
         (255, 0, 4, (2, "registers")),
         (168, 0, 4, (3, "registers")),
         (40, 100 * 1024, 4, (2, "shared")),
@@ -57,7 +57,7 @@ def test_occupancy_is_that_of_nvidias_calculator(registers, shared, warps, expec
 
 @pytest.mark.slow
 def test_kernels_are_right(device):
-    """Each module that uses a kernel, in float32 and float16, on ragged maps and with dropout."""
+    """Each module that uses a kernel, in float32 and float16, with padding and dropout."""
     generator = torch.get_rng_state()
     rows = check.check(device, 11, check.FEW)
     assert json.loads(json.dumps(rows)) == rows
@@ -71,8 +71,8 @@ def test_kernels_are_right(device):
 @pytest.mark.parametrize(
     "case", {case.module: case for case in check.FEW if case.dtype == "float32"}.values(), ids=lambda case: case.module
 )
-def test_wrong_kernels_are_found_out(device, case):
-    """Kernels that compute another function than the twin: of weights that differ in one number by a hundredth."""
+def test_wrong_kernels_are_detected(device, case):
+    """The check fails if a single weight of the module with kernels differs by 0.01."""
     torch.manual_seed(0)
     plain, fused = case.build().to(device), case.build().to(device)
     fused.load_state_dict(plain.state_dict())
@@ -80,10 +80,10 @@ def test_wrong_kernels_are_found_out(device, case):
     plain.zero_grad()
     fused.zero_grad()
     with torch.no_grad():
-        list(fused.parameters())[-4][0, 0] += 0.01  # of the first linear layer
+        list(fused.parameters())[-4][0, 0] += 0.01  # in the first linear layer
     assert not check.compare(case, plain, fused, seed=1)["passed"]
 
 
-def test_nothing_is_checked_where_no_kernel_runs(device):
+def test_the_check_fails_if_no_kernel_runs(device):
     with pytest.raises(RuntimeError, match="nothing to check"):
         check.check(device, 0, [replace(check.FEW[0], dtype="float64")])

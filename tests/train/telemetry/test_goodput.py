@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.runs import run, start
-from train.telemetry.goodput import CATEGORIES, Ledger, goodput, hang_times, last_beat, read_lines
+from train.telemetry.goodput import CATEGORIES, Ledger, goodput, read_lines
 
 
 def ledger_of(lines):
@@ -87,7 +87,9 @@ def test_a_resume_between_two_train_lines_divides_their_steps():
     ]
     ledger = ledger_of(lines)
     split = ledger.split()
-    assert (split["productive"], split["data_wait"], split["lost"], split["startup"]) == pytest.approx((7.0, 7.0, 6.0, 5.0))
+    assert (split["productive"], split["data_wait"], split["lost"], split["startup"]) == pytest.approx(
+        (7.0, 7.0, 6.0, 5.0)
+    )
     assert ledger.lost_steps == 6 and split["other"] == pytest.approx(0.0)
 
 
@@ -192,15 +194,6 @@ def test_all_seconds_are_in_one_category_whatever_happened():
             assert all(seconds >= 0 for seconds in split.values()), (seed, split)
             total = ledger.starts[-1].last - ledger.starts[0].began
             assert sum(split.values()) == pytest.approx(total, abs=1e-5), (seed, split)
-
-
-def test_the_lock_and_the_watchdogs_records(tmp_path):
-    assert last_beat(tmp_path) is None and hang_times(tmp_path) == []
-    (tmp_path / ".lock").write_text('{"host": "node1", "beat": 1050.5}'.ljust(511) + "\n")
-    assert last_beat(tmp_path) == 1050.5
-    (tmp_path / "stacks").mkdir()
-    (tmp_path / "stacks" / "rank_1.txt").write_text("1970-01-01 01:00:10 +0100 rank 0 has been 300 s in step 7.\nThread 0x1:\n  File x\n")
-    assert hang_times(tmp_path) == [10.0]
 
 
 @pytest.mark.slow

@@ -1,14 +1,13 @@
-"""Where images come from before they are packed: a folder, a tar, a tar of tars, or a torchvision dataset.
+"""List and read the images of a source for classification: a folder, a tar, a tar of tars, or a torchvision dataset.
 
-A source is listed once (`list_source`) and then read image by image, in any order and from any process (`read_image`). A listing is
-sorted by name, so the same pictures in a folder and in a tar make the same dataset. It is the one thing whose size grows with the source:
-about 130 bytes an image, and half as much again while it is sorted.
+A source is listed once (`list_source`) and then read image by image, in any order and from any process (`read_image`).
+A listing is sorted by name, so the same images in a folder and in a tar give the same dataset. Only the listing grows
+with the source: about 130 bytes per image, and half as much again while it is sorted.
 """
 
 import array
 import dataclasses
 import functools
-import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline import torchvision_source
 from data_pipeline.faults import retried
+from data_pipeline.image_source import SPLITS, Items, Listing, Source
 from data_pipeline.labels import check_names, read_labels
 from data_pipeline.manifest import DataError, UsageError
 from data_pipeline.ownership import DOWNLOAD
@@ -25,57 +26,12 @@ from data_pipeline.progress import Progress
 from data_pipeline.tars import IMAGE_SUFFIXES, check_name, plain_tar, tar_files
 from data_pipeline.validate import check_size
 
-SPLITS = ("train", "val")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where to read: `kind` is "folder", "tar" or "torchvision"; `path` the folder, the plain tar, or the torchvision dataset's root."""
-
-    kind: str
-    path: Path
-    dataset: str = ""  # torchvision only: the class's name
-
-
-@dataclass(frozen=True)
-class Items:
-    """Images of one split, parallel columns, [n]. `sizes` are bytes (an estimate for torchvision); `offsets` are bytes into a tar."""
-
-    source: Source
-    names: list[str]
-    labels: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
-
-    def take(self, positions: np.ndarray) -> "Items":
-        names = [self.names[i] for i in positions]
-        return Items(self.source, names, self.labels[positions], self.offsets[positions], self.sizes[positions])
-
-
-@dataclass(frozen=True)
-class Listing:
-    """All images of a source. Labels index `classes`; `ignored` counts the files that are no images of any split."""
-
-    classes: tuple[str, ...]
-    splits: dict[str, Items]
-    ignored: int = 0
-
-    def digest(self) -> str:
-        """SHA-256 of every class, name, label, offset and size: equal exactly if a resumed run would read the same source."""
-        digest = hashlib.sha256(repr(self.classes).encode("utf-8", "surrogateescape"))
-        for split, items in self.splits.items():
-            digest.update(f"\0{split}\0".encode())
-            for name in items.names:
-                digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
-            for column in (items.labels, items.offsets, items.sizes):
-                digest.update(column.astype("<i8").tobytes())
-        return digest.hexdigest()
-
 
 def open_source(text: str, work: Path) -> Source:
-    """Find out what `text` (a path, `NAME` or `NAME:ROOT` of a torchvision dataset) is; a compressed tar is first unpacked into `work`.
+    """The source that `text` names: a path, or `NAME` or `NAME:ROOT` of a torchvision dataset.
 
-    Raises UsageError where there is no such source, DataError where it cannot be read.
+    A compressed tar is first decompressed into `work`. Raises UsageError if there is no such source, DataError if it
+    cannot be read.
     """
     path = Path(text)
     if path.is_dir():
@@ -84,31 +40,29 @@ def open_source(text: str, work: Path) -> Source:
         return Source("tar", plain_tar(path.resolve(), work))
     name, _, root = text.partition(":")
     if name.lower() == "imagefolder":
-        # The folder's own reader keeps the original bytes and knows train/ and val/; torchvision's ImageFolder would do neither.
+        # Read as a folder, because torchvision's ImageFolder does not keep the original bytes and knows no train/ and
+        # val/.
         if not Path(root).is_dir():
             raise UsageError(f"{text}: there is no folder {root!r}.")
         return Source("folder", Path(root).resolve())
     if "/" not in name:
-        from data_pipeline import torchvision_source
-
         if dataset := torchvision_source.class_named(name):
             return Source("torchvision", Path(root).resolve() if root else work / DOWNLOAD, dataset)
     raise UsageError(f"{text} is neither a folder, nor a tar file, nor the name of a torchvision dataset.")
 
 
 def list_source(source: Source) -> Listing:
-    """List every image with its split and label. Raises DataError, in one sentence, where there are none or the layout is unclear."""
+    """List every image with its split and label. Raises DataError if there are none or the layout is not understood."""
     if source.kind == "torchvision":
-        from data_pipeline import torchvision_source
-
         return torchvision_source.list_images(source)
     return _sort_into_splits(*_list_files(source))
 
 
 def add_val(listing: Listing, source: Source, labels: Path | None) -> Listing:
-    """`listing` with the images of `source` as its val split: in class folders, or in whatever folders, with their labels in a file.
+    """`listing` with the images of `source` as its val split.
 
-    Raises UsageError where `listing` has a val split already, DataError where the classes are not the same, or a label is missing.
+    labels: a label file for images in arbitrary folders; None if they lie in class folders. Raises UsageError if
+    `listing` has a val split already, DataError if the classes differ or a label is missing.
     """
     if "val" in listing.splits:
         raise UsageError("the source has a val split of its own: leave --val out.")
@@ -117,7 +71,7 @@ def add_val(listing: Listing, source: Source, labels: Path | None) -> Listing:
     if labels is None:
         other = _sort_into_splits(*_list_files(source))
         if len(other.splits) > 1:
-            raise UsageError(f"{source.path} has the splits {', '.join(other.splits)}: give the one that --val means.")
+            raise UsageError(f"{source.path} has the splits {', '.join(other.splits)}: give one of them to --val.")
         _check_same_classes(source.path, listing.classes, other.classes)
         [val], ignored = other.splits.values(), other.ignored
     else:
@@ -127,13 +81,11 @@ def add_val(listing: Listing, source: Source, labels: Path | None) -> Listing:
 
 
 def read_image(source: Source, name: str, offset: int, size: int) -> bytes:
-    """One image's encoded bytes: as they lie in the source, or, from torchvision, as a JPEG.
+    """The encoded bytes of one image: those in the source or, from torchvision, a JPEG.
 
-    Raises DataError where it cannot be read, StorageError where that may pass, BadImage where it is too large to be an image.
+    Raises DataError if it cannot be read, StorageError if a later attempt may succeed, BadImage if it is too large.
     """
     if source.kind == "torchvision":
-        from data_pipeline import torchvision_source
-
         return torchvision_source.read_image(source, name)
     check_size(size)
     try:
@@ -141,26 +93,28 @@ def read_image(source: Source, name: str, offset: int, size: int) -> bytes:
     except OSError as error:
         raise DataError(f"cannot read {name} from {source.path}: {error.strerror}.") from error
     if len(data) != size:
-        raise DataError(f"{name} in {source.path} has {len(data)} bytes, not {size} as when it was listed: the source has changed.")
+        raise DataError(
+            f"{name} in {source.path} has {len(data)} bytes, not {size} as when it was listed: the source has changed."
+        )
     return data
 
 
 def _read_once(source: Source, name: str, offset: int, size: int) -> bytes:
-    """The `size` bytes at `offset` of the tar, or all of a file of a folder: one byte more tells that it has grown."""
+    """The `size` bytes at `offset` of the tar, or a file of a folder, with one byte more if the file has grown."""
     if source.kind == "folder":
         with open(source.path / name, "rb") as file:
             return file.read(size + 1)
     try:
         return os.pread(_descriptor(source.path), size, offset)
     except OSError:
-        _descriptor.cache_clear()  # the next attempt opens it anew
+        _descriptor.cache_clear()  # the next attempt opens the file again
         raise
 
 
 def find_images(names: Sequence[str]) -> list[Path]:
-    """Files as they are; of folders all images below them, sorted by name, hidden ones left out. In the order of `names`.
+    """The files in `names`, and for each folder all images below it, sorted by name, without hidden files.
 
-    Raises UsageError for what is not there, and for a folder without images, DataError for a folder that cannot be read.
+    Raises UsageError for missing files and folders without images, DataError for folders that cannot be read.
     """
     found = []
     for name in names:
@@ -177,12 +131,12 @@ def find_images(names: Sequence[str]) -> list[Path]:
     return found
 
 
-# --- folders and tars ------------------------------------------------------------------------------------------------------------------
+# --- folders and tars ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Files:
-    """The images of a folder or tar, sorted by name: parallel columns, [n]."""
+    """The images of a folder or tar as parallel columns, [n], sorted by name."""
 
     source: Source
     names: list[str]
@@ -191,7 +145,7 @@ class _Files:
 
 
 def _list_files(source: Source) -> tuple[_Files, int]:
-    """The images, and the number of other files. A name that comes twice in a tar counts once, its last content."""
+    """The images, and the number of other files. If a tar has a name twice, the last member counts."""
     names, offsets, sizes, others = [], array.array("q"), array.array("q"), 0
     with Progress("files", "listing") as progress:
         for name, offset, size in _walk(source.path) if source.kind == "folder" else _tar_members(source.path):
@@ -214,14 +168,14 @@ def _list_files(source: Source) -> tuple[_Files, int]:
 
 
 def _walk(root: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int, int]]:
-    """(name relative to the root, 0, size) of every file below `root`, links followed, hidden ones left out.
+    """(name relative to the root, 0, size) of every file below `root`. Follows links, ignores hidden files.
 
-    above: the folders that this one lies in, as (device, inode): a link to one of them would go round for ever.
+    above: the (device, inode) of the enclosing folders; a link to one of them would make the recursion endless.
     """
     try:
         here = os.stat(root / prefix)
         if (here.st_dev, here.st_ino) in above:
-            raise DataError(f"{root / prefix} is a link to a folder that it lies in: remove it.")
+            raise DataError(f"{root / prefix} is a link to a folder that contains it: remove it.")
         above = (*above, (here.st_dev, here.st_ino))
         for entry in os.scandir(root / prefix):
             if entry.name.startswith("."):
@@ -231,14 +185,17 @@ def _walk(root: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ())
                 continue
             size = entry.stat().st_size
             if not entry.is_file() and entry.name.lower().endswith(IMAGE_SUFFIXES):
-                raise DataError(f"{root / prefix / entry.name} is no regular file: remove it.")
+                raise DataError(f"{root / prefix / entry.name} is not a regular file: remove it.")
             yield prefix + entry.name, 0, size
     except OSError as error:  # a dangling link, a folder without permission
         raise DataError(f"cannot read {error.filename}: {error.strerror}.") from error
 
 
 def _tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of every regular file in a plain tar; a tar inside it, such as ImageNet's n01440764.tar, counts as a folder."""
+    """(name, offset, size) of every regular file in a plain tar.
+
+    A tar inside it (ImageNet's n01440764.tar) is a folder.
+    """
     with open(path, "rb") as file:
         for name, offset, size in tar_files(path, file, 0, path.stat().st_size):
             if name.lower().endswith(".tar"):
@@ -249,7 +206,7 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def _sort_into_splits(files: _Files, ignored: int) -> Listing:
-    """Split and class of every image from its path: [one folder/][train|val/]class/…/image."""
+    """Take split and class of every image from its path: [one folder/][train|val/]class/…/image."""
     root, names, skip = files.source.path, files.names, 0
     tops = _top_folders(names, skip)
     if len(tops) == 1 and min(tops.values()) > 1 and not set(tops) & set(SPLITS):
@@ -257,13 +214,13 @@ def _sort_into_splits(files: _Files, ignored: int) -> Listing:
         tops = _top_folders(names, skip)
     if tops.get("train", 0) > 1 and tops.get("val") == 1:
         raise DataError(
-            f"the images of {root}/val lie in no class folders: "
+            f"the images of {root}/val do not lie in class folders: "
             f"give {root}/train as the source, with --val {root}/val and --val-labels FILE."
         )
-    # A class may be called "train", too: a split's folder is one that holds folders only.
+    # A class may also be named "train". A folder is that of a split only if all its images lie in subfolders.
     has_splits = bool(tops.keys() & set(SPLITS)) and all(tops[split] > 1 for split in SPLITS if split in tops)
     if has_splits and len(tops) > 1 and not set(SPLITS) <= tops.keys():
-        raise DataError(f"{root} has the folders {_some(tops)}; expected train and val beside each other, or only classes.")
+        raise DataError(f"{root} has the folders {_first_few(tops)}; expected train and val, or class folders only.")
 
     labels, split_of = np.zeros(len(names), np.int32), np.full(len(names), -1, np.int8)
     found = {split: {} for split in SPLITS}  # class name → its number, in the order of appearance
@@ -273,7 +230,9 @@ def _sort_into_splits(files: _Files, ignored: int) -> Listing:
             continue
         class_name, slash, _ = rest.partition("/")
         if not slash:
-            raise DataError(f"{name} in {root} lies in no class folder; expected train/<class>/<image> or <class>/<image>.")
+            raise DataError(
+                f"{name} in {root} is not in a class folder; expected train/<class>/<image> or <class>/<image>."
+            )
         labels[i] = found[split].setdefault(class_name, len(found[split]))
         split_of[i] = SPLITS.index(split)
     if found["train"] and found["val"]:
@@ -291,7 +250,7 @@ def _sort_into_splits(files: _Files, ignored: int) -> Listing:
 
 
 def _top_folders(names: list[str], skip: int) -> dict[str, int]:
-    """The first folders of the names, behind `skip` characters ("": none), each with the fewest folders that one of its names has."""
+    """The first folder of each name after `skip` characters ("" if none), with the depth of its shallowest name."""
     tops = {}
     for name in names:
         top, slash, _ = name[skip:].partition("/")
@@ -304,11 +263,11 @@ def _top_folders(names: list[str], skip: int) -> dict[str, int]:
 def _check_same_classes(what: str | Path, train: Iterable[str], val: Iterable[str]) -> None:
     only = {"train": set(train) - set(val), "val": set(val) - set(train)}
     if any(only.values()):
-        odd = " and ".join(f"only {split} has {_some(names)}" for split, names in only.items() if names)
+        odd = " and ".join(f"only {split} has {_first_few(names)}" for split, names in only.items() if names)
         raise DataError(f"{what}: train and val must have the same classes, but {odd}.")
 
 
-def _some(names) -> str:
+def _first_few(names) -> str:
     names = sorted(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 

@@ -1,4 +1,4 @@
-"""The images that a run got wrong, as its network saw them: decoded from the dataset, where that is still there."""
+"""The images that a run got wrong, as its network saw them, decoded from the dataset if it is still there."""
 
 import base64
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from data_pipeline.manifest import DataError, Split, UsageError, open_manifest
 
 
 def pictures(config: dict, fingerprint: str, ids: Iterable[int]) -> tuple[dict[int, str], str]:
-    """({sample id of the `val` split: its image as a data URI}, a sentence on why some or all are missing, or "").
+    """Images of the `val` split by sample id, as data URIs; and a sentence on why some or all are missing, or "".
 
     config: the run's, flat. fingerprint: of the split that was evaluated.
     """
@@ -26,12 +26,19 @@ def pictures(config: dict, fingerprint: str, ids: Iterable[int]) -> tuple[dict[i
         pixels, failures = _decode(split, np.array(ids, dtype=np.int64), config)
     except (DataError, StorageError, UsageError, OSError) as error:
         return {}, f"No pictures: {error}"
-    found = {number: _data_uri(image) for row, (number, image) in enumerate(zip(ids, pixels, strict=True)) if row not in failures}
+    found = {
+        number: _data_uri(image)
+        for row, (number, image) in enumerate(zip(ids, pixels, strict=True))
+        if row not in failures
+    }
     return found, " ".join(failures.values())
 
 
 def _decode(split: Split, ids: np.ndarray, config: dict) -> tuple[np.ndarray, dict[int, str]]:
-    """uint8 [n, S, S, 3], cut as in evaluation, and {row: why not}. The files are read where they are; nothing is staged."""
+    """The images, uint8 [n, S, S, 3], cropped as in evaluation, and the reason for each row that cannot be decoded.
+
+    The files are read in place; nothing is staged.
+    """
     from data_pipeline.backends import open_backend
     from data_pipeline.crop import evaluation_windows
 

@@ -1,4 +1,4 @@
-"""The layouts of a source: ImageNet's own, val from another place, label files in all forms; and what a long listing costs."""
+"""The layouts of a source: that of ImageNet, val from another source, label files; and the memory of a long listing."""
 
 import io
 import shutil
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.image_source import Source
+from data_pipeline.listing import add_val, list_source, open_source
 from data_pipeline.manifest import DataError, UsageError, open_manifest
-from data_pipeline.sources import Source, add_val, list_source, open_source
 from tests.data_pipeline.images import contents, encoded, make_folder, make_tar, originals, picture, run, stored
 
 WNIDS = ("n01440764", "n01443537", "n02119789")
@@ -23,15 +24,17 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 class ImageNet:
-    """The official files, in small: 3 classes of 4 training and 2 validation images."""
+    """Small copies of the official files: 3 classes of 4 training and 2 validation images."""
 
     def __init__(self, root: Path):
         self.root = root
-        self.train = {(wnid, f"{wnid}_{i}.JPEG"): encoded(picture(10 * k + i)) for k, wnid in enumerate(WNIDS) for i in range(4)}
-        # In an order of their own, as in the original: the labels come from elsewhere.
+        self.train = {
+            (wnid, f"{wnid}_{i}.JPEG"): encoded(picture(10 * k + i)) for k, wnid in enumerate(WNIDS) for i in range(4)
+        }
+        # Not sorted by class, as in the original. The labels come from other files.
         self.val_labels = [2, 0, 1, 1, 0, 2]
         self.val = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": encoded(picture(100 + i)) for i in range(6)}
-        # The training tar is a tar of one tar per class; nothing in it is sorted.
+        # The training tar contains one tar per class; its members are not sorted.
         with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
             for wnid in reversed(WNIDS):
                 inner = io.BytesIO()
@@ -57,7 +60,10 @@ class ImageNet:
             "pairs.csv": [f"{name}, {wnid}" for name, wnid in named],
             "LOC_val_solution.csv": [
                 "ImageId,PredictionString",
-                *(f"{name.removesuffix('.JPEG')},{wnid} 85 1 499 272 {wnid} 3 4 5 6 " for name, wnid in reversed(named)),
+                *(
+                    f"{name.removesuffix('.JPEG')},{wnid} 85 1 499 272 {wnid} 3 4 5 6 "
+                    for name, wnid in reversed(named)
+                ),
             ],
             "ground_truth.txt": [str(label + 1) for label in self.val_labels],
         }
@@ -77,37 +83,45 @@ def imagenet(tmp_path_factory):
 
 
 def test_the_official_tars(imagenet, tmp_path):
-    """Read where they lie, and the same dataset as from the folders."""
-    labels = imagenet.root / "synset_labels.txt"
-    run(imagenet.root / "ILSVRC2012_img_train.tar", tmp_path / "tars", val=str(imagenet.root / "ILSVRC2012_img_val.tar"), val_labels=labels)
+    """The tars give the same dataset as the folders."""
+    root, labels = imagenet.root, imagenet.root / "synset_labels.txt"
+    val = str(root / "ILSVRC2012_img_val.tar")
+    run(root / "ILSVRC2012_img_train.tar", tmp_path / "tars", val=val, val_labels=labels)
     imagenet.check(tmp_path / "tars")
-    run(imagenet.root / "train", tmp_path / "folders", val=str(imagenet.root / "val"), val_labels=labels)
-    same = ("report.json",)  # but for the paths in it
-    assert contents(tmp_path / "tars", same) == contents(tmp_path / "folders", same)
+    run(root / "train", tmp_path / "folders", val=str(root / "val"), val_labels=labels)
+    left_out = ("report.json",)  # it contains the paths of the source
+    assert contents(tmp_path / "tars", left_out) == contents(tmp_path / "folders", left_out)
 
 
 @pytest.mark.parametrize("form", ["pairs.txt", "caffe.txt", "pairs.csv", "LOC_val_solution.csv"])
 def test_label_files(imagenet, tmp_path, form):
-    run(imagenet.root / "train", tmp_path / "set", val=str(imagenet.root / "val"), val_labels=imagenet.root / form, workers=1)
+    root = imagenet.root
+    run(root / "train", tmp_path / "set", val=str(root / "val"), val_labels=root / form, workers=1)
     imagenet.check(tmp_path / "set")
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (None, "numbers without names, as the devkit's ground truth has"),
+        (None, "numbers without names, like the ground truth in ImageNet's devkit"),
         ([], "is empty"),
         (["n01440764"] * 5, "has 5 labels for 6 images"),
         ([*["n01440764"] * 5, "n9"], "line 6: there is no class 'n9' in train"),
         (["tench"] * 6, "line 1: there is no class 'tench' in train. A label file has a class name per line"),
-        ([f"ILSVRC2012_val_{i:08d}.JPEG n01440764" for i in range(1, 6)], "has no label for ILSVRC2012_val_00000006.JPEG"),
-        ([f"ILSVRC2012_val_{i:08d}.JPEG n01440764" for i in range(1, 9)], "has labels for 2 images that are not there; the first is ILSV"),
-        ([f"ILSVRC2012_val_{i:08d}.JPEG n9" for i in range(1, 7)], "there is no class 'n9' in train, which ILSVRC2012_val_00000001.JPEG"),
-        ([f"ILSVRC2012_val_{i:08d}.JPEG 3" for i in range(1, 7)], "there is no class '3' in train"),
+        ([f"ILSVRC2012_val_{i:08d}.JPEG n01440764" for i in range(1, 6)], "no label for ILSVRC2012_val_00000006.JPEG"),
+        (
+            [f"ILSVRC2012_val_{i:08d}.JPEG n01440764" for i in range(1, 9)],
+            "labels for 2 images that .*; the first is ILSV",
+        ),
+        (
+            [f"ILSVRC2012_val_{i:08d}.JPEG n9" for i in range(1, 7)],
+            "00000001.JPEG has the class 'n9', which train does not have",
+        ),
+        ([f"ILSVRC2012_val_{i:08d}.JPEG 3" for i in range(1, 7)], "has the class '3', which train does not have"),
         ([f"ILSVRC2012_val_00000001.JPEG {wnid}" for wnid in WNIDS], "has two labels for ILSVRC2012_val_00000001.JPEG"),
     ],
 )
-def test_label_files_that_do_not_fit(imagenet, tmp_path, lines, message):
+def test_label_files_that_do_not_match_the_images(imagenet, tmp_path, lines, message):
     path = imagenet.root / "ground_truth.txt"
     if lines is not None:
         path = tmp_path / "labels.txt"
@@ -116,7 +130,7 @@ def test_label_files_that_do_not_fit(imagenet, tmp_path, lines, message):
         run(imagenet.root / "train", tmp_path / "set", val=str(imagenet.root / "val"), val_labels=path)
 
 
-def test_labels_do_not_tell_two_images_of_one_name_apart(imagenet, tmp_path):
+def test_two_images_of_one_name_are_refused_with_a_label_file(imagenet, tmp_path):
     for folder in ("a", "b"):
         (tmp_path / "val" / folder).mkdir(parents=True)
         (tmp_path / "val" / folder / "1.jpg").write_bytes(encoded(picture(1)))
@@ -125,21 +139,21 @@ def test_labels_do_not_tell_two_images_of_one_name_apart(imagenet, tmp_path):
         run(imagenet.root / "train", tmp_path / "set", val=str(tmp_path / "val"), val_labels=tmp_path / "labels.txt")
 
 
-def test_val_in_class_folders_from_another_place(tmp_path):
+def test_val_in_class_folders_from_another_source(tmp_path):
     folder = make_folder(tmp_path / "pictures")
     val = make_tar(folder / "val", tmp_path / "val.tar")
     run(folder, tmp_path / "together")
     run(folder / "train", tmp_path / "apart", val=str(val))
-    same = ("report.json",)
-    assert contents(tmp_path / "apart", same) == contents(tmp_path / "together", same)
+    left_out = ("report.json",)
+    assert contents(tmp_path / "apart", left_out) == contents(tmp_path / "together", left_out)
     assert set(stored(tmp_path / "apart", "val")) == originals(folder, "val")
 
 
-def test_val_that_does_not_fit(tmp_path, imagenet):
+def test_val_sources_that_do_not_fit_are_refused(tmp_path, imagenet):
     folder = make_folder(tmp_path / "pictures")
     with pytest.raises(UsageError, match="has a val split of its own: leave --val out"):
         run(folder, tmp_path / "set", val=str(folder / "val"))
-    with pytest.raises(UsageError, match="has the splits train, val: give the one"):
+    with pytest.raises(UsageError, match="has the splits train, val: give one of them"):
         run(folder / "train", tmp_path / "other", val=str(folder))
     with pytest.raises(DataError, match="only train has bird, cat, dog and only val has n01440764"):
         run(folder / "train", tmp_path / "third", val=str(imagenet.root / "train"))
@@ -147,20 +161,23 @@ def test_val_that_does_not_fit(tmp_path, imagenet):
         add_val(list_source(Source("folder", folder / "train")), Source("torchvision", tmp_path, "CIFAR10"), None)
 
 
-def test_a_flat_val_beside_train_is_no_class(imagenet, tmp_path):
-    """The layout of Kaggle's CLS-LOC: to take train and val for two classes would be the worst that could be done."""
+def test_a_flat_val_beside_train_is_not_a_class(imagenet, tmp_path):
+    """The layout of Kaggle's CLS-LOC, whose folders train and val must not be read as two classes."""
     for split in ("train", "val"):
         shutil.copytree(imagenet.root / split, tmp_path / "CLS-LOC" / split)
-    with pytest.raises(DataError, match=r"val lie in no class folders: give .*/train as the source, with --val .*/val and --val-labels"):
+    sentence = r"val do not lie in class folders: give .*/train as the source, with --val .*/val and --val-labels"
+    with pytest.raises(DataError, match=sentence):
         run(tmp_path / "CLS-LOC", tmp_path / "set")
 
 
 @pytest.mark.parametrize("length", [1300, 1700, 3072])
 def test_a_tar_in_the_tar_that_is_cut_off(imagenet, tmp_path, length):
-    """In an image, in a header, and between two files."""
-    with tarfile.open(imagenet.root / "ILSVRC2012_img_train.tar") as whole, tarfile.open(tmp_path / "cut.tar", "w") as tar:
+    """Within an image, within a header, and between two files."""
+    path = imagenet.root / "ILSVRC2012_img_train.tar"
+    with tarfile.open(path) as whole, tarfile.open(tmp_path / "cut.tar", "w") as tar:
         for member in whole:
-            add(tar, member.name, whole.extractfile(member).read()[: length if member.name.startswith("n01443") else None])
+            data = whole.extractfile(member).read()
+            add(tar, member.name, data[:length] if member.name.startswith("n01443") else data)
     with pytest.raises(DataError, match=r"n01443537.tar in .*cut.tar is (damaged or )?cut off"):
         run(tmp_path / "cut.tar", tmp_path / "set")
 
@@ -172,18 +189,18 @@ def test_a_damaged_header_in_a_tar_is_not_its_end(tmp_path):
     with open(path, "r+b") as file:
         file.seek(offset + 3)
         file.write(b"?")
-    with pytest.raises(DataError, match=f"pictures.tar is damaged or cut off: behind byte {offset} "):
+    with pytest.raises(DataError, match=f"pictures.tar is damaged or cut off: after byte {offset} "):
         run(path, tmp_path / "set")
 
 
-def test_links_in_a_tar_are_not_left_out_in_silence(tmp_path):
+def test_links_in_a_tar_are_refused(tmp_path):
     folder = make_folder(tmp_path / "pictures", train=2, val=0)
     (folder / "train/cat/twin.jpg").hardlink_to(folder / "train/cat/0.jpg")
     with pytest.raises(DataError, match="is a link: pack the files themselves"):
         run(make_tar(folder, tmp_path / "pictures.tar"), tmp_path / "set")
 
 
-def test_the_last_of_two_members_of_one_name_counts(tmp_path):
+def test_the_last_of_two_members_of_one_name_is_used(tmp_path):
     first, last = encoded(picture(1)), encoded(picture(2))
     with tarfile.open(tmp_path / "twice.tar", "w") as tar:
         for data in (first, last):
@@ -193,12 +210,13 @@ def test_the_last_of_two_members_of_one_name_counts(tmp_path):
 
 
 def test_names_are_sorted_as_text(tmp_path):
-    """A folder is walked class by class, a tar in its own order; both make one order."""
+    """A folder is walked class by class and a tar in its own order; both give the same order."""
     for name in ("a-b/1.jpg", "a/1.jpg", "a/10.jpg", "a/2.jpg", "a.b/é.jpg"):
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "source" / name).write_bytes(encoded(picture(1)))
     listing = list_source(open_source(str(tmp_path / "source"), tmp_path))
-    assert listing.splits["train"].names == sorted(listing.splits["train"].names) and listing.classes == ("a", "a-b", "a.b")
+    assert listing.splits["train"].names == sorted(listing.splits["train"].names)
+    assert listing.classes == ("a", "a-b", "a.b")
     from_tar = list_source(open_source(str(make_tar(tmp_path / "source", tmp_path / "source.tar")), tmp_path))
     assert [f"source/{name}" for name in listing.splits["train"].names] == from_tar.splits["train"].names
     assert listing.splits["train"].labels.tolist() == from_tar.splits["train"].labels.tolist()
@@ -206,12 +224,12 @@ def test_names_are_sorted_as_text(tmp_path):
 
 @pytest.mark.slow
 def test_what_a_large_source_costs(tmp_path):
-    """Peak memory of listing and planning: about 200 bytes an image, with names as long as ImageNet's."""
+    """Peak memory of listing and planning: about 200 bytes per image, with names as long as those of ImageNet."""
     program = """
 import sys
 from pathlib import Path
 from data_pipeline.prepare import _plan_split
-from data_pipeline.sources import Source, add_val, list_source, open_source
+from data_pipeline.listing import list_source, open_source
 listing = list_source(open_source(sys.argv[1], Path(".")))
 plan = _plan_split("train", listing.splits["train"], 1 << 20, 1.0, 0)
 assert len(plan.order) == int(sys.argv[2])
@@ -227,7 +245,8 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
                 file.write(entry.tobuf(tarfile.USTAR_FORMAT))
             file.write(bytes(1024))
         root = Path(__file__).resolve().parents[2]
-        output = subprocess.run([sys.executable, "-c", program, path, str(count)], capture_output=True, text=True, cwd=root, check=True)
+        command = [sys.executable, "-c", program, path, str(count)]
+        output = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
         peaks[count] = int(output.stdout) * 1024
     per_image = (peaks[55_000] - peaks[5_000]) / 50_000
     print(f"{per_image:.0f} bytes an image")
