@@ -9,11 +9,11 @@ import torch._functorch.config
 from einops import rearrange
 from torch import Tensor
 
+from benchmarks.roofline import Roofline, seconds
 from catmodel import kernels
 from catmodel.attention import CrossPatchAttention, Patches, attend
 from catmodel.layers import Mlp
 from train.config import ConfigError
-from train.engine.flops import Roofline, seconds
 
 # Side of the map in tokens, channels, heads (cat_base at 224 x 224), and whether the twin is compiled, too, which takes its time.
 STAGES = ((56, 96, 3, True), (28, 192, 6, False), (14, 384, 12, True), (7, 768, 24, False))

@@ -194,7 +194,7 @@ def predicted(arguments: argparse.Namespace) -> tuple:
     """The same as `on_this_device`, of an H200: what copies and matrix products were measured to reach on one."""
     import torch
 
-    from train.engine.flops import H200
+    from benchmarks.roofline import H200
 
     precision = arguments.precision or "bf16"
     return torch.device("meta"), {"bf16": torch.bfloat16, "fp32": torch.float32}[precision], precision, H200
@@ -204,7 +204,7 @@ def on_this_device(arguments: argparse.Namespace) -> tuple:
     """The device, the precision as a dtype and by its name, and the roofline, measured now."""
     import torch
 
-    from train.engine.flops import measure_roofline
+    from benchmarks.roofline import measure_roofline
     from train.engine.runtime import keep_memory
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.model import Setting, one_step
-from train.engine.flops import Roofline, bytes_per_image, count_bytes
+from benchmarks.roofline import Roofline, bytes_per_image, count_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 
