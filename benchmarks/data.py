@@ -21,9 +21,9 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.crop import training_windows
 from data_pipeline.decode import decode_batch
 from data_pipeline.loader import build_loader
-from data_pipeline.manifest import Split
 from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, fold, make_key
+from data_pipeline.split import Split
 
 BATCH = 64
 

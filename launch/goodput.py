@@ -13,7 +13,7 @@ from train.telemetry.goodput import Start, goodput
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from data_pipeline.manifest import DataError
+    from data_pipeline.split import DataError
     from operate.run_folder import last_beat, read_log
     from train.config import ConfigError
 

@@ -1,4 +1,5 @@
-"""Faults that happen inside a rank's own process, at a place that the test names: to be given to tests.runs.start as `before`; and strace.
+"""Faults that happen inside a rank's own process, at a place that the test names: to be given to tests.runs.start as
+`before`; and strace.
 
 The faults are real ones (a signal is sent, the process is killed, a loss is not a number); only the moment is arranged.
 """
@@ -42,7 +43,9 @@ class SignalIn:
 
 @dataclass(frozen=True)
 class NanLoss:
-    """On rank `rank` the loss of `steps` (counted from 1) is not a number, the first `times` times each of them is taken."""
+    """On rank `rank` the loss of `steps` (counted from 1) is not a number, the first `times` times each of them is
+    taken.
+    """
 
     rank: int
     steps: tuple[int, ...]
@@ -71,7 +74,9 @@ class NanLoss:
 
 @dataclass(frozen=True)
 class FlipBits:
-    """After step `step`, once, the exponent of one of rank `rank`'s fp32 weights has all its bits set, as by a broken memory."""
+    """After step `step`, once, the exponent of one of rank `rank`'s fp32 weights has all its bits set, as by a broken
+    memory.
+    """
 
     rank: int
     step: int
@@ -97,9 +102,11 @@ class FlipBits:
 
 @dataclass(frozen=True)
 class KillAtWrite:
-    """Rank `rank` is killed with -9 just before the `count`-th thing that it does to the file system in a checkpoint's folder.
+    """Rank `rank` is killed with -9 just before the `count`-th thing that it does to the file system in a checkpoint's
+    folder.
 
-    Python tells its audit hooks of every open, mkdir, rename and removal; what safetensors writes lies between two of them.
+    Python tells its audit hooks of every open, mkdir, rename and removal; what safetensors writes lies between two of
+    them.
     """
 
     rank: int
@@ -135,12 +142,25 @@ class ShortPauses:
 
 @contextlib.contextmanager
 def system_calls(pid: int, injection: str, paths: Iterable[Path] = ()) -> Iterator[None]:
-    """The process's system calls as `injection` says, e.g. "fsync:error=EIO": strace changes them on their way to the kernel.
+    """The process's system calls as `injection` says, e.g. "fsync:error=EIO": strace changes them on their way to the
+    kernel.
 
     paths: only those on these files.
     """
     name = injection.partition(":")[0]
-    command = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={name}", "-e", f"inject={injection}", "-p", str(pid)]
+    command = [
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-e",
+        f"trace={name}",
+        "-e",
+        f"inject={injection}",
+        "-p",
+        str(pid),
+    ]
     command += [part for path in paths for part in ("-P", str(path))]
     os.kill(pid, signal.SIGSTOP)  # or the run might be over before strace has come
     with subprocess.Popen(command) as tracer:

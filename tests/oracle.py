@@ -15,7 +15,9 @@ def state(output, step, kinds=("model", "ema", "exp_avg", "exp_avg_sq")) -> dict
     info = read_info(path)
     shards = [path / name for name in sorted(info.shards)]
     there = pieces_of(shards)
-    places = [(f"{kind}/{name}", shape) for kind in kinds for name, shape in info.shapes.items() if f"{kind}/{name}" in there]
+    places = [
+        (f"{kind}/{name}", shape) for kind in kinds for name, shape in info.shapes.items() if f"{kind}/{name}" in there
+    ]
     tensors = {key: torch.empty(shape) for key, shape in places}
     fill(shards, [Wanted(key, 0, tensor.view(-1)) for key, tensor in tensors.items()])
     return {"optimizer_step": torch.tensor(info.optimizer_step), **tensors}
@@ -39,4 +41,7 @@ def assert_same_state(one, other):
 
 def scores(output) -> dict[tuple[int, str], list[float]]:
     """(step, weights) → top-1, top-5, loss and count."""
-    return {(line["step"], line["weights"]): [line[key] for key in ("top1", "top5", "loss", "count")] for line in metrics(output, "eval")}
+    return {
+        (line["step"], line["weights"]): [line[key] for key in ("top1", "top5", "loss", "count")]
+        for line in metrics(output, "eval")
+    }

@@ -1,7 +1,7 @@
 """Training runs for tests: real processes, one a rank, over gloo.
 
-They are forked from a server that has imported torch and DeepSpeed already: a start costs a second instead of ten, and a run can be
-killed like any other process.
+They are forked from a server that has imported torch and DeepSpeed already: a start costs a second instead of ten, and
+a run can be killed like any other process.
 """
 
 import multiprocessing
@@ -22,7 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 _forkserver = multiprocessing.get_context("forkserver")
 # The last two are what DeepSpeed and torch's optimizers import only when an engine is built.
 _forkserver.set_forkserver_preload(
-    ["train.trainer", "deepspeed", "torch.utils.tensorboard", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    [
+        "train.trainer",
+        "deepspeed",
+        "torch.utils.tensorboard",
+        "torch._dynamo",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+    ]
 )
 
 
@@ -76,16 +82,24 @@ class RunningJob:
 
 def start(config: Path, output: Path, *arguments: str, world: int = 1, **options: object) -> RunningJob:
     """Start `launch/train.py --config … --output …` on `world` ranks; their output goes to `output/stdout_<rank>`."""
-    return start_command("train", output, "--config", str(config), "--output", str(output), *arguments, world=world, **options)
+    return start_command(
+        "train", output, "--config", str(config), "--output", str(output), *arguments, world=world, **options
+    )
 
 
 def start_command(
-    name: str, output: Path, *arguments: str, world: int = 1, allow_fp16: bool = False, before: Callable[[int], None] | None = None
+    name: str,
+    output: Path,
+    *arguments: str,
+    world: int = 1,
+    allow_fp16: bool = False,
+    before: Callable[[int], None] | None = None,
 ) -> RunningJob:
     """Start `launch/<name>.py` with `arguments` on `world` ranks.
 
-    `allow_fp16`: have DeepSpeed accept fp16 on a CPU that is only slow in it, so that the whole of that path runs, loss scaling included.
-    `before` is called with the rank in each rank's process, before the command runs in it (tests/faults.py); it must be picklable.
+    `allow_fp16`: have DeepSpeed accept fp16 on a CPU that is only slow in it, so that the whole of that path runs, loss
+    scaling included. `before` is called with the rank in each rank's process, before the command runs in it
+    (tests/faults.py); it must be picklable.
     """
     output.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
@@ -100,7 +114,9 @@ def start_command(
     return RunningJob(output, processes)
 
 
-def run(config: Path, output: Path, *arguments: str, world: int = 1, timeout: float = 240, **options: object) -> RunningJob:
+def run(
+    config: Path, output: Path, *arguments: str, world: int = 1, timeout: float = 240, **options: object
+) -> RunningJob:
     """Start a job and wait until it has finished with exit code 0."""
     job = start(config, output, *arguments, world=world, **options)
     codes = job.wait(timeout)
@@ -133,7 +149,13 @@ def handles(pid: int, number: signal.Signals) -> bool:
 
 
 def _rank(
-    rank: int, world: int, port: int, command: list[str], output: str, allow_fp16: bool, before: Callable[[int], None] | None
+    rank: int,
+    world: int,
+    port: int,
+    command: list[str],
+    output: str,
+    allow_fp16: bool,
+    before: Callable[[int], None] | None,
 ) -> None:
     """In the forked process: become rank `rank` as a launcher would have started it."""
     stream = open(Path(output) / f"stdout_{rank}", "a", buffering=1)

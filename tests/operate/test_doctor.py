@@ -135,7 +135,10 @@ def config(tiny_config):
 
 def rates(hosts: list[str], slow: dict[tuple[int, int], float]) -> dict[int, dict]:
     ranks = range(len(hosts))
-    links = lambda a: [{"to": b, "bytes_per_second": slow.get((a, b), 1e10), "latency": 1e-5} for b in ranks if b != a]  # noqa: E731
+
+    def links(a: int) -> list[dict]:
+        return [{"to": b, "bytes_per_second": slow.get((a, b), 1e10), "latency": 1e-5} for b in ranks if b != a]
+
     return {rank: {"links": {"links": links(rank)}} for rank in ranks}
 
 

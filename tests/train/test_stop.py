@@ -71,7 +71,9 @@ def test_while_it_runs(tiny_config, whole, tmp_path, fault, steps):
         assert codes == [75, 75]
         (stop,) = events(tmp_path, "preempted")
         assert stop["signal"] == fault.number.name and stop["rank"] == fault.rank and stop["step"] in steps
-        assert f"rank {fault.rank} got {fault.number.name}" in job.text() and "Traceback" not in job.text() + job.text(1)
+        assert f"rank {fault.rank} got {fault.number.name}" in job.text() and "Traceback" not in job.text() + job.text(
+            1
+        )
         assert_nothing_lost(tiny_config, tmp_path, whole, stop["step"])
 
 

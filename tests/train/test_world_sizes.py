@@ -11,7 +11,14 @@ from tests.runs import losses, run
 def test_one_two_and_four_ranks_take_the_same_steps(tiny_config, tmp_path):
     """20 fp32 steps with mixup, cutmix, erasing, drop-path and attention dropout: losses equal within 1e-5 relative."""
     for world in (1, 2, 4):
-        run(tiny_config, tmp_path / f"{world}", "train.epochs=3", "train.max_steps=20", "train.evaluate_every=0", world=world)
+        run(
+            tiny_config,
+            tmp_path / f"{world}",
+            "train.epochs=3",
+            "train.max_steps=20",
+            "train.evaluate_every=0",
+            world=world,
+        )
     reference = losses(tmp_path / "1")
     assert sorted(reference) == list(range(1, 21))
     for world in (2, 4):
@@ -37,7 +44,13 @@ def test_world_size_and_stage_change_along_a_run(tiny_config, tmp_path):
     for start, (world, stage) in enumerate([(4, 1), (2, 3), (1, 0), (4, 2)]):
         extra = ["zero.offload=true"] if start == 3 else []
         job = run(
-            tiny_config, tmp_path / "parts", *settings, f"train.max_steps={4 * start + 4}", f"zero.stage={stage}", *extra, world=world
+            tiny_config,
+            tmp_path / "parts",
+            *settings,
+            f"train.max_steps={4 * start + 4}",
+            f"zero.stage={stage}",
+            *extra,
+            world=world,
         )
         steps = _ids(tmp_path / "parts", world)
         taken |= {step: steps[step] for step in range(4 * start + 1, 4 * start + 5)}

@@ -9,7 +9,10 @@ from data_pipeline.manifest import open_manifest
 from data_pipeline.order import Order
 from train.engine.prefetch import Prefetcher
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")),
+]
 
 
 def loader(dataset):
@@ -49,6 +52,8 @@ def test_every_micro_batch_comes_once_in_order_and_whole(tiny_dataset, device):
 
 def test_leaving_it_closes_the_loader(tiny_dataset):
     batches = loader(tiny_dataset)
-    with Prefetcher(batches, lambda batch: (batch.images, batch.targets), torch.device("cpu"), lambda seconds: None) as feed:
+    with Prefetcher(
+        batches, lambda batch: (batch.images, batch.targets), torch.device("cpu"), lambda seconds: None
+    ) as feed:
         next(feed)
     assert not any(thread.is_alive() for thread in batches._threads)
