@@ -1,5 +1,5 @@
-# Everything a newcomer needs. `make demo` and `make test` do their own set-up; done once, it costs nothing.
-.PHONY: setup demo test faults long lint bench gpu fuzz
+# `make demo` and `make test` set up .venv first, unless that is done already.
+.PHONY: setup demo quick test faults long lint bench gpu fuzz
 
 export DS_ACCELERATOR ?= $(shell test -e /dev/nvidia0 && echo cuda || echo cpu)
 BIN := .venv/bin
@@ -19,18 +19,24 @@ setup: .venv/ready
 demo: setup
 	bash launch/demo.sh
 
+# Lint, and the tests that take less than a few seconds: under 3 minutes on two cores.
+quick: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long"
+
+# All tests but the long ones. Those of train and operate start ranks with time limits, so they run one after another.
 test: .venv/backends .venv/slurm
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile tests/catmodel tests/data_pipeline tests/examples tests/hostile tests/launch
-	$(BIN)/python -m pytest tests/train  # ranks that have limits on their time: one test after the other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile tests --ignore tests/train --ignore tests/operate
+	$(BIN)/python -m pytest tests/train tests/operate
 
-# Faults injected for real, the long form: docs/reliability.md is made of what this measures.
+# The long form of the fault injections; docs/reliability.md quotes its results.
 faults: .venv/backends .venv/slurm
 	$(BIN)/python -m pytest -m "slow or long" --results docs/results/faults.json tests/launch/test_slurm.py \
-	  $(addprefix tests/train/test_,random_kills.py save_faults.py checkpoint_faults.py prune.py best.py resume_elsewhere.py stop.py \
-	    not_finite.py hangs.py world_sizes.py data_faults.py read_faults.py)
+	  $(addprefix tests/train/test_,random_kills.py save_faults.py checkpoint_faults.py prune.py best.py \
+	    resume_elsewhere.py stop.py not_finite.py hangs.py world_sizes.py data_faults.py read_faults.py)
 
-# The tests that take minutes and that `make faults` leaves out, too.
+# All tests that take minutes, including those of `make faults`.
 long: .venv/backends .venv/slurm
 	$(BIN)/python -m pytest -m long
 
@@ -43,7 +49,7 @@ bench: .venv/backends
 	$(BIN)/python launch/bench.py data
 	$(BIN)/python launch/bench.py train
 
-# What only a GPU can show, in 8 minutes. Where there is no .venv: make gpu PYTHON=python3 GPU_WHEELS=folder (docs/performance.md).
+# Measurements on a GPU, in 8 minutes. Without .venv: make gpu PYTHON=python3 GPU_WHEELS=folder (docs/performance.md).
 gpu: $(if $(filter $(BIN)/%,$(PYTHON)),setup)
 	$(PYTHON) launch/gpu.py
 

@@ -1,1 +1,1 @@
-"""Benchmarks, and the tools that make the tables of docs/."""
+"""Benchmarks, and the tools that make the tables and pictures of docs/."""

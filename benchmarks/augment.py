@@ -1,4 +1,4 @@
-"""What the recipe costs, per image and operation. `launch/bench.py data` prints it; the caller chooses the number of threads."""
+"""Cost of the augmentation recipe, per image and operation; `launch/bench.py data` prints it."""
 
 import statistics
 import time
@@ -11,21 +11,29 @@ from torch import Tensor
 from data_pipeline.augment import augment, normalise, operate, sample_keys
 from data_pipeline.augment_choices import OPERATIONS, argument, parse_rand_augment
 from data_pipeline.config import AugmentConfig
+from train.engine.flops import finish
 
 RECIPE = AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1", erasing=0.25)
 BATCH = 64
-GROUP = 2  # images of a batch that share an operation in one of RandAugment's two steps, on average
+GROUP = 2  # average number of images in a batch that share an operation in one of RandAugment's two steps
 
 
-def operation_costs(size: int = 224, config: AugmentConfig = RECIPE, device: str = "cpu", rounds: int = 15) -> dict[str, float]:
-    """Milliseconds per image of size × size pixels: medians over `rounds`, each of which takes everything in turn.
+def operation_costs(
+    size: int = 224, config: AugmentConfig = RECIPE, device: str = "cpu", rounds: int = 15
+) -> dict[str, float]:
+    """Milliseconds per image of size x size pixels: medians over `rounds`, in each of which all operations run in turn.
 
-    Keys: RandAugment's operations, at the config's magnitude; "normalise"; "erasing", of an image that is erased; and "recipe", the whole
-    of `augment` with its own mixture of them. The images are noise: hardly anything depends on what they show.
+    Keys: RandAugment's operations, at the config's magnitude; "normalise"; "erasing", of an image that is erased; and
+    "recipe", all of `augment`. The images are noise, because the cost hardly depends on the content. The caller sets
+    the number of threads.
     """
     generator = torch.Generator().manual_seed(0)
-    # As the loader gives them: channels-last.
-    images = torch.randint(0, 256, (BATCH, size, size, 3), dtype=torch.uint8, generator=generator).to(device).permute(0, 3, 1, 2)
+    # Channels-last, as from the loader.
+    images = (
+        torch.randint(0, 256, (BATCH, size, size, 3), dtype=torch.uint8, generator=generator)
+        .to(device)
+        .permute(0, 3, 1, 2)
+    )
     plain = AugmentConfig()
     calls = {name: (_operation(name, images[:GROUP].contiguous(), config), GROUP) for name in OPERATIONS}
     calls["normalise"] = (lambda number: normalise(images, plain), BATCH)
@@ -41,7 +49,7 @@ def operation_costs(size: int = 224, config: AugmentConfig = RECIPE, device: str
 
 
 def _operation(name: str, images: Tensor, config: AugmentConfig) -> Callable[[int], Tensor]:
-    """A call of an operation; its direction changes from number to number."""
+    """A function that applies an operation; its direction alternates with the argument."""
     settings = parse_rand_augment(config.rand_augment)
     level = np.full(len(images), min(float(settings.magnitude), 10.0))
     arguments = [argument(name, level, np.full(len(images), sign), settings.increasing) for sign in (1.0, -1.0)]
@@ -51,15 +59,13 @@ def _operation(name: str, images: Tensor, config: AugmentConfig) -> Callable[[in
 
 
 def _recipe(images: Tensor, config: AugmentConfig) -> Callable[[int], Tensor]:
-    """A call of the whole recipe; `number` is the epoch."""
+    """A function that applies the whole recipe; its argument is the epoch."""
     return lambda number: augment(images, sample_keys(0, number, np.arange(len(images))), config)
 
 
 def _milliseconds(call: Callable[[int], Tensor], number: int, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    finish(device)
     start = time.perf_counter()
     call(number)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    finish(device)
     return 1e3 * (time.perf_counter() - start)

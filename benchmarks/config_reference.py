@@ -1,4 +1,4 @@
-"""The reference of all config keys, made of the config's classes; `launch/docs.py` puts it into docs/config.md."""
+"""The reference of all config keys, made from the config's classes; launch/docs.py writes it into docs/config.md."""
 
 import inspect
 import types
@@ -17,13 +17,13 @@ SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def reference() -> str:
-    """For each section a heading, a table of its keys, and what they must fulfil together."""
+    """A heading, a table of keys and the rules of each section."""
     parts = [part for name, field in Config.model_fields.items() for part in section(name, field.annotation)]
     return "\n\n".join([*parts, "## Across sections", rules(Config)])
 
 
 def section(name: str, kind: type[Section]) -> Iterator[str]:
-    """The parts of a section, and of those inside it."""
+    """The Markdown parts of a section and of the sections inside it."""
     yield f"## {name}"
     if kind.__doc__:
         yield inspect.cleandoc(kind.__doc__)
@@ -43,7 +43,7 @@ def section(name: str, kind: type[Section]) -> Iterator[str]:
 
 
 def rules(kind: type[Section]) -> str:
-    """What the validators of a section check: their docstrings, as a list."""
+    """The rules of a section as a list: the docstrings of its validators."""
     decorators = kind.__pydantic_decorators__
     found = [*decorators.field_validators.values(), *decorators.model_validators.values()]
     return "\n".join(f"- {inspect.getdoc(decorator.func)}" for decorator in found)
@@ -54,33 +54,37 @@ def is_section(annotation: Any) -> bool:
 
 
 def type_of(field: FieldInfo) -> str:
-    """Such as "int ≥ 1, or null"."""
-    return with_bounds(words(field.annotation), field.metadata)
+    """The type of a key as text, such as "int ≥ 1, or null"."""
+    return with_bounds(describe(field.annotation), field.metadata)
 
 
-def words(annotation: Any) -> str:
+def describe(annotation: Any) -> str:
+    """A type annotation as text."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         kind, *metadata = arguments
-        return with_bounds(words(kind), [bound for item in metadata for bound in getattr(item, "metadata", [item])])
+        return with_bounds(describe(kind), [bound for item in metadata for bound in getattr(item, "metadata", [item])])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (types.UnionType, typing.Union):
-        return ", or ".join(words(argument) for argument in arguments)
+        return ", or ".join(describe(argument) for argument in arguments)
     if origin is tuple:
-        return f"list of {words(arguments[0])}" if arguments[-1] is Ellipsis else f"{len(arguments)} × {words(arguments[0])}"
+        item = describe(arguments[0])
+        return f"list of {item}" if arguments[-1] is Ellipsis else f"{len(arguments)} × {item}"
     return "null" if annotation is type(None) else annotation.__name__
 
 
 def with_bounds(text: str, metadata: list) -> str:
-    """A bound is said of the first of several types: null has none."""
-    bounds = [f"{sign} {getattr(item, name):g}" for item in metadata for name, sign in SIGNS.items() if hasattr(item, name)]
+    """`text` with the bounds after the first of several types, because null has none."""
+    bounds = [
+        f"{sign} {getattr(item, name):g}" for item in metadata for name, sign in SIGNS.items() if hasattr(item, name)
+    ]
     first, *rest = text.split(", or ")
     return ", or ".join([" ".join([first, " and ".join(bounds)]) if bounds else first, *rest])
 
 
 def default(field: FieldInfo) -> str:
-    """As it would stand in the YAML file."""
+    """The default value as YAML."""
     if field.default is PydanticUndefined:
         return "none: must be given"
     value = list(field.default) if isinstance(field.default, tuple) else field.default

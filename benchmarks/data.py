@@ -1,19 +1,23 @@
-"""Speed of the data path beside what else there is, on the same images, interleaved in one run. Rates are images per CPU-second.
+"""Speed of the data path compared with other libraries, interleaved, in images per CPU-second.
 
-Every peer runs on one thread and is asked for the same thing: random resized crops of `size` pixels, mirrored half the time, uint8.
+All decoders run on one thread and produce the same: random resized crops of `size` pixels as uint8, half of them
+mirrored.
 """
 
 import importlib.util
 import io
-import statistics
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.augment import RECIPE, operation_costs
+from benchmarks.measure import interleave, rates_table, summary
 from data_pipeline.augment import augment, sample_keys
 from data_pipeline.backends import open_backend
 from data_pipeline.backends.stored import stored_in_shards
@@ -21,16 +25,19 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.crop import training_windows
 from data_pipeline.decode import decode_batch
 from data_pipeline.loader import build_loader
+from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, fold, make_key
-from data_pipeline.split import Split
+from data_pipeline.split import DataError, Split
+from train.config import Config
+from train.telemetry.formatting import table
 
 BATCH = 64
 
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a bench: the first `count` samples of `split`, their bytes in memory, one random window each."""
+    """The images of a benchmark: the first samples of a split, their bytes in memory, and a random window of each."""
 
     split: Split
     ids: np.ndarray
@@ -40,12 +47,13 @@ class Images:
     size: int
 
     @classmethod
-    def of(cls, split: Split, count: int, size: int, config: AugmentConfig) -> "Images":
+    def read(cls, split: Split, count: int, size: int, config: AugmentConfig) -> "Images":
+        """The first `count` samples, with windows drawn for crops of size x size pixels."""
         ids = np.arange(min(count, split.samples), dtype=np.int64)
         records = split.records[ids]
         encoded, failures = stored_in_shards(split).read(ids)
         if failures:
-            raise ValueError(f"samples that cannot be read: {failures}")
+            raise DataError(f"samples cannot be read: {failures}")
         dimensions = np.stack([records["width"], records["height"]], axis=1)
         windows = training_windows(fold(make_key(0, Stream.CROP, 0), ids), records["width"], records["height"], config)
         return cls(split, ids, encoded, dimensions, windows, size)
@@ -54,11 +62,55 @@ class Images:
         return (slice(start, start + BATCH) for start in range(0, len(self.ids), BATCH))
 
 
-# --- decode + crop + resize + flip → uint8 ---------------------------------------------------------------------------------------------
+def run(config: Config, manifest: Manifest, count: int, rounds: int, gpu_rate: float) -> dict[str, Any]:
+    """Measure decoding, the training path, the loader and the recipe's operations; print and return the results.
+
+    count: images per round. gpu_rate: images per second of a GPU, from which the number of cores that it needs is
+    computed.
+    """
+    torch.set_num_threads(1)
+    images = Images.read(manifest.split("train"), count, config.data.image_size, config.augment)
+    count, cores = len(images.ids), len(os.sched_getaffinity(0))
+    results = {"images": count, "size": images.size, "rounds": rounds, "absent": absent(images.split)}
+
+    def measure(
+        name: str, title: str, ways: dict, base: str, clock: Callable = time.process_time, unit: str = "img/s/core"
+    ) -> dict:
+        rows = summary(interleave(ways, count, rounds, clock), base)
+        results[name] = {"unit": unit, "base": base, "rows": rows}
+        print(f"\n{title}\n{rates_table(rows, unit, base)}", flush=True)
+        return rows
+
+    pillow, timm = "Pillow, the same windows", "timm create_transform, the same recipe"
+    rows = measure("decoding", f"decode + random resized crop {images.size} + flip → uint8", decoding(images), pillow)
+    bare = rows["bare full decode (libjpeg-turbo)"]["median"]
+    shares = [[name, f"{row['median'] / bare:.2f}"] for name, row in rows.items()]
+    print(table([["", "x bare full decode"], *shares]))
+    title = "the whole training path → normalised float batch"
+    path = measure("training_path", title, training_path(images), timm)
+    title, one = f"ready batches on {cores} cores, wall clock", "this decoder, 1 thread"
+    loader = measure("loader", title, loading(images, config.data, cores), one, time.perf_counter, "img/s")
+    results["loader"]["share"] = share = next(iter(loader.values()))["ratio"] / cores
+    print(f"the loader reaches {share:.2f} of the decoder's own rate x {cores} cores")
+    costs = results["operations"] = operation_costs(images.size)
+    print("\nthe recipe")
+    print(table([["", "ms per image"], *([name, f"{cost:.3f}"] for name, cost in costs.items())]))
+    decoded, augmented = rows["webdataset backend"]["median"], next(iter(path.values()))["median"]
+    needed = {"gpu_rate": gpu_rate, "decoding": gpu_rate / decoded, "recipe_too": gpu_rate / augmented}
+    results["cores_per_gpu"] = needed
+    print(
+        f"\na GPU that trains on {gpu_rate:g} images/s needs {needed['decoding']:.1f} of these cores for decoding"
+        f" ({needed['recipe_too']:.1f} if they also run the recipe)"
+    )
+    print("\n".join(results["absent"]))
+    return results
+
+
+# --- decode + crop + resize + flip → uint8 ----------------------------------------------------------------------------
 
 
 def decoding(images: Images) -> dict[str, Callable[[], None]]:
-    """Ways from stored bytes to cropped uint8 pixels. Those whose library or file is not there are left out: see `absent`."""
+    """Ways from stored bytes to cropped uint8 pixels, without those whose library or file is missing (`absent`)."""
     out = np.empty((len(images.ids), images.size, images.size, 3), np.uint8)
 
     def backend(name: str) -> Callable[[], None]:
@@ -72,7 +124,9 @@ def decoding(images: Images) -> dict[str, Callable[[], None]]:
 
     def decoder() -> None:
         for part in images.batches():
-            decode_batch(images.encoded[part], images.dimensions[part], images.windows[part], images.size, "bicubic", out[part])
+            decode_batch(
+                images.encoded[part], images.dimensions[part], images.windows[part], images.size, "bicubic", out[part]
+            )
 
     ways = {"this decoder, bytes in memory": decoder, "webdataset backend": backend("webdataset")}
     if images.split.beton:
@@ -90,10 +144,12 @@ def decoding(images: Images) -> dict[str, Callable[[], None]]:
 
 
 def absent(split: Split) -> list[str]:
-    """One sentence for each way that this machine or this dataset cannot run."""
+    """One sentence for each way that cannot be measured on this machine or dataset."""
     sentences = [f"{name} is not installed: not measured" for name in ("nvidia.dali", "ffcv") if not _installed(name)]
     if not split.beton:
-        sentences.append("the dataset has no beton (launch/prepare.py --formats webdataset,ffcv): the ffcv backend is not measured")
+        sentences.append(
+            "the dataset has no beton (launch/prepare.py --formats webdataset,ffcv): the ffcv backend is not measured"
+        )
     return sentences
 
 
@@ -122,7 +178,7 @@ def _bare(images: Images) -> None:
 
 
 class _Decoded(torch.utils.data.Dataset):
-    """The images as Pillow opens them, through a transform."""
+    """Images opened with Pillow, then transformed."""
 
     def __init__(self, encoded: list[bytes], transform: Callable):
         self.encoded, self.transform = encoded, transform
@@ -145,7 +201,11 @@ def _torchvision(images: Images) -> Callable[[], None]:
     from torchvision import transforms
 
     bicubic = transforms.InterpolationMode.BICUBIC
-    steps = [transforms.RandomResizedCrop(images.size, interpolation=bicubic), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
+    steps = [
+        transforms.RandomResizedCrop(images.size, interpolation=bicubic),
+        transforms.RandomHorizontalFlip(),
+        transforms.PILToTensor(),
+    ]
     return _through_loader(images, transforms.Compose(steps))
 
 
@@ -155,10 +215,15 @@ def _timm(images: Images, *, recipe: bool) -> Callable[[], None]:
     from timm.data import create_transform
 
     if recipe:
-        # Pillow 13 refuses to posterize to 0 bits, which timm 1.0.31 sometimes draws: give it at least 1.
+        # timm 1.0.31 sometimes posterizes to 0 bits, which Pillow 13 refuses: use at least 1.
         original = timm_augment._posterize_increasing_level_to_arg
         timm_augment.LEVEL_TO_ARG["PosterizeIncreasing"] = lambda level, hparams: (max(1, original(level, hparams)[0]),)
-        options = {"auto_augment": RECIPE.rand_augment, "color_jitter": None, "re_prob": RECIPE.erasing, "re_mode": "pixel"}
+        options = {
+            "auto_augment": RECIPE.rand_augment,
+            "color_jitter": None,
+            "re_prob": RECIPE.erasing,
+            "re_mode": "pixel",
+        }
     else:
         options = {"color_jitter": None, "use_prefetcher": True}
     transform = create_transform(images.size, is_training=True, interpolation="bicubic", **options)
@@ -214,13 +279,11 @@ def _exhaust(iterable: Iterable) -> None:
         pass
 
 
-# --- bytes → the batch that the model sees -----------------------------------------------------------------------------------------------
-
-RECIPE = AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1", erasing=0.25)
+# --- stored bytes → normalised float batch ----------------------------------------------------------------------------
 
 
 def training_path(images: Images) -> dict[str, Callable[[], None]]:
-    """Stored bytes → decode → crop → RandAugment → erasing → normalised float32 batch: ours on the CPU, and timm's create_transform."""
+    """Stored bytes → decode → crop → RandAugment → erasing → normalised float32 batch, by this project and by timm."""
     opened = open_backend("webdataset", images.split)
     keys = sample_keys(0, 0, images.ids)
 
@@ -230,20 +293,23 @@ def training_path(images: Images) -> dict[str, Callable[[], None]]:
             opened.decode_batch(images.ids[part], images.windows[part], images.size, "bicubic", pixels.numpy())
             augment(pixels.permute(0, 3, 1, 2), keys[part], RECIPE)
 
-    return {"this data path, the whole recipe": ours, "timm create_transform, the same recipe": _timm(images, recipe=True)}
+    return {
+        "this data path, the whole recipe": ours,
+        "timm create_transform, the same recipe": _timm(images, recipe=True),
+    }
 
 
-# --- the loader as a whole ---------------------------------------------------------------------------------------------------------------
+# --- the loader -------------------------------------------------------------------------------------------------------
 
 
 def loading(images: Images, data: DataConfig, workers: int) -> dict[str, Callable[[], None]]:
-    """The loader with `workers` threads, once it is running, and the decoder alone on one thread. To be timed by the wall clock."""
+    """The loader with `workers` threads in steady state, and the decoder on one thread, for wall-clock timing."""
     config = data.model_copy(update={"image_size": images.size, "workers": workers})
     batches = 2 * -(-len(images.ids) // BATCH)
     order = Order(0, images.split.samples, BATCH, BATCH)
 
     def ready_batches() -> tuple[int, float]:
-        # A new one every round: it would otherwise decode ahead in the others' time.
+        # A new loader every round: a running one would decode ahead while the other way is timed.
         with build_loader(config, AugmentConfig(), images.split, order) as loader:
             _exhaust(islice(loader, config.prefetch))
             began = time.perf_counter()
@@ -259,46 +325,8 @@ def decoding_alone(images: Images) -> Callable[[], None]:
     def run() -> None:
         for part in images.batches():
             rows = slice(0, len(images.ids[part]))
-            decode_batch(images.encoded[part], images.dimensions[part], images.windows[part], images.size, "bicubic", out[rows])
+            decode_batch(
+                images.encoded[part], images.dimensions[part], images.windows[part], images.size, "bicubic", out[rows]
+            )
 
     return run
-
-
-# --- measuring ---------------------------------------------------------------------------------------------------------------------------
-
-
-def interleave(
-    ways: dict[str, Callable[[], tuple[int, float] | None]], count: int, rounds: int, clock: Callable[[], float] = time.process_time
-) -> dict[str, list[float]]:
-    """Rates of each way, `rounds` times one after the other, so that a busy machine disturbs all of them alike; one round before warms up.
-
-    A round handles `count` images; a way that handles other ones, or times itself, returns (images, seconds).
-    """
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, way in ways.items():
-            began = clock()
-            handled, seconds = way() or (count, clock() - began)
-            if number:
-                rates[name].append(handled / seconds)
-    return rates
-
-
-def summary(rates: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
-    """Per way: median, minimum and maximum rate, and the median of the rounds' ratios to the way `base`."""
-    return {
-        name: {
-            "median": statistics.median(values),
-            "min": min(values),
-            "max": max(values),
-            "ratio": statistics.median(value / other for value, other in zip(values, rates[base], strict=True)),
-        }
-        for name, values in rates.items()
-    }
-
-
-def table(rows: dict[str, dict[str, float]], unit: str, base: str) -> str:
-    """`summary` as text."""
-    lines = [f"{'':44}{unit:>14}{'min':>10}{'max':>10}{'ratio':>8}  (to: {base})"]
-    lines += [f"{name:44}{row['median']:14.1f}{row['min']:10.1f}{row['max']:10.1f}{row['ratio']:8.2f}" for name, row in rows.items()]
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""All models beside what their papers print of them; one of each family beside timm's of about the same cost, interleaved in one run."""
+"""All models compared with the figures of their papers, and one of each family with timm's models of about its cost."""
 
 import time
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import catmodel
-from benchmarks.data import interleave, summary
+from benchmarks.measure import interleave, summary
 
-# (model, image size, and from its paper: millions of parameters, GMACs, top-1 in percent). Of two accuracies of CoTNet the first is by the
-# default recipe with EMA, the second by the advanced one. None: the paper has no such figure.
+# (model, image size, and from its paper: millions of parameters, GMACs, top-1 in percent). CoTNet's two accuracies are
+# those of the default recipe with EMA and of the advanced recipe. None: the paper does not state the figure.
 PUBLISHED: tuple[tuple[str, int, float | None, float | None, str | None], ...] = (
     ("cat_nano", 32, None, None, None),
     ("cat_tiny", 224, 17, 2.8, "80.3"),
@@ -32,7 +32,8 @@ PUBLISHED: tuple[tuple[str, int, float | None, float | None, str | None], ...] =
     ("se_cotnetd152", 256, 55.8, 17.0, "– / 84.0"),
     ("se_cotnetd152", 320, 55.8, 26.5, "– / 84.6"),
 )
-# Ours, and timm's of about the same GMACs at 224 x 224: Swin-T 4.5, PVTv2-B2 4.0, DeiT-S 4.6, ResNet-50 4.1.
+PAPER = ("paper_parameters", "paper_gmacs", "paper_top1")
+# timm's models with about the same GMACs at 224 x 224: Swin-T 4.5, PVTv2-B2 4.0, DeiT-S 4.6, ResNet-50 4.1.
 PEERS = {
     "cat_tiny": ("swin_tiny_patch4_window7_224",),
     "pvt_small": ("pvt_v2_b2", "deit_small_patch16_224"),
@@ -41,17 +42,16 @@ PEERS = {
 
 
 def count_models() -> list[dict[str, Any]]:
-    """Per line of PUBLISHED: model, size, parameters, gmacs, and the paper's paper_parameters (M), paper_gmacs and paper_top1.
+    """Per entry of PUBLISHED: model, size, parameters, gmacs, and the PAPER figures (paper_parameters in millions).
 
-    gmacs: multiplications of convolutions and matrix products, as PyTorch counts them; CoT's aggregation and norms are not among them.
+    gmacs: multiply-adds of convolutions and matrix products, as counted by PyTorch, without norms and CoT's
+    aggregation.
     """
     return [{**counted(name, size), **dict(zip(PAPER, paper, strict=True))} for name, size, *paper in PUBLISHED]
 
 
-PAPER = ("paper_parameters", "paper_gmacs", "paper_top1")
-
-
 def counted(name: str, size: int) -> dict[str, Any]:
+    """Parameters and GMACs of a model for images of size x size pixels."""
     with torch.device("meta"):
         model = catmodel.create_model(name, img_size=size).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -61,9 +61,9 @@ def counted(name: str, size: int) -> dict[str, Any]:
 
 
 def time_models(batch: int, steps: int, rounds: int) -> dict[str, dict[str, dict]]:
-    """Family's model → "inference" and "training" → `benchmarks.data.summary` of images/s of it and its PEERS against it. CPU, fp32.
+    """Model → "inference" or "training" → `summary` of the images/s of the model and its PEERS relative to the model.
 
-    A training step is forward, backward and SGD.
+    On the CPU in fp32. A training step is forward, backward and SGD.
     """
     import timm
 
@@ -72,12 +72,14 @@ def time_models(batch: int, steps: int, rounds: int) -> dict[str, dict[str, dict
         models = {name: catmodel.create_model(name), **{peer: timm.create_model(peer) for peer in peers}}
         for mode in ("inference", "training"):
             ways = {way: runner(model, batch, steps, mode == "training") for way, model in models.items()}
-            results.setdefault(name, {})[mode] = summary(interleave(ways, batch * steps, rounds, time.perf_counter), name)
+            results.setdefault(name, {})[mode] = summary(
+                interleave(ways, batch * steps, rounds, time.perf_counter), name
+            )
     return results
 
 
 def runner(model: nn.Module, batch: int, steps: int, training: bool) -> Callable[[], None]:
-    """A function that takes `steps` steps of one batch of random images."""
+    """A function that runs `steps` steps of one batch of random images."""
     images, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, fused=True)
 

@@ -3,9 +3,10 @@
 
     python benchmarks/killed_run.py [--data datasets/shapes] [--redraw]
 
-Both runs train configs/quickstart.yaml on two ranks on the CPU. The second is killed, all ranks at once, as soon as its metrics
-contain one of the KILLS, and started again with the same command. Written are docs/results/killed-run.json (losses, kills and the
-SHA-256 of both final weights) and, from it, docs/images/killed-run.svg. --redraw makes only the picture.
+Both runs train configs/quickstart.yaml on two ranks on the CPU. The second is killed, all ranks at once, as soon as its
+metrics contain one of the KILLS, and started again with the same command. Written are docs/results/killed-run.json
+(losses, kills and the SHA-256 of both final weights) and, from it, docs/images/killed-run.svg. --redraw makes only the
+picture.
 """
 
 import argparse

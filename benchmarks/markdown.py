@@ -9,7 +9,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
 
 
 def find(pattern: str) -> list[Path]:
-    """Files of docs/results, sorted by name. Of files with one name, that in docs/results itself, or in the newest folder."""
+    """Files of docs/results, sorted by name. Of several with one name: that in docs/results, or the newest folder's."""
     folders = [*sorted(folder for folder in RESULTS.iterdir() if folder.is_dir()), RESULTS]
     found = {path.name: path for folder in folders for path in folder.glob(pattern)}
     return [found[name] for name in sorted(found)]

@@ -1,20 +1,24 @@
-"""Speed of a training step beside a bare PyTorch loop, interleaved in one run; and what the guard costs it."""
+"""Speed of a training step compared with a bare PyTorch loop, interleaved; and the cost of the guard in a step."""
 
 import copy
 import statistics
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.data import interleave
-from benchmarks.model import Clock
+from benchmarks.measure import DeviceTimer, interleave, rates_table, summary
+from data_pipeline.loader import MicroBatch
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
 from train.checkpoint.saver import snapshot
 from train.config import Config
 from train.engine.deepspeed_engine import Engine, compile_settings
 from train.engine.ema import Ema
+from train.engine.flops import finish
 from train.engine.optimizer import build_optimizer
 from train.engine.prefetch import Prefetcher
 from train.engine.runtime import Runtime
@@ -23,36 +27,66 @@ from train.guard.rank_store import Store
 from train.guard.signals import stop_signals
 from train.guard.skips import Skips
 from train.guard.watchdog import Watchdog
-from train.tasks.base import build_task, training_batches
+from train.tasks.base import Task, build_task, training_batches
 
 
-def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, rounds: int = 5) -> dict[str, list[float]]:
-    """Images per second of steps of one micro-batch of random images: the engine, and a bare PyTorch loop that does the same arithmetic,
-    in 16 bits with an fp32 master of the weights, too."""
-    engine = Engine(build_task(config, [""] * classes).build_model(), config, accumulation=1, device=runtime.device)
-    master = build_task(config, [""] * classes).build_model().to(runtime.device)
+def run(config: Config, manifest: Manifest, runtime: Runtime, steps: int, rounds: int) -> dict | None:
+    """Measure training steps; print and return the results on the main rank. All ranks call this."""
+    task = build_task(config, manifest.classes)
+    rows = summary(bench_train(task, runtime, steps, rounds), "bare PyTorch")
+    split = split_step(task, manifest, runtime, steps * rounds)
+    if not runtime.is_main:
+        return None
+    overhead = 1 / next(iter(rows.values()))["ratio"] - 1
+    print(rates_table(rows, "img/s", "bare PyTorch"))
+    print(f"DeepSpeed takes {overhead:+.1%} of a bare step's time")
+    print("a step from prepared data: " + ", ".join(f"{phase} {spent:.1f} ms" for phase, spent in split.items()))
+    about = {"precision": config.train.precision, "model": config.model.name}
+    return {"train": rows, "overhead": overhead, "milliseconds": split, **about}
+
+
+def run_guard(config: Config, manifest: Manifest, runtime: Runtime, steps: int) -> dict | None:
+    """Measure the guard's share of a step; print and return the results on the main rank. All ranks call this."""
+    with tempfile.TemporaryDirectory() as folder:
+        cost = bench_guard(build_task(config, manifest.classes), runtime, steps, Path(folder))
+    if not runtime.is_main:
+        return None
+    share = f"guard {cost['guard_ms']:.3f} ms of a step of {cost['step_ms']:.0f} ms: {cost['share']:.3%}"
+    print(f"{runtime.describe()}: {share}")
+    stall, size = cost["save_stall_ms"], cost["save_megabytes"]
+    print(f"a checkpoint stops training for {stall:.0f} ms ({size:.0f} MB of rank 0)")
+    return {"guard": {"world_size": runtime.world, **cost}}
+
+
+def random_example(task: Task, device: torch.device) -> Tensor:
+    """Random numbers as the network's input for one micro-batch."""
+    return torch.randn_like(task.example(task.config.train.micro_batch, device, torch.float32))
+
+
+def bench_train(task: Task, runtime: Runtime, steps: int, rounds: int = 5) -> dict[str, list[float]]:
+    """Images per second in steps of one micro-batch, of the engine and of a bare PyTorch loop of the same arithmetic.
+
+    In 16 bits, the bare loop also keeps fp32 master weights.
+    """
+    config = task.config
+    engine = Engine(task.build_model(), config, accumulation=1, device=runtime.device)
+    master = task.build_model().to(runtime.device)
     optimizer = build_optimizer(master, config.optimizer)
     model = master if engine.dtype == torch.float32 else copy.deepcopy(master).to(engine.dtype)
     masters, weights = list(master.parameters()), list(model.parameters())
     if config.train.compile:
         model.compile(**compile_settings())
-    size, batch = config.data.image_size, config.train.micro_batch
-    images = torch.randn(batch, 3, size, size, device=runtime.device)
-    labels = torch.randint(classes, (batch,), device=runtime.device)
-
-    def finish() -> None:
-        if runtime.device.type == "cuda":
-            torch.cuda.synchronize()
+    example = random_example(task, runtime.device)
 
     def with_engine() -> None:
         for _ in range(steps):
-            engine.backward(torch.nn.functional.cross_entropy(engine(images).float(), labels))
+            engine.backward(task.example_loss(engine(example)))
             engine.step(1e-4)
-        finish()
+        finish(runtime.device)
 
     def plain() -> None:
         for _ in range(steps):
-            torch.nn.functional.cross_entropy(model(images.to(engine.dtype)).float(), labels).backward()
+            task.example_loss(model(example.to(engine.dtype))).backward()
             if model is not master:
                 for weight, of_master in zip(weights, masters, strict=True):
                     of_master.grad = weight.grad.float()
@@ -62,60 +96,65 @@ def bench_train(config: Config, classes: int, runtime: Runtime, steps: int, roun
                 with torch.no_grad():
                     torch._foreach_copy_(weights, masters)
             model.zero_grad()
-        finish()
+        finish(runtime.device)
 
     ways = {f"DeepSpeed ZeRO {engine.stage}": with_engine, "bare PyTorch": plain}
-    return interleave(ways, steps * batch, rounds, time.perf_counter)
+    return interleave(ways, steps * config.train.micro_batch, rounds, time.perf_counter)
 
 
-def split_step(config: Config, manifest: Manifest, runtime: Runtime, steps: int) -> dict[str, float]:
-    """Where the time of training steps of one micro-batch from `manifest` goes: milliseconds (medians of `steps`) that the model waits for
-    its images, and of forward, backward and optimizer, as the device sees them."""
-    order = Order(config.train.seed, manifest.split("train").samples, config.train.micro_batch * runtime.world, config.train.micro_batch)
-    task = build_task(config, manifest.classes)
-    engine, clock = Engine(task.initial_model(), config, accumulation=1, device=runtime.device), Clock(runtime.device)
-    batches = training_batches(task, manifest.split("train"), order, runtime.rank, runtime.world, 0)
+def split_step(task: Task, manifest: Manifest, runtime: Runtime, steps: int) -> dict[str, float]:
+    """Milliseconds of a step of one micro-batch from `manifest`: waiting for data, forward, backward and optimizer.
 
-    def inputs(batch):
+    Measured on the device; medians of `steps` steps.
+    """
+    config, split, timer = task.config, manifest.split("train"), DeviceTimer(runtime.device)
+    size = config.train.micro_batch
+    order = Order(config.train.seed, split.samples, size * runtime.world, size)
+    engine = Engine(task.initial_model(), config, accumulation=1, device=runtime.device)
+    batches = training_batches(task, split, order, runtime.rank, runtime.world, 0)
+
+    def inputs(batch: MicroBatch) -> Any:
         return task.inputs(batch, order.epoch_of(batch.step), runtime.device)
 
     with Prefetcher(batches, inputs, runtime.device, waited=lambda seconds: None) as feed:
-        for _ in range(-3, steps):  # the first ones warm up
-            clock.mark()
+        for _ in range(-3, steps):  # the first three warm up
+            timer.mark()
             _, inputs_of_batch = next(feed)
-            clock.mark()
+            timer.mark()
             loss = sum(task.loss(engine, inputs_of_batch).values())
-            clock.mark()
+            timer.mark()
             engine.backward(loss)
             feed.prepare()
-            clock.mark()
+            timer.mark()
             engine.step(1e-4)
-    clock.mark()
-    times = clock.milliseconds()[3 * 4 :]
-    return {phase: statistics.median(times[i::4]) for i, phase in enumerate(("data", "forward", "backward", "optimizer"))}
+    timer.mark()
+    times = timer.milliseconds()[3 * 4 :]
+    return {
+        phase: statistics.median(times[i::4]) for i, phase in enumerate(("data", "forward", "backward", "optimizer"))
+    }
 
 
-def bench_guard(config: Config, classes: int, runtime: Runtime, steps: int, folder: Path) -> dict[str, float]:
-    """What the guard costs a step: milliseconds on the main thread of what the trainer calls, of the step, and their ratio; and how long
-    training stands still for a checkpoint of this rank's share.
+def bench_guard(task: Task, runtime: Runtime, steps: int, folder: Path) -> dict[str, float]:
+    """Milliseconds per step on the main thread of the guard's calls, of the whole step, and their ratio; and how long
+    training stops for a checkpoint of this rank's share.
 
-    A difference of whole steps would drown in their noise, so the calls are timed between the step's own work. `folder`: for stacks.
+    The guard's calls are timed inside the step, because the difference between steps with and without them would be
+    smaller than the noise. folder: for stacks.
     """
-    engine = Engine(build_task(config, [""] * classes).build_model(), config, accumulation=1, device=runtime.device)
-    size, batch = config.data.image_size, config.train.micro_batch
-    images = torch.randn(batch, 3, size, size, device=runtime.device)
-    labels = torch.randint(classes, (batch,), device=runtime.device)
+    config, example = task.config, random_example(task, runtime.device)
+    engine = Engine(task.build_model(), config, accumulation=1, device=runtime.device)
     watchdog = Watchdog(runtime.rank, runtime.world, config.guard.timeout.model_dump(), folder, config.guard.grace)
     watchdog.connect(Store())
-    agreement, skips, guarding = Agreement(runtime.device, config.guard.agree_every), Skips(config.guard.max_skipped), 0.0
+    agreement, skips = Agreement(runtime.device, config.guard.agree_every), Skips(config.guard.max_skipped)
+    guarding = 0.0
     for step in range(-3, steps):
-        if step == 0:  # the first ones warm up
+        if step == 0:  # the first three warm up
             began, guarding = time.perf_counter(), 0.0
         at = [time.perf_counter()]
         watchdog.enter("step", step)
         with agreement.local_work():
             at.append(time.perf_counter())
-            loss = torch.nn.functional.cross_entropy(engine(images).float(), labels)
+            loss = task.example_loss(engine(example))
             at.append(time.perf_counter())
         at += [time.perf_counter()]
         engine.backward(loss)

@@ -3,6 +3,7 @@
 Damaged contents (a wrong checksum, a file that is too short) are not transient and are not retried here.
 """
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
@@ -19,7 +20,7 @@ LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionE
 class StorageError(Exception):
     """A file could not be read or written because of the file system, not its contents; a later start may succeed."""
 
-    exit_code = 74
+    exit_code = os.EX_IOERR
 
 
 @dataclass(frozen=True)

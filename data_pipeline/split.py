@@ -28,13 +28,13 @@ RECORD = np.dtype(
 class DataError(Exception):
     """The dataset is missing or damaged; the message names what, and the remedy."""
 
-    exit_code = 65
+    exit_code = os.EX_DATAERR
 
 
 class UsageError(Exception):
     """What was asked for cannot be done; the message is one sentence for the person who asked, with the remedy."""
 
-    exit_code = 78
+    exit_code = os.EX_CONFIG
 
 
 @dataclass(frozen=True)

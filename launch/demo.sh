@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The demo: draw a dataset, pack it into shards, train cat_nano on two ranks, on CPU.
+# The demo: draw a dataset, pack it into shards, and train cat_nano on two ranks on the CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -8,4 +8,4 @@ python examples/draw_dataset.py datasets/shapes-images
 python launch/prepare.py datasets/shapes-images datasets/shapes
 rm -rf runs/quickstart
 deepspeed --num_accelerators 2 launch/train.py --config configs/quickstart.yaml
-echo "see the curves with: .venv/bin/tensorboard --logdir runs/quickstart/tensorboard"
+echo "show the curves with: .venv/bin/tensorboard --logdir runs/quickstart/tensorboard"

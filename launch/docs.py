@@ -16,7 +16,7 @@ TABLE = re.compile(r"(<!-- table: (\S+) -->)\n.*?(<!-- end -->)", flags=re.DOTAL
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """0; with --check 1 where a page is not what they make of it."""
+    """Write the tables. With --check, change nothing and return 1 if a page is stale."""
     stale = []
     for page in sorted((ROOT / "docs").glob("*.md")):
         before = page.read_text()
@@ -27,7 +27,7 @@ def main(arguments: argparse.Namespace) -> int:
                 page.write_text(after)
     if stale and arguments.check:
         print(
-            f"{', '.join(stale)}: not made of docs/results and the config's classes as they are; run python launch/docs.py",
+            f"{', '.join(stale)}: not up to date with docs/results and the config's classes; run python launch/docs.py",
             file=sys.stderr,
         )
     return int(bool(stale) and arguments.check)
@@ -35,9 +35,10 @@ def main(arguments: argparse.Namespace) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="The tables of docs/*.md (between `<!-- table: NAME -->` and `<!-- end -->`) of docs/results and the config's classes."
+        description="Make the tables of docs/*.md, between `<!-- table: NAME -->` and `<!-- end -->`, from "
+        "docs/results and the config's classes."
     )
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a page is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a page is stale")
     return parser.parse_args()
 
 

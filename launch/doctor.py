@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from launch.cli import EXIT_CONFIG, Parser, leave, run
+from launch.cli import Parser, leave, run
 from launch.ranks import adopt_slurm_ranks, tasks_per_node
+from train import exit_codes
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 class NotFit(Exception):
     """A line of the page is red."""
 
-    exit_code = EXIT_CONFIG
+    exit_code = exit_codes.BAD_CONFIG
 
 
 def main(arguments: argparse.Namespace) -> None:

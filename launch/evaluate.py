@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluate a run's newest checkpoint, or one checkpoint, on a dataset's `val` split: python launch/evaluate.py runs/cifar10"""
+"""Evaluate a checkpoint on the val split of a dataset: python launch/evaluate.py runs/cifar10"""
 
 import argparse
 import json
@@ -39,14 +39,14 @@ def main(arguments: argparse.Namespace) -> None:
     runtime = start_runtime()
     model, task = trained.model().to(runtime.device), build_task(config, manifest.classes)
 
-    def meet(batch: MicroBatch) -> None:
+    def report(batch: MicroBatch) -> None:
         for fault in batch.faults:
             print(f"rank {runtime.rank} reads {fault.file} again: {fault.count} x {fault.error}", file=sys.stderr)
         for sample in batch.bad:
             print(f"left out: {sample.sentence}", file=sys.stderr)
 
     with torch.no_grad():
-        scores, _ = evaluate(task, model, manifest.split("val"), runtime.device, meet, runtime.rank, runtime.world)
+        scores, _ = evaluate(task, model, manifest.split("val"), runtime.device, report, runtime.rank, runtime.world)
     for note in trained.notes if runtime.is_main else ():
         print(note, file=sys.stderr)
     if runtime.is_main and arguments.json:
@@ -59,8 +59,11 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _place(config: "Config", path: str | None, cache_dir: str | None) -> "Config":
-    """`config` with the place of the images. Of what a checkpoint says, a folder is read where it lies; only the person who asks can
-    have a URL fetched, or a folder written to: the checkpoint may be a stranger's."""
+    """`config` with another dataset folder or URL and cache folder.
+
+    The checkpoint's config may be from a stranger. So its dataset is used only if it is a local folder; a URL to fetch
+    from and a folder to write to must be given by the user.
+    """
     from train.config import ConfigError, parse_config
 
     if path is None and "://" in config.data.path:
@@ -74,14 +77,28 @@ def _place(config: "Config", path: str | None, cache_dir: str | None) -> "Config
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description="Evaluate in fp32 on the val split, every sample once; several ranks share the work.")
-    parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest sound checkpoint) or a checkpoint's")
-    parser.add_argument("--best", action="store_true", help="of a run: the checkpoint with the best top-1 in its evaluations (the EMA's)")
-    parser.add_argument("--weights", choices=["ema", "model"], help="which weights (default: ema where the run has it)")
+    parser = Parser(
+        description="Evaluate a checkpoint in fp32 on the val split, every sample once. Several ranks share the work."
+    )
+    parser.add_argument(
+        "target",
+        metavar="RUN_OR_CHECKPOINT",
+        help="the folder of a run (then its newest sound checkpoint is used) or of a checkpoint",
+    )
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="of a run: use the checkpoint whose EMA has the best score in the run's evaluations",
+    )
+    parser.add_argument(
+        "--weights", choices=["ema", "model"], help="which weights (default: ema if the run has an EMA)"
+    )
     parser.add_argument("--data", metavar="PATH", help="a prepared dataset, or its URL (default: the run's own)")
-    parser.add_argument("--cache-dir", metavar="FOLDER", help="copy files of the dataset there before use; needed for a URL")
+    parser.add_argument(
+        "--cache-dir", metavar="FOLDER", help="copy the dataset's files there before use; required for a URL"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON, unrounded")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser.parse_args()
 
 

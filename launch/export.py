@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Export a run's newest checkpoint, or one checkpoint: python launch/export.py runs/cat_b --to cat_b.onnx"""
+"""Export a checkpoint: python launch/export.py runs/cat_b --to cat_b.onnx"""
 
 import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import EXIT_CONFIG, EXIT_FAILED, Parser, fail, run
+from launch.cli import Parser, fail, run
+from train import exit_codes
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -16,7 +17,7 @@ def main(arguments: argparse.Namespace) -> None:
     try:
         export.check_target(arguments.to, arguments.features)
     except export.CannotExport as error:
-        sys.exit(fail(EXIT_CONFIG, f"--to {error}"))
+        sys.exit(fail(exit_codes.BAD_CONFIG, f"--to {error}"))
     target = check_target(arguments.target, arguments.best)
     trained = read_trained(target, arguments.weights, best=arguments.best)
     for note in trained.notes:
@@ -24,23 +25,44 @@ def main(arguments: argparse.Namespace) -> None:
     model, about = trained.task().export(trained.state, arguments.features)
     try:
         difference = export.export(model, arguments.to, about)
-    except (export.CannotExport, export.ExportError) as error:
-        sys.exit(fail(EXIT_CONFIG if isinstance(error, export.CannotExport) else EXIT_FAILED, error))
-    print(f"{arguments.to}: {trained.checkpoint} ({trained.weights}), within {difference:.1e} of the model on random images")
+    except export.CannotExport as error:
+        sys.exit(fail(exit_codes.BAD_CONFIG, error))
+    except export.ExportError as error:
+        sys.exit(fail(exit_codes.FAILED, error))
+    source = f"{trained.checkpoint} ({trained.weights})"
+    print(f"{arguments.to}: {source}, within {difference:.1e} of the model on random images")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="Export a trained model. Every file is checked against the model on random images before it gets its name.",
-        epilog="exit codes: 0 exported, 70 the file differs by more than 1e-4 and was removed, 78 bad arguments. More: docs/export.md",
+        description="Export a trained model. The file is compared with the model on random images before it is named.",
+        epilog="exit codes: 0 exported, 70 the file differs by more than 1e-4 and was removed, 78 bad arguments. See "
+        "docs/export.md",
     )
-    parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest sound checkpoint) or a checkpoint's")
     parser.add_argument(
-        "--to", required=True, metavar="FILE", help="FILE.safetensors, FILE.onnx, FILE.pt2 (torch.export), or FOLDER/ for timm and the Hub"
+        "target",
+        metavar="RUN_OR_CHECKPOINT",
+        help="the folder of a run (then its newest sound checkpoint is used) or of a checkpoint",
     )
-    parser.add_argument("--best", action="store_true", help="of a run: the checkpoint with the best top-1 in its evaluations (the EMA's)")
-    parser.add_argument("--weights", choices=["ema", "model"], help="which weights (default: ema where the run has it)")
-    parser.add_argument("--features", action="store_true", help="the maps of all stages, for images of any size, in place of the logits")
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="FILE",
+        help="FILE.safetensors, FILE.onnx, FILE.pt2 (torch.export), or FOLDER/ for timm and the Hub",
+    )
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="of a run: use the checkpoint whose EMA has the best score in the run's evaluations",
+    )
+    parser.add_argument(
+        "--weights", choices=["ema", "model"], help="which weights (default: ema if the run has an EMA)"
+    )
+    parser.add_argument(
+        "--features",
+        action="store_true",
+        help="export the feature maps of all stages, for images of any size, instead of the logits",
+    )
     return parser.parse_args()
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a trained model sees in images: python launch/predict.py photo.jpg holidays/ --run runs/cat_b"""
+"""Classify images with a trained model: python launch/predict.py photo.jpg holidays/ --run runs/cat_b"""
 
 import argparse
 import json
@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import EXIT_DATA, Parser, run
+from launch.cli import Parser, run
+from train import exit_codes
 
 
 class Unreadable(Exception):
-    exit_code = EXIT_DATA
+    """Some images could not be read; the message has their number."""
+
+    exit_code = exit_codes.BAD_DATA
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -39,18 +42,32 @@ def main(arguments: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="The most probable classes of images, in their order; images are cropped and scaled as in evaluation.",
-        epilog="exit codes: 0 all predicted, 65 some images could not be read (they are named, the others predicted), 78 bad arguments",
+        description="Print the most probable classes of each image. Images are cropped and scaled as in evaluation.",
+        epilog="exit codes: 0 all images predicted, 65 some images could not be read (they are listed, the others "
+        "predicted), 78 bad arguments",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders: all images below them")
     parser.add_argument(
-        "--run", required=True, metavar="RUN_OR_CHECKPOINT", help="a run's folder (newest sound checkpoint) or a checkpoint's"
+        "images", nargs="+", metavar="IMAGE", help="image files, or folders that are searched for images"
     )
-    parser.add_argument("--best", action="store_true", help="of a run: the checkpoint with the best top-1 in its evaluations (the EMA's)")
-    parser.add_argument("--weights", choices=["ema", "model"], help="which weights (default: ema where the run has it)")
+    parser.add_argument(
+        "--run",
+        required=True,
+        metavar="RUN_OR_CHECKPOINT",
+        help="the folder of a run (then its newest sound checkpoint is used) or of a checkpoint",
+    )
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="of a run: use the checkpoint whose EMA has the best score in the run's evaluations",
+    )
+    parser.add_argument(
+        "--weights", choices=["ema", "model"], help="which weights (default: ema if the run has an EMA)"
+    )
     parser.add_argument("--top", type=_positive, default=5, metavar="N", help="classes per image (default: 5)")
-    parser.add_argument("--batch", type=_positive, default=64, metavar="N", help="images per forward pass (default: 64)")
-    parser.add_argument("--json", action="store_true", help="a line of JSON for each image, unrounded")
+    parser.add_argument(
+        "--batch", type=_positive, default=64, metavar="N", help="images per forward pass (default: 64)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per image, unrounded")
     return parser.parse_args()
 
 

@@ -1,11 +1,11 @@
-"""Pack images into a prepared dataset, verify one, or index the WebDataset shards that others made. docs/data.md says more.
+"""Pack images into a prepared dataset, verify one, or index existing WebDataset shards. See docs/data.md.
 
-    python launch/prepare.py SOURCE DEST [--val SOURCE [--val-labels FILE]] [--formats webdataset,ffcv] [--resize-short N] [--workers N] …
-    python launch/prepare.py verify DEST
-    python launch/prepare.py index DEST [--split NAME] [--label-key KEY]
+    python launch/prepare.py SOURCE DEST [--val SOURCE [--val-labels FILE]] [--formats webdataset,ffcv] [--resize-short
+    N] [--workers N] … python launch/prepare.py verify DEST python launch/prepare.py index DEST [--split NAME]
+    [--label-key KEY]
 
-Exit codes: 0 finished, 65 bad data, 70 failed otherwise (a full disk, no memory, a killed worker), 74 files could not be read for now,
-78 bad arguments, 130 interrupted.
+Exit codes: 0 finished, 65 bad data, 70 failed otherwise (a full disk, no memory, a killed worker), 74 files could not
+be read for now, 78 bad arguments, 130 interrupted.
 """
 
 import argparse
@@ -15,29 +15,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.cli import EXIT_DATA, EXIT_FAILED, Parser, fail
-
-EXIT_INTERRUPTED = 130  # as a shell says it
+from launch.cli import Parser, fail
+from train import exit_codes
 
 DESCRIPTION = """\
-Pack images into WebDataset shards with an index. Every image is decoded; broken ones are left out and listed in DEST/report.jsonl.
-Start the same command again to go on after an interruption.
+Pack images into WebDataset shards with an index. Every image is decoded; broken images are left out
+and listed in DEST/report.jsonl. After an interruption, the same command continues.
 
-  python launch/prepare.py verify DEST    checks every shard, index and image of a prepared dataset (see verify --help)
-  python launch/prepare.py index DEST     makes WebDataset shards of others usable as they are (see index --help)
+  python launch/prepare.py verify DEST    check every shard, index and image of a prepared dataset
+  python launch/prepare.py index DEST     make existing WebDataset shards usable as they are
 """
 SOURCE_HELP = (
-    "a folder [train|val/]<class>/<image>; a tar of one, compressed or not; ImageNet's ILSVRC2012_img_train.tar; imagefolder:PATH; "
-    "or a torchvision dataset, NAME or NAME:ROOT, such as cifar10:downloads"
+    "a folder [train|val/]<class>/<image>; a tar of such a folder, compressed or not; ImageNet's "
+    "ILSVRC2012_img_train.tar; imagefolder:PATH; or a torchvision dataset, NAME or NAME:ROOT, such as cifar10:downloads"
 )
 LABELS_HELP = (
-    "labels of a --val that has no class folders: a class name per line, in the order of the files' names; 'file class' per line; "
-    "or Kaggle's LOC_val_solution.csv"
+    "labels for a --val without class folders: one class name per line, in the order of the file names; "
+    "'file class' per line; or Kaggle's LOC_val_solution.csv"
 )
 INDEX_DESCRIPTION = """\
-Write a manifest and an index beside WebDataset shards that others made (every *.tar below DEST); the shards stay as they are. A sample is
-<key>.jpg with its label in <key>.cls or in a field of <key>.json. DEST/classes.txt may name the classes, one per line in the order of the
-labels. Every image is decoded; what is no sound RGB or gray JPEG is left out, and listed in DEST/report.jsonl.
+Write a manifest and an index beside existing WebDataset shards (every *.tar below DEST), which are not
+changed. A sample is <key>.jpg with its label in <key>.cls or in a field of <key>.json. DEST/classes.txt
+may name the classes, one per line in the order of the labels. Every image is decoded; images that are
+not sound RGB or gray JPEGs are left out and listed in DEST/report.jsonl.
 """
 
 
@@ -57,13 +57,16 @@ def main(arguments: list[str]) -> int:
     except (UsageError, DataError, StorageError) as error:
         return fail(error.exit_code, error)
     except MemoryError:
-        return fail(EXIT_FAILED, "out of memory: give fewer --workers; the same command goes on from here.")
+        return fail(exit_codes.FAILED, "out of memory: give fewer --workers; the same command goes on from here.")
     except BrokenProcessPool:
-        return fail(EXIT_FAILED, "a worker process was killed (out of memory?): start the same command again, finished shards are kept.")
+        return fail(
+            exit_codes.FAILED,
+            "a worker process was killed (out of memory?): start the same command again, finished shards are kept.",
+        )
     except OSError as error:
-        return fail(EXIT_FAILED, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+        return fail(exit_codes.FAILED, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
     except KeyboardInterrupt:
-        return fail(EXIT_INTERRUPTED, "interrupted; the same command goes on from here.")
+        return fail(exit_codes.INTERRUPTED, "interrupted; the same command goes on from here.")
 
 
 def run_prepare(options: argparse.Namespace) -> int:
@@ -115,16 +118,19 @@ def _print_report(dest: Path) -> None:
     }
     listed = False
     for name, split in report["splits"].items():
-        parts = [f"{split['samples']} images", *(f"{split[outcome]} {words}" for outcome, words in names.items() if outcome in split)]
+        parts = [
+            f"{split['samples']} images",
+            *(f"{split[outcome]} {words}" for outcome, words in names.items() if outcome in split),
+        ]
         print(f"  {name}: {'; '.join(parts)}")
         listed = listed or bool(split.keys() & {"transcoded", "repaired", "excluded"})
     if listed:
         print(f"  {dest / LIST_NAME} names the images that were transcoded, repaired or left out, with the reason")
     if convertible := sum(split.get("convertible", 0) for split in report["splits"].values()):
-        print(f"  {convertible} of those left out are sound, but no JPEGs as training reads them, and shards of others are not rewritten:")
-        print("  to keep them, unpack the shards into class folders and prepare those")
+        print(f"  {convertible} of those left out are sound, but not JPEGs that training can read. Existing shards are")
+        print("  not rewritten: to keep these images, unpack the shards into class folders and prepare those")
     if report.get("ignored_files"):
-        print(f"  {report['ignored_files']} files that are no images of these splits were ignored")
+        print(f"  {report['ignored_files']} files that are not images of these splits were ignored")
 
 
 def run_verify(options: argparse.Namespace) -> int:
@@ -132,9 +138,9 @@ def run_verify(options: argparse.Namespace) -> int:
 
     faults = verify(options.dest, options.workers)
     for fault in faults:
-        fail(EXIT_DATA, fault)
+        fail(exit_codes.BAD_DATA, fault)
     if faults:
-        return EXIT_DATA
+        return exit_codes.BAD_DATA
     print(f"{options.dest} is whole: every file and every image has its checksum.")
     return 0
 
@@ -145,34 +151,67 @@ def _prepare_parser() -> Parser:
     parser.add_argument("dest", metavar="DEST", type=Path, help="folder of the prepared dataset")
     _add_workers(parser)
 
-    source = parser.add_argument_group("where val comes from, if not from SOURCE")
-    source.add_argument("--val", metavar="SOURCE", help="a folder or tar: in class folders, or flat with --val-labels")
+    source = parser.add_argument_group("source of the val split, if it is not in SOURCE")
+    source.add_argument(
+        "--val", metavar="SOURCE", help="a folder or tar, with class folders, or without them and with --val-labels"
+    )
     source.add_argument("--val-labels", type=Path, metavar="FILE", help=LABELS_HELP)
     source.add_argument(
-        "--val-fraction", type=_fraction, default=0.0, metavar="F", help="part of a source without val that becomes val (default: none)"
+        "--val-fraction",
+        type=_fraction,
+        default=0.0,
+        metavar="F",
+        help="fraction of SOURCE to use as val (default: none)",
     )
 
-    size = parser.add_argument_group("smaller images; without these, sound JPEGs keep their bytes")
-    size.add_argument("--resize-short", type=_positive(int), metavar="N", help="shrink the short side to N pixels, where it is longer")
-    size.add_argument("--max-side", type=_positive(int), metavar="N", help="shrink the long side to N pixels, where it is longer")
-    size.add_argument("--quality", type=_quality, metavar="Q", help="encode again as JPEG of this quality, 4:2:0 (with the above: 90)")
+    size = parser.add_argument_group("smaller images (without these options, the bytes of sound JPEGs are kept)")
+    size.add_argument(
+        "--resize-short", type=_positive(int), metavar="N", help="shrink the short side to N pixels if it is longer"
+    )
+    size.add_argument(
+        "--max-side", type=_positive(int), metavar="N", help="shrink the long side to N pixels if it is longer"
+    )
+    size.add_argument(
+        "--quality",
+        type=_quality,
+        metavar="Q",
+        help="encode again as JPEG of this quality, 4:2:0 (default with the above: 90)",
+    )
 
-    output = parser.add_argument_group("what is written")
+    output = parser.add_argument_group("output")
     output.add_argument(
         "--formats",
         type=_formats,
         default=("webdataset",),
         metavar="LIST",
-        help="webdataset (default), or webdataset,ffcv: both",
+        help="webdataset (default) or webdataset,ffcv",
     )
-    output.add_argument("--ffcv-mode", choices=("jpeg", "raw"), help="the shards' bytes (jpeg, the default), or pixels (raw: fast, large)")
-    output.add_argument("--shard-size", type=_positive(float), default=128.0, metavar="MB", help="size of a shard (default: %(default)s)")
-    output.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the shuffle and of --val-fraction (default: %(default)s)")
+    output.add_argument(
+        "--ffcv-mode",
+        choices=("jpeg", "raw"),
+        help="contents of FFCV files: jpeg (default), or raw pixels, which are faster and larger",
+    )
+    output.add_argument(
+        "--shard-size",
+        type=_positive(float),
+        default=128.0,
+        metavar="MB",
+        help="size of a shard (default: %(default)s)",
+    )
+    output.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="seed of the shuffle and of --val-fraction (default: %(default)s)",
+    )
     return parser
 
 
 def _verify_parser() -> Parser:
-    parser = Parser(prog="prepare.py verify", description="Check every shard, FFCV file, index and image of a prepared dataset.")
+    parser = Parser(
+        prog="prepare.py verify", description="Check every shard, FFCV file, index and image of a prepared dataset."
+    )
     parser.add_argument("dest", metavar="DEST", type=Path, help="folder of the dataset")
     _add_workers(parser)
     return parser
@@ -184,17 +223,25 @@ def _index_parser() -> Parser:
     parser.add_argument(
         "--split",
         choices=("train", "val"),
-        help="the split of all shards (default: by their names: train-…, val-…, validation-…)",
+        help="the split of all shards (default: from their names: train-…, val-…, validation-…)",
     )
     parser.add_argument(
-        "--label-key", metavar="KEY", help="take the label from this field of .json (default: .cls, or else the field label, class or cls)"
+        "--label-key",
+        metavar="KEY",
+        help="the field of .json with the label (default: .cls, or else the field label, class or cls)",
     )
     _add_workers(parser)
     return parser
 
 
 def _add_workers(parser: Parser) -> None:
-    parser.add_argument("--workers", type=_positive(int), default=_cpus(), metavar="N", help="at a time (default: the CPUs, %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=_positive(int),
+        default=_cpus(),
+        metavar="N",
+        help="worker processes (default: one per CPU, %(default)s)",
+    )
 
 
 def _positive(kind: type):
@@ -204,7 +251,7 @@ def _positive(kind: type):
             raise argparse.ArgumentTypeError(f"{text} is not a positive number")
         return value
 
-    parse.__name__ = kind.__name__  # what argparse calls the type in its message
+    parse.__name__ = kind.__name__  # the name of the type in argparse's message
     return parse
 
 
@@ -217,7 +264,9 @@ def _quality(text: str) -> int:
 def _formats(text: str) -> tuple[str, ...]:
     formats = tuple(text.split(","))
     if unknown := set(formats) - {"webdataset", "ffcv"}:
-        raise argparse.ArgumentTypeError(f"there is no format {', '.join(sorted(unknown))}: the formats are webdataset and ffcv")
+        raise argparse.ArgumentTypeError(
+            f"there is no format {', '.join(sorted(unknown))}: the formats are webdataset and ffcv"
+        )
     if "webdataset" not in formats:
         raise argparse.ArgumentTypeError("FFCV files are made from the WebDataset shards: give webdataset,ffcv")
     return formats

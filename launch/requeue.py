@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""What the batch script of launch/submit.py asks: may the run start, and does it come back when it has ended? Standard library only.
+"""Decide for the batch script of launch/submit.py whether a run may start, and whether to requeue it when it has ended.
 
-A run that stopped or crashed is put back into the queue, until `--max-restarts` restarts in a row have brought no newer checkpoint.
-The count stands in `logs/restarts_<job>.json` in the run's folder.
+A run that stopped or crashed is requeued, until --max-restarts restarts in a row have brought no newer checkpoint. The
+count is kept in logs/restarts_<job>.json in the run's folder. Standard library only.
 """
 
 import argparse
@@ -17,29 +17,41 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.ranks import FINAL, VERDICT_FILE, verdicts
+from launch.ranks import VERDICT_FILE, verdicts
+from train import exit_codes
+from train.exit_codes import FINAL
 from train.telemetry.formatting import clock
 
-CONTROLLER_PATIENCE = 600  # seconds that slurmctld may be away
-CAUSES = (65, 69, 70, 74, 78)  # what a rank ends with for a reason of its own; the others follow from it, with other codes
+CONTROLLER_TIMEOUT = 600  # seconds that slurmctld may be unreachable
+# Codes that name a cause. When one rank fails, the other ranks end with other codes.
+CAUSES = (
+    exit_codes.BAD_DATA,
+    exit_codes.UNAVAILABLE,
+    exit_codes.FAILED,
+    exit_codes.IO_ERROR,
+    exit_codes.BAD_CONFIG,
+)
 
 
 @dataclass(frozen=True)
 class Starts:
-    """How a job's starts have gone: `step` of the newest checkpoint at the last start (-1: none), and `idle`, the restarts in a row,
-    that one included, before which no newer checkpoint had come."""
+    """Progress over a job's starts.
+
+    step: of the newest checkpoint at the last start, -1 for none. idle: restarts in a row, the last one included, that
+    found no newer checkpoint.
+    """
 
     step: int
     idle: int
 
     def next(self, step: int) -> "Starts":
-        """After one more start, that finds `step`."""
+        """The state after one more start, which finds `step`."""
         return Starts(step, 0 if step > self.step else self.idle + 1)
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What slurmctld says of a job."""
+    """A job's state, from squeue."""
 
     restarts: int
     state: str
@@ -48,7 +60,7 @@ class JobState:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The exit code that a run has ended with; `nodes`: of how many nodes of the job's `of` a rank has said so."""
+    """The exit code of a run. nodes: how many of the job's `of` nodes have reported it."""
 
     code: int
     nodes: int
@@ -59,36 +71,43 @@ class Verdict:
         return f"exit code {self.code}" + (f", on {self.nodes} of {self.of} nodes alone" if alone else "")
 
 
-def conclude(words: dict[int, set[int]], of: int, code: int) -> Verdict:
-    """From the ranks' words (by exit code, the nodes that said it) on `of` nodes, and from srun's exit code.
+def conclude(reports: dict[int, set[int]], of: int, code: int) -> Verdict:
+    """The verdict from the ranks' reports (exit code -> nodes) on `of` nodes, and from srun's exit code.
 
-    srun returns 0 where it could not start the ranks, and a rank that it ended has a higher code: of final codes only words count.
+    A final code counts only if a rank has reported it: srun returns 0 if it could not start the ranks, and a rank that
+    srun ended has a higher code.
     """
-    if 0 in words:
+    if 0 in reports:
         return Verdict(0, of, of)
-    for one in sorted(words, key=lambda one: -len(words[one])):
-        if one in CAUSES:
-            return Verdict(one, len(words[one]), of)
+    for reported in sorted(reports, key=lambda reported: -len(reports[reported])):
+        if reported in CAUSES:
+            return Verdict(reported, len(reports[reported]), of)
     return Verdict(1 if code in FINAL else code, of, of)
 
 
 def final(verdict: Verdict, restarts: int) -> bool:
     """Whether another start would end the same way.
 
-    A configuration that was good at the first start is not what is wrong at a later one: the folder is still in use by ranks that live
-    on at a node which SLURM has lost. Nor is a dataset or a configuration bad that only one node finds so.
+    Two cases are not final. At a restart, BAD_CONFIG means that the folder is still in use by ranks on a node that
+    SLURM has lost, because the first start accepted the configuration. And a code that only some nodes report is a
+    fault of a node.
     """
-    return verdict.code in FINAL and verdict.nodes >= verdict.of and not (verdict.code == 78 and restarts > 0)
+    return (
+        verdict.code in FINAL
+        and verdict.nodes >= verdict.of
+        and not (verdict.code == exit_codes.BAD_CONFIG and restarts > 0)
+    )
 
 
 def decide(verdict: Verdict, after: Starts, max_restarts: int, restarts: int, job: JobState) -> tuple[bool, str]:
-    """Whether to requeue, and why: after `verdict` on start number `restarts`, where another start would be counted as `after`."""
+    """Whether to requeue after `verdict` on start `restarts`, and why. after: the state after another start."""
     if final(verdict, restarts):
         return False, FINAL[verdict.code]
     if job.restarts != restarts:
         return False, "SLURM has requeued this job already"
-    # Cancelled, preempted without grace or requeued by somebody, a job is COMPLETING: SLURM knows already what becomes of it, and a
-    # requeue would bring a cancelled one back. At its time limit it is COMPLETING, too, and would end for good.
+    # A job that was cancelled, preempted without grace or requeued by a user is COMPLETING: SLURM has decided what
+    # happens next, and a requeue would restart a cancelled job. A job at its time limit is COMPLETING too, but would
+    # end.
     if not (job.state == "RUNNING" or (job.state == "COMPLETING" and job.reason == "TimeLimit")):
         return False, f"SLURM has decided already (the job is {job.state}): it was cancelled, or will be started again"
     if after.idle > max_restarts:
@@ -97,37 +116,40 @@ def decide(verdict: Verdict, after: Starts, max_restarts: int, restarts: int, jo
 
 
 def newest_step(run: Path) -> int:
-    """The step of the newest committed checkpoint, -1 where there is none."""
+    """The step of the newest committed checkpoint, -1 if there is none."""
     names = os.listdir(run / "checkpoints") if (run / "checkpoints").is_dir() else []
     return max((int(name[5:]) for name in names if re.fullmatch(r"step_\d{8,}", name)), default=-1)
 
 
 def begin(run: Path, max_restarts: int) -> int:
-    """Count this start. The exit code of the job where there have been too many, else 0."""
+    """Count this start. Return the job's exit code if there have been too many, else 0."""
     path = Path(os.environ[VERDICT_FILE])
-    for word in path.parent.glob(f"{path.name}.*"):
-        word.unlink(missing_ok=True)
+    for report in path.parent.glob(f"{path.name}.*"):
+        report.unlink(missing_ok=True)
     starts, step = _read_starts(run), newest_step(run)
     starts = starts.next(step) if starts else Starts(step, 0)
     try:
         _write_starts(run, starts)
     except OSError as error:
-        say(f"{_file(run)} cannot be written ({error.strerror}): every restart counts as one without a newer checkpoint")
+        say(
+            f"{_file(run)} cannot be written ({error.strerror}): every restart counts as one without a newer checkpoint"
+        )
         starts = Starts(step, _restarts())
     say(f"start {_restarts()} of job {_job()} on {os.environ['SLURM_JOB_NODELIST']}, from {_name(starts.step)}")
     if starts.idle > max_restarts:
-        say(f"not started: no newer checkpoint than {_name(starts.step)} after {max_restarts} restarts; see the ranks' logs")
+        why = f"no newer checkpoint than {_name(starts.step)} after {max_restarts} restarts"
+        say(f"not started: {why}; see the ranks' logs")
         return 1
     return 0
 
 
 def end(run: Path, max_restarts: int, code: int) -> int:
-    """Requeue the job where that is right; `code` is srun's. The exit code of the job."""
+    """Requeue the job if `decide` says so. code: srun's exit code. Return the job's exit code."""
     ended = conclude(verdicts(os.environ[VERDICT_FILE]), int(os.environ["SLURM_JOB_NUM_NODES"]), code)
     if final(ended, _restarts()):
         say(f"{ended}: {FINAL[ended.code]}")
         return ended.code
-    after, deadline = (_read_starts(run) or Starts(-1, 0)).next(newest_step(run)), time.monotonic() + CONTROLLER_PATIENCE
+    after, deadline = (_read_starts(run) or Starts(-1, 0)).next(newest_step(run)), time.monotonic() + CONTROLLER_TIMEOUT
     while True:
         error = None
         try:
@@ -152,14 +174,16 @@ def say(sentence: str) -> None:
 
 def _ask() -> JobState:
     command = ["squeue", "--noheader", "--states=all", f"--jobs={_job()}", "--Format=RestartCnt:|,State:|,Reason:|"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}  # a user's own filters
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")
+    }  # a user's own filters
     answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     restarts, state, reason = answer.stdout.strip().split("|")[:3]
     return JobState(int(restarts), state, reason)
 
 
 def _job() -> str:
-    """This job as squeue and scontrol want it: the number alone may mean a whole array."""
+    """This job's id for squeue and scontrol. In an array, the plain number would mean the whole array."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
@@ -199,7 +223,8 @@ def main() -> int:
     parser.add_argument("--max-restarts", type=int, required=True)
     parser.add_argument("--code", type=int, help="end: srun's exit code")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all of a job that is preempted or out of time; the decision must still fall
+    # SLURM sends SIGTERM to all processes of a job that is preempted or out of time; the decision must still be made.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if arguments.moment == "begin":
         return begin(arguments.run, arguments.max_restarts)
     return end(arguments.run, arguments.max_restarts, arguments.code)

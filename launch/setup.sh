@@ -1,44 +1,51 @@
 #!/usr/bin/env bash
-# Virtual environment in .venv with the tested set of packages. System packages are installed where we are root, and named where not.
-#   bash launch/setup.sh            what training needs
-#   bash launch/setup.sh backends   FFCV, DALI and ONNX, too: for their tests and benches
-#   bash launch/setup.sh slurm      SLURM's daemons and strace: for the tests that start a cluster of their own, and break disks
+# Create a virtual environment in .venv with the tested versions of all packages. Missing system packages are installed
+# if the user is root; otherwise the command to install them is printed.
+#   bash launch/setup.sh            packages for training
+#   bash launch/setup.sh backends   also FFCV, DALI and ONNX, for their tests and benchmarks
+#   bash launch/setup.sh slurm      also SLURM's daemons and strace, for tests that start a cluster or inject I/O errors
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-apt_install() {  # false where we may not
+apt_install() {  # false if the user is not root
   [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null &&
     apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
+pip_install() {  # this project with the given extras, in the tested versions
+  .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --constraint constraints.txt \
+    --editable "$1"
+}
+
 if [ "${1:-}" = backends ]; then
   if ! pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then
-    echo "installing what FFCV is compiled with (700 MB)"
+    echo "installing the libraries that FFCV is compiled with (700 MB)"
     apt_install g++ pkg-config libopencv-dev libturbojpeg0-dev || {
-      echo "warning: FFCV needs OpenCV's and TurboJPEG's headers; its tests are skipped. Install them with:" \
+      echo "warning: FFCV needs the headers of OpenCV and TurboJPEG; its tests are skipped. Install them with:" \
         "sudo apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev, then run this again" >&2
     }
   fi
   extras=dev,dali,export
   if pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then extras=$extras,ffcv; fi
   echo "adding $extras to .venv (1 GB)"
-  .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --constraint constraints.txt --editable ".[$extras]"
+  pip_install ".[$extras]"
   touch .venv/backends
   exit
 fi
 
 if [ "${1:-}" = slurm ]; then
   PATH=$PATH:/usr/sbin:/sbin
-  # A machine that has sbatch belongs to a cluster, whose SLURM is not ours to touch.
+  # A machine with sbatch belongs to a cluster, whose SLURM must not be changed.
   if ! command -v sbatch >/dev/null; then
-    echo "installing SLURM's daemons, which tests/launch/test_slurm.py starts"
+    echo "installing SLURM's daemons for tests/launch/test_slurm.py"
     apt_install slurm-wlm munge iproute2 util-linux || {
       echo "warning: without SLURM its tests are skipped. Install it with:" \
         "sudo apt-get install slurm-wlm munge iproute2 util-linux, then run this again; the tests need root, too" >&2
     }
   fi
   command -v strace >/dev/null || apt_install strace || {
-    echo "warning: without strace the tests of disks with errors are skipped. Install it with: sudo apt-get install strace" >&2
+    echo "warning: without strace the tests of I/O errors are skipped." \
+      "Install it with: sudo apt-get install strace" >&2
   }
   touch .venv/slurm
   exit
@@ -55,7 +62,7 @@ python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
   exit 1
 }
 
-# For the compiled decoder (data_pipeline/native). Without them the install goes on, and images are decoded more slowly.
+# For the compiled decoder (data_pipeline/native). Without it, images are decoded more slowly.
 if ! printf '#include <stdio.h>\n#include <jpeglib.h>\n' | cc -E - >/dev/null 2>&1; then
   apt_install gcc libc6-dev libjpeg-dev || {
     echo "warning: the compiled decoder needs a C compiler and the headers of libjpeg-turbo;" \
@@ -63,9 +70,9 @@ if ! printf '#include <stdio.h>\n#include <jpeglib.h>\n' | cc -E - >/dev/null 2>
   }
 fi
 
-echo "setting up .venv (about 6 GB: torch is the CUDA build, which runs on the CPU too)"
+echo "setting up .venv (about 6 GB: torch is the CUDA build, which also runs on the CPU)"
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
-.venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --constraint constraints.txt --editable '.[dev]'
-.venv/bin/python -c 'import data_pipeline.decode'  # warns where the compiled decoder is not built
+pip_install '.[dev]'
+.venv/bin/python -c 'import data_pipeline.decode'  # warns if the compiled decoder is not built
 touch .venv/ready

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train on a SLURM cluster: python launch/submit.py --config configs/cat_b.yaml --nodes 4 --gpus-per-node 8 --time 1-00:00:00"""
+"""Train on SLURM: python launch/submit.py --config configs/cat_b.yaml --nodes 4 --gpus-per-node 8 --time 1-00:00:00"""
 
 import argparse
 import math
@@ -18,22 +18,22 @@ sys.path.insert(0, str(ROOT))
 from launch.cli import Parser, run
 
 TEMPLATE = ROOT / "launch" / "templates" / "job.sh"
-MARGIN = 30  # seconds between the end of guard.grace and the time limit: to end the step and to requeue
+MARGIN = 30  # seconds between the end of guard.grace and the time limit, for ending the step and requeueing
 MAX_SEEDS = 1000
-BESIDE_WORKERS = 2  # cores of a rank beside its decoding threads': of the main thread, and of all that it starts
+BESIDE_WORKERS = 2  # cores of a rank in addition to its decoding threads'
 
 
 @dataclass(frozen=True)
-class Job:
-    """Everything a batch script is made of, checked; paths are absolute."""
+class BatchJob:
+    """The validated values of a batch script. Paths are absolute."""
 
-    run: str  # the run's folder; of several seeds, the folder of their folders
+    run: str  # the run's folder, or the parent of the seeds' folders
     config: str  # the resolved config, written at submission
     name: str
     seeds: list[int]
     options: list[str]  # sbatch options that are lines of the script
     srun_options: list[str]
-    environment: list[str]  # lines of shell, the user's own among them
+    environment: list[str]  # lines of shell, including the user's
     resume: str | None
     with_changes: bool
     stage_in: bool
@@ -58,7 +58,9 @@ def main(arguments: argparse.Namespace) -> None:
         print(script, end="")
         return
     if not shutil.which("sbatch"):
-        raise ConfigError("there is no sbatch on this machine: submit from a node of the cluster, or look at the script with --dry-run")
+        raise ConfigError(
+            "there is no sbatch on this machine: submit from a node of the cluster, or print the script with --dry-run"
+        )
     for folder in job.folders():
         os.makedirs(f"{folder}/logs", exist_ok=True)
     script_path.parent.mkdir(exist_ok=True)
@@ -69,14 +71,17 @@ def main(arguments: argparse.Namespace) -> None:
             file.write(script)
     except FileExistsError as error:
         raise ConfigError(f"{error.filename} was made this second: submit one job at a time into {job.run}") from error
-    # What this shell may have of a job that it runs in would be taken for the new job's.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
+    # If this shell runs in a job, sbatch would take that job's variables for the new job's.
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"
+    }
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         hint = ""
         if not arguments.cpus_per_task:
             cores = config.data.workers + BESIDE_WORKERS
-            hint = f". It was asked for {cores} cores a rank (data.workers + {BESIDE_WORKERS}): --cpus-per-task asks for another number"
+            asked = f"{cores} cores a rank (data.workers + {BESIDE_WORKERS})"
+            hint = f". It was asked for {asked}: --cpus-per-task asks for another number"
         raise ConfigError(f"sbatch refused the job: {' '.join(result.stderr.split())}{hint}")
     number = result.stdout.strip().split(";")[0]
     print(f"job {number}")
@@ -84,8 +89,8 @@ def main(arguments: argparse.Namespace) -> None:
         print(f"logs: {folder}/logs")
 
 
-def make_job(arguments: argparse.Namespace, config, stamp: str) -> Job:
-    """Check what was asked for, and put it in the form that the template takes. Raises ConfigError."""
+def make_job(arguments: argparse.Namespace, config, stamp: str) -> BatchJob:
+    """Check the arguments and convert them to the values of the template. Raises ConfigError."""
     from data_pipeline.order import Order
     from train.config import ConfigError
 
@@ -96,30 +101,34 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> Job:
         raise ConfigError("--tasks-per-node is for --gpus-per-node 0: every GPU gets one rank")
     sizes = config.train
     try:
-        Order(sizes.seed, sizes.global_batch, sizes.global_batch, config.smallest_micro_batch).share(0, arguments.nodes * tasks)
+        Order(sizes.seed, sizes.global_batch, sizes.global_batch, config.smallest_micro_batch).share(
+            0, arguments.nodes * tasks
+        )
     except ValueError as error:
         raise ConfigError(f"{arguments.config}: {error}") from error
     folder = os.path.abspath(arguments.output or os.path.join("runs", Path(arguments.config).stem))
     folder = _printable("--output", folder)
     if "\\" in folder or "%" in folder:
-        raise ConfigError(f"--output {folder}: SLURM has a meaning of its own for % and backslashes in a path; choose another folder")
+        raise ConfigError(f"--output {folder}: SLURM interprets % and backslashes in a path; choose another folder")
     seeds = parse_seeds(arguments.seeds) if arguments.seeds else []
     resume = _printable("--resume", os.path.abspath(arguments.resume)) if arguments.resume else None
     if resume and seeds:
-        raise ConfigError("--resume goes on with one run: leave out --seeds")
+        raise ConfigError("--resume continues one run: leave out --seeds")
     if resume and not os.path.isdir(resume):
         raise ConfigError(f"--resume {arguments.resume} is not a checkpoint's folder")
     if resume and list(Path(folder, "checkpoints").glob("step_*")):
-        raise ConfigError(f"{folder} has checkpoints of its own, from which it goes on: give --resume with another --output")
+        raise ConfigError(
+            f"{folder} has checkpoints of its own, from which it continues: give --resume with another --output"
+        )
 
     signal_before = math.ceil(config.guard.grace) + MARGIN
     limit = parse_minutes(arguments.time) if arguments.time else None
     if limit is not None and limit * 60 <= signal_before:
         raise ConfigError(
-            f"--time {arguments.time} leaves no time to train: ranks are told to stop {signal_before} s before its end "
-            f"(guard.grace {config.guard.grace:g} s and {MARGIN} s)"
+            f"--time {arguments.time} leaves no time to train: ranks are asked to stop {signal_before} s before its "
+            f"end (guard.grace {config.guard.grace:g} s and {MARGIN} s)"
         )
-    cores = arguments.cpus_per_task or config.data.workers + BESIDE_WORKERS  # SLURM's own default is one
+    cores = arguments.cpus_per_task or config.data.workers + BESIDE_WORKERS  # SLURM's default is one
     options = {
         "nodes": arguments.nodes,
         "ntasks-per-node": tasks,
@@ -136,12 +145,14 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> Job:
     lines = [f"--{name}={_word(f'--{name}', str(value))}" for name, value in options.items() if value is not None]
     for option in arguments.sbatch:
         if not re.match(r"--\w", option):
-            raise ConfigError(f"--sbatch={option} is not an option of sbatch in its long form, such as --sbatch=--constraint=a100")
+            raise ConfigError(
+                f"--sbatch={option} is not an option of sbatch in its long form, such as --sbatch=--constraint=a100"
+            )
         lines.append(_word("--sbatch", option))
-    srun_options = [f"--cpus-per-task={cores}"]  # srun does not ask sbatch since 22.05
+    srun_options = [f"--cpus-per-task={cores}"]  # since 22.05 srun does not inherit it from sbatch
     if arguments.cpu_bind:
         srun_options.append(f"--cpu-bind={arguments.cpu_bind}")
-    return Job(
+    return BatchJob(
         run=folder,
         config=f"{folder}/submitted/{stamp}.yaml",
         name=_printable("--job-name", arguments.job_name or Path(folder).name),
@@ -157,27 +168,27 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> Job:
     )
 
 
-def sbatch_command(job: Job, script: Path) -> list[str]:
-    """What may have spaces, quotes and anything else in it is given to sbatch here: lines of the script would need quoting of their own."""
+def sbatch_command(job: BatchJob, script: Path) -> list[str]:
+    """The sbatch command. Values that may need quoting are given here, because lines of the script cannot be quoted."""
     here = _printable("the working directory", os.getcwd())
     log = f"{job.run}/seed_%a/logs/job_%A_%a.log" if job.seeds else f"{job.run}/logs/job_%j.log"
     return ["sbatch", "--parsable", f"--job-name={job.name}", f"--chdir={here}", f"--output={log}", str(script)]
 
 
-def render(job: Job, command: list[str]) -> str:
-    """The batch script. Whatever the user chose is quoted, or was checked by `_word`."""
+def render(job: BatchJob, command: list[str]) -> str:
+    """The batch script. All values from the user are quoted, or were checked by `_word`."""
     quote, seed = shlex.quote, '"$SLURM_ARRAY_TASK_ID"'
     inside = f"/seed_{seed}" if job.seeds else ""
     arguments = [f"train.seed={seed}"] * bool(job.seeds) + ["--resume-with-changes"] * job.with_changes
     environment = list(job.environment)
     if job.stage_in:
         environment += [
-            "# The node's own disk: training makes a folder there that is this user's alone.",
+            "# The node's own disk; training creates a folder there that only this user can read.",
             'arguments+=("data.cache_dir=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}")',
         ]
     if job.resume:
         environment += [
-            "# Until the run has a checkpoint of its own it starts from this one.",
+            "# Start from this checkpoint until the run has one of its own.",
             'own=("$run"/checkpoints/step_*)',
             f'[ -d "${{own[0]}}" ] || arguments+=(--resume {quote(job.resume)})',
         ]
@@ -232,7 +243,9 @@ def _environment(arguments: argparse.Namespace) -> list[str]:
 
     lines = []
     if arguments.interface:
-        lines += [f"export {name}={shlex.quote(arguments.interface)}" for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")]
+        lines += [
+            f"export {name}={shlex.quote(arguments.interface)}" for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+        ]
     for setting in arguments.env:
         name, equals, value = setting.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
@@ -251,63 +264,107 @@ def _environment(arguments: argparse.Namespace) -> list[str]:
 
 
 def _word(option: str, value: str) -> str:
-    """A value for a line of the script that sbatch reads: one word, with nothing that quotes or ends it."""
+    """`value`, checked to be one word without quotes or comments, for a line of the script that sbatch parses."""
     from train.config import ConfigError
 
     if not re.fullmatch(r"[^\s\x00-\x1f\x7f\"'\\#]+", value):
-        raise ConfigError(f"{option} {value!r}: no spaces, quotes, backslashes or # can stand there")
+        raise ConfigError(f"{option} {value!r}: spaces, quotes, backslashes and # are not allowed")
     return _printable(option, value)
 
 
 def _printable(option: str, value: str) -> str:
     from train.config import ConfigError
 
-    if not value.isprintable():  # newlines and other control characters; bytes that are no UTF-8
-        raise ConfigError(f"{option} {value!r}: control characters and what is not UTF-8 cannot stand there")
+    if not value.isprintable():  # newlines and other control characters; bytes that are not UTF-8
+        raise ConfigError(f"{option} {value!r}: control characters and bytes that are not UTF-8 are not allowed")
     return value
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="Submit a training run to SLURM. It is stopped before its time limit, comes back after that, after preemption, after a "
-        "crash and after a lost node, and goes on from its newest checkpoint. docs/slurm.md has the whole story.",
+        description="Submit a training run to SLURM. The run stops before its time limit. After that, after preemption, "
+        "a crash or a lost node, it is requeued and continues from its newest checkpoint. See docs/slurm.md.",
     )
     count = _at_least(1)
     parser.add_argument("--config", required=True, metavar="FILE", help="recipe, e.g. configs/cat_b.yaml")
-    parser.add_argument("--output", metavar="DIR", help="the run's folder, where all nodes see it (default: runs/<config name>)")
-    parser.add_argument("--nodes", type=count, default=1, metavar="N")
-    parser.add_argument("--gpus-per-node", type=_at_least(0), required=True, metavar="G", help="one rank each; 0: train on CPUs")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="the run's folder, on a file system that all nodes share (default: runs/<config name>)",
+    )
+    parser.add_argument("--nodes", type=count, default=1, metavar="N", help="number of nodes (default: 1)")
+    parser.add_argument(
+        "--gpus-per-node",
+        type=_at_least(0),
+        required=True,
+        metavar="G",
+        help="GPUs per node, with one rank each; 0: train on CPUs",
+    )
     parser.add_argument("--tasks-per-node", type=count, metavar="T", help="ranks per node, with --gpus-per-node 0")
-    parser.add_argument("--time", metavar="TIME", help="time limit of a start, as sbatch has it (default: the partition's)")
-    parser.add_argument("--partition", metavar="NAME")
-    parser.add_argument("--account", metavar="NAME")
-    parser.add_argument("--qos", metavar="NAME")
+    parser.add_argument(
+        "--time", metavar="TIME", help="time limit of a start, in sbatch's formats (default: the partition's)"
+    )
+    parser.add_argument("--partition", metavar="NAME", help="SLURM partition")
+    parser.add_argument("--account", metavar="NAME", help="SLURM account")
+    parser.add_argument("--qos", metavar="NAME", help="SLURM quality of service")
     parser.add_argument("--cpus-per-task", type=count, metavar="N", help="cores of a rank (default: data.workers + 2)")
     parser.add_argument("--mem", metavar="SIZE", help="memory per node, such as 200G")
-    parser.add_argument("--cpu-bind", metavar="TYPE", help="srun's: cores, none, map_cpu:…")
+    parser.add_argument("--cpu-bind", metavar="TYPE", help="srun's option: cores, none, map_cpu:…")
     parser.add_argument("--interface", metavar="NAME", help="network interface for NCCL and gloo, such as ib0")
-    parser.add_argument("--env", action="append", default=[], metavar="KEY=VALUE", help="environment variable of the job; may be repeated")
     parser.add_argument(
-        "--setup", action="append", default=[], metavar="FILE", help="shell commands to run first (module load …), copied into the script"
+        "--env",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="environment variable of the job; can be repeated",
     )
-    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other: --sbatch=--constraint=a100")
-    parser.add_argument("--job-name", metavar="NAME", help="(default: the run folder's)")
-    parser.add_argument("--seeds", metavar="RANGE", help="one run per seed, 0-4 or 1,3,7, in OUTPUT/seed_<seed>: a job array")
-    parser.add_argument("--stage-in", action="store_true", help="copy the dataset's files to the nodes' own disks on use (data.cache_dir)")
     parser.add_argument(
-        "--doctor", action="store_true", help="look at the nodes first (launch/doctor.py), and end the job where they are not fit"
+        "--setup",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="shell commands to run first, such as module load …; copied into the script",
     )
-    parser.add_argument("--resume", metavar="CHECKPOINT", help="start from this one, until the run has one of its own")
-    parser.add_argument("--resume-with-changes", action="store_true", help="as launch/train.py has it")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="any other option of sbatch, such as --sbatch=--constraint=a100",
+    )
+    parser.add_argument("--job-name", metavar="NAME", help="(default: the name of the run's folder)")
+    parser.add_argument(
+        "--seeds",
+        metavar="RANGE",
+        help="a job array with one run per seed, such as 0-4 or 1,3,7, in OUTPUT/seed_<seed>",
+    )
+    parser.add_argument(
+        "--stage-in",
+        action="store_true",
+        help="copy the dataset's files to the nodes' own disks before use (data.cache_dir)",
+    )
+    parser.add_argument(
+        "--doctor",
+        action="store_true",
+        help="check the nodes first (launch/doctor.py), and end the job if they are not fit",
+    )
+    parser.add_argument(
+        "--resume", metavar="CHECKPOINT", help="start from this checkpoint until the run has one of its own"
+    )
+    parser.add_argument("--resume-with-changes", action="store_true", help="as for launch/train.py")
     parser.add_argument(
         "--max-restarts",
         type=_at_least(0),
         default=5,
         metavar="N",
-        help="restarts in a row without a newer checkpoint (default: 5)",
+        help="maximum of restarts in a row without a newer checkpoint (default: 5)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the batch script; write and submit nothing")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the batch script, without writing or submitting anything"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the recipe"
+    )
     return parser.parse_intermixed_args()
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from operate.run_folder import STARTS, MetricsTail, RunLog, hangs, read_config
+from train import exit_codes
 from train.guard.run_lock import WATCH
 from train.telemetry.formatting import clock, duration
 from train.telemetry.goodput import goodput
@@ -37,8 +38,8 @@ CODES = {
     "starting": RUNNING,
     "running": RUNNING,
     "finished": 0,
-    "stopped": 75,
-    "hung": 71,
+    "stopped": exit_codes.STOPPED,
+    "hung": exit_codes.HUNG,
     "died": DIED,
 }
 FINAL = ("finished", "failed")  # states that another start would not change

@@ -1,7 +1,6 @@
-"""Faults that happen inside a rank's own process, at a place that the test names: to be given to tests.runs.start as
-`before`; and strace.
+"""Faults inside a rank's process at a given moment, for `before` of tests.runs.start; and faults by strace.
 
-The faults are real ones (a signal is sent, the process is killed, a loss is not a number); only the moment is arranged.
+The faults are real (a signal is sent, the process is killed, a loss is not a number); only their moment is arranged.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class SignalIn:
-    """Rank `rank` gets `number` when it enters `section` for the `count`-th time."""
+    """Rank `rank` receives the signal `number` when it enters `section` for the `count`-th time."""
 
     rank: int
     number: signal.Signals
@@ -43,9 +42,7 @@ class SignalIn:
 
 @dataclass(frozen=True)
 class NanLoss:
-    """On rank `rank` the loss of `steps` (counted from 1) is not a number, the first `times` times each of them is
-    taken.
-    """
+    """On rank `rank` the loss of `steps` (counted from 1) is NaN, the first `times` times that a step is computed."""
 
     rank: int
     steps: tuple[int, ...]
@@ -74,9 +71,7 @@ class NanLoss:
 
 @dataclass(frozen=True)
 class FlipBits:
-    """After step `step`, once, the exponent of one of rank `rank`'s fp32 weights has all its bits set, as by a broken
-    memory.
-    """
+    """After step `step`, once, all exponent bits of one fp32 weight of rank `rank` are set, as by a memory fault."""
 
     rank: int
     step: int
@@ -102,11 +97,9 @@ class FlipBits:
 
 @dataclass(frozen=True)
 class KillAtWrite:
-    """Rank `rank` is killed with -9 just before the `count`-th thing that it does to the file system in a checkpoint's
-    folder.
+    """Rank `rank` is killed with SIGKILL just before its `count`-th file operation in a checkpoint's folder.
 
-    Python tells its audit hooks of every open, mkdir, rename and removal; what safetensors writes lies between two of
-    them.
+    Python's audit hooks see every open, mkdir, rename and removal; the writes of safetensors lie between two of them.
     """
 
     rank: int
@@ -130,7 +123,7 @@ class KillAtWrite:
 
 @dataclass(frozen=True)
 class ShortPauses:
-    """All ranks give a file up after `pauses` seconds of trying, not after a minute."""
+    """All ranks stop retrying a file after the given pauses, rather than after a minute."""
 
     pauses: tuple[float, ...]
 
@@ -142,10 +135,9 @@ class ShortPauses:
 
 @contextlib.contextmanager
 def system_calls(pid: int, injection: str, paths: Iterable[Path] = ()) -> Iterator[None]:
-    """The process's system calls as `injection` says, e.g. "fsync:error=EIO": strace changes them on their way to the
-    kernel.
+    """Inject faults into a process's system calls with strace, e.g. "fsync:error=EIO".
 
-    paths: only those on these files.
+    paths: only into calls on these files.
     """
     name = injection.partition(":")[0]
     command = [
@@ -162,7 +154,7 @@ def system_calls(pid: int, injection: str, paths: Iterable[Path] = ()) -> Iterat
         str(pid),
     ]
     command += [part for path in paths for part in ("-P", str(path))]
-    os.kill(pid, signal.SIGSTOP)  # or the run might be over before strace has come
+    os.kill(pid, signal.SIGSTOP)  # otherwise the run might end before strace is attached
     with subprocess.Popen(command) as tracer:
         try:
             tasks = list(Path(f"/proc/{pid}/task").iterdir())
@@ -172,5 +164,5 @@ def system_calls(pid: int, injection: str, paths: Iterable[Path] = ()) -> Iterat
             os.kill(pid, signal.SIGCONT)
             yield
         finally:
-            tracer.send_signal(signal.SIGINT)  # it lets go of the process
+            tracer.send_signal(signal.SIGINT)  # detaches from the process
             tracer.wait(10)

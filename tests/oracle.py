@@ -1,6 +1,7 @@
-"""What a broken run is compared with: all tensors of a checkpoint, and the sample ids of every step."""
+"""State of a run to compare with another run: the tensors of a checkpoint, and the sample ids of every step."""
 
 import json
+from pathlib import Path
 
 import torch
 
@@ -9,8 +10,10 @@ from train.checkpoint.format import checkpoint_path, read_info
 from train.checkpoint.pieces import Wanted, fill, pieces_of
 
 
-def state(output, step, kinds=("model", "ema", "exp_avg", "exp_avg_sq")) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole: weights, EMA, moments."""
+def state(
+    output: Path, step: int, kinds: tuple[str, ...] = ("model", "ema", "exp_avg", "exp_avg_sq")
+) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint: weights, EMA, moments."""
     path = checkpoint_path(output / "checkpoints", step)
     info = read_info(path)
     shards = [path / name for name in sorted(info.shards)]
@@ -23,23 +26,29 @@ def state(output, step, kinds=("model", "ema", "exp_avg", "exp_avg_sq")) -> dict
     return {"optimizer_step": torch.tensor(info.optimizer_step), **tensors}
 
 
-def ids_by_step(output, world) -> dict[int, list[int]]:
-    """Sample ids of every step over all ranks; where a step was taken twice, the second time counts."""
-    steps: dict[int, list[int]] = {}
+def ids_by_step(output: Path, world: int, folder: str = "samples") -> dict[int, list[int]]:
+    """Sample ids of every step, rank by rank. For a step that was computed twice, those of the second time."""
+    steps: dict[int, dict[int, list[int]]] = {}
     for rank in range(world):
-        lines = [json.loads(line) for line in (output / "samples" / f"rank_{rank}.jsonl").read_text().splitlines()]
-        for step, ids in {line["step"]: line["ids"] for line in lines}.items():
-            steps.setdefault(step, []).extend(ids)
-    return steps
+        text = (output / folder / f"rank_{rank}.jsonl").read_text()
+        complete = text[: text.rfind("\n") + 1].splitlines()  # the last line of a killed run may be incomplete
+        for line in map(json.loads, complete):
+            steps.setdefault(line["step"], {})[rank] = line["ids"]
+    return {step: sum((ranks[rank] for rank in sorted(ranks)), []) for step, ranks in steps.items()}
 
 
-def assert_same_state(one, other):
+def sorted_ids_by_step(output: Path, world: int, folder: str = "samples") -> dict[int, list[int]]:
+    """`ids_by_step` with the ids of a step sorted, which is the same on any number of ranks."""
+    return {step: sorted(ids) for step, ids in ids_by_step(output, world, folder).items()}
+
+
+def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     different = [key for key in one if not torch.equal(one[key], other[key])]
     assert not different, f"{len(different)} of {len(one)} tensors differ: {different[:5]}"
 
 
-def scores(output) -> dict[tuple[int, str], list[float]]:
+def scores(output: Path) -> dict[tuple[int, str], list[float]]:
     """(step, weights) → top-1, top-5, loss and count."""
     return {
         (line["step"], line["weights"]): [line[key] for key in ("top1", "top5", "loss", "count")]

@@ -1,7 +1,7 @@
-"""Training runs for tests: real processes, one a rank, over gloo.
+"""Training runs for tests: real processes, one per rank, over gloo.
 
-They are forked from a server that has imported torch and DeepSpeed already: a start costs a second instead of ten, and
-a run can be killed like any other process.
+They are forked from a server that has already imported torch and DeepSpeed, so that a start takes one second instead of
+ten, and a run can be killed like any other process.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ from train.telemetry.goodput import read_lines
 ROOT = Path(__file__).resolve().parents[1]
 
 _forkserver = multiprocessing.get_context("forkserver")
-# The last two are what DeepSpeed and torch's optimizers import only when an engine is built.
+# The last two are imported by DeepSpeed and torch's optimizers only when an engine is built.
 _forkserver.set_forkserver_preload(
     [
         "train.trainer",
@@ -34,13 +34,13 @@ _forkserver.set_forkserver_preload(
 
 @dataclass
 class RunningJob:
-    """The ranks of a job that has been started; `output` is its run folder."""
+    """The ranks of a started job. output: its run folder."""
 
     output: Path
     processes: list
 
     def wait(self, timeout: float = 240) -> list[int]:
-        """Exit codes of all ranks (negative: the signal that ended it)."""
+        """Wait for all ranks and return their exit codes; a negative one is the signal that ended the rank."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))
@@ -50,7 +50,7 @@ class RunningJob:
         return [process.exitcode for process in self.processes]
 
     def kill_at(self, step: int, timeout: float = 120) -> None:
-        """kill -9 all ranks as soon as metrics.jsonl has `step`."""
+        """Kill all ranks with SIGKILL as soon as metrics.jsonl contains `step`."""
         deadline = time.monotonic() + timeout
         while not any(line["step"] >= step for line in metrics(self.output, "train", missing_ok=True)):
             assert all(process.is_alive() for process in self.processes), f"ended before step {step}:\n{self.text()}"
@@ -59,7 +59,7 @@ class RunningJob:
         self.kill()
 
     def wait_for_death(self, rank: int, timeout: float = 120) -> int:
-        """Exit code of `rank`; the others are killed then, as a launcher does."""
+        """Wait for `rank` and return its exit code. If it failed, kill the others, as a launcher does."""
         self.processes[rank].join(timeout)
         code = self.processes[rank].exitcode
         assert code is not None, f"rank {rank} still ran after {timeout} s:\n{self.text()}"
@@ -81,7 +81,7 @@ class RunningJob:
 
 
 def start(config: Path, output: Path, *arguments: str, world: int = 1, **options: object) -> RunningJob:
-    """Start `launch/train.py --config … --output …` on `world` ranks; their output goes to `output/stdout_<rank>`."""
+    """Start `launch/train.py --config … --output …` on `world` ranks, which print to `output/stdout_<rank>`."""
     return start_command(
         "train", output, "--config", str(config), "--output", str(output), *arguments, world=world, **options
     )
@@ -97,9 +97,9 @@ def start_command(
 ) -> RunningJob:
     """Start `launch/<name>.py` with `arguments` on `world` ranks.
 
-    `allow_fp16`: have DeepSpeed accept fp16 on a CPU that is only slow in it, so that the whole of that path runs, loss
-    scaling included. `before` is called with the rank in each rank's process, before the command runs in it
-    (tests/faults.py); it must be picklable.
+    allow_fp16: make DeepSpeed accept fp16 on the CPU, where it is slow, to test that path including loss scaling.
+    before: is called with the rank in each rank's process before the command runs (tests/faults.py); it must be
+    picklable.
     """
     output.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
@@ -117,7 +117,7 @@ def start_command(
 def run(
     config: Path, output: Path, *arguments: str, world: int = 1, timeout: float = 240, **options: object
 ) -> RunningJob:
-    """Start a job and wait until it has finished with exit code 0."""
+    """Start a job, wait for it, and assert that all exit codes are 0."""
     job = start(config, output, *arguments, world=world, **options)
     codes = job.wait(timeout)
     assert codes == [0] * world, f"exit codes {codes}:\n{job.text()}"
@@ -125,7 +125,7 @@ def run(
 
 
 def metrics(output: Path, kind: str, *, missing_ok: bool = False) -> list[dict]:
-    """Lines of metrics.jsonl of one kind; of lines with the same step, weights and event, the last one."""
+    """Lines of metrics.jsonl of one kind. Of several lines with the same step, weights and event, only the last one."""
     path = output / "metrics.jsonl"
     if missing_ok and not path.exists():
         return []
@@ -134,7 +134,7 @@ def metrics(output: Path, kind: str, *, missing_ok: bool = False) -> list[dict]:
 
 
 def events(output: Path, name: str) -> list[dict]:
-    """All lines of one event, repeated ones too, in the order written."""
+    """All lines of one event, including repeated ones, in the order written."""
     return [line for line in read_lines(output / "metrics.jsonl") if line["kind"] == "event" and line["event"] == name]
 
 
@@ -143,7 +143,7 @@ def losses(output: Path) -> dict[int, float]:
 
 
 def handles(pid: int, number: signal.Signals) -> bool:
-    """Whether the process has installed a handler of the signal."""
+    """Whether the process has installed a handler for the signal."""
     caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
@@ -157,7 +157,7 @@ def _rank(
     allow_fp16: bool,
     before: Callable[[int], None] | None,
 ) -> None:
-    """In the forked process: become rank `rank` as a launcher would have started it."""
+    """In the forked process: set up rank `rank` as a launcher would, and run the command."""
     stream = open(Path(output) / f"stdout_{rank}", "a", buffering=1)
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)

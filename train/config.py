@@ -12,6 +12,7 @@ from pydantic import SerializeAsAny, ValidationError, field_validator, model_val
 
 import catmodel
 from data_pipeline.config import AugmentConfig, DataConfig, Section
+from train import exit_codes
 from train.config_sections import (
     CheckpointConfig,
     EmaConfig,
@@ -30,7 +31,7 @@ from train.task_registry import UnknownTask, find
 class ConfigError(Exception):
     """The configuration cannot be used; the message names the key or file, and the remedy."""
 
-    exit_code = 78
+    exit_code = exit_codes.BAD_CONFIG
 
 
 class Config(Section):

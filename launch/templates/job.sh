@@ -1,9 +1,11 @@
 #!/bin/bash
-# A training run that comes back by itself, made by launch/submit.py. Submitted, and to be submitted again, with:
+# A training run that is requeued until it has finished, made by launch/submit.py. It was submitted with this command,
+# which also submits it again:
 #   {{command}}
 {{options}}
 
-# TERM comes to the ranks and to this shell when the job is preempted or out of time. The ranks save and leave; the shell stays, to decide.
+# SLURM sends TERM to the ranks and to this shell when the job is preempted or out of time. The ranks save and exit; the
+# shell stays and decides whether to requeue.
 trap : TERM USR1
 
 python={{python}}
@@ -13,27 +15,34 @@ arguments=(--config {{config}} --output "$run"{{arguments}})
 max_restarts={{max_restarts}}
 doctor={{doctor}}
 
-# What the submitting shell may have had: the ranks find their place from SLURM's variables (launch/ranks.py).
+# These may be set in the submitting shell; the ranks take their place from SLURM's variables (launch/ranks.py).
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 export PYTHONUNBUFFERED=1
-export CAT_VERDICT_FILE="$run/logs/verdict_$SLURM_JOB_ID"  # beside it the ranks leave their exit codes: srun's may be another
+# Prefix of the files in which the ranks report their exit codes; srun's exit code may differ from them.
+export CAT_VERDICT_FILE="$run/logs/verdict_$SLURM_JOB_ID"
 {{environment}}
-# Counts the starts; ends the job here after $max_restarts restarts that brought no newer checkpoint.
+# Count the starts. End the job after $max_restarts restarts in a row without a newer checkpoint.
 "$python" "$repository/launch/requeue.py" begin "$run" --max-restarts "$max_restarts" || exit
 
-# With --doctor: the nodes are looked at, until they have been found fit once. Not fit (78): the job ends. Its exit code is not the run's.
+# With --doctor: check the nodes, until they have been fit once. If they are not fit (78), the job ends. The exit code of
+# the doctor is not reported as the run's.
 if [ "$doctor" = yes ] && [ ! -e "$run/logs/fit_$SLURM_JOB_ID" ]; then
-  srun --kill-on-bad-exit=0{{srun_options}} env -u CAT_VERDICT_FILE "$python" "$repository/launch/doctor.py" "${arguments[@]}"
+  srun --kill-on-bad-exit=0{{srun_options}} env -u CAT_VERDICT_FILE \
+    "$python" "$repository/launch/doctor.py" "${arguments[@]}"
   code=$?
   [ $code -eq 78 ] && exit 78
-  [ $code -eq 0 ] || { "$python" "$repository/launch/requeue.py" end "$run" --max-restarts "$max_restarts" --code $code; exit; }
+  if [ $code -ne 0 ]; then
+    "$python" "$repository/launch/requeue.py" end "$run" --max-restarts "$max_restarts" --code "$code"
+    exit
+  fi
   touch "$run/logs/fit_$SLURM_JOB_ID"
 fi
 
-# One task per rank. The first that fails ends the others. Training goes on from the newest checkpoint.
+# One task per rank. The first that fails ends the others. Training continues from the newest checkpoint.
 srun --kill-on-bad-exit=1 --open-mode=append --output="$run/logs/rank_%t.log"{{srun_options}} \
   "$python" "$repository/launch/train.py" "${arguments[@]}"
 code=$?
 
-# Finished, bad data, failed or bad configuration (0, 65, 70, 78) on all nodes: the job ends. Anything else: scontrol requeue.
+# If all nodes finished, or all report bad data, failed training or bad configuration (0, 65, 70, 78), the job ends.
+# Otherwise it is requeued.
 "$python" "$repository/launch/requeue.py" end "$run" --max-restarts "$max_restarts" --code "$code"

@@ -23,10 +23,12 @@ from operate.doctor.findings import one_micro_batch
 from operate.doctor.meeting import Meeting
 from operate.doctor.training_step import measure_step
 from operate.task_model import agreed_task, meta_model, task_of
+from train import exit_codes
 from train.config import Config
 from train.engine.estimate import checkpoint_bytes
 from train.engine.network_interface import choose_interface
 from train.engine.runtime import Runtime, start_runtime
+from train.exit_codes import exit_code_of
 
 # Seconds that a check may take: about ten times its time on a healthy cluster.
 LIMITS = {"machine": 60, "disk": 40, "dataset": 60, "decoding": 40, "network": 60, "links": 90, "step": 120}
@@ -122,7 +124,7 @@ class Checks:
 
 def _exit(rank: int) -> None:
     print(f"error: the doctor is not done after {TOTAL_LIMIT} s on rank {rank}", file=sys.stderr, flush=True)
-    os._exit(78)
+    os._exit(exit_codes.BAD_CONFIG)
 
 
 def _run_together(name: str, check: Callable[[], dict], meeting: Meeting) -> dict:
@@ -149,7 +151,7 @@ def _run(name: str, check: Callable[[], dict], meeting: Meeting, given_up: Calla
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # the current device is per thread
             outcome["value"] = check()
         except Exception as error:
-            if not hasattr(error, "exit_code"):  # errors with an exit code have a message that needs no traceback
+            if exit_code_of(error) is None:  # errors with an exit code have a message that needs no traceback
                 traceback.print_exc()
             outcome["error"] = str(error).splitlines()[0] if str(error) else type(error).__name__
 

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from train import exit_codes
 from train.engine.runtime import port_in_use
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -17,7 +18,7 @@ ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": 
 class MeetingFailed(Exception):
     """The ranks cannot meet; the message names this rank, and the address it tried."""
 
-    exit_code = 78
+    exit_code = exit_codes.BAD_CONFIG
 
 
 LOST_AFTER = 15.0  # seconds without a sign of life after which a rank counts as dead or frozen

@@ -1,4 +1,4 @@
-"""`launch/prepare.py` as a process, for its tests: started, awaited, and looked at while it runs."""
+"""Starting, awaiting and observing `launch/prepare.py` as a process."""
 
 import hashlib
 import os
@@ -22,11 +22,15 @@ def call(*arguments, cwd=None) -> subprocess.CompletedProcess:
 
 def contents(dest: Path) -> dict[str, str]:
     """SHA-256 of every file of a dataset."""
-    return {str(path.relative_to(dest)): hashlib.sha256(path.read_bytes()).hexdigest() for path in dest.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(dest)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in dest.rglob("*")
+        if path.is_file()
+    }
 
 
 def fails_with(code: int, result: subprocess.CompletedProcess, *words: str) -> None:
-    """One sentence on standard error, no traceback, the right code."""
+    """Assert that the process failed with `code` and one sentence on standard error, without a traceback."""
     assert result.returncode == code, result.stderr
     sentence = said(result.stderr)
     assert sentence.startswith("error: ") and sentence.count("\n") == 1, result.stderr
@@ -35,7 +39,7 @@ def fails_with(code: int, result: subprocess.CompletedProcess, *words: str) -> N
 
 
 def said(errors: str) -> str:
-    """Standard error without the lines of progress, which a busy machine gets to see."""
+    """Standard error without the progress lines, which appear on a busy machine."""
     progress = ("listing: ", "packing: ", "indexing: ", "verifying: ")
     return "".join(line for line in errors.splitlines(keepends=True) if not line.startswith(progress))
 
@@ -44,12 +48,12 @@ SIZE = ("--shard-size", "0.5")
 
 
 def start(source: Path, dest: Path, workers: int = 1, finished: int = 2) -> subprocess.Popen:
-    """A run that has finished some shards and has others before it."""
+    """A process that has finished some shards, but not all."""
     return start_command(source, dest, "--workers", workers, *SIZE, until=lambda: finished_shards(dest) >= finished)
 
 
 def start_command(*arguments, until: Callable[[], bool]) -> subprocess.Popen:
-    """A command that has come as far as `until` says, and is not over."""
+    """A process that has reached the state `until` and is still running."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command(*arguments), start_new_session=True, **pipes)
     deadline = time.monotonic() + 100

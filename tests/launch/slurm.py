@@ -1,8 +1,9 @@
-"""A real SLURM cluster of a few nodes on this machine: munged, slurmctld and a slurmd per node, with namespaces of their own.
+"""A real SLURM cluster of a few nodes on this machine: munged, slurmctld and one slurmd per node, in namespaces.
 
-The cluster lives in a PID, mount, UTS and network namespace, and every node in a further UTS and network namespace, joined by a bridge:
-hosts have names and addresses, and nothing of it is seen outside. Its process 1 ends when this process does, however that ends; then
-the kernel ends every process in it, and bridge, namespaces and mounts are gone with them.
+The cluster lives in a PID, mount, UTS and network namespace, and every node in a further UTS and network namespace,
+joined by a bridge: hosts have names and addresses, and nothing of it is seen outside. Its process 1 ends when this
+process does, however that ends; then the kernel ends every process in it, and bridge, namespaces and mounts are gone
+with them.
 """
 
 import os
@@ -27,7 +28,8 @@ SlurmctldHost=head({head})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# Once requeued, a job waits for a second more than the time for which a credential is good: two minutes by default, 5 s at least.
+# Once requeued, a job waits for a second more than the time for which a credential is good: two minutes by default, 5 s
+# at least.
 AuthInfo=socket={folder}/munge/socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
@@ -61,13 +63,15 @@ GRACE = 20  # seconds that a preempted job has
 
 
 def missing() -> str | None:
-    """Why no cluster can be made here, or None."""
+    """The reason why no cluster can be started here, or None."""
     programs = [program for program in PROGRAMS if not shutil.which(program, path=_path())]
     if programs:
         return f"not installed: {', '.join(programs)} (apt-get install slurm-wlm munge iproute2)"
     if os.geteuid():
         return "a SLURM cluster of our own needs root"
-    probe = subprocess.run(["unshare", "--pid", "--fork", "--mount", "--uts", "--net", "true"], capture_output=True, text=True)
+    probe = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount", "--uts", "--net", "true"], capture_output=True, text=True
+    )
     return f"namespaces cannot be made: {probe.stderr.strip()}" if probe.returncode else None
 
 
@@ -80,7 +84,7 @@ class JobInfo:
 
 
 class Cluster:
-    """A cluster that is up; `folder` has its files. Close it.
+    """A running cluster, to be closed after use. folder: its files.
 
     cpus: of a node, as SLURM counts them; the machine may have fewer. As many GPUs, eight at most.
     """
@@ -90,7 +94,19 @@ class Cluster:
         folder.mkdir(parents=True)
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
         self._unshare = subprocess.Popen(
-            ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--uts", "--net", sys.executable, "-c", INIT],
+            [
+                "unshare",
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "--mount-proc",
+                "--mount",
+                "--uts",
+                "--net",
+                sys.executable,
+                "-c",
+                INIT,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -112,13 +128,17 @@ class Cluster:
     def run(self, *command: str, check: bool = True, **options) -> str:
         """The output of a command on the head node."""
         result = self.execute(*command, **options)
-        assert not check or result.returncode == 0, f"{command}: {result.returncode}\n{result.stdout}{result.stderr}\n{self.log()}"
+        assert not check or result.returncode == 0, (
+            f"{command}: {result.returncode}\n{result.stdout}{result.stderr}\n{self.log()}"
+        )
         return result.stdout
 
     def execute(self, *command: str, **options) -> subprocess.CompletedProcess:
         inside = ["nsenter", f"--target={self._init}", "--pid", "--mount", "--uts", "--net", "--"]
         environment = {**self.environment, **options.pop("env", {})}
-        return subprocess.run([*inside, *command], capture_output=True, text=True, timeout=300, env=environment, **options)
+        return subprocess.run(
+            [*inside, *command], capture_output=True, text=True, timeout=300, env=environment, **options
+        )
 
     def job(self, number: str) -> JobInfo:
         fields = dict(word.split("=", 1) for word in self.run("scontrol", "show", "job", number).split() if "=" in word)
@@ -127,7 +147,9 @@ class Cluster:
     def wait(self, what: str, condition: Callable[[], bool], timeout: float = 120) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
-            assert time.monotonic() < deadline, f"{what} has not come in {timeout} s:\n{self.run('squeue')}\n{self.log()}"
+            assert time.monotonic() < deadline, (
+                f"{what} has not come in {timeout} s:\n{self.run('squeue')}\n{self.log()}"
+            )
             time.sleep(0.1)
 
     def ended(self, number: str) -> bool:
@@ -137,13 +159,18 @@ class Cluster:
         return self._find_rank(number, rank) is not None
 
     def rank(self, number: str, rank: int) -> int:
-        """The process (its number outside) that is a rank of a job's training."""
+        """The process id, outside the namespaces, of a rank of a job's training."""
         process = self._find_rank(number, rank)
         assert process is not None, f"job {number} has no rank {rank}:\n{self.log()}"
         return process
 
     def _find_rank(self, number: str, rank: int) -> int | None:
-        wanted = {f"SLURM_CONF={self.environment['SLURM_CONF']}", f"SLURM_JOB_ID={number}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
+        wanted = {
+            f"SLURM_CONF={self.environment['SLURM_CONF']}",
+            f"SLURM_JOB_ID={number}",
+            f"SLURM_PROCID={rank}",
+            "SLURM_STEP_ID=0",
+        }
         for process in Path("/proc").iterdir():
             try:
                 if b"launch/train.py" in (process / "cmdline").read_bytes():
@@ -154,17 +181,19 @@ class Cluster:
         return None
 
     def kill_slurmd(self, node: str) -> None:
-        """kill -9 a node's slurmd. What it has started runs on, as on a real node."""
+        """kill -9 a node's slurmd. The processes that it started keep running, as on a real node."""
         self.run("kill", "-9", (self.folder / f"{node}.pid").read_text().strip())
 
     def start_slurmd(self, node: str, prepare: str = "") -> None:
-        """`prepare`: shell that changes what is mounted, on this node alone."""
+        """prepare: shell commands that change the mounts of this node only."""
         # A core of its own, if there are as many: jobs find out how many threads they may have.
         cores = sorted(os.sched_getaffinity(0))
         core = cores[NODES.index(node) % len(cores)]
         start = f'{prepare or "true"} && hostname "$1" && exec slurmd -N "$1"'
         unshare = ["unshare", "--uts", *(["--mount"] if prepare else [])]
-        self.run("nsenter", f"--net=/run/netns/{node}", "taskset", "-c", str(core), *unshare, "sh", "-c", start, "sh", node)
+        self.run(
+            "nsenter", f"--net=/run/netns/{node}", "taskset", "-c", str(core), *unshare, "sh", "-c", start, "sh", node
+        )
 
     def kill_slurmctld(self) -> None:
         self.run("kill", "-9", (self.folder / "slurmctld.pid").read_text().strip())
@@ -174,7 +203,7 @@ class Cluster:
 
     @contextmanager
     def slow_link(self, node: str, rate: str) -> Iterator[None]:
-        """Inside, what the node sends goes through tc's token bucket of `rate`, such as "20mbit"."""
+        """In this context the node sends through a token bucket of tc with the given rate, such as "20mbit"."""
         inside = ["nsenter", f"--net=/run/netns/{node}", "tc", "qdisc"]
         self.run(*inside, "add", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "64kb", "latency", "400ms")
         try:
@@ -184,7 +213,7 @@ class Cluster:
 
     @contextmanager
     def slow_disk(self, folder: Path, bytes_per_second: int) -> Iterator[None]:
-        """Inside, a disk of 500 MB is mounted on `folder`, for all nodes, to which the kernel writes no faster than that."""
+        """In this context a disk of 500 MB with a limited write speed is mounted on `folder` for all nodes."""
         image = folder.with_name(f"{folder.name}.img")
         self.run("truncate", "--size=500M", str(image))
         self.run("mkfs.ext4", "-q", "-F", str(image))
@@ -206,7 +235,9 @@ class Cluster:
         for name in ("munge", "state", *(f"spool.{node}" for node in NODES)):
             (folder / name).mkdir()
         addresses = {node: f"10.0.0.{number}" for number, node in enumerate(NODES, 1)}
-        lines = [f"{address} {node}\n" for node, address in {"localhost": "127.0.0.1", "head": HEAD, **addresses}.items()]
+        lines = [
+            f"{address} {node}\n" for node, address in {"localhost": "127.0.0.1", "head": HEAD, **addresses}.items()
+        ]
         (folder / "hosts").write_text("".join(lines))
         nodes = [
             f"NodeName={node} NodeAddr={address} CPUs={self.cpus} RealMemory=1000 Gres=gpu:{self.gpus}"
@@ -224,8 +255,10 @@ class Cluster:
         ]
         for node, address in addresses.items():
             network += [
-                f"ip netns add {node}; ip link add {node} type veth peer name eth0 netns {node}; ip link set {node} master bridge0 up",
-                f"ip -n {node} addr add {address}/24 dev eth0; ip -n {node} link set eth0 up; ip -n {node} link set lo up",
+                f"ip netns add {node}; ip link add {node} type veth peer name eth0 netns {node}",
+                f"ip link set {node} master bridge0 up",
+                f"ip -n {node} addr add {address}/24 dev eth0; ip -n {node} link set eth0 up",
+                f"ip -n {node} link set lo up",
             ]
         self.run("sh", "-c", "\n".join(network))
 
@@ -238,7 +271,11 @@ class Cluster:
         self.start_slurmctld()
         for node in NODES:
             self.start_slurmd(node)
-        self.wait("an idle cluster", lambda: self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D", check=False).strip() == "2", 30)
+        self.wait(
+            "an idle cluster",
+            lambda: self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D", check=False).strip() == "2",
+            30,
+        )
 
 
 def _path() -> str:

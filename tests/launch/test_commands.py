@@ -1,6 +1,7 @@
-"""The commands in the blocks of README.md and docs/, on stand-ins for datasets and recipes; those of docs/guide.md in test_guide.py.
+"""The commands in README.md and docs/, on stand-ins for datasets and recipes; for docs/guide.md: test_guide.py.
 
-As they stand, but for "…" and JOB, which are filled in, and a `tail -f`, which is ended. Commands inside sentences are not among them.
+As they stand, but for "…" and JOB, which are filled in, and a `tail -f`, which is ended. Commands inside sentences are
+not among them.
 """
 
 import os
@@ -21,7 +22,9 @@ from tests.launch.test_guide import Account, imagenet_like, wait_for_lines
 from tests.runs import ROOT, run
 
 PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
-PAGES = [page for page in PAGES if page not in ("docs/design.md", "docs/guide.md")]  # the one has synopses, the other a test of its own
+PAGES = [
+    page for page in PAGES if page not in ("docs/design.md", "docs/guide.md")
+]  # the one has synopses, the other a test of its own
 COMMAND = "(make|source|git|pip|python|deepspeed|torchrun|tensorboard|srun|squeue|scancel|scontrol) "
 # Which commands are run by which test; and what is run elsewhere.
 READS_RUNS = "python launch/(evaluate|export|goodput|plan|predict|report|watch).py"
@@ -41,8 +44,10 @@ def long(test: Callable) -> Callable:
 
 
 def commands(pattern: str) -> list[str]:
-    """Lines of PAGES' blocks that begin so, in order. "…" stands for the arguments of the command like it before."""
-    blocks = [re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL) for page in PAGES]
+    """Lines of PAGES' blocks that begin with the given text, in order. "…" repeats the previous arguments."""
+    blocks = [
+        re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL) for page in PAGES
+    ]
     lines = "".join(sum(blocks, [])).replace("\\\n", " ").splitlines()
     return [line for line in lines if re.match(pattern, line)]
 
@@ -65,7 +70,7 @@ def run_all(found: list[str], folder: Path) -> None:
 
 @pytest.fixture
 def link_at_root():
-    """Makes a link where the pages' paths begin: `link_at_root("shared", folder)`."""
+    """A function that makes a link at the root of the pages' paths: `link_at_root("shared", folder)`."""
     links = []
 
     def make(name: str, target: Path) -> None:
@@ -82,7 +87,7 @@ def link_at_root():
 
 @long
 def test_what_prepares(tiny_images, tmp_path, link_at_root):
-    """SOURCE and DEST are ImageNet's tar and where it goes; ImageNet, Kaggle's copy of it and CIFAR-10 are `tiny_images` in their forms."""
+    """ImageNet, Kaggle's copy of it and CIFAR-10 are replaced by `tiny_images` in their formats."""
     imagenet_like(tiny_images, tmp_path)
     shutil.copytree(tiny_images / "train", tmp_path / "CLS-LOC/train")
     (tmp_path / "CLS-LOC/val").mkdir()
@@ -115,11 +120,17 @@ def test_what_prepares(tiny_images, tmp_path, link_at_root):
 
 @long
 def test_what_is_asked_of_a_run(tiny_config, tmp_path):
-    """On finished runs that are called as there."""
+    """Run on finished runs that have the names of the pages."""
     for name in ("launch", "configs", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     for name in ("cat_b", "cat_b_lr", "shapes"):
-        run(tiny_config, tmp_path / "runs" / name, f"train.seed={len(name)}", "train.global_batch=64", "train.micro_batch=2")
+        run(
+            tiny_config,
+            tmp_path / "runs" / name,
+            f"train.seed={len(name)}",
+            "train.global_batch=64",
+            "train.micro_batch=2",
+        )
     for folder in ("folder", "holidays"):
         (tmp_path / folder).mkdir()
         Image.effect_noise((32, 32), 100).convert("RGB").save(tmp_path / folder / "one.jpg")
@@ -131,12 +142,16 @@ def test_what_is_asked_of_a_run(tiny_config, tmp_path):
 
 @long
 def test_what_starts_runs(tiny_config, tiny_dataset, tmp_path):
-    """With recipes of a tiny CAT in place of those that the pages name."""
+    """Run with recipes of a tiny CAT under the names of the pages."""
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     for folder in ("configs", "datasets", "runs"):
         (tmp_path / folder).mkdir()
-    recipes = {name: tiny_config.read_text() for name in ("cat_b", "cat_t", "cifar10", "quickstart", "finetune_cat_b_448")}
-    recipes["finetune_cat_b_448"] = recipes["cat_b"].replace("model: {", "model: {init_from: runs/cat_b, ").replace("size: 16", "size: 32")
+    recipes = {
+        name: tiny_config.read_text() for name in ("cat_b", "cat_t", "cifar10", "quickstart", "finetune_cat_b_448")
+    }
+    recipes["finetune_cat_b_448"] = (
+        recipes["cat_b"].replace("model: {", "model: {init_from: runs/cat_b, ").replace("size: 16", "size: 32")
+    )
     for name, text in recipes.items():
         (tmp_path / "configs" / f"{name}.yaml").write_text(text)
     for name in ("mine", "flowers"):
@@ -159,7 +174,7 @@ def test_what_fetches(tmp_path):
 @long
 @pytest.mark.skipif(missing() is not None, reason=f"no SLURM: {missing()}")
 def test_what_needs_a_cluster(tiny_config, tiny_dataset, tmp_path, link_at_root):
-    """Two nodes of eight GPUs, as SLURM counts them, which are this machine's CPUs."""
+    """Two nodes of eight GPUs for SLURM, which are this machine's CPUs."""
     cluster = Cluster(tmp_path / "cluster", cpus=96)
     try:
         on_a_cluster(cluster, tiny_config, tiny_dataset, tmp_path, link_at_root)
@@ -178,13 +193,17 @@ def on_a_cluster(cluster, tiny_config, tiny_dataset, folder, link_at_root):
     link_at_root("shared", folder / "shared")
     account, output = Account(cluster, folder, ""), folder / "runs/cat_b"
     found = [command.split("#")[0] for command in commands(NEEDS_CLUSTER)]
-    first, full, dry, seeds, look, cancel, requeue = [line for line in found if "srun" not in line and "--doctor" not in line]
+    first, full, dry, seeds, look, cancel, requeue = [
+        line for line in found if "srun" not in line and "--doctor" not in line
+    ]
     arguments = full.split("submit.py ", 1)[1].strip()
 
     # docs/commands.md: a job of 16 ranks, which is looked at, saves when it is put back into the queue, and goes on.
     job = submitted(account, first)
     wait_for_lines(cluster, output, 2)
-    assert job in account.shell(look.replace("tail -f", "timeout 1 tail -f") + "|| true")  # of the tail nothing is asked
+    assert job in account.shell(
+        look.replace("tail -f", "timeout 1 tail -f") + "|| true"
+    )  # of the tail nothing is asked
     account.shell(requeue.replace("JOB", job))
     cluster.wait("a restart", lambda: cluster.job(job).restarts == 1 and cluster.job(job).state == "RUNNING", 180)
     wait_for_lines(cluster, output, 2)

@@ -1,4 +1,4 @@
-"""What a failing rank says, and how it ends: the table in docs/failures.md, on real processes. Its rows under SLURM: test_slurm.py."""
+"""Messages and exit codes of failing ranks: the table in docs/failures.md. Under SLURM: test_slurm.py."""
 
 import os
 import socket
@@ -19,7 +19,7 @@ def errors(text: str) -> list[str]:
 
 
 def test_a_crash_ends_a_rank_at_once():
-    """With its traceback, though an exit handler and a thread would keep the process for ever."""
+    """With its traceback, although an exit handler and a thread would keep the process running for ever."""
     program = """
 import atexit, threading
 from launch.cli import leave, run
@@ -44,13 +44,15 @@ leave(run(fail, None))
 """
     buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=full, env=buffered, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=full, env=buffered, timeout=60
+        )
     assert done.returncode == 69
 
 
 @dataclass(frozen=True)
 class CrashWith:
-    """Rank `rank` meets an error of its own in its second step; an exit handler and a thread would keep the process for ever."""
+    """Rank `rank` raises an error in its second step. An exit handler and a thread would keep the process running."""
 
     rank: int
     wanted: int  # bytes: more than there are. 0: the error is another
@@ -81,7 +83,7 @@ class CrashWith:
 @pytest.mark.slow
 @pytest.mark.parametrize(("wanted", "code"), [(0, 1), (2**50, 69)])
 def test_a_rank_that_crashes_or_has_no_memory(tiny_config, tmp_path, wanted, code):
-    """Its own code and sentence; the neighbour, which loses it, ends with a traceback and 1, and nobody stays."""
+    """The rank has its own code and sentence; its neighbour ends with a traceback and 1; no process stays."""
     job = start(tiny_config, tmp_path, world=2, before=CrashWith(1, wanted))
     assert job.wait(120) == [1, code]
     assert "[rank1]: Traceback" in job.text(1)
@@ -97,13 +99,26 @@ def test_a_rank_that_crashes_or_has_no_memory(tiny_config, tmp_path, wanted, cod
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "doctor"])
 def test_a_port_in_use(tiny_config, tmp_path, command):
-    """One sentence with the remedy, and a code after which the run is started again."""
+    """One sentence with the remedy, and an exit code after which the run is restarted."""
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        program = [sys.executable, str(ROOT / "launch" / f"{command}.py"), "--config", str(tiny_config), "--output", str(tmp_path)]
+        environment = {
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        program = [
+            sys.executable,
+            str(ROOT / "launch" / f"{command}.py"),
+            "--config",
+            str(tiny_config),
+            "--output",
+            str(tmp_path),
+        ]
         done = subprocess.run(program, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 69, done.stderr
     (sentence,) = errors(done.stderr)
@@ -123,11 +138,18 @@ class WorkIn:
 
 @pytest.mark.slow
 def test_what_one_rank_alone_finds_is_said_by_it(tiny_config, tmp_path):
-    """A cache folder that can be used on the first of two nodes only."""
+    """The cache folder is usable on the first of two nodes only."""
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
     (tmp_path / "1" / "cache").touch()
-    job = start(tiny_config, tmp_path / "run", "data.cache_dir=cache", "guard.timeout.startup=20", world=2, before=WorkIn(tmp_path))
+    job = start(
+        tiny_config,
+        tmp_path / "run",
+        "data.cache_dir=cache",
+        "guard.timeout.startup=20",
+        world=2,
+        before=WorkIn(tmp_path),
+    )
     deadline = time.monotonic() + 120
     while job.processes[1].exitcode is None:
         assert time.monotonic() < deadline
@@ -140,13 +162,20 @@ def test_what_one_rank_alone_finds_is_said_by_it(tiny_config, tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_at_the_start(tiny_config, tmp_path):
-    """The run goes on without its logs; that its last checkpoint is not written ends it with a code after which it is started again."""
+    """The run continues without its logs, and ends with a restartable code if its last checkpoint is not written."""
     run = tmp_path / "run"
     run.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(run)], check=True)
     try:
         (run / "full").write_bytes(bytes(8192))
-        program = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(tiny_config), "--output", str(run)]
+        program = [
+            sys.executable,
+            str(ROOT / "launch" / "train.py"),
+            "--config",
+            str(tiny_config),
+            "--output",
+            str(run),
+        ]
         done = subprocess.run(program, capture_output=True, text=True, timeout=120)
     finally:
         subprocess.run(["umount", str(run)], check=True)

@@ -1,4 +1,4 @@
-"""Exported files: they compute what the run's model computes, for any batch and, of dense maps, any image size."""
+"""Exported files compute the same as the run's model, for any batch size and, for dense maps, any image size."""
 
 import json
 import subprocess
@@ -16,13 +16,21 @@ from train.checkpoint.trained_model import read_trained
 # Of each family a small network with every kind of layer. Few blocks: torch.export thinks for seconds about each.
 SMALL = {
     "cat_nano": dict(img_size=16, embed_dim=16, depths=(0, 1), num_heads=(2, 4), num_classes=10),
-    "pvt_tiny": dict(img_size=32, embed_dims=(8, 16), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(2, 2), sr_ratios=(2, 1), num_classes=10),
+    "pvt_tiny": dict(
+        img_size=32,
+        embed_dims=(8, 16),
+        depths=(1, 1),
+        num_heads=(1, 2),
+        mlp_ratios=(2, 2),
+        sr_ratios=(2, 1),
+        num_classes=10,
+    ),
     "cotnet50": dict(img_size=32, depths=(0, 1), width=0.25, num_classes=10),
 }
 
 
 def small_model(name: str, **more) -> tuple[torch.nn.Module, dict]:
-    """A model in whose outputs every weight shows, and what is said about it in its file."""
+    """A model whose outputs depend on every weight, and its description."""
     settings = {"name": name, **SMALL[name], **more}
     torch.manual_seed(0)
     model = catmodel.create_model(**settings).eval()
@@ -48,14 +56,16 @@ def tiny_run(tiny_config, tmp_path_factory):
     ],
 )
 def test_a_mistake(arguments, sentence):
-    result = subprocess.run([sys.executable, "launch/export.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "launch/export.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 78 and sentence in result.stderr
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
 
 
 @pytest.mark.slow
 def test_a_run_as_onnx(tiny_run, tmp_path):
-    """The run's EMA; the file alone says what the classes and the normalisation are."""
+    """The weights are the run's EMA, and the file contains the classes and the normalisation."""
     onnxruntime = pytest.importorskip("onnxruntime")
     job = start_command("export", tmp_path, str(tiny_run), "--to", str(tmp_path / "m.onnx"))
     assert job.wait() == [0], job.text()
@@ -74,7 +84,9 @@ def test_a_run_as_onnx(tiny_run, tmp_path):
 def test_a_run_as_safetensors(tiny_run, tmp_path):
     from safetensors import safe_open
 
-    job = start_command("export", tmp_path, str(tiny_run), "--to", str(tmp_path / "m.safetensors"), "--weights", "model")
+    job = start_command(
+        "export", tmp_path, str(tiny_run), "--to", str(tmp_path / "m.safetensors"), "--weights", "model"
+    )
     assert job.wait() == [0], job.text()
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         model = catmodel.create_model(**json.loads(file.metadata()["catmodel"])["model"])
@@ -82,7 +94,9 @@ def test_a_run_as_safetensors(tiny_run, tmp_path):
     expected = read_trained(tiny_run, "model")
     assert model.state_dict().keys() == expected.state.keys()
     assert all(torch.equal(value, expected.state[key]) for key, value in model.state_dict().items())
-    assert (tmp_path / "m.safetensors").stat().st_mode & 0o077 == (tiny_run / "model.safetensors").stat().st_mode & 0o077
+    assert (tmp_path / "m.safetensors").stat().st_mode & 0o077 == (
+        tiny_run / "model.safetensors"
+    ).stat().st_mode & 0o077
 
 
 @pytest.mark.slow
@@ -106,7 +120,9 @@ def test_a_run_as_a_folder_for_timm(tiny_run, tmp_path):
     maps = timm.create_model(source, pretrained=True, features_only=True)
     larger = timm.create_model(source, pretrained=True, img_size=32).eval()
     assert larger.ape.shape == (1, 256, 16) and larger(torch.randn(1, 3, 32, 32)).shape == (1, 10)
-    assert maps.feature_info.channels() == [16, 32] and torch.equal(maps.patch_embed.proj.weight, model.patch_embed.proj.weight)
+    assert maps.feature_info.channels() == [16, 32] and torch.equal(
+        maps.patch_embed.proj.weight, model.patch_embed.proj.weight
+    )
 
 
 @pytest.mark.slow
@@ -140,7 +156,7 @@ def test_onnx_maps_of_any_size(name, tmp_path):
 
 @pytest.mark.slow
 def test_a_file_that_differs_from_the_model_is_not_left_there(tmp_path):
-    """A model that draws random numbers, as no file can repeat them; the file that was there before stays."""
+    """A model that draws random numbers is refused; an existing file is kept."""
 
     class Random(torch.nn.Module):
         features_only = False
@@ -151,4 +167,6 @@ def test_a_file_that_differs_from_the_model_is_not_left_there(tmp_path):
     (tmp_path / "m.pt2").write_text("an earlier one")
     with pytest.raises(ExportError, match=r"differ by .* more than 1e-04"):
         export(Random(), str(tmp_path / "m.pt2"), {"model": {"img_size": 16}})
-    assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"] and (tmp_path / "m.pt2").read_text() == "an earlier one"
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"] and (
+        tmp_path / "m.pt2"
+    ).read_text() == "an earlier one"

@@ -1,4 +1,4 @@
-"""docs/guide.md from end to end on a SLURM cluster, its commands run as they stand."""
+"""The commands of docs/guide.md, run unchanged and in order on a SLURM cluster."""
 
 import io
 import re
@@ -25,7 +25,7 @@ guard: {{grace: 15}}
 
 
 def imagenet_like(images: Path, folder: Path) -> None:
-    """ILSVRC2012's two tars of `tiny_images`: a tar per class; and validation images without classes, whose labels are in a file."""
+    """`tiny_images` as ILSVRC2012's two tars: one per class; validation images without classes, with a label file."""
     with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
         for kind in sorted((images / "train").iterdir()):
             content = io.BytesIO()
@@ -45,7 +45,7 @@ def imagenet_like(images: Path, folder: Path) -> None:
 
 
 class Account:
-    """A shell on the cluster's head node, in a folder that has what a checkout has, with .venv's programs."""
+    """A shell on the cluster's head node, in a copy of the checkout, with .venv's programs."""
 
     path = f"{Path(sys.executable).parent}:/usr/sbin:/sbin:/usr/bin:/bin"
 
@@ -65,14 +65,16 @@ def account(tiny_images, tiny_config, tmp_path):
     imagenet_like(tiny_images, tmp_path)
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(tiny=tiny_config))
     own = {"CONFIG": "recipe.yaml", "SHARED": tmp_path / "shared", "NODES": 2, "GPUS": 1, "SPEED": 300}
-    settings = "\n".join(f"{name}={value}" for name, value in own.items()) + '\nLIMITS="--cpus-per-task 1 --time 0:30:00"'
+    settings = (
+        "\n".join(f"{name}={value}" for name, value in own.items()) + '\nLIMITS="--cpus-per-task 1 --time 0:30:00"'
+    )
     assert re.findall(r"^(\w+)=", BLOCKS[0], flags=re.MULTILINE) == [*list(own)[:4], "LIMITS", "SPEED"]
     yield Account(cluster, tmp_path, settings)
     cluster.close()
 
 
 def wait_for_lines(cluster: Cluster, output: Path, more: int) -> None:
-    """Wait until a run has written so many lines more."""
+    """Wait until a run has written that many more lines."""
     path = output / "metrics.jsonl"
     seen = len(path.read_text().splitlines()) if path.exists() else 0
     cluster.wait("lines", lambda: path.exists() and len(path.read_text().splitlines()) > seen + more, 180)

@@ -1,4 +1,4 @@
-"""The command as a user types it, on images that a dataset was made of."""
+"""launch/predict.py as a command, on images of a dataset."""
 
 import json
 import shutil
@@ -19,11 +19,13 @@ def tiny_run(tiny_config, tmp_path_factory):
 
 
 def predict(output, *arguments: str, code: int = 0) -> tuple[list[dict], list[str]]:
-    """The lines of JSON, and the others."""
+    """The lines of JSON, and the other lines."""
     job = start_command("predict", output, *map(str, arguments), "--json")
     assert job.wait() == [code], job.text()
     lines = job.text().splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{")], [line for line in lines if not line.startswith("{")]
+    return [json.loads(line) for line in lines if line.startswith("{")], [
+        line for line in lines if not line.startswith("{")
+    ]
 
 
 @pytest.mark.slow
@@ -53,7 +55,9 @@ def test_broken_images_are_named_and_others_predicted_in_order(tiny_run, tiny_im
     (folder / ".hidden.jpg").write_text("nor this")
     arguments = [sound[2], folder, sound[0], "--run", tiny_run, "--batch", "2", "--top", "1"]
     lines, others = predict(tmp_path, *arguments, code=65)
-    assert [line["image"] for line in lines] == [str(path) for path in (sound[2], folder / "a.png", folder / "d.jpg", sound[0])]
+    assert [line["image"] for line in lines] == [
+        str(path) for path in (sound[2], folder / "a.png", folder / "d.jpg", sound[0])
+    ]
     assert lines[2]["top"][0]["class"] == lines[3]["top"][0]["class"]
     assert abs(lines[2]["top"][0]["probability"] - lines[3]["top"][0]["probability"]) < 1e-5
     named = sorted(line for line in others if line.startswith("left out: "))
@@ -71,6 +75,8 @@ def test_broken_images_are_named_and_others_predicted_in_order(tiny_run, tiny_im
     ],
 )
 def test_a_mistake(arguments, sentence):
-    result = subprocess.run([sys.executable, "launch/predict.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "launch/predict.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 78 and sentence in result.stderr
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr

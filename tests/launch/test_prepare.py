@@ -1,4 +1,4 @@
-"""`launch/prepare.py` as a process: exit codes, sentences, kill -9 of the run and of a worker, Ctrl-C, damaged datasets."""
+"""launch/prepare.py as a process: exit codes, messages, kill -9 of it and of a worker, Ctrl-C, damaged datasets."""
 
 import importlib.util
 import io
@@ -32,7 +32,7 @@ from tests.launch.prepare_process import (
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """240 images that take a worker about a second: enough to be killed in."""
+    """240 images that take a worker about a second, so that it can be killed meanwhile."""
     root = tmp_path_factory.mktemp("source") / "pictures"
     random = np.random.default_rng(0)
     buffer = io.BytesIO()
@@ -42,7 +42,12 @@ def source(tmp_path_factory):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
                 # One picture, and a comment that tells the files apart.
-                data = buffer.getvalue()[:2] + b"\xff\xfe\x00\x12" + f"{split:>6}{name:>4}{i:6d}".encode() + buffer.getvalue()[2:]
+                data = (
+                    buffer.getvalue()[:2]
+                    + b"\xff\xfe\x00\x12"
+                    + f"{split:>6}{name:>4}{i:6d}".encode()
+                    + buffer.getvalue()[2:]
+                )
                 (root / split / name / f"{i}.jpg").write_bytes(data)
     return root
 
@@ -62,7 +67,9 @@ def test_help_is_quick():
     result = call("--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0 and "SOURCE" in result.stdout and "verify" in result.stdout
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # CPU seconds: the machine may be busy
+    assert (
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    )  # CPU seconds: the machine may be busy
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(source, dataset, tmp_path):
@@ -73,13 +80,17 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(source, dataset, tmp_
     wait_until_gone(workers)
     assert not (tmp_path / "set/manifest.json").exists()
     # A shard that was being written leaves only a temporary file; what has its name is whole.
-    finished = {path.stem: (tmp_path / "set" / path.stem).stat().st_mtime_ns for path in (tmp_path / "set/.work").glob("*.done")}
+    finished = {
+        path.stem: (tmp_path / "set" / path.stem).stat().st_mtime_ns for path in (tmp_path / "set/.work").glob("*.done")
+    }
     assert len(finished) >= 2
 
     result = call(source, tmp_path / "set", *SIZE, "--workers", 2)
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "set") == contents(dataset)
-    assert {name: (tmp_path / "set" / name).stat().st_mtime_ns for name in finished} == finished, "finished shards were written again"
+    assert {name: (tmp_path / "set" / name).stat().st_mtime_ns for name in finished} == finished, (
+        "finished shards were written again"
+    )
 
 
 def test_a_killed_run_refuses_other_arguments_and_a_changed_source(source, tmp_path):
@@ -109,7 +120,9 @@ def test_control_c_ends_it_cleanly(source, dataset, tmp_path):
     workers = workers_of(process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to everyone
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and said(errors) == "error: interrupted; the same command goes on from here.\n", errors
+    assert process.returncode == 130 and said(errors) == "error: interrupted; the same command goes on from here.\n", (
+        errors
+    )
     wait_until_gone(workers)
     assert call(source, tmp_path / "set", *SIZE).returncode == 0
     assert contents(tmp_path / "set") == contents(dataset)
@@ -148,7 +161,10 @@ def test_a_finished_dataset_is_left_as_it_is(source, dataset):
         (["{source}", "{dest}", "--resize-short", "0"], "0 is not a positive number"),
         (["{source}", "{dest}", "--quality", "101"], "101 is not an integer from 1 to 100"),
         (["{source}", "{dest}", "--formats", "ffcv"], "give webdataset,ffcv"),
-        (["{source}", "{dest}", "--formats", "webdataset,dali"], "there is no format dali: the formats are webdataset and ffcv"),
+        (
+            ["{source}", "{dest}", "--formats", "webdataset,dali"],
+            "there is no format dali: the formats are webdataset and ffcv",
+        ),
         (["{source}", "{dest}", "--ffcv-mode", "raw"], "--ffcv-mode belongs to --formats"),
         (["index", "nowhere"], "there is no folder nowhere"),
         (["index", "{dest}", "--split", "dev"], "invalid choice: 'dev'"),
@@ -165,13 +181,13 @@ def test_bad_data(tmp_path):
 
 
 def test_a_full_disk_is_one_sentence(source, tmp_path):
-    """A limit on the size of files stands in for the disk: the write fails in a worker, as on a full disk."""
+    """A limit on the size of files makes a write fail in a worker, as on a full disk."""
     limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 100; exec "$@"', "-", *command(source, tmp_path / "set", *SIZE)]
     fails_with(70, subprocess.run(limited, capture_output=True, text=True, timeout=100), "File too large")
 
 
 def source_of(dest: Path) -> str:
-    """The source that a dataset was made from."""
+    """The source of a dataset."""
     return json.loads((dest / "report.json").read_text())["arguments"]["source"]
 
 
@@ -219,21 +235,27 @@ def test_smaller_images(source, tmp_path):
     assert result.returncode == 0 and "train: 200 images; 200 encoded again" in result.stdout, result.stdout
     manifest = open_manifest(tmp_path / "set")
     for split in manifest.splits.values():
-        assert len(split.shards) == 1 and (split.records["width"] == 100).all() and (split.records["height"] == 125).all()
+        assert (
+            len(split.shards) == 1 and (split.records["width"] == 100).all() and (split.records["height"] == 125).all()
+        )
     assert call(source, tmp_path / "set", *options).stdout.startswith(f"{tmp_path / 'set'} is already prepared")
 
     killed = tmp_path / "killed"
     kill(start_command(source, killed, *options, until=lambda: (killed / ".work/plan.json").exists()))
     assert call(source, killed, *options).returncode == 0 and contents(killed) == contents(tmp_path / "set")
-    fails_with(78, call(source, tmp_path / "set", "--max-side", 100, "--shard-size", 4), "resize_short 100 and not None, max_side None and")
+    fails_with(
+        78,
+        call(source, tmp_path / "set", "--max-side", 100, "--shard-size", 4),
+        "resize_short 100 and not None, max_side None and",
+    )
 
 
-# --- index -----------------------------------------------------------------------------------------------------------------------------
+# --- index ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def foreign(dataset, tmp_path):
-    """The shards of `dataset`, without what prepare wrote about them."""
+    """The shards of `dataset`, without manifest, index and reports."""
     (tmp_path / "foreign").mkdir()
     for path in dataset.glob("*.tar"):
         shutil.copy(path, tmp_path / "foreign")
@@ -277,11 +299,14 @@ def test_index_says_what_it_left_out(foreign):
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
     output = call("index", foreign).stdout
-    assert "train: 200 images; 1 left out, as they cannot be used" in output and "1 of those left out are sound, but no JPEGs" in output
+    assert (
+        "train: 200 images; 1 left out, as they cannot be used" in output
+        and "1 of those left out are sound, but no JPEGs" in output
+    )
     assert "unpack the shards into class folders" in output
 
 
-# --- FFCV ------------------------------------------------------------------------------------------------------------------------------
+# --- FFCV -------------------------------------------------------------------------------------------------------------
 
 needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="ffcv is not installed")
 FFCV = (*SIZE, "--formats", "webdataset,ffcv")
@@ -289,7 +314,7 @@ FFCV = (*SIZE, "--formats", "webdataset,ffcv")
 
 @pytest.fixture(scope="module")
 def with_ffcv(source, dataset, tmp_path_factory):
-    """`dataset`, to which the FFCV files were added afterwards."""
+    """`dataset` with FFCV files that were added afterwards."""
     dest = shutil.copytree(dataset, tmp_path_factory.mktemp("ffcv") / "set")
     result = call(source, dest, *FFCV)
     assert result.returncode == 0 and "is prepared" in result.stdout, result

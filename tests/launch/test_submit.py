@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.ranks import FAILURES, FINAL, VERDICT_FILE, verdicts
+from launch.ranks import VERDICT_FILE, verdicts
 from launch.requeue import JobState, Starts, Verdict, conclude, decide, newest_step
 from launch.submit import parse_minutes, parse_seeds
 from tests.runs import ROOT
+from train.exit_codes import FAILURES, FINAL
 
 RUNNING = JobState(0, "RUNNING", "None")
 FIRST = Starts(100, 0)
@@ -40,10 +41,24 @@ def test_the_options_of_a_job(tiny_config, tmp_path):
         "--cpus-per-task=12",
         "--mem=200G",
     ]
-    text = script(tiny_config, "--output", str(tmp_path / "run"), *arguments, "--sbatch=--constraint=a100&nvlink", "guard.grace=45.5")
+    text = script(
+        tiny_config,
+        "--output",
+        str(tmp_path / "run"),
+        *arguments,
+        "--sbatch=--constraint=a100&nvlink",
+        "guard.grace=45.5",
+    )
     lines = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
     assert lines == {
-        *("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=12", "--mem=200G", "--time=1-12:00:00"),
+        *(
+            "--nodes=2",
+            "--ntasks-per-node=2",
+            "--gpus-per-node=2",
+            "--cpus-per-task=12",
+            "--mem=200G",
+            "--time=1-12:00:00",
+        ),
         *("--partition=gpu,big", "--account=vision", "--qos=high", "--constraint=a100&nvlink"),
         *("--signal=USR1@76", "--requeue", "--open-mode=append"),  # 45.5 s of grace, and 30
     }
@@ -52,7 +67,7 @@ def test_the_options_of_a_job(tiny_config, tmp_path):
 
 
 def test_a_rank_gets_the_cores_that_its_config_needs(tiny_config, tmp_path):
-    """For its decoding threads, and two; for the job and for its steps."""
+    """One for each decoding thread and two more, in the job and in its steps."""
     text = script(tiny_config, "--output", str(tmp_path / "run"), "data.workers=7")
     assert "#SBATCH --cpus-per-task=9\n" in text and re.search(r"srun --kill-on-bad-exit=1 .* --cpus-per-task=9 ", text)
 
@@ -63,12 +78,18 @@ def test_where_sbatch_refuses_the_default_is_said(tiny_config, tmp_path):
     sbatch.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     result = submit("--config", str(tiny_config), "--gpus-per-node=2", "--output", str(tmp_path / "run"), PATH=path)
-    assert result.returncode == 78 and "3 cores a rank (data.workers + 2): --cpus-per-task asks for another" in result.stderr
+    assert (
+        result.returncode == 78
+        and "3 cores a rank (data.workers + 2): --cpus-per-task asks for another" in result.stderr
+    )
 
 
 def test_the_command_in_the_script_is_the_one_that_submits_it(tiny_config, tmp_path):
     text = script(tiny_config, "--output", str(tmp_path / "a run"), "--seeds=0-2%2", "--job-name=my run")
-    assert f"sbatch --parsable '--job-name=my run' --chdir={os.getcwd()} '--output={tmp_path}/a run/seed_%a/logs/job_%A_%a.log'" in text
+    assert (
+        f"sbatch --parsable '--job-name=my run' --chdir={os.getcwd()} "
+        f"'--output={tmp_path}/a run/seed_%a/logs/job_%A_%a.log'" in text
+    )
     assert "#SBATCH --array=0-2%2" in text and 'train.seed="$SLURM_ARRAY_TASK_ID"' in text
 
 
@@ -78,15 +99,15 @@ def test_the_command_in_the_script_is_the_one_that_submits_it(tiny_config, tmp_p
         (["train.epoch=3"], "unknown key train.epoch; did you mean train.epochs?"),
         (["--nodes=3"], "6 ranks cannot share the 4 micro-batches"),
         (["--nodes=0"], "'0' is not a whole number of at least 1"),
-        (["--time=1"], "--time 1 leaves no time to train: ranks are told to stop 90 s before its end"),
+        (["--time=1"], "--time 1 leaves no time to train: ranks are asked to stop 90 s before its end"),
         (["--time=tomorrow"], "--time tomorrow is not a time"),
-        (["--partition=a b"], "--partition 'a b': no spaces, quotes"),
-        (["--account=a\n#SBATCH --wrap=x"], "no spaces, quotes"),
-        (["--qos=a#b"], "no spaces, quotes"),
+        (["--partition=a b"], "--partition 'a b': spaces, quotes"),
+        (["--account=a\n#SBATCH --wrap=x"], "spaces, quotes"),
+        (["--qos=a#b"], "spaces, quotes"),
         (["--sbatch=-x"], "--sbatch=-x is not an option of sbatch"),
-        (["--sbatch=--comment=two words"], "no spaces, quotes"),
-        (["--output=a%b"], "SLURM has a meaning of its own for % and backslashes"),
-        (["--output=a\\b"], "SLURM has a meaning of its own for % and backslashes"),
+        (["--sbatch=--comment=two words"], "spaces, quotes"),
+        (["--output=a%b"], "SLURM interprets % and backslashes"),
+        (["--output=a\\b"], "SLURM interprets % and backslashes"),
         (["--output=a\nb"], "control characters"),
         (["--job-name=a\nb"], "control characters"),
         (["--seeds=0-4;x"], "--seeds 0-4;x is not of the form 0-4"),
@@ -113,21 +134,27 @@ def test_setup_that_is_not_shell(tiny_config, tmp_path):
 
 
 def test_without_sbatch_nothing_is_written(tiny_config, tmp_path):
-    result = submit("--config", str(tiny_config), "--gpus-per-node=2", "--output", str(tmp_path / "run"), PATH=str(tmp_path))
+    result = submit(
+        "--config", str(tiny_config), "--gpus-per-node=2", "--output", str(tmp_path / "run"), PATH=str(tmp_path)
+    )
     assert result.returncode == 78 and "there is no sbatch on this machine" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_resume_waits_for_the_run_to_have_a_checkpoint(tiny_config, tmp_path):
-    """The lines of the script that choose, run by bash; a run with checkpoints of its own is refused."""
+    """Run the lines of the script that choose the checkpoint; a run with checkpoints of its own is refused."""
     given, run = tmp_path / "given $(touch pwned)", tmp_path / "[r]un $(touch pwned)"
     given.mkdir()
     text = script(tiny_config, "--output", str(run), "--resume", str(given))
     lines = text.splitlines()
-    chosen = [line for line in lines if line.startswith(("run=", "arguments=", "own=", "[ -d"))] + ['printf "%s\\n" "${arguments[@]}"']
+    chosen = [line for line in lines if line.startswith(("run=", "arguments=", "own=", "[ -d"))] + [
+        'printf "%s\\n" "${arguments[@]}"'
+    ]
 
     def arguments() -> list[str]:
-        result = subprocess.run(["bash", "-c", "\n".join(chosen)], capture_output=True, text=True, cwd=tmp_path, check=True)
+        result = subprocess.run(
+            ["bash", "-c", "\n".join(chosen)], capture_output=True, text=True, cwd=tmp_path, check=True
+        )
         return result.stdout.splitlines()
 
     assert arguments()[-2:] == ["--resume", str(given)]
@@ -153,7 +180,7 @@ def test_what_is_over_does_not(code):
 
 
 def test_a_good_configuration_does_not_become_bad():
-    """At a restart, 78 says that the folder is in use still, by ranks on a lost node."""
+    """At a restart, 78 means that the folder is still in use by ranks on a lost node."""
     assert decide(of_all(78), FIRST, 5, 1, JobState(1, "RUNNING", "None"))[0]
     assert not decide(of_all(65), FIRST, 5, 1, JobState(1, "RUNNING", "None"))[0]
 
@@ -188,15 +215,23 @@ def test_what_one_node_says_is_named():
 
 
 def test_the_words_of_two_nodes(tmp_path):
-    """As ranks leave them, and as they are read; those of the start before are removed."""
+    """Reports are written by ranks and read; those of the previous start are removed."""
     program = (
-        "import sys; from launch.ranks import *; report_verdict(int(sys.argv[1]), everywhere=len(sys.argv) > 2); wait_for_verdicts(bool)"
+        "import sys; from launch.ranks import report_verdict, wait_for_verdicts; "
+        "report_verdict(int(sys.argv[1]), everywhere=len(sys.argv) > 2); wait_for_verdicts(bool)"
     )
     path = tmp_path / "logs" / "verdict"
 
     def word(node: int, *arguments: str) -> None:
-        environment = {"SLURM_NODEID": str(node), "SLURM_STEP_NUM_NODES": "2", "RANK": str(node), VERDICT_FILE: str(path)}
-        subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, env={**os.environ, **environment}, check=True)
+        environment = {
+            "SLURM_NODEID": str(node),
+            "SLURM_STEP_NUM_NODES": "2",
+            "RANK": str(node),
+            VERDICT_FILE: str(path),
+        }
+        subprocess.run(
+            [sys.executable, "-c", program, *arguments], cwd=ROOT, env={**os.environ, **environment}, check=True
+        )
 
     path.parent.mkdir()
     word(0, "78", "for all nodes")
@@ -208,7 +243,10 @@ def test_the_words_of_two_nodes(tmp_path):
 
 
 def test_the_table_of_the_docs_is_that_of_the_code():
-    rows = [[re.sub(r"\[(.*?)\]\(.*?\)", r"\1", cell).strip() for cell in line.strip("|\n").split("|")] for line in table_of_failures()]
+    rows = [
+        [re.sub(r"\[(.*?)\]\(.*?\)", r"\1", cell).strip() for cell in line.strip("|\n").split("|")]
+        for line in table_of_failures()
+    ]
     codes = lambda failure: ", ".join(map(str, failure.codes)) or "any other, such as 137, 247, -9"  # noqa: E731
     expected = [[codes(failure), failure.what, failure.who, "yes" if failure.again else "no"] for failure in FAILURES]
     assert [row[:4] for row in rows] == expected
@@ -253,7 +291,7 @@ def test_newest_step_counts_whole_checkpoints(tmp_path):
 
 
 def begin(run: Path, restart: int, max_restarts: int) -> subprocess.CompletedProcess:
-    """What the batch script calls at each start of job 7."""
+    """The command that the batch script runs at each start of job 7."""
     (run / "logs").mkdir(exist_ok=True)
     environment = {
         "SLURM_JOB_ID": "7",
@@ -261,7 +299,14 @@ def begin(run: Path, restart: int, max_restarts: int) -> subprocess.CompletedPro
         "SLURM_RESTART_COUNT": str(restart),
         VERDICT_FILE: str(run / "logs" / "verdict"),
     }
-    command = [sys.executable, str(ROOT / "launch" / "requeue.py"), "begin", str(run), "--max-restarts", str(max_restarts)]
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "requeue.py"),
+        "begin",
+        str(run),
+        "--max-restarts",
+        str(max_restarts),
+    ]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
@@ -280,12 +325,20 @@ def test_where_the_counter_cannot_be_written_every_restart_counts(tmp_path):
 def test_forms_of_seeds_and_times():
     assert parse_seeds("0-2") == [0, 1, 2]
     assert parse_seeds("7,1-2%2") == [7, 1, 2]
-    minutes = {"90": 90, "90:30": 90.5, "1:30:00": 90, "1-0": 1440, "1-12:30": 2190, "1-00:00:30": 1440.5, "UNLIMITED": None}
+    minutes = {
+        "90": 90,
+        "90:30": 90.5,
+        "1:30:00": 90,
+        "1-0": 1440,
+        "1-12:30": 2190,
+        "1-00:00:30": 1440.5,
+        "UNLIMITED": None,
+    }
     assert {text: parse_minutes(text) for text in minutes} == minutes
 
 
 def test_stage_in_leaves_the_folder_to_the_cache(tiny_config, tmp_path):
-    """Which makes one of this user's own, and sees that nobody else did."""
+    """It creates a folder of this user, and checks that no other user created it."""
     lines = [line for line in script(tiny_config, "--stage-in").splitlines() if line.startswith("arguments")]
     lines = ["run=r", *lines, 'printf "%s\\n" "${arguments[@]}"']
     for variables, folder in (([], "/tmp"), (["TMPDIR=/a b"], "/a b"), (["TMPDIR=/a", "SLURM_TMPDIR=/c"], "/c")):

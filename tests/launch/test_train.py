@@ -1,4 +1,4 @@
-"""The command as a user types it: mistakes, exit codes, and the deepspeed launcher."""
+"""launch/train.py as a command: mistakes, exit codes, and the deepspeed launcher."""
 
 import contextlib
 import json
@@ -56,7 +56,9 @@ def test_a_mistake_in_the_config(tiny_config, tmp_path, override, sentence):
 
 
 def test_a_missing_config(tmp_path):
-    assert_one_sentence(command("--config", str(tmp_path / "no.yaml")), 78, "no.yaml cannot be read: No such file or directory")
+    assert_one_sentence(
+        command("--config", str(tmp_path / "no.yaml")), 78, "no.yaml cannot be read: No such file or directory"
+    )
 
 
 def test_a_missing_dataset(tiny_config, tmp_path):
@@ -78,7 +80,9 @@ def test_a_damaged_manifest(tiny_config, tiny_dataset, tmp_path):
     copy = tmp_path / "dataset"
     shutil.copytree(tiny_dataset, copy)
     (copy / "manifest.json").write_text((copy / "manifest.json").read_text()[:100])
-    assert_one_sentence(command("--config", str(tiny_config), "--output", str(tmp_path / "run"), f"data.path={copy}"), 65, "is damaged")
+    assert_one_sentence(
+        command("--config", str(tiny_config), "--output", str(tmp_path / "run"), f"data.path={copy}"), 65, "is damaged"
+    )
 
 
 def test_a_truncated_shard(tiny_config, tiny_dataset, tmp_path):
@@ -86,7 +90,9 @@ def test_a_truncated_shard(tiny_config, tiny_dataset, tmp_path):
     shutil.copytree(tiny_dataset, copy)
     shard = next(copy.glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:-1024])
-    assert_one_sentence(command("--config", str(tiny_config), "--output", str(tmp_path / "run"), f"data.path={copy}"), 65, shard.name)
+    assert_one_sentence(
+        command("--config", str(tiny_config), "--output", str(tmp_path / "run"), f"data.path={copy}"), 65, shard.name
+    )
 
 
 @pytest.mark.slow
@@ -104,26 +110,35 @@ def test_fp16_where_the_device_has_none(tiny_config, tmp_path):
         pytest.skip("this device has fp16")
     result = command("--config", str(tiny_config), "--output", str(tmp_path), "train.precision=fp16")
     assert result.returncode == 78
-    assert result.stderr.splitlines()[-1] == "error: train.precision=fp16 is not supported by this device; use bf16 or fp32"
+    assert (
+        result.stderr.splitlines()[-1]
+        == "error: train.precision=fp16 is not supported by this device; use bf16 or fp32"
+    )
 
 
 @pytest.mark.slow
 def test_under_the_deepspeed_launcher(tiny_config, tmp_path):
     arguments = ["--config", str(tiny_config), "--output", str(tmp_path), "train.max_steps=3"]
-    result = subprocess.run([*DEEPSPEED, "launch/train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [*DEEPSPEED, "launch/train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert [line["step"] for line in metrics(tmp_path, "train")] == [1, 2, 3]
     start = metrics(tmp_path, "event")[0]
     assert (start["event"], start["world_size"]) == ("start", 2)
     assert (tmp_path / "model.safetensors").is_file()
-    ids = [json.loads(line)["ids"] for rank in (0, 1) for line in (tmp_path / "samples" / f"rank_{rank}.jsonl").read_text().splitlines()]
+    ids = [
+        json.loads(line)["ids"]
+        for rank in (0, 1)
+        for line in (tmp_path / "samples" / f"rank_{rank}.jsonl").read_text().splitlines()
+    ]
     assert sum(map(len, ids)) == 3 * 32
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_end_of_the_deepspeed_command_stops_the_run(tiny_config, tmp_path, number):
-    """It hands no signal on: its ranks see that it is gone, save, and leave nobody behind."""
+    """The launcher forwards no signal: its ranks notice that it is gone, save, and all exit."""
     arguments = ["--config", str(tiny_config), "--output", str(tmp_path), "train.epochs=1000", "train.evaluate_every=0"]
     command = subprocess.Popen([*DEEPSPEED, "--master_port", free_port(), "launch/train.py", *arguments], cwd=ROOT)
     wait = lambda what, seconds: wait_for(what, seconds, command)  # noqa: E731
@@ -163,7 +178,9 @@ def processes_of(output: Path) -> list[bytes]:
 @pytest.mark.slow
 def test_the_deepspeed_launcher_hands_the_exit_code_on(tiny_config, tmp_path):
     arguments = ["--config", str(tiny_config), "--output", str(tmp_path), "train.epoch=3"]
-    result = subprocess.run([*DEEPSPEED, "launch/train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [*DEEPSPEED, "launch/train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 78
     assert result.stderr.count("error: ") == 1 and "did you mean train.epochs?" in result.stderr
 
@@ -175,5 +192,6 @@ def test_a_diverging_run_fails_with_its_own_code(tiny_config, tmp_path):
     assert result.returncode == 70
     last = result.stderr.splitlines()[-1]
     assert (
-        last.startswith("error: steps ") and "had no finite gradient, and there is no checkpoint to go back to; lower optimizer.lr" in last
+        last.startswith("error: steps ")
+        and "had no finite gradient, and there is no checkpoint to go back to; lower optimizer.lr" in last
     )

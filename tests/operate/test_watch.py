@@ -241,6 +241,7 @@ def test_states_of_a_run_without_a_lock(folder):
     assert (status.state, status.code, status.why) == ("hung", 71, "rank 1 has been 301 s in step of step 9.")
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_found_dead_and_a_young_record_alive(folder):
     """The record of a killed process no longer changes. Its clock may be another node's: only watching shows that."""
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder.path)], cwd=ROOT)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tests.runs import ROOT
-from train.config import Config, ConfigError, differences, dump_config, load_config
+from train.config import ConfigError, differences, dump_config, load_config
 
 SMALL = "model: {name: cat_nano}\ndata: {path: somewhere}\n"
 
@@ -103,9 +103,7 @@ def test_differences_tell_identity_from_free_keys(write):
     assert differences(old, new, free=True) == ["data.workers (4 → 9)", "zero.stage (1 → 3)"]
 
 
-def test_sections_are_those_of_the_contract():
-    assert (
-        list(Config.model_fields)
-        == "model data augment train optimizer schedule ema zero checkpoint monitor guard".split()
-    )
-    assert yaml.safe_load(dump_config(load_config(ROOT / "configs" / "cat_b.yaml")))["optimizer"]["lr"] == 1e-3
+def test_a_dumped_config_has_the_same_values_for_any_yaml_reader():
+    """YAML 1.1 reads 1e-3, without a point, as a string."""
+    config = load_config(ROOT / "configs" / "cat_b.yaml")
+    assert yaml.safe_load(dump_config(config)) == config.model_dump(mode="json")

@@ -1,9 +1,8 @@
 """A step is the same on any number of ranks: samples, mixing and loss."""
 
-import json
-
 import pytest
 
+from tests.oracle import sorted_ids_by_step
 from tests.runs import losses, run
 
 
@@ -23,16 +22,7 @@ def test_one_two_and_four_ranks_take_the_same_steps(tiny_config, tmp_path):
     assert sorted(reference) == list(range(1, 21))
     for world in (2, 4):
         assert losses(tmp_path / f"{world}") == pytest.approx(reference, rel=1e-5, abs=0)
-        assert _ids(tmp_path / f"{world}", world) == _ids(tmp_path / "1", 1)
-
-
-def _ids(output, world) -> dict[int, list[int]]:
-    steps: dict[int, list[int]] = {}
-    for rank in range(world):
-        for line in (output / "samples" / f"rank_{rank}.jsonl").read_text().splitlines():
-            entry = json.loads(line)
-            steps.setdefault(entry["step"], []).extend(entry["ids"])
-    return {step: sorted(ids) for step, ids in steps.items()}
+        assert sorted_ids_by_step(tmp_path / f"{world}", world) == sorted_ids_by_step(tmp_path / "1", 1)
 
 
 @pytest.mark.slow
@@ -52,8 +42,8 @@ def test_world_size_and_stage_change_along_a_run(tiny_config, tmp_path):
             *extra,
             world=world,
         )
-        steps = _ids(tmp_path / "parts", world)
+        steps = sorted_ids_by_step(tmp_path / "parts", world)
         taken |= {step: steps[step] for step in range(4 * start + 1, 4 * start + 5)}
     assert "zero.stage (0 → 2)" in job.text()
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5, abs=0)
-    assert taken == _ids(tmp_path / "whole", 1)
+    assert taken == sorted_ids_by_step(tmp_path / "whole", 1)

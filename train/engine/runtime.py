@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from train import exit_codes
 from train.engine.deepspeed_engine import destroy_process_group, init_process_group
 from train.engine.network_interface import choose_interface
 from train.engine.processor import processor_name
@@ -23,7 +24,7 @@ PATIENCE = 1800.0  # default timeout of a collective, in seconds
 class Unavailable(Exception):
     """A resource of the machine is not available now; a later start may succeed."""
 
-    exit_code = 69
+    exit_code = exit_codes.UNAVAILABLE
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,23 @@
 """The errors by which a run ends, with their exit codes."""
 
+from train import exit_codes
+
 REMEDY = "lower optimizer.lr or optimizer.clip_grad, or use train.precision=bf16 instead of fp16"
 
 
 class TrainingFailed(Exception):
     """Training cannot go on: gradients that are not finite, again and again."""
 
-    exit_code = 70
+    exit_code = exit_codes.FAILED
 
 
 class NotSaved(Exception):
     """The run is over, but its last checkpoint could not be written."""
 
-    exit_code = 74
+    exit_code = exit_codes.IO_ERROR
 
 
 class Stopped(Exception):
     """The run was asked to stop, and has: started again it goes on."""
 
-    exit_code = 75
+    exit_code = exit_codes.STOPPED

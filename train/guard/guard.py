@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from train.config_sections import GuardConfig
+from train.exit_codes import exit_code_of
 from train.guard.agreement import Agreed, Agreement
 from train.guard.bad_samples import BadSamples
 from train.guard.rank_store import Store
@@ -99,10 +100,8 @@ class Guard:
         return self._skips.in_a_row, self._skips.go_back()
 
     def close(self, error: Exception | None = None) -> None:
-        """The run has ended. error: why; one without an exit code of its own may come from a hang, which then ends this
-        process.
-        """
-        if error is None or hasattr(error, "exit_code"):
+        """The run has ended. error: why; one without an exit code of its own may be due to a hang: then this process ends."""
+        if error is None or exit_code_of(error) is not None:
             self.watchdog.close()
         else:
             self.watchdog.settle()

@@ -10,7 +10,7 @@ How a hang is found and reported:
    whether a hang has been reported.
 3. If ranks are past a limit, one of their heartbeat threads, the judge, reads the heartbeats of all ranks twice, SILENT
    seconds apart. It writes a sentence that names the ranks to blame (`blame`) under the key "hung".
-4. Every rank that reads the sentence prints it, writes the stacks of its threads to a file, and exits with EXIT_HUNG.
+4. Every rank that reads the sentence prints it, writes the stacks of its threads to a file, and exits with HUNG.
 
 If rank 0 is frozen or dead, there is no store, and each rank ends by its own limit.
 """
@@ -26,10 +26,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from train import exit_codes
+
 if TYPE_CHECKING:
     from train.guard.rank_store import Store
 
-EXIT_HUNG, EXIT_STOPPED = 71, 75
 SECTIONS = ("startup", "first_step", "step", "evaluation", "save")  # in their order within a step
 NAMED = 4  # ranks that a sentence lists at most
 
@@ -122,11 +123,11 @@ class Watchdog:
         self._place = _Place(section, step, time.monotonic(), limit)
 
     def stop_by(self, deadline: float) -> None:
-        """A stop was requested: exit with EXIT_STOPPED, without a save, at `deadline` (of time.monotonic())."""
+        """A stop was requested: exit with STOPPED, without a save, at `deadline` (of time.monotonic())."""
         self._stop_asked = deadline - self._grace
 
     def settle(self) -> None:
-        """After an error ended training: if a hang caused it, do not return; the watch thread exits with EXIT_HUNG.
+        """After an error ended training: if a hang caused it, do not return; the watch thread exits with HUNG.
 
         A rank that was frozen until the others ended gets an error from a broken connection first. So may a rank whose
         neighbours have just ended. Waits 2 heartbeats and a tick, in which a hang becomes known.
@@ -214,7 +215,7 @@ class Watchdog:
         # Report in another thread, because writing may block on a disk or pipe that hangs.
         threading.Thread(target=self._report_hang, args=(sentence,), daemon=True).start()
         time.sleep(LINGER)
-        os._exit(EXIT_HUNG)
+        os._exit(exit_codes.HUNG)
 
     def _report_hang(self, sentence: str) -> None:
         path = self._stacks / f"rank_{self._rank}.txt"
@@ -247,7 +248,7 @@ class Watchdog:
         )
         printing.start()
         printing.join(1)
-        os._exit(EXIT_STOPPED)
+        os._exit(exit_codes.STOPPED)
 
 
 def blame(first: list[Beat | None], second: list[Beat | None]) -> str:

@@ -26,7 +26,10 @@ def test_every_micro_batch_comes_once_in_order_and_whole(tiny_dataset, device):
     """On a GPU while the model's stream is busy and memory is used again at once: what a missing wait would spoil."""
     device = torch.device(device)
 
+    made = []
+
     def inputs(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        made.append((batch.step, batch.index))
         images = batch.images.to(device, non_blocking=True).float()
         return (images * 2 + 1).contiguous(), batch.targets.to(device, non_blocking=True) + 1
 
@@ -35,13 +38,15 @@ def test_every_micro_batch_comes_once_in_order_and_whole(tiny_dataset, device):
         expected = list(itertools.islice(plain, 24))
     found = []
     with Prefetcher(loader(tiny_dataset), inputs, device, waits.append) as feed:
-        for _ in range(24):
+        for number in range(1, 25):
             batch, (images, targets) = next(feed)
+            assert len(made) == number and made[-1] == (batch.step, batch.index)
             for _ in range(20 if device.type == "cuda" else 1):
                 busy = (busy @ busy).clamp(max=1)
             copied = images.clone(), targets.clone()  # by the model's stream, after all of that
             del images, targets
             feed.prepare()
+            assert len(made) == number + (device.type == "cuda")  # on a GPU one micro-batch ahead, on a CPU none
             found.append((batch, *copied))
     assert len(waits) == 24 + (device.type == "cuda")
     for batch, (other, images, targets) in zip(expected, found, strict=True):

@@ -59,6 +59,7 @@ NAMES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="a network of its own needs root and iproute2")
 @pytest.mark.parametrize(
     ("route", "expected"),

@@ -158,6 +158,7 @@ def test_respects_the_umask(tmp_path):
     assert (tmp_path / ".lock").stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.slow
 def test_record_of_another_machine_decides_where_flock_does_not(tmp_path):
     (tmp_path / ".lock").write_bytes(b'{"host": "no')  # read while it was being written
     stop = threading.Event()
@@ -183,6 +184,7 @@ def test_record_of_another_machine_decides_where_flock_does_not(tmp_path):
     assert time.monotonic() - began >= WATCH and lock.previous["host"] == "node17"
 
 
+@pytest.mark.slow
 def test_without_flock_heartbeats_decide(start):
     first = start("no-flock").tell()
     assert first.answer() == "held False"

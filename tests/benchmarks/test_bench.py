@@ -1,4 +1,4 @@
-"""launch/bench.py model and kernels, and launch/gpu.py, as their users start them."""
+"""launch/bench.py model and kernels, and launch/gpu.py, as commands."""
 
 import json
 import subprocess
@@ -45,15 +45,30 @@ def test_bench_of_a_model_measures_each_way_and_says_what_the_page_needs(tmp_pat
     assert rows["released"]["gflops"] == rows["ours"]["gflops"]
     assert set(rows) == {"ours", "released", "ours, channels-last"}
     for row in rows.values():
-        assert row["median"] > 0 and 0 < row["mfu"] < 1 and set(row["milliseconds"]) == {"forward", "backward", "optimizer"}
+        assert (
+            row["median"] > 0
+            and 0 < row["mfu"] < 1
+            and set(row["milliseconds"]) == {"forward", "backward", "optimizer"}
+        )
     assert result["machine"] and result["torch"] == torch.__version__.split("+")[0]
     assert json.loads((tmp_path / "traces/cat_nano-training.json").read_text())["traceEvents"]
     assert any("mm" in row["name"] for row in result["models"]["cat_nano"]["training"]["profile"])
 
 
+@pytest.mark.slow
 def test_what_a_model_of_each_family_moves_on_a_gpu_is_counted(tmp_path):
     path, models = tmp_path / "counts.json", ["cat_tiny", "pvt_small", "cotnet50"]
-    sizes = "--count-only", "--models", ",".join(models), "--ways", "ours,plain,channels_last", "--mode", "training", "--json", str(path)
+    sizes = (
+        "--count-only",
+        "--models",
+        ",".join(models),
+        "--ways",
+        "ours,plain,channels_last",
+        "--mode",
+        "training",
+        "--json",
+        str(path),
+    )
     done = command("launch/bench.py", "model", *sizes)
     assert done.returncode == 0, done.stderr
     for model in models:
@@ -77,7 +92,7 @@ def test_what_needs_a_gpu_says_so_in_one_sentence(arguments):
 
 
 class Linear(torch.nn.Module):
-    """One product of 3 x 4 x 4 inputs, without a bias, to 10."""
+    """A linear layer from 3 x 4 x 4 inputs to 10 outputs, without bias."""
 
     def __init__(self):
         super().__init__()
@@ -109,7 +124,9 @@ def test_fused_attention_counts_its_inputs_and_its_result_alone():
 
     assert count_bytes(attend).total() == 4 * q.nbytes
     # Back: those four and the gradients of all of them.
-    assert count_bytes(lambda: torch.autograd.grad(attend(), (q, k, v), torch.empty_like(q))).total() == (4 + 8) * q.nbytes
+    assert (
+        count_bytes(lambda: torch.autograd.grad(attend(), (q, k, v), torch.empty_like(q))).total() == (4 + 8) * q.nbytes
+    )
 
 
 def test_the_floor_is_set_by_what_is_slower():
