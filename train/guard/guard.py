@@ -100,7 +100,10 @@ class Guard:
         return self._skips.in_a_row, self._skips.go_back()
 
     def close(self, error: Exception | None = None) -> None:
-        """The run has ended. error: why; one without an exit code of its own may be due to a hang: then this process ends."""
+        """The run has ended.
+
+        error: why. One without an exit code of its own may be due to a hang; this process ends then.
+        """
         if error is None or exit_code_of(error) is not None:
             self.watchdog.close()
         else:
