@@ -1,7 +1,8 @@
-"""The compiled decoder (data_pipeline/native), which is optional: where it does not build, installing goes on with a warning.
+"""The compiled decoder (data_pipeline/native). It is optional: if it does not build, a warning is printed.
 
-The rest of the package is described in pyproject.toml. The library is no Python module (it has no PyInit function); being an Extension
-makes setuptools build it in wheels and in editable installs alike, and put it beside data_pipeline/native/__init__.py.
+The rest of the package is described in pyproject.toml. The library is not a Python module (it has no PyInit function).
+As an Extension, setuptools builds it in wheels and in editable installs, and puts it beside
+data_pipeline/native/__init__.py.
 """
 
 from setuptools import Extension, setup

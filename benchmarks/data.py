@@ -25,9 +25,10 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.crop import training_windows
 from data_pipeline.decode import decode_batch
 from data_pipeline.loader import build_loader
-from data_pipeline.manifest import DataError, Manifest, Split
+from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, fold, make_key
+from data_pipeline.split import DataError, Split
 from train.config import Config
 from train.telemetry.formatting import table
 

@@ -9,11 +9,11 @@ import torch._functorch.config
 from einops import rearrange
 from torch import Tensor
 
+from benchmarks.roofline import Roofline, seconds
 from catmodel import kernels
 from catmodel.attention import CrossPatchAttention, Patches, attend
 from catmodel.layers import Mlp
 from train.config import ConfigError
-from train.engine.flops import Roofline, seconds
 from train.telemetry.formatting import table
 
 # Side of the map in tokens, channels, heads (cat_base at 224 x 224), and whether plain PyTorch is also compiled, which

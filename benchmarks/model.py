@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 import catmodel
 from benchmarks.measure import DeviceTimer, interleave, summary
+from benchmarks.roofline import Roofline, bytes_per_image, flops_per_image, replaced
 from catmodel import attention
 from catmodel.attention import Patches
 from catmodel.cat import Stage
 from train.engine.deepspeed_engine import DTYPES, compile_settings
-from train.engine.flops import Roofline, bytes_per_image, finish, flops_per_image, replaced
+from train.engine.flops import finish
 from train.telemetry.formatting import table
 
 WAYS = ("ours", "compiled", "plain", "released", "timm")

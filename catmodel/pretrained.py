@@ -303,9 +303,9 @@ def _check_patch_size(published: Mapping[str, Any], own: Mapping[str, Tensor], m
                 unit = theirs * model.patch_embed.patch_size * 2 ** (len(model.layers) - 1)
                 sizes = "" if model.features_only else f", and an img_size that is a multiple of {unit}"
                 problem = (
-                    f"its attention patches are {theirs} x {theirs} tokens, the model's {ours} x {ours}. The weights "
-                    "of cross-patch attention depend on that size and cannot be interpolated: create the model with "
-                    f"patch_size={theirs}{sizes}"
+                    f"its attention patches are {theirs} x {theirs} tokens, the model's {ours} x {ours}, and weights "
+                    "of cross-patch attention, which depend on that size, cannot be interpolated: create the model "
+                    f"with patch_size={theirs}{sizes}"
                 )
                 raise DoesNotFit(where, [problem])
 

@@ -6,20 +6,25 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .manifest import Annotation, Manifest, Split, publish, sha256_of, write_manifest
+from .durable import publish, sha256_of
+from .manifest import Manifest, write_manifest
+from .split import Annotation, Split
 
 
 class Targets(Protocol):
     """Reads what a task learns from beside the images. Its results are functions of the arguments alone."""
 
     def read(self, ids: np.ndarray, windows: np.ndarray) -> list[Any]:
-        """The targets of samples `ids` (int64 [n]), one list entry each, cut like the images: `windows` int32 [n, 5] (crop.py).
+        """The targets of samples `ids` (int64 [n]), one list entry each, cut like the images: `windows` int32 [n, 5]
+        (crop.py).
 
         Called by the decoding threads.
         """
 
     def collate(self, targets: list[Any]) -> Any:
-        """The targets of a micro-batch: any nested structure (dict, list, tuple) of tensors, from the entries that `read` returned."""
+        """The targets of a micro-batch: any nested structure (dict, list, tuple) of tensors, from the entries that
+        `read` returned.
+        """
 
 
 class Labels:
@@ -36,7 +41,8 @@ class Labels:
 
 
 def add_annotation(manifest: Manifest, split: str, name: str, values: np.ndarray) -> Manifest:
-    """Store `values` ([samples, …], numbers) as annotation `name` of a split; returns the new manifest, which is on the disk.
+    """Store `values` ([samples, …], numbers) as annotation `name` of a split; returns the new manifest, which is on the
+    disk.
 
     ValueError if there is not one row per sample.
     """

@@ -40,8 +40,9 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.backends.stored import StoredSamples, stored_in_shards
+from data_pipeline.durable import publish, sha256_of
 from data_pipeline.jpeg import read_header
-from data_pipeline.manifest import RECORD, Beton, DataError, Split, UsageError, publish, sha256_of
+from data_pipeline.split import RECORD, Beton, DataError, Split, UsageError
 from data_pipeline.validate import BadImage, errors_as_bad_image
 
 MODES = ("jpeg", "raw")

@@ -12,7 +12,8 @@ from urllib.parse import quote
 from . import faults
 from .config import without_secrets
 from .faults import LASTING, StorageError, retried
-from .manifest import FILE_NAME, DataError, UsageError
+from .manifest import FILE_NAME
+from .split import DataError, UsageError
 
 TIMEOUT = 60  # seconds to wait for a connection, or for more data from a web server
 AT_START = 3  # number of retries of the manifest: few, because the URL may be mistyped

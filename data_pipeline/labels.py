@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.manifest import DataError
+from data_pipeline.split import DataError
 
 KAGGLE_HEADER = "ImageId,PredictionString"
 FORMS = (

@@ -20,9 +20,9 @@ from data_pipeline import torchvision_source
 from data_pipeline.faults import retried
 from data_pipeline.image_source import SPLITS, Items, Listing, Source
 from data_pipeline.labels import check_names, read_labels
-from data_pipeline.manifest import DataError, UsageError
 from data_pipeline.ownership import DOWNLOAD
 from data_pipeline.progress import Progress
+from data_pipeline.split import DataError, UsageError
 from data_pipeline.tars import IMAGE_SUFFIXES, check_name, plain_tar, tar_files
 from data_pipeline.validate import check_size
 

@@ -1,10 +1,11 @@
 """The one door to the data: micro-batches in the order of use, decoded ahead by threads.
 
 Threads, not processes: decoding releases the GIL, so there is nothing to fork, to pickle or to share. Everything that a
-micro-batch holds is a function of (seed, step, index); threads, prefetching and ranks only decide who computes it and when.
+micro-batch holds is a function of (seed, step, index); threads, prefetching and ranks only decide who computes it and
+when.
 
-A damaged sample is replaced by another, which (seed, id) alone decides; in evaluation it is left out. Either way the micro-batch names
-it, and the faults of the file system that have passed: what to make of that is the caller's business.
+A damaged sample is replaced by another, which (seed, id) alone decides; in evaluation it is left out. Either way the
+micro-batch names it, and the faults of the file system that have passed: what to make of that is the caller's business.
 """
 
 from collections import deque
@@ -25,13 +26,14 @@ from .backends import Backend, open_backend
 from .config import AugmentConfig, DataConfig
 from .crop import evaluation_windows, training_windows
 from .faults import PassingFault
-from .manifest import DataError, Split, UsageError
 from .order import POOL, Order
 from .randomness import Stream, fold, make_key
+from .split import DataError, Split, UsageError
 from .storage import Ahead, StagedSplit
 
-# A thread takes this many images at once, or fewer where what is decoded ahead would not make two such chunks per thread. Larger ones
-# save little more of the work that is done per chunk, under Python's lock; and closing waits for one chunk per thread.
+# A thread takes this many images at once, or fewer where what is decoded ahead would not make two such chunks per
+# thread. Larger ones save little more of the work that is done per chunk, under Python's lock; and closing waits for
+# one chunk per thread.
 LARGEST_CHUNK = 64
 
 # Samples tried in place of one that cannot be read. Where none of them can be either, something else is wrong.
@@ -40,7 +42,9 @@ REPLACEMENTS = 8
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be read: its id, a sentence that says where it lies and why, and the id used instead (None: left out)."""
+    """A sample that could not be read: its id, a sentence that says where it lies and why, and the id used instead
+    (None: left out).
+    """
 
     id: int
     sentence: str
@@ -52,7 +56,8 @@ class MicroBatch:
     """Micro-batch `index` of step `step`, on the host; in pinned memory where there is a GPU.
 
     ids: int64 [m].
-    draws: numpy int64 [m], one number per use of a sample in its epoch (id + samples · copy): the keys of its crop and augmentation.
+    draws: numpy int64 [m], one number per use of a sample in its epoch (id + samples · copy): the keys of its crop and
+    augmentation.
     images: uint8 [m, 3, S, S], RGB, in channels-last memory (on the GPU if data.device=gpu).
     targets: what the task's `Targets` made of the samples' labels (annotations.py).
     counted: bool [m]; false for samples that an evaluation must leave out.
@@ -98,8 +103,8 @@ def build_loader(
 ) -> "Loader":
     """The micro-batches of `rank`, in the order of use: those of step start_step, then start_step + 1, …, without end.
 
-    `targets` defaults to the records' labels. Decoding starts at once. Close the loader when done (it is a context manager).
-    Raises ValueError for sizes that do not fit together.
+    `targets` defaults to the records' labels. Decoding starts at once. Close the loader when done (it is a context
+    manager). Raises ValueError for sizes that do not fit together.
     """
     if order.samples != split.samples:
         raise ValueError(f"the order is of {order.samples} samples, split {split.name!r} has {split.samples}")
@@ -134,9 +139,9 @@ def evaluation_batches(
 ) -> Iterator[tuple[int, MicroBatch]]:
     """Every sample of `split` once, over all ranks: yields (k, batch k), where batch k holds the ids [k·b, (k + 1)·b).
 
-    Rank r takes k = r, r + world, …; the last batch may be short. All ranks yield the same number of times, because under ZeRO-3
-    every rank must take part in every forward pass: a rank without a batch in the last round repeats its previous one (batch 0
-    if it never had one), not counted. A sample that cannot be read is black, and not counted.
+    Rank r takes k = r, r + world, …; the last batch may be short. All ranks yield the same number of times, because
+    under ZeRO-3 every rank must take part in every forward pass: a rank without a batch in the last round repeats its
+    previous one (batch 0 if it never had one), not counted. A sample that cannot be read is black, and not counted.
     """
     batches = -(-split.samples // batch_size)
     rounds = -(-batches // world)
@@ -161,19 +166,31 @@ def evaluation_batches(
 
 
 class Loader(AbstractContextManager):
-    """Iterator over the micro-batches of `jobs`, `data.prefetch` of them ahead. An error of a thread is raised in its batch's turn.
+    """Iterator over the micro-batches of `jobs`, `data.prefetch` of them ahead.
 
-    needs: the ids of the same micro-batches; of `ahead` of them the files are staged before they are decoded, where `split` is staged.
+    An error of a thread is raised in its batch's turn.
+
+    needs: the ids of the same micro-batches; of `ahead` of them the files are staged before they are decoded, where
+    `split` is staged.
     """
 
-    def __init__(self, data: DataConfig, split: Split, targets: Targets, jobs: Iterator[_Job], needs: Iterator[np.ndarray], ahead: int):
+    def __init__(
+        self,
+        data: DataConfig,
+        split: Split,
+        targets: Targets,
+        jobs: Iterator[_Job],
+        needs: Iterator[np.ndarray],
+        ahead: int,
+    ):
         self._data, self._samples, self._targets = data, split.samples, targets
         self._backend: Backend = open_backend(data.backend, split)
         if data.device == "gpu" and not torch.cuda.is_available():
             raise UsageError("data.device gpu needs a GPU, and there is none here: set data.device=cpu.")
         self._jobs = jobs
         self._pin = torch.cuda.is_available()
-        # Where the backend writes to the GPU, it does so on a stream of its own: on the model's it would wait for the model.
+        # Where the backend writes to the GPU, it does so on a stream of its own: on the model's it would wait for the
+        # model.
         self._stream = torch.cuda.Stream() if data.device == "gpu" else None
         self._executor, self._threads = _start_threads(data.workers)
         self._ahead = Ahead(self._backend.stored, needs, ahead) if isinstance(split, StagedSplit) else None
@@ -204,7 +221,10 @@ class Loader(AbstractContextManager):
         return replace(batch, targets=targets, bad=tuple(bad), faults=self._backend.stored.take_faults())
 
     def close(self) -> None:
-        """End the threads: what has not begun is dropped, what has is waited for (at most LARGEST_CHUNK images each). Close all files."""
+        """End the threads: what has not begun is dropped, what has is waited for (at most LARGEST_CHUNK images each).
+
+        Close all files.
+        """
         self._pending.clear()
         self._backend.stored.closing.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
@@ -216,7 +236,9 @@ class Loader(AbstractContextManager):
         self.close()
 
     def _submit(self) -> None:
-        """Start the next micro-batch, if there is one: its memory is allocated here and filled by the threads, chunk by chunk."""
+        """Start the next micro-batch, if there is one: its memory is allocated here and filled by the threads, chunk by
+        chunk.
+        """
         job = next(self._jobs, None)
         if job is None:
             return
@@ -242,14 +264,20 @@ class Loader(AbstractContextManager):
         ]
         self._pending.append((batch, chunks))
 
-    def _fill(self, job: _Job, batch: MicroBatch, part: slice, pixels: "np.ndarray | torch.Tensor") -> tuple[list[BadSample], list]:
+    def _fill(
+        self, job: _Job, batch: MicroBatch, part: slice, pixels: "np.ndarray | torch.Tensor"
+    ) -> tuple[list[BadSample], list]:
         """Fill some rows of a micro-batch. Returns its bad samples and the targets of its rows.
 
         `draws` (a view of the batch's) and `windows` become those of the samples actually used.
         """
         draws, windows = job.draws[part], job.windows[part]
         failures = self._decode(draws, windows, pixels)
-        bad = [sample for row in sorted(failures) for sample in self._replace(job, draws, windows, pixels, row, failures[row])]
+        bad = [
+            sample
+            for row in sorted(failures)
+            for sample in self._replace(job, draws, windows, pixels, row, failures[row])
+        ]
         ids = draws % self._samples
         batch.ids.numpy()[part] = ids
         if job.substitute is None:
@@ -257,9 +285,18 @@ class Loader(AbstractContextManager):
         return bad, self._targets.read(ids, windows)
 
     def _replace(
-        self, job: _Job, draws: np.ndarray, windows: np.ndarray, pixels: "np.ndarray | torch.Tensor", row: int, sentence: str
+        self,
+        job: _Job,
+        draws: np.ndarray,
+        windows: np.ndarray,
+        pixels: "np.ndarray | torch.Tensor",
+        row: int,
+        sentence: str,
     ) -> list[BadSample]:
-        """Put another sample in the place of the one in `row`, which `sentence` is about. Raises DataError if none can be read."""
+        """Put another sample in the place of the one in `row`, which `sentence` is about.
+
+        Raises DataError if none can be read.
+        """
         first = int(draws[row])
         if job.substitute is None:
             pixels[row] = 0
@@ -276,14 +313,16 @@ class Loader(AbstractContextManager):
 
     def _decode(self, draws: np.ndarray, windows: np.ndarray, pixels: "np.ndarray | torch.Tensor") -> dict[int, str]:
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            return self._backend.decode_batch(draws % self._samples, windows, self._data.image_size, self._data.interpolation, pixels)
+            return self._backend.decode_batch(
+                draws % self._samples, windows, self._data.image_size, self._data.interpolation, pixels
+            )
 
 
 def _start_threads(workers: int) -> tuple[ThreadPoolExecutor, list[Thread]]:
     """A pool whose threads are running and use one core each in torch; and the threads.
 
-    torch.set_num_threads in a thread also changes the number that the rest of the process sees (torch 2.15), so the caller's is put
-    back once the last of them has set its own.
+    torch.set_num_threads in a thread also changes the number that the rest of the process sees (torch 2.15), so the
+    caller's is put back once the last of them has set its own.
     """
     before, threads = torch.get_num_threads(), []
 

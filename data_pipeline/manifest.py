@@ -1,12 +1,14 @@
 """What a prepared dataset is: a folder with `manifest.json`, shards, and one binary index per split.
 
-`manifest.json` names the classes and, for each split, its shards and its index. The index is a flat table of `RECORD`s, one per
-sample, in the order of the sample ids 0 … N-1; it is memory-mapped, so its size costs a rank nothing.
+`manifest.json` names the classes and, for each split, its shards and its index. The index is a flat table of `RECORD`s,
+one per sample, in the order of the sample ids 0 … N-1; it is memory-mapped, so its size costs a rank nothing.
 
-A split may also be stored as one FFCV file (beton.py), with an index of its own. Its shards may then be absent (`shards` is empty);
-`<split>.index` stays, because it identifies the samples; its hash is the split's fingerprint whatever file holds the images.
+A split may also be stored as one FFCV file (beton.py), with an index of its own. Its shards may then be absent
+(`shards` is empty); `<split>.index` stays, because it identifies the samples; its hash is the split's fingerprint
+whatever file holds the images.
 
-A record has one integer label. Further labels of the samples are *annotations* (annotations.py): named arrays with one row per sample.
+A record has one integer label. Further labels of the samples are *annotations* (annotations.py): named arrays with one
+row per sample.
 """
 
 import hashlib
@@ -14,156 +16,19 @@ import json
 import os
 import posixpath
 import re
-import resource
-import threading
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from .durable import sha256_of, write_atomically
 from .faults import LASTING, retried
+from .split import RECORD, Annotation, Beton, DataError, Shard, Split
 
 VERSION = 1
 FILE_NAME = "manifest.json"
 LARGEST = 2**48  # samples, or bytes of a file: beyond it a manifest is damaged
 CHUNK = 2**20  # records of an index that are checked at once: 28 MB
-
-# offset and size locate the encoded image inside its shard (bytes); checksum is the CRC-32 of those bytes.
-RECORD = np.dtype(
-    [
-        ("offset", "<u8"),
-        ("size", "<u4"),
-        ("shard", "<u4"),
-        ("label", "<u4"),
-        ("checksum", "<u4"),
-        ("width", "<u2"),
-        ("height", "<u2"),
-    ]
-)
-
-
-class DataError(Exception):
-    """The dataset is missing or damaged; the message names what, and the remedy."""
-
-    exit_code = os.EX_DATAERR
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; the message is one sentence for the person who asked, with the remedy."""
-
-    exit_code = os.EX_CONFIG
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard file: its name inside the dataset's folder, samples, size in bytes and SHA-256."""
-
-    file: str
-    samples: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Beton:
-    """An FFCV file that holds a whole split, in the order of its ids: its name inside the dataset's folder, size in bytes and SHA-256.
-
-    mode: "jpeg" (each image's original bytes) or "raw" (its pixels, uint8 [height, width, 3]). fingerprint: the SHA-256 of `<file>.index`,
-    the table of `RECORD`s that says where the images lie in it, with the checksums of what is stored there and `shard` 0.
-    """
-
-    file: str
-    bytes: int
-    sha256: str
-    mode: str
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """A named array with one row per sample, in a .npy file: its name inside the dataset's folder, size in bytes and SHA-256."""
-
-    file: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Split:
-    """One split (`train`, `val`) of a dataset. `fingerprint` is the SHA-256 of its index, and so of every label and image in it."""
-
-    folder: Path
-    name: str
-    samples: int
-    fingerprint: str
-    shards: tuple[Shard, ...]
-    beton: Beton | None = None
-    annotations: dict[str, Annotation] = field(default_factory=dict)
-
-    @property
-    def identity(self) -> str:
-        """SHA-256 of everything that training sees of the split: images, labels and annotations."""
-        if not self.annotations:
-            return self.fingerprint
-        parts = [self.fingerprint, *(f"{name} {self.annotations[name].sha256}" for name in sorted(self.annotations))]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-    @property
-    def table_paths(self) -> list[Path]:
-        """The files that are memory-mapped as a whole: indexes and annotations."""
-        paths = [self.index_path, *(self.folder / annotation.file for annotation in self.annotations.values())]
-        return [*paths, self.beton_index_path] if self.beton else paths
-
-    def annotation(self, name: str) -> np.ndarray:
-        """The memory-mapped array `name`, [samples, …]. Raises DataError if the split has none of that name."""
-        if name not in self.annotations:
-            raise DataError(f"split {self.name!r} of {self.folder} has no annotation {name!r}. Prepare the dataset again.")
-        return np.load(self.folder / self.annotations[name].file, mmap_mode="r")
-
-    @property
-    def keep_open(self) -> int:
-        """Files that a reader keeps open at most: a quarter of what the process may open, as training and evaluation both read."""
-        return min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-
-    def open_file(self, path: Path, closing: threading.Event, note: Callable[[str, str], None]) -> int:
-        """A descriptor, for reading, of one of this split's files.
-
-        closing: set when the reader is about to close. note: told (file, what was wrong) of faults that passed.
-        """
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def mend(self, path: Path, closing: threading.Event, note: Callable[[str, str], None]) -> bool:
-        """Called where `path` has a damaged sample. True: reading it anew may give other bytes."""
-        return False
-
-    @property
-    def index_path(self) -> Path:
-        return self.folder / f"{self.name}.index"
-
-    @cached_property
-    def records(self) -> np.ndarray:
-        """The memory-mapped table of `RECORD`s, [samples]."""
-        return np.memmap(self.index_path, dtype=RECORD, mode="r", shape=(self.samples,))
-
-    def listing(self) -> list[tuple[str, int, str]]:
-        """(name in the dataset's folder, size in bytes, SHA-256) of each of its files."""
-        files = [(self.index_path.name, self.samples * RECORD.itemsize, self.fingerprint)]
-        files += [(file.file, file.bytes, file.sha256) for file in (*self.shards, *self.annotations.values())]
-        if self.beton:
-            files += [(self.beton.file, self.beton.bytes, self.beton.sha256)]
-            files += [(f"{self.beton.file}.index", self.samples * RECORD.itemsize, self.beton.fingerprint)]
-        return files
-
-    @property
-    def beton_index_path(self) -> Path:
-        return self.folder / f"{self.beton.file}.index"
-
-    @cached_property
-    def beton_records(self) -> np.ndarray:
-        """The memory-mapped table of the beton's `RECORD`s, [samples]."""
-        return np.memmap(self.beton_index_path, dtype=RECORD, mode="r", shape=(self.samples,))
 
 
 @dataclass(frozen=True)
@@ -177,16 +42,19 @@ class Manifest:
     def split(self, name: str) -> Split:
         if name not in self.splits:
             raise DataError(
-                f"{self.folder} has no split {name!r}; it has {', '.join(sorted(self.splits))}. Prepare it again with that split."
+                f"{self.folder} has no split {name!r}; it has {', '.join(sorted(self.splits))}. Prepare it again "
+                "with that split."
             )
         return self.splits[name]
 
 
 def open_manifest(folder: str | Path) -> Manifest:
-    """Read `folder`'s manifest, and check what can be checked without reading a sample: every file's size, and all of every index.
+    """Read `folder`'s manifest, and check what can be checked without reading a sample: every file's size, and all of
+    every index.
 
-    One process of a node checks, that of LOCAL_RANK 0 (or where there is none); the others take its word, as none trains without it.
-    Raises DataError with one sentence where something is wrong, StorageError where it cannot be read for now.
+    One process of a node checks, that of LOCAL_RANK 0 (or where there is none); the others take its word, as none
+    trains without it. Raises DataError with one sentence where something is wrong, StorageError where it cannot be read
+    for now.
     """
     manifest = read_manifest(folder)
     if first_of_node():
@@ -209,20 +77,25 @@ def read_manifest(folder: str | Path) -> Manifest:
     except LASTING as error:
         raise DataError(f"{path} cannot be read: {error.strerror}. See that you may read it.") from error
     if text is None:
-        raise DataError(f"no dataset at {folder}: {FILE_NAME} is missing. Make one with: python launch/prepare.py SOURCE {folder}")
+        raise DataError(
+            f"no dataset at {folder}: {FILE_NAME} is missing. Make one with: python launch/prepare.py SOURCE {folder}"
+        )
     return parse_manifest(text, folder, str(path))
 
 
 def parse_manifest(text: bytes, folder: Path, path: str) -> Manifest:
     """The manifest in `text`, of a dataset in `folder`. Raises DataError, which names `path`, where it is damaged.
 
-    It may be a stranger's: every file that it names lies inside `folder`, each has one name, and every number is one that can be.
+    It may be a stranger's: every file that it names lies inside `folder`, each has one name, and every number is one
+    that can be.
     """
     try:
         document = json.loads(text)
         version = document["version"]
         if version != VERSION:
-            raise DataError(f"{path} has format version {version}, this program reads version {VERSION}. Prepare the dataset again.")
+            raise DataError(
+                f"{path} has format version {version}, this program reads version {VERSION}. Prepare the dataset again."
+            )
         splits = {name: _parse_split(folder, name, entry) for name, entry in document["splits"].items()}
         classes = document["classes"]
         if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
@@ -267,7 +140,12 @@ def _check_names(names: list[str]) -> None:
     """Raise ValueError where a file would lie outside the dataset's folder, or in another one's place."""
     seen = {FILE_NAME}
     for name in names:
-        if not isinstance(name, str) or not name or re.search(r"[\x00-\x1f\x7f]", name) or name != posixpath.normpath(name):
+        if (
+            not isinstance(name, str)
+            or not name
+            or re.search(r"[\x00-\x1f\x7f]", name)
+            or name != posixpath.normpath(name)
+        ):
             raise ValueError(f"{name!r} cannot be a file's name")
         os.fsencode(name)  # a ValueError where it is no text
         if name.startswith(("/", "../")) or name in (".", ".."):
@@ -288,7 +166,9 @@ def check_sizes(manifest: Manifest) -> None:
 
 
 def check_indexes(manifest: Manifest) -> None:
-    """Read every index, once: raise DataError unless it is the manifest's, and all that it says lies inside files and classes."""
+    """Read every index, once: raise DataError unless it is the manifest's, and all that it says lies inside files and
+    classes.
+    """
     for split in manifest.splits.values():
         classes = len(manifest.classes)
         _check_index(split.index_path, split.fingerprint, classes, [shard.bytes for shard in split.shards])
@@ -299,7 +179,9 @@ def check_indexes(manifest: Manifest) -> None:
 
 
 def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -> None:
-    """files: bytes of each file that the index says places in; none where those are gone, and only the samples count."""
+    """files: bytes of each file that the index says places in; none where those are gone, and only the samples
+    count.
+    """
     sizes = np.array(files, np.uint64)
 
     def first_fault(records: np.ndarray) -> tuple[int, str] | None:
@@ -311,7 +193,9 @@ def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -
             inside = records["shard"] < len(sizes)
             end = sizes[np.where(inside, records["shard"], 0)]
             # Without a sum, which might not fit into 64 bits.
-            fine["it lies outside the files"] = inside & (records["size"] <= end) & (records["offset"] <= end - records["size"])
+            fine["it lies outside the files"] = (
+                inside & (records["size"] <= end) & (records["offset"] <= end - records["size"])
+            )
         wrong = {int(np.argmin(mask)): why for why, mask in fine.items() if not mask.all()}
         return min(wrong.items()) if wrong else None
 
@@ -322,16 +206,23 @@ def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -
                 digest.update(chunk)
                 records = np.frombuffer(chunk, RECORD, len(chunk) // RECORD.itemsize)
                 if fault is None and (found := first_fault(records)):
-                    fault = f"{path} cannot be right: of sample {first + found[0]} it says that {found[1]}. Prepare the dataset again."
+                    fault = (
+                        f"{path} cannot be right: of sample {first + found[0]} it says that {found[1]}. Prepare "
+                        "the dataset again."
+                    )
                 first += len(records)
         return digest.hexdigest(), fault
 
     try:
         sha256, fault = retried(read, str(path))
     except LASTING as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}. Copy it again, or prepare the dataset again.") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}. Copy it again, or prepare the dataset again."
+        ) from error
     if sha256 != fingerprint:
-        raise DataError(f"{path} is damaged: its SHA-256 is not the manifest's. Copy it again, or prepare the dataset again.")
+        raise DataError(
+            f"{path} is damaged: its SHA-256 is not the manifest's. Copy it again, or prepare the dataset again."
+        )
     if fault:
         raise DataError(fault)
 
@@ -341,18 +232,27 @@ def _check_annotation(path: Path, annotation: Annotation, samples: int) -> None:
         sha256 = retried(lambda: sha256_of(path), str(path))
         shape = np.load(path, mmap_mode="r").shape
     except LASTING as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}. Copy it again, or prepare the dataset again.") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}. Copy it again, or prepare the dataset again."
+        ) from error
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}). Prepare the dataset again.") from error
     if sha256 != annotation.sha256 or shape[:1] != (samples,):
-        raise DataError(f"{path} is damaged: it is not the array that the manifest describes. Copy it again, or prepare the dataset again.")
+        raise DataError(
+            f"{path} is damaged: it is not the array that the manifest describes. Copy it again, or prepare the "
+            "dataset again."
+        )
 
 
 def write_manifest(manifest: Manifest) -> None:
     """Write `manifest.json` atomically; the shards, betons and index files must be in place already."""
     splits = {}
     for name, split in manifest.splits.items():
-        splits[name] = {"samples": split.samples, "fingerprint": split.fingerprint, "shards": [asdict(shard) for shard in split.shards]}
+        splits[name] = {
+            "samples": split.samples,
+            "fingerprint": split.fingerprint,
+            "shards": [asdict(shard) for shard in split.shards],
+        }
         if split.beton:
             splits[name]["beton"] = asdict(split.beton)
         if split.annotations:
@@ -361,45 +261,18 @@ def write_manifest(manifest: Manifest) -> None:
     write_atomically(manifest.folder / FILE_NAME, json.dumps(document, indent=1).encode())
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that, whenever the machine dies, it is there with all of `data` or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-    publish(temporary, path)
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name: contents and name are on the disk when this returns."""
-    fsync(temporary)
-    os.replace(temporary, path)
-    fsync(path.parent)
-
-
-def fsync(path: Path) -> None:
-    """A file's contents, or a folder's names, are on the disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's contents, in hexadecimal. (`hashlib.file_digest` would need Python 3.11.)"""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _check_size(path: Path, expected: int) -> None:
     try:
         size = retried(path.stat, str(path)).st_size
     except FileNotFoundError:
-        raise DataError(f"{path} is missing, though the manifest names it. Copy it again, or prepare the dataset again.") from None
+        raise DataError(
+            f"{path} is missing, though the manifest names it. Copy it again, or prepare the dataset again."
+        ) from None
     except LASTING as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}. Copy it again, or prepare the dataset again.") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}. Copy it again, or prepare the dataset again."
+        ) from error
     if size != expected:
-        raise DataError(f"{path} has {size} bytes where the manifest says {expected}. Copy it again, or prepare the dataset again.")
+        raise DataError(
+            f"{path} has {size} bytes where the manifest says {expected}. Copy it again, or prepare the dataset again."
+        )

@@ -15,7 +15,8 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data_pipeline.manifest import UsageError, write_atomically
+from data_pipeline.durable import write_atomically
+from data_pipeline.split import UsageError
 
 WORK = ".work"
 MARK = "made-by-prepare"

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.durable import publish, write_atomically
 from data_pipeline.image_source import Items
 from data_pipeline.listing import read_image
-from data_pipeline.manifest import RECORD, Shard, publish, write_atomically
 from data_pipeline.ownership import WORK
+from data_pipeline.split import RECORD, Shard
 from data_pipeline.validate import BadImage, Encoding, check_image
 from data_pipeline.workers import count
 

@@ -31,25 +31,21 @@ import numpy as np
 
 from .backends.stored import StoredSamples
 from .config import DataConfig
+from .durable import fsync, publish, sha256_of
 from .faults import retried
 from .fetch import Location, Note, ignore_fault
 from .manifest import (
     FILE_NAME,
-    DataError,
     Manifest,
-    Split,
-    UsageError,
     check_indexes,
     check_sizes,
     first_of_node,
-    fsync,
     open_manifest,
     parse_manifest,
-    publish,
     read_manifest,
-    sha256_of,
 )
 from .order import BLOCK, POOL
+from .split import DataError, Split, UsageError
 
 COPIERS = 4  # files that a rank copies in parallel, ahead of their use
 TAG = "CACHEDIR.TAG"  # marks a folder that backups leave out (the Cache Directory Tagging Specification)

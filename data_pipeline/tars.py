@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from data_pipeline.manifest import DataError, UsageError
+from data_pipeline.split import DataError, UsageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 MAX_HEADER = 1 << 16  # bytes of one extended header in a tar: a long name, a pax record

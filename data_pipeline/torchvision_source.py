@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from data_pipeline.image_source import SPLITS, Items, Listing, Source
-from data_pipeline.manifest import DataError, UsageError
+from data_pipeline.split import DataError, UsageError
 from data_pipeline.validate import encode_jpeg, to_pixels
 
 

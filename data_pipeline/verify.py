@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from data_pipeline.beton import check_beton
-from data_pipeline.manifest import Split, check_sizes, read_manifest, sha256_of
+from data_pipeline.durable import sha256_of
+from data_pipeline.manifest import check_sizes, read_manifest
 from data_pipeline.progress import Progress
+from data_pipeline.split import Split
 
 
 def verify(folder: Path, workers: int | None = None) -> list[str]:

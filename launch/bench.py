@@ -15,9 +15,9 @@ from launch.cli import Parser, leave, run
 if TYPE_CHECKING:
     import torch
 
+    from benchmarks.roofline import Roofline
     from data_pipeline.manifest import Manifest
     from train.config import Config
-    from train.engine.flops import Roofline
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -148,7 +148,7 @@ def assumed_device(arguments: argparse.Namespace) -> "tuple[torch.device, str, R
     """The meta device, the precision, and the roofline that was measured on an H200."""
     import torch
 
-    from train.engine.flops import H200
+    from benchmarks.roofline import H200
 
     return torch.device("meta"), arguments.precision or "bf16", H200
 
@@ -158,8 +158,8 @@ def this_device(arguments: argparse.Namespace) -> "tuple[torch.device, str, Roof
     import torch
 
     from benchmarks.environment import machine
+    from benchmarks.roofline import measure_roofline
     from train.engine.deepspeed_engine import DTYPES
-    from train.engine.flops import measure_roofline
     from train.engine.runtime import keep_memory
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,12 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from launch.cli import Parser, leave, run
 from launch.ranks import adopt_slurm_ranks, tasks_per_node
 from train import exit_codes
+
+if TYPE_CHECKING:
+    from train.config import Config
 
 
 class NotFit(Exception):
@@ -64,15 +68,8 @@ def main(arguments: argparse.Namespace) -> None:
         "output": str(output),
         "world": meeting.world,
     }
-    print(
-        page(
-            lines,
-            f"{arguments.config} on {', '.join(dict.fromkeys(meeting.hosts))}",
-            seconds,
-            colour=sys.stdout.isatty(),
-        ),
-        flush=True,
-    )
+    title = f"{arguments.config} on {', '.join(dict.fromkeys(meeting.hosts))}"
+    print(page(lines, title, seconds, colour=sys.stdout.isatty()), flush=True)
     text = document(lines, about, seconds, facts, list(meeting.hosts))
     for path in filter(None, (arguments.json, arguments.output and output / "doctor.json")):
         path = Path(path)
@@ -91,14 +88,11 @@ def expected_hosts() -> list[str]:
         return []
     command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
     names = subprocess.run(command, capture_output=True, text=True).stdout.split()
-    return [
-        name
-        for name, tasks in zip(names, tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"]), strict=False)
-        for _ in range(tasks)
-    ]
+    counts = tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])
+    return [name for name, tasks in zip(names, counts, strict=False) for _ in range(tasks)]
 
 
-def measured_rate(config) -> tuple[float, str] | None:
+def measured_rate(config: "Config") -> tuple[float, str] | None:
     """Images per second of one GPU in training and their source, if `make gpu` has measured this model at this size."""
     import torch
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, run
-from operate.run_folder import last_beat, read_log
 from train.telemetry.formatting import clock, counted
 from train.telemetry.goodput import Start, goodput
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from data_pipeline.manifest import DataError
+    from data_pipeline.split import DataError
+    from operate.run_folder import last_beat, read_log
     from train.config import ConfigError
 
     folder = Path(arguments.run)

@@ -9,9 +9,16 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, run
+
+if TYPE_CHECKING:
+    from data_pipeline.manifest import Manifest
+    from operate.plan.cluster import Cluster
+    from operate.plan.plan import Plan
+    from train.config import Config
 
 DECODING = "docs/results/data-cpu.json"
 IMAGENET = 1_281_167, 50_000  # training and validation images
@@ -80,7 +87,7 @@ def main(arguments: argparse.Namespace) -> None:
         Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def assume(arguments: argparse.Namespace, config, calibrated=None):
+def assume(arguments: argparse.Namespace, config: "Config", calibrated: "Cluster | None" = None) -> "Cluster":
     """The cluster's numbers, in rising priority: guesses, --bench files, the run's `calibrated` ones, given options."""
     from operate.plan.cluster import NUMBERS, Cluster, read_bench
 
@@ -95,7 +102,7 @@ def assume(arguments: argparse.Namespace, config, calibrated=None):
     return cluster.with_values(given, "given")
 
 
-def find_dataset(arguments: argparse.Namespace, config):
+def find_dataset(arguments: argparse.Namespace, config: "Config") -> "tuple[int, int, Manifest | None, str]":
     """Numbers of training and validation images, the manifest (None without a dataset), and the numbers' origin."""
     from data_pipeline.manifest import FILE_NAME, open_manifest
 
@@ -111,7 +118,7 @@ def find_dataset(arguments: argparse.Namespace, config):
     return images, validation_images, manifest, where
 
 
-def reality(arguments: argparse.Namespace, own) -> str:
+def reality(arguments: argparse.Namespace, own: "Plan") -> str:
     """A table of a run's time beside the plan's for as many steps: on average, and with the run's own failures."""
     from operate.plan.calibrate import read_run
     from operate.plan.closed_form import expected

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     from concurrent.futures.process import BrokenProcessPool
 
     from data_pipeline.faults import StorageError
-    from data_pipeline.manifest import DataError, UsageError
+    from data_pipeline.split import DataError, UsageError
 
     try:
         return command(options)
@@ -70,8 +70,8 @@ def main(arguments: list[str]) -> int:
 
 
 def run_prepare(options: argparse.Namespace) -> int:
-    from data_pipeline.manifest import UsageError
     from data_pipeline.prepare import prepare
+    from data_pipeline.split import UsageError
     from data_pipeline.validate import Encoding
 
     if options.val_labels and not options.val:

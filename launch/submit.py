@@ -282,8 +282,9 @@ def _printable(option: str, value: str) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="Submit a training run to SLURM. The run stops before its time limit. After that, after preemption, "
-        "a crash or a lost node, it is requeued and continues from its newest checkpoint. See docs/slurm.md.",
+        description="Submit a training run to SLURM. The run stops before its time limit. After that, after "
+        "preemption, a crash or a lost node, it is requeued and continues from its newest checkpoint. See "
+        "docs/slurm.md.",
     )
     count = _at_least(1)
     parser.add_argument("--config", required=True, metavar="FILE", help="recipe, e.g. configs/cat_b.yaml")

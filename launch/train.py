@@ -27,10 +27,11 @@ def main(arguments: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="Train a model, under deepspeed, torchrun or plain python. A run that was stopped goes on when started again.",
-        epilog="exit codes: 0 finished; start again after 69 (a port in use, out of memory), 71 (a rank hung), 74 (files cannot be read or "
-        "written), 75 (stopped on request), and after any other, a crash; mend first after 65 (bad data), 70 (training failed), 78 (bad "
-        "configuration)",
+        description="Train a model, under deepspeed, torchrun or plain python. A run that was stopped continues when "
+        "it is started again.",
+        epilog="exit codes: 0 finished; start again after 69 (a port in use, out of memory), 71 (a rank hung), 74 "
+        "(files cannot be read or written), 75 (stopped on request), and after any other code, a crash; correct the "
+        "cause first after 65 (bad data), 70 (training failed), 78 (bad configuration)",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="recipe, e.g. configs/cat_b.yaml")
     parser.add_argument("--output", metavar="DIR", help="the run's folder (default: runs/<config name>)")
@@ -40,10 +41,19 @@ def parse_arguments() -> argparse.Namespace:
         metavar="auto|never|CHECKPOINT",
         help="where to start from (default: auto, the newest valid checkpoint in the run's folder)",
     )
-    parser.add_argument("--resume-with-changes", action="store_true", help="resume though settings changed that alter what a step computes")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it; the environment says the same
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's, e.g. train.max_steps=10"
+        "--resume-with-changes",
+        action="store_true",
+        help="resume though settings changed that alter what a step computes",
+    )
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # the deepspeed launcher passes it; the environment says the same
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings that replace the recipe's, e.g. train.max_steps=10",
     )
     return parser.parse_intermixed_args()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import yaml
 
 from data_pipeline.config import has_secret, without_secrets
-from data_pipeline.manifest import DataError
 from train.config import flatten
 from train.telemetry.goodput import Ledger, Start, parse_lines, read_lines
 from train.telemetry.metrics import Metric
@@ -173,6 +172,8 @@ def read_config(folder: Path) -> dict:
     try:
         config = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
     except (OSError, yaml.YAMLError, AttributeError) as error:
+        from data_pipeline.manifest import DataError  # imports numpy
+
         problem = f"{folder / 'config.yaml'} cannot be read ({type(error).__name__})"
         raise DataError(f"{problem}: copy it from where the run was made") from error
     if has_secret(config.get("data.path", "")):  # runs of before November 2026 may have one

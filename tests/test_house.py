@@ -1,4 +1,6 @@
-"""docs/design.md's table of rooms against the code: who imports whom; no room imports a room above it, no module imports in a circle."""
+"""docs/design.md's table of rooms against the code: who imports whom; no room imports a room above it, no module
+imports in a circle.
+"""
 
 import ast
 import graphlib
@@ -15,7 +17,8 @@ def table() -> dict[str, tuple[list[str], set[str]]]:
     section = text.split("<!-- rooms -->")[1].split("<!-- end of rooms -->")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| `")]
     return {
-        name.strip("`"): (re.findall(r"`([^`]+)`", places), set(re.findall(r"`([^`]+)`", imports))) for name, places, _, imports in rows
+        name.strip("`"): (re.findall(r"`([^`]+)`", places), set(re.findall(r"`([^`]+)`", imports)))
+        for name, places, _, imports in rows
     }
 
 
@@ -89,7 +92,9 @@ def test_no_module_imports_itself_by_way_of_others():
 
 def test_no_file_is_too_long():
     paths = [
-        path for path in ROOT.rglob("*.py") if not any(part.startswith(".") or part == "build" for part in path.relative_to(ROOT).parts)
+        path
+        for path in ROOT.rglob("*.py")
+        if not any(part.startswith(".") or part == "build" for part in path.relative_to(ROOT).parts)
     ]
     lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in paths}
     assert not {name: count for name, count in lengths.items() if count > MOST_LINES}

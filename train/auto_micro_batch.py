@@ -18,16 +18,20 @@ from train.engine.runtime import Runtime
 from train.tasks.base import Task, build_task
 
 HEADROOM = 0.1  # share of the free memory left for fragmentation, communication and batches on their way
-ON_GPU = 2**30  # bytes left on a GPU for NCCL's buffers, compilation and CUDA graphs, which a trial of the plain network lacks
+ON_GPU = (
+    2**30
+)  # bytes left on a GPU for NCCL's buffers, compilation and CUDA graphs, which a trial of the plain network lacks
 
 
 def settle_micro_batch(
     config: Config, order: Order, classes: tuple[str, ...], runtime: Runtime, resume: Resume
 ) -> tuple[Config, Order, list[str]]:
-    """`config` and `order` with a number in place of "auto", and sentences for the log; every rank calls this and gets the same.
+    """`config` and `order` with a number in place of "auto", and sentences for the log; every rank calls this and gets
+    the same.
 
-    The number is that of the checkpoint that the run goes on from, because mixup and dropout act inside a micro-batch; else the largest
-    size that fits on all ranks. Raises ConfigError if that number cannot be used here, or nothing fits.
+    The number is that of the checkpoint that the run goes on from, because mixup and dropout act inside a micro-batch;
+    else the largest size that fits on all ranks. Raises ConfigError if that number cannot be used here, or nothing
+    fits.
     """
     if config.train.micro_batch != "auto":
         return config, order, []
@@ -80,8 +84,8 @@ def _largest(task: Task, runtime: Runtime) -> tuple[int, str]:
         dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
         return bool(everywhere)
 
-    # The first trial lets libraries start their threads and fill their caches, before the memory is measured. At ZeRO 3 the weights are
-    # partitioned, which these trials of a whole model do not show: more would fit than is found.
+    # The first trial lets libraries start their threads and fill their caches, before the memory is measured. At ZeRO 3
+    # the weights are partitioned, which these trials of a whole model do not show: more would fit than is found.
     if fits(sizes[0]):
         beside = optimizer_bytes(model, config, runtime) + ON_GPU * (runtime.device.type == "cuda")
         free = (1 - HEADROOM) * free_memory(runtime.device) - beside
@@ -91,7 +95,8 @@ def _largest(task: Task, runtime: Runtime) -> tuple[int, str]:
                 fitting, too_large = (middle, too_large) if fits(sizes[middle]) else (fitting, middle)
     if fitting < 0:
         raise ConfigError(
-            f"train.micro_batch=auto: not even {sizes[0]} fits into memory; use train.activation_checkpointing=true, a higher zero.stage, "
+            f"train.micro_batch=auto: not even {sizes[0]} fits into memory; use train.activation_checkpointing=true, "
+            "a higher zero.stage, "
             "or a smaller model"
         )
     above = f" ({sizes[too_large]} does not)" if too_large < len(sizes) else ""

@@ -59,16 +59,22 @@ class Config(Section):
         except UnknownTask as error:
             raise ValueError(f"task.name: {error}") from error
         except ValidationError as error:
-            raise ValueError("; ".join(_explain({**item, "loc": ("task", *item["loc"])}) for item in error.errors())) from error
+            raise ValueError(
+                "; ".join(_explain({**item, "loc": ("task", *item["loc"])}) for item in error.errors())
+            ) from error
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "Config":
         """The warm-up is shorter than the run."""
         schedule, train = self.schedule, self.train
         if train.steps is None and schedule.warmup_steps is None and schedule.warmup_epochs >= train.epochs:
-            raise ValueError(f"schedule.warmup_epochs {schedule.warmup_epochs:g} leaves nothing of train.epochs {train.epochs}")
+            raise ValueError(
+                f"schedule.warmup_epochs {schedule.warmup_epochs:g} leaves nothing of train.epochs {train.epochs}"
+            )
         if train.steps is not None and schedule.warmup_steps is not None and schedule.warmup_steps >= train.steps:
-            raise ValueError(f"schedule.warmup_steps {schedule.warmup_steps} leaves nothing of train.steps {train.steps}")
+            raise ValueError(
+                f"schedule.warmup_steps {schedule.warmup_steps} leaves nothing of train.steps {train.steps}"
+            )
         return self
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -95,7 +101,9 @@ class Config(Section):
 
     @property
     def smallest_micro_batch(self) -> int:
-        """What train.micro_batch says, or for "auto" what it may come to: the number of ranks must share a global batch of these."""
+        """What train.micro_batch says, or for "auto" what it may come to: the number of ranks must share a global batch
+        of these.
+        """
         return catmodel.least_images(self.model.name) if self.train.micro_batch == "auto" else self.train.micro_batch
 
     @model_validator(mode="after")
@@ -103,21 +111,30 @@ class Config(Section):
         """train.micro_batch is 2 or more for a CoTNet, which normalises pooled images over the batch."""
         least = catmodel.least_images(self.model.name)
         if self.smallest_micro_batch < least:
-            raise ValueError(f"train.micro_batch {self.train.micro_batch} is too small for {self.model.name}: its batch norms need {least}")
+            raise ValueError(
+                f"train.micro_batch {self.train.micro_batch} is too small for {self.model.name}: its batch norms "
+                f"need {least}"
+            )
         return self
 
     @model_validator(mode="after")
     def _whole_network(self) -> "Config":
         """train.compile needs zero.stage 0, 1 or 2."""
         if self.train.compile and self.zero.stage == 3:
-            raise ValueError("train.compile needs zero.stage 0, 1 or 2: at stage 3 DeepSpeed gathers weights in between what is compiled")
+            raise ValueError(
+                "train.compile needs zero.stage 0, 1 or 2: at stage 3 DeepSpeed gathers weights in between what is "
+                "compiled"
+            )
         return self
 
     @model_validator(mode="after")
     def _whole_matrices(self) -> "Config":
         """optimizer.name: muon needs zero.stage 0."""
         if self.optimizer.name == "muon" and self.zero.stage:
-            raise ValueError(f"optimizer.name=muon needs zero.stage=0, not {self.zero.stage}: ZeRO cuts the matrices that it works on")
+            raise ValueError(
+                f"optimizer.name=muon needs zero.stage=0, not {self.zero.stage}: ZeRO cuts the matrices that it "
+                "works on"
+            )
         return self
 
 
@@ -145,7 +162,10 @@ FREE_KEYS = (
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read `path`, its `base` files below it and `section.key=value` overrides above it. Raises ConfigError with one sentence."""
+    """Read `path`, its `base` files below it and `section.key=value` overrides above it.
+
+    Raises ConfigError with one sentence.
+    """
     tree = _read(Path(path), seen=())
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -230,7 +250,9 @@ def _suggestion(key: str) -> str:
     prefix = f"{section}." if section in sections else ""
     close = [prefix + match for match in difflib.get_close_matches(leaf, siblings, 1)]
     close += [f"{name}.{leaf}" for name, keys in sections.items() if leaf in keys]
-    return f"did you mean {close[0]}?" if close else f"known here: {', '.join(prefix + sibling for sibling in siblings)}"
+    return (
+        f"did you mean {close[0]}?" if close else f"known here: {', '.join(prefix + sibling for sibling in siblings)}"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,7 @@
-"""The sections of a config, one frozen pydantic class each. Light: imports neither torch nor anything else that is slow."""
+"""The sections of a config, one frozen pydantic class each.
+
+Light: imports neither torch nor anything else that is slow.
+"""
 
 import difflib
 from typing import Annotated, Any, Literal
@@ -15,7 +18,9 @@ Ratio = Annotated[float, Field(gt=0)]
 class TaskConfig(Section):
     """What is trained. A task with settings of its own derives its `Settings` from this class (train/tasks/)."""
 
-    name: str = Field("classification", description="a folder of train/tasks/, or a name that train.tasks.register has added")
+    name: str = Field(
+        "classification", description="a folder of train/tasks/, or a name that train.tasks.register has added"
+    )
 
 
 class ModelConfig(Section):
@@ -27,7 +32,9 @@ class ModelConfig(Section):
     )
     depths: tuple[Positive, ...] | None = Field(None, description="blocks per stage; of CAT cross attention blocks")
     drop_path_rate: Fraction | None = Field(None, description="stochastic depth at the deepest block")
-    num_heads: tuple[Positive, ...] | None = Field(None, description="CAT, PVT: heads of (inner-patch) attention per stage")
+    num_heads: tuple[Positive, ...] | None = Field(
+        None, description="CAT, PVT: heads of (inner-patch) attention per stage"
+    )
     embed_dim: Positive | None = Field(None, description="CAT: channels of the first stage")
     mlp_ratio: Ratio | None = Field(None, description="CAT: hidden channels of an MLP, relative to its inputs")
     embed_patch_size: Positive | None = Field(None, description="CAT: side of a token, in pixels")
@@ -40,8 +47,12 @@ class ModelConfig(Section):
     cpsa_drop: Fraction | None = Field(None, description="CAT: attention dropout in cross-patch attention")
     init_std: Ratio | None = Field(None, description="CAT: standard deviation of the initial linear weights")
     embed_dims: tuple[Positive, ...] | None = Field(None, description="PVT: channels per stage")
-    mlp_ratios: tuple[Ratio, ...] | None = Field(None, description="PVT: hidden channels of an MLP, relative to its inputs, per stage")
-    sr_ratios: tuple[Positive, ...] | None = Field(None, description="PVT: spatial reduction of keys and values per stage")
+    mlp_ratios: tuple[Ratio, ...] | None = Field(
+        None, description="PVT: hidden channels of an MLP, relative to its inputs, per stage"
+    )
+    sr_ratios: tuple[Positive, ...] | None = Field(
+        None, description="PVT: spatial reduction of keys and values per stage"
+    )
     width: Ratio | None = Field(None, description="CoTNet: channels of the CoT, relative to a ResNet's")
     key_groups: Positive | None = Field(None, description="CoTNet: groups of the keys' convolution")
     groups: Positive | None = Field(None, description="CoTNet: groups of the CoT's other convolutions")
@@ -77,14 +88,34 @@ class ModelConfig(Section):
         return {key: value for key, value in self.model_dump(include=settings).items() if value is not None}
 
 
-# What can be set of a network, by its family: arguments of its class. Written out, because the classes cannot be read without torch.
+# What can be set of a network, by its family: arguments of its class. Written out, because the classes cannot be read
+# without torch.
 FAMILY_KEYS = {
     "cat": (
-        *("depths", "drop_path_rate", "num_heads", "embed_dim", "mlp_ratio", "embed_patch_size", "patch_size", "patch_embed"),
+        *(
+            "depths",
+            "drop_path_rate",
+            "num_heads",
+            "embed_dim",
+            "mlp_ratio",
+            "embed_patch_size",
+            "patch_size",
+            "patch_embed",
+        ),
         *("ape", "shifted_windows", "cpsa_num_heads", "ipsa_drop", "cpsa_drop", "init_std"),
     ),
     "pvt": ("depths", "drop_path_rate", "num_heads", "embed_dims", "mlp_ratios", "sr_ratios"),
-    "cotnet": ("depths", "drop_path_rate", "width", "key_groups", "groups", "hybrid", "stem_width", "blur", "drop_rate"),
+    "cotnet": (
+        "depths",
+        "drop_path_rate",
+        "width",
+        "key_groups",
+        "groups",
+        "hybrid",
+        "stem_width",
+        "blur",
+        "drop_rate",
+    ),
 }
 
 
@@ -95,25 +126,37 @@ def family_of(model: str) -> str:
 
 
 class TrainConfig(Section):
-    epochs: Positive | None = Field(300, description="passes over the training samples; the learning rate's schedule spans them")
+    epochs: Positive | None = Field(
+        300, description="passes over the training samples; the learning rate's schedule spans them"
+    )
     steps: Positive | None = Field(None, description="the length of a run in optimizer steps, in place of train.epochs")
     global_batch: Positive = Field(1024, description="samples per optimizer step, over all ranks")
     micro_batch: Positive | Literal["auto"] = Field(
-        128, description="samples per forward pass; mixup, cutmix and dropout act inside one. auto: the largest that fits, then kept"
+        128,
+        description="samples per forward pass; mixup, cutmix and dropout act inside one. auto: the largest that "
+        "fits, then kept",
     )
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16", description="of the network's arithmetic; the master weights are fp32 always"
     )
     seed: int = Field(0, ge=0, description="of the samples' order, augmentation, dropout and first weights")
     log_every: Positive = Field(50, description="steps between lines of metrics")
-    max_steps: Positive | None = Field(None, description="end early after so many steps; the schedule still spans the whole run")
+    max_steps: Positive | None = Field(
+        None, description="end early after so many steps; the schedule still spans the whole run"
+    )
     evaluate_every: int = Field(1, ge=0, description="epochs between evaluations; 0 turns them off")
-    evaluate_every_steps: Positive | None = Field(None, description="steps between evaluations, in place of train.evaluate_every")
-    activation_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, about a third more time")
+    evaluate_every_steps: Positive | None = Field(
+        None, description="steps between evaluations, in place of train.evaluate_every"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in backward: less memory, about a third more time"
+    )
     kernels: bool = Field(True, description="the Triton kernels, on a GPU that can run them")
     compile: bool = Field(False, description="torch.compile the network: minutes at the start")
     cuda_graphs: bool = Field(
-        False, description="replay the compiled network as CUDA graphs, for small batches; one micro-batch a rank and step (not measured)"
+        False,
+        description="replay the compiled network as CUDA graphs, for small batches; one micro-batch a rank and step "
+        "(not measured)",
     )
 
     @model_validator(mode="before")
@@ -125,7 +168,9 @@ class TrainConfig(Section):
                 raise ValueError("train.epochs is null: give train.steps instead")
             return values
         if values.get("epochs") is not None:
-            raise ValueError("train.epochs and train.steps both give a run's length; set train.epochs=null to count in steps")
+            raise ValueError(
+                "train.epochs and train.steps both give a run's length; set train.epochs=null to count in steps"
+            )
         return {**values, "epochs": None}
 
     @model_validator(mode="after")
@@ -139,34 +184,53 @@ class TrainConfig(Section):
     def _micro_batches(self) -> "TrainConfig":
         """train.global_batch / train.micro_batch is a whole number, and a multiple of the number of ranks."""
         if self.micro_batch != "auto" and self.global_batch % self.micro_batch:
-            raise ValueError(f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}")
+            raise ValueError(
+                f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}"
+            )
         return self
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw", "sgd", "muon"] = Field("adamw", description="muon: for the matrices of hidden layers, AdamW for the rest")
+    name: Literal["adamw", "sgd", "muon"] = Field(
+        "adamw", description="muon: for the matrices of hidden layers, AdamW for the rest"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate, for the whole global batch")
-    weight_decay: float = Field(0.05, ge=0, description="not applied to biases, norms and what the model names in no_weight_decay()")
+    weight_decay: float = Field(
+        0.05, ge=0, description="not applied to biases, norms and what the model names in no_weight_decay()"
+    )
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW: decay of the two moments")
     eps: float = Field(1e-8, gt=0, description="AdamW: added to the root of the second moment")
     momentum: Fraction = Field(0.9, description="sgd and muon")
     nesterov: bool = Field(False, description="sgd: Nesterov's momentum")
-    layer_decay: float = Field(1.0, gt=0, le=1, description="each layer's learning rate / the next one's, for fine-tuning; 1: all alike")
-    clip_grad: float | None = Field(5.0, gt=0, description="largest norm of the whole gradient; null turns clipping off")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="each layer's learning rate / the next one's, for fine-tuning; 1: all alike"
+    )
+    clip_grad: float | None = Field(
+        5.0, gt=0, description="largest norm of the whole gradient; null turns clipping off"
+    )
 
 
 class ScheduleConfig(Section):
     kind: Literal["cosine", "poly", "multistep"] = Field(
         "cosine",
-        description="after the warm-up: cosine and poly fall to min_lr over the whole run; multistep falls at decay_epochs or decay_steps",
+        description="after the warm-up: cosine and poly fall to min_lr over the whole run; multistep falls at "
+        "decay_epochs or decay_steps",
     )
-    warmup_epochs: float = Field(20, ge=0, description="in which the learning rate rises to optimizer.lr; the cosine spans all epochs")
-    warmup_steps: int | None = Field(None, ge=0, description="length of the warm-up in steps, in place of schedule.warmup_epochs")
+    warmup_epochs: float = Field(
+        20, ge=0, description="in which the learning rate rises to optimizer.lr; the cosine spans all epochs"
+    )
+    warmup_steps: int | None = Field(
+        None, ge=0, description="length of the warm-up in steps, in place of schedule.warmup_epochs"
+    )
     warmup_lr: float = Field(1e-6, ge=0, description="learning rate at step 0")
     min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of cosine and poly")
     power: float = Field(1.0, gt=0, description="poly: exponent of the remaining share of the run")
-    decay_epochs: tuple[Positive, ...] = Field((), description="multistep: epochs at which the learning rate is multiplied by decay_rate")
-    decay_steps: tuple[Positive, ...] = Field((), description="multistep: the same in optimizer steps, in place of decay_epochs")
+    decay_epochs: tuple[Positive, ...] = Field(
+        (), description="multistep: epochs at which the learning rate is multiplied by decay_rate"
+    )
+    decay_steps: tuple[Positive, ...] = Field(
+        (), description="multistep: the same in optimizer steps, in place of decay_epochs"
+    )
     decay_rate: Fraction = Field(0.1, description="multistep: factor of the learning rate at each decay")
 
     @model_validator(mode="after")
@@ -175,7 +239,8 @@ class ScheduleConfig(Section):
         given = bool(self.decay_epochs) + bool(self.decay_steps)
         if given != (self.kind == "multistep"):
             raise ValueError(
-                f"schedule.kind={self.kind} takes {'one' if self.kind == 'multistep' else 'none'} of schedule.decay_epochs and decay_steps"
+                f"schedule.kind={self.kind} takes {'one' if self.kind == 'multistep' else 'none'} of "
+                "schedule.decay_epochs and decay_steps"
             )
         return self
 
@@ -185,14 +250,18 @@ class EmaConfig(Section):
 
 
 class ZeroConfig(Section):
-    stage: Literal[0, 1, 2, 3] = Field(1, description="divided over the ranks: 1 the optimizer's states, 2 gradients too, 3 weights too")
+    stage: Literal[0, 1, 2, 3] = Field(
+        1, description="divided over the ranks: 1 the optimizer's states, 2 gradients too, 3 weights too"
+    )
     offload: bool = Field(False, description="keep optimizer states and fp32 weights in host memory (stages 1–3)")
 
     @model_validator(mode="after")
     def _offload(self) -> "ZeroConfig":
         """zero.offload needs zero.stage 1, 2 or 3."""
         if self.offload and self.stage == 0:
-            raise ValueError("zero.offload needs zero.stage 1, 2 or 3: stage 0 does not partition what would be offloaded")
+            raise ValueError(
+                "zero.offload needs zero.stage 1, 2 or 3: stage 0 does not partition what would be offloaded"
+            )
         return self
 
 
@@ -214,12 +283,20 @@ class TimeoutConfig(Section):
     first_step: float = Field(1800, gt=0, description="it compiles and fills caches")
     step: float = Field(300, gt=0, description="any other step")
     evaluation: float = Field(300, gt=0, description="for one batch of it")
-    save: float = Field(600, gt=0, description="waiting for a checkpoint to be written; also what the slowest rank has for its share")
+    save: float = Field(
+        600, gt=0, description="waiting for a checkpoint to be written; also what the slowest rank has for its share"
+    )
 
 
 class GuardConfig(Section):
-    bad_samples: int = Field(100, ge=0, description="distinct unreadable samples that end a run when exceeded; all ranks, since its start")
-    max_skipped: Positive = Field(20, description="steps in a row without a finite gradient, after which the run goes back to a checkpoint")
-    agree_every: float = Field(1, ge=0, description="seconds between two agreements of the ranks: who was asked to stop, who is slow")
+    bad_samples: int = Field(
+        100, ge=0, description="distinct unreadable samples that end a run when exceeded; all ranks, since its start"
+    )
+    max_skipped: Positive = Field(
+        20, description="steps in a row without a finite gradient, after which the run goes back to a checkpoint"
+    )
+    agree_every: float = Field(
+        1, ge=0, description="seconds between two agreements of the ranks: who was asked to stop, who is slow"
+    )
     grace: float = Field(60, gt=0, description="seconds from a stop signal until this process has ended, saved or not")
     timeout: TimeoutConfig = TimeoutConfig()

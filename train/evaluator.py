@@ -56,8 +56,12 @@ class Evaluator:
 
         began, split, runtime = time.perf_counter(), self._manifest.split("val"), self._runtime
         with self._engine.evaluating():
-            scores, details = evaluate(self._task, self._engine, split, runtime.device, meet, runtime.rank, runtime.world)
+            scores, details = evaluate(
+                self._task, self._engine, split, runtime.device, meet, runtime.rank, runtime.world
+            )
         if runtime.is_main:
-            write_details(self._output / "evaluations" / f"{weights}.json", {"step": done, "split": split.fingerprint, **details})
+            write_details(
+                self._output / "evaluations" / f"{weights}.json", {"step": done, "split": split.fingerprint, **details}
+            )
         self._monitor.evaluation(done, epoch, weights, scores, seconds=time.perf_counter() - began)
         return scores

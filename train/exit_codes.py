@@ -54,7 +54,7 @@ FINAL = {code: failure.what.partition(":")[0] for failure in FAILURES if not fai
 def exit_code_of(error: BaseException) -> int | None:
     """The exit code of an error that the user can correct; None for any other error, which is a crash.
 
-    Such errors have a class attribute `exit_code`, rather than a common base: `data_pipeline` and `catmodel` define some
-    of them and import nothing of `train`.
+    Such errors have a class attribute `exit_code`, rather than a common base: `data_pipeline` defines some of them and
+    imports nothing of `train`.
     """
     return getattr(error, "exit_code", None)

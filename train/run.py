@@ -1,4 +1,7 @@
-"""The door for Python: `from train import run`. Light: a mistake in the config or a missing dataset is reported before torch is imported."""
+"""The door for Python: `from train import run`.
+
+Light: a mistake in the config or a missing dataset is reported before torch is imported.
+"""
 
 import os
 from collections.abc import Sequence
@@ -13,13 +16,16 @@ def run(
     resume: str = "auto",
     resume_with_changes: bool = False,
 ) -> Path:
-    """Train the recipe `config` with `section.key=value` overrides to its end, and return the run's folder; every rank calls this.
+    """Train the recipe `config` with `section.key=value` overrides to its end, and return the run's folder; every rank
+    calls this.
 
-    output: that folder, by default runs/<config name>. resume: "auto", "never" or a checkpoint's path. resume_with_changes: go on although
-    settings changed that alter what a step computes. The ranks are those of the environment's variables RANK and WORLD_SIZE, as torchrun
-    and deepspeed set them; without them this process is the only one. Stop signals (TERM, USR1, INT) end the run with a checkpoint.
+    output: that folder, by default runs/<config name>. resume: "auto", "never" or a checkpoint's path.
+    resume_with_changes: go on although settings changed that alter what a step computes. The ranks are those of the
+    environment's variables RANK and WORLD_SIZE, as torchrun and deepspeed set them; without them this process is the
+    only one. Stop signals (TERM, USR1, INT) end the run with a checkpoint.
 
-    Raises ConfigError, DataError, StorageError, Unavailable, TrainingFailed, NotSaved or Stopped, each with an `exit_code`.
+    Raises ConfigError, DataError, StorageError, Unavailable, TrainingFailed, NotSaved or Stopped, each with an
+    `exit_code`.
     """
     from train.guard.signals import stop_signals
 
@@ -31,7 +37,9 @@ def run(
             stop_signals.uninstall()
 
 
-def _run(config: str | Path, overrides: Sequence[str], output: str | Path | None, resume: str, resume_with_changes: bool) -> Path:
+def _run(
+    config: str | Path, overrides: Sequence[str], output: str | Path | None, resume: str, resume_with_changes: bool
+) -> Path:
     from data_pipeline.backends import open_backend
     from data_pipeline.order import Order
     from data_pipeline.storage import open_dataset
@@ -46,7 +54,9 @@ def _run(config: str | Path, overrides: Sequence[str], output: str | Path | None
         open_backend(settings.data.backend, split)  # for its errors: a library or files that are missing
     samples, sizes, data = manifest.split("train").samples, settings.train, settings.data
     try:
-        order = Order(sizes.seed, samples, sizes.global_batch, settings.smallest_micro_batch, data.shuffle, data.repeats)
+        order = Order(
+            sizes.seed, samples, sizes.global_batch, settings.smallest_micro_batch, data.shuffle, data.repeats
+        )
         order.share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
         raise ConfigError(f"{config}: {error}") from error

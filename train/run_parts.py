@@ -30,9 +30,20 @@ from train.telemetry.start_message import announce_start, start_times
 
 
 class RunParts:
-    """One process's parts of a run, started: the process group, the weights that the run goes on from, and rank 0's files."""
+    """One process's parts of a run, started: the process group, the weights that the run goes on from, and rank 0's
+    files.
+    """
 
-    def __init__(self, config: Config, manifest: Manifest, order: Order, output: Path, lock: RunLock | None, guard: Guard, resume: Resume):
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        order: Order,
+        output: Path,
+        lock: RunLock | None,
+        guard: Guard,
+        resume: Resume,
+    ):
         self.runtime = runtime = start_runtime(patience(config.guard.timeout))
         store = guard.connect(runtime.device)
         notes = runtime.advice(config.train.precision)
@@ -67,7 +78,12 @@ class RunParts:
         notes += write_config(output, config) if main else []
         for sentence in notes + restored.notes:
             monitor.say(sentence)
-        fields = {"world_size": runtime.world, "zero_stage": engine.stage, "device": runtime.device_name(), "versions": about.versions}
+        fields = {
+            "world_size": runtime.world,
+            "zero_stage": engine.stage,
+            "device": runtime.device_name(),
+            "versions": about.versions,
+        }
         fields |= {"steps_per_epoch": order.steps_per_epoch, **start_times(lock.previous if lock else None)}
         alone = " (on one rank there is nothing to partition)" if engine.stage != config.zero.stage else ""
         where = f"{runtime.describe()}, ZeRO {engine.stage}{alone}, {config.train.precision}"
@@ -75,7 +91,9 @@ class RunParts:
 
     def batches(self, start: int) -> Loader:
         """This rank's micro-batches from step `start` on, without end."""
-        return training_batches(self.task, self.manifest.split("train"), self.order, self.runtime.rank, self.runtime.world, start)
+        return training_batches(
+            self.task, self.manifest.split("train"), self.order, self.runtime.rank, self.runtime.world, start
+        )
 
     def inputs(self, batch: MicroBatch):
         """A micro-batch on the device, as the task takes it."""

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.faults import StorageError
-from data_pipeline.manifest import DataError, Manifest
+from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, make_key
+from data_pipeline.split import DataError
 from train.checkpoint.format import checkpoint_path, write_final_weights
 from train.checkpoint.resume import restore
 from train.checkpoint.resume_point import Resume
@@ -32,7 +33,8 @@ from train.telemetry.monitor import Clock
 def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: RunLock | None, resume: Resume) -> None:
     """Train `config` in the folder `output` to the end of the run, or to `train.max_steps`; every rank calls this.
 
-    lock: rank 0's, of `output`. Raises ConfigError, DataError, StorageError, Unavailable, TrainingFailed, NotSaved or Stopped.
+    lock: rank 0's, of `output`. Raises ConfigError, DataError, StorageError, Unavailable, TrainingFailed, NotSaved or
+    Stopped.
     """
     guard = Guard(config.guard, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), output / "stacks")
     try:
@@ -55,7 +57,11 @@ def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: 
 
 
 class Outcome(NamedTuple):
-    """What a step found: its losses on the device (float64 [1 + parts, micro-batches], zero in other ranks' columns), and ids of samples."""
+    """What a step found.
+
+    losses: float64 [rows, micro-batches] on the device, zero in other ranks' columns; the first row is the sum that is
+    trained on, the others are its parts, if there are several. ids: of this rank's samples.
+    """
 
     losses: Tensor
     grad_norm: Tensor
@@ -63,14 +69,18 @@ class Outcome(NamedTuple):
 
 
 class Run(RunParts):
-    """One process's part of a run. Everything random is a function of the seed and the step, so `step` is the only state of the loop."""
+    """One process's part of a run.
+
+    Everything random is a function of the seed and the step, so `step` is the only state of the loop.
+    """
 
     def go(self) -> None:
         """The whole run: until the last step, or until a stop is requested."""
         self.guard.agree(self.start)
         self.stop_if_asked(self.guard.collect_pending(self.start), self.start)
         info = self.restored.info
-        if info and info.score is None and self.evaluation_due(self.start):  # it was stopped before it had been evaluated
+        # A run that was stopped after this step, before its evaluation.
+        if info and info.score is None and self.evaluation_due(self.start):
             self.evaluate(self.start)
             self.save(self.start)
         step = self.start
@@ -79,7 +89,10 @@ class Run(RunParts):
         self.finish()
 
     def train_from(self, start: int) -> int:
-        """The loop: step after step from `start`. Returns the step that comes next: `last`, or a checkpoint's, to go back to."""
+        """The loop: step after step from `start`.
+
+        Returns the step that comes next: `last`, or a checkpoint's, to go back to.
+        """
         clock = Clock()
         with Prefetcher(self.batches(start), self.inputs, self.runtime.device, clock.waited) as batches:
             for step in range(start, self.last):
@@ -88,7 +101,9 @@ class Run(RunParts):
                 done = step + 1
                 log = done % self.config.train.log_every == 0 or done in (start + 1, self.last)
                 # Synchronise with this step only if it logs, evaluates or saves; otherwise with the previous one.
-                if self.guard.too_many_skips(done if log or self.evaluation_due(done) or self.checkpoint_due(done) else step):
+                due = log or self.evaluation_due(done) or self.checkpoint_due(done)
+                self.guard.wait_for(done if due else step)
+                if self.guard.skipped_too_often:
                     return self.go_back()
                 clock.finish_step()
                 self.monitor.advance()
@@ -107,7 +122,9 @@ class Run(RunParts):
         """One optimizer step: this rank's micro-batches forward and backward, then the update."""
         config, order, engine, guard = self.config, self.order, self.engine, self.guard
         names, ids = self.task.losses, []
-        losses = torch.zeros(len(names) + (len(names) > 1), order.micro_batches, dtype=torch.float64, device=self.runtime.device)
+        losses = torch.zeros(
+            len(names) + (len(names) > 1), order.micro_batches, dtype=torch.float64, device=self.runtime.device
+        )
         self.statistics.begin()
         for index in self.share:
             with guard.local_work():
@@ -162,14 +179,17 @@ class Run(RunParts):
         if request is None:
             return
         rank, number = request
-        self.guard.too_many_skips(done)
+        self.guard.wait_for(done)
         if done != self.saver.begun:
             self.save(done)
         self.guard.enter("save", done)
         self.saver.finish(self.monitor)
         saved = self.saver.saved
         lost = f"; {done - saved} steps are lost, because the save failed" if saved != done else ""
-        text = f"stopped after step {done} (rank {rank} got {number.name}); started again, the run goes on from step {saved}{lost}"
+        text = (
+            f"stopped after step {done} (rank {rank} got {number.name}); started again, the run goes on from step "
+            f"{saved}{lost}"
+        )
         self.monitor.event("preempted", done, text, signal=number.name, rank=rank)
         raise Stopped(text)
 
@@ -192,12 +212,17 @@ class Run(RunParts):
         if done == self.last:
             self.saver.finish(self.monitor)
             if self.saver.saved != done:
-                raise NotSaved(f"the last checkpoint, of step {done}, was not written ({self.saver.failure}): mend that, and start again")
+                raise NotSaved(
+                    f"the last checkpoint, of step {done}, was not written ({self.saver.failure}): mend that, and "
+                    "start again"
+                )
 
     def finish(self) -> None:
         """Write `model.safetensors` from the last checkpoint, and the final scores."""
         self.guard.collect_pending(self.last)
         if self.runtime.is_main:
-            write_final_weights(self.output, checkpoint_path(self.resume.checkpoints, self.last), "ema" if self.ema else "model")
+            write_final_weights(
+                self.output, checkpoint_path(self.resume.checkpoints, self.last), "ema" if self.ema else "model"
+            )
         self.monitor.finish(self.evaluation.step, self.evaluation.scores)
         self.monitor.event("finished", self.last, f"finished {self.last} steps: {self.output / 'model.safetensors'}")

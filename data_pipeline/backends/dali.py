@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..jpeg import MOST_SCANS, has_too_many_scans, read_header
-from ..manifest import DataError, Split, UsageError
+from ..split import DataError, Split, UsageError
 from .stored import StoredSamples, stored_in_beton, stored_in_shards
 
 if TYPE_CHECKING:  # both take seconds to import

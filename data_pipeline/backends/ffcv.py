@@ -6,7 +6,7 @@ FFCV itself is not needed; see beton.py.
 import numpy as np
 
 from ..decode import crop_and_resize_batch, decode_batch
-from ..manifest import Split
+from ..split import Split
 from .stored import stored_in_beton
 
 

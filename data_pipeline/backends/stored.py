@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from ..faults import LASTING, PassingFault, StorageError, retried
-from ..manifest import DataError, Split
+from ..split import DataError, Split
 
 
 class StoredSamples:

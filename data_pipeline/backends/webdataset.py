@@ -6,7 +6,7 @@ The project's decoder decodes the images.
 import numpy as np
 
 from ..decode import decode_batch
-from ..manifest import Split
+from ..split import Split
 from .stored import stored_in_shards
 
 

@@ -14,8 +14,9 @@ from data_pipeline.backends import open_backend
 from data_pipeline.backends.stored import StoredSamples
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import build_loader
-from data_pipeline.manifest import FILE_NAME, Manifest, Split
+from data_pipeline.manifest import FILE_NAME, Manifest
 from data_pipeline.order import Order
+from data_pipeline.split import Split
 
 CHUNK = 8 * 2**20  # bytes between two fsyncs
 MOST = 2**30  # bytes that a rank writes at most

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_pipeline.manifest import DataError
+from data_pipeline.split import DataError
 from operate.plan.cluster import Cluster
 from operate.plan.step_time import step_time
 from operate.plan.workload import Workload

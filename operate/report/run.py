@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from data_pipeline.manifest import DataError
+from data_pipeline.split import DataError
 from operate.run_folder import Line, RunLog, last_beat, read_config, read_lock, read_log
 from train.config import ConfigError
 from train.telemetry.goodput import Start, goodput

@@ -5,6 +5,8 @@ from torch import nn
 
 import catmodel
 
+SMALL_PVT = dict(img_size=64, embed_dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), num_heads=(1, 2, 3, 4))
+
 # One model of each architecture. The others differ from one of these in depths, widths and numbers of heads only.
 ARCHITECTURES = ("cat_nano", "cat_tiny", "pvt_tiny", "cotnet50", "cotnext50", "se_cotnetd50", "se_cotnetd152")
 
@@ -45,3 +47,19 @@ def jitter(model: nn.Module) -> nn.Module:
             if name.endswith(("running_mean", "running_var")):
                 buffer.add_(torch.rand(buffer.shape, generator=generator) * 0.2)
     return model
+
+
+def nano(seed: int = 0, **overrides) -> nn.Module:
+    torch.manual_seed(seed)
+    return catmodel.create_model("cat_nano", **overrides)
+
+
+def small_pvt(seed: int = 0, **overrides) -> nn.Module:
+    """A PVT whose stages differ in every setting."""
+    torch.manual_seed(seed)
+    return catmodel.create_model("pvt_tiny", **{**SMALL_PVT, **overrides})
+
+
+def assert_loaded(model: nn.Module, published: dict[str, torch.Tensor]) -> None:
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, published[key]), key

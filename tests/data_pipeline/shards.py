@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from data_pipeline.manifest import RECORD, Beton, Manifest, Shard, Split, sha256_of, write_manifest
+from data_pipeline.durable import sha256_of
+from data_pipeline.manifest import Manifest, write_manifest
+from data_pipeline.split import RECORD, Beton, Shard, Split
 
 
 def picture(number: int, width: int, height: int) -> np.ndarray:

@@ -10,8 +10,9 @@ import torch
 from data_pipeline.annotations import add_annotation
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import build_loader, evaluation_batches
-from data_pipeline.manifest import DataError, open_manifest
+from data_pipeline.manifest import open_manifest
 from data_pipeline.order import Order
+from data_pipeline.split import DataError
 
 
 @pytest.fixture
@@ -31,7 +32,9 @@ class Maps:
         self._sizes = split.annotation("size")
 
     def read(self, ids, windows):
-        maps = [torch.full(tuple(size), int(number)) for number, size in zip(ids, self._sizes[ids].tolist(), strict=True)]
+        maps = [
+            torch.full(tuple(size), int(number)) for number, size in zip(ids, self._sizes[ids].tolist(), strict=True)
+        ]
         return list(zip(maps, windows[:, 4].tolist(), strict=True))
 
     def collate(self, targets):

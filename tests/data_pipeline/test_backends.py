@@ -19,8 +19,9 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.decode import decode_batch
 from data_pipeline.faults import StorageError
 from data_pipeline.loader import MicroBatch, build_loader
-from data_pipeline.manifest import DataError, Split, UsageError, open_manifest, read_manifest
+from data_pipeline.manifest import open_manifest, read_manifest
 from data_pipeline.order import Order
+from data_pipeline.split import DataError, Split, UsageError
 from tests.data_pipeline.shards import add_beton, jpeg, picture, write_split
 
 WITHOUT_DALI = "nvidia-dali is not installed (the optional extra `dali`)"

@@ -16,7 +16,9 @@ import simplejpeg
 
 from data_pipeline.backends import open_backend
 from data_pipeline.beton import check_beton, write_beton
-from data_pipeline.manifest import DataError, Manifest, Split, open_manifest, sha256_of, write_manifest
+from data_pipeline.durable import sha256_of
+from data_pipeline.manifest import Manifest, open_manifest, write_manifest
+from data_pipeline.split import DataError, Split
 from tests.data_pipeline.shards import jpeg, picture, write_split
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import pytest
 from data_pipeline.config import DataConfig
 from data_pipeline.fetch import ignore_fault
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.manifest import UsageError
+from data_pipeline.split import UsageError
 from data_pipeline.storage import open_dataset
 from tests.data_pipeline.shards import jpeg, write_split
 from tests.data_pipeline.staging import PER_SHARD, SAMPLES, config, fork, read_one, staged, start

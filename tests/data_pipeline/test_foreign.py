@@ -13,8 +13,9 @@ import webdataset
 from data_pipeline.backends import open_backend
 from data_pipeline.decode import crop_and_resize
 from data_pipeline.foreign import index
-from data_pipeline.manifest import DataError, UsageError, open_manifest
+from data_pipeline.manifest import open_manifest
 from data_pipeline.ownership import MARK
+from data_pipeline.split import DataError, UsageError
 from data_pipeline.verify import verify
 from tests.data_pipeline.images import contents, encoded, listed, make_folder, picture, run, stored
 from tests.data_pipeline.test_listing import add

@@ -11,7 +11,8 @@ import pytest
 
 from data_pipeline.image_source import Source
 from data_pipeline.listing import add_val, list_source, open_source
-from data_pipeline.manifest import DataError, UsageError, open_manifest
+from data_pipeline.manifest import open_manifest
+from data_pipeline.split import DataError, UsageError
 from tests.data_pipeline.images import contents, encoded, make_folder, make_tar, originals, picture, run, stored
 
 WNIDS = ("n01440764", "n01443537", "n02119789")

@@ -16,9 +16,10 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.crop import evaluation_windows, training_windows
 from data_pipeline.decode import decode_batch
 from data_pipeline.loader import BadSample, MicroBatch, build_loader, evaluation_batches
-from data_pipeline.manifest import DataError, Split, open_manifest
+from data_pipeline.manifest import open_manifest
 from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, fold, make_key
+from data_pipeline.split import DataError, Split
 from tests.data_pipeline.shards import jpeg, write_split
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from data_pipeline.manifest import RECORD, DataError, Manifest, Shard, Split, open_manifest, sha256_of, write_manifest
+from data_pipeline.durable import sha256_of
+from data_pipeline.manifest import Manifest, open_manifest, write_manifest
+from data_pipeline.split import RECORD, DataError, Shard, Split
 
 
 @pytest.fixture

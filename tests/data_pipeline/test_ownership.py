@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.foreign import index
-from data_pipeline.manifest import DataError, UsageError, open_manifest
+from data_pipeline.manifest import open_manifest
 from data_pipeline.ownership import MARK
+from data_pipeline.split import DataError, UsageError
 from data_pipeline.verify import verify
 from tests.data_pipeline.images import contents, make_folder, run
 from tests.launch.prepare_process import call, command, fails_with

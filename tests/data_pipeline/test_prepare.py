@@ -12,7 +12,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_pipeline.manifest import DataError, UsageError, open_manifest
+from data_pipeline.manifest import open_manifest
+from data_pipeline.split import DataError, UsageError
 from data_pipeline.verify import verify
 from tests.data_pipeline.images import (
     CLASSES,

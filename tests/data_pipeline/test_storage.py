@@ -18,8 +18,9 @@ from data_pipeline import faults
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.faults import StorageError
 from data_pipeline.loader import build_loader, evaluation_batches
-from data_pipeline.manifest import DataError, UsageError, open_manifest
+from data_pipeline.manifest import open_manifest
 from data_pipeline.order import Order
+from data_pipeline.split import DataError, UsageError
 from data_pipeline.storage import open_dataset
 from tests.data_pipeline.shards import jpeg, write_split
 from tests.data_pipeline.staging import (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.backends import open_backend
-from data_pipeline.manifest import Split
+from data_pipeline.split import Split
 
 SAMPLES = 12
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")

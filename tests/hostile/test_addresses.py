@@ -13,7 +13,8 @@ import pytest
 from data_pipeline import faults
 from data_pipeline.config import DataConfig, without_secrets
 from data_pipeline.faults import StorageError
-from data_pipeline.manifest import DataError, open_manifest, write_manifest
+from data_pipeline.manifest import open_manifest, write_manifest
+from data_pipeline.split import DataError
 from data_pipeline.storage import open_dataset
 from tests.data_pipeline.staging import Handler, Server, config, read_one, staged
 from tests.hostile.datasets import everything

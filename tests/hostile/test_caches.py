@@ -12,9 +12,11 @@ import pytest
 
 from data_pipeline.backends import open_backend
 from data_pipeline.config import AugmentConfig, DataConfig
+from data_pipeline.durable import sha256_of
 from data_pipeline.loader import build_loader, evaluation_batches
-from data_pipeline.manifest import UsageError, open_manifest, sha256_of
+from data_pipeline.manifest import open_manifest
 from data_pipeline.order import Order
+from data_pipeline.split import UsageError
 from data_pipeline.storage import open_dataset
 from tests.data_pipeline.shards import jpeg, write_split
 from tests.data_pipeline.staging import config, fork, open_files, read_one, stage_in_a_process, staged

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from data_pipeline.backends.stored import StoredSamples
-from data_pipeline.manifest import DataError, Shard, Split, open_manifest, sha256_of
+from data_pipeline.durable import sha256_of
+from data_pipeline.manifest import open_manifest
+from data_pipeline.split import DataError, Shard, Split
 from data_pipeline.storage import open_dataset
 from tests.data_pipeline.staging import config
 from tests.hostile.datasets import contents, flip_a_bit, rewrite, split_entry

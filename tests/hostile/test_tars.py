@@ -20,7 +20,8 @@ from data_pipeline.foreign import index
 from data_pipeline.image_source import Source
 from data_pipeline.labels import read_labels
 from data_pipeline.listing import list_source, open_source
-from data_pipeline.manifest import DataError, UsageError, open_manifest
+from data_pipeline.manifest import open_manifest
+from data_pipeline.split import DataError, UsageError
 from data_pipeline.tars import tar_files
 from tests.data_pipeline.images import encoded, listed, picture, run, stored
 from tests.data_pipeline.jpegs import corpus

@@ -44,7 +44,7 @@ def other_einops(tmp_path_factory):
 def doctor(
     cluster: Cluster, config: Path, output: Path, *arguments: str, prepare: str = "true", first: str = "true"
 ) -> tuple[dict, str, int]:
-    """What it found, as JSON and as text, and its exit code. `prepare`: shell that spoils the second node.
+    """Run the doctor; returns its JSON, its output and its exit code. prepare: shell that spoils the second node.
 
     first: shell for the first node.
     """
@@ -70,7 +70,7 @@ def reds(found: dict) -> dict[str, str]:
 
 
 def test_healthy_nodes_are_green_and_the_job_goes_on(cluster, tiny_config, tmp_path):
-    """Also: what the page says, with a rank on each of two nodes."""
+    """With one rank on each of two nodes; also the order of the page's lines."""
     output = tmp_path / "run"
     job = submit(cluster, tiny_config, output, "--nodes=2", "--gpus-per-node=0", "--tasks-per-node=1", "--doctor")
     trains = lambda: (output / "logs" / "rank_1.log").exists()  # noqa: E731
@@ -101,7 +101,7 @@ def test_healthy_nodes_are_green_and_the_job_goes_on(cluster, tiny_config, tmp_p
 
 
 def without_a_shard(dataset: Path, folder: Path) -> str:
-    """Shell: in this mount namespace the dataset lacks a shard."""
+    """Shell that removes a shard of the dataset in its mount namespace."""
     shard = sorted(dataset.glob("train*.tar"))[0].name
     return f"cp -r {dataset} {folder}/copy && rm {folder}/copy/{shard} && mount --bind {folder}/copy {dataset}"
 
@@ -115,18 +115,18 @@ def test_a_spoilt_second_node(cluster, tiny_config, tiny_dataset, other_einops, 
     output.mkdir()
     prepare = f"export PYTHONPATH={other_einops} && {without_a_shard(tiny_dataset, tmp_path)}"
     with cluster.slow_link("n2", "20mbit"), cluster.slow_disk(output, 4_000_000):
-        found, said, code = doctor(cluster, tiny_config, output, prepare=prepare)
-    assert code == 78, said
+        found, text, code = doctor(cluster, tiny_config, output, prepare=prepare)
+    assert code == 78, text
     red = reds(found)
     assert set(red) - {"all-reduce"} == {"versions", "dataset", "links", "disk"}, (
-        said
+        text
     )  # whether that is a matter for so small a model
     assert "n2 has einops 0.8.1" in red["versions"] and red["versions"].count("has") == 2
     assert red["dataset"].startswith("n2: ") and "train-000000.tar is missing" in red["dataset"].replace("_", "-")
     assert red["links"].startswith("n2 to n1: ")
     assert "n1, n2" in red["disk"]
     assert all(line["remedy"] for line in found["lines"] if line["status"] == "red")
-    assert "not fit for this run" in said
+    assert "not fit for this run" in text
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="both nodes have this machine's only core")
@@ -136,15 +136,15 @@ def test_too_little_memory_and_too_few_cores(cluster, tiny_config, tmp_path):
     widen = f"taskset --pid --cpu-list {cores[0]},{cores[1]} $$"  # this machine's cores are shared out among the nodes
     large = ["train.micro_batch=10240", "train.global_batch=20480"]
     few = "prlimit --pid $$ --as=6500000000"
-    found, said, code = doctor(
+    found, text, code = doctor(
         cluster, tiny_config, tmp_path / "run", "--gpu-rate=1e6", *large, prepare=few, first=widen
     )
-    assert code == 78, said
+    assert code == 78, text
     red = reds(found)
-    assert set(red) == {"devices", "memory", "decoding"}, said
+    assert set(red) == {"devices", "memory", "decoding"}, text
     assert "n1 has 2 cores" in red["devices"] and "n2 has 1 core" in red["devices"]
     assert red["memory"].startswith("n2: ") and "The step was not tried" in red["memory"]
-    assert "--cpus-per-task=" in said and "--gpu-rate" in red["decoding"]
+    assert "--cpus-per-task=" in text and "--gpu-rate" in red["decoding"]
     assert [line["check"] for line in found["lines"] if line["status"] == "yellow"] == ["all-reduce"]
 
 
@@ -161,14 +161,14 @@ def test_red_ends_the_job(cluster, tiny_config, tmp_path):
         log(output)
     )
     assert reds(json.loads((output / "doctor.json").read_text())).keys() == {"disk"}
-    said = " ".join(log(output).split())
-    assert "No space left on device" in said and "remedy: make room" in said and "start 1" not in said
+    text = " ".join(log(output).split())
+    assert "No space left on device" in text and "remedy: make room" in text and "start 1" not in text
     assert not (output / "metrics.jsonl").exists()
 
 
 def test_a_node_that_does_not_come(cluster, tiny_config, tmp_path):
-    found, said, code = doctor(cluster, tiny_config, tmp_path / "run", "--wait=3", prepare="exit 0")
-    assert code == 78 and list(reds(found)) == ["nodes"], said
+    found, text, code = doctor(cluster, tiny_config, tmp_path / "run", "--wait=3", prepare="exit 0")
+    assert code == 78 and list(reds(found)) == ["nodes"], text
     assert "n2 did not" in reds(found)["nodes"]
     assert {line["check"] for line in found["lines"] if line["status"] == "yellow"} >= {"network", "links", "step"}
 
@@ -176,13 +176,13 @@ def test_a_node_that_does_not_come(cluster, tiny_config, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("fault", ["link", "both ways", "version", "shard"])
 def test_one_fault_alone_is_the_only_red(cluster, tiny_config, tiny_dataset, other_einops, tmp_path, fault):
-    """A link that is slow both ways has no other to be compared with; but the gradient takes longer than the step."""
+    """If the only link is slow both ways the all-reduce is red: the gradient takes longer than the step."""
     prepare = {"version": f"export PYTHONPATH={other_einops}", "shard": without_a_shard(tiny_dataset, tmp_path)}.get(
         fault, "true"
     )
     with contextlib.ExitStack() as stack:
         for node in {"link": ["n2"], "both ways": ["n1", "n2"]}.get(fault, []):
             stack.enter_context(cluster.slow_link(node, {"link": "50mbit", "both ways": "3mbit"}[fault]))
-        found, said, code = doctor(cluster, tiny_config, tmp_path / "run", prepare=prepare)
+        found, text, code = doctor(cluster, tiny_config, tmp_path / "run", prepare=prepare)
     expected = {"link": "links", "both ways": "all-reduce", "version": "versions", "shard": "dataset"}[fault]
-    assert code == 78 and set(reds(found)) - ({"all-reduce"} if fault == "link" else set()) == {expected}, said
+    assert code == 78 and set(reds(found)) - ({"all-reduce"} if fault == "link" else set()) == {expected}, text

@@ -131,7 +131,7 @@ def enter(network, rank):
 
 @pytest.fixture
 def slow_network():
-    """Move a rank's process into a network of 20 Mbit/s: a step takes as long as its bytes, however busy the cores are."""
+    """Move a rank's process into a network of 20 Mbit/s: a step takes as long as its bytes on busy cores, too."""
     name = f"plan{os.getpid()}"
     if os.geteuid() or subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
         pytest.skip("needs root, and iproute2: makes a network namespace")
@@ -144,7 +144,7 @@ def slow_network():
 
 
 def run_with_kills(config, output, kills, *settings, before):
-    """Train on two ranks, killed with -9 at each of the steps `kills` and started again; returns the seconds it took."""
+    """Train on two ranks, killed with -9 at each of the steps `kills` and started again; returns its seconds."""
     began = time.monotonic()
     for step in kills:
         job = start(config, output, *settings, world=2, before=before)

@@ -64,21 +64,21 @@ def reds(lines) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_few_files_and_a_full_page(tiny_config, tmp_path):
-    """A limit that one of two ranks has is the only red line, and rank 0 says it with 78."""
-    found, codes, said = doctor(tiny_config, tmp_path, before=FewFiles(1))
-    assert codes == [78, 0], said
+    """A limit of one of two ranks is the only red line; rank 0 exits with 78."""
+    found, codes, text = doctor(tiny_config, tmp_path, before=FewFiles(1))
+    assert codes == [78, 0], text
     assert (
         list(reds(found["lines"])) == ["open files"] and "(rank 1): 400 allowed" in reds(found["lines"])["open files"]
     )
-    assert "raise the hard limit" in said and "RED: 1 red" in said
+    assert "raise the hard limit" in text and "RED: 1 red" in text
     assert found["ranks"][1]["step"]["value"]["peak"] > 0
 
 
 @pytest.mark.slow
 def test_a_rank_that_dies_is_named(tiny_config, tmp_path):
-    """Killed while it decodes: no check waits for it for long, and what it had not told is not green."""
-    found, codes, said = doctor(tiny_config, tmp_path, before=KillBefore(1, "decoding"))
-    assert codes == [78, -9], said
+    """Killed while it decodes: no check waits for it for long, and its missing results are not green."""
+    found, codes, text = doctor(tiny_config, tmp_path, before=KillBefore(1, "decoding"))
+    assert codes == [78, -9], text
     red = reds(found["lines"])
     assert "(rank 1) left before the end" in red["nodes"] and list(red) == ["nodes"]
     status = {line["check"]: line["status"] for line in found["lines"]}
@@ -87,7 +87,7 @@ def test_a_rank_that_dies_is_named(tiny_config, tmp_path):
 
 @dataclass(frozen=True)
 class FreezeIn:
-    """Rank `rank` is stopped when it comes to `check`, which may take ten seconds."""
+    """Rank `rank` is stopped when it comes to `check`, whose limit becomes ten seconds."""
 
     rank: int
     check: str
@@ -135,7 +135,10 @@ def config(tiny_config):
 
 def rates(hosts: list[str], slow: dict[tuple[int, int], float]) -> dict[int, dict]:
     ranks = range(len(hosts))
-    links = lambda a: [{"to": b, "bytes_per_second": slow.get((a, b), 1e10), "latency": 1e-5} for b in ranks if b != a]  # noqa: E731
+
+    def links(a: int) -> list[dict]:
+        return [{"to": b, "bytes_per_second": slow.get((a, b), 1e10), "latency": 1e-5} for b in ranks if b != a]
+
     return {rank: {"links": {"links": links(rank)}} for rank in ranks}
 
 
@@ -182,7 +185,7 @@ def test_space_for_all_checkpoints_is_needed_less_what_is_there(config):
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 5, 8])
-def test_every_pair_meets_once_and_nobody_twice_at_a_time(nodes):
+def test_every_pair_is_measured_once_and_no_rank_twice_in_a_round(nodes):
     pairs = schedule(list(range(nodes)))
     assert sorted(tuple(sorted(pair)) for pair in pairs) == [(a, b) for a in range(nodes) for b in range(a + 1, nodes)]
     for start in range(0, len(pairs), max(1, nodes // 2)):

@@ -116,10 +116,16 @@ def test_what_best_cannot_mean_is_said(finished, tmp_path, name):
         return done.stderr
 
     checkpoint = list_checkpoints(finished / "checkpoints")[0]
-    assert said(checkpoint) == f"error: --best chooses among a run's checkpoints, and {checkpoint} is no run's folder; leave it out\n"
+    assert (
+        said(checkpoint)
+        == f"error: --best chooses among a run's checkpoints, and {checkpoint} is no run's folder; leave it out\n"
+    )
     if name == "export":  # equal for all of them
         copy = tmp_path / "run"
         shutil.copytree(checkpoint, copy / "checkpoints" / checkpoint.name)
         document = json.loads((copy / "checkpoints" / checkpoint.name / "manifest.json").read_text())
         (copy / "checkpoints" / checkpoint.name / "manifest.json").write_text(json.dumps({**document, "top1": None}))
-        assert said(copy) == f"error: {copy / 'checkpoints'} has no sound checkpoint that was evaluated; leave out --best\n"
+        assert (
+            said(copy)
+            == f"error: {copy / 'checkpoints'} has no sound checkpoint that was evaluated; leave out --best\n"
+        )

@@ -50,10 +50,25 @@ def with_faults(output: Path, does: str, injection: str, *paths: Path) -> str:
         assert any(line == "ready\n" for line in process.stdout)
         only = [argument for path in paths for argument in ("-P", str(path))]
         tracer = subprocess.Popen(
-            ["strace", "-f", "-qq", "-o", "/dev/null", *only, "-e", f"trace={calls}", "-e", f"inject={injection}", "-p", str(process.pid)]
+            [
+                "strace",
+                "-f",
+                "-qq",
+                "-o",
+                "/dev/null",
+                *only,
+                "-e",
+                f"trace={calls}",
+                "-e",
+                f"inject={injection}",
+                "-p",
+                str(process.pid),
+            ]
         )
         with contextlib.closing(process.stdin):
-            while any("TracerPid:\t0" in (task / "status").read_text() for task in Path(f"/proc/{process.pid}/task").iterdir()):
+            while any(
+                "TracerPid:\t0" in (task / "status").read_text() for task in Path(f"/proc/{process.pid}/task").iterdir()
+            ):
                 assert tracer.poll() is None, "strace has ended"
                 time.sleep(0.01)
             process.stdin.write("go\n")
@@ -80,12 +95,17 @@ def test_a_fault_that_stays_is_no_damage(finished, file):
 def test_weights_are_read_past_a_stale_handle(finished):
     path = checkpoint_path(finished / "checkpoints", 4) / "shard_00000.safetensors"
     assert int(with_faults(finished, READS, "preadv,preadv2:error=ESTALE:when=2..4", path)) > 0
-    assert with_faults(finished, READS, "preadv,preadv2:error=ESTALE", path).startswith(f"StorageError {path} cannot be read")
+    assert with_faults(finished, READS, "preadv,preadv2:error=ESTALE", path).startswith(
+        f"StorageError {path} cannot be read"
+    )
 
 
 def test_final_weights_are_written_again(finished):
     before = (finished / "model.safetensors").read_bytes()
     assert with_faults(finished, WRITES, "fsync:error=EIO:when=1..3") == "None"
     answer = with_faults(finished, WRITES, "fsync:error=EIO")
-    assert answer.startswith(f"StorageError {finished / 'model.safetensors'} cannot be written") and "start again" in answer
+    assert (
+        answer.startswith(f"StorageError {finished / 'model.safetensors'} cannot be written")
+        and "start again" in answer
+    )
     assert (finished / "model.safetensors").read_bytes() == before

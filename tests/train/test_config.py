@@ -29,7 +29,9 @@ def test_every_recipe_is_valid_and_opens_with_its_command(path):
 
 def test_base_is_below_and_overrides_are_above(write):
     write(SMALL + "train: {epochs: 7, seed: 5}\nschedule: {warmup_epochs: 1}\n", "base.yaml")
-    config = load_config(write("base: base.yaml\ntrain: {epochs: 9}\n"), ["train.micro_batch=32", "optimizer.betas=[0.8, 0.9]"])
+    config = load_config(
+        write("base: base.yaml\ntrain: {epochs: 9}\n"), ["train.micro_batch=32", "optimizer.betas=[0.8, 0.9]"]
+    )
     assert (config.train.epochs, config.train.seed, config.train.micro_batch) == (9, 5, 32)
     assert config.optimizer.betas == (0.8, 0.9)
 

@@ -54,7 +54,14 @@ def bad_samples(output: Path) -> list[dict]:
 @pytest.mark.slow
 def test_bad_samples_are_replaced_alike_on_one_and_two_ranks_and_named_once(tiny_config, damaged_dataset, tmp_path):
     for world in (1, 2):
-        run(tiny_config, tmp_path / f"{world}", f"data.path={damaged_dataset}", "data.repeats=2", "train.epochs=4", world=world)
+        run(
+            tiny_config,
+            tmp_path / f"{world}",
+            f"data.path={damaged_dataset}",
+            "data.repeats=2",
+            "train.epochs=4",
+            world=world,
+        )
     one, two = tmp_path / "1", tmp_path / "2"
     assert losses(two) == pytest.approx(losses(one), rel=1e-5, abs=0)
     order = Order(0, 260, 32, 8, repeats=2)
@@ -68,7 +75,9 @@ def test_bad_samples_are_replaced_alike_on_one_and_two_ranks_and_named_once(tiny
         met = {number for number in BAD_TRAIN if any(number in order.ids(step) for step in range(32))}
         assert met
         named = [(event["split"], event["id"], event["replaced_by"]) for event in events]
-        assert sorted(named) == sorted([*(("train", number, instead[number]) for number in met), *(("val", n, None) for n in BAD_VAL)])
+        assert sorted(named) == sorted(
+            [*(("train", number, instead[number]) for number in met), *(("val", n, None) for n in BAD_VAL)]
+        )
         assert {event["rank"] for event in events} <= set(range(world))
         for event in events:
             if event["split"] == "train":
@@ -90,7 +99,9 @@ def test_bad_samples_are_replaced_alike_on_one_and_two_ranks_and_named_once(tiny
 
 
 @pytest.mark.slow
-def test_more_bad_samples_than_the_budget_end_the_run_and_a_larger_budget_goes_on(tiny_config, damaged_dataset, tmp_path):
+def test_more_bad_samples_than_the_budget_end_the_run_and_a_larger_budget_goes_on(
+    tiny_config, damaged_dataset, tmp_path
+):
     settings = [f"data.path={damaged_dataset}", "train.evaluate_every=0", "checkpoint.every_steps=1"]
     job = start(tiny_config, tmp_path, *settings, "guard.bad_samples=1", world=2)
     assert job.wait() == [65, 65]
@@ -109,7 +120,9 @@ def test_more_bad_samples_than_the_budget_end_the_run_and_a_larger_budget_goes_o
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shuffle", ["full", "block"])
-def test_backend_workers_world_and_place_change_no_sample_in_the_middle_of_a_run(tiny_config, both_formats, tmp_path, shuffle):
+def test_backend_workers_world_and_place_change_no_sample_in_the_middle_of_a_run(
+    tiny_config, both_formats, tmp_path, shuffle
+):
     """Killed within both epochs; each start has another backend, number of threads, world size and storage."""
     settings = [f"data.shuffle={shuffle}", "data.repeats=2", "train.evaluate_every=0", "checkpoint.every_steps=3"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -163,7 +176,11 @@ def test_shuffle_and_repeats_are_the_runs_identity(tiny_config, tmp_path):
     ("overrides", "code", "sentence"),
     [
         (["data.path=file:///somewhere"], 78, "data.path file:///somewhere is a URL: set data.cache_dir"),
-        (["data.path=nonsense://x", "data.cache_dir=cache"], 78, "data.path nonsense://x cannot be opened: Protocol not known: nonsense"),
+        (
+            ["data.path=nonsense://x", "data.cache_dir=cache"],
+            78,
+            "data.path nonsense://x cannot be opened: Protocol not known: nonsense",
+        ),
         (["data.cache_dir=CACHE", "data.cache_gb=0.0001"], 78, "data.cache_gb 0.0001 is less than the"),
         (["data.backend=ffcv"], 65, "has no FFCV file of split 'train'"),
         (["data.backend=dali", "data.device=gpu"], 78, "data.device gpu needs a GPU, and there is none here"),

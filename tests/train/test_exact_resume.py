@@ -17,7 +17,12 @@ def test_killed_and_resumed_run_is_bitwise_equal(tiny_config, tmp_path, stage, p
 
     An epoch has 8 steps; checkpoints are written every 3 steps.
     """
-    settings = [f"zero.stage={stage}", f"train.precision={precision}", "checkpoint.every_steps=3", "train.evaluate_every=0"]
+    settings = [
+        f"zero.stage={stage}",
+        f"train.precision={precision}",
+        "checkpoint.every_steps=3",
+        "train.evaluate_every=0",
+    ]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(tiny_config, whole, *settings, world=2)
 
@@ -60,7 +65,9 @@ def test_offload_changes_nothing(tiny_config, tmp_path, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", [["optimizer.name=sgd", "optimizer.lr=0.05"], ["optimizer.name=muon", "zero.stage=0"]])
+@pytest.mark.parametrize(
+    "optimizer", [["optimizer.name=sgd", "optimizer.lr=0.05"], ["optimizer.name=muon", "zero.stage=0"]]
+)
 def test_other_optimizers_resume_bitwise(tiny_config, tmp_path, optimizer):
     settings = [*optimizer, "checkpoint.every_steps=4", "train.evaluate_every=0"]
     run(tiny_config, tmp_path / "whole", *settings)
@@ -77,7 +84,9 @@ def test_max_steps_changes_nothing_else_and_a_larger_one_goes_on(tiny_config, tm
     assert checkpoint_path(tmp_path / "parts" / "checkpoints", 6).is_dir()
     run(tiny_config, tmp_path / "parts")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    last = [{key: value for key, value in scores(tmp_path / name).items() if key[0] == 16} for name in ("parts", "whole")]
+    last = [
+        {key: value for key, value in scores(tmp_path / name).items() if key[0] == 16} for name in ("parts", "whole")
+    ]
     assert last[0] == last[1] and len(last[0]) == 2
 
 

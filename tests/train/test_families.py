@@ -56,11 +56,14 @@ def statistics(output, step, weights="model") -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "stage", "precision"), [("cotnet", 1, "bf16"), ("cotnet", 3, "fp32"), ("pvt", 1, "fp32"), ("pvt", 3, "bf16")]
+    ("family", "stage", "precision"),
+    [("cotnet", 1, "bf16"), ("cotnet", 3, "fp32"), ("pvt", 1, "fp32"), ("pvt", 3, "bf16")],
 )
 def test_small_networks_in_both_precisions(tiny_config, tmp_path, family, stage, precision):
     config = with_model(tiny_config, tmp_path, TINY[family])
-    found = assert_trains_20_steps_and_resumes_bitwise(config, tmp_path, f"zero.stage={stage}", f"train.precision={precision}")
+    found = assert_trains_20_steps_and_resumes_bitwise(
+        config, tmp_path, f"zero.stage={stage}", f"train.precision={precision}"
+    )
     for running in found.values():
         assert bool(running) == (family == "cotnet")
         if running:  # in fp32, whatever the precision of the weights
@@ -77,4 +80,6 @@ def test_every_model_at_its_full_width_and_depth(tiny_config, tmp_path, name, st
     text = f"model: {{name: {name}, drop_path_rate: 0.2}}\n" + (SGD if "cot" in name else "")
     size = {"cat_nano": 32}.get(name, {"cat": 224}.get(family, 64))
     sizes = [f"data.image_size={size}", "train.global_batch=4", "train.micro_batch=2"]
-    assert_trains_20_steps_and_resumes_bitwise(with_model(tiny_config, tmp_path, text), tmp_path, f"zero.stage={stage}", *sizes)
+    assert_trains_20_steps_and_resumes_bitwise(
+        with_model(tiny_config, tmp_path, text), tmp_path, f"zero.stage={stage}", *sizes
+    )

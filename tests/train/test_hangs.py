@@ -83,7 +83,13 @@ def slowed(pid: int) -> Iterator[None]:
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_a_slow_rank_is_named(tiny_config, tmp_path, rank):
     """The rank is stopped for three quarters of the time, in slices shorter than a step of the model."""
-    settings = ["train.epochs=100", "train.evaluate_every=0", "model.embed_dim=64", "model.depths=[2, 2]", "data.image_size=32"]
+    settings = [
+        "train.epochs=100",
+        "train.evaluate_every=0",
+        "model.embed_dim=64",
+        "model.depths=[2, 2]",
+        "data.image_size=32",
+    ]
     job = start(tiny_config, tmp_path, *settings, world=2)
     wait_for_step(job, 3)
     with slowed(job.processes[rank].pid):

@@ -36,7 +36,14 @@ def micro_batch(output: Path) -> int:
 def test_the_largest_that_fits_is_found_and_kept(tiny_config, tmp_path):
     free = run(tiny_config, tmp_path / "free", *SETTINGS, "train.global_batch=256", "train.max_steps=1")
     assert micro_batch(tmp_path / "free") == 256 and "train.micro_batch: 256 is the largest that fits" in free.text()
-    bound = run(tiny_config, tmp_path / "bound", *SETTINGS, "train.global_batch=256", "train.max_steps=1", before=LimitMemory(0, 2500))
+    bound = run(
+        tiny_config,
+        tmp_path / "bound",
+        *SETTINGS,
+        "train.global_batch=256",
+        "train.max_steps=1",
+        before=LimitMemory(0, 2500),
+    )
     size = micro_batch(tmp_path / "bound")
     assert size < 256 and f"train.micro_batch: {size} is the largest that fits ({2 * size} does not)" in bound.text()
     again = run(tiny_config, tmp_path / "bound", *SETTINGS, "train.global_batch=256")
@@ -63,7 +70,9 @@ def test_all_ranks_take_what_fits_on_each(tiny_config, tmp_path):
 @pytest.mark.slow
 def test_a_network_whose_batch_norms_need_two_images(tiny_config, tmp_path):
     config = with_model(tiny_config, tmp_path, TINY["cotnet"])
-    job = run(config, tmp_path / "run", "train.micro_batch=auto", "train.max_steps=1", "train.evaluate_every=0", world=2)
+    job = run(
+        config, tmp_path / "run", "train.micro_batch=auto", "train.max_steps=1", "train.evaluate_every=0", world=2
+    )
     assert micro_batch(tmp_path / "run") == 16 and "train.micro_batch: 16 is the largest that fits" in job.text()
 
 

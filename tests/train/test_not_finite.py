@@ -8,7 +8,14 @@ from tests.oracle import assert_same_state, ids_by_step, state
 from tests.runs import events, losses, run, start
 from train.checkpoint.format import checkpoint_path, read_info
 
-LONG = [(0, "bf16", False), (2, "bf16", False), (1, "fp16", False), (2, "fp16", False), (3, "fp16", False), (1, "bf16", True)]
+LONG = [
+    (0, "bf16", False),
+    (2, "bf16", False),
+    (1, "fp16", False),
+    (2, "fp16", False),
+    (3, "fp16", False),
+    (1, "bf16", True),
+]
 
 
 @pytest.mark.slow
@@ -21,10 +28,22 @@ LONG = [(0, "bf16", False), (2, "bf16", False), (1, "fp16", False), (2, "fp16", 
     ],
 )
 def test_all_ranks_skip_the_step_and_nothing_changes(tiny_config, tmp_path, stage, precision, offload):
-    settings = [f"zero.stage={stage}", f"train.precision={precision}", "checkpoint.every_steps=1", "checkpoint.keep=9", "train.max_steps=6"]
+    settings = [
+        f"zero.stage={stage}",
+        f"train.precision={precision}",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep=9",
+        "train.max_steps=6",
+    ]
     settings.append(f"zero.offload={offload}")
     job = run(
-        tiny_config, tmp_path, *settings, "train.evaluate_every=0", world=2, allow_fp16=precision == "fp16", before=NanLoss(1, steps=(4,))
+        tiny_config,
+        tmp_path,
+        *settings,
+        "train.evaluate_every=0",
+        world=2,
+        allow_fp16=precision == "fp16",
+        before=NanLoss(1, steps=(4,)),
     )
     assert [line["step"] for line in events(tmp_path, "skipped_step")] == [4]
     assert "step 4 skipped" in job.text()
@@ -39,7 +58,13 @@ def test_all_ranks_skip_the_step_and_nothing_changes(tiny_config, tmp_path, stag
 
 @pytest.mark.slow
 def test_muon_skips_too(tiny_config, tmp_path):
-    settings = ["optimizer.name=muon", "zero.stage=0", "checkpoint.every_steps=1", "train.max_steps=4", "train.evaluate_every=0"]
+    settings = [
+        "optimizer.name=muon",
+        "zero.stage=0",
+        "checkpoint.every_steps=1",
+        "train.max_steps=4",
+        "train.evaluate_every=0",
+    ]
     run(tiny_config, tmp_path, *settings, world=2, before=NanLoss(0, steps=(3,)))
     one, other = (state(tmp_path, step, kinds=("model", "ema", "momentum_buffer")) for step in (2, 3))
     assert_same_state(one, other)
@@ -92,11 +117,25 @@ def test_what_does_not_help_ends_the_run(tiny_config, tmp_path, every_steps, sen
 @pytest.mark.parametrize(("stage", "offload"), [(3, False), pytest.param(1, True, marks=pytest.mark.long)])
 def test_fp16_that_does_not_recover_is_the_guards_to_end(tiny_config, tmp_path, stage, offload):
     """More overflows in a row than it takes to reach the minimum loss scale, where DeepSpeed would raise an error."""
-    settings = [f"zero.stage={stage}", f"zero.offload={offload}", "train.precision=fp16", "train.evaluate_every=0", "guard.max_skipped=20"]
-    settings += ["train.global_batch=2", "train.micro_batch=2", "checkpoint.every_steps=100", "model.depths=[1]", "model.num_heads=[2]"]
+    settings = [
+        f"zero.stage={stage}",
+        f"zero.offload={offload}",
+        "train.precision=fp16",
+        "train.evaluate_every=0",
+        "guard.max_skipped=20",
+    ]
+    settings += [
+        "train.global_batch=2",
+        "train.micro_batch=2",
+        "checkpoint.every_steps=100",
+        "model.depths=[1]",
+        "model.num_heads=[2]",
+    ]
     job = start(tiny_config, tmp_path, *settings, allow_fp16=True, before=NanLoss(0, steps=tuple(range(2, 22))))
     assert job.wait() == [70], job.text()
-    assert "steps 2 to 21 had no finite gradient, and there is no checkpoint to go back to" in job.text().splitlines()[-1]
+    assert (
+        "steps 2 to 21 had no finite gradient, and there is no checkpoint to go back to" in job.text().splitlines()[-1]
+    )
 
 
 @pytest.mark.slow

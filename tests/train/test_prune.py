@@ -62,7 +62,12 @@ def test_nothing_of_a_users_is_removed(tmp_path):
         checkpoint(folder, step)
     (folder / "step_00000001").symlink_to(elsewhere)
     (folder / "step_00000002/notes.txt").write_text("keep me")
-    for name in (".step_best.tmp", ".step_00000002.backup.of.tmp", ".step_00000009.replaced.tmp2", "superseded_step_00000001"):
+    for name in (
+        ".step_best.tmp",
+        ".step_00000002.backup.of.tmp",
+        ".step_00000009.replaced.tmp2",
+        "superseded_step_00000001",
+    ):
         (folder / name).mkdir()
     (folder / ".step_00000005.tmp").symlink_to(elsewhere)
     (folder / ".step_00000007.tmp").mkdir()
@@ -70,9 +75,13 @@ def test_nothing_of_a_users_is_removed(tmp_path):
     (folder / ".step_00000008.1234abcd.tmp").mkdir()
     (folder / ".step_00000008.1234abcd.tmp/shard_00000.safetensors").write_text("half")
     before = set(names(folder))
-    assert clean_up(folder) == [f"{folder / '.step_00000007.tmp'} is not removed: it contains thesis.tex, which is not a checkpoint's file"]
+    assert clean_up(folder) == [
+        f"{folder / '.step_00000007.tmp'} is not removed: it contains thesis.tex, which is not a checkpoint's file"
+    ]
     assert before - set(names(folder)) == {".step_00000008.1234abcd.tmp"}
-    assert prune(folder, 4, 1) == [f"{folder / 'step_00000002'} is not removed: it contains notes.txt, which is not a checkpoint's file"]
+    assert prune(folder, 4, 1) == [
+        f"{folder / 'step_00000002'} is not removed: it contains notes.txt, which is not a checkpoint's file"
+    ]
     assert before - set(names(folder)) == {".step_00000008.1234abcd.tmp", "step_00000003"}
     assert (folder / "step_00000002/shard_00000.safetensors").exists() and (elsewhere / "manifest.json").exists()
 

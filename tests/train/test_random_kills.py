@@ -54,7 +54,9 @@ def test_killed_at_random_moments(tiny_config, tmp_path, kills, record_property)
         assert scores(output) == scores(whole)
         repeated += sum(line["lost_steps"] for name in ("start", "resume") for line in events(output, name))
         times = sorted(line["time"] for line in read_lines(output / "metrics.jsonl") if line["kind"] == "train")
-        recoveries += [next(moment for moment in times if moment > killed) - killed for killed in killed_at if times[-1] > killed]
+        recoveries += [
+            next(moment for moment in times if moment > killed) - killed for killed in killed_at if times[-1] > killed
+        ]
     record_property("runs", runs)
     record_property("kills", done)
     record_property("steps taken again", repeated)

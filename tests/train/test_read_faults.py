@@ -44,8 +44,12 @@ def assert_undisturbed(output: Path, undisturbed: Path) -> None:
     assert events(output, "bad_sample") == []
 
 
-@pytest.mark.parametrize(("split", "error", "says"), [("train", "EIO", "Input/output error"), ("val", "ESTALE", "Stale file handle")])
-def test_reads_that_fail_for_a_while_cost_time_only(tiny_config, tiny_dataset, undisturbed, tmp_path, split, error, says):
+@pytest.mark.parametrize(
+    ("split", "error", "says"), [("train", "EIO", "Input/output error"), ("val", "ESTALE", "Stale file handle")]
+)
+def test_reads_that_fail_for_a_while_cost_time_only(
+    tiny_config, tiny_dataset, undisturbed, tmp_path, split, error, says
+):
     """In training and in evaluation, on one of two ranks: reported, without any other effect."""
     job = start(tiny_config, tmp_path, *SETTINGS, world=2)
     wait_for_step(job)
@@ -68,7 +72,10 @@ def test_reads_that_fail_for_good_end_the_run_for_now(tiny_config, tiny_dataset,
     with system_calls(job.processes[0].pid, "pread64:error=EIO", shards(tiny_dataset, "train")):
         assert job.wait_for_death(0) == 74
     last = job.text().splitlines()[-1]
-    assert last.startswith(f"error: {tiny_dataset}/train-") and "cannot be read after 3 attempts: Input/output error" in last
+    assert (
+        last.startswith(f"error: {tiny_dataset}/train-")
+        and "cannot be read after 3 attempts: Input/output error" in last
+    )
     assert "Traceback" not in job.text()
     assert [event["code"] for event in events(tmp_path, "failed")] == [74]
     os.remove(tmp_path / "stdout_0")

@@ -40,7 +40,9 @@ def test_the_same_command_goes_on_and_loses_nothing(tiny_config, origin, tmp_pat
     whole = losses(origin)
     assert losses(tmp_path) == whole
     run(tiny_config, tmp_path, *SETTINGS)  # --resume auto continues the same sequence
-    assert read_info(checkpoint_path(tmp_path / "checkpoints", 16)).began == str(checkpoint_path(origin / "checkpoints", 4).resolve())
+    assert read_info(checkpoint_path(tmp_path / "checkpoints", 16)).began == str(
+        checkpoint_path(origin / "checkpoints", 4).resolve()
+    )
 
 
 @pytest.mark.slow
@@ -111,7 +113,12 @@ def test_a_dataset_of_another_size_is_another_number_of_steps(tiny_config, tiny_
     half = tmp_path / "half"
     prepare(str(tmp_path / "images"), half, workers=1, shard_bytes=100_000, val_fraction=0.0, seed=0)
     assert open_dataset(load_config(tiny_config, [f"data.path={half}"]).data).split("train").samples == 130
-    command = [f"data.path={half}", "train.evaluate_every=0", "--resume", str(checkpoint_path(origin / "checkpoints", 8))]
+    command = [
+        f"data.path={half}",
+        "train.evaluate_every=0",
+        "--resume",
+        str(checkpoint_path(origin / "checkpoints", 8)),
+    ]
     job = run(tiny_config, tmp_path / "run", *command, "--resume-with-changes")
     assert "step 8, the end of epoch 1, is step 4 from here on" in job.text()
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [1.25, 1.5, 1.75, 2.0]

@@ -24,14 +24,18 @@ SETTINGS, EPOCHS = ["train.evaluate_every=0", "checkpoint.every_steps=2"], "trai
 LONG = [pytest.param(3, id="some"), pytest.param(1, marks=pytest.mark.long, id="all")]
 
 
-def killed_at_writes(config: Path, folder: Path, *settings: str, stride: int, world: int, rank: int, prepared: Path | None = None):
+def killed_at_writes(
+    config: Path, folder: Path, *settings: str, stride: int, world: int, rank: int, prepared: Path | None = None
+):
     """Yields folders of runs killed at every `stride`-th operation of `rank` on checkpoints, until a run survives."""
     for count in range(1, 100, stride):
         output = folder / str(count)
         if prepared:
             shutil.copytree(prepared, output)
         (output / "checkpoints").mkdir(parents=True, exist_ok=True)  # else the first rank does: one operation more
-        code = start(config, output, *SETTINGS, *settings, world=world, before=KillAtWrite(rank, count)).wait_for_death(rank)
+        code = start(config, output, *SETTINGS, *settings, world=world, before=KillAtWrite(rank, count)).wait_for_death(
+            rank
+        )
         if code == 0:
             assert count > 6, "the fault did not happen"
             return
@@ -64,7 +68,9 @@ def test_killed_while_a_damaged_checkpoint_is_replaced(tiny_config, tmp_path, st
     run(tiny_config, prepared, *SETTINGS, "train.max_steps=4")
     (checkpoint_path(prepared / "checkpoints", 4) / "manifest.json").write_text("{")
     seen = set()
-    for output in killed_at_writes(tiny_config, tmp_path, "train.max_steps=4", stride=stride, world=1, rank=0, prepared=prepared):
+    for output in killed_at_writes(
+        tiny_config, tmp_path, "train.max_steps=4", stride=stride, world=1, rank=0, prepared=prepared
+    ):
         path, *_ = first_sound(list_checkpoints(output / "checkpoints"))
         seen.add(step_of(path))
         validate(checkpoint_path(output / "checkpoints", 2))
@@ -128,7 +134,10 @@ def test_the_last_checkpoint_cannot_be_written(tiny_config, tmp_path):
         job = start(tiny_config, tmp_path / "run", "train.max_steps=4", "train.evaluate_every=0", world=2)
         assert job.wait() == [74, 74]
         last = job.text().splitlines()[-1]
-        assert last.startswith("error: the last checkpoint, of step 4, was not written (rank 0: ") and "No space left on device" in last
+        assert (
+            last.startswith("error: the last checkpoint, of step 4, was not written (rank 0: ")
+            and "No space left on device" in last
+        )
         assert not (tmp_path / "run" / "model.safetensors").exists() and not list(checkpoints.iterdir())
         remount(checkpoints, "size=100m")
         run(tiny_config, tmp_path / "run", "train.max_steps=4", "train.evaluate_every=0", world=2)
@@ -161,7 +170,10 @@ def test_a_disk_with_errors(tiny_config, tmp_path, rank):
         failed = wait_for_event(job, "save_failed")
     assert "Input/output error" in failed["reason"]
     assert job.wait() == [0, 0]
-    assert first_sound(list_checkpoints(tmp_path / "checkpoints"))[::2] == (checkpoint_path(tmp_path / "checkpoints", 80), [])
+    assert first_sound(list_checkpoints(tmp_path / "checkpoints"))[::2] == (
+        checkpoint_path(tmp_path / "checkpoints", 80),
+        [],
+    )
     steps = {line["step"] for name in ("checkpoint", "save_failed") for line in events(tmp_path, name)}
     assert steps == set(range(2, 81, 2))
     assert sorted(losses(tmp_path)) == list(range(1, 81))

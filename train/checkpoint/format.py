@@ -29,8 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from data_pipeline.config import has_secret, without_secrets
+from data_pipeline.durable import fsync, publish, sha256_of
 from data_pipeline.faults import LASTING, StorageError, retried
-from data_pipeline.manifest import Manifest, fsync, publish, sha256_of
+from data_pipeline.manifest import Manifest
 from train.checkpoint.pieces import CheckpointError, Wanted, fill, pieces_of
 from train.config import Config
 from train.engine.deepspeed_engine import Engine

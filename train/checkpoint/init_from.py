@@ -1,4 +1,7 @@
-"""A run's first weights: `model.init_from`. A run that has a checkpoint goes on from that and does not read them again."""
+"""A run's first weights: `model.init_from`.
+
+A run that has a checkpoint goes on from that and does not read them again.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +20,16 @@ def check_source(config: Config, resume: Resume) -> None:
     """Raise ConfigError, before torch is imported, if the run begins and its `model.init_from` does not exist."""
     source = config.model.init_from
     if source and resume.begins and not Path(source).exists():
-        raise ConfigError(f"model.init_from: there is no {source}; name a file of weights, a run's folder or a checkpoint's")
+        raise ConfigError(
+            f"model.init_from: there is no {source}; name a file of weights, a run's folder or a checkpoint's"
+        )
 
 
 def load_first_weights(model: "nn.Module", task: "Task", runtime: "Runtime", resume: Resume) -> list[str]:
     """Fill `model`, moved to the device, with the weights of `model.init_from`, if there is one and the run begins.
 
-    Every rank calls this. Rank 0 reads and broadcasts, so that all have the same weights. Returns sentences for the log. Raises ConfigError.
+    Every rank calls this. Rank 0 reads and broadcasts, so that all have the same weights. Returns sentences for the
+    log. Raises ConfigError.
     """
     import torch.distributed as dist
 
@@ -48,14 +54,17 @@ def _load(model: "nn.Module", task: "Task") -> list[str]:
     source = Path(task.config.model.init_from)
     weights, classes = read_source(source)
     sentences = task.load_weights(model, weights, classes, str(source))
-    return [f"first weights from {source}; once the run has a checkpoint of its own, they are not read again", *sentences]
+    return [
+        f"first weights from {source}; once the run has a checkpoint of its own, they are not read again",
+        *sentences,
+    ]
 
 
 def read_source(source: Path) -> tuple[dict[str, "Tensor"], list[str] | None]:
     """The state dict in `source`, and the names of its classes if it has them. Raises ConfigError.
 
-    source: a published file; a .safetensors file; a run's folder (its model.safetensors or, before the end of the run, its newest sound
-    checkpoint); or a checkpoint's folder. From checkpoints the EMA is taken, if there is one.
+    source: a published file; a .safetensors file; a run's folder (its model.safetensors or, before the end of the run,
+    its newest sound checkpoint); or a checkpoint's folder. From checkpoints the EMA is taken, if there is one.
     """
     from catmodel.pretrained import published_weights
     from train.checkpoint.trained_model import read_trained

@@ -29,9 +29,11 @@ from train.engine.ema import Ema
 
 @dataclass(frozen=True)
 class Restored:
-    """The step to go on from (0 without a checkpoint), the checkpoint and what its manifest says, and sentences for the log.
+    """The step to go on from (0 without a checkpoint), the checkpoint and what its manifest says, and sentences for the
+    log.
 
-    best: score of the best checkpoint in the run's folder until then. began: CheckpointInfo's, of what is saved from here on.
+    best: score of the best checkpoint in the run's folder until then. began: CheckpointInfo's, of what is saved from
+    here on.
     """
 
     step: int = 0
@@ -42,10 +44,13 @@ class Restored:
     began: str | None = None
 
 
-def restore(resume: Resume, config: Config, manifest: Manifest, order: Order, engine: Engine, ema: Ema | None) -> Restored:
+def restore(
+    resume: Resume, config: Config, manifest: Manifest, order: Order, engine: Engine, ema: Ema | None
+) -> Restored:
     """Load the checkpoint that `resume` asks for; every rank calls this and gets the same.
 
-    Raises ConfigError if the checkpoint cannot or may not be used, StorageError if its disk does not answer; it never starts anew instead.
+    Raises ConfigError if the checkpoint cannot or may not be used, StorageError if its disk does not answer; it never
+    starts anew instead.
     """
     # Rank 0 reads and hashes; all ranks get its result or its error.
     verdict: list = [None]
@@ -67,7 +72,9 @@ def _choose(resume: Resume, config: Config, manifest: Manifest, order: Order) ->
     checkpoints = resume.checkpoints
     if resume.never:
         if list_checkpoints(checkpoints):
-            raise ConfigError(f"{checkpoints} already has checkpoints; resume them (--resume auto) or choose another --output")
+            raise ConfigError(
+                f"{checkpoints} already has checkpoints; resume them (--resume auto) or choose another --output"
+            )
         return Restored()
     possible = resume.candidates()
     path, info, skipped = first_sound(possible)
@@ -103,7 +110,10 @@ def _choose(resume: Resume, config: Config, manifest: Manifest, order: Order) ->
         own = list_checkpoints(checkpoints)
         notes += _set_aside(own if not resume.is_own(path) else [other for other in own if step_of(other) > info.step])
     elif resume.checkpoint is not None:
-        notes.append(f"this run began at {resume.checkpoint} before: it goes on from {path}. To begin there again, take another --output")
+        notes.append(
+            f"this run began at {resume.checkpoint} before: it goes on from {path}. To begin there again, take "
+            "another --output"
+        )
     best = next((score for _, score in evaluated(checkpoints, until=step)), None)
     return Restored(step, path, info, notes, best, began)
 
@@ -115,10 +125,14 @@ def _config_of(path: Path, info: CheckpointInfo) -> Config:
         raise CheckpointError(str(error)) from error  # the text has a stranger's values in it
 
 
-def _converted(path: Path, info: CheckpointInfo, old: dict, manifest: Manifest, order: Order, *, elsewhere: bool) -> int:
-    """The step to go on from: the checkpoint's, or where an epoch has another number of steps now, the one at the same epoch's end.
+def _converted(
+    path: Path, info: CheckpointInfo, old: dict, manifest: Manifest, order: Order, *, elsewhere: bool
+) -> int:
+    """The step to go on from: the checkpoint's, or where an epoch has another number of steps now, the one at the same
+    epoch's end.
 
-    elsewhere: the run begins with the checkpoint of another folder, so no other has a number that counts such steps as there were before.
+    elsewhere: the run begins with the checkpoint of another folder, so no other has a number that counts such steps as
+    there were before.
     """
     before = info.steps_per_epoch
     if not before and info.dataset == manifest.split("train").identity:
@@ -126,8 +140,13 @@ def _converted(path: Path, info: CheckpointInfo, old: dict, manifest: Manifest, 
     if before == order.steps_per_epoch:
         return info.step
     if not before:
-        raise ConfigError(f"{path} is of another dataset, and does not say how many steps an epoch had: take it as model.init_from")
-    what = f"{path}: an epoch had {before} steps there, and has {order.steps_per_epoch} with this train.global_batch and dataset"
+        raise ConfigError(
+            f"{path} is of another dataset, and does not say how many steps an epoch had: take it as model.init_from"
+        )
+    what = (
+        f"{path}: an epoch had {before} steps there, and has {order.steps_per_epoch} with this train.global_batch "
+        "and dataset"
+    )
     if not elsewhere:
         raise ConfigError(f"{what}; go on in a new folder: --output NEW --resume {path} --resume-with-changes")
     if info.step % before:

@@ -35,7 +35,8 @@ class Resume:
     def candidates(self) -> list[Path]:
         """The checkpoints to go on from, the preferred one first.
 
-        Started again with the same named checkpoint, a run goes on from the newest that it has saved since it began there.
+        Started again with the same named checkpoint, a run goes on from the newest that it has saved since it began
+        there.
         """
         from train.checkpoint.format import CheckpointError, list_checkpoints, read_info
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """The weights of `checkpoint` that `weights` names ("ema" or "model"), fp32, with the config and the class names of their run."""
+    """The weights of `checkpoint` that `weights` names ("ema" or "model"), fp32, with the config and the class names of
+    their run.
+    """
 
     checkpoint: Path
     config: Config
@@ -24,7 +26,10 @@ class Trained:
     notes: list[str]  # sentences on checkpoints that were passed over as damaged
 
     def task(self) -> "Task":
-        """The task that the weights were trained for. Raises CheckpointError if its network has other weights than these."""
+        """The task that the weights were trained for.
+
+        Raises CheckpointError if its network has other weights than these.
+        """
         from train.tasks.base import build_task
 
         task = build_task(self.config, self.classes)
@@ -38,7 +43,9 @@ class Trained:
         return model.eval()
 
     def _check(self, task: "Task") -> None:
-        """Compare names and shapes before memory is allocated for a model: the config may come from a stranger and name any size."""
+        """Compare names and shapes before memory is allocated for a model: the config may come from a stranger and name
+        any size.
+        """
         import torch
 
         from train.checkpoint.pieces import CheckpointError
@@ -55,12 +62,15 @@ class Trained:
         differing += [name for name in shapes if name in self.state and self.state[name].shape != shapes[name]]
         if differing:
             raise CheckpointError(
-                f"{self.checkpoint}: its weights are not those of its model.name {self.config.model.name}: {min(differing)}"
+                f"{self.checkpoint}: its weights are not those of its model.name {self.config.model.name}: "
+                f"{min(differing)}"
             )
 
 
 def check_target(target: str, best: bool = False) -> Path:
-    """Raises ConfigError, before torch is imported, where there is no such folder, or with `best` where it is no run's."""
+    """Raises ConfigError, before torch is imported, where there is no such folder, or with `best` where it is no
+    run's.
+    """
     if not Path(target).is_dir():
         raise ConfigError(f"{target} is neither a run's folder nor a checkpoint")
     if best and not (Path(target) / "checkpoints").is_dir():
@@ -71,8 +81,8 @@ def check_target(target: str, best: bool = False) -> Path:
 def read_trained(target: Path, weights: str | None = None, *, best: bool = False) -> Trained:
     """target: a run's folder or a checkpoint's. weights: "ema" or "model"; by default the EMA, where the run has it.
 
-    Of a run, its newest sound checkpoint is taken, or with `best` the one whose evaluation had the best top-1 (the EMA's, where there is
-    one). Raises ConfigError; StorageError where the disk does not answer.
+    Of a run, its newest sound checkpoint is taken, or with `best` the one whose evaluation had the best top-1 (the
+    EMA's, where there is one). Raises ConfigError; StorageError where the disk does not answer.
     """
     from train.checkpoint.format import evaluated, first_sound, list_checkpoints, read_weights, validate
     from train.checkpoint.pieces import CheckpointError
@@ -91,4 +101,11 @@ def read_trained(target: Path, weights: str | None = None, *, best: bool = False
     except ConfigError as error:
         raise CheckpointError(str(error)) from error  # the text has a stranger's values in it
     weights = weights or ("ema" if config.ema.decay else "model")
-    return Trained(checkpoint, config, info.classes, weights, read_weights(checkpoint, weights), [f"passed over: {note}" for note in notes])
+    return Trained(
+        checkpoint,
+        config,
+        info.classes,
+        weights,
+        read_weights(checkpoint, weights),
+        [f"passed over: {note}" for note in notes],
+    )

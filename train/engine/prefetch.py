@@ -1,4 +1,6 @@
-"""Micro-batches on their way from the loader to the model: on a GPU, copied and augmented beside the model's own work."""
+"""Micro-batches on their way from the loader to the model: on a GPU, copied and augmented beside the model's own
+work.
+"""
 
 import time
 from collections.abc import Callable
@@ -14,12 +16,18 @@ from data_pipeline.loader import Loader, MicroBatch
 class Prefetcher(AbstractContextManager):
     """Iterator over (micro-batch, what `inputs` makes of it): any nested structure of tensors on the device.
 
-    On a GPU `prepare` starts the copy and augmentation of the next micro-batch on a side stream. Call it after the current micro-batch's
-    work has been queued on the device, and before the host waits for any of it. On the CPU it does nothing.
-    `waited` is called with the seconds spent waiting for the loader.
+    On a GPU `prepare` starts the copy and augmentation of the next micro-batch on a side stream. Call it after the
+    current micro-batch's work has been queued on the device, and before the host waits for any of it. On the CPU it
+    does nothing. `waited` is called with the seconds spent waiting for the loader.
     """
 
-    def __init__(self, batches: Loader, inputs: Callable[[MicroBatch], Any], device: torch.device, waited: Callable[[float], None]):
+    def __init__(
+        self,
+        batches: Loader,
+        inputs: Callable[[MicroBatch], Any],
+        device: torch.device,
+        waited: Callable[[float], None],
+    ):
         self._batches, self._inputs, self._waited = batches, inputs, waited
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._prepared: tuple[MicroBatch, Any] | None = None

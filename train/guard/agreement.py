@@ -1,4 +1,6 @@
-"""What the ranks tell each other about once a second: which were asked to stop, and how long each was busy with its own work."""
+"""What the ranks tell each other about once a second: which were asked to stop, and how long each was busy with its own
+work.
+"""
 
 import contextlib
 import signal
@@ -19,23 +21,29 @@ FACTOR, LEAST, IN_A_ROW = 2.0, 0.05, 5
 
 
 def patience(limits: TimeoutConfig) -> float:
-    """Seconds that a collective may take: longer than any section of a run, so that the watchdog acts first and names the rank."""
+    """Seconds that a collective may take: longer than any section of a run, so that the watchdog acts first and names
+    the rank.
+    """
     return max(limits.model_dump().values()) + MARGIN
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all ranks know. stop: (rank, signal) of ranks that were asked to stop. slow: (rank, its seconds, the median rank's)."""
+    """What all ranks know. stop: (rank, signal) of ranks that were asked to stop. slow: (rank, its seconds, the median
+    rank's).
+    """
 
     stop: list[tuple[int, signal.Signals]]
     slow: list[tuple[int, float, float]]
 
 
 class Agreement:
-    """A small sum over all ranks at some of the calls of `round`. All ranks make the same calls, and know which of them make a sum.
+    """A small sum over all ranks at some of the calls of `round`.
 
-    The sum is asynchronous and its result is read at the next call, so no rank waits for it. It has a gloo group of its own: it neither
-    waits for a GPU nor interferes with the gradients' communication.
+    All ranks make the same calls, and know which of them make a sum.
+
+    The sum is asynchronous and its result is read at the next call, so no rank waits for it. It has a gloo group of its
+    own: it neither waits for a GPU nor interferes with the gradients' communication.
     """
 
     def __init__(self, device: torch.device, every: float):
@@ -43,7 +51,9 @@ class Agreement:
         self.rank, self.world, self.every = dist.get_rank(), dist.get_world_size(), every
         self._device = device
         self._group = dist.new_group(backend="gloo")
-        self._values = torch.zeros(3, self.world, dtype=torch.float64)  # signals, own time, time per call; each rank fills its column
+        self._values = torch.zeros(
+            3, self.world, dtype=torch.float64
+        )  # signals, own time, time per call; each rank fills its column
         self._pending: dist.Work | None = None
         self._local: list = []
         self._calls, self._pass_over, self._since = 0, 0, time.perf_counter()
@@ -58,14 +68,20 @@ class Agreement:
             self._local.append((began, self._now()))
 
     def round(self, received: signal.Signals | None) -> Agreed:
-        """A step, or a batch of an evaluation, is over. received: the signal by which this rank was asked to stop, if it was."""
+        """A step, or a batch of an evaluation, is over. received: the signal by which this rank was asked to stop, if
+        it was.
+        """
         agreed = self._answer()
         self._calls += 1
         if self._pass_over:
             self._pass_over -= 1
             return agreed
         now = time.perf_counter()
-        mine = [received or 0, sum(self._seconds(*pair) for pair in self._local) / self._calls, (now - self._since) / self._calls]
+        mine = [
+            received or 0,
+            sum(self._seconds(*pair) for pair in self._local) / self._calls,
+            (now - self._since) / self._calls,
+        ]
         self._local, self._calls, self._since = [], 0, now
         self._values.zero_()
         self._values[:, self.rank] = torch.tensor(mine, dtype=torch.float64)
@@ -73,7 +89,10 @@ class Agreement:
         return agreed
 
     def collect_pending(self) -> Agreed:
-        """The result that is still to come, if any. The next call of `round` makes a sum, because the pace may change."""
+        """The result that is still to come, if any.
+
+        The next call of `round` makes a sum, because the pace may change.
+        """
         agreed, self._pass_over = self._answer(), 0
         return agreed
 
@@ -107,5 +126,6 @@ class Agreement:
     def _seconds(self, began, ended) -> float:
         if self._device.type == "cpu":
             return ended - began
-        ended.synchronize()  # waits at most for the last forward pass, once in `every` seconds; its backward pass is queued already
+        # Waits at most for the last forward pass, once in `every` seconds; its backward pass is queued already.
+        ended.synchronize()
         return began.elapsed_time(ended) / 1000

@@ -3,7 +3,7 @@
 import torch.distributed as dist
 
 from data_pipeline.loader import MicroBatch
-from data_pipeline.manifest import DataError
+from data_pipeline.split import DataError
 from train.telemetry.monitor import Monitor
 
 

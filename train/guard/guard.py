@@ -1,4 +1,7 @@
-"""The guard: the one face of what watches over a run. The loop tells it what happens and asks whether to stop or to go back."""
+"""The guard: the one face of what watches over a run.
+
+The loop tells it what happens and asks whether to stop or to go back.
+"""
 
 import signal
 import time
@@ -54,11 +57,17 @@ class Guard:
         return self._agreement.local_work(enabled)
 
     def agree(self, step: int) -> StopRequest | None:
-        """A step, or a batch of an evaluation, is over. Returns the first request to stop that all ranks know of, if any."""
+        """A step, or a batch of an evaluation, is over.
+
+        Returns the first request to stop that all ranks know of, if any.
+        """
         return self._handle(self._agreement.round(stop_signals.received), step)
 
     def collect_pending(self, step: int) -> StopRequest | None:
-        """As `agree`, but only for the answer that is still to come, if any. Call it before the pace of the calls of `agree` changes."""
+        """As `agree`, but only for the answer that is still to come, if any.
+
+        Call it before the pace of the calls of `agree` changes.
+        """
         return self._handle(self._agreement.collect_pending(), step)
 
     def _handle(self, agreed: Agreed, step: int) -> StopRequest | None:
@@ -71,20 +80,30 @@ class Guard:
         """Step `step` has been given to the device; `skipped` will be 1 if it changes nothing. Does not wait for it."""
         self._skips.add(step, skipped)
 
-    def too_many_skips(self, step: int) -> bool:
-        """Wait for the device to finish `step`, report which steps were skipped, and return whether to go back to a checkpoint."""
+    def wait_for(self, step: int) -> None:
+        """Wait for the device to finish `step`, and report which steps were skipped."""
         for skipped in self._skips.known(step):
             text = f"step {skipped} skipped: its gradient is not finite (or overflowed in fp16)"
             self._monitor.event("skipped_step", skipped, text)
         self.watchdog.completed = step
+
+    @property
+    def skipped_too_often(self) -> bool:
+        """Whether so many steps in a row were skipped that the run must go back to a checkpoint."""
         return self._skips.too_many
 
     def go_back(self) -> tuple[list[int], str]:
-        """Forget the steps that were skipped; returns them and why the run goes back. Raises TrainingFailed if it has before for these."""
+        """Forget the steps that were skipped; returns them and why the run goes back.
+
+        Raises TrainingFailed if it has before for these.
+        """
         return self._skips.in_a_row, self._skips.go_back()
 
     def close(self, error: Exception | None = None) -> None:
-        """The run has ended. error: why; one without an exit code of its own may come from a hang, which then ends this process."""
+        """The run has ended.
+
+        error: why. One without an exit code of its own may be due to a hang; this process ends then.
+        """
         if error is None or exit_code_of(error) is not None:
             self.watchdog.close()
         else:

@@ -44,7 +44,10 @@ class Skips:
         return skipped
 
     def go_back(self) -> str:
-        """The run goes back to an earlier step; returns why. Raises TrainingFailed if it has gone back for these steps before."""
+        """The run goes back to an earlier step; returns why.
+
+        Raises TrainingFailed if it has gone back for these steps before.
+        """
         self._pending.clear()
         steps, self.in_a_row = self.in_a_row, []
         sentence = f"steps {steps[0]} to {steps[-1]} had no finite gradient"

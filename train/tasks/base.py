@@ -1,4 +1,6 @@
-"""The protocol between a task and the rest of the program: what the trainer, the commands and the monitor know of a task."""
+"""The protocol between a task and the rest of the program: what the trainer, the commands and the monitor know of a
+task.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +13,9 @@ from torch import Tensor, nn
 
 from data_pipeline.annotations import Labels, Targets
 from data_pipeline.loader import Loader, MicroBatch, build_loader, evaluation_batches
-from data_pipeline.manifest import Split
 from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, make_key
+from data_pipeline.split import Split
 from train.config import Config
 from train.telemetry.metrics import Metric, Scores
 
@@ -68,7 +70,10 @@ class Task(ABC):
 
     @abstractmethod
     def build_model(self) -> nn.Module:
-        """The network, with random weights of torch's default generator. Raises ConfigError for settings that do not fit together."""
+        """The network, with random weights of torch's default generator.
+
+        Raises ConfigError for settings that do not fit together.
+        """
 
     def initial_model(self) -> nn.Module:
         """The network with its initial weights, a function of the seed alone."""
@@ -77,16 +82,22 @@ class Task(ABC):
 
     @abstractmethod
     def example(self, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The network's input for `count` samples: zeros, for measuring time and memory; on the meta device, for counting."""
+        """The network's input for `count` samples: zeros, for measuring time and memory; on the meta device, for
+        counting.
+        """
 
     @abstractmethod
     def example_loss(self, output: Any) -> Tensor:
         """A scalar whose gradient takes the memory of a training step's. output: of the network, for `example`."""
 
-    def load_weights(self, model: nn.Module, weights: dict[str, Tensor], classes: Sequence[str] | None, source: str) -> list[str]:
-        """Fill `model` with first weights from the file or folder `source` (model.init_from); returns sentences for the log.
+    def load_weights(
+        self, model: nn.Module, weights: dict[str, Tensor], classes: Sequence[str] | None, source: str
+    ) -> list[str]:
+        """Fill `model` with first weights from the file or folder `source` (model.init_from); returns sentences for the
+        log.
 
-        classes: the names of the classes that the weights were trained on, if known. Raises ConfigError if they do not fit.
+        classes: the names of the classes that the weights were trained on, if known. Raises ConfigError if they do not
+        fit.
         """
         model.load_state_dict(weights)
         return []
@@ -106,13 +117,18 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: Model, inputs: Any) -> dict[str, Tensor]:
-        """The losses of one micro-batch by name (see `losses`), each a mean over the micro-batch. Their sum is trained on.
+        """The losses of one micro-batch by name (see `losses`), each a mean over the micro-batch.
 
-        Nothing may be normalised by numbers of one rank. torch's generators have been seeded by (seed, step, micro-batch index).
+        Their sum is trained on.
+
+        Nothing may be normalised by numbers of one rank. torch's generators have been seeded by (seed, step,
+        micro-batch index).
         """
 
     def preview(self, inputs: Any, count: int) -> Tensor | None:
-        """Up to `count` images of a micro-batch as the network sees them, float [n, 3, H, W] in 0..1 on the CPU; None: nothing to show."""
+        """Up to `count` images of a micro-batch as the network sees them, float [n, 3, H, W] in 0..1 on the CPU; None:
+        nothing to show.
+        """
         return None
 
     # --- evaluation and use ---
@@ -121,8 +137,12 @@ class Task(ABC):
     def tally(self, device: torch.device) -> Tally:
         """A new evaluation."""
 
-    def predict(self, model: nn.Module, paths: Sequence[Path], device: torch.device, batch: int, **options: Any) -> Iterator[Prediction]:
-        """What `model` (in evaluation mode, on `device`) finds in image files, in their order; options: of launch/predict.py."""
+    def predict(
+        self, model: nn.Module, paths: Sequence[Path], device: torch.device, batch: int, **options: Any
+    ) -> Iterator[Prediction]:
+        """What `model` (in evaluation mode, on `device`) finds in image files, in their order; options: of
+        launch/predict.py.
+        """
         raise NotImplementedError(f"launch/predict.py knows no way to show a task {self.config.task.name}")
 
     def export(self, state: dict[str, Tensor], features: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -143,7 +163,9 @@ def build_task(config: Config, classes: Sequence[str]) -> Task:
 def training_batches(task: Task, split: Split, order: Order, rank: int, world: int, start_step: int) -> Loader:
     """The micro-batches of `rank` from step `start_step` on, without end."""
     config, targets = task.config, task.targets(split)
-    return build_loader(config.data, config.augment, split, order, targets, rank=rank, world=world, start_step=start_step)
+    return build_loader(
+        config.data, config.augment, split, order, targets, rank=rank, world=world, start_step=start_step
+    )
 
 
 def evaluate(
@@ -155,10 +177,12 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
 ) -> tuple[Scores, dict]:
-    """Evaluate `model`, in evaluation mode, on all samples of `split`, each exactly once; all ranks must call, all get the result.
+    """Evaluate `model`, in evaluation mode, on all samples of `split`, each exactly once; all ranks must call, all get
+    the result.
 
-    Batches are fixed slices of the ids, so a sample is always computed together with the same others, on any number of ranks. Each batch's
-    sums go into a row of their own, and the rows are added in one order: the result is the same to the last bit on any number of ranks.
+    Batches are fixed slices of the ids, so a sample is always computed together with the same others, on any number of
+    ranks. Each batch's sums go into a row of their own, and the rows are added in one order: the result is the same to
+    the last bit on any number of ranks.
     meet: called with every batch of this rank before it is evaluated.
     """
     size = task.config.train.micro_batch

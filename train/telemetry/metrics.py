@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that an evaluation finds. name: its key in metrics.jsonl and TensorBoard. label, unit: for people; a unit "%" means 0..100."""
+    """A number that an evaluation finds. name: its key in metrics.jsonl and TensorBoard. label, unit: for people; a
+    unit "%" means 0..100.
+    """
 
     name: str
     label: str
@@ -21,12 +23,18 @@ class Metric:
 
     def text(self, value: float) -> str:
         """Such as "top-1 70.12 %" or "loss 1.2345"."""
-        return f"{self.label} {value:.2f} {self.unit}" if self.unit == "%" else f"{self.label} {value:.4f} {self.unit}".rstrip()
+        return (
+            f"{self.label} {value:.2f} {self.unit}"
+            if self.unit == "%"
+            else f"{self.label} {value:.4f} {self.unit}".rstrip()
+        )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The result of an evaluation: the metrics' values by name, and the number of samples that they were computed from."""
+    """The result of an evaluation: the metrics' values by name, and the number of samples that they were computed
+    from.
+    """
 
     values: dict[str, float]
     count: int
@@ -39,11 +47,16 @@ def describe_metrics(metrics: tuple[Metric, ...]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The newest evaluation of a run: Scores of the weights "model" and, if there is an EMA, "ema", after `step` steps."""
+    """The newest evaluation of a run: Scores of the weights "model" and, if there is an EMA, "ema", after `step`
+    steps.
+    """
 
     step: int = -1  # none yet
     scores: dict[str, Scores] = field(default_factory=dict)
 
     def score(self, step: int, metric: Metric) -> float | None:
-        """The value of `metric` after `step` steps: the EMA's if there is one. None if this evaluation is of another step."""
+        """The value of `metric` after `step` steps: the EMA's if there is one.
+
+        None if this evaluation is of another step.
+        """
         return (self.scores.get("ema") or self.scores["model"]).values[metric.name] if self.step == step else None

@@ -1,4 +1,7 @@
-"""What a person sees of a run: metrics.jsonl, TensorBoard, train.log, and a progress bar on a terminal. Rank 0 writes."""
+"""What a person sees of a run: metrics.jsonl, TensorBoard, train.log, and a progress bar on a terminal.
+
+Rank 0 writes.
+"""
 
 import contextlib
 import json
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipeline.manifest import write_atomically
+from data_pipeline.durable import write_atomically
 from train.config import Config, dump_config, flatten
 from train.telemetry.appender import Alarm, Appender
 from train.telemetry.formatting import clock
@@ -75,7 +78,8 @@ class Monitor:
         last: int,
         flops: tuple[float, float] | None,
     ):
-        """metrics: of evaluations, the primary one first. samples: what is counted, such as "images". first, last: steps of this start.
+        """metrics: of evaluations, the primary one first. samples: what is counted, such as "images". first, last:
+        steps of this start.
 
         flops: of a sample, forward and backward, and of a device at its peak in a second; None if they are not known.
         """
@@ -96,7 +100,9 @@ class Monitor:
         self._board = Board(output / "tensorboard", alarm, first + 1, metrics)
         self._board.text("config", "```yaml\n" + dump_config(config) + "```", first)
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=last, initial=first, unit="step", disable=not terminal, dynamic_ncols=True, smoothing=0.05)
+        self._bar = tqdm(
+            total=last, initial=first, unit="step", disable=not terminal, dynamic_ncols=True, smoothing=0.05
+        )
         self._flops = flops
 
     def say(self, text: str) -> None:
@@ -112,7 +118,14 @@ class Monitor:
         self.say(text)
 
     def train(
-        self, step: int, epoch: float, losses: dict[str, float], lr: float, grad_norm: float, seconds: float, data_wait: float
+        self,
+        step: int,
+        epoch: float,
+        losses: dict[str, float],
+        lr: float,
+        grad_norm: float,
+        seconds: float,
+        data_wait: float,
     ) -> None:
         """Metrics of the finished step `step`. losses: their sum, "loss", first; then its parts, if there are several.
 
@@ -150,7 +163,16 @@ class Monitor:
 
     def evaluation(self, step: int, epoch: float, weights: str, scores: Scores, *, seconds: float) -> None:
         """Scores of the weights "model" or "ema" after `step` steps; `seconds` is what this evaluation took."""
-        self._write({"kind": "eval", "step": step, "weights": weights, **scores.values, "count": scores.count, "seconds": seconds})
+        self._write(
+            {
+                "kind": "eval",
+                "step": step,
+                "weights": weights,
+                **scores.values,
+                "count": scores.count,
+                "seconds": seconds,
+            }
+        )
         if self.active:
             for key, value in scores.values.items():
                 self._board.scalar(f"evaluation/{weights}_{key}", value, step)
@@ -250,7 +272,8 @@ def write_details(path: Path, document: dict) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):  # stderr may be a file on the same full disk
             sentence = (
-                f"alarm: {path} cannot be written ({error.strerror}): a report will not show the evaluation of step {document['step']}"
+                f"alarm: {path} cannot be written ({error.strerror}): a report will not show the evaluation of "
+                f"step {document['step']}"
             )
             print(sentence, file=sys.stderr, flush=True)
 

@@ -1,4 +1,6 @@
-"""What a start of a run says of itself: where it begins, on what machine, with which versions, and how old its process is."""
+"""What a start of a run says of itself: where it begins, on what machine, with which versions, and how old its process
+is.
+"""
 
 import os
 import platform
@@ -27,20 +29,27 @@ def announce_start(
 ) -> None:
     """Write the `start` or `resume` event of metrics.jsonl, and its sentence for people.
 
-    checkpoint: the one that the run goes on from, of `step`. last: the run's last step. lost: steps that are taken again. where: the ranks
-    and their devices, in words. fields: further fields of the event.
+    checkpoint: the one that the run goes on from, of `step`. last: the run's last step. lost: steps that are taken
+    again. where: the ranks and their devices, in words. fields: further fields of the event.
     """
     again = f" ({lost} steps are taken again)" if lost else ""
     config, tensorboard = monitor.config, monitor.output / "tensorboard"
     what = f"resumed from {checkpoint}" if checkpoint else f"training {config.model.name} on {config.data.path}"
     text = f"{what}: step {step} of {last}{again}, {where}, TensorBoard: tensorboard --logdir {tensorboard}"
-    fields = {**fields, "lost_steps": lost, "last": last, "host": socket.gethostname(), "metrics": describe_metrics(metrics)}
+    fields = {
+        **fields,
+        "lost_steps": lost,
+        "last": last,
+        "host": socket.gethostname(),
+        "metrics": describe_metrics(metrics),
+    }
     fields["samples"] = monitor.samples
     monitor.event("resume" if checkpoint else "start", step, text, **fields)
 
 
 def start_times(previous: dict | None) -> dict[str, float | None]:
-    """For goodput: seconds since this process began, and from the last sign of life of the start before it (None: unknown) to then.
+    """For goodput: seconds since this process began, and from the last sign of life of the start before it (None:
+    unknown) to then.
 
     previous: that start's record in the run's lock.
     """
@@ -55,10 +64,17 @@ def start_times(previous: dict | None) -> dict[str, float | None]:
 
 
 def program_versions() -> dict[str, str]:
-    """Versions of python, torch and deepspeed, and the git commit of this program ("-dirty" if files differ, "" without a checkout)."""
+    """Versions of python, torch and deepspeed, and the git commit of this program ("-dirty" if files differ, "" without
+    a checkout).
+    """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
-    return {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": version("deepspeed"), "git": commit}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": version("deepspeed"),
+        "git": commit,
+    }

@@ -22,7 +22,11 @@ class Opened:
 
     def __call__(self, rank: int) -> None:
         def hook(event: str, arguments: tuple) -> None:
-            if event == "open" and str(arguments[0]).endswith(".safetensors") and "/checkpoints/step_" in str(arguments[0]):
+            if (
+                event == "open"
+                and str(arguments[0]).endswith(".safetensors")
+                and "/checkpoints/step_" in str(arguments[0])
+            ):
                 with self.file.open("a") as file:
                     print(Path(arguments[0]).name, file=file)
 
@@ -34,7 +38,15 @@ class Opened:
 def finished(tiny_config, tmp_path_factory):
     """A finished run on two ranks: 4 epochs, a checkpoint every 4 steps, of which two and the best are kept."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    run(tiny_config, output, "train.epochs=4", "checkpoint.every_steps=4", "checkpoint.keep=2", "monitor.images=8", world=2)
+    run(
+        tiny_config,
+        output,
+        "train.epochs=4",
+        "checkpoint.every_steps=4",
+        "checkpoint.keep=2",
+        "monitor.images=8",
+        world=2,
+    )
     return output
 
 
@@ -50,25 +62,48 @@ def test_newest_two_and_the_best_are_kept(finished):
 @pytest.mark.slow
 def test_run_folder_holds_what_the_contract_says(finished):
     names = {path.name for path in finished.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "train.log", "tensorboard", "checkpoints", "samples", "model.safetensors"} <= names
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "train.log",
+        "tensorboard",
+        "checkpoints",
+        "samples",
+        "model.safetensors",
+    } <= names
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train] == list(range(1, 33))
-    expected = {"kind", "step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait", "step_ms", "mfu", "time"}
+    expected = {
+        "kind",
+        "step",
+        "epoch",
+        "loss",
+        "lr",
+        "grad_norm",
+        "images_per_second",
+        "data_wait",
+        "step_ms",
+        "mfu",
+        "time",
+    }
     assert all(set(line) == expected and 0 <= line["data_wait"] <= 1 for line in train)
-    assert [line["event"] for line in lines if line["kind"] == "event" and line["event"] != "checkpoint"] == ["start", "finished"]
+    assert [line["event"] for line in lines if line["kind"] == "event" and line["event"] != "checkpoint"] == [
+        "start",
+        "finished",
+    ]
 
 
 @pytest.mark.slow
 def test_final_weights_are_the_last_checkpoints_ema_under_the_models_own_names(finished, tiny_config):
     from train.config import load_config
-    from train.tasks.classification.task import build_model
+    from train.tasks.base import build_task
 
     newest = list_checkpoints(finished / "checkpoints")[0]
     with safe_open(finished / "model.safetensors", framework="pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}
         assert json.loads(file.metadata()["catmodel"])["step"] == 32
-    build_model(load_config(tiny_config), classes=10).load_state_dict(state)
+    build_task(load_config(tiny_config), [""] * 10).build_model().load_state_dict(state)
     assert all((state[key] == value).all() for key, value in read_weights(newest, "ema").items())
     assert any((state[key] != value).any() for key, value in read_weights(newest, "model").items())
 
@@ -80,7 +115,10 @@ def test_tensorboard_has_curves_images_config_and_hyperparameters(finished):
     events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     tags = events.Tags()
-    wanted = {f"learning/{name}" for name in ("loss", "lr", "grad_norm")} | {"speed/images_per_second", "speed/data_wait"}
+    wanted = {f"learning/{name}" for name in ("loss", "lr", "grad_norm")} | {
+        "speed/images_per_second",
+        "speed/data_wait",
+    }
     wanted |= {f"evaluation/{weights}_{name}" for weights in ("model", "ema") for name in ("top1", "top5", "loss")}
     assert wanted <= set(tags["scalars"])
     assert len(events.Scalars("learning/loss")) == 32

@@ -111,24 +111,40 @@ def released(trained, tmp_path):
     return tmp_path / "released.pth"
 
 
-AT_32 = ["data.image_size=32", "train.evaluate_every=0", "checkpoint.every_steps=1", "checkpoint.keep=9", "schedule.warmup_epochs=0"]
+AT_32 = [
+    "data.image_size=32",
+    "train.evaluate_every=0",
+    "checkpoint.every_steps=1",
+    "checkpoint.keep=9",
+    "schedule.warmup_epochs=0",
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_another_size_and_other_classes_from_a_published_file(tiny_config, released, tmp_path, stage):
     """Two ranks, layer-wise rates: the first step's loss and update are those of these weights; a resume is bitwise."""
-    settings = [*AT_32, f"model.init_from={released}", "optimizer.layer_decay=0.25", "optimizer.weight_decay=0", "train.max_steps=3"]
+    settings = [
+        *AT_32,
+        f"model.init_from={released}",
+        "optimizer.layer_decay=0.25",
+        "optimizer.weight_decay=0",
+        "train.max_steps=3",
+    ]
     settings.append(f"zero.stage={stage}")
     job = run(tiny_config, tmp_path / "run", *settings, world=2)
     config = load_config(tiny_config, settings)
 
     manifest = open_dataset(config.data)
-    order = Order(config.train.seed, manifest.split("train").samples, config.train.global_batch, config.train.micro_batch)
+    order = Order(
+        config.train.seed, manifest.split("train").samples, config.train.global_batch, config.train.micro_batch
+    )
     task = Classification(config, manifest, order, Runtime(0, 1, 0, torch.device("cpu")))
     model = task.build_model()
     published = torch.load(released)["model"]
-    published["ape"] = torch.from_numpy(resized(published["ape"].view(8, 8, 16).numpy(), 16, 16, "bicubic")).float().view(1, 256, 16)
+    published["ape"] = (
+        torch.from_numpy(resized(published["ape"].view(8, 8, 16).numpy(), 16, 16, "bicubic")).float().view(1, 256, 16)
+    )
     published |= {key: value for key, value in model.state_dict().items() if key.startswith("head.")}
     model.load_state_dict(published)
     with task.batches(0) as batches, torch.no_grad():
@@ -138,7 +154,11 @@ def test_another_size_and_other_classes_from_a_published_file(tiny_config, relea
 
     # Adam's first step moves a weight by the learning rate, whatever its gradient.
     after = state(tmp_path / "run", 1)
-    for layer, key in ((0, "patch_embed.proj.weight"), (1, "layers.0.cpsa_blocks.0.mlp.fc1.weight"), (3, "head.weight")):
+    for layer, key in (
+        (0, "patch_embed.proj.weight"),
+        (1, "layers.0.cpsa_blocks.0.mlp.fc1.weight"),
+        (3, "head.weight"),
+    ):
         moved = (after[f"model/{key}"] - published[key]).abs().max().item()
         assert moved == pytest.approx(config.optimizer.lr * 0.25 ** (3 - layer), rel=1e-2), key
 

@@ -27,7 +27,9 @@ def test_running_statistics_and_evaluation_are_the_same_on_1_2_and_4_ranks(tiny_
         reference, *others = (statistics(tmp_path / f"{world}", 4, weights) for world in (1, 2, 4))
         for other in others:
             torch.testing.assert_close(other, reference, rtol=1e-4, atol=1e-5)
-        reference, *others = (line for world in (1, 2, 4) for line in metrics(tmp_path / f"{world}", "eval") if line["weights"] == weights)
+        reference, *others = (
+            line for world in (1, 2, 4) for line in metrics(tmp_path / f"{world}", "eval") if line["weights"] == weights
+        )
         for other in others:
             assert (other["loss"], other["count"]) == (pytest.approx(reference["loss"], rel=1e-5), 101)
     job = start_command("evaluate", tmp_path / "alone", str(tmp_path / "4"), "--weights", "ema", "--json")
@@ -42,7 +44,9 @@ def alone():
     dist.destroy_process_group()
 
 
-def step(model: nn.Module, tracker: RunningStatistics, batches: list[torch.Tensor], skipped: bool | torch.Tensor = False) -> None:
+def step(
+    model: nn.Module, tracker: RunningStatistics, batches: list[torch.Tensor], skipped: bool | torch.Tensor = False
+) -> None:
     tracker.begin()
     for batch in batches:
         model(batch)

@@ -18,10 +18,17 @@ def test_singular_values_come_near_one(shape):
 
 def test_matrices_take_muons_step_and_the_rest_adamws():
     torch.manual_seed(0)
-    matrix, bias, reference = torch.randn(8, 6, requires_grad=True), torch.randn(5, requires_grad=True), torch.zeros(5, requires_grad=True)
+    matrix, bias, reference = (
+        torch.randn(8, 6, requires_grad=True),
+        torch.randn(5, requires_grad=True),
+        torch.zeros(5, requires_grad=True),
+    )
     reference.data.copy_(bias.data)
     before = matrix.detach().clone()
-    groups = [{"params": [matrix], "weight_decay": 0.5, "matrices": True}, {"params": [bias], "weight_decay": 0.0, "matrices": False}]
+    groups = [
+        {"params": [matrix], "weight_decay": 0.5, "matrices": True},
+        {"params": [bias], "weight_decay": 0.0, "matrices": False},
+    ]
     optimizer = Muon(groups, lr=0.1, momentum=0.9, betas=(0.9, 0.99), eps=1e-8)
     optimizer.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
     adamw = torch.optim.AdamW([reference], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, fused=True)
@@ -30,7 +37,9 @@ def test_matrices_take_muons_step_and_the_rest_adamws():
     optimizer.step(), adamw.step()
     # After one step the momentum is proportional to the gradient, and orthogonalising removes the factor.
     update = orthogonalised(matrix.grad[None])[0]
-    torch.testing.assert_close(matrix.detach(), before * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 8**0.5 * update, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        matrix.detach(), before * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 8**0.5 * update, rtol=1e-4, atol=1e-5
+    )
     assert torch.equal(bias, reference)
 
 

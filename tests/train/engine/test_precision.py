@@ -30,7 +30,10 @@ def on_ranks(world: int, function, *arguments) -> list:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     pipes = [multiprocessing.Pipe(duplex=False) for _ in range(world)]
-    ranks = [_forkserver.Process(target=_rank, args=(rank, world, port, pipes[rank][1], function, arguments)) for rank in range(world)]
+    ranks = [
+        _forkserver.Process(target=_rank, args=(rank, world, port, pipes[rank][1], function, arguments))
+        for rank in range(world)
+    ]
     for rank, (_, sending) in zip(ranks, pipes, strict=True):
         rank.start()
         sending.close()
@@ -47,7 +50,9 @@ def _rank(rank: int, world: int, port: int, pipe, function, arguments) -> None:
 
     from train.engine.deepspeed_engine import init_process_group
 
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but the same arithmetic
     torch.set_num_threads(1)
     init_process_group(torch.device("cpu"), timedelta(seconds=120))
@@ -71,13 +76,17 @@ def build(path, stage: int, offload: bool, precision: str, *settings: str) -> Bu
     from train.tasks.base import build_task
 
     still = ["model.drop_path_rate=0", "model.cpsa_drop=0"]
-    config = load_config(path, [f"zero.stage={stage}", f"zero.offload={offload}", f"train.precision={precision}", *still, *settings])
+    config = load_config(
+        path, [f"zero.stage={stage}", f"zero.offload={offload}", f"train.precision={precision}", *still, *settings]
+    )
     torch.manual_seed(0)
     model = build_task(config, [""] * 10).build_model()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)  # zeros and ones would be exact in every type
-    return Built(config, model, Engine(copy.deepcopy(model), config, MICRO_BATCHES // dist.get_world_size(), torch.device("cpu")))
+    return Built(
+        config, model, Engine(copy.deepcopy(model), config, MICRO_BATCHES // dist.get_world_size(), torch.device("cpu"))
+    )
 
 
 def same_masters(path, ways, precision: str) -> list[str]:
@@ -132,10 +141,20 @@ def gradients(path, ways, precision: str) -> dict:
     rank, world = dist.get_rank(), dist.get_world_size()
     far = {}
     for stage, offload in ways:
-        built = build(path, stage, offload, precision, "optimizer.name=sgd", "optimizer.clip_grad=null", "optimizer.weight_decay=0")
+        built = build(
+            path,
+            stage,
+            offload,
+            precision,
+            "optimizer.name=sgd",
+            "optimizer.clip_grad=null",
+            "optimizer.weight_decay=0",
+        )
         engine, dtype = built.engine, DTYPES[precision]
         # The factor of an engine's loss: the loss scale divided by the number of micro-batches (at ZeRO 3, of a rank).
-        scale = engine.loss_scale_state().get("cur_scale", 1.0) / (MICRO_BATCHES // world if stage == 3 else MICRO_BATCHES)
+        scale = engine.loss_scale_state().get("cur_scale", 1.0) / (
+            MICRO_BATCHES // world if stage == 3 else MICRO_BATCHES
+        )
         plain = built.model.to(dtype)
         sums = {name: torch.zeros(parameter.shape) for name, parameter in plain.named_parameters()}
         for x, y in zip(images, labels, strict=True):
@@ -169,7 +188,12 @@ def test_gradients_of_micro_batches_and_ranks_are_summed_in_fp32(tiny_config, wo
 def scale_goes_on(path) -> list[float]:
     """Loss scales of engines that pass their state on, beginning with the state of DeepSpeed's scaler at ZeRO 1."""
     one = build(path, 1, True, "fp16").engine
-    as_before = one.loss_scale_state() | {"cur_scale": 2.0**9, "raise_error_at_min_scale": True, "scale_factor": 2.0, "min_scale": 1}
+    as_before = one.loss_scale_state() | {
+        "cur_scale": 2.0**9,
+        "raise_error_at_min_scale": True,
+        "scale_factor": 2.0,
+        "min_scale": 1,
+    }
     one.destroy()
     scales, state = [], as_before  # older checkpoints contain settings, too
     for stage in (3, 0, 2, 3):

@@ -33,7 +33,9 @@ class WriteTimeouts:
         def writing(run: Run) -> None:
             groups = dist.distributed_c10d._world.pg_map
             seconds = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
-            (self.path / f"groups_{rank}.json").write_text(json.dumps([seconds, resource.getrlimit(resource.RLIMIT_NOFILE)]))
+            (self.path / f"groups_{rank}.json").write_text(
+                json.dumps([seconds, resource.getrlimit(resource.RLIMIT_NOFILE)])
+            )
             go(run)
 
         Run.go = writing
@@ -62,7 +64,10 @@ NAMES = (
 @pytest.mark.parametrize(
     ("route", "expected"),
     [
-        ("ip route add default via 10.1.0.254 dev data0; ip route add default via 10.2.0.254 dev slow0 metric 9", ["data0"]),
+        (
+            "ip route add default via 10.1.0.254 dev data0; ip route add default via 10.2.0.254 dev slow0 metric 9",
+            ["data0"],
+        ),
         ("true", [None]),
     ],
 )
@@ -75,7 +80,9 @@ def test_the_interface_that_leads_to_rank_0(route, expected):
     )
     hosts = ["10.1.0.2", "10.2.0.3", "10.1.0.1", "10.2.0.7", "127.0.1.1", "no.such.host.invalid"]
     script = f"set -e; {network}; {route}; exec {sys.executable} -c '{NAMES}' {' '.join(hosts)}"
-    done = subprocess.run(["unshare", "--net", "bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["unshare", "--net", "bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(["data0", "slow0", "data0", "slow0", *expected, None])
 
@@ -87,7 +94,9 @@ def test_an_interface_is_chosen_only_where_ranks_are_on_several_nodes(monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "4")
     for local in (None, "4"):
         monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", local) if local else monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local) if local else monkeypatch.delenv(
+            "LOCAL_WORLD_SIZE", raising=False
+        )
         choose_interface()
         assert "GLOO_SOCKET_IFNAME" not in os.environ
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

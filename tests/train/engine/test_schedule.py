@@ -28,7 +28,9 @@ def test_warmup_is_linear_and_the_rest_one_cosine():
 
 def test_max_steps_does_not_change_the_schedule():
     short = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"max_steps": 5})})
-    assert [learning_rate(short, step, 100) for step in range(5)] == [learning_rate(CONFIG, step, 100) for step in range(5)]
+    assert [learning_rate(short, step, 100) for step in range(5)] == [
+        learning_rate(CONFIG, step, 100) for step in range(5)
+    ]
 
 
 def with_schedule(train: dict, **schedule: object) -> Config:
@@ -40,7 +42,9 @@ def with_schedule(train: dict, **schedule: object) -> Config:
 
 def test_a_run_in_steps_is_that_in_epochs():
     steps = with_schedule({"steps": 1000}, warmup_steps=200)
-    assert [learning_rate(steps, step, 7) for step in range(1000)] == [learning_rate(CONFIG, step, 100) for step in range(1000)]
+    assert [learning_rate(steps, step, 7) for step in range(1000)] == [
+        learning_rate(CONFIG, step, 100) for step in range(1000)
+    ]
     assert (steps.total_steps(7), CONFIG.total_steps(100), CONFIG.last_step(100)) == (1000, 1000, 1000)
 
 

@@ -63,7 +63,13 @@ class CountReads:
 @pytest.mark.parametrize(("stage", "precision"), READS)
 def test_between_two_lines_of_metrics_the_host_does_not_wait(tiny_config, tmp_path, stage, precision):
     """Steps 2 to 5, of two micro-batches per rank. DeepSpeed's timers, if enabled, would synchronise from step 3 on."""
-    settings = [f"zero.stage={stage}", f"train.precision={precision}", "train.log_every=6", "train.max_steps=6", "train.evaluate_every=0"]
+    settings = [
+        f"zero.stage={stage}",
+        f"train.precision={precision}",
+        "train.log_every=6",
+        "train.max_steps=6",
+        "train.evaluate_every=0",
+    ]
     options = {"world": 2, "allow_fp16": precision == "fp16", "before": CountReads(tmp_path / "reads.json")}
     run(tiny_config, tmp_path, *settings, "optimizer.clip_grad=1.0", **options)
     steps, places = json.loads((tmp_path / "reads.json").read_text())

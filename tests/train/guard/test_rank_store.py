@@ -121,7 +121,9 @@ def test_dead_rank_0_is_an_error(start):
     first.signal(signal.SIGKILL)
     first.process.join()
     gone = "ConnectionError: rank 0, which keeps the store, is gone"
-    assert second.call("get", "key") == gone == second.call("set_once", "key", "value") == second.call("get_all", ["key"])
+    assert (
+        second.call("get", "key") == gone == second.call("set_once", "key", "value") == second.call("get_all", ["key"])
+    )
     assert second.call("wait_for", "key", 60) is None
 
 

@@ -57,7 +57,11 @@ lock.release()
 class Run:
     def __init__(self, folder, how="flock"):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", RUN, str(folder), how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, "-c", RUN, str(folder), how],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
         )
         assert self.answer() == "ready"
 
@@ -90,7 +94,16 @@ def start(tmp_path):
 
 def record(folder, **changes):
     """Write the lock file of a run on another machine."""
-    fields = {"host": "node17", "boot": "another", "pid": 4711, "token": "t", "started": 1.7e9, "beat": 1.7e9, "ended": False, **changes}
+    fields = {
+        "host": "node17",
+        "boot": "another",
+        "pid": 4711,
+        "token": "t",
+        "started": 1.7e9,
+        "beat": 1.7e9,
+        "ended": False,
+        **changes,
+    }
     (folder / ".lock").write_bytes(json.dumps(fields).encode().ljust(SIZE))
 
 

@@ -33,7 +33,9 @@ def test_a_second_interrupt_ends_it_at_once():
     program = LISTEN.replace("deadline = ", "print('ready', flush=True)\ndeadline = ").replace(
         "while not stop_signals.received and", "while"
     )
-    process = subprocess.Popen([sys.executable, "-S", "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "ready\n"
     for _ in range(2):
         os.kill(process.pid, signal.SIGINT)

@@ -1,4 +1,6 @@
-"""A task outside of the program's own folders does all that classification does, and no line of the program knows it."""
+"""A task outside of the program's own folders does all that classification does, and no line of the program knows
+it.
+"""
 
 import json
 import shutil

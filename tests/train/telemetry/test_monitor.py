@@ -16,7 +16,11 @@ from train.config import load_config
 from train.telemetry.appender import Alarm, Appender
 from train.telemetry.metrics import Metric, Scores
 
-METRICS = (Metric("top1", "top-1", "%", "higher"), Metric("top5", "top-5", "%", "higher"), Metric("loss", "loss", "", "lower"))
+METRICS = (
+    Metric("top1", "top-1", "%", "higher"),
+    Metric("top5", "top-5", "%", "higher"),
+    Metric("loss", "loss", "", "lower"),
+)
 
 
 @pytest.fixture
@@ -30,7 +34,9 @@ def small_disk(tmp_path):
 
 @contextlib.contextmanager
 def mounted(folder, size):
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
     if mount.returncode:
         pytest.skip(f"a file system to fill cannot be mounted here: {mount.stderr.strip()}")
     try:
@@ -158,7 +164,10 @@ def test_health_is_counted_over_all_starts(tiny_config, tmp_path):
     train_line(monitor, 3)
     monitor.close()
     events = board(tmp_path)
-    curves = {name: [point.value for point in events.Scalars(f"health/{name}")] for name in ("skipped_steps", "bad_samples", "restarts")}
+    curves = {
+        name: [point.value for point in events.Scalars(f"health/{name}")]
+        for name in ("skipped_steps", "bad_samples", "restarts")
+    }
     assert curves == {"skipped_steps": [2, 3], "bad_samples": [1, 1], "restarts": [0, 1]}
     assert [point.value for point in events.Scalars("health/slow_ranks")] == [0, 0]
 
@@ -200,7 +209,9 @@ def test_a_disk_that_stays_full_is_said_at_the_end(tiny_config, small_disk, capf
         train_line(monitor, step)
     monitor.close()
     stderr = capfd.readouterr().err
-    assert f"{small_disk / 'run' / 'metrics.jsonl'} could not be written until the end: 3 lines are lost" in stderr, stderr
+    assert f"{small_disk / 'run' / 'metrics.jsonl'} could not be written until the end: 3 lines are lost" in stderr, (
+        stderr
+    )
 
 
 def test_too_many_kept_lines_lose_the_oldest_which_are_counted(small_disk, capfd):

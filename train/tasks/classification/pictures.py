@@ -7,7 +7,8 @@ from io import BytesIO
 import numpy as np
 
 from data_pipeline.faults import StorageError
-from data_pipeline.manifest import DataError, Split, UsageError, open_manifest
+from data_pipeline.manifest import open_manifest
+from data_pipeline.split import DataError, Split, UsageError
 
 
 def pictures(config: dict, fingerprint: str, ids: Iterable[int]) -> tuple[dict[int, str], str]:

@@ -25,7 +25,9 @@ AHEAD = 3  # batches that are decoded while the model has one
 
 @dataclass(frozen=True)
 class ImageClasses:
-    """The most probable classes of an image and their probabilities 0..1, best first; or why the image could not be read."""
+    """The most probable classes of an image and their probabilities 0..1, best first; or why the image could not be
+    read.
+    """
 
     path: Path
     classes: tuple[str, ...] = ()
@@ -34,11 +36,16 @@ class ImageClasses:
 
     def text(self) -> str:
         pairs = zip(self.classes, self.probabilities, strict=True)
-        return "\n".join([str(self.path), *(f"  {100 * probability:5.1f} %  {printable(name)}" for name, probability in pairs)])
+        return "\n".join(
+            [str(self.path), *(f"  {100 * probability:5.1f} %  {printable(name)}" for name, probability in pairs)]
+        )
 
     def json(self) -> dict[str, Any]:
         pairs = zip(self.classes, self.probabilities, strict=True)
-        return {"image": str(self.path), "top": [{"class": name, "probability": probability} for name, probability in pairs]}
+        return {
+            "image": str(self.path),
+            "top": [{"class": name, "probability": probability} for name, probability in pairs],
+        }
 
 
 @torch.no_grad()
@@ -52,9 +59,12 @@ def predict(
     batch: int,
     top: int,
 ) -> Iterator[ImageClasses]:
-    """The `top` classes, of those that `names` lists, of each path, in their order. `model`: in evaluation mode, on `device`.
+    """The `top` classes, of those that `names` lists, of each path, in their order.
 
-    Threads, one for each core, decode a few batches ahead of the model; results are returned while later images are still read.
+    `model`: in evaluation mode, on `device`.
+
+    Threads, one for each core, decode a few batches ahead of the model; results are returned while later images are
+    still read.
     """
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as threads:
         starts = iter(range(0, len(paths), batch))
@@ -64,7 +74,9 @@ def predict(
             if (start := next(starts, None)) is not None:
                 chosen = paths[start : start + batch]
                 pixels = np.zeros((len(chosen), data.image_size, data.image_size, 3), np.uint8)
-                pending.append((chosen, pixels, [threads.submit(_read, *pair, data) for pair in zip(chosen, pixels, strict=True)]))
+                pending.append(
+                    (chosen, pixels, [threads.submit(_read, *pair, data) for pair in zip(chosen, pixels, strict=True)])
+                )
 
         for _ in range(AHEAD):
             submit()
@@ -90,8 +102,8 @@ def _best(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
 def _read(path: Path, pixels: np.ndarray, data: DataConfig) -> str | None:
     """Decode one image into `pixels`, uint8 [S, S, 3]. Returns why it cannot be decoded, or None.
 
-    A JPEG goes straight to the decoder, which notices damage only inside the window that is cut out. An image that it refuses, and every
-    other format, is converted first as `launch/prepare.py` would.
+    A JPEG goes straight to the decoder, which notices damage only inside the window that is cut out. An image that it
+    refuses, and every other format, is converted first as `launch/prepare.py` would.
     """
     try:
         encoded = path.read_bytes()

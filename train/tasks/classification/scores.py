@@ -10,7 +10,7 @@ from torch import Tensor
 from data_pipeline.augment import normalise
 from data_pipeline.config import AugmentConfig
 from data_pipeline.loader import MicroBatch
-from data_pipeline.manifest import DataError
+from data_pipeline.split import DataError
 from train.tasks.base import Model, on_device
 from train.telemetry.metrics import Scores
 
@@ -20,7 +20,9 @@ UNCOUNTED = -1  # label of samples that are not counted
 
 @dataclass(frozen=True)
 class Mistake:
-    """A sample of the `val` split, its class, and the class that the model found more probable, with its probability 0..1."""
+    """A sample of the `val` split, its class, and the class that the model found more probable, with its probability
+    0..1.
+    """
 
     id: int
     label: int
@@ -31,9 +33,9 @@ class Mistake:
 class ClassificationTally:
     """Sums of a batch: correct in the first place, correct in the first five, cross-entropy, samples.
 
-    Kept for launch/report.py: for each class how many of its samples were scored and how many of those correctly; and the mistakes that
-    the model was surest of, surest first, equally sure ones by their ids. All of that is integers on the device, so no order of adding
-    changes it, and the host does not wait before `finish`.
+    Kept for launch/report.py: for each class how many of its samples were scored and how many of those correctly; and
+    the mistakes that the model was surest of, surest first, equally sure ones by their ids. All of that is integers on
+    the device, so no order of adding changes it, and the host does not wait before `finish`.
     """
 
     width = 4
@@ -45,7 +47,9 @@ class ClassificationTally:
         self._worst = torch.full((4, KEPT), -1, dtype=torch.int64, device=device)  # key, id, label, predicted
 
     def add(self, model: Model, batch: MicroBatch) -> Tensor:
-        ids, labels, counted = (column.to(self._device, non_blocking=True) for column in (batch.ids, batch.targets, batch.counted))
+        ids, labels, counted = (
+            column.to(self._device, non_blocking=True) for column in (batch.ids, batch.targets, batch.counted)
+        )
         labels = labels.where(counted, UNCOUNTED)
         logits = model(normalise(on_device(batch, self._device), self._settings)).float()
         losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=UNCOUNTED)
@@ -58,7 +62,10 @@ class ClassificationTally:
         correct1, correct5, loss, count = sums
         total = int(count)
         if not total:
-            raise DataError("not one image of the val split can be read. Check the dataset with: python launch/prepare.py verify DATASET")
+            raise DataError(
+                "not one image of the val split can be read. Check the dataset with: python launch/prepare.py verify "
+                "DATASET"
+            )
         values = {"top1": 100 * correct1 / total, "top5": 100 * correct5 / total, "loss": loss / total}
         return Scores(values, total), self._gather()
 
@@ -67,7 +74,8 @@ class ClassificationTally:
         rows = labels.where(counted, len(self._classes))
         self._counts.index_add_(0, rows, torch.stack([counted, correct], dim=1).long())
         probability = logits.softmax(dim=1).amax(dim=1).nan_to_num(0.0)
-        # The bits of floats that are not negative are ordered like the floats. With the id below them no two keys are equal.
+        # The bits of floats that are not negative are ordered like the floats. With the id below them no two keys are
+        # equal.
         key = probability.view(torch.int32).long() << 32 | (0xFFFFFFFF - ids)
         self._keep(torch.stack([key.where(counted & ~correct, -1), ids, labels, predicted]))
 
@@ -85,7 +93,9 @@ class ClassificationTally:
             self._keep(torch.cat(of_all, dim=1))
         worst = self._worst[:, self._worst[0] >= 0].cpu()
         probabilities = (worst[0] >> 32).int().view(torch.float32).tolist()
-        mistakes = [Mistake(*row, probability) for row, probability in zip(worst[1:].T.tolist(), probabilities, strict=True)]
+        mistakes = [
+            Mistake(*row, probability) for row, probability in zip(worst[1:].T.tolist(), probabilities, strict=True)
+        ]
         count, correct = self._counts[:-1].T.tolist()
         return {
             "classes": list(self._classes),

@@ -23,7 +23,11 @@ from train.telemetry.metrics import Metric
 class Classification(Task):
     """Classification of the dataset's classes by a network of catmodel."""
 
-    metrics = (Metric("top1", "top-1", "%", "higher"), Metric("top5", "top-5", "%", "higher"), Metric("loss", "loss", "", "lower"))
+    metrics = (
+        Metric("top1", "top-1", "%", "higher"),
+        Metric("top5", "top-5", "%", "higher"),
+        Metric("loss", "loss", "", "lower"),
+    )
 
     def build_model(self) -> nn.Module:
         """The config's network, with activation checkpointing and kernels set as the config says."""
@@ -49,17 +53,26 @@ class Classification(Task):
     def example_loss(self, output: Tensor) -> Tensor:
         return F.cross_entropy(output.float(), torch.zeros(len(output), dtype=torch.int64, device=output.device))
 
-    def load_weights(self, model: nn.Module, weights: dict[str, Tensor], classes: Sequence[str] | None, source: str) -> list[str]:
-        """Position tables are interpolated to the model's image size. The head keeps its initial weights if the classes differ."""
+    def load_weights(
+        self, model: nn.Module, weights: dict[str, Tensor], classes: Sequence[str] | None, source: str
+    ) -> list[str]:
+        """Position tables are interpolated to the model's image size.
+
+        The head keeps its initial weights if the classes differ.
+        """
         from catmodel.pretrained import DoesNotFit, load_published
 
-        count = next((len(head) for head in map(weights.get, ("head.weight", "fc.weight")) if getattr(head, "ndim", 0)), 0)
+        count = next(
+            (len(head) for head in map(weights.get, ("head.weight", "fc.weight")) if getattr(head, "ndim", 0)), 0
+        )
         others = count != len(self.classes) or (classes is not None and tuple(classes) != self.classes)
         try:
             report = load_published(model, weights, resize_positions=True, fresh_head=others)
         except DoesNotFit as error:
             more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
-            raise ConfigError(f"model.init_from: {source} does not fit this {self.config.model.name}: {error.problems[0]}{more}") from error
+            raise ConfigError(
+                f"model.init_from: {source} does not fit this {self.config.model.name}: {error.problems[0]}{more}"
+            ) from error
         sentences = [f"position tables interpolated: {', '.join(report.resized)}"] if report.resized else []
         if others:
             sentences.append(f"head: {count} -> {len(self.classes)} classes, fresh")
@@ -85,7 +98,9 @@ class Classification(Task):
     def tally(self, device: torch.device) -> ClassificationTally:
         return ClassificationTally(self.config.augment, self.classes, device)
 
-    def predict(self, model: nn.Module, paths: Sequence[Path], device: torch.device, batch: int, top: int = 5) -> Iterator[ImageClasses]:
+    def predict(
+        self, model: nn.Module, paths: Sequence[Path], device: torch.device, batch: int, top: int = 5
+    ) -> Iterator[ImageClasses]:
         """The `top` most probable classes of each image."""
         return predict(model, paths, self.config.data, self.config.augment, self.classes, device, batch, top)
 

@@ -1,4 +1,7 @@
-"""A task of the tests: per-pixel regression, with targets of varying size. It is registered, and nothing else knows of it."""
+"""A task of the tests: per-pixel regression, with targets of varying size.
+
+It is registered, and nothing else knows of it.
+"""
 
 from pydantic import Field
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import catmodel
 from data_pipeline.augment import augment, normalise, sample_keys
 from data_pipeline.loader import MicroBatch
-from data_pipeline.manifest import Split
+from data_pipeline.split import Split
 from train.tasks.base import Model, Task, on_device
 from train.telemetry.metrics import Metric, Scores
 
@@ -55,7 +55,9 @@ class Depth(Task):
         return DepthNet(backbone, config.model.embed_dim * 2 ** (len(config.model.depths) - 1))
 
     def example(self, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(count, 3, self.config.data.image_size, self.config.data.image_size, device=device, dtype=dtype)
+        return torch.zeros(
+            count, 3, self.config.data.image_size, self.config.data.image_size, device=device, dtype=dtype
+        )
 
     def example_loss(self, output: Tensor) -> Tensor:
         return output.float().square().mean()
@@ -99,9 +101,13 @@ class DepthTally:
         for error, counted in zip(self._task._errors(output, batch.targets), batch.counted.tolist(), strict=True):
             if counted:
                 error = error.double()
-                sums += torch.stack([error.square().sum(), error.abs().sum(), torch.tensor(float(error.numel())), torch.tensor(1.0)])
+                sums += torch.stack(
+                    [error.square().sum(), error.abs().sum(), torch.tensor(float(error.numel())), torch.tensor(1.0)]
+                )
         return sums
 
     def finish(self, sums: Sequence[float]) -> tuple[Scores, dict]:
         squared, absolute, pixels, count = sums
-        return Scores({"rmse": (squared / pixels) ** 0.5, "mae": absolute / pixels}, int(count)), {"pixels": int(pixels)}
+        return Scores({"rmse": (squared / pixels) ** 0.5, "mae": absolute / pixels}, int(count)), {
+            "pixels": int(pixels)
+        }

@@ -1,0 +1,158 @@
+"""A split of a prepared dataset: its files, its index and its annotations."""
+
+import hashlib
+import os
+import resource
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+# offset and size locate the encoded image inside its shard (bytes); checksum is the CRC-32 of those bytes.
+RECORD = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("size", "<u4"),
+        ("shard", "<u4"),
+        ("label", "<u4"),
+        ("checksum", "<u4"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+    ]
+)
+
+
+class DataError(Exception):
+    """The dataset is missing or damaged; the message names what, and the remedy."""
+
+    exit_code = os.EX_DATAERR
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the message is one sentence for the person who asked, with the remedy."""
+
+    exit_code = os.EX_CONFIG
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard file: its name inside the dataset's folder, samples, size in bytes and SHA-256."""
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Beton:
+    """An FFCV file that holds a whole split, in the order of its ids: its name inside the dataset's folder, size in
+    bytes and SHA-256.
+
+    mode: "jpeg" (each image's original bytes) or "raw" (its pixels, uint8 [height, width, 3]). fingerprint: the SHA-256
+    of `<file>.index`, the table of `RECORD`s that says where the images lie in it, with the checksums of what is stored
+    there and `shard` 0.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+    mode: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """A named array with one row per sample, in a .npy file: its name inside the dataset's folder, size in bytes and
+    SHA-256.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split (`train`, `val`) of a dataset.
+
+    `fingerprint` is the SHA-256 of its index, and so of every label and image in it.
+    """
+
+    folder: Path
+    name: str
+    samples: int
+    fingerprint: str
+    shards: tuple[Shard, ...]
+    beton: Beton | None = None
+    annotations: dict[str, Annotation] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of everything that training sees of the split: images, labels and annotations."""
+        if not self.annotations:
+            return self.fingerprint
+        parts = [self.fingerprint, *(f"{name} {self.annotations[name].sha256}" for name in sorted(self.annotations))]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
+    def table_paths(self) -> list[Path]:
+        """The files that are memory-mapped as a whole: indexes and annotations."""
+        paths = [self.index_path, *(self.folder / annotation.file for annotation in self.annotations.values())]
+        return [*paths, self.beton_index_path] if self.beton else paths
+
+    def annotation(self, name: str) -> np.ndarray:
+        """The memory-mapped array `name`, [samples, …]. Raises DataError if the split has none of that name."""
+        if name not in self.annotations:
+            raise DataError(
+                f"split {self.name!r} of {self.folder} has no annotation {name!r}. Prepare the dataset again."
+            )
+        return np.load(self.folder / self.annotations[name].file, mmap_mode="r")
+
+    @property
+    def keep_open(self) -> int:
+        """Files that a reader keeps open at most: a quarter of what the process may open, as training and evaluation
+        both read.
+        """
+        return min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+
+    def open_file(self, path: Path, closing: threading.Event, note: Callable[[str, str], None]) -> int:
+        """A descriptor, for reading, of one of this split's files.
+
+        closing: set when the reader is about to close. note: told (file, what was wrong) of faults that passed.
+        """
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def mend(self, path: Path, closing: threading.Event, note: Callable[[str, str], None]) -> bool:
+        """Called where `path` has a damaged sample. True: reading it anew may give other bytes."""
+        return False
+
+    @property
+    def index_path(self) -> Path:
+        return self.folder / f"{self.name}.index"
+
+    @cached_property
+    def records(self) -> np.ndarray:
+        """The memory-mapped table of `RECORD`s, [samples]."""
+        return np.memmap(self.index_path, dtype=RECORD, mode="r", shape=(self.samples,))
+
+    def listing(self) -> list[tuple[str, int, str]]:
+        """(name in the dataset's folder, size in bytes, SHA-256) of each of its files."""
+        files = [(self.index_path.name, self.samples * RECORD.itemsize, self.fingerprint)]
+        files += [(file.file, file.bytes, file.sha256) for file in (*self.shards, *self.annotations.values())]
+        if self.beton:
+            files += [(self.beton.file, self.beton.bytes, self.beton.sha256)]
+            files += [(f"{self.beton.file}.index", self.samples * RECORD.itemsize, self.beton.fingerprint)]
+        return files
+
+    @property
+    def beton_index_path(self) -> Path:
+        return self.folder / f"{self.beton.file}.index"
+
+    @cached_property
+    def beton_records(self) -> np.ndarray:
+        """The memory-mapped table of the beton's `RECORD`s, [samples]."""
+        return np.memmap(self.beton_index_path, dtype=RECORD, mode="r", shape=(self.samples,))
