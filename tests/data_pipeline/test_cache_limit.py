@@ -55,6 +55,7 @@ def test_a_file_that_is_being_read_stays_readable_and_no_descriptor_is_kept(data
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+@pytest.mark.slow
 def test_the_limit_holds_while_processes_and_threads_fetch(dataset, tmp_path):
     data = limited(dataset, tmp_path, 4.1)
     limit, largest = int(data.cache_gb * 1e9), 0

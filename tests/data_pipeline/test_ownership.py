@@ -166,6 +166,7 @@ def test_a_run_without_results_leaves_no_files(tmp_path):
     assert not list((tmp_path / "set").iterdir())
 
 
+@pytest.mark.slow
 def test_an_ffcv_file_of_the_user_is_not_overwritten(pictures, tmp_path):
     pytest.importorskip("ffcv")
     run(pictures, tmp_path / "set")

@@ -107,6 +107,7 @@ def test_imagefolder_of_torchvision(folder, tmp_path):
         open_manifest(tmp_path / "set").split("val")
 
 
+@pytest.mark.slow
 def test_a_torchvision_dataset_by_name(tmp_path):
     """Raw files of MNIST made here: 40 train and 20 test images, each with a bar whose height gives its digit."""
     raw = tmp_path / "root/MNIST/raw"

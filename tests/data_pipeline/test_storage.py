@@ -120,6 +120,7 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_processes_of_a_node_fetch_a_file_once(server, tmp_path):
     server.slow = 0.002
     data = config(server.url, tmp_path / "cache")

@@ -226,6 +226,7 @@ def test_verify(dataset, tmp_path):
     fails_with(65, call("verify", tmp_path / "nothing"), "manifest.json is missing")
 
 
+@pytest.mark.slow
 def test_smaller_images(source, tmp_path):
     from data_pipeline.manifest import open_manifest
 

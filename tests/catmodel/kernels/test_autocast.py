@@ -99,7 +99,7 @@ OPERATORS = {
 }
 
 
-@every_model
+@pytest.mark.parametrize("name", [pytest.param("cat_tiny", marks=pytest.mark.slow), "pvt_tiny", "cotnet50"])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_gradients_are_as_accurate_as_without_kernels(name, dtype, device):
     """With the backward pass inside or outside of autocast, without its cache, and with activation checkpointing."""
