@@ -11,8 +11,9 @@ from torch import Tensor
 
 from benchmarks.roofline import Roofline, seconds
 from catmodel import kernels
-from catmodel.attention import CrossPatchAttention, Patches, attend
+from catmodel.attention import CrossPatchAttention, attend
 from catmodel.layers import Mlp
+from catmodel.patches import Patches
 from train.config import ConfigError
 from train.telemetry.formatting import table
 

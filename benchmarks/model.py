@@ -20,8 +20,8 @@ import catmodel
 from benchmarks.measure import DeviceTimer, interleave, summary
 from benchmarks.roofline import Roofline, bytes_per_image, flops_per_image, replaced
 from catmodel import attention
-from catmodel.attention import Patches
 from catmodel.cat import Stage
+from catmodel.patches import Patches
 from train.engine.deepspeed_engine import DTYPES, compile_settings
 from train.engine.flops import finish
 from train.telemetry.formatting import table
