@@ -25,7 +25,7 @@ class Failure(NamedTuple):
 
 FAILURES = (
     Failure("finished", "rank 0", (0,), False),
-    Failure("bad data: samples that cannot be read, a dataset that is not whole", "every node", (BAD_DATA,), False),
+    Failure("bad data: samples that cannot be read, an incomplete dataset", "every node", (BAD_DATA,), False),
     Failure("a port is in use", "rank 0", (UNAVAILABLE,), True),
     Failure("out of memory", "any rank", (UNAVAILABLE,), True),
     Failure("training failed: gradients that are not finite", "every node", (FAILED,), False),

@@ -301,7 +301,7 @@ def test_index_says_what_it_left_out(foreign):
     output = call("index", foreign).stdout
     assert (
         "train: 200 images; 1 left out, as they cannot be used" in output
-        and "1 of those left out are sound, but no JPEGs" in output
+        and "1 of those left out are sound, but not JPEGs" in output
     )
     assert "unpack the shards into class folders" in output
 
