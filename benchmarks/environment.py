@@ -5,11 +5,12 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from train.engine.processor import processor_name
+
 
 def machine() -> str:
     """The GPU, if torch is imported and sees one, and the CPU with its usable cores."""
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    cores = f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    cores = f"{processor_name()}, {len(os.sched_getaffinity(0))} cores"
     torch = sys.modules.get("torch")
     return f"{torch.cuda.get_device_name()}, {cores}" if torch and torch.cuda.is_available() else cores
 

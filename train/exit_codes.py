@@ -44,7 +44,7 @@ FAILURES = (
         False,
     ),
     Failure("one node differs", "some nodes", (BAD_DATA, FAILED, BAD_CONFIG), True),
-    Failure("a rank crashes, or NCCL or gloo have lost a neighbour", "any rank", (CRASHED,), True),
+    Failure("a rank crashes, or NCCL or gloo has lost a neighbour", "any rank", (CRASHED,), True),
     Failure("a rank is killed", "any rank", (), True),
 )
 # Code -> reason, for codes after which another start would end the same way, if every node has reported them.
