@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import tests.catmodel.kernels.interpreter  # noqa: F401, I001  before anything imports Triton
 from train.engine.processor import processor_name
 
 # A shell that runs the tests in the background ignores SIGINT, and all processes that they start would inherit this.

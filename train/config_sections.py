@@ -155,8 +155,7 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="torch.compile the network: minutes at the start")
     cuda_graphs: bool = Field(
         False,
-        description="replay the compiled network as CUDA graphs, for small batches; one micro-batch a rank and step "
-        "(not measured)",
+        description="replay the compiled network as CUDA graphs; needs one micro-batch per rank and step",
     )
 
     @model_validator(mode="before")

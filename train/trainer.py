@@ -59,8 +59,7 @@ def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: 
 class Outcome(NamedTuple):
     """What a step found.
 
-    losses: float64 [rows, micro-batches] on the device, zero in other ranks' columns; the first row is the sum that is
-    trained on, the others are its parts, if there are several. ids: of this rank's samples.
+    losses: as from Task.new_losses, on the device; zero in other ranks' columns. ids: of this rank's samples.
     """
 
     losses: Tensor
@@ -121,10 +120,7 @@ class Run(RunParts):
     def train_step(self, step: int, batches: Prefetcher) -> Outcome:
         """One optimizer step: this rank's micro-batches forward and backward, then the update."""
         config, order, engine, guard = self.config, self.order, self.engine, self.guard
-        names, ids = self.task.losses, []
-        losses = torch.zeros(
-            len(names) + (len(names) > 1), order.micro_batches, dtype=torch.float64, device=self.runtime.device
-        )
+        losses, ids = self.task.new_losses(order.micro_batches, self.runtime.device), []
         self.statistics.begin()
         for index in self.share:
             with guard.local_work():
@@ -134,12 +130,11 @@ class Run(RunParts):
                 self.monitor.images(step, functools.partial(self.task.preview, inputs))
             torch.manual_seed(make_key(config.train.seed, Stream.MODEL, step, index))  # for the model's dropout
             with guard.local_work(engine.stage < 3):  # ZeRO 3 gathers weights during forward
-                parts = self.task.loss(engine, inputs)
-                loss = functools.reduce(torch.add, parts.values())
-            engine.backward(loss)
+                losses_of_batch = self.task.total_and_parts(self.task.loss(engine, inputs))
+            engine.backward(losses_of_batch[0])
             self.statistics.add()
             batches.prepare()
-            losses[:, index] = torch.stack([loss.detach(), *(parts[name].detach() for name in names if len(names) > 1)])
+            losses[:, index] = torch.stack([loss.detach() for loss in losses_of_batch])
             ids += batch.ids.tolist()
             result = engine.step(learning_rate(config, step, order.steps_per_epoch))
         self.statistics.finish(result.skipped)
@@ -155,9 +150,9 @@ class Run(RunParts):
         dist.all_reduce(sums)  # each loss is zero on all ranks but one: the same sum on any number of ranks
         means = [losses.mean() for losses in sums[:-1].view(outcome.losses.shape)]
         *means, bad, norm = torch.stack([*means, sums[-1], outcome.grad_norm.to(sums)]).tolist()
-        names = ["loss", *(name for name in self.task.losses if len(means) > 1)]
+        losses = dict(zip(self.task.loss_names(), means, strict=True))
         lr = learning_rate(self.config, done - 1, self.order.steps_per_epoch)
-        self.monitor.train(done, self.epoch(done), dict(zip(names, means, strict=True)), lr, norm, *clock.read())
+        self.monitor.train(done, self.epoch(done), losses, lr, norm, *clock.read())
         if bad:
             bad_samples.agree(self.monitor)
 
@@ -186,10 +181,8 @@ class Run(RunParts):
         self.saver.finish(self.monitor)
         saved = self.saver.saved
         lost = f"; {done - saved} steps are lost, because the save failed" if saved != done else ""
-        text = (
-            f"stopped after step {done} (rank {rank} got {number.name}); started again, the run goes on from step "
-            f"{saved}{lost}"
-        )
+        text = f"stopped after step {done} (rank {rank} got {number.name}); started again, the run goes on from step "
+        text += f"{saved}{lost}"
         self.monitor.event("preempted", done, text, signal=number.name, rank=rank)
         raise Stopped(text)
 
@@ -212,10 +205,7 @@ class Run(RunParts):
         if done == self.last:
             self.saver.finish(self.monitor)
             if self.saver.saved != done:
-                raise NotSaved(
-                    f"the last checkpoint, of step {done}, was not written ({self.saver.failure}): mend that, and "
-                    "start again"
-                )
+                raise NotSaved(done, self.saver.failure)
 
     def finish(self) -> None:
         """Write `model.safetensors` from the last checkpoint, and the final scores."""

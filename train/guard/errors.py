@@ -14,6 +14,9 @@ class TrainingFailed(Exception):
 class NotSaved(Exception):
     """The run is over, but its last checkpoint could not be written."""
 
+    def __init__(self, step: int, why: str | None):
+        super().__init__(f"the last checkpoint, of step {step}, was not written ({why}): mend that, and start again")
+
     exit_code = exit_codes.IO_ERROR
 
 

@@ -2,6 +2,7 @@
 task.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -124,6 +125,19 @@ class Task(ABC):
         Nothing may be normalised by numbers of one rank. torch's generators have been seeded by (seed, step,
         micro-batch index).
         """
+
+    def loss_names(self) -> list[str]:
+        """The rows of `new_losses`: "loss", the sum that is trained on, and its parts if there are several."""
+        return ["loss", *self.losses] if len(self.losses) > 1 else ["loss"]
+
+    def new_losses(self, micro_batches: int, device: torch.device) -> Tensor:
+        """Zeros for a step's losses, float64 [len(loss_names()), micro_batches]."""
+        return torch.zeros(len(self.loss_names()), micro_batches, dtype=torch.float64, device=device)
+
+    def total_and_parts(self, parts: dict[str, Tensor]) -> list[Tensor]:
+        """What `loss` returned, in the order of `loss_names`."""
+        total = functools.reduce(torch.add, parts.values())
+        return [total, *(parts[name] for name in self.loss_names()[1:])]
 
     def preview(self, inputs: Any, count: int) -> Tensor | None:
         """Up to `count` images of a micro-batch as the network sees them, float [n, 3, H, W] in 0..1 on the CPU; None:
