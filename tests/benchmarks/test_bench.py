@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.model import Setting, one_step
+from tests.benchmarks.test_roofline import Linear
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -88,20 +91,7 @@ def test_what_needs_a_gpu_says_so_in_one_sentence(arguments):
     assert "GPU" in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-class Linear(torch.nn.Module):
-    """A linear layer from 3 x 4 x 4 inputs to 10 outputs, without bias."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(10, 48))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.flatten(1) @ self.weight.T
-
-
 def test_a_step_is_a_training_step():
-    from benchmarks.model import Setting, one_step  # not above: see tests/catmodel/kernels/conftest.py
-
     torch.manual_seed(0)
     model = Linear()
     torch.nn.init.normal_(model.weight, std=0.1)

@@ -1,20 +1,12 @@
 """docs/results/models.json is up to date with the models."""
 
 import json
-from types import ModuleType
 
 import pytest
 
 import catmodel
+from benchmarks.families import PUBLISHED, counted
 from tests.runs import ROOT
-
-
-@pytest.fixture(scope="module")
-def families() -> ModuleType:
-    """Not imported above: see tests/catmodel/kernels/conftest.py."""
-    from benchmarks import families
-
-    return families
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +14,12 @@ def rows() -> list[dict]:
     return json.loads((ROOT / "docs/results/models.json").read_text())["counts"]
 
 
-def test_every_model_has_a_line(families, rows):
-    assert [(row["model"], row["size"]) for row in rows] == [line[:2] for line in families.PUBLISHED]
+def test_every_model_has_a_line(rows):
+    assert [(row["model"], row["size"]) for row in rows] == [line[:2] for line in PUBLISHED]
     assert {row["model"] for row in rows} == set(catmodel.list_models())
 
 
 @pytest.mark.parametrize("name", ["cat_nano", "pvt_tiny", "cotnet50"])
-def test_counts_are_still_those_of_the_models(families, rows, name):
+def test_counts_are_still_those_of_the_models(rows, name):
     row = next(row for row in rows if row["model"] == name)
-    assert families.counted(name, 32 if name == "cat_nano" else 224).items() <= row.items()
+    assert counted(name, 32 if name == "cat_nano" else 224).items() <= row.items()

@@ -1,17 +1,8 @@
 """Counting of the bytes that a model moves, and the roofline's bound."""
 
-from types import ModuleType
-
-import pytest
 import torch
 
-
-@pytest.fixture
-def roofline() -> ModuleType:
-    """Not imported above: see tests/catmodel/kernels/conftest.py."""
-    from benchmarks import roofline
-
-    return roofline
+from benchmarks.roofline import Roofline, bytes_per_image, count_bytes
 
 
 class Linear(torch.nn.Module):
@@ -25,41 +16,34 @@ class Linear(torch.nn.Module):
         return images.flatten(1) @ self.weight.T
 
 
-def test_bytes_of_a_product_are_those_of_its_factors_and_its_result(roofline):
+def test_bytes_of_a_product_are_those_of_its_factors_and_its_result():
     a, b = torch.empty(8, 16, device="meta"), torch.empty(16, 4, device="meta")
-    assert roofline.count_bytes(lambda: a @ b).total() == 4 * (8 * 16 + 16 * 4 + 8 * 4)
-    assert roofline.count_bytes(lambda: a.view(16, 8).t()).total() == 0
-    assert roofline.count_bytes(lambda: b.add_(1)).total() == 2 * b.nbytes
-    assert roofline.count_bytes(lambda: a + torch.empty(1, 16, device="meta").expand(8, 16)).total() == 4 * (
-        2 * 8 * 16 + 16
-    )
+    assert count_bytes(lambda: a @ b).total() == 4 * (8 * 16 + 16 * 4 + 8 * 4)
+    assert count_bytes(lambda: a.view(16, 8).t()).total() == 0
+    assert count_bytes(lambda: b.add_(1)).total() == 2 * b.nbytes
+    assert count_bytes(lambda: a + torch.empty(1, 16, device="meta").expand(8, 16)).total() == 4 * (2 * 8 * 16 + 16)
 
 
-def test_a_large_batch_shares_the_weights_bytes(roofline):
+def test_a_large_batch_shares_the_weights_bytes():
     model = Linear().to("meta")
     run = lambda n: model(torch.empty(n, 3, 4, 4, device="meta"))  # noqa: E731
-    assert (
-        roofline.bytes_per_image(run, 4).total()
-        == roofline.count_bytes(lambda: run(4)).total() / 4
-        == 4 * (48 + 10) + 4 * 480 / 4
-    )
+    assert bytes_per_image(run, 4).total() == count_bytes(lambda: run(4)).total() / 4 == 4 * (48 + 10) + 4 * 480 / 4
 
 
-def test_fused_attention_counts_its_inputs_and_its_result_alone(roofline):
+def test_fused_attention_counts_its_inputs_and_its_result_alone():
     q, k, v = (torch.empty(2, 3, 49, 32, device="meta", requires_grad=True) for _ in range(3))
 
     def attend():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
-    assert roofline.count_bytes(attend).total() == 4 * q.nbytes
+    assert count_bytes(attend).total() == 4 * q.nbytes
     # Back: those four and the gradients of all of them.
     assert (
-        roofline.count_bytes(lambda: torch.autograd.grad(attend(), (q, k, v), torch.empty_like(q))).total()
-        == (4 + 8) * q.nbytes
+        count_bytes(lambda: torch.autograd.grad(attend(), (q, k, v), torch.empty_like(q))).total() == (4 + 8) * q.nbytes
     )
 
 
-def test_the_floor_is_set_by_what_is_slower(roofline):
-    device = roofline.Roofline(bandwidth=100.0, flops=1000.0)
+def test_the_floor_is_set_by_what_is_slower():
+    device = Roofline(bandwidth=100.0, flops=1000.0)
     assert device.floor(flops=10.0, moved=10.0) == 10.0
     assert device.floor(flops=200.0, moved=10.0) == 5.0
