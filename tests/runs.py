@@ -4,9 +4,9 @@ They are forked from a server that has already imported torch and DeepSpeed, so 
 ten, and a run can be killed like any other process.
 """
 
+import importlib
 import multiprocessing
 import os
-import runpy
 import signal
 import socket
 import sys
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch import cli
 from train.telemetry.goodput import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,4 +172,5 @@ def _rank(
         before(rank)
     name, *arguments = command
     sys.argv = [str(ROOT / "launch" / f"{name}.py"), *arguments]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    command = importlib.import_module(f"launch.{name}")
+    cli.leave(cli.run(command.main, command.parse_arguments()))
