@@ -64,20 +64,23 @@ class CrashWith:
 
         import torch
 
-        from train.tasks.classification.task import Classification
+        from train.trainer import Run
 
-        loss = Classification.loss
+        def loss(model, inputs):
+            atexit.register(threading.Event().wait)
+            threading.Thread(target=threading.Event().wait).start()
+            if not self.wanted:
+                raise RuntimeError("CUDA error: unspecified launch failure")
+            torch.empty(self.wanted, dtype=torch.uint8)
 
-        def failing(task, engine, batch, images, targets):
-            if batch.step == 1:
-                atexit.register(threading.Event().wait)
-                threading.Thread(target=threading.Event().wait).start()
-                if not self.wanted:
-                    raise RuntimeError("CUDA error: unspecified launch failure")
-                torch.empty(self.wanted, dtype=torch.uint8)
-            return loss(task, engine, batch, images, targets)
+        train_step = Run.train_step
 
-        Classification.loss = failing
+        def failing(run: Run, step: int, batches: object):
+            if step == 1:
+                run.task.loss = loss
+            return train_step(run, step, batches)
+
+        Run.train_step = failing
 
 
 @pytest.mark.slow
