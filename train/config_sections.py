@@ -24,7 +24,7 @@ class TaskConfig(Section):
 
 
 class ModelConfig(Section):
-    """What to build; a key left out keeps the named model's own default."""
+    """The network. A key that is left out keeps the named model's own default."""
 
     name: str = Field(description="cat_…, pvt_…, cotnet…, cotnext… or se_cotnetd…: see catmodel.list_models()")
     init_from: str | None = Field(
@@ -88,8 +88,7 @@ class ModelConfig(Section):
         return {key: value for key, value in self.model_dump(include=settings).items() if value is not None}
 
 
-# What can be set of a network, by its family: arguments of its class. Written out, because the classes cannot be read
-# without torch.
+# The settings of each family of networks: arguments of its classes, which cannot be inspected without importing torch.
 FAMILY_KEYS = {
     "cat": (
         *(
@@ -202,7 +201,7 @@ class OptimizerConfig(Section):
     momentum: Fraction = Field(0.9, description="sgd and muon")
     nesterov: bool = Field(False, description="sgd: Nesterov's momentum")
     layer_decay: float = Field(
-        1.0, gt=0, le=1, description="each layer's learning rate / the next one's, for fine-tuning; 1: all alike"
+        1.0, gt=0, le=1, description="each layer's learning rate / the next one's, for fine-tuning; 1: the same for all"
     )
     clip_grad: float | None = Field(
         5.0, gt=0, description="largest norm of the whole gradient; null turns clipping off"
@@ -216,7 +215,7 @@ class ScheduleConfig(Section):
         "decay_epochs or decay_steps",
     )
     warmup_epochs: float = Field(
-        20, ge=0, description="in which the learning rate rises to optimizer.lr; the cosine spans all epochs"
+        20, ge=0, description="length of the warm-up, in which the learning rate rises to optimizer.lr"
     )
     warmup_steps: int | None = Field(
         None, ge=0, description="length of the warm-up in steps, in place of schedule.warmup_epochs"
@@ -276,7 +275,7 @@ class MonitorConfig(Section):
 
 
 class TimeoutConfig(Section):
-    """Seconds that a rank may stay in one section of a run before the run is taken for hung."""
+    """Seconds that a rank may spend in one section of a run before the run counts as hung."""
 
     startup: float = Field(1800, gt=0, description="until the first step can begin")
     first_step: float = Field(1800, gt=0, description="it compiles and fills caches")

@@ -29,11 +29,11 @@ from train.engine.ema import Ema
 
 @dataclass(frozen=True)
 class Restored:
-    """The step to go on from (0 without a checkpoint), the checkpoint and what its manifest says, and sentences for the
-    log.
+    """What a start goes on from.
 
-    best: score of the best checkpoint in the run's folder until then. began: CheckpointInfo's, of what is saved from
-    here on.
+    step: 0 without a checkpoint. path, info: the checkpoint and its manifest. notes: sentences for the log.
+    best: score of the best checkpoint in the run's folder up to that step. began: see CheckpointInfo; for the
+    checkpoints that this start will save.
     """
 
     step: int = 0
@@ -53,16 +53,16 @@ def restore(
     starts anew instead.
     """
     # Rank 0 reads and hashes; all ranks get its result or its error.
-    verdict: list = [None]
+    result: list = [None]
     if dist.get_rank() == 0:
         try:
-            verdict[0] = _choose(resume, config, manifest, order)
+            result[0] = _choose(resume, config, manifest, order)
         except (ConfigError, StorageError) as error:
-            verdict[0] = error
-    dist.broadcast_object_list(verdict)
-    if isinstance(verdict[0], Exception):
-        raise verdict[0]
-    restored = verdict[0]
+            result[0] = error
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], Exception):
+        raise result[0]
+    restored = result[0]
     if restored.path is not None:
         load_checkpoint(restored.path, restored.info, engine, ema)
     return restored
@@ -89,7 +89,7 @@ def _choose(resume: Resume, config: Config, manifest: Manifest, order: Order) ->
         notes = [f"skipped a damaged checkpoint: {sentence}" for sentence in skipped]
         notes.append(f"going back to {path} instead costs {step_of(possible[0]) - info.step} steps")
     new = config.model_dump(mode="json")
-    old = _config_of(path, info).model_dump(mode="json")  # with the defaults of keys that are newer than it
+    old = _config_of(path, info).model_dump(mode="json")  # with the defaults of keys that it does not have
     changed = differences(old, new, free=False)
     if info.dataset != manifest.split("train").identity:
         changed.append(f"data.path ({info.config['data']['path']} → {config.data.path}: other images or labels)")
@@ -99,14 +99,14 @@ def _choose(resume: Resume, config: Config, manifest: Manifest, order: Order) ->
             "or give --resume-with-changes to go on all the same"
         )
     notes += [f"changed since the checkpoint: {item}" for item in changed + differences(old, new, free=True)]
-    begins = resume.checkpoint is not None and path == possible[-1]  # at the very checkpoint that was named
+    begins = resume.checkpoint is not None and path == possible[-1]  # not at a later one of this run
     step = _converted(path, info, old, manifest, order, elsewhere=begins and not resume.is_own(path))
     if step != info.step:
         notes.append(f"step {info.step}, the end of epoch {step // order.steps_per_epoch}, is step {step} from here on")
     began = info.began
     if begins:
         began = resume.name_of(path)
-        # The next start must not take another line's checkpoints for this run's newest.
+        # The next start must not mistake the remaining checkpoints for this run's newest.
         own = list_checkpoints(checkpoints)
         notes += _set_aside(own if not resume.is_own(path) else [other for other in own if step_of(other) > info.step])
     elif resume.checkpoint is not None:
@@ -122,17 +122,16 @@ def _config_of(path: Path, info: CheckpointInfo) -> Config:
     try:
         return parse_config(info.config, source=str(path))
     except ConfigError as error:
-        raise CheckpointError(str(error)) from error  # the text has a stranger's values in it
+        raise CheckpointError(str(error)) from error  # its text quotes values of an untrusted file
 
 
 def _converted(
     path: Path, info: CheckpointInfo, old: dict, manifest: Manifest, order: Order, *, elsewhere: bool
 ) -> int:
-    """The step to go on from: the checkpoint's, or where an epoch has another number of steps now, the one at the same
-    epoch's end.
+    """The step to go on from: the checkpoint's, or, if an epoch now has another number of steps, the same epoch's end.
 
-    elsewhere: the run begins with the checkpoint of another folder, so no other has a number that counts such steps as
-    there were before.
+    elsewhere: the run begins with a checkpoint of another folder, so that no checkpoint in its own folder counts the
+    former steps.
     """
     before = info.steps_per_epoch
     if not before and info.dataset == manifest.split("train").identity:
@@ -155,7 +154,7 @@ def _converted(
 
 
 def _set_aside(paths: Iterable[Path]) -> list[str]:
-    """Rename checkpoints that are no part of what comes next; returns sentences for the log."""
+    """Rename checkpoints that the run will not continue; returns sentences for the log."""
     notes = []
     for path in paths:
         aside, number = path.with_name(f"superseded_{path.name}"), 1
@@ -168,7 +167,7 @@ def _set_aside(paths: Iterable[Path]) -> list[str]:
 
 
 def lost_steps(metrics: Path, start: int) -> int:
-    """How many steps after `start` an earlier start of the run has written to metrics.jsonl: they are taken again."""
+    """The number of steps after `start` that metrics.jsonl has from an earlier start; they will be taken again."""
     if not metrics.exists():
         return 0
     with open(metrics, "rb") as file:

@@ -1,4 +1,4 @@
-"""A trained model, from a run's folder or a checkpoint's: what evaluation, export and prediction begin with."""
+"""Loads a trained model from a run's folder or a checkpoint, for evaluation, export and prediction."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """The weights of `checkpoint` that `weights` names ("ema" or "model"), fp32, with the config and the class names of
-    their run.
-    """
+    """Weights of a checkpoint, fp32, with the config and the class names of their run. weights: "ema" or "model"."""
 
     checkpoint: Path
     config: Config
@@ -68,9 +66,7 @@ class Trained:
 
 
 def check_target(target: str, best: bool = False) -> Path:
-    """Raises ConfigError, before torch is imported, where there is no such folder, or with `best` where it is no
-    run's.
-    """
+    """Raise ConfigError, before torch is imported, if `target` is not a folder or, with `best`, not a run's folder."""
     if not Path(target).is_dir():
         raise ConfigError(f"{target} is neither a run's folder nor a checkpoint")
     if best and not (Path(target) / "checkpoints").is_dir():
@@ -79,10 +75,11 @@ def check_target(target: str, best: bool = False) -> Path:
 
 
 def read_trained(target: Path, weights: str | None = None, *, best: bool = False) -> Trained:
-    """target: a run's folder or a checkpoint's. weights: "ema" or "model"; by default the EMA, where the run has it.
+    """Read the weights of `target`, a run's folder or a checkpoint's.
 
-    Of a run, its newest sound checkpoint is taken, or with `best` the one whose evaluation had the best top-1 (the
-    EMA's, where there is one). Raises ConfigError; StorageError where the disk does not answer.
+    weights: "ema" or "model"; by default the EMA if the run has it. Of a run, the newest undamaged checkpoint is read,
+    or with `best` the one with the best score (the EMA's if there is one). Raises ConfigError, or StorageError if the
+    disk does not answer.
     """
     from train.checkpoint.format import evaluated, first_sound, list_checkpoints, read_weights, validate
     from train.checkpoint.pieces import CheckpointError
@@ -99,7 +96,7 @@ def read_trained(target: Path, weights: str | None = None, *, best: bool = False
     try:
         config = parse_config(info.config, source=str(checkpoint))
     except ConfigError as error:
-        raise CheckpointError(str(error)) from error  # the text has a stranger's values in it
+        raise CheckpointError(str(error)) from error  # its text quotes values of an untrusted file
     weights = weights or ("ema" if config.ema.decay else "model")
     return Trained(
         checkpoint,
