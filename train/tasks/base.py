@@ -1,6 +1,4 @@
-"""The protocol between a task and the rest of the program: what the trainer, the commands and the monitor know of a
-task.
-"""
+"""The protocol between a task and the rest of the program: what trainer, commands and monitor know of a task."""
 
 import functools
 from abc import ABC, abstractmethod
