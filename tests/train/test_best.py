@@ -46,7 +46,7 @@ def test_every_evaluation_above_the_best_is_saved_and_the_best_is_kept(finished)
     assert saved(finished) == sorted({5, 10, 15, 20, 25, 30, 32} | set(better))
     best = better[-1]
     assert [step_of(path) for path in list_checkpoints(finished / "checkpoints")] == sorted({32, best}, reverse=True)
-    assert validate(checkpoint_path(finished / "checkpoints", best)).top1 == found[best]
+    assert validate(checkpoint_path(finished / "checkpoints", best)).score == found[best]
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_a_best_that_is_damaged_is_named_and_passed_over(finished, tmp_path):
     better = copy / "checkpoints/step_00000001"
     shutil.copytree(newest, better)
     document = json.loads((better / "manifest.json").read_text())
-    (better / "manifest.json").write_text(json.dumps({**document, "step": 1, "top1": 99.5}))
+    (better / "manifest.json").write_text(json.dumps({**document, "step": 1, "score": 99.5}))
     assert read_trained(copy, best=True).checkpoint == better
     (better / "shard_00001.safetensors").unlink()
     trained = read_trained(copy, best=True)
@@ -96,10 +96,10 @@ def test_a_stop_at_an_epochs_end_loses_no_evaluation_and_keeps_no_old_score(tiny
     assert job.wait() == [75, 75]
     assert [line["step"] for line in events(tmp_path, "preempted")] == [16]
     path = checkpoint_path(tmp_path / "checkpoints", 16)
-    assert sorted(top1(tmp_path)) == [8] and read_info(path).top1 is None
+    assert sorted(top1(tmp_path)) == [8] and read_info(path).score is None
     run(tiny_config, tmp_path, "train.epochs=3", world=2)
     found = top1(tmp_path)
-    assert sorted(found) == [8, 16, 24] and validate(path).top1 == found[16]
+    assert sorted(found) == [8, 16, 24] and validate(path).score == found[16]
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_what_best_cannot_mean_is_said(finished, tmp_path, name):
         copy = tmp_path / "run"
         shutil.copytree(checkpoint, copy / "checkpoints" / checkpoint.name)
         document = json.loads((copy / "checkpoints" / checkpoint.name / "manifest.json").read_text())
-        (copy / "checkpoints" / checkpoint.name / "manifest.json").write_text(json.dumps({**document, "top1": None}))
+        (copy / "checkpoints" / checkpoint.name / "manifest.json").write_text(json.dumps({**document, "score": None}))
         assert (
             said(copy)
             == f"error: {copy / 'checkpoints'} has no sound checkpoint that was evaluated; leave out --best\n"

@@ -230,7 +230,7 @@ class Monitor:
         """Where the time went until now: one line after the last of several evaluations and checkpoints."""
         line = self._ledger.line()
         self._append(line)
-        total = sum(line[category] for category in CATEGORIES)
+        total = sum(line[category] for category in CATEGORIES) or 1.0  # in the first millisecond
         for category in CATEGORIES:
             self._board.scalar(f"goodput/{category}", line[category] / total, line["step"])
 

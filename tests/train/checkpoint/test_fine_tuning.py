@@ -12,6 +12,7 @@ from torch import nn
 
 import catmodel
 from data_pipeline.order import Order
+from data_pipeline.randomness import Stream, make_key
 from data_pipeline.storage import open_dataset
 from tests.interpolation import resized
 from tests.oracle import assert_same_state, state
@@ -21,8 +22,7 @@ from train.checkpoint.init_from import read_source
 from train.config import load_config
 from train.config_sections import OptimizerConfig
 from train.engine.optimizer import build_optimizer, parameter_groups
-from train.engine.runtime import Runtime
-from train.tasks.classification.task import Classification
+from train.tasks.base import build_task, training_batches
 
 SMALL = {
     "cat_nano": dict(img_size=16, embed_dim=16, depths=(1, 2), num_heads=(2, 4)),
@@ -139,18 +139,21 @@ def test_another_size_and_other_classes_from_a_published_file(tiny_config, relea
     order = Order(
         config.train.seed, manifest.split("train").samples, config.train.global_batch, config.train.micro_batch
     )
-    task = Classification(config, manifest, order, Runtime(0, 1, 0, torch.device("cpu")))
-    model = task.build_model()
+    task = build_task(config, manifest.classes)
+    model = task.initial_model()
     published = torch.load(released)["model"]
     published["ape"] = (
         torch.from_numpy(resized(published["ape"].view(8, 8, 16).numpy(), 16, 16, "bicubic")).float().view(1, 256, 16)
     )
     published |= {key: value for key, value in model.state_dict().items() if key.startswith("head.")}
     model.load_state_dict(published)
-    with task.batches(0) as batches, torch.no_grad():
-        micro_batches = [next(batches) for _ in range(order.micro_batches)]
-        by_hand = np.mean([task.loss(model, batch, *task.inputs(batch)).item() for batch in micro_batches])
-    assert losses(tmp_path / "run")[1] == pytest.approx(by_hand, rel=1e-6)
+    by_hand = []
+    with training_batches(task, manifest.split("train"), order, 0, 1, 0) as batches, torch.no_grad():
+        for index in range(order.micro_batches):
+            inputs = task.inputs(next(batches), 0, torch.device("cpu"))
+            torch.manual_seed(make_key(config.train.seed, Stream.MODEL, 0, index))
+            by_hand.append(task.loss(model, inputs)["loss"].item())
+    assert losses(tmp_path / "run")[1] == pytest.approx(np.mean(by_hand), rel=1e-6)
 
     # Adam's first step moves a weight by the learning rate, whatever its gradient.
     after = state(tmp_path / "run", 1)
