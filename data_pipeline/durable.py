@@ -1,4 +1,4 @@
-"""Files that are on the disk, whole, or not there at all; and their hashes."""
+"""Durable files, which are complete on the disk or absent, and their hashes."""
 
 import hashlib
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that, whenever the machine dies, it is there with all of `data` or not at all."""
+    """Write a file such that after a crash at any moment it holds all of `data` or does not exist."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
@@ -14,14 +14,14 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name: contents and name are on the disk when this returns."""
+    """Rename a finished file to its final name; contents and name are on the disk when this returns."""
     fsync(temporary)
     os.replace(temporary, path)
     fsync(path.parent)
 
 
 def fsync(path: Path) -> None:
-    """A file's contents, or a folder's names, are on the disk when this returns."""
+    """Flush a file's contents, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

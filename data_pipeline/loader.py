@@ -1,11 +1,10 @@
-"""The one door to the data: micro-batches in the order of use, decoded ahead by threads.
+"""Loads micro-batches in the order of use, decoded ahead of time by threads.
 
-Threads, not processes: decoding releases the GIL, so there is nothing to fork, to pickle or to share. Everything that a
-micro-batch holds is a function of (seed, step, index); threads, prefetching and ranks only decide who computes it and
-when.
+Threads suffice because decoding releases the GIL: nothing is forked, pickled or shared. The contents of a micro-batch
+are a function of (seed, step, index); threads, prefetching and ranks only decide when and where it is computed.
 
-A damaged sample is replaced by another, which (seed, id) alone decides; in evaluation it is left out. Either way the
-micro-batch names it, and the faults of the file system that have passed: what to make of that is the caller's business.
+A damaged sample is replaced by another one, determined by (seed, id); in evaluation it is left out. The micro-batch
+lists damaged samples and transient faults of the file system; the caller decides what to do about them.
 """
 
 from collections import deque
@@ -31,19 +30,19 @@ from .randomness import Stream, fold, make_key
 from .split import DataError, Split, UsageError
 from .storage import Ahead, StagedSplit
 
-# A thread takes this many images at once, or fewer where what is decoded ahead would not make two such chunks per
-# thread. Larger ones save little more of the work that is done per chunk, under Python's lock; and closing waits for
-# one chunk per thread.
+# Images that a thread decodes at once; fewer if the prefetched images would not make two such chunks per thread. Larger
+# chunks hardly reduce the overhead per chunk, which holds the GIL, and closing waits for one chunk per thread.
 LARGEST_CHUNK = 64
 
-# Samples tried in place of one that cannot be read. Where none of them can be either, something else is wrong.
+# Samples that are tried in place of an unreadable one. If all of them fail, the cause is not a damaged sample.
 REPLACEMENTS = 8
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be read: its id, a sentence that says where it lies and why, and the id used instead
-    (None: left out).
+    """A sample that could not be read.
+
+    sentence: where it is stored, and why it is unreadable. replaced_by: the id used instead; None: left out.
     """
 
     id: int
@@ -53,11 +52,11 @@ class BadSample:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Micro-batch `index` of step `step`, on the host; in pinned memory where there is a GPU.
+    """Micro-batch `index` of step `step`, on the host; in pinned memory if there is a GPU.
 
     ids: int64 [m].
-    draws: numpy int64 [m], one number per use of a sample in its epoch (id + samples · copy): the keys of its crop and
-    augmentation.
+    draws: numpy int64 [m], one number per use of a sample in its epoch (id + samples · copy), from which the
+    keys of its crop and augmentation are made.
     images: uint8 [m, 3, S, S], RGB, in channels-last memory (on the GPU if data.device=gpu).
     targets: what the task's `Targets` made of the samples' labels (annotations.py).
     counted: bool [m]; false for samples that an evaluation must leave out.
@@ -78,9 +77,9 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class _Job:
-    """A micro-batch to be made: which samples (`draws`, int64 [m]) and where they are cut (`windows`, int32 [m, 5]).
+    """A micro-batch to be loaded: its samples (`draws`, int64 [m]) and their crops (`windows`, int32 [m, 5]).
 
-    substitute: (draw that cannot be read, attempt) → the draw to use instead and its window; None leaves it out.
+    substitute: (unreadable draw, attempt) → the draw to use instead and its window; None: the sample is left out.
     """
 
     step: int
@@ -101,7 +100,7 @@ def build_loader(
     world: int = 1,
     start_step: int = 0,
 ) -> "Loader":
-    """The micro-batches of `rank`, in the order of use: those of step start_step, then start_step + 1, …, without end.
+    """Iterate over the micro-batches of `rank` in the order of use, from step `start_step` on, without end.
 
     `targets` defaults to the records' labels. Decoding starts at once. Close the loader when done (it is a context
     manager). Raises ValueError for sizes that do not fit together.
@@ -189,8 +188,7 @@ class Loader(AbstractContextManager):
             raise UsageError("data.device gpu needs a GPU, and there is none here: set data.device=cpu.")
         self._jobs = jobs
         self._pin = torch.cuda.is_available()
-        # Where the backend writes to the GPU, it does so on a stream of its own: on the model's it would wait for the
-        # model.
+        # A backend that writes to the GPU uses a stream of its own; on the model's stream it would wait for the model.
         self._stream = torch.cuda.Stream() if data.device == "gpu" else None
         self._executor, self._threads = _start_threads(data.workers)
         self._ahead = Ahead(self._backend.stored, needs, ahead) if isinstance(split, StagedSplit) else None
@@ -221,10 +219,7 @@ class Loader(AbstractContextManager):
         return replace(batch, targets=targets, bad=tuple(bad), faults=self._backend.stored.take_faults())
 
     def close(self) -> None:
-        """End the threads: what has not begun is dropped, what has is waited for (at most LARGEST_CHUNK images each).
-
-        Close all files.
-        """
+        """Stop the threads and close all files. Waits for chunks that are being decoded (LARGEST_CHUNK images at most)."""
         self._pending.clear()
         self._backend.stored.closing.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
@@ -236,9 +231,7 @@ class Loader(AbstractContextManager):
         self.close()
 
     def _submit(self) -> None:
-        """Start the next micro-batch, if there is one: its memory is allocated here and filled by the threads, chunk by
-        chunk.
-        """
+        """Start the next micro-batch, if there is one: allocate its memory, which the threads fill chunk by chunk."""
         job = next(self._jobs, None)
         if job is None:
             return
@@ -293,7 +286,7 @@ class Loader(AbstractContextManager):
         row: int,
         sentence: str,
     ) -> list[BadSample]:
-        """Put another sample in the place of the one in `row`, which `sentence` is about.
+        """Replace the sample in `row`, which is unreadable for the reason in `sentence`.
 
         Raises DataError if none can be read.
         """
@@ -319,7 +312,7 @@ class Loader(AbstractContextManager):
 
 
 def _start_threads(workers: int) -> tuple[ThreadPoolExecutor, list[Thread]]:
-    """A pool whose threads are running and use one core each in torch; and the threads.
+    """Start a pool of threads that each use one core in torch; returns the pool and its threads.
 
     torch.set_num_threads in a thread also changes the number that the rest of the process sees (torch 2.15), so the
     caller's is put back once the last of them has set its own.
@@ -328,16 +321,16 @@ def _start_threads(workers: int) -> tuple[ThreadPoolExecutor, list[Thread]]:
 
     def begin() -> None:
         torch.set_num_threads(1)
-        torch.get_num_threads()  # a thread takes over the process's number at its first use of torch: let that be now
+        torch.get_num_threads()  # at its first use of torch a thread adopts the process's number: trigger it now
         threads.append(current_thread())
 
     executor = ThreadPoolExecutor(workers, thread_name_prefix="decode", initializer=begin)
-    everyone = Barrier(workers)  # no thread gets past it before all have started
+    everyone = Barrier(workers)  # all threads must have started before any continues
     try:
         for future in [executor.submit(everyone.wait) for _ in range(workers)]:
             future.result()
     except BaseException:
-        everyone.abort()  # or those that did start would wait for ever for one that cannot
+        everyone.abort()  # else the threads that did start would wait forever
         executor.shutdown()
         raise
     torch.set_num_threads(before)

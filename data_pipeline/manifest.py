@@ -1,4 +1,4 @@
-"""What a prepared dataset is: a folder with `manifest.json`, shards, and one binary index per split.
+"""A prepared dataset: a folder with `manifest.json`, shards, and one binary index per split.
 
 `manifest.json` names the classes and, for each split, its shards and its index. The index is a flat table of `RECORD`s,
 one per sample, in the order of the sample ids 0 … N-1; it is memory-mapped, so its size costs a rank nothing.
@@ -49,12 +49,10 @@ class Manifest:
 
 
 def open_manifest(folder: str | Path) -> Manifest:
-    """Read `folder`'s manifest, and check what can be checked without reading a sample: every file's size, and all of
-    every index.
+    """Read `folder`'s manifest, and check the sizes of all files and the contents of all indexes, but no samples.
 
-    One process of a node checks, that of LOCAL_RANK 0 (or where there is none); the others take its word, as none
-    trains without it. Raises DataError with one sentence where something is wrong, StorageError where it cannot be read
-    for now.
+    One process of a node checks: LOCAL_RANK 0, or the only one. The others rely on it, because no rank trains without
+    it. Raises DataError with one sentence if something is wrong, StorageError if a file cannot be read at the moment.
     """
     manifest = read_manifest(folder)
     if first_of_node():
@@ -64,12 +62,12 @@ def open_manifest(folder: str | Path) -> Manifest:
 
 
 def first_of_node() -> bool:
-    """Whether this process looks at a dataset's files for all ranks of its node."""
+    """Whether this process checks a dataset's files for all ranks of its node."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """`folder`'s manifest, without a look at the files that it names. Raises DataError."""
+    """Read `folder`'s manifest without checking the files that it names. Raises DataError."""
     folder = Path(folder)
     path = folder / FILE_NAME
     try:
@@ -84,7 +82,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def parse_manifest(text: bytes, folder: Path, path: str) -> Manifest:
-    """The manifest in `text`, of a dataset in `folder`. Raises DataError, which names `path`, where it is damaged.
+    """Parse the manifest `text` of a dataset in `folder`. Raises DataError, which names `path`, if it is damaged.
 
     It may be a stranger's: every file that it names lies inside `folder`, each has one name, and every number is one
     that can be.
@@ -137,7 +135,7 @@ def _check_number(name: str, value: object) -> None:
 
 
 def _check_names(names: list[str]) -> None:
-    """Raise ValueError where a file would lie outside the dataset's folder, or in another one's place."""
+    """Raise ValueError if a file is outside the dataset's folder, or two files have the same name."""
     seen = {FILE_NAME}
     for name in names:
         if (
@@ -147,7 +145,7 @@ def _check_names(names: list[str]) -> None:
             or name != posixpath.normpath(name)
         ):
             raise ValueError(f"{name!r} cannot be a file's name")
-        os.fsencode(name)  # a ValueError where it is no text
+        os.fsencode(name)  # a ValueError if it is not valid text
         if name.startswith(("/", "../")) or name in (".", ".."):
             raise ValueError(f"{name!r} lies outside the dataset's folder")
         if name in seen:
@@ -159,16 +157,14 @@ def _check_names(names: list[str]) -> None:
 
 
 def check_sizes(manifest: Manifest) -> None:
-    """Raise DataError unless every file that the manifest names is there and has its size."""
+    """Raise DataError unless every file that the manifest names exists with its size."""
     for split in manifest.splits.values():
         for name, size, _ in split.listing():
             _check_size(manifest.folder / name, size)
 
 
 def check_indexes(manifest: Manifest) -> None:
-    """Read every index, once: raise DataError unless it is the manifest's, and all that it says lies inside files and
-    classes.
-    """
+    """Raise DataError unless every index has the manifest's hash and refers only to existing classes and files."""
     for split in manifest.splits.values():
         classes = len(manifest.classes)
         _check_index(split.index_path, split.fingerprint, classes, [shard.bytes for shard in split.shards])
@@ -179,9 +175,7 @@ def check_indexes(manifest: Manifest) -> None:
 
 
 def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -> None:
-    """files: bytes of each file that the index says places in; none where those are gone, and only the samples
-    count.
-    """
+    """files: size in bytes of each file that the index refers to; empty if those are absent, as beside an FFCV file."""
     sizes = np.array(files, np.uint64)
 
     def first_fault(records: np.ndarray) -> tuple[int, str] | None:

@@ -26,13 +26,13 @@ RECORD = np.dtype(
 
 
 class DataError(Exception):
-    """The dataset is missing or damaged; the message names what, and the remedy."""
+    """The dataset is missing or damaged; the message names the file and the remedy."""
 
     exit_code = os.EX_DATAERR
 
 
 class UsageError(Exception):
-    """What was asked for cannot be done; the message is one sentence for the person who asked, with the remedy."""
+    """The request cannot be fulfilled; the message is one sentence with the remedy."""
 
     exit_code = os.EX_CONFIG
 
@@ -92,7 +92,7 @@ class Split:
 
     @property
     def identity(self) -> str:
-        """SHA-256 of everything that training sees of the split: images, labels and annotations."""
+        """SHA-256 that identifies everything that training reads of the split: images, labels and annotations."""
         if not self.annotations:
             return self.fingerprint
         parts = [self.fingerprint, *(f"{name} {self.annotations[name].sha256}" for name in sorted(self.annotations))]
@@ -127,7 +127,7 @@ class Split:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def mend(self, path: Path, closing: threading.Event, note: Callable[[str, str], None]) -> bool:
-        """Called where `path` has a damaged sample. True: reading it anew may give other bytes."""
+        """Called when `path` has a damaged sample. Returns whether reading it again may give other bytes."""
         return False
 
     @property

@@ -1,4 +1,4 @@
-"""What `--resume` means, decided once, before torch is imported."""
+"""The meaning of `--resume`, decided once, before torch is imported."""
 
 import contextlib
 from dataclasses import dataclass, replace
@@ -7,11 +7,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Resume:
-    """From where a start of a run goes on.
+    """Where a start of a run resumes from.
 
     checkpoints: the run's folder of checkpoints. checkpoint: the one that was named; None: the newest of the run's own.
-    never: the run must not have any. begins: the run has nothing to go on from, and takes its first weights.
-    with_changes: settings may differ that change what a step computes.
+    never: the run must not have checkpoints. begins: the run has no checkpoint, and starts from its first weights.
+    with_changes: resume although settings changed that alter what a step computes.
     """
 
     checkpoints: Path

@@ -6,7 +6,7 @@ REMEDY = "lower optimizer.lr or optimizer.clip_grad, or use train.precision=bf16
 
 
 class TrainingFailed(Exception):
-    """Training cannot go on: gradients that are not finite, again and again."""
+    """Training cannot continue, because the gradients are repeatedly not finite."""
 
     exit_code = exit_codes.FAILED
 
@@ -21,6 +21,6 @@ class NotSaved(Exception):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has: started again it goes on."""
+    """The run was stopped by a signal. Started again, it continues."""
 
     exit_code = exit_codes.STOPPED

@@ -1,6 +1,6 @@
-"""The guard: the one face of what watches over a run.
+"""The trainer's interface to everything that watches over a run.
 
-The loop tells it what happens and asks whether to stop or to go back.
+The loop reports what it does, and asks whether to stop or to go back to a checkpoint.
 """
 
 import signal
@@ -26,11 +26,11 @@ StopRequest = tuple[int, signal.Signals]  # a rank, and the signal that it got
 class Guard:
     """Watchdog (hangs), stop signals, agreement of the ranks, skipped steps and bad samples of one process.
 
-    It watches from its construction on; `connect` makes the ranks know of each other.
+    The watchdog runs from the construction on; `connect` connects the ranks.
     """
 
     def __init__(self, settings: GuardConfig, rank: int, world: int, stacks: Path):
-        """stacks: the folder for the stacks of a process that hangs."""
+        """stacks: the folder for the stack traces of a process that hangs."""
         self._settings = settings
         self.watchdog = Watchdog(rank, world, settings.timeout.model_dump(), stacks, settings.grace)
         stop_signals.call(lambda: self.watchdog.stop_by(time.monotonic() + settings.grace))
@@ -44,7 +44,7 @@ class Guard:
         return store
 
     def report_to(self, monitor: Monitor, data_path: str, rank: int) -> None:
-        """From now on there is something that events can be written to."""
+        """Write events to `monitor` from now on. data_path: the dataset's, for messages."""
         self._monitor = monitor
         self.bad_samples = BadSamples(self._settings.bad_samples, data_path, rank)
 
