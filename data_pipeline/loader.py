@@ -219,7 +219,7 @@ class Loader(AbstractContextManager):
         return replace(batch, targets=targets, bad=tuple(bad), faults=self._backend.stored.take_faults())
 
     def close(self) -> None:
-        """Stop the threads and close all files. Waits for chunks that are being decoded (LARGEST_CHUNK images at most)."""
+        """Stop the threads and close all files. Waits for the chunks that are being decoded."""
         self._pending.clear()
         self._backend.stored.closing.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
