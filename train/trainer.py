@@ -42,7 +42,7 @@ def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: 
         try:
             run.go()
         except (DataError, StorageError, TrainingFailed, NotSaved) as error:
-            run.saver.settle(run.monitor)
+            run.saver.wait_and_report(run.monitor)
             run.monitor.event("failed", run.saver.begun, str(error), code=error.exit_code)
             raise
         finally:
@@ -114,7 +114,7 @@ class Run(RunParts):
                     better = self.evaluation_due(done) and self.evaluate(done)
                     if better or self.checkpoint_due(done):
                         self.save(done)
-                    self.saver.tell(self.monitor)
+                    self.saver.report(self.monitor)
         return self.last
 
     def train_step(self, step: int, batches: Prefetcher) -> Outcome:

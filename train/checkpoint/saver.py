@@ -129,17 +129,17 @@ class Saver:
         began = time.monotonic()
         self._idle.wait()
         dist.barrier()
-        self.tell(monitor, waited=time.monotonic() - began)
+        self.report(monitor, waited=time.monotonic() - began)
 
-    def settle(self, monitor: Monitor) -> None:
+    def wait_and_report(self, monitor: Monitor) -> None:
         """Wait for this rank's save in progress, if any, and log it: before this rank ends with an error.
 
         Unlike `finish`, other ranks need not call it.
         """
         self._idle.wait()
-        self.tell(monitor)
+        self.report(monitor)
 
-    def tell(self, monitor: Monitor, waited: float = 0.0) -> None:
+    def report(self, monitor: Monitor, waited: float = 0.0) -> None:
         """Log the saves that have ended since the last call. waited: seconds that training waited for them."""
         saves, self._results = self._results, []
         for save in saves:
