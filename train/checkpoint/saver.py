@@ -184,9 +184,9 @@ class Saver:
         # The name contains the id of this start, so that parts left by a killed start are not taken for this one's.
         temporary = self.folder / f".{final.name}.{self.store.run_id}.tmp"
         who = f"rank {self.engine.rank}: "
-        self._report(f"{key}/{self.engine.rank}", who, lambda: self._write(temporary, tensors, starts))
+        self._publish(f"{key}/{self.engine.rank}", who, lambda: self._write(temporary, tensors, starts))
         if self.engine.rank == 0:
-            self._report(f"{key}/end", "", lambda: self._commit(info, key, temporary, final, began))
+            self._publish(f"{key}/end", "", lambda: self._commit(info, key, temporary, final, began))
         answer = self.store.wait_for(f"{key}/end", self.timeout + 60) or "rank 0 does not answer"
         error, left = None if answer == "ok" else answer, []
         if error:
@@ -204,7 +204,7 @@ class Saver:
         except OSError as error:
             return [f"no old checkpoint is removed ({error})"]
 
-    def _report(self, key: str, who: str, work: Callable[[], str]) -> None:
+    def _publish(self, key: str, who: str, work: Callable[[], str]) -> None:
         """Set `key` in the store to the result of `work`, or to `who` and its error. No error may stop training."""
         try:
             answer = work()
