@@ -41,10 +41,8 @@ def main(arguments: argparse.Namespace) -> int:
             print(name, found[name], flush=True)
     equal = not any(lines for case in found.values() for lines in case.values())
     if arguments.json:
-        about = {
-            "command": "python benchmarks/same_bits.py " + " ".join(sys.argv[1:]),
-            "date": date.today().isoformat(),
-        }
+        command = f"python benchmarks/same_bits.py {arguments.commit} --steps {steps}"
+        about = {"command": command, "date": date.today().isoformat()}
         document = {**about, "commit": arguments.commit, "steps": steps, "equal": equal, "differences": found}
         Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")
     print("equal to the bit" if equal else "NOT equal")
