@@ -26,6 +26,18 @@ class Parser(argparse.ArgumentParser):
         sys.exit(fail(exit_codes.BAD_CONFIG, f"{message} (see --help)"))
 
 
+def add_choice_of_weights(parser: argparse.ArgumentParser) -> None:
+    """Add --best and --weights, which choose among a run's checkpoints and their weights."""
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="of a run: use the checkpoint whose EMA has the best score in the run's evaluations",
+    )
+    parser.add_argument(
+        "--weights", choices=["ema", "model"], help="which weights (default: ema if the run has an EMA)"
+    )
+
+
 def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
     """Run a command and return its exit code. Errors that the user can correct are one sentence, others a traceback."""
     try:

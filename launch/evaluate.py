@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, leave, run
+from launch.cli import Parser, add_choice_of_weights, leave, run
 from launch.ranks import adopt_slurm_ranks
 
 if TYPE_CHECKING:
@@ -85,14 +85,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="RUN_OR_CHECKPOINT",
         help="the folder of a run (then its newest sound checkpoint is used) or of a checkpoint",
     )
-    parser.add_argument(
-        "--best",
-        action="store_true",
-        help="of a run: use the checkpoint whose EMA has the best score in the run's evaluations",
-    )
-    parser.add_argument(
-        "--weights", choices=["ema", "model"], help="which weights (default: ema if the run has an EMA)"
-    )
+    add_choice_of_weights(parser)
     parser.add_argument("--data", metavar="PATH", help="a prepared dataset, or its URL (default: the run's own)")
     parser.add_argument(
         "--cache-dir", metavar="FOLDER", help="copy the dataset's files there before use; required for a URL"

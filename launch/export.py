@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, fail, run
+from launch.cli import Parser, add_choice_of_weights, fail, run
 from train import exit_codes
 
 
@@ -50,14 +50,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="FILE.safetensors, FILE.onnx, FILE.pt2 (torch.export), or FOLDER/ for timm and the Hub",
     )
-    parser.add_argument(
-        "--best",
-        action="store_true",
-        help="of a run: use the checkpoint whose EMA has the best score in the run's evaluations",
-    )
-    parser.add_argument(
-        "--weights", choices=["ema", "model"], help="which weights (default: ema if the run has an EMA)"
-    )
+    add_choice_of_weights(parser)
     parser.add_argument(
         "--features",
         action="store_true",

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, run
+from launch.cli import Parser, add_choice_of_weights, run
 from train import exit_codes
 
 
@@ -55,14 +55,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="RUN_OR_CHECKPOINT",
         help="the folder of a run (then its newest sound checkpoint is used) or of a checkpoint",
     )
-    parser.add_argument(
-        "--best",
-        action="store_true",
-        help="of a run: use the checkpoint whose EMA has the best score in the run's evaluations",
-    )
-    parser.add_argument(
-        "--weights", choices=["ema", "model"], help="which weights (default: ema if the run has an EMA)"
-    )
+    add_choice_of_weights(parser)
     parser.add_argument("--top", type=_positive, default=5, metavar="N", help="classes per image (default: 5)")
     parser.add_argument(
         "--batch", type=_positive, default=64, metavar="N", help="images per forward pass (default: 64)"

@@ -15,7 +15,7 @@ from data_pipeline.loader import Loader, MicroBatch, build_loader, evaluation_ba
 from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, make_key
 from data_pipeline.split import Split
-from train.config import Config
+from train.config import Config, ConfigError
 from train.telemetry.metrics import Metric, Scores
 
 Model = Callable[..., Any]  # a module, or the engine around it
@@ -155,14 +155,14 @@ class Task(ABC):
         """What `model` (in evaluation mode, on `device`) finds in image files, in their order; options: of
         launch/predict.py.
         """
-        raise NotImplementedError(f"launch/predict.py knows no way to show a task {self.config.task.name}")
+        raise ConfigError(f"launch/predict.py does not support the task {self.config.task.name}")
 
     def export(self, state: dict[str, Tensor], features: bool) -> tuple[nn.Module, dict[str, Any]]:
         """The network with the weights `state`, as launch/export.py writes it, and a description of it (JSON).
 
         features: in place of the outputs, the feature maps of all stages.
         """
-        raise NotImplementedError(f"launch/export.py knows no form for a task {self.config.task.name}")
+        raise ConfigError(f"launch/export.py does not support the task {self.config.task.name}")
 
 
 def build_task(config: Config, classes: Sequence[str]) -> Task:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_pipeline.annotations import add_annotation
 from data_pipeline.manifest import open_manifest
@@ -118,3 +119,15 @@ def test_an_unknown_task_and_an_unknown_setting_are_named(config, tmp_path):
             load_config(config, ["task.relative=1"])
     finally:
         del task_registry._registered["depth"]
+
+
+@pytest.mark.slow
+def test_commands_that_it_does_not_support_name_it(whole, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "image.jpg")
+    for command in (["predict", str(tmp_path / "image.jpg"), "--run"], ["export", "--to", str(tmp_path / "x.onnx")]):
+        name, *arguments = command
+        job = start_command(name, tmp_path / name, *arguments, str(whole), before=KnowDepth())
+        assert job.wait() == [78]
+        assert (
+            f"error: launch/{name}.py does not support the task depth" in job.text() and "Traceback" not in job.text()
+        )
