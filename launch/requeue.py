@@ -144,7 +144,7 @@ def begin(run: Path, max_restarts: int) -> int:
 
 
 def end(run: Path, max_restarts: int, code: int) -> int:
-    """Requeue the job unless `decide` is against it. code: srun's exit code. Return the job's exit code."""
+    """Requeue the job if `decide` recommends it. code: srun's exit code. Return the job's exit code."""
     ended = conclude(verdicts(os.environ[VERDICT_FILE]), int(os.environ["SLURM_JOB_NUM_NODES"]), code)
     if final(ended, _restarts()):
         say(f"{ended}: {FINAL[ended.code]}")
