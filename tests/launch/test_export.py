@@ -50,7 +50,7 @@ def tiny_run(tiny_config, tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["nowhere", "--to", "m.onnx"], "nowhere is neither a run's folder nor a checkpoint"),
+        (["nowhere", "--to", "m.pt2"], "nowhere is neither a run's folder nor a checkpoint"),
         ([".", "--to", "m.pth"], "--to m.pth: must end in .safetensors, .onnx, .pt2, or in /"),
         ([".", "--to", "m/", "--features"], "--to m/: a folder for timm holds the classifier"),
     ],
