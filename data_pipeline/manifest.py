@@ -229,7 +229,7 @@ def _check_annotation(path: Path, annotation: Annotation, samples: int) -> None:
         raise DataError(
             f"{path} cannot be read: {error.strerror}. Copy it again, or prepare the dataset again."
         ) from error
-    except ValueError as error:
+    except (ValueError, EOFError) as error:  # an empty file
         raise DataError(f"{path} is damaged ({error}). Prepare the dataset again.") from error
     if sha256 != annotation.sha256 or shape[:1] != (samples,):
         raise DataError(

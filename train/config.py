@@ -86,6 +86,15 @@ class Config(Section):
         total = self.total_steps(steps_per_epoch)
         return min(total, self.train.max_steps or total)
 
+    def check_warmup(self, steps_per_epoch: int) -> None:
+        """Raise ConfigError if the warm-up is not shorter than the run; either may be given in epochs or in steps."""
+        warmup, total = self.warmup_steps(steps_per_epoch), self.total_steps(steps_per_epoch)
+        if warmup >= total:
+            raise ConfigError(
+                f"the warm-up takes {warmup:g} of the run's {total} steps: lower schedule.warmup_epochs, or give "
+                "schedule.warmup_steps"
+            )
+
     def warmup_steps(self, steps_per_epoch: int) -> float:
         """Length of the learning rate's warm-up in steps, not rounded."""
         steps = self.schedule.warmup_steps

@@ -60,6 +60,7 @@ def _run(
         order.share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
         raise ConfigError(f"{config}: {error}") from error
+    settings.check_warmup(order.steps_per_epoch)
     folder = Path(output or Path("runs") / Path(config).stem)
     start = Resume.decide(folder, resume, resume_with_changes)
     check_source(settings, start)

@@ -1,5 +1,6 @@
 """Labels beyond a record's integer, and targets of any structure on their way through the loader."""
 
+import hashlib
 import json
 import shutil
 
@@ -91,6 +92,12 @@ def test_a_damaged_annotation_is_named(dataset):
     with pytest.raises(DataError, match="train.size.npy is damaged"):
         open_manifest(dataset)
     document = json.loads((dataset / "manifest.json").read_text())
+    path.write_bytes(b"")
+    empty = {"file": path.name, "bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    document["splits"]["train"]["annotations"]["size"] = empty
+    (dataset / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match="train.size.npy is damaged"):
+        open_manifest(dataset)
     document["splits"]["train"]["annotations"]["size"]["file"] = "../size.npy"
     (dataset / "manifest.json").write_text(json.dumps(document))
     with pytest.raises(DataError, match="lies outside the dataset's folder"):

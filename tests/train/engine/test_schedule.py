@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from train.config import Config
+from train.config import Config, ConfigError
 from train.engine.schedule import evaluation_due, learning_rate
 
 CONFIG = Config.model_validate(
@@ -82,3 +82,11 @@ def test_evaluation_and_checkpoints_in_steps_or_epochs():
 def test_what_does_not_fit_together_is_refused(train, schedule, sentence):
     with pytest.raises(ValueError, match=sentence):
         with_schedule(train, **schedule)
+
+
+def test_a_warm_up_that_fills_the_run_is_refused_in_whatever_unit():
+    with_schedule({"steps": 201}, warmup_epochs=2).check_warmup(100)
+    with pytest.raises(ConfigError, match="the warm-up takes 200 of the run's 200 steps"):
+        with_schedule({"steps": 200}, warmup_epochs=2).check_warmup(100)
+    with pytest.raises(ConfigError, match="the warm-up takes 300 of the run's 200 steps"):
+        with_schedule({"epochs": 2}, warmup_steps=300).check_warmup(100)
