@@ -11,6 +11,7 @@ import torch._inductor.config
 import torch._inductor.lowering  # its decompositions refer to it
 from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.device_interface import CudaInterface
 from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
@@ -96,6 +97,7 @@ def _pretend() -> Iterator[None]:
             (torch.cuda, "get_device_capability", lambda *device: (9, 0)),
             (torch.cuda, "current_device", lambda: 0),
             (torch._C, "_cuda_getDevice", lambda: 0),
+            (CudaInterface, "is_bf16_supported", lambda **emulated: True),
             (torch._inductor.scheduler, "has_triton", lambda: True),
             (driver, "_active", target),
         ):

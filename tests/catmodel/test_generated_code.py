@@ -79,3 +79,51 @@ class Varying(TorchDispatchMode):
 @pytest.fixture
 def interpreted(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_a_compiled_step_has_no_varying_operator(name, interpreted):
+    """In the graphs that Inductor takes, after its decompositions."""
+    used = {
+        node.target.name()
+        for graph, _ in graphs_of(*training_step(name))
+        for node in graph.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and varying(node.target, node.args)
+    }
+    assert not used
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", STEPS)
+def test_the_code_for_a_gpu_adds_nothing_atomically(name, interpreted):
+    for code in code_of(graphs_of(*training_step(name)), compile_settings()["options"]):
+        assert "triton_poi_" in code, "there are kernels in it"
+        assert "tl.atomic" not in code and "'atomic_add_found': True" not in code
+
+
+def test_an_atomic_addition_would_be_found():
+    """In the graphs, in the code and in eager execution."""
+    table, index = nn.Parameter(torch.randn(5, 2)), torch.tensor([0, 1, 0])
+
+    def step(x: Tensor) -> Tensor:
+        return (table[index] * x).sum()
+
+    graphs = graphs_of(step, torch.randn(3, 2))
+    assert any(
+        isinstance(node.target, torch._ops.OpOverload) and varying(node.target, node.args)
+        for node in graphs[1][0].graph.nodes
+    )
+    assert "tl.atomic_add" in code_of(graphs, compile_settings()["options"])[1]
+    with Varying() as found:
+        step(torch.randn(3, 2)).backward()
+    assert found.names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_an_eager_step_calls_no_varying_operator(name, interpreted):
+    step, *inputs = training_step(name)
+    with Varying() as found:
+        step(*inputs).backward()
+    assert not found.names
