@@ -58,7 +58,7 @@ def code_of(graphs: list[tuple[fx.GraphModule, list]], options: dict) -> list[st
 
     for index, (graph, arguments) in enumerate(graphs):
         moved = _on_gpu(graph, arguments)
-        with _pretend(), torch._inductor.config.patch(force_disable_caches=True, **options):
+        with _pretend(), torch._inductor.config.patch(force_disable_caches=True, compile_threads=1, **options):
             with mock.patch.object(GraphLowering, "compile_to_module", generate):
                 compile_fx_inner(graph, moved, is_backward=index == 1)
     return codes
