@@ -23,7 +23,7 @@ from train.engine import deepspeed_internals as internals
 from train.engine.batch_norm import accept_low_precision
 from train.engine.deepspeed_config import deepspeed_config, updated_here, zero_stage
 from train.engine.deepspeed_start import import_deepspeed
-from train.engine.flat import FlatGroup
+from train.engine.flat_masters import FlatMasters
 from train.engine.gradients import Gradients
 from train.engine.graphs import Replayed, graphs_wanted
 from train.engine.loss_scale import LossScale
@@ -95,18 +95,15 @@ class Engine:
 
         originals = self._cast(model)
         self._base = base = build_optimizer(model.to(device), config.optimizer)
-        groups = [list(group["params"]) for group in base.param_groups]
+        settings = {parameter: group for group in base.param_groups for parameter in group["params"]}
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=base, config=deepspeed_config(config, accumulation, device)
         )
         self._optimizer = self._engine.optimizer
-        # ZeRO 0 only: per group, the flat fp32 masters, and the flat weights of the network (in fp32 the same tensor).
-        self._masters: list[tuple[Tensor, Tensor]] = []
         if self.stage == 0:
-            flat = self._flatten_weights(groups)
-        elif self.updated_here:
-            flat = internals.flat_groups(self._optimizer)
+            self._masters = FlatMasters(base, self.rank, self.world)
         if self.updated_here:
+            flat = internals.flat_groups(self._optimizer) if self.stage else self._masters.groups
             self._gradients = Gradients(flat, self.stage, self.world)
             self._weights = [parameter for group in flat for parameter in group.parameters]
         fp16 = self.dtype == torch.float16
@@ -123,11 +120,6 @@ class Engine:
             self._differentiate, self._evaluate = Replayed(self._differentiated), Replayed(self._network)
         # Create the optimizer's state now, not lazily at the first step, so that loading a checkpoint always has
         # tensors to fill.
-        settings = {
-            parameter: group
-            for group, parameters in zip(base.param_groups, groups, strict=True)
-            for parameter in parameters
-        }
         self._moments = {
             master: initial_state(base, settings[parameters[0]], master) for parameters, master, _ in self._layout()
         }
@@ -217,14 +209,10 @@ class Engine:
         if self.stage:
             internals.set_reduced_gradients(self._optimizer, gradients)
         else:
-            for group, gradient in zip(self._base.param_groups, gradients, strict=True):
-                for master in group["params"]:
-                    start = master.storage_offset()
-                    master.grad = gradient[start : start + master.numel()].view(master.shape)
+            self._masters.set_gradients(gradients)
         self._engine.step()
-        if not self.stage:
-            self._base.zero_grad()
-            self._copy_masters()
+        if self.stage == 0:
+            self._masters.finish_step()
         if self._loss_scale:
             self._loss_scale.update(skipped)
         return StepResult(norm, skipped)
@@ -260,19 +248,23 @@ class Engine:
         everything: all that this rank holds, which is what loading must fill. It is more than the share at ZeRO 0 only,
         where every rank holds every weight.
         """
-        pieces = []
+        return [fragment for _, fragments in self.shares(everything=everything) for fragment in fragments]
+
+    def shares(self, *, everything: bool = False) -> Iterator[tuple[Tensor, list[Fragment]]]:
+        """The flat fp32 tensors that make up this rank's share of the weights, each with the fragments in it."""
         for group, master, places in self._layout():
             share = range(master.numel())
             if self.stage == 0 and not everything:
-                share = _share(master.numel(), self.rank, self.world)
+                share = self._masters.share(master.numel())
+            flat, fragments = master.detach().view(-1), []
             for parameter, (start, offset, numel) in zip(group, places, strict=True):
                 low, high = max(offset, share.start), min(offset + numel, share.stop)
                 if low < high:
-                    flat = {key: value.view(-1)[low:high] for key, value in self._moments[master].items() if value.ndim}
-                    pieces.append(
-                        Fragment(self.names[parameter], start + low - offset, master.detach().view(-1)[low:high], flat)
-                    )
-        return pieces
+                    moments = {
+                        key: value.view(-1)[low:high] for key, value in self._moments[master].items() if value.ndim
+                    }
+                    fragments.append(Fragment(self.names[parameter], start + low - offset, flat[low:high], moments))
+            yield flat[share.start : share.stop], fragments
 
     def publish(self) -> None:
         """Set the model's weights on all ranks from the masters, of which each rank contributes its share.
@@ -282,9 +274,7 @@ class Engine:
         if self.stage:
             internals.publish_masters(self._optimizer, self.stage)
         else:
-            for master, _ in self._masters:
-                self._gather_shares(master)
-            self._copy_masters()
+            self._masters.publish()
 
     def optimizer_step_count(self) -> int:
         """Number of steps applied by the optimizer, without fp16's skipped ones; 0 if it does not count them (SGD)."""
@@ -313,31 +303,11 @@ class Engine:
         """Remove DeepSpeed's hooks. The model is unusable afterwards."""
         self._engine.destroy()
 
-    def _places(self) -> list[list[internals.Place]]:
-        """Where the parameters of each group lie in the flat tensors of `Gradients.take`."""
-        if self.stage:
-            return [places for _, _, places in self._layout()]
-        return [
-            [
-                internals.Place(0, offset, parameter.numel())
-                for parameter, offset in zip(group.parameters, group.offsets, strict=True)
-            ]
-            for group in self._gradients.groups
-        ]
-
     def _layout(self) -> Iterator[internals.Partition]:
         """This rank's fp32 tensors, each with its parameters and their places in it."""
-        if self.stage:
-            yield from internals.partitions(self._optimizer, self.stage, self.rank)
-            return
-        for optimized, group, places in zip(
-            self._base.param_groups, self._gradients.groups, self._places(), strict=True
-        ):
-            if optimized.get("matrices"):
-                for parameter, master in zip(group.parameters, optimized["params"], strict=True):
-                    yield [parameter], master, [internals.Place(0, 0, parameter.numel())]
-            else:
-                yield group.parameters, optimized["params"][0], places
+        return (
+            internals.partitions(self._optimizer, self.stage, self.rank) if self.stage else self._masters.partitions()
+        )
 
     def _cast(self, model: nn.Module) -> dict[str, Tensor]:
         """Cast the weights of `model`; returns copies of the original weights on the host (none in fp32)."""
@@ -349,33 +319,12 @@ class Engine:
             parameter.data = parameter.data.to(self.dtype)
         return originals
 
-    def _flatten_weights(self, groups: list[list[nn.Parameter]]) -> list[FlatGroup]:
-        """ZeRO 0: lay each group's weights into a flat tensor, and let the optimizer update a flat fp32 one.
-
-        DeepSpeed uses the optimizer unchanged. Muon's matrices are updated one by one, in views of the flat tensor.
-        """
-        flat = [FlatGroup.aligned(parameters) for parameters in groups]
-        for optimized, group in zip(self._base.param_groups, flat, strict=True):
-            weights = group.flatten([parameter.data for parameter in group.parameters])
-            master = weights.float()
-            for parameter, view in zip(group.parameters, group.views(weights), strict=True):
-                parameter.data = view
-            self._masters.append((master, weights))
-            parts = group.views(master) if optimized.get("matrices") else [master]
-            optimized["params"] = [nn.Parameter(part) for part in parts]
-        return flat
-
-    def _copy_masters(self) -> None:
-        """ZeRO 0 in half precision: round the masters to the network's weights."""
-        for master, weights in self._masters:
-            if weights is not master:
-                weights.copy_(master)
-
     def _gradient_norm(self, gradients: list[Tensor]) -> Tensor:
         """Norm of the whole gradient, of which this rank has `gradients` (see `Gradients.take`)."""
+        all_places = [places for _, _, places in self._layout()] if self.stage else self._masters.places()
         pieces = [
             gradient[place.offset : place.offset + place.numel]
-            for gradient, places in zip(gradients, self._places(), strict=True)
+            for gradient, places in zip(gradients, all_places, strict=True)
             for place in places
             if place.numel
         ]
@@ -383,17 +332,6 @@ class Engine:
         if self.stage:
             dist.all_reduce(square)
         return square.sqrt().float()
-
-    def _gather_shares(self, master: Tensor) -> None:
-        """ZeRO 0: fill `master` with every rank's share of it, in place."""
-        flat = master.detach().view(-1)
-        width = -(-flat.numel() // self.world)
-        mine = flat.new_zeros(width)
-        share = _share(flat.numel(), self.rank, self.world)
-        mine[: len(share)] = flat[share.start : share.stop]
-        whole = flat.new_empty(width * self.world)
-        dist.all_gather_into_tensor(whole, mine)
-        flat.copy_(whole[: flat.numel()])
 
 
 def compile_settings() -> dict:
@@ -407,9 +345,3 @@ def compile_settings() -> dict:
 
 def _nan_unless_finite(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-
-
-def _share(numel: int, rank: int, world: int) -> range:
-    """ZeRO 0: the elements of a tensor that belong to a rank's share."""
-    width = -(-numel // world)
-    return range(min(rank * width, numel), min((rank + 1) * width, numel))
