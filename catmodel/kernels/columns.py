@@ -24,7 +24,7 @@ def _columns(
     row = tl.arange(0, ROWS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
-        first = tile.to(tl.int64) * ROWS
+        first = tl.full((), ROWS, tl.int64) * tile
         inside = (row < M - first)[:, None] & (column < N)[None, :]
         place = first * N + row[:, None] * N + column[None, :]
         x = tl.load(x_ptr + place, inside, 0.0).to(tl.float32)
@@ -49,9 +49,7 @@ def column_sums(x: Tensor, rows: int = 32, columns: int = 128, each: int = 8) ->
     return sums.sum(0)
 
 
-def gelu_backward(
-    da: Tensor, h: Tensor, rows: int = 16, columns: int = 128, each: int = 8
-) -> tuple[Tensor, Tensor]:
+def gelu_backward(da: Tensor, h: Tensor, rows: int = 16, columns: int = 128, each: int = 8) -> tuple[Tensor, Tensor]:
     """da, h [M, N] -> da * GELU'(h), and its sum over rows [N] float32."""
     grid = _grid(da, rows, columns, each)
     sums, out = torch.empty(grid[0], da.shape[1], dtype=torch.float32, device=da.device), torch.empty_like(da)

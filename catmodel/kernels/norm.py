@@ -86,7 +86,7 @@ def _backward(
     dbeta = tl.zeros((ROWS, COLUMNS), tl.float32)
     dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
-        first = tile.to(tl.int64) * ROWS
+        first = tl.full((), ROWS, tl.int64) * tile
         inside = (row < M - first)[:, None] & (column < C)[None, :]
         place = first * C + row[:, None] * C + column[None, :]
         dy = tl.load(dy_ptr + place, inside, 0.0).to(tl.float32)

@@ -163,9 +163,7 @@ def _stationary(
     else:
         w_tile, w2_tile = w.load([start_n, 0]).T, w2.load([start_n, C1]).T
         bias = tl.load(bias_ptr + column).to(tl.float32)[None, :]
-    for tile in tl.range(
-        tl.program_id(0) // tiles, tl.cdiv(M, ROWS), tl.num_programs(0) // tiles, num_stages=STAGES
-    ):
+    for tile in tl.range(tl.program_id(0) // tiles, tl.cdiv(M, ROWS), tl.num_programs(0) // tiles, num_stages=STAGES):
         row = tile * ROWS
         total = tl.dot(x.load([row, 0]), w_tile)
         total = tl.dot(x2.load([row, C1]), w2_tile, total)
@@ -182,7 +180,15 @@ def _stationary(
 
 
 def stationary(
-    x: Tensor, w: Tensor, bias: Tensor | None, slope: Tensor | None, rows: int, hidden: int, stages: int, warps: int, each: int
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    slope: Tensor | None,
+    rows: int,
+    hidden: int,
+    stages: int,
+    warps: int,
+    each: int,
 ) -> tuple[Tensor, Tensor]:
     """Forward (a bias is given): x [M, C], w [H, C] -> GELU, GELU'. Backward: x [M, C], w [C, H], slope -> dh, sums."""
     from triton.tools.tensor_descriptor import TensorDescriptor as D
