@@ -115,9 +115,7 @@ def finish_images(
 
     at = images_ptr + sample.to(tl.int64) * stride_image + offset
     row_ptr = program_ptr + sample * COLUMNS + column
-    red, green, blue = _finished(
-        at, row_ptr, place, y, x, inside, size, stride_channel, scales, shifts, ERASE, NOISE
-    )
+    red, green, blue = _finished(at, row_ptr, place, y, x, inside, size, stride_channel, scales, shifts, ERASE, NOISE)
     if (kind == MIXUP) | (kind == CUTMIX):
         at = images_ptr + other.to(tl.int64) * stride_image + offset
         row_ptr = program_ptr + other * COLUMNS + column

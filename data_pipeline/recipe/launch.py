@@ -14,7 +14,7 @@ from .program import OF_MIXING, OF_ROUND, Program
 
 COUNT_BLOCK = 1024  # pixels that a program counts at a time
 MOST_CHUNKS = 8  # programs that share the counting of an image's channel
-BLOCK = 512  # pixels of a program: 4 per thread
+BLOCK = 128  # pixels of a program: with one per thread, the registers of all operations let an SM hold 48 warps or more
 CLASSES = 1024  # targets of a program
 OPTIONS = dict(num_warps=4, num_stages=1, enable_fp_fusion=False)
 
@@ -43,7 +43,9 @@ def apply_rounds(images: Tensor, values: Tensor, program: Program, config: Augme
     counts = torch.empty(count, chunks, 3, 256, dtype=torch.int32, device=images.device)
     tables = torch.empty(count, 3, 256, dtype=torch.uint8, device=images.device)
     # Rounds write to two buffers in turn.
-    buffers = [torch.empty(images.shape, dtype=torch.uint8, device=images.device) for _ in range(min(program.rounds, 2))]
+    buffers = [
+        torch.empty(images.shape, dtype=torch.uint8, device=images.device) for _ in range(min(program.rounds, 2))
+    ]
     fill, columns = fill_colour(config.mean), program.columns
     for number in range(program.rounds):
         column, found, strides = OF_ROUND * number, buffers[number % 2], images.stride()
@@ -83,7 +85,8 @@ def finish(
         BLOCK=BLOCK,
         **OPTIONS,
     )
+    on, off = target_values(num_classes, config.label_smoothing)
     finish_targets[count, triton.cdiv(num_classes, CLASSES)](
-        labels, mixing, targets, num_classes, *target_values(num_classes, config.label_smoothing), BLOCK=CLASSES, **OPTIONS
+        labels, mixing, targets, num_classes, on, off, BLOCK=CLASSES, **OPTIONS
     )
     return found, targets

@@ -28,12 +28,9 @@ THIRTEENTH = tl.constexpr(1 / 13)
 
 
 @triton.jit
-def _luma(at, stride_channel, inside):
-    """Pillow's luma of the pixels at pointers `at`, int32."""
-    red = tl.load(at, mask=inside, other=0).to(tl.int32)
-    green = tl.load(at + stride_channel, mask=inside, other=0).to(tl.int32)
-    blue = tl.load(at + 2 * stride_channel, mask=inside, other=0).to(tl.int32)
-    return (red * RED + green * GREEN + blue * BLUE + 32768) >> 16
+def _luma(red, green, blue):
+    """Pillow's luma of uint8 pixels, int32."""
+    return (red.to(tl.int32) * RED + green.to(tl.int32) * GREEN + blue.to(tl.int32) * BLUE + 32768) >> 16
 
 
 @triton.jit
@@ -86,7 +83,9 @@ def count_levels(
         for start in range((chunk * 3 + channel) * BLOCK, pixels, chunks * 3 * BLOCK):
             place = start + tl.arange(0, BLOCK)
             at = image_ptr + place // size * stride_y + place % size * stride_x
-            total += _luma(at, stride_channel, place < pixels)
+            red = tl.load(at, mask=place < pixels, other=0)
+            green = tl.load(at + stride_channel, mask=place < pixels, other=0)
+            total += _luma(red, green, tl.load(at + 2 * stride_channel, mask=place < pixels, other=0))
         tl.store(counts_ptr, tl.sum(total))
 
 
@@ -187,6 +186,71 @@ def _clamp(place, last):
     return tl.minimum(tl.maximum(place, 0), last)
 
 
+@triton.jit
+def _store(found_ptr, pixels, inside, red, green, blue):
+    tl.store(found_ptr, red, mask=inside)
+    tl.store(found_ptr + pixels, green, mask=inside)
+    tl.store(found_ptr + 2 * pixels, blue, mask=inside)
+
+
+@triton.jit
+def _rotated(image_ptr, y, x, cos, sin, size, stride_channel, stride_y, stride_x, fill):
+    """Pixels of the image rotated around its centre: red, green, blue."""
+    half = size.to(tl.float64) * 0.5
+    x_centred, y_centred = x.to(tl.float64) + 0.5 - half, y.to(tl.float64) + 0.5 - half
+    first_x, fraction_x = _source(cos * x_centred, sin * y_centred + (half - 0.5))
+    first_y, fraction_y = _source(-sin * x_centred, cos * y_centred + (half - 0.5))
+    covered = _covered(first_x, fraction_x, size) & _covered(first_y, fraction_y, size)
+    left, top = first_x.to(tl.int32) - 1, first_y.to(tl.int32) - 1
+    red, green, blue = tl.zeros_like(fraction_x), tl.zeros_like(fraction_x), tl.zeros_like(fraction_x)
+    for tap_y in tl.static_range(4):
+        row_ptr = image_ptr + _clamp(top + tap_y, size - 1) * stride_y
+        weight_y = _cubic(fraction_y, tap_y)
+        for tap_x in tl.static_range(4):
+            at = row_ptr + _clamp(left + tap_x, size - 1) * stride_x
+            weight = _cubic(fraction_x, tap_x) * weight_y
+            red = tl.fma(weight, tl.load(at).to(tl.float32), red)
+            green = tl.fma(weight, tl.load(at + stride_channel).to(tl.float32), green)
+            blue = tl.fma(weight, tl.load(at + 2 * stride_channel).to(tl.float32), blue)
+    return _filled(red, covered, fill[0]), _filled(green, covered, fill[1]), _filled(blue, covered, fill[2])
+
+
+@triton.jit
+def _shifted(image_ptr, y, x, operation, argument, size, stride_channel, stride_y, stride_x, fill):
+    """Pixels of the image sheared or translated along one of its sides: red, green, blue."""
+    horizontal = (operation == SHEAR_X) | (operation == TRANSLATE_X)
+    sheared = (operation == SHEAR_X) | (operation == SHEAR_Y)
+    across = tl.where(horizontal, y, x).to(tl.float64) + 0.5
+    shift = argument * tl.where(sheared, across, size.to(tl.float64))
+    whole = tl.floor(shift)
+    fraction = (shift - whole).to(tl.float32)
+    first = whole.to(tl.int32) + tl.where(horizontal, x, y)
+    covered = _covered(first, fraction, size)
+    red, green, blue = tl.zeros_like(fraction), tl.zeros_like(fraction), tl.zeros_like(fraction)
+    for tap in tl.static_range(4):
+        moved = _clamp(first - 1 + tap, size - 1)
+        fixed = _clamp(tl.where(horizontal, y, x), size - 1)  # places beyond the image read its edge
+        source_y, source_x = tl.where(horizontal, fixed, moved), tl.where(horizontal, moved, fixed)
+        at = image_ptr + source_y * stride_y + source_x * stride_x
+        weight = _cubic(fraction, tap)
+        red = tl.fma(weight, tl.load(at).to(tl.float32), red)
+        green = tl.fma(weight, tl.load(at + stride_channel).to(tl.float32), green)
+        blue = tl.fma(weight, tl.load(at + 2 * stride_channel).to(tl.float32), blue)
+    return _filled(red, covered, fill[0]), _filled(green, covered, fill[1]), _filled(blue, covered, fill[2])
+
+
+@triton.jit
+def _sharpened(at, pixel, y, x, factor, size, stride_y, stride_x):
+    """A channel's pixels, blended with their smoothed surroundings; `at` points to them."""
+    inner = (y > 0) & (y < size - 1) & (x > 0) & (x < size - 1)
+    total = 4 * pixel.to(tl.int32)
+    for dy in tl.static_range(-1, 2):
+        for dx in tl.static_range(-1, 2):
+            total += tl.load(at + dy * stride_y + dx * stride_x, mask=inner, other=0).to(tl.int32)
+    smooth = tl.floor(total.to(tl.float32) * THIRTEENTH + 0.5)
+    return tl.where(inner, _blend(smooth, pixel.to(tl.float32), factor), pixel)
+
+
 @triton.jit(do_not_specialize=["column"])
 def apply_round(
     images_ptr,
@@ -212,81 +276,37 @@ def apply_round(
     inside = place < pixels
     y, x = place // size, place % size
     image_ptr = images_ptr + sample.to(tl.int64) * stride_image
-    at = image_ptr + y * stride_y + x * stride_x
     found_ptr += sample.to(tl.int64) * 3 * pixels + place
     program_ptr += sample * COLUMNS + column
     operation = tl.load(program_ptr).to(tl.int32)
     argument = tl.load(program_ptr + 1).to(tl.float64, bitcast=True)
+    fill = (fill_red, fill_green, fill_blue)
     if operation == ROTATE:
-        cos, sin = argument, tl.load(program_ptr + 2).to(tl.float64, bitcast=True)
-        half = size.to(tl.float64) * 0.5
-        x_centred, y_centred = x.to(tl.float64) + 0.5 - half, y.to(tl.float64) + 0.5 - half
-        first_x, fraction_x = _source(cos * x_centred, sin * y_centred + (half - 0.5))
-        first_y, fraction_y = _source(-sin * x_centred, cos * y_centred + (half - 0.5))
-        covered = _covered(first_x, fraction_x, size) & _covered(first_y, fraction_y, size)
-        left, top = first_x.to(tl.int32) - 1, first_y.to(tl.int32) - 1
-        red = tl.zeros([BLOCK], tl.float32)
-        green = tl.zeros([BLOCK], tl.float32)
-        blue = tl.zeros([BLOCK], tl.float32)
-        for tap_y in tl.static_range(4):
-            row_ptr = image_ptr + _clamp(top + tap_y, size - 1) * stride_y
-            weight_y = _cubic(fraction_y, tap_y)
-            for tap_x in tl.static_range(4):
-                tap_ptr = row_ptr + _clamp(left + tap_x, size - 1) * stride_x
-                weight = _cubic(fraction_x, tap_x) * weight_y
-                red = tl.fma(weight, tl.load(tap_ptr).to(tl.float32), red)
-                green = tl.fma(weight, tl.load(tap_ptr + stride_channel).to(tl.float32), green)
-                blue = tl.fma(weight, tl.load(tap_ptr + 2 * stride_channel).to(tl.float32), blue)
-        tl.store(found_ptr, _filled(red, covered, fill_red), mask=inside)
-        tl.store(found_ptr + pixels, _filled(green, covered, fill_green), mask=inside)
-        tl.store(found_ptr + 2 * pixels, _filled(blue, covered, fill_blue), mask=inside)
+        sin = tl.load(program_ptr + 2).to(tl.float64, bitcast=True)
+        red, green, blue = _rotated(image_ptr, y, x, argument, sin, size, stride_channel, stride_y, stride_x, fill)
     elif operation >= SHEAR_X:
-        horizontal = (operation == SHEAR_X) | (operation == TRANSLATE_X)
-        along = tl.where(horizontal, x, y)
-        across = tl.where(horizontal, y, x).to(tl.float64) + 0.5
-        sheared = (operation == SHEAR_X) | (operation == SHEAR_Y)
-        shift = argument * tl.where(sheared, across, size.to(tl.float64))
-        first = tl.floor(shift)
-        fraction = (shift - first).to(tl.float32)
-        first = first.to(tl.int32) + along
-        covered = _covered(first, fraction, size)
-        red = tl.zeros([BLOCK], tl.float32)
-        green = tl.zeros([BLOCK], tl.float32)
-        blue = tl.zeros([BLOCK], tl.float32)
-        for tap in tl.static_range(4):
-            moved = _clamp(first - 1 + tap, size - 1)
-            tap_ptr = image_ptr + tl.where(horizontal, y, moved) * stride_y + tl.where(horizontal, moved, x) * stride_x
-            weight = _cubic(fraction, tap)
-            red = tl.fma(weight, tl.load(tap_ptr, mask=inside).to(tl.float32), red)
-            green = tl.fma(weight, tl.load(tap_ptr + stride_channel, mask=inside).to(tl.float32), green)
-            blue = tl.fma(weight, tl.load(tap_ptr + 2 * stride_channel, mask=inside).to(tl.float32), blue)
-        tl.store(found_ptr, _filled(red, covered, fill_red), mask=inside)
-        tl.store(found_ptr + pixels, _filled(green, covered, fill_green), mask=inside)
-        tl.store(found_ptr + 2 * pixels, _filled(blue, covered, fill_blue), mask=inside)
-    elif operation == SHARPNESS:
-        last = size - 1
-        inner = (y > 0) & (y < last) & (x > 0) & (x < last)
-        for channel in tl.static_range(3):
-            pixel = tl.load(at + channel * stride_channel, mask=inside, other=0).to(tl.int32)
-            total = 4 * pixel
-            for row in tl.static_range(-1, 2):
-                for column_ in tl.static_range(-1, 2):
-                    near = at + channel * stride_channel + row * stride_y + column_ * stride_x
-                    total += tl.load(near, mask=inside & inner, other=0).to(tl.int32)
-            smooth = tl.floor(total.to(tl.float32) * THIRTEENTH + 0.5)
-            sharp = _blend(smooth, pixel.to(tl.float32), argument.to(tl.float32))
-            tl.store(found_ptr + channel * pixels, tl.where(inner, sharp, pixel.to(tl.uint8)), mask=inside)
-    elif operation == COLOR:
-        luma = _luma(at, stride_channel, inside).to(tl.float32)
-        for channel in tl.static_range(3):
-            pixel = tl.load(at + channel * stride_channel, mask=inside, other=0).to(tl.float32)
-            tl.store(found_ptr + channel * pixels, _blend(luma, pixel, argument.to(tl.float32)), mask=inside)
-    elif operation == NOTHING:
-        for channel in tl.static_range(3):
-            pixel = tl.load(at + channel * stride_channel, mask=inside, other=0)
-            tl.store(found_ptr + channel * pixels, pixel, mask=inside)
+        red, green, blue = _shifted(
+            image_ptr, y, x, operation, argument, size, stride_channel, stride_y, stride_x, fill
+        )
     else:
-        tables_ptr += sample * 3 * 256
-        for channel in tl.static_range(3):
-            pixel = tl.load(at + channel * stride_channel, mask=inside, other=0).to(tl.int32)
-            tl.store(found_ptr + channel * pixels, tl.load(tables_ptr + channel * 256 + pixel), mask=inside)
+        factor = argument.to(tl.float32)
+        at = image_ptr + y * stride_y + x * stride_x
+        at_green, at_blue = at + stride_channel, at + 2 * stride_channel
+        red = tl.load(at, mask=inside, other=0)
+        green = tl.load(at_green, mask=inside, other=0)
+        blue = tl.load(at_blue, mask=inside, other=0)
+        if operation == SHARPNESS:
+            red = _sharpened(at, red, y, x, factor, size, stride_y, stride_x)
+            green = _sharpened(at_green, green, y, x, factor, size, stride_y, stride_x)
+            blue = _sharpened(at_blue, blue, y, x, factor, size, stride_y, stride_x)
+        elif operation == COLOR:
+            luma = _luma(red, green, blue).to(tl.float32)
+            red = _blend(luma, red.to(tl.float32), factor)
+            green = _blend(luma, green.to(tl.float32), factor)
+            blue = _blend(luma, blue.to(tl.float32), factor)
+        elif operation != NOTHING:
+            tables_ptr += sample * 3 * 256
+            red = tl.load(tables_ptr + red.to(tl.int32))
+            green = tl.load(tables_ptr + 256 + green.to(tl.int32))
+            blue = tl.load(tables_ptr + 512 + blue.to(tl.int32))
+    _store(found_ptr, pixels, inside, red, green, blue)
