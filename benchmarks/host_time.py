@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""The host's time and the bytes of a step on two ranks, here and at an earlier commit: python benchmarks/host_time.py COMMIT
+"""The host's time and the bytes of a step on two ranks, now and at an earlier commit: benchmarks/host_time.py COMMIT
 
-The network has as many layers as cat_base, but so few channels that most of a step is the host's time: Python, PyTorch's
+The network has as many layers as cat_base, but so few channels that most of a step is the host's time: Python, torch's
 dispatch, DeepSpeed. The ranks run in a network namespace of their own (Linux, as root), whose loopback counts the bytes
 that both send. Needs the demo's dataset.
 """

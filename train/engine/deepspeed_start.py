@@ -31,6 +31,8 @@ def init_process_group(device: torch.device, timeout: timedelta) -> None:
     # DeepSpeed creates groups of its own without a timeout, so change torch's default.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":  # DeepSpeed would not name the device, and torch would warn at barriers
+        dist.init_process_group(backend, timeout=timeout, device_id=device)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
