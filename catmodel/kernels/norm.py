@@ -78,6 +78,7 @@ def _backward(
     C: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     column = tl.arange(0, COLUMNS)
     row = tl.arange(0, ROWS)
@@ -85,7 +86,7 @@ def _backward(
     dgamma = tl.zeros((ROWS, COLUMNS), tl.float32)
     dbeta = tl.zeros((ROWS, COLUMNS), tl.float32)
     dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
         first = tl.full((), ROWS, tl.int64) * tile
         inside = (row < M - first)[:, None] & (column < C)[None, :]
         place = first * C + row[:, None] * C + column[None, :]
@@ -133,6 +134,7 @@ def backward(
     elements: int = 2048,
     each: int = 4,
     warps: int = 4,
+    stages: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and branch, and of gamma, beta and bias as one [3, C] float32."""
     C = total.shape[-1]
@@ -142,6 +144,6 @@ def backward(
     rows = max(elements // columns, 1)
     grid = min(each * programs(total.device), triton.cdiv(M, rows))
     sums = torch.empty(grid, 3, C, dtype=torch.float32, device=total.device)
-    sizes = dict(C=C, ROWS=rows, COLUMNS=columns, num_warps=warps)
+    sizes = dict(C=C, ROWS=rows, COLUMNS=columns, STAGES=stages, num_warps=warps)
     _backward[(grid,)](dy, dsum, total, scale, gamma, dx, dbranch, sums, M, M // len(total), EPS, **sizes)
     return dx, dx if dbranch is None else dbranch, sums.sum(0)
