@@ -168,7 +168,7 @@ def _product(tile: tuple[int, ...], backward: bool) -> Callable:
         sizes |= dict(DOT=backward and how > 1, num_warps=warps, num_stages=stages)
         arguments = x, w, bias, *given[2:], sums, M, N, K
         if how == 3:
-            resident = 1 if M_tile * N_tile >= 256 * 128 else 2
+            resident = 1 if M_tile * N_tile * (1 + backward) >= 256 * 128 else 2  # by their shared memory
             product.persistent[(min(count, resident * programs(out.device)),)](*arguments, **sizes)
         else:
             product.product[(count,)](*arguments, KEEP=not backward, TMA=how > 0, **sizes)
@@ -450,9 +450,12 @@ def row(case: Case, batch: int, time_us: float, distance: float | None) -> dict:
 
 def measure(batch: int, limit: float, path: Path | None, only: str) -> None:
     """Check and time all cases within `limit` seconds."""
+    import torch
+
     start = time.monotonic()
     numbers = [number for number, case in enumerate(cases()) if only in f"{case.group} {case.stage}"]
-    context = multiprocessing.get_context("fork")  # torch is imported, but has not touched the GPU yet
+    # Torch is imported, but should not have touched the GPU yet: then processes can be forked, which is faster.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
     results, found = context.Queue(), {}
     count = max(1, min(os.cpu_count() - 1, 15))
     workers = [context.Process(target=_check, args=(numbers[k::count], batch, results)) for k in range(count)]
