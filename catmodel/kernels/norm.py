@@ -57,7 +57,9 @@ def _forward(
 @triton.jit
 def _normed(x, column, eps, C: tl.constexpr):
     """Rows of mean 0 and variance 1 (0 in columns beyond C), and the factor [rows, 1]."""
-    centred = tl.where((column < C)[None, :], x - (tl.sum(x, 1) * (1 / C))[:, None], 0.0)
+    centred = x - (tl.sum(x, 1) * (1 / C))[:, None]
+    if C < column.shape[0]:
+        centred = tl.where((column < C)[None, :], centred, 0.0)
     factor = tl.rsqrt(tl.sum(centred * centred, 1) * (1 / C) + eps)[:, None]
     return centred * factor, factor
 
@@ -104,7 +106,7 @@ def _backward(
         if scale_ptr is not None:
             dx *= tl.load(scale_ptr + (first + row) // tokens, row < M - first, 0.0)[:, None]
             tl.store(dbranch_ptr + place, dx.to(dbranch_ptr.dtype.element_ty), inside)
-        dbias += tl.where(inside, dx, 0.0)
+        dbias += dx  # 0 in rows beyond M
     sums_ptr += tl.program_id(0) * 3 * C
     tl.store(sums_ptr + column, tl.sum(dgamma, 0), column < C)
     tl.store(sums_ptr + C + column, tl.sum(dbeta, 0), column < C)

@@ -130,7 +130,7 @@ def persistent(
 def _over_rows(tile, dtype: tl.constexpr, DOT: tl.constexpr):
     """[rows, columns] -> [columns]. DOT: as a product of rounded numbers with ones, which needs no shuffles."""
     if DOT:
-        ones = tl.full((tile.shape[0], 16), 1.0, dtype)
+        ones = tl.full((tile.shape[0], 16), 1.0, tl.float32).to(dtype)
         result = tl.sum(tl.dot(tl.trans(tile.to(dtype)), ones), 1) * 0.0625
     else:
         result = tl.sum(tile, 0)
