@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import queue
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -388,14 +389,22 @@ def error(case: Case, images: int, **shape: int) -> float:
     return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
 
-def _check(share: list[int], batch: int, results) -> None:
+def _check(share: list[int], batch: int, rehearsal: bool, results) -> None:
     """In a worker: compile and compare the cases of these numbers."""
+    if rehearsal:
+        import tests.catmodel.kernels.interpreter  # noqa: F401
+
+        os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
     everything = list(cases())
     for number in share:
         case = everything[number]
         try:
+            if rehearsal:
+                channels = min(STAGES[case.stage][1], 192 if case.group.startswith("whole") else 96)
+                results.put((number, error(case, 2, tokens=75, channels=channels), None))
+                continue
             found = error(case, CHECKED)
             if case.way == "Inductor":  # it compiles for the shape, into its cache
                 torch._dynamo.reset()
@@ -448,31 +457,38 @@ def row(case: Case, batch: int, time_us: float, distance: float | None) -> dict:
     return dict(**place, floor=round(moved / 4.25e6, 1), **rates, error=distance)
 
 
-def measure(batch: int, limit: float, path: Path | None, only: str) -> None:
-    """Check and time all cases within `limit` seconds."""
-    import torch
-
-    start = time.monotonic()
-    numbers = [number for number, case in enumerate(cases()) if only in f"{case.group} {case.stage}"]
-    # Torch is imported, but should not have touched the GPU yet: then processes can be forked, which is faster.
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
-    results, found = context.Queue(), {}
-    count = max(1, min(os.cpu_count() - 1, 15))
-    workers = [context.Process(target=_check, args=(numbers[k::count], batch, results)) for k in range(count)]
+def _checked(numbers: list[int], count: int, batch: int, rehearsal: bool, limit: float) -> dict[int, tuple]:
+    """Compile and compare in `count` processes, for `limit` seconds: number -> (error, problem)."""
+    start, found = time.monotonic(), {}
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [
+        context.Process(target=_check, args=(numbers[k::count], batch, rehearsal, results)) for k in range(count)
+    ]
     for worker in workers:
         worker.start()
-    compiled_by = start + 0.7 * limit
-    while len(found) < len(numbers) and time.monotonic() < compiled_by and any(w.is_alive() for w in workers):
+    while len(found) < len(numbers) and time.monotonic() - start < limit:
+        alive = any(worker.is_alive() for worker in workers)
         try:
             number, distance, problem = results.get(timeout=1)
-        except Exception:
-            continue
-        found[number] = distance, problem
+            found[number] = distance, problem
+        except queue.Empty:
+            if not alive:
+                break
     for worker in workers:
         worker.terminate()
         worker.join()
+    return found
+
+
+def measure(batch: int, limit: float, path: Path | None, only: str) -> None:
+    """Check and time all cases within `limit` seconds."""
+    start = time.monotonic()
+    everything = list(cases())
+    numbers = [number for number, case in enumerate(everything) if only in f"{case.group} {case.stage}"]
+    count = max(1, min(os.cpu_count() - 1, 15))
+    found, lines = _checked(numbers, count, batch, False, 0.7 * limit), []
     print(f"{len(found)} of {len(numbers)} cases compiled in {time.monotonic() - start:.0f} s", flush=True)
-    everything, lines = list(cases()), []
     for number in numbers:
         case, (distance, problem) = everything[number], found.get(number, (None, "not compiled in time"))
         if time.monotonic() - start > limit:
@@ -490,15 +506,15 @@ def measure(batch: int, limit: float, path: Path | None, only: str) -> None:
     print(f"{time.monotonic() - start:.0f} s", flush=True)
 
 
-def rehearse() -> None:
-    """Every candidate once in Triton's interpreter, with 2 images of few tokens; compiled ones as they are."""
-    for case in cases():
-        if case.way in ("Inductor", "cuBLAS", "cuBLAS alone"):
-            continue
-        channels = min(STAGES[case.stage][1], 192 if case.group.startswith("whole") else 96)
-        distance = error(case, 2, tokens=75, channels=channels)
-        print(f"{case.group} {case.stage} {case.way}: {distance:.1e}", flush=True)
-        if distance > 0.01:
+def rehearse(only: str) -> None:
+    """Every candidate once in Triton's interpreter, with 2 images of few tokens, in a worker as on a GPU."""
+    everything = list(cases())
+    plain = "Inductor", "cuBLAS", "cuBLAS alone"
+    numbers = [n for n, c in enumerate(everything) if c.way not in plain and only in f"{c.group} {c.stage}"]
+    for number, (distance, problem) in _checked(numbers, 1, 2, True, 600).items():
+        case = everything[number]
+        print(f"{case.group} {case.stage} {case.way}: {problem or f'{distance:.1e}'}", flush=True)
+        if problem or distance > 0.01:
             raise SystemExit(f"{case.group} {case.way} is wrong")
 
 
@@ -510,17 +526,11 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help='cases whose "group stage" contains this')
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, in the interpreter")
     arguments = parser.parse_args()
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read at torch's import; the workers are many already
     if arguments.rehearse:
-        import tests.catmodel.kernels.interpreter  # noqa: F401
-
-        os.environ["TRITON_INTERPRET"] = "1"
-        return rehearse()
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read at the import; the workers are many already
-    import torch  # noqa: F401
-    import torch._inductor.compile_fx  # noqa: F401  imported once, before the workers are forked
-    import triton  # noqa: F401
-
-    measure(arguments.batch, arguments.seconds, arguments.json, arguments.only)
+        rehearse(arguments.only)
+    else:
+        measure(arguments.batch, arguments.seconds, arguments.json, arguments.only)
 
 
 if __name__ == "__main__":
