@@ -37,6 +37,7 @@ class InnerPatchAttention(nn.Module):
         self.dropout = dropout
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * patch_size - 1) ** 2, num_heads))
         self.register_buffer("relative_position_index", relative_position_index(patch_size))
+        self.register_buffer("pairs_of_offset", pairs_of_offset(patch_size), persistent=False)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
@@ -65,8 +66,33 @@ class InnerPatchAttention(nn.Module):
 
     def position_bias(self) -> Tensor:
         """[h, P, P], added to the attention logits of each pair of tokens."""
-        bias_PPh = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        return bias_PPh.unflatten(0, self.relative_position_index.shape).permute(2, 0, 1).contiguous()
+        return _PositionBias.apply(
+            self.relative_position_bias_table, self.relative_position_index, self.pairs_of_offset
+        )
+
+
+class _PositionBias(torch.autograd.Function):
+    """The rows of a bias table [T, h] at index [P, P] -> [h, P, P], with a gradient that is summed in a fixed order.
+
+    Autograd would scatter the gradient with atomic additions on a GPU, in an order that varies. Here each row of the
+    table gathers the gradients of its pairs of tokens [T, P] (`pairs_of_offset`) and adds them in their order.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(table_Th: Tensor, index_PP: Tensor, pairs_TP: Tensor) -> Tensor:
+        return table_Th[index_PP.flatten()].unflatten(0, index_PP.shape).permute(2, 0, 1).contiguous()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx, dbias_hPP: Tensor) -> tuple[Tensor, None, None]:
+        (pairs_TP,) = ctx.saved_tensors
+        dbias_ph = F.pad(dbias_hPP.flatten(1), (0, 1)).T  # the last row is zero, for places without a pair
+        return dbias_ph[pairs_TP].sum(1), None, None
 
 
 class CrossPatchAttention(nn.Module):
@@ -138,3 +164,16 @@ def relative_position_index(size: int) -> Tensor:
     y, x = y.flatten(), x.flatten()
     dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
     return (dy + size - 1) * (2 * size - 1) + (dx + size - 1)
+
+
+def pairs_of_offset(size: int) -> Tensor:
+    """[T, P] int64, the inverse of `relative_position_index`: for each of its T = (2 * size - 1)^2 rows, the pairs.
+
+    Element (t, p) is the pair of tokens with the offset of row t whose second token is p, as a position in the
+    flattened [P, P], or P * P if the first token would lie outside of the patch.
+    """
+    side, P = 2 * size - 1, size**2
+    index_PP = relative_position_index(size)
+    pairs_TP = torch.full((side**2, P), P * P)
+    pairs_TP[index_PP, torch.arange(P)] = torch.arange(P * P).view(P, P)
+    return pairs_TP

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from catmodel import kernels
 from catmodel.attention import CrossPatchAttention, InnerPatchAttention
+from catmodel.fixed_order import resize
 from catmodel.layers import DropPathAdd, Mlp, PatchConv
 from catmodel.patches import Patches, may_be_nonzero, padding_to
 from catmodel.variants import Staged, build, select_stages
@@ -324,7 +325,7 @@ class CAT(Staged):
             return x_BHWC + self.ape.unflatten(1, self.grid_size)
         ape, size = self.ape, x_BHWC.shape[1:3]
         if may_be_nonzero(size[0] - self.grid_size[0], size[1] - self.grid_size[1]):
-            ape = F.interpolate(ape, size=size, mode="bicubic", align_corners=False)
+            ape = resize(ape, size, "bicubic")
         return x_BHWC + ape.permute(0, 2, 3, 1)
 
     def forward_features(self, image: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from catmodel.aggregation import aggregate
+from catmodel.fixed_order import MaxPool, pad_border
 from catmodel.layers import DropPathAdd
 from catmodel.variants import Staged, build, select_stages
 
@@ -94,8 +95,8 @@ class BlurPool(nn.Module):
         self.register_buffer("filter", torch.outer(line, line).expand(channels, 1, 3, 3).contiguous(), persistent=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        mode = "reflect" if min(x_BCHW.shape[2:]) > 1 else "replicate"
-        return F.conv2d(F.pad(x_BCHW, (1, 1, 1, 1), mode=mode), self.filter, stride=2, groups=x_BCHW.shape[1])
+        padded = pad_border(x_BCHW, reflect=min(x_BCHW.shape[2:]) > 1)
+        return F.conv2d(padded, self.filter, stride=2, groups=x_BCHW.shape[1])
 
 
 def conv_norm(
@@ -197,7 +198,7 @@ class CoTNet(Staged):
         else:
             channels = 64
             self.conv1, self.bn1 = conv_norm(in_chans, channels, 7, stride=2)
-        self.pool = nn.Identity() if hybrid else nn.MaxPool2d(3, stride=2, padding=1)
+        self.pool = nn.Identity() if hybrid else MaxPool(3, stride=2)
 
         total, number = sum(depths), 0
         self.feature_info = []

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from catmodel import kernels
+from catmodel.fixed_order import resize
 from catmodel.layers import DropPathAdd, Mlp, PatchConv
 from catmodel.patches import may_be_nonzero, padding_to
 from catmodel.variants import Staged, build, select_stages
@@ -221,7 +222,7 @@ class PVT(Staged):
             x_BNC = torch.cat([self.cls_token.expand(x_BNC.shape[0], -1, -1), x_BNC], dim=1)
         elif may_be_nonzero(height - self.grids[index][0], width - self.grids[index][1]):
             grid_1CHW = position.transpose(1, 2).unflatten(2, self.grids[index])
-            position = F.interpolate(grid_1CHW, size=(height, width), mode="bilinear").flatten(2).transpose(1, 2)
+            position = resize(grid_1CHW, (height, width), "bilinear").flatten(2).transpose(1, 2)
         x_BNC = x_BNC + position
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         fused = self.kernels and kernels.usable(x_BNC.device, x_BNC.dtype)

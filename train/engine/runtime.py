@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from train import exit_codes
-from train.engine.deepspeed_engine import destroy_process_group, init_process_group
+from train.engine.deepspeed_start import destroy_process_group, init_process_group
 from train.engine.network_interface import choose_interface
 from train.engine.processor import processor_name
 
