@@ -73,6 +73,9 @@ def judge(rows: list[dict]) -> tuple[bool, str]:
                 f" (killed after {row['killed_at']}, resumed from {row['resumed_from']})" if "killed_at" in row else ""
             )
             what = "equal" if same else f"DIFFERS from step {step} on" if step else "other WEIGHTS"
+            before = row.get("before", [])  # what was lost by the kill, and taken again
+            if early := first_difference(whole["losses"][: len(before)], before):
+                what, equal = f"DIFFERS before the kill from step {early} on", False
             found.append(f"{name}{where} {what}")
         said.append(f"{family}, {len(whole['losses'])} steps: {', '.join(found)}")
     return equal and bool(rows), "; ".join(said)
