@@ -29,8 +29,8 @@ NEEDED = {
 TIMED = 200  # seconds that the first round leaves to the timed parts, if both are asked for
 TAIL = 2500  # characters of a failed job's output that are printed
 DALI = (
-    "DALI's GPU decoder was not run. It needs nvidia-dali-cuda130 (a wheel of 199 MB) with nvidia-nvjpeg, and "
-    "data.backend=dali data.device=gpu."
+    "DALI's GPU decoder was not run: it would take nvidia-dali-cuda130 (a wheel of 199 MB), which needs "
+    "nvidia-nvimgcodec-cu13[all] and nvidia-libnvcomp-cu13, and a run with data.backend=dali data.device=gpu"
 )
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu_parts import SWIN
+from benchmarks.gpu_parts import OURS, SWIN
 from benchmarks.gpu_record import Record, Session
 from benchmarks.graphs import record as record_graph
 from benchmarks.graphs import rounds_of
@@ -26,7 +26,6 @@ from train.engine.runtime import Runtime, start_runtime, stop_runtime
 from train.tasks.base import build_task
 
 CLASSES = 1000
-GFLOPS = {"ours": 53.6, SWIN: 52.4}  # of one image in training, by bench.py model --count-only
 AIM = 5200  # images/s of ours at batch 256
 
 
@@ -53,9 +52,9 @@ class Bench:
         return load_config("configs/cat_b.yaml", ["data.path=none", *sizes, *self.session.size([], small)])
 
     def build(self, model: str, plain: bool = False) -> nn.Module:
-        """ours, with the recipe's dropout and drop-path, or a model of timm with the same drop-path. plain: without
+        """cat_base, with the recipe's dropout and drop-path, or a model of timm with the same drop-path. plain: without
         the Triton kernels."""
-        if model == "ours":
+        if model == OURS:
             network = build_task(self.config(), [str(number) for number in range(CLASSES)]).initial_model()
             network.set_kernels(not plain)
         else:
@@ -126,7 +125,7 @@ def training(
         if session.warming and way in ("eager", "plain", "compiled"):
             continue  # eager needs no compiler, and "graphs" has compiled for "compiled"
         if way == "engine":
-            bench.way("ours, engine", lambda: engine_step(bench), **about)
+            bench.way(f"{model}, engine", lambda: engine_step(bench), **about)
         else:
             keep = (last, way) == ("graphs", "compiled")
             bench.way(f"{model}, {way}", lambda way=way: bare_step(bench, model, way), keep, **about)
@@ -251,13 +250,13 @@ def judge(rows: list[dict]) -> tuple[bool, str]:
     speeds = {(row["model"], row["way"], row["batch"]): row["images_per_second"] for row in rows}
     batch = max(row["batch"] for row in rows)
     said = []
-    if own := [speeds[key] for key in (("ours", "engine", batch), ("ours", "graphs", batch)) if key in speeds]:
-        said.append(f"ours, batch {batch}: {max(own):,.0f} images/s (aim {AIM:,})")
+    if own := [speeds[key] for key in ((OURS, "engine", batch), (OURS, "graphs", batch)) if key in speeds]:
+        said.append(f"{OURS}, batch {batch}: {max(own):,.0f} images/s (aim {AIM:,})")
         if (SWIN, "graphs", batch) in speeds:
             said.append(f"{max(own) / speeds[SWIN, 'graphs', batch]:.2f} x Swin-S")
-    for eager in (key for key in speeds if key[:2] == ("ours", "eager")):
-        if ("ours", "plain", eager[2]) in speeds:
-            said.append(f"eager {speeds[eager] / speeds['ours', 'plain', eager[2]]:.2f} x plain eager (aim 1.3)")
+    for eager in (key for key in speeds if key[:2] == (OURS, "eager")):
+        if (OURS, "plain", eager[2]) in speeds:
+            said.append(f"eager {speeds[eager] / speeds[OURS, 'plain', eager[2]]:.2f} x plain eager (aim 1.3)")
     return bool(said), ", ".join(said)
 
 

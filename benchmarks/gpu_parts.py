@@ -2,6 +2,7 @@
 
 from benchmarks.gpu_record import Later, Part
 
+OURS = "cat_base"
 SWIN = "swin_small_patch4_window7_224"
 
 
@@ -30,12 +31,12 @@ PARTS: dict[str, Part] = {
         Part(
             "model",
             {
-                "ours 256": _training("ours", 256, "engine", "graphs", "compiled"),
+                "ours 256": _training(OURS, 256, "engine", "graphs", "compiled"),
                 "swin 256": _training(SWIN, 256, "graphs", "compiled"),
-                "ours 128": _training("ours", 128, "engine", "graphs", "compiled"),
-                "eager": _training("ours", 128, "eager", "plain"),
+                "ours 128": _training(OURS, 128, "engine", "graphs", "compiled"),
+                "eager": _training(OURS, 128, "eager", "plain"),
                 "swin 128": _training(SWIN, 128, "graphs", "compiled", "eager"),
-                "plain": _training("ours", 256, "plain graphs"),
+                "plain": _training(OURS, 256, "plain graphs"),
             },
             Later("gpu_model.judge"),
             limit=150,
@@ -55,7 +56,7 @@ PARTS: dict[str, Part] = {
         Part(
             "inference",
             {
-                "ours": Later("gpu_model.inference", model="ours", batch=256),
+                "ours": Later("gpu_model.inference", model=OURS, batch=256),
                 "swin": Later("gpu_model.inference", model=SWIN, batch=256),
             },
             Later("gpu_model.judge_inference"),

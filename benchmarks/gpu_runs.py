@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
+from benchmarks.gpu_parts import OURS
 from benchmarks.gpu_record import ROOT, Record, Session, cores
 
 STEPS, EVERY = 240, 40  # of the runs that are compared; a checkpoint is written every so many
@@ -134,7 +135,7 @@ def share(output: Path, lines: list[dict], batch: int) -> float | None:
     own = [
         row["images_per_second"]
         for row in rows
-        if row.get("model") == "ours" and row["batch"] == batch and "images_per_second" in row
+        if row.get("model") == OURS and row["batch"] == batch and "images_per_second" in row
     ]
     return speeds(lines, WARM_UP)["images_per_second"] / max(own) if own else None
 

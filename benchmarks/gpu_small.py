@@ -52,7 +52,7 @@ def kernels(session: Session, record: Record) -> None:
     roofline = measure_roofline(device, dtype, 1)
     stages = session.size(STAGES, ((14, 32, 1, False),))
     for row in bench_kernels(device, dtype, session.size(128, 1), roofline, compiled=False, stages=stages):
-        record.add(**row)
+        record.add(batch=session.size(128, 1), precision=session.size("bf16", "fp32"), **row)
 
 
 def judge_kernels(rows: list[dict]) -> tuple[bool, str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_exact, gpu_model, gpu_runs, gpu_small
-from benchmarks.gpu_parts import NEED_IMAGES, PARTS, SWIN
+from benchmarks.gpu_parts import NEED_IMAGES, OURS, PARTS, SWIN
 from benchmarks.gpu_record import Record, Session
 from benchmarks.graphs import device_seconds
 from benchmarks.graphs import record as record_graph
@@ -140,11 +140,11 @@ def test_the_models_speed_is_said_beside_the_aims():
     def row(model: str, way: str, batch: int, speed: float) -> dict:
         return {"model": model, "way": way, "batch": batch, "images_per_second": speed}
 
-    rows = [row("ours", "engine", 256, 5300.0), row("ours", "graphs", 256, 5400.0), row(SWIN, "graphs", 256, 2700.0)]
-    rows += [row("ours", "eager", 128, 1800.0), row("ours", "plain", 128, 1500.0)]
+    rows = [row(OURS, "engine", 256, 5300.0), row(OURS, "graphs", 256, 5400.0), row(SWIN, "graphs", 256, 2700.0)]
+    rows += [row(OURS, "eager", 128, 1800.0), row(OURS, "plain", 128, 1500.0)]
     assert gpu_model.judge(rows) == (
         True,
-        "ours, batch 256: 5,400 images/s (aim 5,200), 2.00 x Swin-S, eager 1.20 x plain eager (aim 1.3)",
+        "cat_base, batch 256: 5,400 images/s (aim 5,200), 2.00 x Swin-S, eager 1.20 x plain eager (aim 1.3)",
     )
     assert gpu_model.judge(rows[2:3])[0] is False
 
