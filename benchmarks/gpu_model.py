@@ -38,6 +38,7 @@ class Bench:
     runtime: Runtime
     batch: int
     kept: Callable[[], object] | None = None  # the last way's step, before it was recorded
+    engine: Engine | None = None  # the last way's
 
     def __post_init__(self):
         self.batch = self.session.size(self.batch, 2)
@@ -73,8 +74,11 @@ class Bench:
     def way(self, name: str, prepare: Callable[[], Callable[[], object]], keep: bool = False, **about: object) -> None:
         """Measure the step that `prepare` returns, or, when warming, take one. keep: what the last way compiled."""
         if not keep:
-            self.kept = None
+            if self.engine:
+                self.engine.destroy()
+            self.kept = self.engine = None
             release(self.device)
+        before = memory(self.device).get("reserved_gb")
 
         def measure() -> dict:
             step = prepare()
@@ -84,7 +88,7 @@ class Bench:
             seconds = rounds_of(step, self.device, *self.session.size((10, 7), (1, 1)))
             rates = sorted(self.batch / one for one in seconds)
             speed = {"images_per_second": median(rates), "min": rates[0], "max": rates[-1]}
-            return {**speed, "ms": 1000 * median(seconds), **memory(self.device)}
+            return {**speed, "ms": 1000 * median(seconds), **memory(self.device), "before_gb": before}
 
         if self.session.warming:
             measure()
@@ -102,7 +106,7 @@ def release(device: torch.device) -> None:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """GB of device memory: the most that was reserved since `release`, and what is reserved now, with all graphs."""
+    """GB of device memory: reserved now, with all graphs; and since `release` the most reserved and the most in use."""
     if device.type != "cuda":
         return {}
     held, most = torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
@@ -136,7 +140,9 @@ def engine_step(bench: Bench) -> Callable[[], object]:
     """A step of train/engine/, without data and EMA. Its own second call records the graph."""
     config = bench.config()
     task = build_task(config, [str(number) for number in range(CLASSES)])
-    engine = Engine(task.initial_model(), task.losses_to_train, config, accumulation=1, device=bench.device)
+    bench.engine = engine = Engine(
+        task.initial_model(), task.losses_to_train, config, accumulation=1, device=bench.device
+    )
 
     def step() -> None:
         engine.accumulate((bench.images, bench.targets))

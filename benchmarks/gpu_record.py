@@ -71,7 +71,7 @@ class Part:
 
     jobs: by name, each run in a process of its own. judge: from the rows, whether all is well and a sentence; it is
     asked after each row. limit: seconds of all jobs together. alone: its jobs run one after the other with nothing
-    beside them, because they are timed. warm: the jobs that compile first, beside others.
+    beside them, because they are timed.
     """
 
     name: str
@@ -79,7 +79,6 @@ class Part:
     judge: Judge
     limit: float
     alone: bool = True
-    warm: Sequence[str] = ()
 
 
 @dataclass

@@ -160,6 +160,6 @@ def draw(session: Session) -> None:
         images = session.work / "drawn"
         draw_photographs(images, *session.size((400, (500, 375)), (20, (64, 48))), processes=cores())
     folder = session.work / "photographs"
-    repeat(images, folder, session.size(4096, 64))
+    repeat(images, folder, session.size(4096, 1008))
     subprocess.run([sys.executable, "launch/prepare.py", str(folder), str(session.dataset)], cwd=ROOT, check=True)
     (session.dataset / "ready").touch()
