@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import queue
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -117,15 +118,6 @@ def _norm_backward(dy, dx, x, s, g):
     return into, branch, torch.stack([dg, db, branch.sum((0, 1))])
 
 
-def _norm_backward_given(dy, dx, x, s, g, mean, rstd):
-    import torch
-
-    into, dg, db = torch.ops.aten.native_layer_norm_backward(dy, x, [x.shape[-1]], mean, rstd, g, g, [True, True, True])
-    into = into + dx
-    branch = into * s.to(x.dtype)[:, None, None]
-    return into, branch, dg, db, branch.sum((0, 1))
-
-
 def _compiled(function: Callable) -> Callable:
     """`function`, compiled for the shapes of its first call."""
     made = []
@@ -147,12 +139,16 @@ def _flat(x):
 # ----------------------------------------------------------------------------------------------------------- candidates
 
 
-def _product(M_tile: int, N_tile: int, K_tile: int, warps: int, stages: int, tma: bool, backward: bool) -> Callable:
+def _product(tile: tuple[int, ...], backward: bool) -> Callable:
+    """tile: rows, columns, inner, warps, stages, how (0 pointers, 1 descriptors, 2 sums by dot, 3 persistent)."""
+    M_tile, N_tile, K_tile, warps, stages, how = tile
+
     def run(x, w, third):
         import torch
         import triton
 
-        from catmodel.kernels.product import product
+        from catmodel.kernels import product
+        from catmodel.kernels.launch import programs
 
         x = _flat(x)
         (M, K), N = x.shape, w.shape[1 if backward else 0]
@@ -160,17 +156,23 @@ def _product(M_tile: int, N_tile: int, K_tile: int, warps: int, stages: int, tma
         slope = _flat(third) if backward else x.new_empty(M, N)
         if backward:
             bias, sums = None, torch.empty(triton.cdiv(M, M_tile), N, dtype=torch.float32, device=x.device)
-        arguments = x, w, slope, out
-        if tma:
+        given = x, w, slope, out
+        if how:
             from triton.tools.tensor_descriptor import TensorDescriptor
 
-            tiles = [M_tile, K_tile], [K_tile, N_tile] if backward else [N_tile, K_tile], *[[M_tile, N_tile]] * 2
-            arguments = [TensorDescriptor.from_tensor(t, n) for t, n in zip(arguments, tiles, strict=True)]
-        x, w, slope_, out_ = arguments
-        grid = (triton.cdiv(M, M_tile) * triton.cdiv(N, N_tile),)
-        sizes = dict(BLOCK_M=M_tile, BLOCK_N=N_tile, BLOCK_K=K_tile, TMA=tma, STAGES=stages)
-        modes = dict(BACKWARD=backward, KEEP=not backward, num_warps=warps, num_stages=stages)
-        product[grid](x, w, bias, slope_, out_, sums, M, N, K, **modes, **sizes)
+            last = [M_tile, N_tile // 2 if how == 3 else N_tile]
+            tiles = [M_tile, K_tile], [K_tile, N_tile] if backward else [N_tile, K_tile], last, last
+            given = [TensorDescriptor.from_tensor(t, n) for t, n in zip(given, tiles, strict=True)]
+        x, w = given[:2]
+        count = triton.cdiv(M, M_tile) * triton.cdiv(N, N_tile)
+        sizes = dict(BLOCK_M=M_tile, BLOCK_N=N_tile, BLOCK_K=K_tile, STAGES=stages, BACKWARD=backward)
+        sizes |= dict(DOT=backward and how > 1, num_warps=warps, num_stages=stages)
+        arguments = x, w, bias, *given[2:], sums, M, N, K
+        if how == 3:
+            resident = 1 if M_tile * N_tile * (1 + backward) >= 256 * 128 else 2  # by their shared memory
+            product.persistent[(min(count, resident * programs(out.device)),)](*arguments, **sizes)
+        else:
+            product.product[(count,)](*arguments, KEEP=not backward, TMA=how > 0, **sizes)
         return (out, sums.sum(0)) if backward else (slope, out)
 
     return run
@@ -260,14 +262,17 @@ def _sums_kernel(**sizes: int) -> Callable:
     return run
 
 
-# Tiles of `product`: rows, columns, warps, stages, descriptors.
+# Tiles of `product`: rows, columns, warps, stages, how.
 TILES = {
-    1: [(128, 128, 8, 3, 1), (128, 64, 4, 3, 1), (128, 64, 8, 3, 1), (64, 128, 4, 3, 1), (128, 64, 8, 3, 0)],
-    2: [(128, 128, 8, 3, 1), (128, 128, 4, 3, 1), (128, 64, 8, 3, 1), (64, 128, 4, 3, 1), (128, 64, 8, 3, 0)],
-    3: [(128, 128, 8, 3, 1), (128, 128, 4, 3, 1), (128, 128, 8, 4, 1), (128, 256, 8, 3, 1), (64, 128, 4, 4, 1)],
-    4: [(128, 128, 8, 3, 1), (128, 128, 8, 4, 1), (128, 256, 8, 3, 1), (64, 128, 4, 4, 1)],
+    1: [(128, 128, 8, 3, 2), (128, 64, 4, 3, 2), (128, 64, 8, 3, 2), (64, 128, 4, 3, 2), (128, 64, 8, 3, 0)],
+    2: [(128, 128, 8, 3, 2), (128, 128, 4, 3, 2), (128, 64, 8, 3, 2), (64, 128, 4, 3, 2), (128, 64, 8, 3, 0)],
+    3: [(128, 128, 8, 3, 2), (128, 128, 4, 3, 2), (128, 128, 8, 3, 3), (128, 256, 8, 3, 3), (128, 256, 8, 3, 2)],
+    4: [(128, 128, 8, 3, 2), (128, 128, 4, 3, 2), (128, 128, 8, 3, 3), (128, 256, 8, 3, 3), (128, 256, 8, 3, 2)],
 }
-TILES[3] += [(128, 128, 8, 3, 0), (64, 256, 4, 3, 1)]
+TILES[1] += [(64, 128, 4, 3, 3), (128, 128, 8, 3, 3)]
+TILES[2] += [(64, 128, 4, 3, 3), (128, 128, 8, 3, 3), (128, 256, 8, 3, 3)]
+TILES[3] += [(64, 128, 4, 4, 2), (64, 128, 4, 3, 3), (128, 128, 8, 4, 2), (128, 128, 8, 3, 1), (128, 128, 8, 3, 0)]
+HOW = "", " tma", " tma dot", " persistent"
 # Of the kernel that keeps its weights: rows, columns, stages, warps, programs per multiprocessor.
 KEPT = [(64, 128, 2, 4, 2), (128, 64, 2, 8, 2), (128, 128, 2, 8, 1), (64, 64, 2, 4, 3)]
 # Of the whole MLP: rows, hidden columns, stages, warps.
@@ -302,11 +307,11 @@ def _mlp_cases(stage: int) -> Iterator[Case]:
     yield case(backward, "Inductor", _compiled(_mlp_backward), _mlp_backward)
     yield case(forward, "present", _present(False), _mlp_forward)
     yield case(backward, "present", _present(True), _mlp_backward)
-    for M_tile, N_tile, warps, stages, tma in TILES[stage]:
-        name = f"{M_tile}x{N_tile}x{K_tile} w{warps} s{stages}{' tma' * tma}"
-        tile = M_tile, N_tile, K_tile, warps, stages, bool(tma)
-        yield case(forward, name, _product(*tile, backward=False), _slope_forward)
-        yield case(backward, name, _product(*tile, backward=True), _slope_backward)
+    for M_tile, N_tile, warps, stages, how in TILES[stage]:
+        name = f"{M_tile}x{N_tile}x{K_tile} w{warps} s{stages}{HOW[how]}"
+        tile = M_tile, N_tile, K_tile, warps, stages, how
+        yield case(forward, name, _product(tile, backward=False), _slope_forward)
+        yield case(backward, name, _product(tile, backward=True), _slope_backward)
     for sizes in KEPT if stage < 3 else ():
         name = "keeps weights {}x{} s{} w{} p{}".format(*sizes)
         yield case(forward, name, _stationary(*sizes, backward=False), _slope_forward)
@@ -320,9 +325,17 @@ def _norm_cases(stage: int) -> Iterator[Case]:
     yield Case(*backward, "Inductor", names[1], _compiled(_norm_backward), _norm_backward, 5)
     for elements in (1024, 2048, 4096):
         yield Case(*forward, f"{elements} elements", names[0], _norm(False, elements=elements), _norm_forward, 4)
-    for elements, each, warps in ((2048, 4, 4), (2048, 3, 4), (1024, 8, 4), (4096, 2, 8), (1024, 16, 2), (2048, 6, 8)):
-        way = f"{elements} elements p{each} w{warps}"
-        run = _norm(True, elements=elements, each=each, warps=warps)
+    for elements, each, warps, stages in (
+        (2048, 4, 4, 1),
+        (2048, 3, 4, 1),
+        (1024, 8, 4, 1),
+        (2048, 3, 4, 3),
+        (4096, 3, 8, 1),
+        (1024, 16, 2, 1),
+        (1024, 6, 4, 3),
+    ):
+        way = f"{elements} elements p{each} w{warps} s{stages}"
+        run = _norm(True, elements=elements, each=each, warps=warps, stages=stages)
         yield Case(*backward, way, names[1], run, _norm_backward, 5)
 
 
@@ -376,15 +389,22 @@ def error(case: Case, images: int, **shape: int) -> float:
     return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
 
-def _check(share: list[int], batch: int, results) -> None:
+def _check(share: list[int], batch: int, rehearsal: bool, results) -> None:
     """In a worker: compile and compare the cases of these numbers."""
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    if rehearsal:
+        import tests.catmodel.kernels.interpreter  # noqa: F401
+
+        os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
     everything = list(cases())
     for number in share:
         case = everything[number]
         try:
+            if rehearsal:
+                channels = min(STAGES[case.stage][1], 192 if case.group.startswith("whole") else 96)
+                results.put((number, error(case, 2, tokens=75, channels=channels), None))
+                continue
             found = error(case, CHECKED)
             if case.way == "Inductor":  # it compiles for the shape, into its cache
                 torch._dynamo.reset()
@@ -424,6 +444,8 @@ def microseconds(case: Case, batch: int) -> float:
         ended.record()
         ended.synchronize()
         times.append(1e3 * began.elapsed_time(ended) / repeats)
+    del graph, sets
+    torch.cuda.empty_cache()
     return statistics.median(times[1:])
 
 
@@ -435,28 +457,38 @@ def row(case: Case, batch: int, time_us: float, distance: float | None) -> dict:
     return dict(**place, floor=round(moved / 4.25e6, 1), **rates, error=distance)
 
 
-def measure(batch: int, limit: float, path: Path | None, only: str) -> None:
-    """Check and time all cases within `limit` seconds."""
-    start = time.monotonic()
-    numbers = [number for number, case in enumerate(cases()) if only in f"{case.group} {case.stage}"]
-    context = multiprocessing.get_context("fork")  # torch is imported, but has not touched the GPU yet
-    results, found = context.Queue(), {}
-    count = max(1, min(os.cpu_count() - 1, 15))
-    workers = [context.Process(target=_check, args=(numbers[k::count], batch, results)) for k in range(count)]
+def _checked(numbers: list[int], count: int, batch: int, rehearsal: bool, limit: float) -> dict[int, tuple]:
+    """Compile and compare in `count` processes, for `limit` seconds: number -> (error, problem)."""
+    start, found = time.monotonic(), {}
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [
+        context.Process(target=_check, args=(numbers[k::count], batch, rehearsal, results)) for k in range(count)
+    ]
     for worker in workers:
         worker.start()
-    compiled_by = start + 0.7 * limit
-    while len(found) < len(numbers) and time.monotonic() < compiled_by and any(w.is_alive() for w in workers):
+    while len(found) < len(numbers) and time.monotonic() - start < limit:
+        alive = any(worker.is_alive() for worker in workers)
         try:
             number, distance, problem = results.get(timeout=1)
-        except Exception:
-            continue
-        found[number] = distance, problem
+            found[number] = distance, problem
+        except queue.Empty:
+            if not alive:
+                break
     for worker in workers:
         worker.terminate()
         worker.join()
+    return found
+
+
+def measure(batch: int, limit: float, path: Path | None, only: str) -> None:
+    """Check and time all cases within `limit` seconds."""
+    start = time.monotonic()
+    everything = list(cases())
+    numbers = [number for number, case in enumerate(everything) if only in f"{case.group} {case.stage}"]
+    count = max(1, min(os.cpu_count() - 1, 15))
+    found, lines = _checked(numbers, count, batch, False, 0.7 * limit), []
     print(f"{len(found)} of {len(numbers)} cases compiled in {time.monotonic() - start:.0f} s", flush=True)
-    everything, lines = list(cases()), []
     for number in numbers:
         case, (distance, problem) = everything[number], found.get(number, (None, "not compiled in time"))
         if time.monotonic() - start > limit:
@@ -474,15 +506,15 @@ def measure(batch: int, limit: float, path: Path | None, only: str) -> None:
     print(f"{time.monotonic() - start:.0f} s", flush=True)
 
 
-def rehearse() -> None:
-    """Every candidate once in Triton's interpreter, with 2 images of few tokens; compiled ones as they are."""
-    for case in cases():
-        if case.way in ("Inductor", "cuBLAS", "cuBLAS alone"):
-            continue
-        channels = min(STAGES[case.stage][1], 192 if case.group.startswith("whole") else 96)
-        distance = error(case, 2, tokens=75, channels=channels)
-        print(f"{case.group} {case.stage} {case.way}: {distance:.1e}", flush=True)
-        if distance > 0.01:
+def rehearse(only: str) -> None:
+    """Every candidate once in Triton's interpreter, with 2 images of few tokens, in a worker as on a GPU."""
+    everything = list(cases())
+    plain = "Inductor", "cuBLAS", "cuBLAS alone"
+    numbers = [n for n, c in enumerate(everything) if c.way not in plain and only in f"{c.group} {c.stage}"]
+    for number, (distance, problem) in _checked(numbers, 1, 2, True, 600).items():
+        case = everything[number]
+        print(f"{case.group} {case.stage} {case.way}: {problem or f'{distance:.1e}'}", flush=True)
+        if problem or distance > 0.01:
             raise SystemExit(f"{case.group} {case.way} is wrong")
 
 
@@ -494,16 +526,11 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help='cases whose "group stage" contains this')
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, in the interpreter")
     arguments = parser.parse_args()
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read at torch's import; the workers are many already
     if arguments.rehearse:
-        import tests.catmodel.kernels.interpreter  # noqa: F401
-
-        os.environ["TRITON_INTERPRET"] = "1"
-        return rehearse()
-    import torch  # noqa: F401
-    import torch._inductor.compile_fx  # noqa: F401  imported once, before the workers are forked
-    import triton  # noqa: F401
-
-    measure(arguments.batch, arguments.seconds, arguments.json, arguments.only)
+        rehearse(arguments.only)
+    else:
+        measure(arguments.batch, arguments.seconds, arguments.json, arguments.only)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ def _forward(
 @triton.jit
 def _normed(x, column, eps, C: tl.constexpr):
     """Rows of mean 0 and variance 1 (0 in columns beyond C), and the factor [rows, 1]."""
-    centred = tl.where((column < C)[None, :], x - (tl.sum(x, 1) * (1 / C))[:, None], 0.0)
+    centred = x - (tl.sum(x, 1) * (1 / C))[:, None]
+    if C < column.shape[0]:
+        centred = tl.where((column < C)[None, :], centred, 0.0)
     factor = tl.rsqrt(tl.sum(centred * centred, 1) * (1 / C) + eps)[:, None]
     return centred * factor, factor
 
@@ -78,6 +80,7 @@ def _backward(
     C: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     column = tl.arange(0, COLUMNS)
     row = tl.arange(0, ROWS)
@@ -85,7 +88,7 @@ def _backward(
     dgamma = tl.zeros((ROWS, COLUMNS), tl.float32)
     dbeta = tl.zeros((ROWS, COLUMNS), tl.float32)
     dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
         first = tl.full((), ROWS, tl.int64) * tile
         inside = (row < M - first)[:, None] & (column < C)[None, :]
         place = first * C + row[:, None] * C + column[None, :]
@@ -103,7 +106,7 @@ def _backward(
         if scale_ptr is not None:
             dx *= tl.load(scale_ptr + (first + row) // tokens, row < M - first, 0.0)[:, None]
             tl.store(dbranch_ptr + place, dx.to(dbranch_ptr.dtype.element_ty), inside)
-        dbias += tl.where(inside, dx, 0.0)
+        dbias += dx  # 0 in rows beyond M
     sums_ptr += tl.program_id(0) * 3 * C
     tl.store(sums_ptr + column, tl.sum(dgamma, 0), column < C)
     tl.store(sums_ptr + C + column, tl.sum(dbeta, 0), column < C)
@@ -133,6 +136,7 @@ def backward(
     elements: int = 2048,
     each: int = 4,
     warps: int = 4,
+    stages: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and branch, and of gamma, beta and bias as one [3, C] float32."""
     C = total.shape[-1]
@@ -142,6 +146,6 @@ def backward(
     rows = max(elements // columns, 1)
     grid = min(each * programs(total.device), triton.cdiv(M, rows))
     sums = torch.empty(grid, 3, C, dtype=torch.float32, device=total.device)
-    sizes = dict(C=C, ROWS=rows, COLUMNS=columns, num_warps=warps)
+    sizes = dict(C=C, ROWS=rows, COLUMNS=columns, STAGES=stages, num_warps=warps)
     _backward[(grid,)](dy, dsum, total, scale, gamma, dx, dbranch, sums, M, M // len(total), EPS, **sizes)
     return dx, dx if dbranch is None else dbranch, sums.sum(0)

@@ -28,6 +28,7 @@ def product(
     BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
+    DOT: tl.constexpr,
 ):
     """One tile of GELU(x w^T + bias) or, backward, (x w) * GELU'. Consecutive tiles share rows: x stays in the L2."""
     tile = tl.program_id(0)
@@ -62,7 +63,7 @@ def product(
             result = total * slope.load([start_m, start_n]).to(tl.float32)
         else:
             result = total * tl.load(slope + first * N + place, mask, 0.0).to(tl.float32)
-        tl.store(sums_ptr + tile_m * N + column, tl.sum(result, 0), column < N)
+        tl.store(sums_ptr + tile_m * N + column, _over_rows(result, x.dtype if TMA else tl.float32, DOT), column < N)
     else:
         h = total + tl.load(bias_ptr + column, column < N, 0.0).to(tl.float32)[None, :]
         if KEEP:
@@ -77,3 +78,60 @@ def product(
         out.store([start_m, start_n], result.to(out.dtype))
     else:
         tl.store(out + first * N + place, result.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def persistent(
+    x,  # descriptors as of `product`, but of tiles [BLOCK_M, BLOCK_N // 2] for slope and out
+    w,
+    bias_ptr,
+    slope,
+    out,
+    sums_ptr,
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """As `product`, with a program per multiprocessor that loads its next tile while it finishes the last one."""
+    across: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    HALF: tl.constexpr = BLOCK_N // 2
+    for tile in tl.range(
+        tl.program_id(0), tl.cdiv(M, BLOCK_M) * across, tl.num_programs(0), flatten=True, num_stages=STAGES
+    ):
+        tile_m = tile // across
+        start_m, start_n = tile_m * BLOCK_M, tile % across * BLOCK_N
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            x_tile = x.load([start_m, start])
+            w_tile = w.load([start, start_n]) if BACKWARD else w.load([start_n, start]).T
+            total = tl.dot(x_tile, w_tile, total)
+        halves = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        for half in tl.static_range(2):
+            column = start_n + half * HALF + tl.arange(0, HALF)
+            part = halves[half]
+            if BACKWARD:
+                part *= slope.load([start_m, start_n + half * HALF]).to(tl.float32)
+                tl.store(sums_ptr + tile_m * N + column, _over_rows(part, x.dtype, DOT), column < N)
+                out.store([start_m, start_n + half * HALF], part.to(out.dtype))
+            else:
+                part += tl.load(bias_ptr + column, column < N, 0.0).to(tl.float32)[None, :]
+                value, gradient = gelu_and_slope(part, False)
+                slope.store([start_m, start_n + half * HALF], gradient.to(out.dtype))
+                out.store([start_m, start_n + half * HALF], value.to(out.dtype))
+
+
+@triton.jit
+def _over_rows(tile, dtype: tl.constexpr, DOT: tl.constexpr):
+    """[rows, columns] -> [columns]. DOT: as a product of rounded numbers with ones, which needs no shuffles."""
+    if DOT:
+        ones = tl.full((tile.shape[0], 16), 1.0, tl.float32).to(dtype)
+        result = tl.sum(tl.dot(tl.trans(tile.to(dtype)), ones), 1) * 0.0625
+    else:
+        result = tl.sum(tile, 0)
+    return result
