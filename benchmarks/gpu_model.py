@@ -3,11 +3,12 @@
 Ours is CAT-B as configs/cat_b.yaml trains it, beside timm's Swin-S of the same size (2 % fewer FLOPs). All ways of one
 job run one after the other in one process and free their memory in between; images lie on the device.
 
-engine    what a run does but for the data: train/engine/ with its fp32 master weights, norm, clipping and AdamW
+engine    what a run does but for the data: train/engine/ with its fp32 master weights, norm, clipping, AdamW and EMA
 step      the bare network: forward, loss, backward, and a fused AdamW on its own bf16 weights
 """
 
 import gc
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_parts import OURS, SWIN
 from benchmarks.gpu_record import Record, Session
+from benchmarks.graphs import host_seconds, rounds_of
 from benchmarks.graphs import record as record_graph
-from benchmarks.graphs import rounds_of
 from train.config import Config, load_config
 from train.engine.deepspeed_engine import Engine, compile_settings
+from train.engine.ema import Ema
 from train.engine.runtime import Runtime, start_runtime, stop_runtime
 from train.tasks.base import build_task
 
@@ -88,7 +90,8 @@ class Bench:
             seconds = rounds_of(step, self.device, *self.session.size((10, 7), (1, 1)))
             rates = sorted(self.batch / one for one in seconds)
             speed = {"images_per_second": median(rates), "min": rates[0], "max": rates[-1]}
-            return {**speed, "ms": 1000 * median(seconds), **memory(self.device), "before_gb": before}
+            times = {"ms": 1000 * median(seconds), "host_ms": 1000 * host_seconds(step, self.device)}
+            return {**speed, **times, **memory(self.device), "before_gb": before}
 
         if self.session.warming:
             measure()
@@ -137,16 +140,20 @@ def training(
 
 
 def engine_step(bench: Bench) -> Callable[[], object]:
-    """A step of train/engine/, without data and EMA. Its own second call records the graph."""
+    """A step of train/engine/, without data. Its own second call records the graph."""
     config = bench.config()
     task = build_task(config, [str(number) for number in range(CLASSES)])
     bench.engine = engine = Engine(
         task.initial_model(), task.losses_to_train, config, accumulation=1, device=bench.device
     )
+    ema = Ema(engine, config.ema.decay)
+    numbers = itertools.count()
 
     def step() -> None:
+        number = next(numbers)
+        torch.manual_seed(number)  # as a run does, for every micro-batch
         engine.accumulate((bench.images, bench.targets))
-        engine.step(1e-5)
+        ema.update(number, engine.step(1e-5).skipped)
 
     step()
     return step

@@ -57,6 +57,18 @@ def rounds_of(step: Callable[[], object], device: torch.device, steps: int, roun
     return found[1:]
 
 
+def host_seconds(step: Callable[[], object], device: torch.device, steps: int = 5) -> float:
+    """Seconds that the host is busy with a step when it does not wait for the device: the median of `steps`."""
+    found = []
+    for _ in range(steps):
+        finish(device)
+        began = time.perf_counter()
+        step()
+        found.append(time.perf_counter() - began)
+    finish(device)
+    return statistics.median(found)
+
+
 def device_seconds(work: Callable[[], object], device: torch.device, repeats: int = 10, rounds: int = 7) -> float:
     """Median seconds that one call of `work` takes on the device: `repeats` calls in one graph, replayed.
 
