@@ -176,6 +176,15 @@ def test_photographs_are_linked_until_there_are_enough(tmp_path):
         repeat(tmp_path / "none", tmp_path / "other", 3)
 
 
+def test_parts_that_need_images_do_not_wait_for_what_cannot_be_prepared(tmp_path):
+    (tmp_path / "empty").mkdir()
+    session = Session(tmp_path, tmp_path, tmp_path / "cache", images=tmp_path / "empty", rehearsal=True)
+    with pytest.raises(ValueError, match="has no JPEGs"):
+        gpu_small.draw(session)
+    with pytest.raises(RuntimeError, match="there is no dataset: .* has no JPEGs"):
+        session.wait_for_dataset()
+
+
 @pytest.mark.slow
 def test_two_parts_rehearsed(tmp_path):
     command = [sys.executable, "launch/gpu.py", "--rehearse", "--parts", "loader,profile", "--output", str(tmp_path)]
