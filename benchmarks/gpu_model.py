@@ -237,6 +237,7 @@ def profile(session: Session, record: Record, steps: int = 5, most: int = 40) ->
     if session.warming:
         return stop_runtime()
     cuda = runtime.device.type == "cuda"
+    wall = median(rounds_of(step, runtime.device, *session.size((5, 3), (1, 1))))
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         for _ in range(steps):
             step()
@@ -252,7 +253,7 @@ def profile(session: Session, record: Record, steps: int = 5, most: int = 40) ->
         "ms": sum(time for time, _ in events) / 1000 / steps,
         "calls": sum(event.count for _, event in events) / steps,
     }
-    record.add(name="all kernels", **total)
+    record.add(name="all kernels", **total, step_ms=1000 * wall)
     for time, event in events[:most]:
         record.add(name=event.key[:150], ms=round(time / 1000 / steps, 4), calls=event.count / steps)
     stop_runtime()
@@ -278,4 +279,8 @@ def judge_inference(rows: list[dict]) -> tuple[bool, str]:
 
 
 def judge_profile(rows: list[dict]) -> tuple[bool, str]:
-    return True, f"{rows[0]['ms']:.1f} ms of kernels in {rows[0]['calls']:.0f} launches a step"
+    total = rows[0]
+    return (
+        True,
+        f"{total['ms']:.1f} ms of kernels in {total['calls']:.0f} launches, in a step of {total['step_ms']:.1f} ms",
+    )
