@@ -27,7 +27,7 @@ from train.guard.rank_store import Store
 from train.guard.signals import stop_signals
 from train.guard.skips import Skips
 from train.guard.watchdog import Watchdog
-from train.tasks.base import Task, build_task, training_batches
+from train.tasks.base import Task, build_task, example_losses, training_batches
 
 
 def run(config: Config, manifest: Manifest, runtime: Runtime, steps: int, rounds: int) -> dict | None:
@@ -69,7 +69,7 @@ def bench_train(task: Task, runtime: Runtime, steps: int, rounds: int = 5) -> di
     In 16 bits, the bare loop also keeps fp32 master weights.
     """
     config = task.config
-    engine = Engine(task.build_model(), config, accumulation=1, device=runtime.device)
+    engine = Engine(task.build_model(), example_losses(task), config, accumulation=1, device=runtime.device)
     master = task.build_model().to(runtime.device)
     optimizer = build_optimizer(master, config.optimizer)
     model = master if engine.dtype == torch.float32 else copy.deepcopy(master).to(engine.dtype)
@@ -80,7 +80,7 @@ def bench_train(task: Task, runtime: Runtime, steps: int, rounds: int = 5) -> di
 
     def with_engine() -> None:
         for _ in range(steps):
-            engine.backward(task.example_loss(engine(example)))
+            engine.accumulate(example)
             engine.step(1e-4)
         finish(runtime.device)
 
@@ -103,14 +103,15 @@ def bench_train(task: Task, runtime: Runtime, steps: int, rounds: int = 5) -> di
 
 
 def split_step(task: Task, manifest: Manifest, runtime: Runtime, steps: int) -> dict[str, float]:
-    """Milliseconds of a step of one micro-batch from `manifest`: waiting for data, forward, backward and optimizer.
+    """Milliseconds of a step of one micro-batch from `manifest`: waiting for data, forward and backward, and the
+    optimizer.
 
     Measured on the device; medians of `steps` steps.
     """
     config, split, timer = task.config, manifest.split("train"), DeviceTimer(runtime.device)
     size = config.train.micro_batch
     order = Order(config.train.seed, split.samples, size * runtime.world, size)
-    engine = Engine(task.initial_model(), config, accumulation=1, device=runtime.device)
+    engine = Engine(task.initial_model(), task.losses_to_train, config, accumulation=1, device=runtime.device)
     batches = training_batches(task, split, order, runtime.rank, runtime.world, 0)
 
     def inputs(batch: MicroBatch) -> Any:
@@ -121,16 +122,14 @@ def split_step(task: Task, manifest: Manifest, runtime: Runtime, steps: int) -> 
             timer.mark()
             _, inputs_of_batch = next(feed)
             timer.mark()
-            loss = sum(task.loss(engine, inputs_of_batch).values())
-            timer.mark()
-            engine.backward(loss)
+            engine.accumulate(inputs_of_batch)
             feed.prepare()
             timer.mark()
             engine.step(1e-4)
     timer.mark()
-    times = timer.milliseconds()[3 * 4 :]
+    times = timer.milliseconds()[3 * 3 :]
     return {
-        phase: statistics.median(times[i::4]) for i, phase in enumerate(("data", "forward", "backward", "optimizer"))
+        phase: statistics.median(times[i::3]) for i, phase in enumerate(("data", "forward and backward", "optimizer"))
     }
 
 
@@ -142,7 +141,7 @@ def bench_guard(task: Task, runtime: Runtime, steps: int, folder: Path) -> dict[
     smaller than the noise. folder: for stacks.
     """
     config, example = task.config, random_example(task, runtime.device)
-    engine = Engine(task.build_model(), config, accumulation=1, device=runtime.device)
+    engine = Engine(task.build_model(), example_losses(task), config, accumulation=1, device=runtime.device)
     watchdog = Watchdog(runtime.rank, runtime.world, config.guard.timeout.model_dump(), folder, config.guard.grace)
     watchdog.connect(Store())
     agreement, skips = Agreement(runtime.device, config.guard.agree_every), Skips(config.guard.max_skipped)
@@ -154,10 +153,9 @@ def bench_guard(task: Task, runtime: Runtime, steps: int, folder: Path) -> dict[
         watchdog.enter("step", step)
         with agreement.local_work():
             at.append(time.perf_counter())
-            loss = task.example_loss(engine(example))
+            engine.accumulate(example)
             at.append(time.perf_counter())
         at += [time.perf_counter()]
-        engine.backward(loss)
         result = engine.step(1e-4)
         at += [time.perf_counter()]
         skips.add(step, result.skipped)

@@ -61,15 +61,21 @@ def augment(images: Tensor, keys: np.ndarray, config: AugmentConfig) -> Tensor:
     images: uint8 [m, 3, S, S] on any device; not modified. keys: int64 [m] on the host. Returns float32 [m, 3, S, S] on
     the same device, contiguous. Parts of the recipe that are turned off cost nothing.
     """
+    rounds = choose_operations(keys, config)
+    images = normalise(apply(images, rounds, config.mean) if rounds else images, config)
+    if config.erasing > 0:
+        erase(images, keys, erasing_boxes(keys, config.erasing, *images.shape[-2:]), config.erasing_mode)
+    return images
+
+
+def choose_operations(keys: np.ndarray, config: AugmentConfig) -> list[ChosenOperations]:
+    """The operations of RandAugment and then of colour jitter, a round each, for the samples with these keys [m]."""
     rounds = []
     if config.rand_augment is not None:
         rounds += choose_rand_augment(keys, parse_rand_augment(config.rand_augment))
     if config.color_jitter > 0:
         rounds += choose_color_jitter(keys, config.color_jitter)
-    images = normalise(apply(images, rounds, config.mean) if rounds else images, config)
-    if config.erasing > 0:
-        erase(images, keys, erasing_boxes(keys, config.erasing, *images.shape[-2:]), config.erasing_mode)
-    return images
+    return rounds
 
 
 def normalise(images: Tensor, config: AugmentConfig) -> Tensor:
@@ -87,9 +93,13 @@ def normalise(images: Tensor, config: AugmentConfig) -> Tensor:
 
 @functools.lru_cache(8)
 def _normalisation(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Factor and summand, [3, 1, 1] each. Cached, because every copy to the device would wait for it."""
-    mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-    return tuple(values.to(torch.float32).view(3, 1, 1).to(device) for values in (1 / (255 * std), -mean / std))
+    """`normalisation` as tensors [3, 1, 1]. Cached, because every copy to the device would wait for it."""
+    return tuple(torch.tensor(values).view(3, 1, 1).to(device) for values in normalisation(mean, std))
+
+
+def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """For values in 0 … 255: a factor and a summand per channel."""
+    return tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
 
 
 def apply(images: Tensor, rounds: Sequence[ChosenOperations], mean: tuple[float, float, float]) -> Tensor:
@@ -118,8 +128,12 @@ def operate(name: str, images: Tensor, argument: Tensor, fill: Tensor) -> Tensor
 
 @functools.lru_cache(8)
 def _fill(mean: tuple, device: torch.device) -> Tensor:
-    """`mean` as whole numbers in 0 … 255, as timm passes it to Pillow: float32 [3]."""
-    return torch.tensor([min(255.0, round(255 * value)) for value in mean]).to(device)
+    return torch.tensor(fill_colour(mean)).to(device)
+
+
+def fill_colour(mean: Sequence[float]) -> tuple[float, ...]:
+    """`mean` as whole numbers in 0 … 255, as timm passes it to Pillow."""
+    return tuple(min(255.0, float(round(255 * value))) for value in mean)
 
 
 def erase(images: Tensor, keys: np.ndarray, boxes: Boxes, mode: str) -> None:

@@ -6,11 +6,41 @@ the device. They come from numpy's Philox; numpy may change its Beta distributio
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from .config import AugmentConfig
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How a micro-batch is mixed. share: the weight of the image itself, lambda, for targets and for mixup's images.
+
+    box: with CutMix, the pixels that the other image replaces (top, bottom, left, right); None with mixup.
+    """
+
+    share: float
+    box: tuple[int, int, int, int] | None
+
+
+def draw_mixing(key: int, height: int, width: int, config: AugmentConfig) -> Mixing | None:
+    """The draw of the micro-batch with this key, for images of height x width pixels; None: it is not mixed."""
+    if not (config.mixup > 0 or config.cutmix > 0):
+        return None
+    generator = np.random.Generator(np.random.Philox(key=key & 0xFFFFFFFFFFFFFFFF))
+    # All four are always drawn, in this order, so that one setting does not shift the draws of another.
+    apply, switch, row, column = generator.random(4)
+    if apply >= config.mix_probability:
+        return None
+    use_cutmix = config.cutmix > 0 and (config.mixup == 0 or switch < config.switch_probability)
+    alpha = config.cutmix if use_cutmix else config.mixup
+    share = float(generator.beta(alpha, alpha))
+    if not use_cutmix:
+        return Mixing(share, None)
+    *box, share = cutmix_box(height, width, share, row, column)
+    return Mixing(share, tuple(box))
 
 
 def mix(
@@ -22,31 +52,29 @@ def mix(
     rows sum to 1. `images` are not modified.
     """
     targets = smoothed(labels, num_classes, config.label_smoothing)
-    if not (config.mixup > 0 or config.cutmix > 0):
+    mixing = draw_mixing(key, *images.shape[-2:], config)
+    if mixing is None:
         return images, targets
-    generator = np.random.Generator(np.random.Philox(key=key & 0xFFFFFFFFFFFFFFFF))
-    # All four are always drawn, in this order, so that one setting does not shift the draws of another.
-    apply, switch, row, column = generator.random(4)
-    if apply >= config.mix_probability:
-        return images, targets
-    use_cutmix = config.cutmix > 0 and (config.mixup == 0 or switch < config.switch_probability)
-    alpha = config.cutmix if use_cutmix else config.mixup
-    share = float(generator.beta(alpha, alpha))  # lambda: the weight of the image itself
-    if use_cutmix:
-        top, bottom, left, right, share = cutmix_box(images.shape[-2], images.shape[-1], share, row, column)
+    if mixing.box is None:
+        images = torch.lerp(images.flip(0), images, mixing.share)
+    else:
+        top, bottom, left, right = mixing.box
         other = images[..., top:bottom, left:right].flip(0)
         images = images.clone()
         images[..., top:bottom, left:right] = other
-    else:
-        images = torch.lerp(images.flip(0), images, share)
-    return images, torch.lerp(targets.flip(0), targets, share)
+    return images, torch.lerp(targets.flip(0), targets, mixing.share)
 
 
 def smoothed(labels: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
     """int64 [m] → float32 [m, num_classes]: smoothing / num_classes everywhere, plus 1 - smoothing at the label."""
+    on, off = target_values(num_classes, smoothing)
+    return torch.full((len(labels), num_classes), off, device=labels.device).scatter_(1, labels[:, None], on)
+
+
+def target_values(num_classes: int, smoothing: float) -> tuple[float, float]:
+    """A smoothed target at the label, and at each other class."""
     off = smoothing / num_classes
-    targets = torch.full((len(labels), num_classes), off, device=labels.device)
-    return targets.scatter_(1, labels[:, None], 1 - smoothing + off)
+    return 1 - smoothing + off, off
 
 
 def cutmix_box(height: int, width: int, share: float, row: float, column: float) -> tuple[int, int, int, int, float]:

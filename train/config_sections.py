@@ -152,9 +152,10 @@ class TrainConfig(Section):
     )
     kernels: bool = Field(True, description="the Triton kernels, on a GPU that can run them")
     compile: bool = Field(False, description="torch.compile the network: minutes at the start")
-    cuda_graphs: bool = Field(
-        False,
-        description="replay the compiled network as CUDA graphs; needs one micro-batch per rank and step",
+    cuda_graphs: bool | Literal["auto"] = Field(
+        "auto",
+        description="replay micro-batches as CUDA graphs; auto: on a GPU, if the network is compiled and zero.stage "
+        "and zero.offload allow it",
     )
 
     @model_validator(mode="before")
@@ -170,13 +171,6 @@ class TrainConfig(Section):
                 "train.epochs and train.steps both give a run's length; set train.epochs=null to count in steps"
             )
         return {**values, "epochs": None}
-
-    @model_validator(mode="after")
-    def _cuda_graphs(self) -> "TrainConfig":
-        """train.cuda_graphs needs train.compile."""
-        if self.cuda_graphs and not self.compile:
-            raise ValueError("train.cuda_graphs needs train.compile=true: it is the compiled network that is captured")
-        return self
 
     @model_validator(mode="after")
     def _micro_batches(self) -> "TrainConfig":

@@ -129,12 +129,10 @@ class Run(RunParts):
             if step % order.steps_per_epoch == 0 and index == 0:
                 self.monitor.images(step, functools.partial(self.task.preview, inputs))
             torch.manual_seed(make_key(config.train.seed, Stream.MODEL, step, index))  # for the model's dropout
-            with guard.local_work(engine.stage < 3):  # ZeRO 3 gathers weights during forward
-                losses_of_batch = self.task.total_and_parts(self.task.loss(engine, inputs))
-            engine.backward(losses_of_batch[0])
+            with guard.local_work(engine.updated_here):  # DeepSpeed's own backward pass needs the other ranks
+                losses[:, index] = engine.accumulate(inputs)
             self.statistics.add()
             batches.prepare()
-            losses[:, index] = torch.stack([loss.detach() for loss in losses_of_batch])
             ids += batch.ids.tolist()
             result = engine.step(learning_rate(config, step, order.steps_per_epoch))
         self.statistics.finish(result.skipped)

@@ -15,7 +15,7 @@ from train.engine.estimate import activation_bytes, resident_bytes
 from train.engine.flops import finish
 from train.engine.memory import at_most, free_memory
 from train.engine.runtime import Runtime
-from train.tasks.base import Task
+from train.tasks.base import Task, example_losses
 
 
 def measure_step(task: Task, runtime: Runtime) -> dict:
@@ -67,11 +67,11 @@ def _measure(task: Task, device: torch.device) -> dict:
         finish(device)
         compute = time.perf_counter() - began
     del model
-    engine = Engine(task.build_model(), config, accumulation=1, device=device)
+    engine = Engine(task.build_model(), example_losses(task), config, accumulation=1, device=device)
     for _ in range(2):
         finish(device)
         began = time.perf_counter()
-        engine.backward(task.example_loss(engine(example)))
+        engine.accumulate(example)
         result = engine.step(0.0)
         finish(device)
         step = time.perf_counter() - began

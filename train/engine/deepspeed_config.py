@@ -19,7 +19,7 @@ def zero_stage(config: Config, world: int) -> int:
     return 0 if world == 1 and config.zero.stage < 3 and not config.zero.offload else config.zero.stage
 
 
-def checked_here(config: Config, world: int) -> bool:
+def updated_here(config: Config, world: int) -> bool:
     """Whether Engine rather than DeepSpeed checks that gradients are finite, clips them and adapts fp16's loss scale.
 
     Engine does this on the device. DeepSpeed synchronises the host with the device for it, up to four times a step at
@@ -34,12 +34,12 @@ def deepspeed_config(config: Config, accumulation: int, device: torch.device) ->
 
     accumulation: micro-batches per rank and step.
 
-    If `checked_here`, the configuration declares fp32 although the weights are bf16 or fp16. DeepSpeed then sums
+    If `updated_here`, the configuration declares fp32 although the weights are bf16 or fp16. DeepSpeed then sums
     gradients in fp32 and does not scale the loss. Declaring bf16 would select BF16_Optimizer at ZeRO 1, which checks
     gradients on the host.
     """
     stage = zero_stage(config, dist.get_world_size())
-    ours = checked_here(config, dist.get_world_size())
+    ours = updated_here(config, dist.get_world_size())
     precision = config.train.precision
     zero = {
         "stage": stage,
@@ -58,7 +58,7 @@ def deepspeed_config(config: Config, accumulation: int, device: torch.device) ->
         zero["compute_grad_norm"] = False
     settings = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": 1 if ours else accumulation,  # Engine sums micro-batches itself
         "gradient_clipping": 0.0 if ours else (config.optimizer.clip_grad or 0.0),
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

@@ -4,7 +4,8 @@ Check this file when DeepSpeed is upgraded. The rest of the program relies on it
 
 - fragments (`partitions`): where this rank's part of the fp32 weights (the *masters*) lies, and of which parameters;
 - EMA and loading (`publish_masters`): setting the weights that the network computes with from the masters;
-- clipping and skipping on the device: the reduced gradients of ZeRO 1 and 2;
+- gradients that are computed, clipped and skipped here: the order of the parameters, and the reduced gradients, at
+  ZeRO 1 and 2;
 - checkpoints and the guard: the state of DeepSpeed's own loss scaler, used at ZeRO 3 and with offloading.
 
 `engine` is a DeepSpeedEngine and `optimizer` its `optimizer`: a DeepSpeedZeroOptimizer at ZeRO 1 and 2, a
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from train.engine.flat import FlatGroup
 
 # The state of DeepSpeed's dynamic loss scaler. Its other attributes are settings.
 LOSS_SCALE = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
@@ -87,20 +90,31 @@ def publish_masters(optimizer: Any, stage: int) -> None:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
-def reduced_gradients(optimizer: Any) -> list[Tensor]:
-    """ZeRO 1 and 2: this rank's share of the step's gradient, as it is after the step's last backward pass."""
+def flat_groups(optimizer: Any) -> list[FlatGroup]:
+    """ZeRO 1 and 2: the parameter groups in the order in which they are concatenated and cut into partitions."""
+    return [
+        FlatGroup(list(group), list(offsets), size * optimizer.partition_count[index])
+        for index, (group, offsets, size) in enumerate(
+            zip(
+                optimizer.round_robin_bit16_groups,
+                optimizer.round_robin_bit16_offsets,
+                optimizer.partition_size,
+                strict=True,
+            )
+        )
+    ]
+
+
+def set_reduced_gradients(optimizer: Any, partitions: list[Tensor]) -> None:
+    """ZeRO 1 and 2: set the step's gradient, of which this rank has a partition per group."""
     # averaged_gradients: per group, the reduced gradients in this rank's partition. Applying a step empties it.
-    return [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
+    for index, partition in enumerate(partitions):
+        optimizer.averaged_gradients[index] = [partition]
 
 
 def drop_reduced_gradients(optimizer: Any) -> None:
     """ZeRO 1 and 2: drop the gradients of a step that DeepSpeed did not apply. It would add the next step's to them."""
     optimizer.averaged_gradients.clear()
-
-
-def set_gradient_reduction(engine: Any, enabled: bool) -> None:
-    """Whether DeepSpeed reduces gradients over the ranks in its backward pass."""
-    engine.enable_backward_allreduce = enabled
 
 
 def keep_minimum_loss_scale(optimizer: Any) -> None:

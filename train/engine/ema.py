@@ -23,16 +23,20 @@ class Ema:
     def __init__(self, engine: Engine, decay: float):
         self.engine = engine
         self.decay = decay
-        self.fragments = engine.fragments()
         buffers = {name: buffer for name, buffer in engine.buffers().items() if buffer.is_floating_point()}
-        self._masters = [*(fragment.master for fragment in self.fragments), *buffers.values()]
-        self.averages = [master.clone() for master in self._masters]
-        self.buffers = dict(zip(buffers, self.averages[len(self.fragments) :], strict=True))
+        self.buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+        # The shares are averaged whole, in a few operations.
+        shares = [(share, share.clone(), fragments) for share, fragments in engine.shares()]
+        self.fragments = [fragment for _, _, fragments in shares for fragment in fragments]
+        self.averages = [_same_part(average, share, of.master) for share, average, part in shares for of in part]
+        self.averages += self.buffers.values()
+        self._masters = [*(share for share, _, _ in shares), *buffers.values()]
+        self._averages = [*(average for _, average, _ in shares), *self.buffers.values()]
         # A step of SGD with learning rate r on ½ |average - master|² moves the average by r of the way to the master.
         # torch's fused SGD can be skipped by a flag on the device (found_inf). The loss's gradient, average - master,
         # is made of SGD's weight decay (1 · average) and of the gradient `master`, which `maximize` negates.
-        self._sgd = torch.optim.SGD(self.averages, lr=0.0, weight_decay=1.0, maximize=True, fused=True)
-        for average, master in zip(self.averages, self._masters, strict=True):
+        self._sgd = torch.optim.SGD(self._averages, lr=0.0, weight_decay=1.0, maximize=True, fused=True)
+        for average, master in zip(self._averages, self._masters, strict=True):
             average.grad = master
 
     def update(self, step: int, skipped: Tensor) -> None:
@@ -59,8 +63,14 @@ class Ema:
             self._swap()
 
     def _swap(self) -> None:
-        for master, average in zip(self._masters, self.averages, strict=True):
+        for master, average in zip(self._masters, self._averages, strict=True):
             kept = master.clone()
             master.copy_(average)
             average.copy_(kept)
         self.engine.publish()
+
+
+def _same_part(average: Tensor, share: Tensor, part: Tensor) -> Tensor:
+    """The part of `average` that lies where `part` lies in `share`."""
+    start = part.storage_offset() - share.storage_offset()
+    return average[start : start + part.numel()]

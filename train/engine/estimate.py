@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from train.config import Config
-from train.engine.deepspeed_config import BUCKET_ELEMENTS, zero_stage
+from train.engine.deepspeed_config import BUCKET_ELEMENTS, updated_here, zero_stage
+from train.engine.graphs import graphs_wanted
 from train.engine.runtime import Runtime
 
 
@@ -16,15 +17,27 @@ def resident_bytes(model: nn.Module, config: Config, runtime: Runtime) -> dict[s
     stage, world = zero_stage(config, runtime.world), runtime.world
     return {
         "weights": weights // (world if stage == 3 else 1),
-        "gradients": weights // (world if stage >= 2 else 1),
+        "gradients": _gradient_bytes(model, config, runtime),
         "optimizer": optimizer_bytes(model, config, runtime),
     }
+
+
+def _gradient_bytes(model: nn.Module, config: Config, runtime: Runtime) -> int:
+    """Bytes of a micro-batch's gradients, in the precision of the weights."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    here = updated_here(config, runtime.world)
+    if not here:
+        return weights // (runtime.world if zero_stage(config, runtime.world) >= 2 else 1)
+    # Each parameter's, and all of them in flat tensors, which in fp32 are the sums. A graph's results are copied.
+    flat = 0 if config.train.precision == "fp32" else weights
+    return weights + flat + (weights if graphs_wanted(config, runtime.device, here)[0] else 0)
 
 
 def optimizer_bytes(model: nn.Module, config: Config, runtime: Runtime) -> int:
     """Bytes that a rank holds beyond weights, gradients and activations.
 
-    These are the optimizer's states, master weights, EMA, communication buffers and, on a CPU, a checkpoint's snapshot.
+    These are the optimizer's states, master weights, EMA, the fp32 sums of gradients, communication buffers and, on a
+    CPU, a checkpoint's snapshot.
     """
     weights = sum(parameter.numel() for parameter in model.parameters())
     element = next(model.parameters()).element_size()
@@ -33,15 +46,22 @@ def optimizer_bytes(model: nn.Module, config: Config, runtime: Runtime) -> int:
     master = 0 if stage == 0 and config.train.precision == "fp32" else 4
     partitions = world if stage else 1
     on_host = runtime.device.type == "cpu"
-    states = weights * (master + moments + 4) // partitions + weights * average // world
+    states = weights * (master + moments) // partitions + weights * average // world
+    sums = 4 * weights // partitions
+    buckets = 0
+    if updated_here(config, world):
+        # ZeRO 1 holds the whole sum, and at the end of a step this rank's partition of it. ZeRO 2 converts each
+        # micro-batch's gradient to fp32.
+        if stage == 1 or (stage == 2 and element < 4):
+            sums += 4 * weights
+    else:
+        # In half precision ZeRO 1 holds the whole fp32 sum beside its partition of it, ZeRO 3 a partition.
+        sums += (4 - element) * weights // (world if stage == 3 else 1) if stage in (1, 3) else 0
+        # Gradients being communicated: at ZeRO 2 a bucket in their own precision, and an fp32 copy of it.
+        buckets = BUCKET_ELEMENTS * (4 + element if stage == 2 and element < 4 else 4)
     if config.zero.offload and not on_host:
         states = 0
-    # In half precision ZeRO 1 holds the whole fp32 sum of gradients beside its partition of it, ZeRO 3 a partition.
-    sums = (4 - element) * weights // (world if stage == 3 else 1) if stage in (1, 3) else 0
-    if config.zero.offload and not on_host and element < 4:
-        sums += 4 * weights // world
-    # Gradients being communicated: at ZeRO 2 a bucket in their own precision, and an fp32 copy of it.
-    buckets = 0 if stage == 0 else BUCKET_ELEMENTS * (4 + element if stage == 2 and element < 4 else 4)
+        sums = 4 * weights // world if element < 4 else 0
     snapshot = weights * (4 + moments + average) // world if on_host else 0
     return states + sums + buckets + snapshot
 

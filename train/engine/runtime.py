@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from train import exit_codes
-from train.engine.deepspeed_engine import destroy_process_group, init_process_group
+from train.engine.deepspeed_start import destroy_process_group, init_process_group
 from train.engine.network_interface import choose_interface
 from train.engine.processor import processor_name
 
@@ -77,6 +77,9 @@ def start_runtime(patience: float = PATIENCE) -> Runtime:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        # CUDA graphs cannot be recorded on the default stream, and a parameter's node in the graph of autograd, which
+        # DeepSpeed may keep, belongs to the stream on which it was made: everything runs on one other stream.
+        torch.cuda.set_stream(torch.cuda.Stream(device))
     else:
         device = torch.device("cpu")
     choose_interface()

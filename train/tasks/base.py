@@ -132,8 +132,9 @@ class Task(ABC):
         """Zeros for a step's losses, float64 [len(loss_names()), micro_batches]."""
         return torch.zeros(len(self.loss_names()), micro_batches, dtype=torch.float64, device=device)
 
-    def total_and_parts(self, parts: dict[str, Tensor]) -> list[Tensor]:
-        """What `loss` returned, in the order of `loss_names`."""
+    def losses_to_train(self, model: Model, inputs: Any) -> list[Tensor]:
+        """The losses of one micro-batch, in the order of `loss_names`."""
+        parts = self.loss(model, inputs)
         total = functools.reduce(torch.add, parts.values())
         return [total, *(parts[name] for name in self.loss_names()[1:])]
 
@@ -163,6 +164,11 @@ class Task(ABC):
         features: in place of the outputs, the feature maps of all stages.
         """
         raise ConfigError(f"launch/export.py does not support the task {self.config.task.name}")
+
+
+def example_losses(task: Task) -> Callable[[Model, Tensor], list[Tensor]]:
+    """The engine's `losses` for inputs that `task.example` describes: to measure a step without data."""
+    return lambda model, example: [task.example_loss(model(example))]
 
 
 def build_task(config: Config, classes: Sequence[str]) -> Task:

@@ -21,15 +21,7 @@ def test_a_compiled_run_is_the_same_but_for_rounding_and_resumes_exactly(tiny_co
     assert_same_state(state(tmp_path / "resumed", 4), state(tmp_path / "whole", 4))
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        (["train.compile=true", "zero.stage=3"], "train.compile needs zero.stage 0, 1 or 2"),
-        (["train.cuda_graphs=true"], "train.cuda_graphs needs train.compile=true"),
-        (["train.cuda_graphs=true", "train.compile=true"], "train.cuda_graphs needs a GPU"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(tiny_config, tmp_path, settings, sentence):
-    job = start(tiny_config, tmp_path, *settings)
+def test_zero_3_is_refused(tiny_config, tmp_path):
+    job = start(tiny_config, tmp_path, "train.compile=true", "zero.stage=3")
     assert job.wait() == [78]
-    assert sentence in job.text()
+    assert "train.compile needs zero.stage 0, 1 or 2" in job.text()

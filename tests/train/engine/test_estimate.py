@@ -25,7 +25,14 @@ def test_resident_bytes_of_a_gpu(tiny_config):
     assert resident_bytes(layers(), config, gpu) == {"weights": 848, "gradients": 848, "optimizer": 212 * (8 + 4 + 1)}
     config = load_config(tiny_config, ["zero.stage=0", "ema.decay=0.99", "train.precision=bf16"])
     found = resident_bytes(layers().bfloat16(), config, gpu)
-    assert found == {"weights": 424, "gradients": 424, "optimizer": 212 * (4 + 8 + 4 + 1)}
+    assert found == {"weights": 424, "gradients": 2 * 424, "optimizer": 212 * (4 + 8 + 4 + 1)}
+
+
+def test_graphs_keep_another_copy_of_the_gradients(tiny_config):
+    gpu = Runtime(0, 1, 0, torch.device("cuda"))
+    for settings, copies in ((["train.compile=true"], 3), (["train.compile=true", "train.cuda_graphs=false"], 2)):
+        config = load_config(tiny_config, ["train.precision=bf16", *settings])
+        assert resident_bytes(layers().bfloat16(), config, gpu)["gradients"] == copies * 424
 
 
 def test_bytes_of_a_checkpoint(tiny_config):

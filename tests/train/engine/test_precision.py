@@ -48,7 +48,7 @@ def _rank(rank: int, world: int, port: int, pipe, function, arguments) -> None:
 
     from deepspeed.accelerator import get_accelerator
 
-    from train.engine.deepspeed_engine import init_process_group
+    from train.engine.deepspeed_start import init_process_group
 
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -75,6 +75,10 @@ def build(path, stage: int, offload: bool, precision: str, *settings: str) -> Bu
     from train.engine.deepspeed_engine import Engine
     from train.tasks.base import build_task
 
+    def losses(network, inputs):
+        images, labels = inputs
+        return [torch.nn.functional.cross_entropy(network(images).float(), labels)]
+
     still = ["model.drop_path_rate=0", "model.cpsa_drop=0"]
     config = load_config(
         path, [f"zero.stage={stage}", f"zero.offload={offload}", f"train.precision={precision}", *still, *settings]
@@ -85,7 +89,9 @@ def build(path, stage: int, offload: bool, precision: str, *settings: str) -> Bu
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)  # zeros and ones would be exact in every type
     return Built(
-        config, model, Engine(copy.deepcopy(model), config, MICRO_BATCHES // dist.get_world_size(), torch.device("cpu"))
+        config,
+        model,
+        Engine(copy.deepcopy(model), losses, config, MICRO_BATCHES // dist.get_world_size(), torch.device("cpu")),
     )
 
 
@@ -163,7 +169,7 @@ def gradients(path, ways, precision: str) -> dict:
             for name, parameter in plain.named_parameters():
                 sums[name] += parameter.grad.float() / (scale * MICRO_BATCHES)
         for index in range(rank, MICRO_BATCHES, world):
-            engine.backward(cross_entropy(engine(images[index]).float(), labels[index]))
+            engine.accumulate((images[index], labels[index]))
             result = engine.step(0.0)
         assert not result.skipped
         norm = torch.stack([total.norm() for total in sums.values()]).norm()

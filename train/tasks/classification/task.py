@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import catmodel
-from data_pipeline.augment import augment, sample_keys
+from data_pipeline.augment import sample_keys
 from data_pipeline.loader import MicroBatch
-from data_pipeline.mix import mix
 from data_pipeline.randomness import Stream, make_key
+from data_pipeline.recipe import prepare
 from train.config import ConfigError
 from train.tasks.base import Model, Task, on_device
 from train.tasks.classification.predict import ImageClasses, predict
@@ -81,9 +81,9 @@ class Classification(Task):
     def inputs(self, batch: MicroBatch, epoch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Augmented and mixed: images float [m, 3, S, S], targets float [m, classes]."""
         seed, settings = self.config.train.seed, self.config.augment
-        images = augment(on_device(batch, device), sample_keys(seed, epoch, batch.draws), settings)
+        keys, mix_key = sample_keys(seed, epoch, batch.draws), make_key(seed, Stream.MIX, batch.step, batch.index)
         labels = batch.targets.to(device, non_blocking=True)
-        return mix(images, labels, make_key(seed, Stream.MIX, batch.step, batch.index), len(self.classes), settings)
+        return prepare(on_device(batch, device), labels, keys, mix_key, len(self.classes), settings)
 
     def loss(self, model: Model, inputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Mean cross-entropy with soft targets."""

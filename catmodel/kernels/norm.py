@@ -1,0 +1,151 @@
+"""Residual sum with drop-path, then LayerNorm, in one pass; and their gradients, with all sums over rows, in another.
+
+Units of one activation [M, C] that are moved, as counted:
+
+                 what Inductor makes                                          these kernels
+    forward      x, branch -> x', y                                      4    the same                               4
+    backward     dy, x', dx' -> dx, dbranch                              5    the same                               5
+                 dy, x' -> dgamma, dbeta                                 2    kept in registers meanwhile
+                 dbranch -> gradient of the branch's last bias           1    kept in registers meanwhile
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from catmodel.kernels.launch import programs
+
+EPS = 1e-5
+
+
+@triton.jit
+def _forward(
+    x_ptr,  # [M, C]
+    branch_ptr,  # [M, C], without its last bias
+    bias_ptr,  # [C]
+    scale_ptr,  # [B] float32: drop-path's factor of each sample, or None
+    gamma_ptr,  # [C]
+    beta_ptr,  # [C]
+    sum_ptr,  # [M, C]: x + scale * (branch + bias)
+    y_ptr,  # [M, C]: its LayerNorm
+    M,
+    tokens,  # rows of a sample
+    eps,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    column = tl.arange(0, COLUMNS)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    inside = (row < M - first)[:, None] & (column < C)[None, :]
+    place = first * C + row[:, None] * C + column[None, :]
+    x = tl.load(x_ptr + place, inside, 0.0).to(tl.float32)
+    branch = tl.load(branch_ptr + place, inside, 0.0).to(tl.float32)
+    branch += tl.load(bias_ptr + column, column < C, 0.0).to(tl.float32)[None, :]
+    if scale_ptr is not None:
+        branch *= tl.load(scale_ptr + (first + row) // tokens, row < M - first, 0.0)[:, None]
+    total = (x + branch).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + place, total, inside)
+    normed, _ = _normed(total.to(tl.float32), column, eps, C)
+    gamma = tl.load(gamma_ptr + column, column < C, 0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + column, column < C, 0.0).to(tl.float32)
+    tl.store(y_ptr + place, (normed * gamma[None, :] + beta[None, :]).to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _normed(x, column, eps, C: tl.constexpr):
+    """Rows of mean 0 and variance 1 (0 in columns beyond C), and the factor [rows, 1]."""
+    centred = x - (tl.sum(x, 1) * (1 / C))[:, None]
+    if C < column.shape[0]:
+        centred = tl.where((column < C)[None, :], centred, 0.0)
+    factor = tl.rsqrt(tl.sum(centred * centred, 1) * (1 / C) + eps)[:, None]
+    return centred * factor, factor
+
+
+@triton.jit
+def _backward(
+    dy_ptr,  # [M, C]
+    dsum_ptr,  # [M, C]
+    sum_ptr,  # [M, C]
+    scale_ptr,  # [B] float32 or None
+    gamma_ptr,  # [C]
+    dx_ptr,  # [M, C]
+    dbranch_ptr,  # [M, C]; None if it is dx
+    sums_ptr,  # [programs, 3, C] float32: gradients of gamma, beta and bias, summed over a program's rows
+    M,
+    tokens,
+    eps,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    column = tl.arange(0, COLUMNS)
+    row = tl.arange(0, ROWS)
+    gamma = tl.load(gamma_ptr + column, column < C, 0.0).to(tl.float32)[None, :]
+    dgamma = tl.zeros((ROWS, COLUMNS), tl.float32)
+    dbeta = tl.zeros((ROWS, COLUMNS), tl.float32)
+    dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
+        first = tl.full((), ROWS, tl.int64) * tile
+        inside = (row < M - first)[:, None] & (column < C)[None, :]
+        place = first * C + row[:, None] * C + column[None, :]
+        dy = tl.load(dy_ptr + place, inside, 0.0).to(tl.float32)
+        total = tl.load(sum_ptr + place, inside, 0.0).to(tl.float32)
+        dsum = tl.load(dsum_ptr + place, inside, 0.0).to(tl.float32)
+        normed, factor = _normed(total, column, eps, C)
+        dgamma += dy * normed
+        dbeta += dy
+        dy *= gamma
+        mean = (tl.sum(dy, 1) * (1 / C))[:, None]
+        slope = (tl.sum(dy * normed, 1) * (1 / C))[:, None]
+        dx = dsum + factor * (dy - mean - normed * slope)
+        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), inside)
+        if scale_ptr is not None:
+            dx *= tl.load(scale_ptr + (first + row) // tokens, row < M - first, 0.0)[:, None]
+            tl.store(dbranch_ptr + place, dx.to(dbranch_ptr.dtype.element_ty), inside)
+        dbias += dx  # 0 in rows beyond M
+    sums_ptr += tl.program_id(0) * 3 * C
+    tl.store(sums_ptr + column, tl.sum(dgamma, 0), column < C)
+    tl.store(sums_ptr + C + column, tl.sum(dbeta, 0), column < C)
+    tl.store(sums_ptr + 2 * C + column, tl.sum(dbias, 0), column < C)
+
+
+def forward(
+    x: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None, gamma: Tensor, beta: Tensor, elements: int = 2048
+) -> tuple[Tensor, Tensor]:
+    """x, branch [B, ..., C], bias, gamma, beta [C], scale [B] float32 -> x + scale (branch + bias), and its norm."""
+    C = x.shape[-1]
+    M, columns = x.numel() // C, triton.next_power_of_2(C)
+    total, y = torch.empty_like(x), torch.empty_like(x)
+    rows = max(elements // columns, 1)
+    sizes = dict(C=C, ROWS=rows, COLUMNS=columns, num_warps=4)
+    place = M, M // len(x), EPS
+    _forward[(triton.cdiv(M, rows),)](x, branch, bias, scale, gamma, beta, total, y, *place, **sizes)
+    return total, y
+
+
+def backward(
+    dy: Tensor,
+    dsum: Tensor,
+    total: Tensor,
+    scale: Tensor | None,
+    gamma: Tensor,
+    elements: int = 2048,
+    each: int = 4,
+    warps: int = 4,
+    stages: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and branch, and of gamma, beta and bias as one [3, C] float32."""
+    C = total.shape[-1]
+    M, columns = total.numel() // C, triton.next_power_of_2(C)
+    dx = torch.empty_like(total)
+    dbranch = torch.empty_like(total) if scale is not None else None
+    rows = max(elements // columns, 1)
+    grid = min(each * programs(total.device), triton.cdiv(M, rows))
+    sums = torch.empty(grid, 3, C, dtype=torch.float32, device=total.device)
+    sizes = dict(C=C, ROWS=rows, COLUMNS=columns, STAGES=stages, num_warps=warps)
+    _backward[(grid,)](dy, dsum, total, scale, gamma, dx, dbranch, sums, M, M // len(total), EPS, **sizes)
+    return dx, dx if dbranch is None else dbranch, sums.sum(0)

@@ -1,0 +1,108 @@
+"""Replaying a micro-batch from tensors that stay where they are, as CUDA graphs do, changes no bit of a run.
+
+Without a GPU the recorded function runs again at every replay; its inputs and outputs are the recording's own tensors,
+which the next replay overwrites, as on a GPU.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from tests.faults import NanLoss
+from tests.oracle import assert_same_state, ids_by_step, scores, state
+from tests.runs import events, losses, run, start
+from tests.train.test_families import TINY, with_model
+from train.engine.flat import ALIGNMENT, FlatGroup
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Turns on replays on the CPU; then, in the rank's process, `also`."""
+
+    also: NanLoss | None = None
+
+    def __call__(self, rank: int) -> None:
+        import train.engine.deepspeed_engine as engine
+        from train.engine.graphs import Replayed
+
+        def record(replayed, inputs):
+            generator = torch.get_rng_state()
+            outputs = replayed._function(inputs)
+            torch.set_rng_state(generator)  # recording draws no random numbers
+            for leaf in tree_leaves(outputs):
+                leaf.fill_(torch.nan)
+
+            def replay():
+                for leaf, new in zip(tree_leaves(outputs), tree_leaves(replayed._function(inputs)), strict=True):
+                    leaf.copy_(new)
+                for leaf in tree_leaves(inputs):
+                    leaf.fill_(torch.nan if leaf.is_floating_point() else 0)
+
+            return outputs, replay
+
+        Replayed.record = record
+        engine.graphs_wanted = lambda config, device, updated_here: (updated_here, "replayed")
+        if self.also:
+            self.also(rank)
+
+
+def both_ways(config, folder, *settings: str, world: int = 2, also: NanLoss | None = None) -> None:
+    """Run with and without replays; the two must be the same to the bit."""
+    plain, replayed = folder / "plain", folder / "replayed"
+    run(config, plain, *settings, world=world, before=also)
+    job = run(config, replayed, *settings, world=world, before=Replay(also))
+    assert "replayed" in job.text()
+    assert losses(replayed) == losses(plain)
+    assert ids_by_step(replayed, world) == ids_by_step(plain, world)
+    assert scores(replayed) == scores(plain)
+    last = max(losses(plain))
+    kinds = ("model", "ema", "exp_avg", "exp_avg_sq", "momentum_buffer")
+    assert_same_state(state(replayed, last, kinds), state(plain, last, kinds))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "fp32"), (2, "bf16")])
+def test_replays_with_accumulation_dropout_clipping_and_evaluations_in_between(tiny_config, tmp_path, stage, precision):
+    settings = [
+        *(f"zero.stage={stage}", f"train.precision={precision}", "optimizer.clip_grad=0.5", "train.max_steps=10"),
+        *("model.drop_path_rate=0.3", "model.cpsa_drop=0.2", "train.evaluate_every=0", "train.evaluate_every_steps=4"),
+    ]
+    both_ways(tiny_config, tmp_path, *settings)
+
+
+@pytest.mark.slow
+def test_replays_with_batch_norm_activation_checkpointing_and_a_skipped_step(tiny_config, tmp_path):
+    config = with_model(tiny_config, tmp_path, TINY["cotnet"])
+    settings = ["train.activation_checkpointing=true", "train.max_steps=6"]
+    both_ways(config, tmp_path, *settings, also=NanLoss(1, steps=(4,)))
+    assert [line["step"] for line in events(tmp_path / "replayed", "skipped_step")] == [4]
+
+
+@pytest.mark.slow
+def test_a_replayed_run_goes_on_bitwise_where_it_was_stopped(tiny_config, tmp_path):
+    """The first micro-batch after a start is not replayed."""
+    settings = ["train.evaluate_every=0", "checkpoint.every_steps=5"]
+    run(tiny_config, tmp_path / "whole", *settings, "train.max_steps=9", world=2, before=Replay())
+    run(tiny_config, tmp_path / "parts", *settings, "train.max_steps=5", world=2, before=Replay())
+    run(tiny_config, tmp_path / "parts", *settings, "train.max_steps=9", world=2, before=Replay())
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert_same_state(state(tmp_path / "parts", 9), state(tmp_path / "whole", 9))
+
+
+def test_without_a_gpu_graphs_are_refused(tiny_config, tmp_path):
+    job = start(tiny_config, tmp_path, "train.cuda_graphs=true")
+    assert job.wait() == [78]
+    assert "train.cuda_graphs=true needs a GPU" in job.text()
+
+
+def test_parameters_lie_aligned_in_a_flat_tensor_and_keep_their_values():
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 5), (64,), (), (7, 100), (1,))]
+    group = FlatGroup.aligned(parameters)
+    flat = group.flatten(parameters)
+    assert flat.shape == (group.size,) and group.size % ALIGNMENT == 0
+    assert all(offset % ALIGNMENT == 0 for offset in group.offsets)
+    for view, parameter in zip(group.views(flat), parameters, strict=True):
+        assert torch.equal(view, parameter)
+    assert torch.count_nonzero(flat) == sum(torch.count_nonzero(parameter) for parameter in parameters)
