@@ -196,6 +196,8 @@ def together(
 
     def in_turn(row: list[Job]) -> None:
         for job in row:
+            if job.warming and time.monotonic() > until:
+                break
             job.start(session, environment | threads)
             job.go()
             why = job.wait(
