@@ -38,7 +38,8 @@ def graphs_of(step: Callable[..., Tensor], *inputs: Tensor) -> list[tuple[fx.Gra
     made = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=select_decomp_table())
 
     def backend(graph: fx.GraphModule, arguments: list) -> Callable:
-        made(graph, arguments)
+        with _pretend():
+            made(graph, arguments)
         return lambda *arguments: (torch.zeros(()),)
 
     torch._dynamo.reset()
@@ -98,6 +99,7 @@ def _pretend() -> Iterator[None]:
             (torch.cuda, "current_device", lambda: 0),
             (torch._C, "_cuda_getDevice", lambda: 0),
             (CudaInterface, "is_bf16_supported", lambda **emulated: True),
+            (CudaInterface, "raise_if_triton_unavailable", lambda *device: None),
             (torch._inductor.scheduler, "has_triton", lambda: True),
             (driver, "_active", target),
         ):
