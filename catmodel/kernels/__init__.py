@@ -40,7 +40,7 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
 
 def register() -> None:
     """Define the operators torch.ops.catmodel.*. Raises ModuleNotFoundError if Triton is not installed."""
-    from catmodel.kernels import aggregate, cross_patch, flash, inner_patch, mlp, pack  # noqa: F401
+    from catmodel.kernels import aggregate, cross_patch, flash, inner_patch, mlp, norm, pack  # noqa: F401
 
 
 @functools.cache

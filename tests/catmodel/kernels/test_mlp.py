@@ -85,8 +85,8 @@ def test_non_contiguous_inputs(device):
 def test_inference_keeps_no_hidden_layer(device):
     torch.manual_seed(3)
     *inputs, _ = draw(device, torch.float32, 2, 33)
-    y, h, a = torch.ops.catmodel.mlp(*inputs, False)
-    assert h.numel() == a.numel() == 0
+    y, a, slope = torch.ops.catmodel.mlp(*inputs, False)
+    assert a.numel() == slope.numel() == 0
     assert torch.equal(y, fused(*inputs))
 
 
@@ -97,8 +97,8 @@ def test_operators_pass_opcheck(device):
     opcheck(torch.ops.catmodel.mlp, tuple(z.requires_grad_() for z in inputs))
     x, w1, _, w2, _ = (z.detach() for z in inputs)
     opcheck(torch.ops.catmodel.mlp, (*(z.detach() for z in inputs), False))
-    _, h, a = torch.ops.catmodel.mlp(*(z.detach() for z in inputs))
-    opcheck(torch.ops.catmodel.mlp_backward, (dy, x, w1, w2, h, a))
+    _, a, slope = torch.ops.catmodel.mlp(*(z.detach() for z in inputs))
+    opcheck(torch.ops.catmodel.mlp_backward, (dy, x, w1, w2, a, slope))
 
 
 def test_module_compiles_whole(device):
