@@ -13,7 +13,7 @@ setup(
     ext_modules=[
         Extension(
             "data_pipeline.native.library",
-            sources=[f"{NATIVE}/{name}.c" for name in ("decode", "huffman", "resample", "resample_avx2")],
+            sources=[f"{NATIVE}/{name}.c" for name in ("decode", "huffman", "read", "resample", "resample_avx2")],
             depends=[f"{NATIVE}/{name}.h" for name in ("decode", "huffman", "resample")],
             libraries=["jpeg", "m"],
             # No fused multiply-add in the weights: the same bits on every machine.

@@ -8,7 +8,7 @@ from statistics import median
 
 from benchmarks.markdown import find, load, markdown, number, source
 
-UNMEASURED = "Not measured yet: `make gpu` has not been run on a machine with a GPU."
+UNMEASURED = "Not measured yet."
 WARM_UP = 10  # steps of a training run that are left out: compilation, and the capture of CUDA graphs
 
 
@@ -25,7 +25,7 @@ def parts() -> str:
             part["date"],
         ]
         for name, part in results.items()
-        if "passed" in part
+        if "passed" in part and "says" in part
     ]
     return markdown(["part", "", "s", "", "machine", "date"], rows) if rows else UNMEASURED
 
@@ -33,11 +33,12 @@ def parts() -> str:
 def correctness() -> str:
     """Of `gpu-check.json`: the largest errors against float64, by module and precision."""
     result = load("gpu-check")
-    if not result or "cases" not in result:
+    if not result:
         return UNMEASURED
+    found = result["rows"] if "rows" in result else result["cases"]  # files before 2026-11-27 have "cases"
     rows = []
     key = itemgetter("module", "dtype")
-    for (module, dtype), group in groupby(sorted(result["cases"], key=key), key):
+    for (module, dtype), group in groupby(sorted(found, key=key), key):
         cases = list(group)
         errors = [error for case in cases for error in case["errors"].values()]
         largest = [f"{max(error[way] for error in errors):.1e}" for way in ("kernel", "plain")]
@@ -46,21 +47,106 @@ def correctness() -> str:
     return markdown(titles, rows)
 
 
+def exact() -> str:
+    """Of `gpu-exact.json`: per family and way, the gradients that differ between passes of the same step."""
+    titles = ["network", "gradients", "differ between passes", "differ from the compiled step"]
+
+    def cells(row: dict) -> list[str]:
+        differ = [row["different"], row.get("different_from_compiled")]
+        return [row["name"], str(row["gradients"]), *("–" if names is None else listed(names) for names in differ)]
+
+    return rows_table("gpu-exact", titles, cells)
+
+
+def listed(names: list[str]) -> str:
+    """The number of names, and the first three."""
+    if not names:
+        return "0"
+    return f"**{len(names)}**: {', '.join(f'`{name}`' for name in names[:3])}{', …' if len(names) > 3 else ''}"
+
+
 def resume() -> str:
-    """Of `gpu-train.json`: where the losses of a run and of the same run, killed and resumed, differ."""
-    result = load("gpu-train")
-    if not result or "losses" not in result:
-        return UNMEASURED
-    pairs = list(zip(result["losses"], result["losses_resumed"], strict=False))
-    gaps = [abs(whole - resumed) for whole, resumed in pairs]
-    first = next((step for step, gap in enumerate(gaps, 1) if gap), None)
-    if first is None:
-        return f"All {len(gaps)} losses that both runs have are equal to the last bit."
-    rows = [
-        [str(step), f"{pairs[step - 1][0]:.7f}", f"{pairs[step - 1][1]:.7f}", f"{gaps[step - 1]:.1e}"]
-        for step in (1, first, 20, 100)
+    """Of `gpu-train.json`: at which step a run's losses first differ from the same run's, whole and with graphs."""
+    runs: dict[str, list[float]] = {}
+
+    def cells(row: dict) -> list[str]:
+        if row["run"] == "whole":
+            runs[row["family"]] = row["losses"]
+        other = runs[row["family"]]
+        step = first_difference(other, row["losses"])
+        killed = f"killed after {row['killed_at']}, resumed from {row['resumed_from']}" if "killed_at" in row else ""
+        gap = "" if step is None else f"{abs(other[step - 1] - row['losses'][step - 1]):.1e}"
+        return [row["family"], row["run"], killed, str(len(row["losses"])), "none" if step is None else str(step), gap]
+
+    titles = ["family", "run", "", "steps", "first step that differs from the whole run", "by"]
+    return rows_table("gpu-train", titles, cells)
+
+
+def first_difference(one: list[float], other: list[float]) -> int | None:
+    """The first step, counted from 1, at which both have losses that differ."""
+    return next((step for step, (a, b) in enumerate(zip(one, other, strict=False), 1) if a != b), None)
+
+
+def steps(name: str) -> str:
+    """Of `gpu-model.json` or `gpu-inference.json`: whole steps."""
+    titles = ["", "img/s", "min – max", "ms a step", "GB reserved, peak", "GB reserved, after"]
+
+    def cells(row: dict) -> list[str]:
+        spread = f"{number(row['min'])} – {number(row['max'])}"
+        memory = [number(row.get(key)) for key in ("peak_gb", "reserved_gb")]
+        return [row["name"], number(row["images_per_second"]), spread, number(row["ms"]), *memory]
+
+    return rows_table(name, titles, cells)
+
+
+def profile() -> str:
+    """Of `gpu-profile.json`: the kernels that take longest in a step."""
+    return rows_table("gpu-profile", ["kernel", "ms a step", "calls"], profile_cells)
+
+
+def profile_cells(row: dict) -> list[str]:
+    return [f"`{row['name'][:90]}`".replace("|", "\\|"), f"{row['ms']:.2f}", number(row["calls"])]
+
+
+def loader() -> str:
+    """Of `gpu-loader.json`: the loader alone on some cores."""
+    titles = [
+        "cores",
+        "img/s",
+        "a core",
+        "decoder alone, 1 core",
+        "share of that x cores",
+        "share of decoders together",
     ]
-    return markdown(["step", "loss, first run", "loss, second run", "difference"], rows)
+
+    def cells(row: dict) -> list[str]:
+        rates = [number(row[key]) for key in ("images_per_second", "per_core", "decoder_alone")]
+        return [str(row["cores"]), *rates, f"{row['share']:.2f}", f"{row['share_of_together']:.2f}"]
+
+    return rows_table("gpu-loader", titles, cells)
+
+
+def recipe() -> str:
+    """Of `gpu-recipe.json`: what the augmentation of a micro-batch costs."""
+    titles = ["images", "recipe", "way", "launches", "kernels, ms", "host, ms", "many queued, ms"]
+
+    def cells(row: dict) -> list[str] | None:
+        if row.get("kind") != "time":
+            return None
+        numbers = [number(row[key]) for key in ("launches", "kernel_ms", "host_ms", "together_ms")]
+        return [f"{row['images']} x {row['size']}", row["recipe"], row["way"], *numbers]
+
+    return rows_table("gpu-recipe", titles, cells)
+
+
+def rows_table(name: str, titles: list[str], cells: Callable[[dict], list[str] | None]) -> str:
+    """A part's rows as a table under its source; of a row that could not be measured, its name and the reason."""
+    result = load(name)
+    if not result or not result.get("rows"):
+        return UNMEASURED
+    rows = [[row["name"], row["failed"]] if "failed" in row else cells(row) for row in result["rows"]]
+    rows = [[*row, *[""] * (len(titles) - len(row))] for row in rows if row]
+    return f"{source(result)}\n\n{markdown(titles, rows)}"
 
 
 def training_runs() -> str:
@@ -105,7 +191,7 @@ def kernels() -> str:
     result = load("gpu-kernels")
     if not result:
         return UNMEASURED
-    if "rows" not in result:
+    if not result.get("rows"):
         return result["says"]
     rows = []
     for (name, stage, direction), group in groupby(result["rows"], itemgetter("name", "stage", "direction")):
@@ -116,13 +202,21 @@ def kernels() -> str:
         kernel = ways["kernel"]
         rows.append([name, str(stage), direction, *times, f"{kernel['speedup']:.2f}", f"{kernel['bandwidth']:.0%}"])
     titles = ["", "stage", "", "kernel, µs", "plain, µs", "plain compiled, µs", "plain / kernel", "of the bandwidth"]
-    return f"{source(result)} {result['precision']}, batch {result['batch']}.\n\n{markdown(titles, rows)}"
+    about = {**result["rows"][0], **result}
+    return f"{source(result)} {about['precision']}, batch {about['batch']}.\n\n{markdown(titles, rows)}"
 
 
 GPU_TABLES: dict[str, Callable[[], str]] = {
     "gpu": parts,
     "gpu-check": correctness,
+    "gpu-exact": exact,
     "gpu-resume": resume,
+    "gpu-steps": lambda: steps("gpu-model"),
+    "gpu-inference": lambda: steps("gpu-inference"),
+    "gpu-layout": lambda: steps("gpu-layout"),
+    "gpu-profile": profile,
+    "gpu-loader": loader,
+    "gpu-recipe": recipe,
     "gpu-runs": training_runs,
     "gpu-kernels": kernels,
 }

@@ -1,6 +1,5 @@
 """Speed of each Triton kernel, forward and backward, compared with plain PyTorch, on the shapes of CAT-B's stages."""
 
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -9,7 +8,8 @@ import torch._functorch.config
 from einops import rearrange
 from torch import Tensor
 
-from benchmarks.roofline import Roofline, seconds
+from benchmarks.graphs import device_seconds
+from benchmarks.roofline import Roofline
 from catmodel import kernels
 from catmodel.attention import CrossPatchAttention, attend
 from catmodel.layers import Mlp
@@ -100,43 +100,45 @@ def bench_kernels(
     dtype: torch.dtype,
     batch: int,
     roofline: Roofline,
-    rounds: int,
     compiled: bool = True,
     stages: tuple = STAGES,
-) -> list[dict]:
-    """A row per kernel, stage, direction and way, interleaved.
+) -> Iterator[dict]:
+    """A row per kernel, stage, direction and way, each as soon as it is measured; the way "plain" comes first.
 
-    Keys: name, stage, direction, way; microseconds, the median of the rounds; speedup over plain PyTorch; megabytes,
-    the fewest that must be moved; bandwidth, the rate of moving these as a share of the measured bandwidth. Raises
-    ConfigError if the kernels do not run on the device.
+    Times are the device's alone: of repeated calls in a CUDA graph, in which the host has no part.
+
+    Keys: name, stage, direction, way; microseconds; speedup over plain PyTorch; megabytes, the fewest that must be
+    moved; bandwidth, the rate of moving these as a share of the measured bandwidth (above 1 if the device's cache keeps
+    them). Raises ConfigError if the kernels do not run on the device.
     """
-    if not kernels.usable(device, dtype):
+    if device.type == "cuda" and not kernels.usable(device, dtype):
         raise ConfigError(f"the kernels do not run on this machine's {device}")
-    rows = []
     with torch._functorch.config.patch(donated_buffer=False):  # otherwise a compiled backward can run only once
         for workload in workloads(device, dtype, batch, compiled, stages):
             for direction, moved in (("forward", workload.forward), ("backward", workload.backward)):
-                works = {way: _work(function, workload, direction) for way, function in workload.ways.items()}
-                times: dict[str, list[float]] = {way: [] for way in works}
-                for _ in range(rounds):
-                    for way, work in works.items():
-                        times[way].append(seconds(work, device, rounds=1))
-                medians = {way: statistics.median(values) for way, values in times.items()}
-                for way, median in medians.items():
+                plain = 0.0
+                for way in sorted(workload.ways, key=lambda way: way != "plain"):
+                    taken = _seconds(workload.ways[way], workload, direction, device)
+                    plain = plain or taken
                     place = {"name": workload.name, "stage": workload.stage, "direction": direction, "way": way}
-                    speed = {"microseconds": 1e6 * median, "speedup": medians["plain"] / median}
-                    rows.append(
-                        {**place, **speed, "megabytes": moved / 1e6, "bandwidth": moved / median / roofline.bandwidth}
-                    )
-    return rows
+                    speed = {"microseconds": 1e6 * taken, "speedup": plain / taken}
+                    yield {**place, **speed, "megabytes": moved / 1e6, "bandwidth": moved / taken / roofline.bandwidth}
 
 
-def _work(function: Callable[..., Tensor], workload: Workload, direction: str) -> Callable[[], object]:
-    if direction == "forward":
-        return lambda: function(*workload.tensors)
-    result = function(*workload.tensors)
+def _seconds(function: Callable[..., Tensor], workload: Workload, direction: str, device: torch.device) -> float:
+    """The device's time of one call; that of a backward pass is forward and backward together less the forward pass."""
+
+    def forward() -> Tensor:
+        return function(*workload.tensors)
+
+    result = forward()
     gradient = torch.randn_like(result)
-    return lambda: torch.autograd.grad(result, workload.trained, gradient, retain_graph=True)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(), workload.trained, gradient)
+
+    alone = device_seconds(forward, device)
+    return alone if direction == "forward" else device_seconds(both, device) - alone
 
 
 def kernel_table(rows: list[dict]) -> str:

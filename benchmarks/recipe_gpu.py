@@ -22,7 +22,7 @@ from data_pipeline.augment import apply, augment, sample_keys
 from data_pipeline.augment_choices import OPERATIONS, ChosenOperations, argument
 from data_pipeline.config import AugmentConfig
 from data_pipeline.mix import mix
-from data_pipeline.recipe.program import OF_ERASING, OF_MIXING, OF_ROUND, Program, program_of, write_round
+from data_pipeline.recipe.program import program_of, program_of_rounds
 
 RECIPE = AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1", erasing=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
 RECIPES = {"default": RECIPE, "with jitter": RECIPE.model_copy(update={"color_jitter": 0.4})}
@@ -178,10 +178,7 @@ def apply_one(images: Tensor, chosen: ChosenOperations) -> Tensor:
     """One round of operations by the kernels: uint8 [m, 3, S, S] → the same."""
     from data_pipeline.recipe.launch import apply_rounds, to_device
 
-    rows = np.zeros((len(images), OF_ROUND + OF_ERASING), np.int64)
-    write_round(rows, chosen)
-    values = np.concatenate([rows.ravel(), np.zeros(OF_MIXING, np.int64)])
-    program = Program(values, rows.shape[1], 1)
+    program = program_of_rounds([chosen], len(images))
     return apply_rounds(images, to_device(program, images.device), program, RECIPE)
 
 

@@ -44,14 +44,20 @@ class SpatialReductionAttention(nn.Module):
             self.sr = PatchConv(channels, channels, kernel_size=reduction, stride=reduction)
             self.norm = nn.LayerNorm(channels)
 
-    def forward(self, x_BNC: Tensor, height: int, width: int) -> Tensor:
-        q = rearrange(self.q(x_BNC), "B N (h d) -> B h N d", h=self.num_heads)
+    def forward(self, x_BNC: Tensor, height: int, width: int, fused: bool) -> Tensor:
+        """fused: use the Triton kernels, whose gradients are repeatable on a GPU (those of PyTorch's are not)."""
+        q_BNC = self.q(x_BNC)
         if self.reduction > 1:
             rows, columns = padding_to(height, self.reduction), padding_to(width, self.reduction)
             x_BCHW = rearrange(x_BNC, "B (H W) C -> B C H W", H=height)
             x_BCHW = F.pad(x_BCHW, (0, columns, 0, rows)) if may_be_nonzero(rows, columns) else x_BCHW
             x_BNC = self.norm(self.sr(x_BCHW).flatten(1, 2))
-        k, v = rearrange(self.kv(x_BNC), "B N (two h d) -> two B h N d", two=2, h=self.num_heads)
+        kv_BNF = self.kv(x_BNC)
+        if fused and kernels.cross_attention_fits(q_BNC.shape[-1] // self.num_heads):
+            q, kv = q_BNC.unflatten(2, (self.num_heads, -1)), kv_BNF.unflatten(2, (2, self.num_heads, -1))
+            return self.proj(torch.ops.catmodel.cross_attention(q, kv)[0].flatten(2))
+        q = rearrange(q_BNC, "B N (h d) -> B h N d", h=self.num_heads)
+        k, v = rearrange(kv_BNF, "B N (two h d) -> two B h N d", two=2, h=self.num_heads)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(y, "B h N d -> B N (h d)"))
 
@@ -68,7 +74,7 @@ class Block(nn.Module):
         self.add = DropPathAdd(drop_path)
 
     def forward(self, x_BNC: Tensor, height: int, width: int, fused: bool) -> Tensor:
-        x_BNC = self.add(x_BNC, self.attn(self.norm1(x_BNC), height, width))
+        x_BNC = self.add(x_BNC, self.attn(self.norm1(x_BNC), height, width, fused))
         return self.add(x_BNC, self.mlp(self.norm2(x_BNC), fused))
 
 
@@ -196,7 +202,7 @@ class PVT(Staged):
         self.grad_checkpointing = enable
 
     def set_kernels(self, enable: bool = True) -> None:
-        """Use the MLP's Triton kernels if device, dtype and shapes allow it (the default), or only PyTorch's."""
+        """Use the Triton kernels if device, dtype and shapes allow it (the default), or only PyTorch's."""
         self.kernels = enable
 
     def stem_and_stages(self) -> list[list[nn.Module | nn.Parameter]]:

@@ -119,7 +119,7 @@ def bench_kernels(arguments: argparse.Namespace) -> dict:
 
     device, precision, roofline = this_device(arguments)
     batch = arguments.batch or 128
-    rows = bench_kernels(device, DTYPES[precision], batch, roofline, arguments.rounds)
+    rows = list(bench_kernels(device, DTYPES[precision], batch, roofline))
     print(kernel_table(rows))
     return {"batch": batch, "precision": precision, "rows": rows, **describe(roofline)}
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure on a GPU what only a GPU can show, in 8 minutes: python launch/gpu.py, or make gpu"""
+"""Measure on a GPU what only a GPU can show, in 7 minutes: python launch/gpu.py, or make gpu"""
 
 import argparse
 import os
@@ -9,33 +9,64 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import gpu
-from benchmarks.gpu_parts import PARTS, Session
+from benchmarks.gpu_parts import PARTS
+from benchmarks.gpu_record import Session
 from launch.cli import Parser, run
 from train import exit_codes
 
 
 def main(arguments: argparse.Namespace) -> None:
-    output = Path(arguments.output).resolve()
-    if arguments.part:
-        gpu.run_part(arguments.part, Session(Path(arguments.work), output, arguments.rehearse))
+    if arguments.work:  # a process that another one of this command has started
+        work(arguments, Path(arguments.work))
         return
+    names = arguments.parts.split(",")
+    if unknown := set(names) - set(PARTS):
+        raise gpu.CannotMeasure(f"--parts {','.join(sorted(unknown))}: known are {', '.join(PARTS)}")
     wheels = Path(arguments.wheels) if arguments.wheels else None
-    with tempfile.TemporaryDirectory() as work:
-        passed = gpu.run(Session(Path(work), output, arguments.rehearse), arguments.seconds, wheels)
+    with tempfile.TemporaryDirectory() as folder:
+        passed = gpu.run(session_of(arguments, Path(folder)), names, arguments.seconds, wheels)
     if not passed:
         sys.exit(exit_codes.FAILED)
+
+
+def work(arguments: argparse.Namespace, folder: Path) -> None:
+    session = session_of(arguments, folder)
+    if arguments.draw:
+        from benchmarks.gpu_small import draw
+
+        draw(session)
+    else:
+        gpu.run_job(*arguments.job, session)
+
+
+def session_of(arguments: argparse.Namespace, folder: Path) -> Session:
+    images = Path(arguments.images).resolve() if arguments.images else None
+    output, cache = Path(arguments.output).resolve(), Path(arguments.cache).resolve()
+    return Session(folder, output, cache, images, arguments.rehearse, arguments.warm)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="Check the kernels, and measure kernels, models and training on a GPU; one JSON file per part.",
-        epilog="exit codes: 0 all parts passed, 70 a part failed, 78 bad arguments or no GPU. A part passes if it ran "
+        epilog="parts, the most important first: "
+        + ", ".join(f"{part.name} ({part.limit:g} s)" for part in PARTS.values())
+        + ". Exit codes: 0 all parts passed, 70 a part failed, 78 bad arguments or no GPU. A part passes if it ran "
         "to its end and its results are correct; speeds are reported beside the project's aims.",
     )
     parser.add_argument(
         "--output", default="docs/results", metavar="DIR", help="folder of the gpu-<part>.json (default: %(default)s)"
     )
-    parser.add_argument("--seconds", type=float, default=480, help="time limit for all parts (default: %(default)s)")
+    parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help="only these (default: all)")
+    parser.add_argument("--seconds", type=float, default=420, help="time limit for all parts (default: %(default)s)")
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="photographs to train on, *.jpg in folders of classes (default: drawn ones)"
+    )
+    parser.add_argument(
+        "--cache",
+        default=os.path.join(tempfile.gettempdir(), "gpu-cache"),
+        metavar="DIR",
+        help="what was compiled and drawn, for later calls on the same machine (default: %(default)s)",
+    )
     parser.add_argument(
         "--wheels",
         default=os.environ.get("GPU_WHEELS"),
@@ -45,8 +76,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rehearse", action="store_true", help="run on the CPU, with small sizes: to find mistakes, not to measure"
     )
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--work", help=argparse.SUPPRESS)
+    for hidden in ("--work", "--draw", "--job", "--warm"):
+        kind = {"--work": {}, "--job": {"nargs": 2}}.get(hidden, {"action": "store_true"})
+        parser.add_argument(hidden, help=argparse.SUPPRESS, **kind)
     return parser.parse_args()
 
 

@@ -77,6 +77,11 @@ def cross_patch_fits(size: int) -> bool:
     )
 
 
+def cross_attention_fits(head_dim: int) -> bool:
+    """Whether the kernel of attention to other tokens supports this size of a head."""
+    return head_dim <= 256 or _fall_back(f"attention supports heads of up to 256 channels, not {head_dim}")
+
+
 def cross_patch_attention(
     x_BNC: Tensor,
     qkv_weight: Tensor,

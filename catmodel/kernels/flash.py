@@ -1,11 +1,13 @@
-"""Self-attention of any number of tokens, forward and backward, without a tokens x tokens matrix in memory.
+"""Attention of any number of tokens, forward and backward, without a queries x keys matrix in memory.
 
 The algorithm is FlashAttention-2 (arXiv 2307.08691). Forward, blocks of queries meet blocks of keys with a running
 softmax. Backward, starting from the saved log-sum-exp, one kernel computes dq (and the sums of dy * y that it needs),
-another dk and dv; each program alone writes its rows. Differences from PyTorch's fused attention: the mask of
-`catmodel.dropout`, and heads of any width, such as 49 channels, which PyTorch pads by copying.
+another dk and dv; each program alone writes its rows. Differences from PyTorch's fused attention: gradients are
+summed in a fixed order, the mask of `catmodel.dropout`, and heads of any width, such as 49 channels, which PyTorch pads
+by copying.
 
-Letters: n tokens, h heads of d channels, padded to DIM. Matrices of attention weights are [M queries, N keys].
+Letters: n queries, m keys, h heads of d channels, padded to DIM. Matrices of attention weights are [M queries, N keys].
+Rows of queries are Q elements apart, those of keys K; values follow h * d elements after the keys.
 """
 
 import torch
@@ -50,21 +52,25 @@ def _drop(weights, seed_ptr, sequence, queries, keys, n, RATE: tl.constexpr, THR
 
 
 @triton.jit
-def _head(sequence, n, h: tl.constexpr, D: tl.constexpr):
-    """Offsets of a head in q (k and v follow after h * D and 2 h * D), in y, and in the sums per query."""
-    batch = (sequence // h).to(tl.int64)
-    return batch * n * (3 * h * D) + sequence % h * D, batch * n * (h * D) + sequence % h * D, sequence.to(tl.int64) * n
+def _head(sequence, n, m, h: tl.constexpr, D: tl.constexpr, Q: tl.constexpr, K: tl.constexpr):
+    """Offsets of a head in q, in k, in y, and in the sums per query."""
+    batch, head = (sequence // h).to(tl.int64), sequence % h * D
+    return batch * n * Q + head, batch * m * K + head, batch * n * (h * D) + head, sequence.to(tl.int64) * n
 
 
 @triton.jit
 def _forward(
-    qkv_ptr,  # [batch, n, 3, h, d]
+    q_ptr,
+    kv_ptr,
     seed_ptr,
     y_ptr,  # [batch, n, h, d]
     lse_ptr,  # [batch, h, n] float32, base 2
     n,
+    m,
     h: tl.constexpr,
     D: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
     RATE: tl.constexpr,
     THRESHOLD: tl.constexpr,
     DIM: tl.constexpr,
@@ -75,22 +81,22 @@ def _forward(
     blocks = tl.cdiv(n, M)
     sequence = tl.program_id(0) // blocks
     queries = tl.program_id(0) % blocks * M + tl.arange(0, M)
-    at_q, at_y, at_sums = _head(sequence, n, h, D)
-    q_ptr = qkv_ptr + at_q
-    q = _load(q_ptr, queries, n, 3 * h * D, D, DIM)
+    at_q, at_k, at_y, at_sums = _head(sequence, n, m, h, D, Q, K)
+    k_ptr = kv_ptr + at_k
+    q = _load(q_ptr + at_q, queries, n, Q, D, DIM)
 
     highest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     y = tl.zeros((M, DIM), tl.float32)
-    for start in range(0, n, N):
+    for start in range(0, m, N):
         keys = start + tl.arange(0, N)
-        logits = _logits(q, _load(q_ptr + h * D, keys, n, 3 * h * D, D, DIM), keys, n, D)
+        logits = _logits(q, _load(k_ptr, keys, m, K, D, DIM), keys, m, D)
         new_highest = tl.maximum(highest, tl.max(logits, axis=1))
         weights = tl.exp2(logits - new_highest[:, None])
         rescale = tl.exp2(highest - new_highest)
         total = total * rescale + tl.sum(weights, axis=1)
         highest = new_highest
-        v = _load(q_ptr + 2 * h * D, keys, n, 3 * h * D, D, DIM)
+        v = _load(k_ptr + h * D, keys, m, K, D, DIM)
         weights = _drop(weights, seed_ptr, sequence, queries, keys, n, RATE, THRESHOLD)
         y = tl.dot(weights.to(v.dtype), v, y * rescale[:, None], input_precision="ieee")
 
@@ -101,15 +107,19 @@ def _forward(
 @triton.jit
 def _backward_q(
     dy_ptr,
-    qkv_ptr,
+    q_ptr,
+    kv_ptr,
     seed_ptr,
     y_ptr,
     lse_ptr,
     delta_ptr,  # [batch, h, n] float32: sums of dy * y, written
-    dqkv_ptr,  # as qkv; dq is written
+    dq_ptr,  # with the rows of q
     n,
+    m,
     h: tl.constexpr,
     D: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
     RATE: tl.constexpr,
     THRESHOLD: tl.constexpr,
     DIM: tl.constexpr,
@@ -120,38 +130,42 @@ def _backward_q(
     blocks = tl.cdiv(n, M)
     sequence = tl.program_id(0) // blocks
     queries = tl.program_id(0) % blocks * M + tl.arange(0, M)
-    at_q, at_y, at_sums = _head(sequence, n, h, D)
-    q_ptr = qkv_ptr + at_q
-    q = _load(q_ptr, queries, n, 3 * h * D, D, DIM)
+    at_q, at_k, at_y, at_sums = _head(sequence, n, m, h, D, Q, K)
+    k_ptr = kv_ptr + at_k
+    q = _load(q_ptr + at_q, queries, n, Q, D, DIM)
     dy = _load(dy_ptr + at_y, queries, n, h * D, D, DIM)
     delta = tl.sum(dy.to(tl.float32) * _load(y_ptr + at_y, queries, n, h * D, D, DIM).to(tl.float32), axis=1)
     tl.store(delta_ptr + at_sums + queries, delta, mask=queries < n)
     lse = tl.load(lse_ptr + at_sums + queries, mask=queries < n, other=0.0)
 
     dq = tl.zeros((M, DIM), tl.float32)
-    for start in range(0, n, N):
+    for start in range(0, m, N):
         keys = start + tl.arange(0, N)
-        k = _load(q_ptr + h * D, keys, n, 3 * h * D, D, DIM)
-        v = _load(q_ptr + 2 * h * D, keys, n, 3 * h * D, D, DIM)
-        weights = tl.exp2(_logits(q, k, keys, n, D) - lse[:, None])
+        k = _load(k_ptr, keys, m, K, D, DIM)
+        v = _load(k_ptr + h * D, keys, m, K, D, DIM)
+        weights = tl.exp2(_logits(q, k, keys, m, D) - lse[:, None])
         dweights = tl.dot(dy, tl.trans(v), input_precision="ieee")
         dweights = _drop(dweights, seed_ptr, sequence, queries, keys, n, RATE, THRESHOLD)
         dlogits = weights * (dweights - delta[:, None])
         dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision="ieee")
-    _store(dqkv_ptr + at_q, dq * D**-0.5, queries, n, 3 * h * D, D, DIM)
+    _store(dq_ptr + at_q, dq * D**-0.5, queries, n, Q, D, DIM)
 
 
 @triton.jit
 def _backward_kv(
     dy_ptr,
-    qkv_ptr,
+    q_ptr,
+    kv_ptr,
     seed_ptr,
     lse_ptr,
     delta_ptr,
-    dqkv_ptr,
+    dkv_ptr,  # with the rows of kv
     n,
+    m,
     h: tl.constexpr,
     D: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
     RATE: tl.constexpr,
     THRESHOLD: tl.constexpr,
     DIM: tl.constexpr,
@@ -159,34 +173,62 @@ def _backward_kv(
     N: tl.constexpr,
 ):
     """One program per head and (fastest) block of keys."""
-    blocks = tl.cdiv(n, N)
+    blocks = tl.cdiv(m, N)
     sequence = tl.program_id(0) // blocks
     keys = tl.program_id(0) % blocks * N + tl.arange(0, N)
-    at_q, at_y, at_sums = _head(sequence, n, h, D)
-    q_ptr = qkv_ptr + at_q
-    k = _load(q_ptr + h * D, keys, n, 3 * h * D, D, DIM)
-    v = _load(q_ptr + 2 * h * D, keys, n, 3 * h * D, D, DIM)
+    at_q, at_k, at_y, at_sums = _head(sequence, n, m, h, D, Q, K)
+    k = _load(kv_ptr + at_k, keys, m, K, D, DIM)
+    v = _load(kv_ptr + at_k + h * D, keys, m, K, D, DIM)
 
     dk = tl.zeros((N, DIM), tl.float32)
     dv = tl.zeros((N, DIM), tl.float32)
     for start in range(0, n, M):
         queries = start + tl.arange(0, M)
-        q = _load(q_ptr, queries, n, 3 * h * D, D, DIM)
+        q = _load(q_ptr + at_q, queries, n, Q, D, DIM)
         dy = _load(dy_ptr + at_y, queries, n, h * D, D, DIM)  # zero beyond n queries, which then add nothing
         lse = tl.load(lse_ptr + at_sums + queries, mask=queries < n, other=0.0)
         delta = tl.load(delta_ptr + at_sums + queries, mask=queries < n, other=0.0)
-        weights = tl.exp2(_logits(q, k, keys, n, D) - lse[:, None])
+        weights = tl.exp2(_logits(q, k, keys, m, D) - lse[:, None])
         dropped = _drop(weights, seed_ptr, sequence, queries, keys, n, RATE, THRESHOLD)
         dv = tl.dot(tl.trans(dropped.to(dy.dtype)), dy, dv, input_precision="ieee")
         dweights = tl.dot(dy, tl.trans(v), input_precision="ieee")
         dweights = _drop(dweights, seed_ptr, sequence, queries, keys, n, RATE, THRESHOLD)
         dlogits = weights * (dweights - delta[:, None])
         dk = tl.dot(tl.trans(dlogits.to(q.dtype)), q, dk, input_precision="ieee")
-    _store(dqkv_ptr + at_q + h * D, dk * D**-0.5, keys, n, 3 * h * D, D, DIM)
-    _store(dqkv_ptr + at_q + 2 * h * D, dv, keys, n, 3 * h * D, D, DIM)
+    _store(dkv_ptr + at_k, dk * D**-0.5, keys, m, K, D, DIM)
+    _store(dkv_ptr + at_k + h * D, dv, keys, m, K, D, DIM)
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
+
+
+def _launch_forward(q: Tensor, kv: Tensor, y_Tnhd: Tensor, lse_Thn: Tensor, rate: float, seed: Tensor | None) -> None:
+    """q [T, n, h, d], kv [T, m, 2, h, d]: views whose last two dimensions are contiguous, and whose first two fold."""
+    T, n, h, d = q.shape
+    constants, options = _plan(h, d, q.stride(1), kv.stride(1), rate, q.dtype)
+    grid = (T * h * triton.cdiv(n, constants["M"]),)
+    _forward[grid](q, kv, seed, y_Tnhd, lse_Thn, n, kv.shape[1], **constants, **options)
+
+
+def _launch_backward(
+    dy_Tnhd: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    y_Tnhd: Tensor,
+    lse_Thn: Tensor,
+    dq: Tensor,
+    dkv: Tensor,
+    rate: float,
+    seed: Tensor | None,
+) -> None:
+    """As `_launch_forward`; dq and dkv have the strides of q and kv."""
+    (T, n, h, d), m = q.shape, kv.shape[1]
+    delta_Thn = torch.empty_like(lse_Thn)
+    constants, options = _plan(h, d, q.stride(1), kv.stride(1), rate, q.dtype)
+    grid = (T * h * triton.cdiv(n, constants["M"]),)
+    _backward_q[grid](dy_Tnhd, q, kv, seed, y_Tnhd, lse_Thn, delta_Thn, dq, n, m, **constants, **options)
+    grid = (T * h * triton.cdiv(m, constants["N"]),)
+    _backward_kv[grid](dy_Tnhd, q, kv, seed, lse_Thn, delta_Thn, dkv, n, m, **constants, **options)
 
 
 @operator("flash_attention")
@@ -199,10 +241,8 @@ def flash_attention(qkv_Tn3hd: Tensor, rate: float, seed: Tensor | None) -> tupl
     (`catmodel.dropout`).
     """
     qkv_Tn3hd = qkv_Tn3hd.contiguous()
-    T, n, _, h, d = qkv_Tn3hd.shape
     y_Tnhd, lse_Thn = _new_outputs(qkv_Tn3hd, rate, seed)
-    constants, options = _plan(h, d, rate, qkv_Tn3hd.dtype)
-    _forward[(T * h * triton.cdiv(n, constants["M"]),)](qkv_Tn3hd, seed, y_Tnhd, lse_Thn, n, **constants, **options)
+    _launch_forward(qkv_Tn3hd[:, :, 0], qkv_Tn3hd[:, :, 1:], y_Tnhd, lse_Thn, rate, seed)
     return y_Tnhd, lse_Thn
 
 
@@ -218,13 +258,9 @@ def flash_attention_backward(
 ) -> Tensor:
     """The gradient of `qkv_Tn3hd`."""
     dy_Tnhd, qkv_Tn3hd = dy_Tnhd.contiguous(), qkv_Tn3hd.contiguous()
-    T, n, _, h, d = qkv_Tn3hd.shape
-    dqkv_Tn3hd, delta_Thn = torch.empty_like(qkv_Tn3hd), torch.empty_like(lse_Thn)
-    constants, options = _plan(h, d, rate, qkv_Tn3hd.dtype)
-    grid = (T * h * triton.cdiv(n, constants["M"]),)
-    _backward_q[grid](dy_Tnhd, qkv_Tn3hd, seed, y_Tnhd, lse_Thn, delta_Thn, dqkv_Tn3hd, n, **constants, **options)
-    grid = (T * h * triton.cdiv(n, constants["N"]),)
-    _backward_kv[grid](dy_Tnhd, qkv_Tn3hd, seed, lse_Thn, delta_Thn, dqkv_Tn3hd, n, **constants, **options)
+    dqkv_Tn3hd = torch.empty_like(qkv_Tn3hd)
+    (q, kv), (dq, dkv) = ((x[:, :, 0], x[:, :, 1:]) for x in (qkv_Tn3hd, dqkv_Tn3hd))
+    _launch_backward(dy_Tnhd, q, kv, y_Tnhd, lse_Thn, dq, dkv, rate, seed)
     return dqkv_Tn3hd
 
 
@@ -246,34 +282,72 @@ def _differentiate(ctx, dy_Tnhd, _):
 flash_attention.register_autograd(_differentiate, setup_context=_save)
 
 
-def _plan(h: int, d: int, rate: float, dtype: torch.dtype) -> tuple[dict, dict]:
-    """Constants and launch options of all three kernels."""
+@operator("cross_attention")
+def cross_attention(q_Tnhd: Tensor, kv_Tm2hd: Tensor) -> tuple[Tensor, Tensor]:
+    """As `flash_attention` without dropout, with keys and values of other tokens [T, m, 2, h, d] than the queries."""
+    q_Tnhd, kv_Tm2hd = q_Tnhd.contiguous(), kv_Tm2hd.contiguous()
+    y_Tnhd, lse_Thn = _new_cross_outputs(q_Tnhd, kv_Tm2hd)
+    _launch_forward(q_Tnhd, kv_Tm2hd, y_Tnhd, lse_Thn, 0.0, None)
+    return y_Tnhd, lse_Thn
+
+
+@cross_attention.register_fake
+def _new_cross_outputs(q_Tnhd, kv_Tm2hd):
+    T, n, h, d = q_Tnhd.shape
+    return q_Tnhd.new_empty(T, n, h, d), q_Tnhd.new_empty(T, h, n, dtype=torch.float32)
+
+
+@operator("cross_attention_backward")
+def cross_attention_backward(
+    dy_Tnhd: Tensor, q_Tnhd: Tensor, kv_Tm2hd: Tensor, y_Tnhd: Tensor, lse_Thn: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `q_Tnhd` and `kv_Tm2hd`."""
+    dy_Tnhd, q_Tnhd, kv_Tm2hd = dy_Tnhd.contiguous(), q_Tnhd.contiguous(), kv_Tm2hd.contiguous()
+    dq_Tnhd, dkv_Tm2hd = torch.empty_like(q_Tnhd), torch.empty_like(kv_Tm2hd)
+    _launch_backward(dy_Tnhd, q_Tnhd, kv_Tm2hd, y_Tnhd, lse_Thn, dq_Tnhd, dkv_Tm2hd, 0.0, None)
+    return dq_Tnhd, dkv_Tm2hd
+
+
+@cross_attention_backward.register_fake
+def _(dy_Tnhd, q_Tnhd, kv_Tm2hd, y_Tnhd, lse_Thn):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_Tnhd, kv_Tm2hd))
+
+
+def _save_cross(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _differentiate_cross(ctx, dy_Tnhd, _):
+    return torch.ops.catmodel.cross_attention_backward(dy_Tnhd, *ctx.saved_tensors)
+
+
+cross_attention.register_autograd(_differentiate_cross, setup_context=_save_cross)
+
+
+def _plan(h: int, d: int, q_row: int, k_row: int, rate: float, dtype: torch.dtype) -> tuple[dict, dict]:
+    """Constants and launch options of all three kernels. q_row, k_row: elements from a row to the next one."""
     dim = padded(d)
     # Tiles of 64 x 64 fit into registers, except for long rows or float32.
     block = 64 if dim <= 64 and dtype != torch.float32 else 32
-    constants = dict(h=h, D=d, RATE=rate, THRESHOLD=threshold(rate), DIM=dim, M=block, N=block)
+    constants = dict(h=h, D=d, Q=q_row, K=k_row, RATE=rate, THRESHOLD=threshold(rate), DIM=dim, M=block, N=block)
     # One stage: rows of 49 bfloat16 numbers are not aligned to the 4 bytes that asynchronous copies need, and more
     # stages spill registers.
     return constants, dict(num_warps=4 if dim <= 64 else 8, num_stages=1)
 
 
 def cases() -> list[dict]:
-    """Cases for `catmodel.kernels.report`: CPSA of a dense 800 x 1280 image, in bfloat16."""
-    constants, options = _plan(1, 49, 0.2, torch.bfloat16)
-    return [
-        dict(
-            name=f"flash attention, {name}",
-            fn=kernel,
-            signature=dict.fromkeys(tensors, "*bf16")
-            | dict.fromkeys(sums, "*fp32")
-            | dict(seed_ptr="*i32", n="i32")
-            | dict.fromkeys(constants, "constexpr"),
-            constexprs=constants,
-            **options,
-        )
+    """Cases for `catmodel.kernels.report`, in bfloat16: CPSA of a dense 800 x 1280 image, and stage 1 of PVT."""
+    found = []
+    for what, h, d, rate in (("", 1, 49, 0.2), ("cross-", 1, 64, 0.0)):
+        rows = (h * d, 2 * h * d) if what else (3 * h * d, 3 * h * d)
+        constants, options = _plan(h, d, *rows, rate, torch.bfloat16)
         for name, kernel, tensors, sums in (
-            ("forward", _forward, ("qkv_ptr", "y_ptr"), ("lse_ptr",)),
-            ("backward of q", _backward_q, ("dy_ptr", "qkv_ptr", "y_ptr", "dqkv_ptr"), ("lse_ptr", "delta_ptr")),
-            ("backward of k and v", _backward_kv, ("dy_ptr", "qkv_ptr", "dqkv_ptr"), ("lse_ptr", "delta_ptr")),
-        )
-    ]
+            ("forward", _forward, ("q_ptr", "kv_ptr", "y_ptr"), ("lse_ptr",)),
+            ("backward of q", _backward_q, ("dy_ptr", "q_ptr", "kv_ptr", "y_ptr", "dq_ptr"), ("lse_ptr", "delta_ptr")),
+            ("backward of k and v", _backward_kv, ("dy_ptr", "q_ptr", "kv_ptr", "dkv_ptr"), ("lse_ptr", "delta_ptr")),
+        ):
+            signature = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(sums, "*fp32")
+            signature |= dict(seed_ptr="*i32", n="i32", m="i32") | dict.fromkeys(constants, "constexpr")
+            title = f"flash {what}attention, {name}"
+            found.append(dict(name=title, fn=kernel, signature=signature, constexprs=constants, **options))
+    return found

@@ -21,6 +21,6 @@ class FFCVBackend:
         self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray
     ) -> dict[int, str]:
         """See Backend."""
-        stored, failures = self.stored.read(ids)
+        stored, failures = self.stored.read_chunk(ids)
         failures = self._decode_batch(stored, self.stored.dimensions(ids), windows, size, interpolation, out) | failures
         return self.stored.sentences(ids, failures)

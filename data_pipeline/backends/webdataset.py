@@ -20,6 +20,6 @@ class WebDatasetBackend:
         self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray
     ) -> dict[int, str]:
         """See Backend."""
-        encoded, failures = self.stored.read(ids)
+        encoded, failures = self.stored.read_chunk(ids)
         failures = decode_batch(encoded, self.stored.dimensions(ids), windows, size, interpolation, out) | failures
         return self.stored.sentences(ids, failures)

@@ -1,6 +1,6 @@
 """The end of the recipe as Triton kernels: images are normalised, erased and mixed in one pass; targets are mixed.
 
-The program (program.py) has each sample's box to erase, and the micro-batch's mixing in its last values. Results are
+The program (program.py) has each sample's box to erase, and the micro-batch's mixing in its first values. Results are
 those of augment.normalise and augment.erase, and of mix.mix, up to the last bits of the noise. Launch with
 enable_fp_fusion=False: the plain path rounds each product, except where `tl.fma` stands here.
 """
@@ -79,12 +79,12 @@ def _finished(
     return red, green, blue
 
 
-@triton.jit(do_not_specialize=["column"])
+@triton.jit(do_not_specialize=["columns", "column"])
 def finish_images(
     images_ptr,  # uint8 [m, 3, size, size]
     program_ptr,
-    mixing_ptr,  # the program's last values
     found_ptr,  # float32 [m, 3, size, size], contiguous
+    columns,
     column,
     size,
     stride_image,
@@ -97,12 +97,11 @@ def finish_images(
     shift_red,
     shift_green,
     shift_blue,
-    COLUMNS: tl.constexpr,
     ERASE: tl.constexpr,
     NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (m, blocks of BLOCK pixels). `column` is the first of the erasing columns."""
+    """Grid (m, blocks of BLOCK pixels). `column` is where the first sample's erasing columns begin."""
     sample = tl.program_id(0)
     other = tl.num_programs(0) - 1 - sample
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -111,14 +110,17 @@ def finish_images(
     y, x = place // size, place % size
     offset = y * stride_y + x * stride_x
     scales, shifts = (scale_red, scale_green, scale_blue), (shift_red, shift_green, shift_blue)
-    kind, share = tl.load(mixing_ptr).to(tl.int32), tl.load(mixing_ptr + 1).to(tl.float64, bitcast=True).to(tl.float32)
+    kind, share = (
+        tl.load(program_ptr).to(tl.int32),
+        tl.load(program_ptr + 1).to(tl.float64, bitcast=True).to(tl.float32),
+    )
 
     at = images_ptr + sample.to(tl.int64) * stride_image + offset
-    row_ptr = program_ptr + sample * COLUMNS + column
+    row_ptr = program_ptr + sample * columns + column
     red, green, blue = _finished(at, row_ptr, place, y, x, inside, size, stride_channel, scales, shifts, ERASE, NOISE)
     if (kind == MIXUP) | (kind == CUTMIX):
         at = images_ptr + other.to(tl.int64) * stride_image + offset
-        row_ptr = program_ptr + other * COLUMNS + column
+        row_ptr = program_ptr + other * columns + column
         other_red, other_green, other_blue = _finished(
             at, row_ptr, place, y, x, inside, size, stride_channel, scales, shifts, ERASE, NOISE
         )
@@ -129,8 +131,8 @@ def finish_images(
                 _lerp(other_blue, blue, share),
             )
         else:
-            top, bottom = tl.load(mixing_ptr + 2).to(tl.int32), tl.load(mixing_ptr + 3).to(tl.int32)
-            left, right = tl.load(mixing_ptr + 4).to(tl.int32), tl.load(mixing_ptr + 5).to(tl.int32)
+            top, bottom = tl.load(program_ptr + 2).to(tl.int32), tl.load(program_ptr + 3).to(tl.int32)
+            left, right = tl.load(program_ptr + 4).to(tl.int32), tl.load(program_ptr + 5).to(tl.int32)
             replaced = (y >= top) & (y < bottom) & (x >= left) & (x < right)
             red = tl.where(replaced, other_red, red)
             green = tl.where(replaced, other_green, green)
@@ -144,7 +146,7 @@ def finish_images(
 @triton.jit
 def finish_targets(
     labels_ptr,  # int64 [m]
-    mixing_ptr,
+    program_ptr,
     found_ptr,  # float32 [m, classes]
     classes,
     on,
@@ -155,7 +157,10 @@ def finish_targets(
     sample = tl.program_id(0)
     other = tl.num_programs(0) - 1 - sample
     number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    kind, share = tl.load(mixing_ptr).to(tl.int32), tl.load(mixing_ptr + 1).to(tl.float64, bitcast=True).to(tl.float32)
+    kind, share = (
+        tl.load(program_ptr).to(tl.int32),
+        tl.load(program_ptr + 1).to(tl.float64, bitcast=True).to(tl.float32),
+    )
     target = tl.where(number == tl.load(labels_ptr + sample), on, off)
     if (kind == MIXUP) | (kind == CUTMIX):
         target = _lerp(tl.where(number == tl.load(labels_ptr + other), on, off), target, share)

@@ -9,11 +9,10 @@ from data_pipeline.config import AugmentConfig
 from data_pipeline.mix import target_values
 
 from .finish import finish_images, finish_targets
-from .operations import apply_round, count_levels, make_tables
+from .operations import MOST_CHUNKS, apply_round, count_levels, make_tables
 from .program import OF_MIXING, OF_ROUND, Program
 
 COUNT_BLOCK = 1024  # pixels that a program counts at a time
-MOST_CHUNKS = 8  # programs that share the counting of an image's channel
 BLOCK = 128  # pixels of a program: with one per thread, the registers of all operations let an SM hold 48 warps or more
 CLASSES = 1024  # targets of a program
 OPTIONS = dict(num_warps=4, num_stages=1, enable_fp_fusion=False)
@@ -48,13 +47,13 @@ def apply_rounds(images: Tensor, values: Tensor, program: Program, config: Augme
     ]
     fill, columns = fill_colour(config.mean), program.columns
     for number in range(program.rounds):
-        column, found, strides = OF_ROUND * number, buffers[number % 2], images.stride()
+        column, found, strides = OF_MIXING + OF_ROUND * number, buffers[number % 2], images.stride()
         count_levels[count, chunks, 3](
-            images, values, counts, column, size, *strides, COLUMNS=columns, BLOCK=COUNT_BLOCK, **OPTIONS
+            images, values, counts, columns, column, size, *strides, BLOCK=COUNT_BLOCK, **OPTIONS
         )
-        make_tables[count, 3](counts, values, tables, column, size, chunks, COLUMNS=columns, **OPTIONS)
+        make_tables[count, 3](counts, values, tables, columns, column, size, chunks, **OPTIONS)
         apply_round[count, triton.cdiv(size**2, BLOCK)](
-            images, values, tables, found, column, size, *strides, *fill, COLUMNS=columns, BLOCK=BLOCK, **OPTIONS
+            images, values, tables, found, columns, column, size, *strides, *fill, BLOCK=BLOCK, **OPTIONS
         )
         images = found
     return images
@@ -65,21 +64,19 @@ def finish(
 ) -> tuple[Tensor, Tensor]:
     """Normalise, erase and mix: float32 [m, 3, S, S], contiguous, and targets, float32 [m, num_classes]."""
     count, _, _, size = images.shape
-    mixing = values[-OF_MIXING:]
     found = torch.empty(images.shape, device=images.device)
     targets = torch.empty(count, num_classes, device=images.device)
     scale, shift = normalisation(config.mean, config.std)
     finish_images[count, triton.cdiv(size**2, BLOCK)](
         images,
         values,
-        mixing,
         found,
-        OF_ROUND * program.rounds,
+        program.columns,
+        OF_MIXING + OF_ROUND * program.rounds,
         size,
         *images.stride(),
         *scale,
         *shift,
-        COLUMNS=program.columns,
         ERASE=config.erasing > 0,
         NOISE=config.erasing_mode == "pixel",
         BLOCK=BLOCK,
@@ -87,6 +84,6 @@ def finish(
     )
     on, off = target_values(num_classes, config.label_smoothing)
     finish_targets[count, triton.cdiv(num_classes, CLASSES)](
-        labels, mixing, targets, num_classes, on, off, BLOCK=CLASSES, **OPTIONS
+        labels, values, targets, num_classes, on, off, BLOCK=CLASSES, **OPTIONS
     )
     return found, targets

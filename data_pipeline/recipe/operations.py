@@ -5,8 +5,8 @@ A round of operations takes three launches. Every operation on single values is 
 or computes the operations that need more than one value. Results are those of augment_operations.py, bit for bit, and
 of augment_geometry.py, up to the rounding of float32 sums (tests and benchmarks/augment.py count the differences).
 
-Images are uint8 [m, 3, size, size]. Of the program (program.py), int64 [m, COLUMNS], a round reads the columns
-`column` (an index of OPERATIONS or NOTHING) and the two after it (the operation's arguments, the bits of float64).
+Images are uint8 [m, 3, size, size]. Of the program (program.py), with `columns` values per sample, a round reads those
+at `column`: the operation and its two arguments.
 Launch with enable_fp_fusion=False: the plain path rounds each product, except where `tl.fma` stands here.
 """
 
@@ -26,6 +26,9 @@ ROUNDING = tl.constexpr(_ROUNDING)
 RED, GREEN, BLUE = (tl.constexpr(int(weight)) for weight in LUMA)
 THIRTEENTH = tl.constexpr(1 / 13)
 
+MOST_CHUNKS = 8  # programs that share the counting of an image's channel
+PARTS = tl.constexpr(32)  # a power of two, and at least 3 * MOST_CHUNKS
+
 
 @triton.jit
 def _luma(red, green, blue):
@@ -44,18 +47,18 @@ def _blend(degenerate, pixels, factor):
     return _clipped((pixels - degenerate) * factor + degenerate)
 
 
-@triton.jit(do_not_specialize=["column"])
+@triton.jit(do_not_specialize=["columns", "column"])
 def count_levels(
     images_ptr,
     program_ptr,
     counts_ptr,  # int32 [m, chunks, 3, 256]
+    columns,
     column,
     size,
     stride_image,
     stride_channel,
     stride_y,
     stride_x,
-    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (m, chunks, 3). For AutoContrast and Equalize: how often a channel has each level in a chunk's pixels.
@@ -64,7 +67,7 @@ def count_levels(
     """
     sample, chunk, channel = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     chunks = tl.num_programs(1)
-    operation = tl.load(program_ptr + sample * COLUMNS + column).to(tl.int32)
+    operation = tl.load(program_ptr + sample * columns + column).to(tl.int32)
     pixels = size * size
     image_ptr = images_ptr + sample.to(tl.int64) * stride_image
     counts_ptr += ((sample.to(tl.int64) * chunks + chunk) * 3 + channel) * 256
@@ -89,19 +92,19 @@ def count_levels(
         tl.store(counts_ptr, tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["column", "chunks"])
+@triton.jit(do_not_specialize=["columns", "column", "chunks"])
 def make_tables(
     counts_ptr,
     program_ptr,
     tables_ptr,  # uint8 [m, 3, 256]
+    columns,
     column,
     size,
     chunks,
-    COLUMNS: tl.constexpr,
 ):
     """Grid (m, 3). The table of an operation on single values: what each level becomes in a channel."""
     sample, channel = tl.program_id(0), tl.program_id(1)
-    program_ptr += sample * COLUMNS + column
+    program_ptr += sample * columns + column
     operation = tl.load(program_ptr).to(tl.int32)
     argument = tl.load(program_ptr + 1).to(tl.float64, bitcast=True)
     counts_ptr += sample.to(tl.int64) * chunks * 3 * 256
@@ -135,9 +138,8 @@ def make_tables(
     elif operation == BRIGHTNESS:
         table = _clipped(level.to(tl.float32) * argument.to(tl.float32))
     elif operation == CONTRAST:
-        total = tl.zeros([], tl.int64)
-        for part in range(chunks * 3):
-            total += tl.load(counts_ptr + part * 256).to(tl.int64)
+        part = tl.arange(0, PARTS)
+        total = tl.sum(tl.load(counts_ptr + part * 256, mask=part < chunks * 3, other=0).to(tl.int64))
         mean = tl.floor(total.to(tl.float64) / pixels.to(tl.float64) + 0.5).to(tl.float32)
         table = _blend(mean, level.to(tl.float32), argument.to(tl.float32))
     tl.store(tables_ptr + (sample.to(tl.int64) * 3 + channel) * 256 + level, table)
@@ -251,12 +253,13 @@ def _sharpened(at, pixel, y, x, factor, size, stride_y, stride_x):
     return tl.where(inner, _blend(smooth, pixel.to(tl.float32), factor), pixel)
 
 
-@triton.jit(do_not_specialize=["column"])
+@triton.jit(do_not_specialize=["columns", "column"])
 def apply_round(
     images_ptr,
     program_ptr,
     tables_ptr,
     found_ptr,  # uint8 [m, 3, size, size], contiguous
+    columns,
     column,
     size,
     stride_image,
@@ -266,7 +269,6 @@ def apply_round(
     fill_red,  # in 0 … 255
     fill_green,
     fill_blue,
-    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (m, blocks of BLOCK pixels). Applies each sample's operation of the round."""
@@ -277,7 +279,7 @@ def apply_round(
     y, x = place // size, place % size
     image_ptr = images_ptr + sample.to(tl.int64) * stride_image
     found_ptr += sample.to(tl.int64) * 3 * pixels + place
-    program_ptr += sample * COLUMNS + column
+    program_ptr += sample * columns + column
     operation = tl.load(program_ptr).to(tl.int32)
     argument = tl.load(program_ptr + 1).to(tl.float64, bitcast=True)
     fill = (fill_red, fill_green, fill_blue)

@@ -1,11 +1,12 @@
 """All random choices of a micro-batch's recipe as one array of int64, the kernels' program; floats are stored as bits.
 
-A row per sample: for each round of operations the operation, an index of OPERATIONS or NOTHING, and two float64: the
-argument, or for Rotate the cosine and the sine; then the box to erase: the key of its noise, and top, left, bottom,
-right, all 0 without a box. After the rows come six values for the micro-batch's mixing: 0, MIXUP or CUTMIX; a float64,
-the weight of the image itself; with CutMix the box to replace: top, bottom, left, right.
+First come six values for the micro-batch's mixing: 0, MIXUP or CUTMIX; a float64, the weight of the image itself; with
+CutMix the box to replace: top, bottom, left, right. Then a row per sample: for each round of operations the operation,
+an index of OPERATIONS or NOTHING, and two float64: the argument, or for Rotate the cosine and the sine; then the box to
+erase: the key of its noise, and top, left, bottom, right, all 0 without a box.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,35 +23,47 @@ ROTATE = OPERATIONS.index("Rotate")
 
 
 class Program(NamedTuple):
-    """values: int64 [samples · columns + OF_MIXING]; rounds: the number of rounds of operations."""
+    """values: int64 [OF_MIXING + samples · columns], the mixing and the rows; rounds: how many a row has."""
 
     values: np.ndarray
     columns: int
     rounds: int
 
+    @property
+    def mixing(self) -> np.ndarray:
+        return self.values[:OF_MIXING]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 [samples, columns], a view."""
+        return self.values[OF_MIXING:].reshape(-1, self.columns)
+
 
 def program_of(keys: np.ndarray, mix_key: int, size: int, config: AugmentConfig) -> Program:
     """The choices for samples with the int64 keys [m] and images of size x size pixels."""
-    rounds = choose_operations(keys, config)
-    columns = OF_ROUND * len(rounds) + OF_ERASING
-    values = np.zeros(len(keys) * columns + OF_MIXING, np.int64)
-    rows, mixing = values[:-OF_MIXING].reshape(len(keys), columns), values[-OF_MIXING:]
-    for number, chosen in enumerate(rounds):
-        write_round(rows[:, OF_ROUND * number :], chosen)
+    program = program_of_rounds(choose_operations(keys, config), len(keys))
     if config.erasing > 0:
-        boxes, erasing = erasing_boxes(keys, config.erasing, size, size), OF_ROUND * len(rounds)
-        rows[boxes.rows, erasing] = fold(keys[boxes.rows], Stream.ERASE_NOISE)
-        rows[boxes.rows, erasing + 1], rows[boxes.rows, erasing + 2] = boxes.tops, boxes.lefts
-        rows[boxes.rows, erasing + 3] = boxes.tops + boxes.heights
-        rows[boxes.rows, erasing + 4] = boxes.lefts + boxes.widths
+        boxes, erasing = erasing_boxes(keys, config.erasing, size, size), program.rows[:, -OF_ERASING:]
+        ends = boxes.tops + boxes.heights, boxes.lefts + boxes.widths
+        noise_keys = fold(keys[boxes.rows], Stream.ERASE_NOISE)
+        erasing[boxes.rows] = np.stack([noise_keys, boxes.tops, boxes.lefts, *ends], 1)
     drawn = draw_mixing(mix_key, size, size, config)
     if drawn is not None:
-        mixing[:2] = MIXUP if drawn.box is None else CUTMIX, np.float64(drawn.share).view(np.int64)
-        mixing[2:] = drawn.box or 0
-    return Program(values, columns, len(rounds))
+        program.mixing[:2] = MIXUP if drawn.box is None else CUTMIX, np.float64(drawn.share).view(np.int64)
+        program.mixing[2:] = drawn.box or 0
+    return program
 
 
-def write_round(columns: np.ndarray, chosen: ChosenOperations) -> None:
+def program_of_rounds(rounds: Sequence[ChosenOperations], count: int) -> Program:
+    """The program that applies these operations to `count` samples, and neither erases nor mixes."""
+    columns = OF_ROUND * len(rounds) + OF_ERASING
+    program = Program(np.zeros(OF_MIXING + count * columns, np.int64), columns, len(rounds))
+    for number, chosen in enumerate(rounds):
+        _write_round(program.rows[:, OF_ROUND * number :], chosen)
+    return program
+
+
+def _write_round(columns: np.ndarray, chosen: ChosenOperations) -> None:
     """Write a round's operations and arguments into the first OF_ROUND columns of int64 [m, …]."""
     columns[:, 0] = chosen.operations
     arguments = chosen.arguments.copy()

@@ -30,15 +30,45 @@ def test_a_file_in_results_replaces_those_in_folders_and_newer_folders_replace_o
     assert markdown.load("gpu-c") is None
 
 
+ABOUT = {"command": "c", "date": "d", "machine": "m", "python": "3", "torch": "2", "triton": "3"}
+
+
 def test_resume_shows_the_first_step_that_differs(results):
     assert gpu_tables.resume() == gpu_tables.UNMEASURED
     losses = [1 / step for step in range(1, 201)]
-    results("gpu-train.json", losses=losses, losses_resumed=losses[:100])
-    assert gpu_tables.resume() == "All 100 losses that both runs have are equal to the last bit."
-    results("gpu-train.json", losses=losses, losses_resumed=[*losses[:6], losses[6] + 1e-3, *losses[7:100]])
+    other = [*losses[:6], losses[6] + 1e-3, *losses[7:]]
+    rows = [{"family": "cat", "run": "whole", "losses": losses}]
+    rows += [{"family": "cat", "run": "killed", "losses": other, "killed_at": 60, "resumed_from": 40}]
+    rows += [{"name": "cat, without graphs", "failed": "OutOfMemoryError"}]
+    results("gpu-train.json", rows=rows, **ABOUT)
     lines = gpu_tables.resume().splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| 1", "| 7", "| 20", "| 100"]
-    assert lines[3].endswith("| 1.0e-03 |")
+    assert lines[-3:] == [
+        "| cat | whole |  | 200 | none |  |",
+        "| cat | killed | killed after 60, resumed from 40 | 200 | 7 | 1.0e-03 |",
+        "| cat, without graphs | OutOfMemoryError |  |  |  |  |",
+    ]
+
+
+def test_gradients_that_differ_are_named(results):
+    rows = [{"name": "cat, eager", "gradients": 9, "different": []}]
+    rows += [{"name": "cat, graphs", "gradients": 9, "different": list("abcd"), "different_from_compiled": ["a"]}]
+    results("gpu-exact.json", rows=rows, **ABOUT)
+    lines = gpu_tables.exact().splitlines()
+    assert lines[-2:] == [
+        "| cat, eager | 9 | 0 | – |",
+        "| cat, graphs | 9 | **4**: `a`, `b`, `c`, … | **1**: `a` |",
+    ]
+
+
+def test_steps_and_recipes_are_listed(results):
+    row = {"name": "cat_base, engine, batch 256", "images_per_second": 5301.0, "min": 5200.0, "max": 5400.0, "ms": 48.3}
+    results("gpu-model.json", rows=[{**row, "peak_gb": 23.4, "reserved_gb": 22.0}], **ABOUT)
+    line = "| cat_base, engine, batch 256 | 5,301 | 5,200 – 5,400 | 48.3 | 23.4 | 22 |"
+    assert gpu_tables.steps("gpu-model").splitlines()[-1] == line
+    costs = {"kind": "time", "images": 128, "size": 224, "recipe": "default", "way": "kernels"}
+    costs |= {"launches": 9.0, "kernel_ms": 0.71, "host_ms": 1.4, "together_ms": 1.5}
+    results("gpu-recipe.json", rows=[{"kind": "equal", "largest": 0.1}, costs], **ABOUT)
+    assert gpu_tables.recipe().splitlines()[-1] == "| 128 x 224 | default | kernels | 9 | 0.71 | 1.4 | 1.5 |"
 
 
 def test_a_run_is_measured_after_its_warm_up(results, tmp_path):

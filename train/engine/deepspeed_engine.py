@@ -199,7 +199,7 @@ class Engine:
         if self._loss_scale:
             scale = self._loss_scale.value
             norm = norm / scale
-        skipped = norm.isfinite().logical_not().float()
+        skipped = (norm - norm).ne(0).float()  # 1 unless the norm is finite: x - x is NaN for infinity and NaN
         if self.clip_grad:
             clip = ((norm + 1e-6) / self.clip_grad).clamp(min=1)
             scale = clip if scale is None else clip * scale
@@ -328,10 +328,13 @@ class Engine:
             for place in places
             if place.numel
         ]
-        square = torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float32)).double().square().sum()
+        norms = torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float32))
+        norm = torch.linalg.vector_norm(norms, dtype=torch.float64)
         if self.stage:
+            square = norm.square()
             dist.all_reduce(square)
-        return square.sqrt().float()
+            norm = square.sqrt()
+        return norm.float()
 
 
 def compile_settings() -> dict:

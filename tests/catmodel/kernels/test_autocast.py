@@ -94,7 +94,7 @@ class Operators(TorchDispatchMode):
 
 OPERATORS = {
     "cat_tiny": {"inner_patch_attention", "cross_patch_attention", "pack", "unpack", "mlp"},
-    "pvt_tiny": {"mlp"},
+    "pvt_tiny": {"mlp", "cross_attention"},
     "cotnet50": {"aggregate"},
 }
 

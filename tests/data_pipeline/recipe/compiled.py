@@ -18,11 +18,10 @@ POINTERS = {
     "tables_ptr": "*u8",
     "counts_ptr": "*i32",
     "program_ptr": "*i64",
-    "mixing_ptr": "*i64",
     "labels_ptr": "*i64",
 }
-INTEGERS = ("column", "size", "chunks", "classes", "stride_image", "stride_channel", "stride_y", "stride_x")
-CONSTANTS = {"COLUMNS": 11, "ERASE": True, "NOISE": True}
+INTEGERS = ("columns", "column", "size", "chunks", "classes", "stride_image", "stride_channel", "stride_y", "stride_x")
+CONSTANTS = {"ERASE": True, "NOISE": True}
 # The strides that are 1, and the integers that are divisible by 16, for images of 224 pixels.
 LAYOUTS = {
     "channels-last": ("stride_channel", ("size", "stride_image", "stride_y")),

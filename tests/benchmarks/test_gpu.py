@@ -1,0 +1,177 @@
+"""launch/gpu.py without a GPU: rows on disk at once, jobs in processes with limits, and what is said of the rows."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_exact, gpu_model, gpu_runs, gpu_small
+from benchmarks.gpu_parts import NEED_IMAGES, OURS, PARTS, SWIN
+from benchmarks.gpu_record import Record, Session
+from benchmarks.graphs import device_seconds
+from benchmarks.graphs import record as record_graph
+from benchmarks.photographs import draw_photographs, repeat
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def passes(rows: list[dict]) -> tuple[bool, str]:
+    return all(row["good"] for row in rows), f"{rows[-1]['good']}"
+
+
+@pytest.fixture
+def record(tmp_path) -> Record:
+    return Record(tmp_path / "gpu-x.json", passes)
+
+
+def test_a_row_is_on_disk_when_it_is_measured_and_a_part_passes_when_all_its_jobs_have_finished(record):
+    record.begin(["one", "two"])
+    assert record.read()["rows"] == [] and not record.read()["passed"]
+    record.add(name="a", good=True)
+    other = Record(record.path, passes)  # another job's process
+    other.add(name="b", good=True)
+    found = record.read()
+    assert [row["name"] for row in found["rows"]] == ["a", "b"]
+    assert not found["passed"] and found["says"] == "True; one: not finished; two: not finished"
+    record.finish("one")
+    other.finish("two", "not done after 30 s")
+    assert not record.read()["passed"] and record.read()["says"] == "True; two: not done after 30 s"
+    other.finish("two")
+    found = record.read()
+    assert found["passed"] and found["says"] == "True" and found["machine"] and found["seconds"] >= 0
+
+
+def test_a_measurement_that_fails_becomes_a_row_and_the_part_does_not_pass(record):
+    record.begin(["one"])
+    record.measure("first", lambda: {"good": True})
+    record.measure("second", lambda: {"good": 1 / 0}, batch=3)
+    record.finish("one")
+    found = record.read()
+    assert found["rows"][1] == {"name": "second", "batch": 3, "failed": "ZeroDivisionError: ['division by zero']"}
+    assert not found["passed"] and found["says"] == "True; second failed"
+
+
+def test_a_job_is_ended_at_its_limit_and_keeps_its_rows(tmp_path, monkeypatch):
+    from benchmarks import gpu
+    from benchmarks.gpu_record import Later, Part
+
+    part = Part("x", {"slow": Later("none.none")}, passes, limit=1)
+    session = Session(tmp_path, tmp_path, tmp_path)
+    record = gpu.record(session, part)
+    record.begin(["slow"])
+    script = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); sys.stdin.readline();"
+        "from pathlib import Path; from benchmarks.gpu_record import Record;"
+        "Record(Path(sys.argv[2]), lambda rows: (True, 'fine')).add(name='a'); time.sleep(60)"
+    )
+    job = gpu.Job(part, "slow")
+    job.log = tmp_path / "log"
+    job.process = subprocess.Popen(
+        [sys.executable, "-c", script, str(ROOT), str(record.path)], stdin=subprocess.PIPE, start_new_session=True
+    )
+    job.log.touch()
+    job.go()
+    while not record.read()["rows"]:
+        assert job.process.poll() is None
+        time.sleep(0.05)
+    why = job.wait(time.monotonic(), tmp_path)
+    record.finish("slow", why)
+    assert why.startswith("not done after") and job.process.returncode == -9
+    assert [row["name"] for row in record.read()["rows"]] == ["a"] and not record.read()["passed"]
+
+
+def test_the_parts_are_what_they_say():
+    assert set(NEED_IMAGES) < set(PARTS)
+    assert set(gpu_exact.FAMILIES) == set(PARTS["exact"].jobs) == set(gpu_runs.RECIPES) == set(PARTS["train"].jobs)
+    for part in PARTS.values():
+        assert set(part.warm) <= set(part.jobs) and part.limit <= 240
+        for later in [*part.jobs.values(), part.judge]:
+            module = {"gpu_exact": gpu_exact, "gpu_model": gpu_model, "gpu_runs": gpu_runs, "gpu_small": gpu_small}
+            assert callable(getattr(module[later.module], later.name))
+
+
+def gradients(loss: float, **values: float) -> gpu_exact.Pass:
+    return gpu_exact.Pass(loss, {name: torch.tensor([value]) for name, value in values.items()})
+
+
+def test_exact_names_the_gradients_that_differ():
+    same, other_seed = gradients(1.0, a=1, b=2), gradients(3.0, a=3, b=4)
+    row = gpu_exact.described([same, same, gradients(1.0, a=1, b=2.5), other_seed], None)
+    assert row["different"] == ["b"] and row["other_seed_differs"]
+    rows = [{"name": "cat, eager", "family": "cat", **row}]
+    assert gpu_exact.judge(rows) == (False, "cat, eager: 1 of 2 differ between passes: b")
+    good = gpu_exact.described([same, same, other_seed], [same, same, other_seed])
+    assert gpu_exact.judge([{"name": "cat, graphs", "family": "cat", **good}])[0]
+    moved = gpu_exact.described([same, same, other_seed], [gradients(1.1, a=1, b=2), other_seed])
+    assert moved["different_from_compiled"] == ["loss"]
+    still = gpu_exact.described([same, same, same], None)
+    assert "do not follow the seed" in gpu_exact.judge([{"name": "cat, graphs", "family": "cat", **still}])[1]
+
+
+def runs(killed: list[float], without: list[float], weights: str = "w") -> list[dict]:
+    whole = [float(step) for step in range(1, 11)]
+    killed_row = {"losses": killed, "before": whole[:6], "weights": weights, "killed_at": 6, "resumed_from": 4}
+    rows = {"whole": {"losses": whole, "weights": "w"}, "killed and resumed": killed_row}
+    rows["without graphs"] = {"losses": without, "weights": "w"}
+    return [{"family": "cat", "run": name, **row} for name, row in rows.items()]
+
+
+def test_train_says_at_which_step_losses_differ_first():
+    whole = [float(step) for step in range(1, 11)]
+    assert gpu_runs.judge(runs(whole, whole)) == (
+        True,
+        "cat, 10 steps: killed and resumed (killed after 6, resumed from 4) equal, without graphs equal",
+    )
+    passed, said = gpu_runs.judge(runs(whole, [*whole[:2], 3.5, *whole[3:]]))
+    assert not passed and said.endswith("without graphs DIFFERS from step 3 on")
+    assert "resumed from 4) DIFFERS from step 9 on" in gpu_runs.judge(runs(whole[:8], whole))[1]
+    assert "resumed from 4) other WEIGHTS" in gpu_runs.judge(runs(whole, whole, weights="v"))[1]
+    rows = runs(whole, whole)
+    rows[1]["before"] = [1.0, 2.5]
+    passed, said = gpu_runs.judge(rows)
+    assert not passed and "DIFFERS before the kill from step 2 on" in said
+
+
+def test_the_models_speed_is_said_beside_the_aims():
+    def row(model: str, way: str, batch: int, speed: float) -> dict:
+        return {"model": model, "way": way, "batch": batch, "images_per_second": speed}
+
+    rows = [row(OURS, "engine", 256, 5300.0), row(OURS, "graphs", 256, 5400.0), row(SWIN, "graphs", 256, 2700.0)]
+    rows += [row(OURS, "eager", 128, 1800.0), row(OURS, "plain", 128, 1500.0)]
+    assert gpu_model.judge(rows) == (
+        True,
+        "cat_base, batch 256: 5,400 images/s (aim 5,200), 2.00 x Swin-S, eager 1.20 x plain eager (aim 1.3)",
+    )
+    assert gpu_model.judge(rows[2:3])[0] is False
+
+
+def test_a_recorded_call_computes_again_and_is_timed():
+    calls = []
+    result, replay = record_graph(lambda: calls.append(len(calls)) or len(calls), torch.device("cpu"))
+    assert result == 1 and replay() == 2
+    assert device_seconds(lambda: time.sleep(0.001), torch.device("cpu"), rounds=3) >= 0.001
+
+
+def test_photographs_are_linked_until_there_are_enough(tmp_path):
+    draw_photographs(tmp_path / "drawn", 12, (40, 30), processes=1)
+    repeat(tmp_path / "drawn", tmp_path / "many", 30)
+    links = sorted((tmp_path / "many").rglob("*.jpg"))
+    assert len(links) == 30 and len({path.parent for path in links}) == 10
+    contents = {path.read_bytes() for path in links}
+    assert contents == {path.read_bytes() for path in (tmp_path / "drawn").rglob("*.jpg")} and len(contents) == 12
+    with pytest.raises(ValueError, match="has no JPEGs"):
+        repeat(tmp_path / "none", tmp_path / "other", 3)
+
+
+@pytest.mark.slow
+def test_two_parts_rehearsed(tmp_path):
+    command = [sys.executable, "launch/gpu.py", "--rehearse", "--parts", "loader,profile", "--output", str(tmp_path)]
+    done = subprocess.run([*command, "--cache", str(tmp_path / "cache")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    loader, profile = (json.loads((tmp_path / f"gpu-{name}.json").read_text()) for name in ("loader", "profile"))
+    assert loader["passed"] and loader["rows"][0]["cores"] == 1 and loader["rows"][0]["images_per_second"] > 0
+    assert profile["passed"] and profile["rows"][0]["name"] == "all kernels" and len(profile["rows"]) > 10

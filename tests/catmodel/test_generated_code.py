@@ -1,0 +1,129 @@
+"""A compiled or eager training step of every family sums its gradients in a fixed order on a GPU."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.catmodel.generated_code import code_of, graphs_of
+from tests.catmodel.small import images, small
+from train.engine.deepspeed_engine import compile_settings
+
+# Operators that are not repeatable on a GPU: those that `torch.use_deterministic_algorithms` replaces or refuses, by
+# its documentation, the ones to which they decompose, and the backward passes of PyTorch's fused attention.
+# index_put and put are named if they accumulate.
+VARYING = re.compile(
+    r"scatter_add|scatter_reduce|index_add|index_reduce|index_put|\bput\b|embedding|_bag|kthvalue|median|mode\b|histc|"
+    r"bincount|cumsum|ctc_loss|nll_loss2d|grid_sampler|unpool|unsafe_masked_index|"
+    r"(max_pool|adaptive|fractional|avg_pool3d|upsample|pad[123]d|scaled_dot_product).*backward"
+)
+
+DROPS = dict(drop_path_rate=0.2)
+PATCHES = dict(patch_size=7, img_size=56, num_heads=(2, 4))
+STEPS = {
+    "CAT": ("cat_tiny", 2, dict(cpsa_drop=0.2, ipsa_drop=0.1, **PATCHES)),
+    "CAT, ablations": ("cat_tiny", 2, dict(patch_embed="slice", shifted_windows=True, ape=False, cpsa_num_heads=7)),
+    "CAT, many patches": ("cat_tiny", 1, dict(patch_size=2)),
+    "CAT, dense": ("cat_tiny", 1, dict(features_only=True)),
+    "PVT": ("pvt_tiny", 2, {}),
+    "PVT, dense": ("pvt_tiny", 2, dict(features_only=True)),
+    "CoTNet": ("cotnet50", 2, {}),
+    "CoTNeXt": ("cotnext50", 1, {}),
+    "SE-CoTNetD": ("se_cotnetd152", 3, {}),
+}
+
+
+def training_step(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Callable[..., Tensor], Tensor, Tensor]:
+    """A step and its inputs. A dense model's images are larger than its positions' grid."""
+    architecture, stages, settings = STEPS[name]
+    settings = dict(settings)
+    if "cpsa_num_heads" in settings:
+        settings.update(PATCHES)
+    model = small(architecture, stages, **DROPS, **settings).train().to(dtype)
+    side = settings.get("img_size", 64) + (14 if settings.get("features_only") else 0)
+
+    def step(x: Tensor, targets: Tensor) -> Tensor:
+        outputs = model(x)
+        if isinstance(outputs, list):
+            return sum(map_BCHW.float().square().mean() for map_BCHW in outputs)
+        return F.cross_entropy(outputs.float(), targets)
+
+    targets = torch.rand(4, 10, generator=torch.Generator().manual_seed(2))
+    return step, images(architecture, 4, (side, side)).to(dtype), targets / targets.sum(1, keepdim=True)
+
+
+def varying(operator: torch._ops.OpOverload, arguments: tuple) -> bool:
+    name = operator.name()
+    if "index_put" in name or name.startswith("aten::put"):
+        return len(arguments) > 3 and bool(arguments[3])
+    return VARYING.search(name) is not None
+
+
+class Varying(TorchDispatchMode):
+    """Records the operators that are not repeatable."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if varying(function, arguments):
+            self.names.add(function.name())
+        return function(*arguments, **(options or {}))
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_a_compiled_step_has_no_varying_operator(name, interpreted):
+    """In the graphs that Inductor takes, after its decompositions."""
+    used = {
+        node.target.name()
+        for graph, _ in graphs_of(*training_step(name))
+        for node in graph.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and varying(node.target, node.args)
+    }
+    assert not used
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", STEPS)
+def test_the_code_for_a_gpu_adds_nothing_atomically(name, interpreted):
+    for code in code_of(graphs_of(*training_step(name)), compile_settings()["options"]):
+        assert "triton_poi_" in code, "there are kernels in it"
+        assert "tl.atomic" not in code and "'atomic_add_found': True" not in code
+
+
+def test_an_atomic_addition_would_be_found():
+    """In the graphs, in the code and in eager execution."""
+    table, index = nn.Parameter(torch.randn(5, 2)), torch.tensor([0, 1, 0])
+
+    def step(x: Tensor) -> Tensor:
+        return (table[index] * x).sum()
+
+    graphs = graphs_of(step, torch.randn(3, 2))
+    assert any(
+        isinstance(node.target, torch._ops.OpOverload) and varying(node.target, node.args)
+        for node in graphs[1][0].graph.nodes
+    )
+    assert "tl.atomic_add" in code_of(graphs, compile_settings()["options"])[1]
+    with Varying() as found:
+        step(torch.randn(3, 2)).backward()
+    assert found.names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_an_eager_step_calls_no_varying_operator(name, interpreted):
+    step, *inputs = training_step(name)
+    with Varying() as found:
+        step(*inputs).backward()
+    assert not found.names
