@@ -56,7 +56,8 @@ def _fall_back(reason: str) -> bool:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast tensors of one device to autocast's dtype, if torch.autocast is enabled there, as for a matrix product."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # Not torch.amp.is_autocast_available: in PyTorch 2.11, torch.compile cannot trace it and breaks the graph.
+    if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
