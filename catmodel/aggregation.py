@@ -20,7 +20,7 @@ def aggregate(values_BCHW: Tensor, weights_BGKHW: Tensor, fused: bool = False) -
     fused: use the Triton kernel if device and dtype allow it.
     """
     if fused and kernels.usable(values_BCHW.device, values_BCHW.dtype):
-        return torch.ops.catmodel.aggregate(values_BCHW, weights_BGKHW)
+        return kernels.ops.aggregate(values_BCHW, weights_BGKHW)
     # Converted here because in PyTorch 2.11, torch.compile loses the gradients if the conversion inside has no effect.
     return _Aggregate.apply(values_BCHW, weights_BGKHW).to(values_BCHW.dtype)
 

@@ -54,7 +54,7 @@ class InnerPatchAttention(nn.Module):
         bias = self.position_bias()
         if patches.kernels and kernels.inner_patch_fits(patches.size, x_BNC.shape[-1] // self.num_heads):
             whole, x_BNC = patches.pad(x_BNC)
-            y_BNC = torch.ops.catmodel.inner_patch_attention(
+            y_BNC = kernels.ops.inner_patch_attention(
                 self.qkv(x_BNC), bias, whole.height, whole.width, whole.size, shift, rate, seed
             )
             return self._project(patches.crop(y_BNC), last_bias)

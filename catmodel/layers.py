@@ -41,7 +41,7 @@ class Mlp(nn.Module):
         if fused and kernels.mlp_pays(self.fc1.in_features):
             inputs = x, self.fc1.weight, self.fc1.bias, self.fc2.weight
             inputs = kernels.autocast(*inputs, self.fc2.bias) if last_bias else (*inputs, None)
-            return torch.ops.catmodel.mlp(*inputs, torch.is_grad_enabled())[0]
+            return kernels.ops.mlp(*inputs, torch.is_grad_enabled())[0]
         a = F.gelu(self.fc1(x))
         return self.fc2(a) if last_bias else F.linear(a, self.fc2.weight)
 
@@ -98,7 +98,7 @@ class Pending(NamedTuple):
         """The sum, and its norm: in one kernel, if there is a branch."""
         if self.branch is None:
             return self.x, norm(self.x)
-        return torch.ops.catmodel.residual_norm(*self, norm.weight, norm.bias, norm.eps)
+        return kernels.ops.residual_norm(*self, norm.weight, norm.bias, norm.eps)
 
 
 class Block(nn.Module):
@@ -145,5 +145,6 @@ class Block(nn.Module):
 def _one_dtype(x: Tensor, weight: Tensor) -> bool:
     """Whether a norm computes in the tokens' dtype; under autocast it computes in float32."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # As `kernels.autocast` says, torch.amp.is_autocast_available cannot be traced.
+    autocast = device in ("cuda", "cpu") and torch.is_autocast_enabled(device)
     return x.dtype == weight.dtype and not autocast

@@ -55,7 +55,7 @@ class SpatialReductionAttention(nn.Module):
         kv_BNF = self.kv(x_BNC)
         if fused and kernels.cross_attention_fits(q_BNC.shape[-1] // self.num_heads):
             q, kv = q_BNC.unflatten(2, (self.num_heads, -1)), kv_BNF.unflatten(2, (2, self.num_heads, -1))
-            return self.proj(torch.ops.catmodel.cross_attention(q, kv)[0].flatten(2))
+            return self.proj(kernels.ops.cross_attention(q, kv)[0].flatten(2))
         q = rearrange(q_BNC, "B N (h d) -> B h N d", h=self.num_heads)
         k, v = rearrange(kv_BNF, "B N (two h d) -> two B h N d", two=2, h=self.num_heads)
         y = F.scaled_dot_product_attention(q, k, v)

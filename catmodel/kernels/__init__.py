@@ -1,13 +1,14 @@
 """The Triton kernels, and the conditions under which they replace PyTorch's operators. Does not import Triton.
 
-The kernels are custom operators, `torch.ops.catmodel.*`: torch.compile keeps them whole, and activation checkpointing
-repeats them. Their gradients are deterministic: there are no atomic additions, and block sizes follow from the shapes
-rather than from timings.
+The kernels are custom operators, `torch.ops.catmodel.*`. torch.compile sees the launches inside them, and activation
+checkpointing repeats them. Eager code calls them by `ops`, past PyTorch's dispatcher. Their gradients are
+deterministic: there are no atomic additions, and block sizes follow from the shapes rather than from timings.
 """
 
 import functools
 import logging
 import os
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from catmodel.patches import Patches
+
+ops = SimpleNamespace()  # the operators by name (`launch.operator`), once `usable` or `register` has defined them
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -53,7 +56,8 @@ def _fall_back(reason: str) -> bool:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast tensors of one device to autocast's dtype, if torch.autocast is enabled there, as for a matrix product."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    # Not torch.amp.is_autocast_available: in PyTorch 2.11, torch.compile cannot trace it and breaks the graph.
+    if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
@@ -101,17 +105,15 @@ def cross_patch_attention(
     """
     x_BNC, qkv_weight, qkv_bias, proj_weight, proj_bias = autocast(x_BNC, qkv_weight, qkv_bias, proj_weight, proj_bias)
     place = patches.height, patches.width, patches.size
-    x_BCnP = torch.ops.catmodel.pack(x_BNC, *place)
+    x_BCnP = ops.pack(x_BNC, *place)
     B, C, n, P = x_BCnP.shape
     if num_heads == 1 and n <= 64 and P <= 49 and x_BNC.dtype != torch.float32:
-        y_BCnP = torch.ops.catmodel.cross_patch_attention(
-            x_BCnP, qkv_weight, qkv_bias, proj_weight, proj_bias, rate, seed
-        )
+        y_BCnP = ops.cross_patch_attention(x_BCnP, qkv_weight, qkv_bias, proj_weight, proj_bias, rate, seed)
     else:
         qkv_Tn3hd = F.linear(x_BCnP, qkv_weight, qkv_bias).view(B * C, n, 3, num_heads, P // num_heads)
-        y_Tnhd, _ = torch.ops.catmodel.flash_attention(qkv_Tn3hd, rate, seed)
+        y_Tnhd, _ = ops.flash_attention(qkv_Tn3hd, rate, seed)
         y_BCnP = F.linear(y_Tnhd.view(B, C, n, P), proj_weight, proj_bias)
-    return torch.ops.catmodel.unpack(y_BCnP, *place)
+    return ops.unpack(y_BCnP, *place)
 
 
 def mlp_pays(channels: int) -> bool:

@@ -12,12 +12,14 @@ For the shape letters see `catmodel.aggregation`. Values may be contiguous or ch
 the values' layout if they have another.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from catmodel.kernels.launch import operator
+from catmodel.kernels.launch import blocks, launch, operator
 
 
 @triton.jit
@@ -148,6 +150,7 @@ def _lay_weights(weights_BGKHW: Tensor, last: bool) -> Tensor:
     return _lay(weights_BGKHW.flatten(1, 2), last).unflatten(1, (-1, 9))
 
 
+@functools.cache
 def _plan(C: int, G: int, last: bool) -> tuple[dict, dict]:
     """Constants and launch options. Each thread has two of the kernels, so that a warp loads neighbours together."""
     return dict(G=G, SHARE=C // G, LAST=last, BLOCK=512), dict(num_warps=8, num_stages=1)
@@ -155,10 +158,10 @@ def _plan(C: int, G: int, last: bool) -> tuple[dict, dict]:
 
 def _grid(weights_BGKHW: Tensor, constants: dict) -> tuple[int]:
     B, G, _, H, W = weights_BGKHW.shape
-    return (B * triton.cdiv(G * H * W, constants["BLOCK"]),)
+    return (B * blocks(G * H * W, constants["BLOCK"]),)
 
 
-@operator("aggregate")
+@operator("aggregate", visible=True)
 def aggregate(values_BCHW: Tensor, weights_BGKHW: Tensor) -> Tensor:
     """Values [B, C, H, W], weights [B, G, 9, H, W], G dividing C -> [B, C, H, W] in the dtype and layout of the values.
 
@@ -169,7 +172,8 @@ def aggregate(values_BCHW: Tensor, weights_BGKHW: Tensor) -> Tensor:
     _, C, H, W = values_BCHW.shape
     y_BCHW = torch.empty_like(values_BCHW)
     constants, options = _plan(C, weights_BGKHW.shape[1], last)
-    _forward[_grid(weights_BGKHW, constants)](values_BCHW, weights_BGKHW, y_BCHW, H * W, W, **constants, **options)
+    grid = _grid(weights_BGKHW, constants)
+    launch(_forward, grid, values_BCHW, weights_BGKHW, y_BCHW, H * W, W, **constants, **options)
     return y_BCHW
 
 
@@ -178,7 +182,7 @@ def _(values_BCHW, weights_BGKHW):
     return torch.empty_like(_lay(values_BCHW, _channels_last(values_BCHW)))
 
 
-@operator("aggregate_backward")
+@operator("aggregate_backward", visible=True)
 def aggregate_backward(dy_BCHW: Tensor, values_BCHW: Tensor, weights_BGKHW: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the values and of the weights, each in its dtype."""
     last = _channels_last(values_BCHW)
@@ -188,7 +192,7 @@ def aggregate_backward(dy_BCHW: Tensor, values_BCHW: Tensor, weights_BGKHW: Tens
     dvalues_BCHW, dweights_BGKHW = torch.empty_like(values_BCHW), torch.empty_like(weights_BGKHW)
     constants, options = _plan(C, weights_BGKHW.shape[1], last)
     tensors = dy_BCHW, values_BCHW, weights_BGKHW, dvalues_BCHW, dweights_BGKHW
-    _backward[_grid(weights_BGKHW, constants)](*tensors, H * W, W, **constants, **options)
+    launch(_backward, _grid(weights_BGKHW, constants), *tensors, H * W, W, **constants, **options)
     return dvalues_BCHW, dweights_BGKHW
 
 
@@ -203,7 +207,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy_BCHW):
-    return torch.ops.catmodel.aggregate_backward(dy_BCHW, *ctx.saved_tensors)
+    return aggregate_backward(dy_BCHW, *ctx.saved_tensors)
 
 
 aggregate.register_autograd(_differentiate, setup_context=_save)

@@ -18,6 +18,8 @@ Programs loop over the tiles with a fixed stride. Backward, they sum the gradien
 the programs' sums in a fixed order and applies the product rule to obtain the gradients of the parameters.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from catmodel.dropout import threshold
 from catmodel.kernels.dropout import keep_mask
-from catmodel.kernels.launch import operator, padded, programs
+from catmodel.kernels.launch import blocks, launch, operator, padded, programs
 
 # -------------------------------------------------------------------------------------------------------------- kernels
 
@@ -188,7 +190,7 @@ def _backward(
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
-@operator("cross_patch_attention")
+@operator("cross_patch_attention", visible=True)
 def cross_patch_attention(
     x_BCnP: Tensor,
     qkv_weight: Tensor,
@@ -211,7 +213,7 @@ def cross_patch_attention(
     constants, options = _plan(n, P, rate, FORWARD_WARPS)
     grid = _grid(B * C, constants, FORWARD_PROGRAMS, x_BCnP.device)
     parameters = (parameter.contiguous() for parameter in (qkv_weight, qkv_bias, proj_weight, proj_bias))
-    _forward[grid](x_BCnP, *parameters, seed, y_BCnP, B * C, **constants, **options)
+    launch(_forward, grid, x_BCnP, *parameters, seed, y_BCnP, B * C, **constants, **options)
     return y_BCnP
 
 
@@ -220,7 +222,7 @@ def _(x_BCnP, qkv_weight, qkv_bias, proj_weight, proj_bias, rate, seed):
     return torch.empty_like(x_BCnP, memory_format=torch.contiguous_format)
 
 
-@operator("cross_patch_attention_backward")
+@operator("cross_patch_attention_backward", visible=True)
 def cross_patch_attention_backward(
     dy_BCnP: Tensor,
     x_BCnP: Tensor,
@@ -239,7 +241,7 @@ def cross_patch_attention_backward(
     grid = _grid(B * C, constants, BACKWARD_PROGRAMS, x_BCnP.device)
     sums = x_BCnP.new_empty(*grid, 2, constants["FEATURES"], constants["FEATURES"], dtype=torch.float32)
     parameters = tuple(parameter.contiguous() for parameter in (qkv_weight, qkv_bias, proj_weight, proj_bias))
-    _backward[grid](dy_BCnP, x_BCnP, *parameters, seed, dx_BCnP, sums, B * C, **constants, **options)
+    launch(_backward, grid, dy_BCnP, x_BCnP, *parameters, seed, dx_BCnP, sums, B * C, **constants, **options)
     return dx_BCnP, *_unfold(sums.sum(0), *parameters)
 
 
@@ -268,7 +270,7 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dy_BCnP):
     *tensors, seed = ctx.saved_tensors
-    return *torch.ops.catmodel.cross_patch_attention_backward(dy_BCnP, *tensors, ctx.rate, seed), None, None
+    return *cross_patch_attention_backward(dy_BCnP, *tensors, ctx.rate, seed), None, None
 
 
 cross_patch_attention.register_autograd(_differentiate, setup_context=_save)
@@ -285,6 +287,7 @@ FORWARD_WARPS, BACKWARD_WARPS = 4, 4
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 3, 2  # per multiprocessor: about as many as are resident at once
 
 
+@functools.cache
 def _plan(n: int, P: int, rate: float, warps: int) -> tuple[dict, dict]:
     """Constants and launch options of a kernel."""
     tokens = triton.next_power_of_2(n)
@@ -294,7 +297,7 @@ def _plan(n: int, P: int, rate: float, warps: int) -> tuple[dict, dict]:
 
 def _grid(channels: int, constants: dict, per_multiprocessor: int, device: torch.device) -> tuple[int]:
     """As many programs as the device holds, at most one per tile. Depends on shapes and device only, as do the sums."""
-    return (min(per_multiprocessor * programs(device), triton.cdiv(channels, ROWS // constants["TOKENS"])),)
+    return (min(per_multiprocessor * programs(device), blocks(channels, ROWS // constants["TOKENS"])),)
 
 
 def cases() -> list[dict]:

@@ -7,8 +7,10 @@ summed in a fixed order, the mask of `catmodel.dropout`, and heads of any width,
 by copying.
 
 Letters: n queries, m keys, h heads of d channels, padded to DIM. Matrices of attention weights are [M queries, N keys].
-Rows of queries are Q elements apart, those of keys K; values follow h * d elements after the keys.
+Rows of queries are Q elements apart, those of keys K. The keys begin after SKIP elements, their values h * d later.
 """
+
+import functools
 
 import torch
 import triton
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from catmodel.dropout import threshold
 from catmodel.kernels.dropout import keep_mask
-from catmodel.kernels.launch import operator, padded
+from catmodel.kernels.launch import blocks, launch, operator, padded
 
 # -------------------------------------------------------------------------------------------------------------- kernels
 
@@ -52,10 +54,10 @@ def _drop(weights, seed_ptr, sequence, queries, keys, n, RATE: tl.constexpr, THR
 
 
 @triton.jit
-def _head(sequence, n, m, h: tl.constexpr, D: tl.constexpr, Q: tl.constexpr, K: tl.constexpr):
+def _head(sequence, n, m, h: tl.constexpr, D: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, SKIP: tl.constexpr):
     """Offsets of a head in q, in k, in y, and in the sums per query."""
     batch, head = (sequence // h).to(tl.int64), sequence % h * D
-    return batch * n * Q + head, batch * m * K + head, batch * n * (h * D) + head, sequence.to(tl.int64) * n
+    return batch * n * Q + head, batch * m * K + SKIP + head, batch * n * (h * D) + head, sequence.to(tl.int64) * n
 
 
 @triton.jit
@@ -71,6 +73,7 @@ def _forward(
     D: tl.constexpr,
     Q: tl.constexpr,
     K: tl.constexpr,
+    SKIP: tl.constexpr,
     RATE: tl.constexpr,
     THRESHOLD: tl.constexpr,
     DIM: tl.constexpr,
@@ -81,7 +84,7 @@ def _forward(
     blocks = tl.cdiv(n, M)
     sequence = tl.program_id(0) // blocks
     queries = tl.program_id(0) % blocks * M + tl.arange(0, M)
-    at_q, at_k, at_y, at_sums = _head(sequence, n, m, h, D, Q, K)
+    at_q, at_k, at_y, at_sums = _head(sequence, n, m, h, D, Q, K, SKIP)
     k_ptr = kv_ptr + at_k
     q = _load(q_ptr + at_q, queries, n, Q, D, DIM)
 
@@ -120,6 +123,7 @@ def _backward_q(
     D: tl.constexpr,
     Q: tl.constexpr,
     K: tl.constexpr,
+    SKIP: tl.constexpr,
     RATE: tl.constexpr,
     THRESHOLD: tl.constexpr,
     DIM: tl.constexpr,
@@ -130,7 +134,7 @@ def _backward_q(
     blocks = tl.cdiv(n, M)
     sequence = tl.program_id(0) // blocks
     queries = tl.program_id(0) % blocks * M + tl.arange(0, M)
-    at_q, at_k, at_y, at_sums = _head(sequence, n, m, h, D, Q, K)
+    at_q, at_k, at_y, at_sums = _head(sequence, n, m, h, D, Q, K, SKIP)
     k_ptr = kv_ptr + at_k
     q = _load(q_ptr + at_q, queries, n, Q, D, DIM)
     dy = _load(dy_ptr + at_y, queries, n, h * D, D, DIM)
@@ -166,6 +170,7 @@ def _backward_kv(
     D: tl.constexpr,
     Q: tl.constexpr,
     K: tl.constexpr,
+    SKIP: tl.constexpr,
     RATE: tl.constexpr,
     THRESHOLD: tl.constexpr,
     DIM: tl.constexpr,
@@ -176,7 +181,7 @@ def _backward_kv(
     blocks = tl.cdiv(m, N)
     sequence = tl.program_id(0) // blocks
     keys = tl.program_id(0) % blocks * N + tl.arange(0, N)
-    at_q, at_k, at_y, at_sums = _head(sequence, n, m, h, D, Q, K)
+    at_q, at_k, at_y, at_sums = _head(sequence, n, m, h, D, Q, K, SKIP)
     k = _load(kv_ptr + at_k, keys, m, K, D, DIM)
     v = _load(kv_ptr + at_k + h * D, keys, m, K, D, DIM)
 
@@ -202,12 +207,14 @@ def _backward_kv(
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
-def _launch_forward(q: Tensor, kv: Tensor, y_Tnhd: Tensor, lse_Thn: Tensor, rate: float, seed: Tensor | None) -> None:
-    """q [T, n, h, d], kv [T, m, 2, h, d]: views whose last two dimensions are contiguous, and whose first two fold."""
-    T, n, h, d = q.shape
-    constants, options = _plan(h, d, q.stride(1), kv.stride(1), rate, q.dtype)
-    grid = (T * h * triton.cdiv(n, constants["M"]),)
-    _forward[grid](q, kv, seed, y_Tnhd, lse_Thn, n, kv.shape[1], **constants, **options)
+def _launch_forward(
+    q: Tensor, kv: Tensor, y_Tnhd: Tensor, lse_Thn: Tensor, m: int, rate: float, seed: Tensor | None
+) -> None:
+    """q [T, n, h, d], kv [T, m, 2, h, d]; or both the same tensor [T, n, 3, h, d]."""
+    T, n, h, d = y_Tnhd.shape
+    constants, options = _plan(h, d, q is kv, rate, q.dtype)
+    grid = (T * h * blocks(n, constants["M"]),)
+    launch(_forward, grid, q, kv, seed, y_Tnhd, lse_Thn, n, m, **constants, **options)
 
 
 def _launch_backward(
@@ -218,20 +225,21 @@ def _launch_backward(
     lse_Thn: Tensor,
     dq: Tensor,
     dkv: Tensor,
+    m: int,
     rate: float,
     seed: Tensor | None,
 ) -> None:
-    """As `_launch_forward`; dq and dkv have the strides of q and kv."""
-    (T, n, h, d), m = q.shape, kv.shape[1]
+    """As `_launch_forward`; dq and dkv are as q and kv."""
+    T, n, h, d = y_Tnhd.shape
     delta_Thn = torch.empty_like(lse_Thn)
-    constants, options = _plan(h, d, q.stride(1), kv.stride(1), rate, q.dtype)
-    grid = (T * h * triton.cdiv(n, constants["M"]),)
-    _backward_q[grid](dy_Tnhd, q, kv, seed, y_Tnhd, lse_Thn, delta_Thn, dq, n, m, **constants, **options)
-    grid = (T * h * triton.cdiv(m, constants["N"]),)
-    _backward_kv[grid](dy_Tnhd, q, kv, seed, lse_Thn, delta_Thn, dkv, n, m, **constants, **options)
+    constants, options = _plan(h, d, q is kv, rate, q.dtype)
+    grid = (T * h * blocks(n, constants["M"]),)
+    launch(_backward_q, grid, dy_Tnhd, q, kv, seed, y_Tnhd, lse_Thn, delta_Thn, dq, n, m, **constants, **options)
+    grid = (T * h * blocks(m, constants["N"]),)
+    launch(_backward_kv, grid, dy_Tnhd, q, kv, seed, lse_Thn, delta_Thn, dkv, n, m, **constants, **options)
 
 
-@operator("flash_attention")
+@operator("flash_attention", visible=True)
 def flash_attention(qkv_Tn3hd: Tensor, rate: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(d)) v for T sequences of n tokens, in h heads of d <= 256: [T, n, 3, h, d] -> [T, n, h, d].
 
@@ -242,7 +250,7 @@ def flash_attention(qkv_Tn3hd: Tensor, rate: float, seed: Tensor | None) -> tupl
     """
     qkv_Tn3hd = qkv_Tn3hd.contiguous()
     y_Tnhd, lse_Thn = _new_outputs(qkv_Tn3hd, rate, seed)
-    _launch_forward(qkv_Tn3hd[:, :, 0], qkv_Tn3hd[:, :, 1:], y_Tnhd, lse_Thn, rate, seed)
+    _launch_forward(qkv_Tn3hd, qkv_Tn3hd, y_Tnhd, lse_Thn, y_Tnhd.shape[1], rate, seed)
     return y_Tnhd, lse_Thn
 
 
@@ -252,15 +260,15 @@ def _new_outputs(qkv_Tn3hd, rate, seed):
     return qkv_Tn3hd.new_empty(T, n, h, d), qkv_Tn3hd.new_empty(T, h, n, dtype=torch.float32)
 
 
-@operator("flash_attention_backward")
+@operator("flash_attention_backward", visible=True)
 def flash_attention_backward(
     dy_Tnhd: Tensor, qkv_Tn3hd: Tensor, y_Tnhd: Tensor, lse_Thn: Tensor, rate: float, seed: Tensor | None
 ) -> Tensor:
     """The gradient of `qkv_Tn3hd`."""
     dy_Tnhd, qkv_Tn3hd = dy_Tnhd.contiguous(), qkv_Tn3hd.contiguous()
     dqkv_Tn3hd = torch.empty_like(qkv_Tn3hd)
-    (q, kv), (dq, dkv) = ((x[:, :, 0], x[:, :, 1:]) for x in (qkv_Tn3hd, dqkv_Tn3hd))
-    _launch_backward(dy_Tnhd, q, kv, y_Tnhd, lse_Thn, dq, dkv, rate, seed)
+    tensors = dy_Tnhd, qkv_Tn3hd, qkv_Tn3hd, y_Tnhd, lse_Thn, dqkv_Tn3hd, dqkv_Tn3hd
+    _launch_backward(*tensors, y_Tnhd.shape[1], rate, seed)
     return dqkv_Tn3hd
 
 
@@ -269,25 +277,32 @@ def _(dy_Tnhd, qkv_Tn3hd, y_Tnhd, lse_Thn, rate, seed):
     return torch.empty_like(qkv_Tn3hd, memory_format=torch.contiguous_format)
 
 
+def _ignore(ctx, lse_Thn):
+    """No gradient is computed for it, and autograd allocates no zeros in its place."""
+    ctx.mark_non_differentiable(lse_Thn)
+    ctx.set_materialize_grads(False)
+
+
 def _save(ctx, inputs, output):
     qkv_Tn3hd, ctx.rate, seed = inputs
+    _ignore(ctx, output[1])
     ctx.save_for_backward(qkv_Tn3hd, *output, seed)
 
 
 def _differentiate(ctx, dy_Tnhd, _):
     *saved, seed = ctx.saved_tensors
-    return torch.ops.catmodel.flash_attention_backward(dy_Tnhd, *saved, ctx.rate, seed), None, None
+    return flash_attention_backward(dy_Tnhd, *saved, ctx.rate, seed), None, None
 
 
 flash_attention.register_autograd(_differentiate, setup_context=_save)
 
 
-@operator("cross_attention")
+@operator("cross_attention", visible=True)
 def cross_attention(q_Tnhd: Tensor, kv_Tm2hd: Tensor) -> tuple[Tensor, Tensor]:
     """As `flash_attention` without dropout, with keys and values of other tokens [T, m, 2, h, d] than the queries."""
     q_Tnhd, kv_Tm2hd = q_Tnhd.contiguous(), kv_Tm2hd.contiguous()
     y_Tnhd, lse_Thn = _new_cross_outputs(q_Tnhd, kv_Tm2hd)
-    _launch_forward(q_Tnhd, kv_Tm2hd, y_Tnhd, lse_Thn, 0.0, None)
+    _launch_forward(q_Tnhd, kv_Tm2hd, y_Tnhd, lse_Thn, kv_Tm2hd.shape[1], 0.0, None)
     return y_Tnhd, lse_Thn
 
 
@@ -297,14 +312,15 @@ def _new_cross_outputs(q_Tnhd, kv_Tm2hd):
     return q_Tnhd.new_empty(T, n, h, d), q_Tnhd.new_empty(T, h, n, dtype=torch.float32)
 
 
-@operator("cross_attention_backward")
+@operator("cross_attention_backward", visible=True)
 def cross_attention_backward(
     dy_Tnhd: Tensor, q_Tnhd: Tensor, kv_Tm2hd: Tensor, y_Tnhd: Tensor, lse_Thn: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `q_Tnhd` and `kv_Tm2hd`."""
     dy_Tnhd, q_Tnhd, kv_Tm2hd = dy_Tnhd.contiguous(), q_Tnhd.contiguous(), kv_Tm2hd.contiguous()
     dq_Tnhd, dkv_Tm2hd = torch.empty_like(q_Tnhd), torch.empty_like(kv_Tm2hd)
-    _launch_backward(dy_Tnhd, q_Tnhd, kv_Tm2hd, y_Tnhd, lse_Thn, dq_Tnhd, dkv_Tm2hd, 0.0, None)
+    tensors = dy_Tnhd, q_Tnhd, kv_Tm2hd, y_Tnhd, lse_Thn, dq_Tnhd, dkv_Tm2hd
+    _launch_backward(*tensors, kv_Tm2hd.shape[1], 0.0, None)
     return dq_Tnhd, dkv_Tm2hd
 
 
@@ -314,22 +330,25 @@ def _(dy_Tnhd, q_Tnhd, kv_Tm2hd, y_Tnhd, lse_Thn):
 
 
 def _save_cross(ctx, inputs, output):
+    _ignore(ctx, output[1])
     ctx.save_for_backward(*inputs, *output)
 
 
 def _differentiate_cross(ctx, dy_Tnhd, _):
-    return torch.ops.catmodel.cross_attention_backward(dy_Tnhd, *ctx.saved_tensors)
+    return cross_attention_backward(dy_Tnhd, *ctx.saved_tensors)
 
 
 cross_attention.register_autograd(_differentiate_cross, setup_context=_save_cross)
 
 
-def _plan(h: int, d: int, q_row: int, k_row: int, rate: float, dtype: torch.dtype) -> tuple[dict, dict]:
-    """Constants and launch options of all three kernels. q_row, k_row: elements from a row to the next one."""
+@functools.cache
+def _plan(h: int, d: int, packed: bool, rate: float, dtype: torch.dtype) -> tuple[dict, dict]:
+    """Constants and launch options of all three kernels. packed: queries, keys and values are in one tensor."""
     dim = padded(d)
     # Tiles of 64 x 64 fit into registers, except for long rows or float32.
     block = 64 if dim <= 64 and dtype != torch.float32 else 32
-    constants = dict(h=h, D=d, Q=q_row, K=k_row, RATE=rate, THRESHOLD=threshold(rate), DIM=dim, M=block, N=block)
+    rows = dict(Q=3 * h * d, K=3 * h * d, SKIP=h * d) if packed else dict(Q=h * d, K=2 * h * d, SKIP=0)
+    constants = dict(h=h, D=d, **rows, RATE=rate, THRESHOLD=threshold(rate), DIM=dim, M=block, N=block)
     # One stage: rows of 49 bfloat16 numbers are not aligned to the 4 bytes that asynchronous copies need, and more
     # stages spill registers.
     return constants, dict(num_warps=4 if dim <= 64 else 8, num_stages=1)
@@ -339,8 +358,7 @@ def cases() -> list[dict]:
     """Cases for `catmodel.kernels.report`, in bfloat16: CPSA of a dense 800 x 1280 image, and stage 1 of PVT."""
     found = []
     for what, h, d, rate in (("", 1, 49, 0.2), ("cross-", 1, 64, 0.0)):
-        rows = (h * d, 2 * h * d) if what else (3 * h * d, 3 * h * d)
-        constants, options = _plan(h, d, *rows, rate, torch.bfloat16)
+        constants, options = _plan(h, d, not what, rate, torch.bfloat16)
         for name, kernel, tensors, sums in (
             ("forward", _forward, ("q_ptr", "kv_ptr", "y_ptr"), ("lse_ptr",)),
             ("backward of q", _backward_q, ("dy_ptr", "q_ptr", "kv_ptr", "y_ptr", "dq_ptr"), ("lse_ptr", "delta_ptr")),

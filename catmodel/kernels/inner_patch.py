@@ -10,6 +10,8 @@ head to DIM. Patches of more than 64 tokens are processed in blocks of QUERIES q
 block after the other.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from catmodel.dropout import threshold
 from catmodel.kernels.dropout import keep_mask
-from catmodel.kernels.launch import operator, padded, programs
+from catmodel.kernels.launch import blocks, launch, operator, padded, programs
 
 # -------------------------------------------------------------------------------------------------------------- kernels
 
@@ -135,8 +137,7 @@ def _backward(
     bias_ptr,
     seed_ptr,
     dqkv_ptr,
-    dk_ptr,
-    dv_ptr,
+    dkv_ptr,
     dbias_ptr,
     patches,
     height,
@@ -150,19 +151,24 @@ def _backward(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
-    DKV: tl.constexpr,
     ADD: tl.constexpr,
 ):
     """Grid (heads, slots), for one block of queries.
 
-    dq is written to dqkv, dk and dv to rows of DKV * C elements: with a single block also to dqkv, otherwise to an fp32
-    buffer [B, N, 2C], to which all blocks but the first ADD. dbias: fp32 [slots, h, all queries, KEYS].
+    dq is written to dqkv. So are dk and dv with a single block, for which dkv is None; otherwise dkv is an fp32 buffer
+    [B, N, 2C], to which all blocks but the first ADD. dbias: fp32 [slots, h, all queries, KEYS].
     """
     P: tl.constexpr = SIZE * SIZE
     SCALE: tl.constexpr = D**-0.5
+    DKV: tl.constexpr = 3 if dkv_ptr is None else 2  # length of a row with dk and dv, in C
     head = tl.program_id(0)
     heads = tl.num_programs(0)
     C = heads * D
+    if dkv_ptr is None:
+        dk_ptr = dqkv_ptr + C
+    else:
+        dk_ptr = dkv_ptr
+    dv_ptr = dk_ptr + C
     query = block * QUERIES + tl.arange(0, QUERIES)
     key = tl.arange(0, KEYS)
     channel = tl.arange(0, DIM)
@@ -221,7 +227,7 @@ def _backward(
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
-@operator("inner_patch_attention")
+@operator("inner_patch_attention", visible=True)
 def inner_patch_attention(
     qkv_BNF: Tensor, bias_hPP: Tensor, height: int, width: int, size: int, shift: int, rate: float, seed: Tensor | None
 ) -> Tensor:
@@ -239,11 +245,10 @@ def inner_patch_attention(
     y_BNC = qkv_BNF.new_empty(B, N, F // 3)
     patches = B * N // size**2
     constants, options = _plan(size, F // 3 // h, shift, rate, qkv_BNF.dtype)
-    blocks = _blocks(constants)
-    slots = _slots(patches, h * blocks, FORWARD_WARPS // options["num_warps"], qkv_BNF.device)
-    _forward[h, blocks, slots](
-        qkv_BNF, bias_hPP.contiguous(), seed, y_BNC, patches, height, width, **constants, **options
-    )
+    steps = _steps(constants)
+    slots = _slots(patches, h * steps, FORWARD_WARPS // options["num_warps"], qkv_BNF.device)
+    arguments = qkv_BNF, bias_hPP.contiguous(), seed, y_BNC, patches, height, width
+    launch(_forward, (h, steps, slots), *arguments, **constants, **options)
     return y_BNC
 
 
@@ -253,7 +258,7 @@ def _(qkv_BNF, bias_hPP, height, width, size, shift, rate, seed):
     return qkv_BNF.new_empty(B, N, F // 3)
 
 
-@operator("inner_patch_attention_backward")
+@operator("inner_patch_attention_backward", visible=True)
 def inner_patch_attention_backward(
     dy_BNC: Tensor,
     qkv_BNF: Tensor,
@@ -272,19 +277,15 @@ def inner_patch_attention_backward(
     h, P, _ = bias_hPP.shape
     patches = B * N // P
     constants, options = _plan(size, C // h, shift, rate, qkv_BNF.dtype)
-    blocks = _blocks(constants)
+    steps = _steps(constants)
     slots = _slots(patches, h, BACKWARD_WARPS // options["num_warps"], qkv_BNF.device)
     dqkv_BNF = torch.empty_like(qkv_BNF)
-    dbias_shQK = bias_hPP.new_empty(slots, h, blocks * constants["QUERIES"], constants["KEYS"], dtype=torch.float32)
-    if blocks == 1:
-        dk, dv = dqkv_BNF[..., C:], dqkv_BNF[..., 2 * C :]
-    else:
-        dkv = qkv_BNF.new_empty(B, N, 2 * C, dtype=torch.float32)
-        dk, dv = dkv, dkv[..., C:]
-    arguments = dy_BNC, qkv_BNF, bias_hPP.contiguous(), seed, dqkv_BNF, dk, dv, dbias_shQK, patches, height, width
-    for block in range(blocks):
-        _backward[h, slots](*arguments, block, **constants, DKV=_dkv(constants), ADD=block > 0, **options)
-    if blocks > 1:
+    dbias_shQK = bias_hPP.new_empty(slots, h, steps * constants["QUERIES"], constants["KEYS"], dtype=torch.float32)
+    dkv = None if steps == 1 else qkv_BNF.new_empty(B, N, 2 * C, dtype=torch.float32)
+    arguments = dy_BNC, qkv_BNF, bias_hPP.contiguous(), seed, dqkv_BNF, dkv, dbias_shQK, patches, height, width
+    for block in range(steps):
+        launch(_backward, (h, slots), *arguments, block, **constants, ADD=block > 0, **options)
+    if dkv is not None:
         dqkv_BNF[..., C:] = dkv
     return dqkv_BNF, dbias_shQK[..., :P, :P].sum(0).to(bias_hPP.dtype)
 
@@ -301,7 +302,7 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dy_BNC):
     qkv_BNF, bias_hPP, seed = ctx.saved_tensors
-    gradients = torch.ops.catmodel.inner_patch_attention_backward(dy_BNC, qkv_BNF, bias_hPP, *ctx.settings, seed)
+    gradients = inner_patch_attention_backward(dy_BNC, qkv_BNF, bias_hPP, *ctx.settings, seed)
     return *gradients, None, None, None, None, None, None
 
 
@@ -314,6 +315,7 @@ inner_patch_attention.register_autograd(_differentiate, setup_context=_save)
 FORWARD_WARPS, BACKWARD_WARPS = 16, 8
 
 
+@functools.cache
 def _plan(size: int, d: int, shift: int, rate: float, dtype: torch.dtype) -> tuple[dict, dict]:
     """Constants and launch options of both kernels, chosen so that their tiles stay in registers."""
     P = size**2
@@ -333,14 +335,9 @@ def _plan(size: int, d: int, shift: int, rate: float, dtype: torch.dtype) -> tup
     return constants, dict(num_warps=min(warps, 8), num_stages=1 if wide else 2)
 
 
-def _dkv(constants: dict) -> int:
-    """Row length, in C, of the gradients of keys and values: 3 within dqkv, 2 in a separate buffer."""
-    return 3 if constants["QUERIES"] == constants["KEYS"] else 2
-
-
-def _blocks(constants: dict) -> int:
+def _steps(constants: dict) -> int:
     """Number of blocks of queries."""
-    return triton.cdiv(constants["SIZE"] ** 2, constants["QUERIES"])
+    return blocks(constants["SIZE"] ** 2, constants["QUERIES"])
 
 
 def _slots(patches: int, programs_each: int, per_multiprocessor: int, device: torch.device) -> int:
@@ -353,12 +350,13 @@ def cases() -> list[dict]:
     found = []
     for what, size, rate in (("", 7, 0.0), (", dropout", 7, 0.1), (", 12 x 12", 12, 0.0)):
         constants, options = _plan(size, 32, 0, rate, torch.bfloat16)
-        sums = "*bf16" if _dkv(constants) == 3 else "*fp32"
+        single = _steps(constants) == 1
         given = dict(qkv_ptr="*bf16", bias_ptr="*fp32", seed_ptr="*i32", patches="i32", height="i32", width="i32")
-        written = dict(dy_ptr="*bf16", dqkv_ptr="*bf16", dk_ptr=sums, dv_ptr=sums, dbias_ptr="*fp32", block="i32")
+        written = dict(dy_ptr="*bf16", dqkv_ptr="*bf16", dkv_ptr="*fp32", dbias_ptr="*fp32", block="i32")
+        alone = dict(dkv_ptr=None) if single else {}  # as in a launch by Triton, None is a constant
         for name, kernel, more, constexprs in (
             ("forward", _forward, dict(y_ptr="*bf16"), constants),
-            ("backward", _backward, written, dict(constants, DKV=_dkv(constants), ADD=_dkv(constants) == 2)),
+            ("backward", _backward, written, dict(constants, ADD=not single) | alone),
         ):
             signature = given | more | dict.fromkeys(constexprs, "constexpr")
             case = dict(name=f"inner-patch {name}{what}", fn=kernel, signature=signature, constexprs=constexprs)

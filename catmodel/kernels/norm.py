@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catmodel.kernels.launch import operator, programs
+from catmodel.kernels.launch import blocks, launch, operator, padded, programs
 
 
 @triton.jit
@@ -124,12 +124,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """x + scale (branch + bias), and its norm. Tiles have `elements` elements."""
     C = x.shape[-1]
-    M, columns = x.numel() // C, triton.next_power_of_2(C)
+    M, columns = x.numel() // C, padded(C)
     total, y = torch.empty_like(x), torch.empty_like(x)
     rows = max(elements // columns, 1)
     sizes = dict(C=C, ROWS=rows, COLUMNS=columns, num_warps=4)
     place = M, M // len(x), eps
-    _forward[(triton.cdiv(M, rows),)](x, branch, bias, scale, gamma, beta, total, y, *place, **sizes)
+    launch(_forward, (blocks(M, rows),), x, branch, bias, scale, gamma, beta, total, y, *place, **sizes)
     return total, y
 
 
@@ -150,18 +150,19 @@ def backward(
     each: programs per multiprocessor, of which each sums the gradients of its rows.
     """
     C = total.shape[-1]
-    M, columns = total.numel() // C, triton.next_power_of_2(C)
+    M, columns = total.numel() // C, padded(C)
     dx = torch.empty_like(total)
     dbranch = torch.empty_like(total) if scale is not None else None
     rows = max(elements // columns, 1)
-    grid = min(each * programs(total.device), triton.cdiv(M, rows))
+    grid = min(each * programs(total.device), blocks(M, rows))
     sums = torch.empty(grid, 3, C, dtype=torch.float32, device=total.device)
     sizes = dict(C=C, ROWS=rows, COLUMNS=columns, STAGES=stages, num_warps=warps)
-    _backward[(grid,)](dy, dsum, total, scale, gamma, dx, dbranch, sums, M, M // len(total), eps, **sizes)
+    place = M, M // len(total), eps
+    launch(_backward, (grid,), dy, dsum, total, scale, gamma, dx, dbranch, sums, *place, **sizes)
     return dx, dbranch, sums.sum(0)
 
 
-@operator("residual_norm")
+@operator("residual_norm", visible=True)
 def residual_norm(
     x: Tensor, branch: Tensor, bias: Tensor | None, scale: Tensor | None, gamma: Tensor, beta: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -177,7 +178,7 @@ def _(x, branch, bias, scale, gamma, beta, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-@operator("residual_norm_backward")
+@operator("residual_norm_backward", visible=True)
 def residual_norm_backward(
     dy: Tensor, dsum: Tensor, total: Tensor, scale: Tensor | None, gamma: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,7 +201,7 @@ def _keep(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dsum, dy):
     total, scale, gamma = ctx.saved_tensors
-    dx, dbranch, sums = torch.ops.catmodel.residual_norm_backward(dy, dsum, total, scale, gamma, ctx.eps)
+    dx, dbranch, sums = residual_norm_backward(dy, dsum, total, scale, gamma, ctx.eps)
     dgamma, dbeta, dbias = sums.unbind()
     return dx, dx if scale is None else dbranch, dbias if ctx.biased else None, None, dgamma, dbeta, None
 
@@ -212,7 +213,7 @@ def cases() -> list[dict]:
     """Cases for `catmodel.kernels.report`: the stages of CAT-B, in bfloat16, with drop-path."""
     found = []
     for channels in (96, 192, 384, 768):
-        columns = triton.next_power_of_2(channels)
+        columns = padded(channels)
         sizes = dict(C=channels, ROWS=max(2048 // columns, 1), COLUMNS=columns)
         numbers = dict(scale_ptr="*fp32", M="i32:16", tokens="i32", eps="fp32")
         tensors = dict.fromkeys(

@@ -6,12 +6,13 @@ of either direction is the other one, because padding with zeros and cropping ar
 For the shape letters see `catmodel.attention`.
 """
 
-import torch
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from catmodel.kernels.launch import operator, padded
+from catmodel.kernels.launch import blocks, launch, operator, padded
 
 TILE = 4096  # elements of a tile: 32 per thread
 
@@ -58,17 +59,18 @@ def _transpose(
 def _launch(x_BNC: Tensor, y_BCnP: Tensor, height: int, width: int, size: int, to_x: bool) -> None:
     B, C, n, _ = y_BCnP.shape
     constants, options = _plan(size, to_x)
-    grid = (B * triton.cdiv(C, constants["CHANNELS"]) * n,)
-    _transpose[grid](x_BNC, y_BCnP, height, width, C, **constants, **options)
+    grid = (B * blocks(C, constants["CHANNELS"]) * n,)
+    launch(_transpose, grid, x_BNC, y_BCnP, height, width, C, **constants, **options)
 
 
+@functools.cache
 def _plan(size: int, to_x: bool) -> tuple[dict, dict]:
     """The constants and the launch options of `_transpose`."""
     tokens = padded(size**2)
     return dict(SIZE=size, TOKENS=tokens, CHANNELS=min(TILE // tokens, 64), TO_X=to_x), dict(num_warps=4, num_stages=1)
 
 
-@operator("pack")
+@operator("pack", visible=True)
 def pack(x_BNC: Tensor, height: int, width: int, size: int) -> Tensor:
     """Tokens [B, height * width, C], row by row -> for each channel the values of each patch, [B, C, n, size * size].
 
@@ -80,7 +82,7 @@ def pack(x_BNC: Tensor, height: int, width: int, size: int) -> Tensor:
     return y_BCnP
 
 
-@operator("unpack")
+@operator("unpack", visible=True)
 def unpack(y_BCnP: Tensor, height: int, width: int, size: int) -> Tensor:
     """The inverse of `pack`: [B, C, n, P] -> [B, height * width, C]. Values outside the map are dropped."""
     y_BCnP = y_BCnP.contiguous()
@@ -104,8 +106,8 @@ def _save(ctx, inputs, output):
     _, *ctx.map = inputs
 
 
-pack.register_autograd(lambda ctx, dy: (torch.ops.catmodel.unpack(dy, *ctx.map), None, None, None), setup_context=_save)
-unpack.register_autograd(lambda ctx, dx: (torch.ops.catmodel.pack(dx, *ctx.map), None, None, None), setup_context=_save)
+pack.register_autograd(lambda ctx, dy: (unpack(dy, *ctx.map), None, None, None), setup_context=_save)
+unpack.register_autograd(lambda ctx, dx: (pack(dx, *ctx.map), None, None, None), setup_context=_save)
 
 
 def cases() -> list[dict]:

@@ -98,6 +98,7 @@ def _pretend() -> Iterator[None]:
             (torch.cuda, "current_device", lambda: 0),
             (torch._C, "_cuda_getDevice", lambda: 0),
             (CudaInterface, "is_bf16_supported", lambda **emulated: True),
+            (CudaInterface, "raise_if_triton_unavailable", lambda *device: None),
             (torch._inductor.scheduler, "has_triton", lambda: True),
             (driver, "_active", target),
         ):
