@@ -147,6 +147,7 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy, da, dslope):
+    dy = dy.contiguous()
     dx, dw1, db1, dw2 = mlp_backward(dy, *ctx.saved_tensors)
     return dx, dw1, db1, dw2, dy.flatten(0, -2).sum(0) if ctx.biased else None, None
 
