@@ -116,6 +116,9 @@ def cross_patch_attention(
     return ops.unpack(y_BCnP, *place)
 
 
-def mlp_pays(channels: int) -> bool:
-    """Whether the MLP's kernel is faster. Wide products are bound by arithmetic, in which cuBLAS is better."""
-    return channels <= 192
+def mlp_pays(channels: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether the MLP's kernels are faster: always with tensor cores; without, wide products are better by cuBLAS.
+
+    TMA needs rows of a multiple of 16 bytes.
+    """
+    return channels % 8 == 0 and (dtype != torch.float32 or channels <= 192)

@@ -12,6 +12,8 @@ Instead of the hidden layer before the GELU, forward stores GELU' of it: the bac
 gradient of the second bias is left to whoever adds it, if there is none here.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -20,79 +22,113 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from catmodel.kernels.gelu import gelu, gelu_and_slope
-from catmodel.kernels.launch import operator
+from catmodel.kernels.launch import blocks, operator, programs
 
 
 @triton.jit
-def _product(
+def _forward(
     x,  # descriptor of [M, K], in tiles [ROWS, INNER]
-    w,  # forward of [N, K] in [COLUMNS, INNER], backward of [K, N] in [INNER, COLUMNS]
-    bias_ptr,  # [N]; forward only
-    slope,  # of [M, N] in [ROWS, COLUMNS]: GELU'; written forward unless it is None, read backward
-    out,  # as slope: GELU forward, the gradient of the hidden layer backward
-    sums_ptr,  # [tiles of M, N] float32: `out` summed over each tile's rows; written backward
+    w,  # of [N, K], in [COLUMNS, INNER]
+    bias_ptr,  # [N]
+    slope,  # of [M, N], in [ROWS, COLUMNS / 2]: GELU'(x w^T + bias), or None
+    out,  # as slope: GELU(x w^T + bias)
+    M,
     N: tl.constexpr,
     K: tl.constexpr,
-    BACKWARD: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """One tile of GELU(x w^T + bias) or, backward, (x w) * GELU'. Consecutive tiles share rows: x stays in the L2."""
-    tile = tl.program_id(0)
-    row, start = tile // tl.cdiv(N, COLUMNS) * ROWS, tile % tl.cdiv(N, COLUMNS) * COLUMNS
-    column = start + tl.arange(0, COLUMNS)
+    """Some of the tiles, in turn: the next one is loaded while the last one is finished."""
+    across: tl.constexpr = tl.cdiv(N, COLUMNS)
+    HALF: tl.constexpr = COLUMNS // 2
     exact: tl.constexpr = out.dtype == tl.float32
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for k in range(0, K, INNER):
-        w_tile = w.load([k, start]) if BACKWARD else w.load([start, k]).T
-        total = tl.dot(x.load([row, k]), w_tile, total, input_precision="ieee")
-    if BACKWARD:
-        result = (total * slope.load([row, start]).to(tl.float32)).to(out.dtype)  # 0 in rows beyond M
-        sums = tile // tl.cdiv(N, COLUMNS) * N + column
-        tl.store(sums_ptr + sums, _over_rows(result), column < N)
-    else:
-        h = total + tl.load(bias_ptr + column, column < N, 0.0).to(tl.float32)[None, :]
-        if slope is not None:
-            value, derivative = gelu_and_slope(h, exact)
-            slope.store([row, start], derivative.to(out.dtype))
-        else:
-            value = gelu(h, exact)
-        result = value.to(out.dtype)
-    out.store([row, start], result)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, tl.num_programs(0), flatten=True):
+        # Consecutive tiles share rows: x stays in the L2.
+        row, start = tile // across * ROWS, tile % across * COLUMNS
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for k in range(0, K, INNER):
+            total = tl.dot(x.load([row, k]), w.load([start, k]).T, total, input_precision="ieee")
+        # A half at a time, which takes half the registers and shared memory.
+        halves = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, HALF)), (0, 2, 1)))
+        for half in tl.static_range(2):
+            first = start + half * HALF
+            column = first + tl.arange(0, HALF)
+            h = halves[half] + tl.load(bias_ptr + column, column < N, 0.0).to(tl.float32)[None, :]
+            if slope is not None:
+                value, derivative = gelu_and_slope(h, exact)
+                slope.store([row, first], derivative.to(out.dtype))
+            else:
+                value = gelu(h, exact)
+            out.store([row, first], value.to(out.dtype))
 
 
 @triton.jit
-def _over_rows(tile):
-    """[rows, columns] -> [columns] float32. 16-bit numbers are multiplied by ones: tensor cores need no shuffles."""
-    if tile.dtype == tl.float32:
-        sums = tl.sum(tile, 0)
-    else:
-        ones = tl.full((tile.shape[0], 16), 1.0, tl.float32).to(tile.dtype)
-        sums = tl.sum(tl.dot(tl.trans(tile), ones), 1) * 0.0625
-    return sums
+def _backward(
+    x,  # descriptor of [M, K], in tiles [ROWS, INNER]
+    w,  # of [K, N], in [INNER, COLUMNS]
+    slope,  # of [M, N], in [ROWS, COLUMNS]
+    out,  # as slope: (x w) * slope
+    sums_ptr,  # [tiles of M, N] float32: `out` summed over each tile's rows
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """One tile. Consecutive ones share rows: x stays in the L2."""
+    across: tl.constexpr = tl.cdiv(N, COLUMNS)
+    tile = tl.program_id(0)
+    row, start = tile // across * ROWS, tile % across * COLUMNS
+    column = start + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(0, K, INNER):
+        total = tl.dot(x.load([row, k]), w.load([k, start]), total, input_precision="ieee")
+    result = (total * slope.load([row, start]).to(tl.float32)).to(out.dtype)  # 0 in rows beyond M
+    out.store([row, start], result)
+    if out.dtype == tl.float32:
+        sums = tl.sum(result, 0)
+    else:  # a product with ones: three shuffles for each element would take longer than the rest of the kernel
+        ones = tl.full((ROWS, 16), 1.0, tl.float32).to(out.dtype)
+        sums = tl.sum(tl.dot(tl.trans(result), ones), 1) * 0.0625
+    tl.store(sums_ptr + tile // across * N + column, sums, column < N)
 
 
-def _plan(channels: int, backward: bool, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
-    """Sizes of tiles, and launch options."""
+@functools.cache
+def _plan(channels: int, backward: bool, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, int], dict]:
+    """Sizes of tiles, and launch options: the fastest of those that were timed on an H200 (docs/performance.md)."""
     if dtype == torch.float32:  # without tensor cores
         return dict(ROWS=64, COLUMNS=64, INNER=32), dict(num_warps=8, num_stages=2)
-    return dict(ROWS=128, COLUMNS=128, INNER=32 if channels % 64 else 64), dict(num_warps=8, num_stages=3)
+    # Before Hopper there is less shared memory. The interpreter takes the sizes of Hopper.
+    stages = 3 if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0) else 2
+    inner = 32 if channels % 64 else 64
+    rows = 64 if backward and channels <= 96 else 128
+    return dict(ROWS=rows, COLUMNS=128, INNER=inner), dict(num_warps=4 if backward else 8, num_stages=stages)
 
 
-def _launch(x_MK: Tensor, w: Tensor, bias: Tensor | None, slope_MN: Tensor | None, out_MN: Tensor) -> Tensor | None:
-    """Forward (with a bias) w is [N, K]; backward it is [K, N], and the result is the sum of `out_MN` over rows [N]."""
-    (M, K), N, backward = x_MK.shape, out_MN.shape[1], bias is None
-    sizes, options = _plan(min(K, N), backward, x_MK.dtype)
+def _hidden(x_MC: Tensor, w1: Tensor, b1: Tensor, slope_MN: Tensor | None, out_MN: Tensor) -> None:
+    """Write GELU(x w1^T + b1), and GELU' of the same unless slope is None."""
+    (M, C), N = x_MC.shape, len(w1)
+    sizes, options = _plan(C, False, x_MC.dtype, x_MC.device)
     rows, columns, inner = sizes.values()
-    x = TensorDescriptor.from_tensor(x_MK, [rows, inner])
-    w = TensorDescriptor.from_tensor(w, [inner, columns] if backward else [columns, inner])
-    slope = None if slope_MN is None else TensorDescriptor.from_tensor(slope_MN, [rows, columns])
-    out = TensorDescriptor.from_tensor(out_MN, [rows, columns])
-    tiles = triton.cdiv(M, rows)
-    sums = torch.empty(tiles, N, dtype=torch.float32, device=x_MK.device) if backward else None
-    _product[(tiles * triton.cdiv(N, columns),)](x, w, bias, slope, out, sums, N, K, backward, **sizes, **options)
-    return sums.sum(0) if backward else None
+    place = [rows, columns // 2]
+    x, w = TensorDescriptor.from_tensor(x_MC, [rows, inner]), TensorDescriptor.from_tensor(w1, [columns, inner])
+    slope = None if slope_MN is None else TensorDescriptor.from_tensor(slope_MN, place)
+    out = TensorDescriptor.from_tensor(out_MN, place)
+    grid = min(2 * programs(x_MC.device), blocks(M, rows) * blocks(N, columns))
+    _forward[(grid,)](x, w, b1, slope, out, M, N, C, **sizes, **options)
+
+
+def _hidden_gradient(dy_MC: Tensor, w2: Tensor, slope_MN: Tensor) -> tuple[Tensor, Tensor]:
+    """(dy w2) * slope, and its sum over rows in float32."""
+    (M, C), N = dy_MC.shape, w2.shape[1]
+    sizes, options = _plan(C, True, dy_MC.dtype, dy_MC.device)
+    rows, columns, inner = sizes.values()
+    out_MN, sums = torch.empty_like(slope_MN), dy_MC.new_empty(blocks(M, rows), N, dtype=torch.float32)
+    x, w = TensorDescriptor.from_tensor(dy_MC, [rows, inner]), TensorDescriptor.from_tensor(w2, [inner, columns])
+    slope, out = (TensorDescriptor.from_tensor(z, [rows, columns]) for z in (slope_MN, out_MN))
+    _backward[(len(sums) * blocks(N, columns),)](x, w, slope, out, sums, N, C, **sizes, **options)
+    return out_MN, sums.sum(0)
 
 
 @operator("mlp")
@@ -107,7 +143,7 @@ def mlp(
     x_MC = x.reshape(-1, x.shape[-1]).contiguous()
     a_MN = x_MC.new_empty(len(x_MC), len(w1))
     slope_MN = torch.empty_like(a_MN) if train else None
-    _launch(x_MC, w1.contiguous(), b1, slope_MN, a_MN)
+    _hidden(x_MC, w1.contiguous(), b1, slope_MN, a_MN)
     y = F.linear(a_MN, w2, b2).view(x.shape)
     if not train:
         return y, x.new_empty(0), x.new_empty(0)
@@ -126,8 +162,7 @@ def mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, b1 and w2."""
     x_MC, dy_MC = (z.reshape(-1, x.shape[-1]).contiguous() for z in (x, dy))
-    dh_MN = a.new_empty(len(x_MC), len(w1))
-    db1 = _launch(dy_MC, w2.contiguous(), None, slope.view(dh_MN.shape), dh_MN)
+    dh_MN, db1 = _hidden_gradient(dy_MC, w2.contiguous(), slope.view(-1, len(w1)))
     dw2 = dy_MC.T @ a.view(dh_MN.shape)
     return (dh_MN @ w1).view(x.shape), dh_MN.T @ x_MC, db1.to(x.dtype), dw2
 
@@ -146,13 +181,13 @@ def _keep(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, w1, w2, a, slope)
 
 
-def _backward(ctx, dy, da, dslope):
+def _differentiate(ctx, dy, da, dslope):
     dy = dy.contiguous()
     dx, dw1, db1, dw2 = mlp_backward(dy, *ctx.saved_tensors)
     return dx, dw1, db1, dw2, dy.flatten(0, -2).sum(0) if ctx.biased else None, None
 
 
-mlp.register_autograd(_backward, setup_context=_keep)
+mlp.register_autograd(_differentiate, setup_context=_keep)
 
 
 def cases() -> list[dict]:
@@ -161,16 +196,17 @@ def cases() -> list[dict]:
     for channels, dtype in ((96, "bf16"), (192, "bf16"), (384, "bf16"), (768, "bf16"), (96, "fp32")):
         for what in ("inference", "forward", "backward"):
             backward = what == "backward"
-            sizes, options = _plan(channels, backward, torch.float32 if dtype == "fp32" else torch.bfloat16)
+            types = dict(bf16=torch.bfloat16, fp32=torch.float32)
+            sizes, options = _plan(channels, backward, types[dtype], torch.device("cpu"))
             rows, columns, inner = sizes.values()
-            constants = dict(N=4 * channels, K=channels, BACKWARD=backward, **sizes)
-            # As in a launch by Triton, arguments that are None are constants.
-            constants |= dict(bias_ptr=None) if backward else dict(sums_ptr=None)
+            constants = dict(N=4 * channels, K=channels, **sizes)
             constants |= dict(slope=None) if what == "inference" else {}
             tiles = dict(x=(rows, inner), w=(inner, columns) if backward else (columns, inner))
-            tiles |= dict(slope=(rows, columns), out=(rows, columns))
+            tiles |= dict.fromkeys(("slope", "out"), (rows, columns if backward else columns // 2))
             signature = {name: f"tensordesc<{dtype}[{a}, {b}]>" for name, (a, b) in tiles.items()}
-            signature |= dict(bias_ptr=f"*{dtype}", sums_ptr="*fp32") | dict.fromkeys(constants, "constexpr")
+            signature |= dict(sums_ptr="*fp32") if backward else dict(bias_ptr=f"*{dtype}", M="i32:16")
+            signature |= dict.fromkeys(constants, "constexpr")
             name = f"mlp {what}, {channels} channels{', float32' * (dtype == 'fp32')}"
-            found.append(dict(name=name, fn=_product, signature=signature, constexprs=constants, **options))
+            kernel = _backward if backward else _forward
+            found.append(dict(name=name, fn=kernel, signature=signature, constexprs=constants, **options))
     return found

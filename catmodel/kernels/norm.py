@@ -141,9 +141,9 @@ def backward(
     gamma: Tensor,
     eps: float = 1e-5,
     elements: int = 2048,
-    each: int = 4,
+    each: int = 3,
     warps: int = 4,
-    stages: int = 1,
+    stages: int = 3,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of x, of branch (None: the same), and of gamma, beta and bias as one [3, C] float32.
 
@@ -224,7 +224,7 @@ def cases() -> list[dict]:
         name = f"residual and norm forward, {channels} channels"
         found.append(dict(name=name, fn=_forward, signature=signature, constexprs=sizes, **options))
         tensors = dict.fromkeys(("dy_ptr", "dsum_ptr", "sum_ptr", "gamma_ptr", "dx_ptr", "dbranch_ptr"), "*bf16")
-        sizes = sizes | dict(STAGES=1)
+        sizes = sizes | dict(STAGES=3)
         signature = tensors | dict(sums_ptr="*fp32") | numbers | dict.fromkeys(sizes, "constexpr")
         name = f"residual and norm backward, {channels} channels"
         found.append(dict(name=name, fn=_backward, signature=signature, constexprs=sizes, **options))

@@ -115,7 +115,8 @@ def test_module_compiles_whole(device):
         torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-5)
 
 
-def test_wide_networks_use_cublas():
-    """Stages 3 and 4 of CAT-B are bound by arithmetic, in which cuBLAS is faster."""
-    assert kernels.mlp_pays(96) and kernels.mlp_pays(192)
-    assert not kernels.mlp_pays(384)
+def test_widths_that_use_the_kernels():
+    """All stages of CAT-B do; in float32, wide ones and rows that TMA does not support use cuBLAS."""
+    assert all(kernels.mlp_pays(channels) for channels in (96, 192, 384, 768))
+    assert kernels.mlp_pays(96, torch.float32) and not kernels.mlp_pays(384, torch.float32)
+    assert not kernels.mlp_pays(20)
