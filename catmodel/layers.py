@@ -38,7 +38,7 @@ class Mlp(nn.Module):
 
         last_bias: add the second layer's bias; otherwise the caller does.
         """
-        if fused and kernels.mlp_pays(self.fc1.in_features, self.fc1.weight.dtype):
+        if fused and kernels.mlp_pays(self.fc1.in_features, self.fc1.weight.dtype, x.device):
             inputs = x, self.fc1.weight, self.fc1.bias, self.fc2.weight
             inputs = kernels.autocast(*inputs, self.fc2.bias) if last_bias else (*inputs, None)
             return kernels.ops.mlp(*inputs, torch.is_grad_enabled())[0]

@@ -116,9 +116,18 @@ def cross_patch_attention(
     return ops.unpack(y_BCnP, *place)
 
 
-def mlp_pays(channels: int, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether the MLP's kernels are faster: always with tensor cores; without, wide products are better by cuBLAS.
+def mlp_pays(channels: int, dtype: torch.dtype = torch.bfloat16, device: torch.device | None = None) -> bool:
+    """Whether the MLP's kernels are faster (than cuBLAS with compiled passes, on an H200, at the widths of CAT-B).
 
-    TMA needs rows of a multiple of 16 bytes.
+    They need Hopper's tensor memory accelerator, which needs rows of a multiple of 16 bytes; in float32, without
+    tensor cores, wide products are left to cuBLAS.
     """
-    return channels % 8 == 0 and (dtype != torch.float32 or channels <= 192)
+    return channels % 8 == 0 and (dtype != torch.float32 or channels <= 192) and _has_tma(device)
+
+
+@torch.compiler.assume_constant_result
+def _has_tma(device: torch.device | None) -> bool:
+    """Whether a GPU (None: the one at hand) has a tensor memory accelerator; the interpreter emulates it."""
+    if device is not None and device.type != "cuda":
+        return True
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (9, 0)

@@ -95,38 +95,41 @@ def _backward(
 
 
 @functools.cache
-def _plan(channels: int, backward: bool, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, int], dict]:
+def _plan(channels: int, backward: bool, dtype: torch.dtype) -> tuple[dict[str, int], dict]:
     """Sizes of tiles, and launch options: the fastest of those that were timed on an H200 (docs/performance.md)."""
     if dtype == torch.float32:  # without tensor cores
         return dict(ROWS=64, COLUMNS=64, INNER=32), dict(num_warps=8, num_stages=2)
-    # Before Hopper there is less shared memory. The interpreter takes the sizes of Hopper.
-    stages = 3 if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0) else 2
     inner = 32 if channels % 64 else 64
     rows = 64 if backward and channels <= 96 else 128
-    return dict(ROWS=rows, COLUMNS=128, INNER=inner), dict(num_warps=4 if backward else 8, num_stages=stages)
+    return dict(ROWS=rows, COLUMNS=128, INNER=inner), dict(num_warps=4 if backward else 8, num_stages=3)
+
+
+def _tiles(tensor: Tensor, *block: int) -> TensorDescriptor:
+    """A matrix in tiles. TMA needs it to begin at a multiple of 16 bytes; in a flat buffer a parameter may not."""
+    if tensor.data_ptr() % 16:
+        tensor = tensor.clone()
+    return TensorDescriptor.from_tensor(tensor, list(block))
 
 
 def _hidden(x_MC: Tensor, w1: Tensor, b1: Tensor, slope_MN: Tensor | None, out_MN: Tensor) -> None:
     """Write GELU(x w1^T + b1), and GELU' of the same unless slope is None."""
     (M, C), N = x_MC.shape, len(w1)
-    sizes, options = _plan(C, False, x_MC.dtype, x_MC.device)
+    sizes, options = _plan(C, False, x_MC.dtype)
     rows, columns, inner = sizes.values()
-    place = [rows, columns // 2]
-    x, w = TensorDescriptor.from_tensor(x_MC, [rows, inner]), TensorDescriptor.from_tensor(w1, [columns, inner])
-    slope = None if slope_MN is None else TensorDescriptor.from_tensor(slope_MN, place)
-    out = TensorDescriptor.from_tensor(out_MN, place)
     grid = min(2 * programs(x_MC.device), blocks(M, rows) * blocks(N, columns))
+    slope, out = (None if z is None else _tiles(z, rows, columns // 2) for z in (slope_MN, out_MN))
+    x, w = _tiles(x_MC, rows, inner), _tiles(w1, columns, inner)
     _forward[(grid,)](x, w, b1, slope, out, M, N, C, **sizes, **options)
 
 
 def _hidden_gradient(dy_MC: Tensor, w2: Tensor, slope_MN: Tensor) -> tuple[Tensor, Tensor]:
     """(dy w2) * slope, and its sum over rows in float32."""
     (M, C), N = dy_MC.shape, w2.shape[1]
-    sizes, options = _plan(C, True, dy_MC.dtype, dy_MC.device)
+    sizes, options = _plan(C, True, dy_MC.dtype)
     rows, columns, inner = sizes.values()
     out_MN, sums = torch.empty_like(slope_MN), dy_MC.new_empty(blocks(M, rows), N, dtype=torch.float32)
-    x, w = TensorDescriptor.from_tensor(dy_MC, [rows, inner]), TensorDescriptor.from_tensor(w2, [inner, columns])
-    slope, out = (TensorDescriptor.from_tensor(z, [rows, columns]) for z in (slope_MN, out_MN))
+    x, w = _tiles(dy_MC, rows, inner), _tiles(w2, inner, columns)
+    slope, out = _tiles(slope_MN, rows, columns), _tiles(out_MN, rows, columns)
     _backward[(len(sums) * blocks(N, columns),)](x, w, slope, out, sums, N, C, **sizes, **options)
     return out_MN, sums.sum(0)
 
@@ -197,7 +200,7 @@ def cases() -> list[dict]:
         for what in ("inference", "forward", "backward"):
             backward = what == "backward"
             types = dict(bf16=torch.bfloat16, fp32=torch.float32)
-            sizes, options = _plan(channels, backward, types[dtype], torch.device("cpu"))
+            sizes, options = _plan(channels, backward, types[dtype])
             rows, columns, inner = sizes.values()
             constants = dict(N=4 * channels, K=channels, **sizes)
             constants |= dict(slope=None) if what == "inference" else {}

@@ -82,6 +82,27 @@ def test_non_contiguous_inputs(device):
         assert torch.equal(value, expected)
 
 
+def test_weights_that_begin_anywhere(device):
+    """In a flat buffer a parameter may begin at any element; tensor descriptors need a multiple of 16 bytes."""
+    torch.manual_seed(6)
+    x, w1, *others = draw(device, torch.bfloat16, 2, 9)
+    placed = torch.cat([w1.new_zeros(1), w1.flatten()])[1:].view(w1.shape)
+    for value, expected in zip(gradients(fused, x, placed, *others), gradients(fused, x, w1, *others), strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_second_bias_is_optional(device):
+    torch.manual_seed(7)
+    x, w1, b1, w2, b2, dy = draw(device, torch.float32, 2, 9)
+    inputs = [z.requires_grad_() for z in (x, w1, b1, w2)]
+    y = fused(*inputs, None)
+    torch.testing.assert_close(y + b2, fused(*inputs, b2), rtol=1e-5, atol=1e-6)
+    for value, expected in zip(
+        torch.autograd.grad(y, inputs, dy), torch.autograd.grad(fused(*inputs, b2), inputs, dy), strict=True
+    ):
+        assert torch.equal(value, expected)
+
+
 def test_inference_keeps_no_hidden_layer(device):
     torch.manual_seed(3)
     *inputs, _ = draw(device, torch.float32, 2, 33)

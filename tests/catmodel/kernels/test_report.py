@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.slow
 def test_kernels_compile_for_the_h200_without_one(tmp_path):
-    """The table and the JSON name every case. The MLP spills nothing; in bfloat16 two of its blocks fit on a multiprocessor."""
+    """The table and the JSON name every case. The MLP spills nothing; in bfloat16 a multiprocessor holds two blocks."""
     command = [sys.executable, "-m", "catmodel.kernels.report", "mlp", "--json", str(tmp_path / "report.json")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
