@@ -89,9 +89,13 @@ def run(config: Config, manifest: Manifest, count: int, rounds: int, gpu_rate: f
     title = "the whole training path → normalised float batch"
     path = measure("training_path", title, training_path(images), timm)
     title, one = f"ready batches on {cores} cores, wall clock", "this decoder, 1 thread"
-    loader = measure("loader", title, loading(images, config.data, cores), one, time.perf_counter, "img/s")
+    micro_batch = 128 if config.train.micro_batch == "auto" else min(config.train.micro_batch, images.split.samples)
+    ways = loading(images, config.data, micro_batch, cores)
+    loader = measure("loader", title, ways, one, time.perf_counter, "img/s")
     results["loader"]["share"] = share = next(iter(loader.values()))["ratio"] / cores
     print(f"the loader reaches {share:.2f} of the decoder's own rate x {cores} cores")
+    taken = results["taking"] = {"micro_batch": micro_batch, "ms": taking(images, config, micro_batch)}
+    print(f"the thread that trains spends {taken['ms']:.2f} ms of CPU time to take a micro-batch of {micro_batch}")
     costs = results["operations"] = operation_costs(images.size)
     print("\nthe recipe")
     print(table([["", "ms per image"], *([name, f"{cost:.3f}"] for name, cost in costs.items())]))
@@ -166,7 +170,10 @@ def _pillow(images: Images, out: np.ndarray) -> None:
     for row, (data, window) in enumerate(zip(images.encoded, images.windows.tolist(), strict=True)):
         x, y, width, height, flip = window
         image = Image.open(io.BytesIO(data)).convert("RGB")
-        image = image.resize((images.size, images.size), Image.Resampling.BICUBIC, box=(x, y, x + width, y + height))
+        box = (x, y, x + width, y + height)
+        if x < 0 or y < 0 or x + width > image.width or y + height > image.height:  # resize refuses it, crop pads it
+            image, box = image.crop(box), None
+        image = image.resize((images.size, images.size), Image.Resampling.BICUBIC, box=box)
         out[row] = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
 
 
@@ -302,11 +309,11 @@ def training_path(images: Images) -> dict[str, Callable[[], None]]:
 # --- the loader -------------------------------------------------------------------------------------------------------
 
 
-def loading(images: Images, data: DataConfig, workers: int) -> dict[str, Callable[[], None]]:
+def loading(images: Images, data: DataConfig, micro_batch: int, workers: int) -> dict[str, Callable[[], None]]:
     """The loader with `workers` threads in steady state, and the decoder on one thread, for wall-clock timing."""
     config = data.model_copy(update={"image_size": images.size, "workers": workers})
-    batches = 2 * -(-len(images.ids) // BATCH)
-    order = Order(0, images.split.samples, BATCH, BATCH)
+    batches = 2 * -(-len(images.ids) // micro_batch)
+    order = Order(0, images.split.samples, micro_batch, micro_batch)
 
     def ready_batches() -> tuple[int, float]:
         # A new loader every round: a running one would decode ahead while the other way is timed.
@@ -314,9 +321,19 @@ def loading(images: Images, data: DataConfig, workers: int) -> dict[str, Callabl
             _exhaust(islice(loader, config.prefetch))
             began = time.perf_counter()
             _exhaust(islice(loader, batches))
-            return batches * BATCH, time.perf_counter() - began
+            return batches * micro_batch, time.perf_counter() - began
 
     return {f"the loader, {workers} threads": ready_batches, "this decoder, 1 thread": decoding_alone(images)}
+
+
+def taking(images: Images, config: Config, micro_batch: int, batches: int = 20) -> float:
+    """The CPU time, in ms, that the thread that takes micro-batches from the loader spends on one."""
+    order = Order(0, images.split.samples, micro_batch, micro_batch)
+    with build_loader(config.data, config.augment, images.split, order) as loader:
+        _exhaust(islice(loader, config.data.prefetch))
+        began = time.thread_time()
+        _exhaust(islice(loader, batches))
+        return 1e3 * (time.thread_time() - began) / batches
 
 
 def decoding_alone(images: Images) -> Callable[[], None]:

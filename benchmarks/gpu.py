@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.gpu_parts import NEED_IMAGES, PARTS
+from benchmarks.gpu_parts import NEED_IMAGES, PARTS, compilations
 from benchmarks.gpu_record import ROOT, Part, Record, Session, cores, installed
 from train import exit_codes
 from train.telemetry.formatting import table
@@ -120,15 +121,12 @@ def run(session: Session, names: Sequence[str], seconds: float, wheels: Path | N
     parts = [PARTS[name] for name in names]
     drawing = draw(session, environment) if set(names) & set(NEED_IMAGES) else None
     try:
-        beside = [part for part in parts if not part.alone]
-        warm = [Job(part, job, warming=True) for part in parts if part.alone for job in part.warm]
-        timed = [part for part in parts if part.alone]
         end = began + seconds
-        first = end - min(TIMED, seconds / 2) if timed else end
+        first = end - min(TIMED, seconds / 2) if any(part.alone for part in parts) else end
         if session.rehearsal:
             first = end = began + 1e6
-        together(session, environment, beside, warm, first, end)
-        one_by_one(session, environment, timed, end)
+        together(session, environment, [part for part in parts if not part.alone], compilations(names), first)
+        one_by_one(session, environment, [part for part in parts if part.alone], end)
     finally:
         if drawing:
             drawing.kill()
@@ -151,7 +149,6 @@ def environment_of(session: Session, wheels: Path | None) -> dict[str, str]:
     # What one process has compiled, the others find here, and so do later calls.
     environment |= {"TORCHINDUCTOR_CACHE_DIR": str(session.cache / "inductor")}
     environment |= {"TRITON_CACHE_DIR": str(session.cache / "triton")}
-    environment |= {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, cores() // 4))}  # of each of several processes
     if wheels:
         site = session.work / "site"
         environment["PYTHONPATH"] = install(wheels, site)
@@ -179,28 +176,38 @@ def draw(session: Session, environment: dict[str, str]) -> subprocess.Popen:
 
 
 def together(
-    session: Session, environment: dict[str, str], parts: list[Part], warm: list[Job], until: float, end: float
+    session: Session,
+    environment: dict[str, str],
+    parts: list[Part],
+    compiled: list[list[tuple[str, str]]],
+    until: float,
 ) -> None:
     """Run all jobs of parts that are not timed, and compile for the others, side by side. A rehearsal takes turns.
 
-    Compilations are ended at `until`, the parts at their limit.
+    All are ended at `until`, the parts at their limit.
     """
-    jobs = warm + [Job(part, job) for part in parts for job in part.jobs]
+    rows = [[Job(PARTS[part], job, warming=True) for part, job in row] for row in compiled]
+    rows = [[Job(part, job)] for part in parts for job in part.jobs] + rows
+    if not rows:
+        return
+    # Each job compiles in threads of its own; not all of them do so all the time.
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, min(cores(), 2 * cores() // len(rows))))}
+    began = time.monotonic()
+
+    def in_turn(row: list[Job]) -> None:
+        for job in row:
+            job.start(session, environment | threads)
+            job.go()
+            why = job.wait(
+                min(until, began + (1e6 if session.rehearsal or job.warming else job.part.limit)), session.output
+            )
+            if not job.warming:
+                record(session, job.part).finish(job.name, why)
+
     for part in parts:
         record(session, part).begin(list(part.jobs))
-    if not session.rehearsal:
-        for job in jobs:
-            job.start(session, environment)
-            job.go()
-    began = time.monotonic()
-    for job in jobs:
-        if session.rehearsal:
-            job.start(session, environment)
-            job.go()
-        limit = until if job.warming else min(end, until, began + job.part.limit)
-        why = job.wait(end if session.rehearsal else limit, session.output)
-        if not job.warming:
-            record(session, job.part).finish(job.name, why)
+    with ThreadPoolExecutor(1 if session.rehearsal else len(rows)) as pool:
+        list(pool.map(in_turn, rows))
 
 
 def one_by_one(session: Session, environment: dict[str, str], parts: list[Part], end: float) -> None:

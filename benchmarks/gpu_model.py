@@ -3,11 +3,12 @@
 Ours is CAT-B as configs/cat_b.yaml trains it, beside timm's Swin-S of the same size (2 % fewer FLOPs). All ways of one
 job run one after the other in one process and free their memory in between; images lie on the device.
 
-engine    what a run does but for the data: train/engine/ with its fp32 master weights, norm, clipping and AdamW
+engine    what a run does but for the data: train/engine/ with its fp32 master weights, norm, clipping, AdamW and EMA
 step      the bare network: forward, loss, backward, and a fused AdamW on its own bf16 weights
 """
 
 import gc
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_parts import OURS, SWIN
 from benchmarks.gpu_record import Record, Session
+from benchmarks.graphs import host_seconds, rounds_of
 from benchmarks.graphs import record as record_graph
-from benchmarks.graphs import rounds_of
 from train.config import Config, load_config
 from train.engine.deepspeed_engine import Engine, compile_settings
+from train.engine.ema import Ema
 from train.engine.runtime import Runtime, start_runtime, stop_runtime
 from train.tasks.base import build_task
 
@@ -38,6 +40,7 @@ class Bench:
     runtime: Runtime
     batch: int
     kept: Callable[[], object] | None = None  # the last way's step, before it was recorded
+    engine: Engine | None = None  # the last way's
 
     def __post_init__(self):
         self.batch = self.session.size(self.batch, 2)
@@ -73,8 +76,11 @@ class Bench:
     def way(self, name: str, prepare: Callable[[], Callable[[], object]], keep: bool = False, **about: object) -> None:
         """Measure the step that `prepare` returns, or, when warming, take one. keep: what the last way compiled."""
         if not keep:
-            self.kept = None
+            if self.engine:
+                self.engine.destroy()
+            self.kept = self.engine = None
             release(self.device)
+        before = memory(self.device).get("reserved_gb")
 
         def measure() -> dict:
             step = prepare()
@@ -84,7 +90,8 @@ class Bench:
             seconds = rounds_of(step, self.device, *self.session.size((10, 7), (1, 1)))
             rates = sorted(self.batch / one for one in seconds)
             speed = {"images_per_second": median(rates), "min": rates[0], "max": rates[-1]}
-            return {**speed, "ms": 1000 * median(seconds), **memory(self.device)}
+            times = {"ms": 1000 * median(seconds), "host_ms": 1000 * host_seconds(step, self.device)}
+            return {**speed, **times, **memory(self.device), "before_gb": before}
 
         if self.session.warming:
             measure()
@@ -102,7 +109,7 @@ def release(device: torch.device) -> None:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """GB of device memory: the most that was reserved since `release`, and what is reserved now, with all graphs."""
+    """GB of device memory: reserved now, with all graphs; and since `release` the most reserved and the most in use."""
     if device.type != "cuda":
         return {}
     held, most = torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
@@ -133,14 +140,20 @@ def training(
 
 
 def engine_step(bench: Bench) -> Callable[[], object]:
-    """A step of train/engine/, without data and EMA. Its own second call records the graph."""
+    """A step of train/engine/, without data. Its own second call records the graph."""
     config = bench.config()
     task = build_task(config, [str(number) for number in range(CLASSES)])
-    engine = Engine(task.initial_model(), task.losses_to_train, config, accumulation=1, device=bench.device)
+    bench.engine = engine = Engine(
+        task.initial_model(), task.losses_to_train, config, accumulation=1, device=bench.device
+    )
+    ema = Ema(engine, config.ema.decay)
+    numbers = itertools.count()
 
     def step() -> None:
+        number = next(numbers)
+        torch.manual_seed(number)  # as a run does, for every micro-batch
         engine.accumulate((bench.images, bench.targets))
-        engine.step(1e-5)
+        ema.update(number, engine.step(1e-5).skipped)
 
     step()
     return step
@@ -224,6 +237,7 @@ def profile(session: Session, record: Record, steps: int = 5, most: int = 40) ->
     if session.warming:
         return stop_runtime()
     cuda = runtime.device.type == "cuda"
+    wall = median(rounds_of(step, runtime.device, *session.size((5, 3), (1, 1))))
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         for _ in range(steps):
             step()
@@ -239,7 +253,7 @@ def profile(session: Session, record: Record, steps: int = 5, most: int = 40) ->
         "ms": sum(time for time, _ in events) / 1000 / steps,
         "calls": sum(event.count for _, event in events) / steps,
     }
-    record.add(name="all kernels", **total)
+    record.add(name="all kernels", **total, step_ms=1000 * wall)
     for time, event in events[:most]:
         record.add(name=event.key[:150], ms=round(time / 1000 / steps, 4), calls=event.count / steps)
     stop_runtime()
@@ -265,4 +279,8 @@ def judge_inference(rows: list[dict]) -> tuple[bool, str]:
 
 
 def judge_profile(rows: list[dict]) -> tuple[bool, str]:
-    return True, f"{rows[0]['ms']:.1f} ms of kernels in {rows[0]['calls']:.0f} launches a step"
+    total = rows[0]
+    return (
+        True,
+        f"{total['ms']:.1f} ms of kernels in {total['calls']:.0f} launches, in a step of {total['step_ms']:.1f} ms",
+    )

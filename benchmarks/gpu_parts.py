@@ -1,5 +1,7 @@
 """The parts of `make gpu`, most important first: what each runs, and for how long at most. Does not import torch."""
 
+from collections.abc import Sequence
+
 from benchmarks.gpu_record import Later, Part
 
 OURS = "cat_base"
@@ -40,16 +42,14 @@ PARTS: dict[str, Part] = {
             },
             Later("gpu_model.judge"),
             limit=150,
-            warm=("ours 256", "swin 256", "ours 128", "swin 128", "plain"),
         ),
         Part(
             "profile",
             {"profile": Later("gpu_model.profile")},
             Later("gpu_model.judge_profile"),
-            limit=40,
-            warm=("profile",),
+            limit=100,
         ),
-        Part("whole", {"whole": Later("gpu_runs.whole")}, Later("gpu_runs.judge_whole"), limit=70, warm=("whole",)),
+        Part("whole", {"whole": Later("gpu_runs.whole")}, Later("gpu_runs.judge_whole"), limit=130),
         Part("recipe", {"recipe": Later("gpu_small.recipe")}, Later("gpu_small.judge_recipe"), limit=40),
         Part("kernels", {"kernels": Later("gpu_small.kernels")}, Later("gpu_small.judge_kernels"), limit=45),
         Part("loader", {"loader": Later("gpu_small.loader")}, Later("gpu_small.judge_loader"), limit=60),
@@ -61,15 +61,30 @@ PARTS: dict[str, Part] = {
             },
             Later("gpu_model.judge_inference"),
             limit=60,
-            warm=("ours", "swin"),
         ),
         Part(
             "layout",
             {"layout": Later("gpu_model.layout")},
             Later("gpu_model.judge_inference"),
             limit=40,
-            warm=("layout",),
         ),
     )
 }
 NEED_IMAGES = ("train", "whole", "loader")
+# What is compiled before the timed parts: (part, job) one after the other, several such rows side by side. Together
+# they need up to 75 GB on the device.
+COMPILED = (
+    (("model", "ours 256"), ("model", "ours 128"), ("profile", "profile"), ("whole", "whole")),
+    (("model", "swin 256"), ("model", "swin 128"), ("model", "plain")),
+    (("inference", "ours"), ("inference", "swin"), ("layout", "layout")),
+)
+SAME = ("profile", "whole")  # they run what "model" has compiled
+
+
+def compilations(names: Sequence[str]) -> list[list[tuple[str, str]]]:
+    """The rows of COMPILED that these parts need, each as a list."""
+    wanted = [name for name in names if not ("model" in names and name in SAME)]
+    rows = [[(part, job) for part, job in row if part in wanted] for row in COMPILED]
+    # One of SAME compiles for the other.
+    rows = [[entry for entry in row if entry[0] != "whole" or "profile" not in wanted] for row in rows]
+    return [row for row in rows if row]

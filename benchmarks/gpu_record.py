@@ -44,8 +44,15 @@ class Session:
         """The prepared dataset of full-size JPEGs; it is complete when the file "ready" is in it."""
         return self.cache / f"dataset-{self.size('full', 'small')}-{'given' if self.images else 'drawn'}"
 
+    @property
+    def no_dataset(self) -> Path:
+        """A file with the reason, if the dataset could not be prepared."""
+        return self.work / "no-dataset"
+
     def wait_for_dataset(self) -> Path:
         while not (self.dataset / "ready").exists():
+            if self.no_dataset.exists():
+                raise RuntimeError(f"there is no dataset: {self.no_dataset.read_text()}")
             time.sleep(0.05)
         return self.dataset
 
@@ -71,7 +78,7 @@ class Part:
 
     jobs: by name, each run in a process of its own. judge: from the rows, whether all is well and a sentence; it is
     asked after each row. limit: seconds of all jobs together. alone: its jobs run one after the other with nothing
-    beside them, because they are timed. warm: the jobs that compile first, beside others.
+    beside them, because they are timed.
     """
 
     name: str
@@ -79,7 +86,6 @@ class Part:
     judge: Judge
     limit: float
     alone: bool = True
-    warm: Sequence[str] = ()
 
 
 @dataclass

@@ -4,12 +4,14 @@ import itertools
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
 from benchmarks.gpu_record import ROOT, Record, Session, cores
+from benchmarks.photographs import draw_photographs, repeat
 
 CHECKERS = 8  # processes; most of their time is spent compiling with Triton
 
@@ -151,15 +153,18 @@ def judge_loader(rows: list[dict]) -> tuple[bool, str]:
 
 def draw(session: Session) -> None:
     """Prepare the dataset of full-size JPEGs: given photographs or drawn ones, as hard links until there are enough."""
-    from benchmarks.photographs import draw_photographs, repeat
-
     if (session.dataset / "ready").exists():
         return
-    images = session.images
-    if images is None:
-        images = session.work / "drawn"
-        draw_photographs(images, *session.size((400, (500, 375)), (20, (64, 48))), processes=cores())
-    folder = session.work / "photographs"
-    repeat(images, folder, session.size(4096, 64))
-    subprocess.run([sys.executable, "launch/prepare.py", str(folder), str(session.dataset)], cwd=ROOT, check=True)
-    (session.dataset / "ready").touch()
+    try:
+        shutil.rmtree(session.dataset, ignore_errors=True)  # one that was not finished
+        images = session.images
+        if images is None:
+            images = session.work / "drawn"
+            draw_photographs(images, *session.size((400, (500, 375)), (20, (64, 48))), processes=cores())
+        folder = session.work / "photographs"
+        repeat(images, folder, session.size(4096, 1008))
+        subprocess.run([sys.executable, "launch/prepare.py", str(folder), str(session.dataset)], cwd=ROOT, check=True)
+        (session.dataset / "ready").touch()
+    except Exception as error:
+        session.no_dataset.write_text(str(error))
+        raise

@@ -89,12 +89,19 @@ def first_difference(one: list[float], other: list[float]) -> int | None:
 
 def steps(name: str) -> str:
     """Of `gpu-model.json` or `gpu-inference.json`: whole steps."""
-    titles = ["", "img/s", "min – max", "ms a step", "GB reserved, peak", "GB reserved, after"]
+    titles = ["", "img/s", "min – max", "ms a step", "host, ms", "GB reserved, peak", "GB reserved, after"]
 
     def cells(row: dict) -> list[str]:
         spread = f"{number(row['min'])} – {number(row['max'])}"
         memory = [number(row.get(key)) for key in ("peak_gb", "reserved_gb")]
-        return [row["name"], number(row["images_per_second"]), spread, number(row["ms"]), *memory]
+        return [
+            row["name"],
+            number(row["images_per_second"]),
+            spread,
+            number(row["ms"]),
+            number(row["host_ms"]),
+            *memory,
+        ]
 
     return rows_table(name, titles, cells)
 

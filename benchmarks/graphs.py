@@ -21,12 +21,15 @@ def record(work: Callable[[], T], device: torch.device, warm_up: int = 2) -> tup
     """
     if device.type != "cuda":
         return work(), work
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # also what is recorded may use no other stream than the one that recorded it
+    # As in a run (train/engine/runtime.py): all on one stream, which is not the default one.
+    stream = current = torch.cuda.current_stream(device)
+    if current == torch.cuda.default_stream(device):
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(current)
+    with torch.cuda.stream(stream):
         for _ in range(warm_up):
             work()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         result = work()
@@ -55,6 +58,18 @@ def rounds_of(step: Callable[[], object], device: torch.device, steps: int, roun
                 step()
             found.append((time.perf_counter() - start) / steps)
     return found[1:]
+
+
+def host_seconds(step: Callable[[], object], device: torch.device, steps: int = 5) -> float:
+    """Seconds that the host is busy with a step when it does not wait for the device: the median of `steps`."""
+    found = []
+    for _ in range(steps):
+        finish(device)
+        began = time.perf_counter()
+        step()
+        found.append(time.perf_counter() - began)
+    finish(device)
+    return statistics.median(found)
 
 
 def device_seconds(work: Callable[[], object], device: torch.device, repeats: int = 10, rounds: int = 7) -> float:

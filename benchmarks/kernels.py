@@ -111,7 +111,7 @@ def bench_kernels(
     moved; bandwidth, the rate of moving these as a share of the measured bandwidth (above 1 if the device's cache keeps
     them). Raises ConfigError if the kernels do not run on the device.
     """
-    if device.type == "cuda" and not kernels.usable(device, dtype):
+    if not kernels.usable(device, dtype):
         raise ConfigError(f"the kernels do not run on this machine's {device}")
     with torch._functorch.config.patch(donated_buffer=False):  # otherwise a compiled backward can run only once
         for workload in workloads(device, dtype, batch, compiled, stages):

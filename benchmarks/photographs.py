@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-CLASSES = 10
+LABELS = 1000
 SUFFIXES = (".jpg", ".jpeg")
 
 
 def draw_photographs(folder: Path, count: int, size: tuple[int, int], processes: int) -> None:
-    """Write folder/train/<class>/<index>.jpg: `count` images of (width, height), each a function of its index."""
-    for label in range(CLASSES):
-        (folder / "train" / f"class{label}").mkdir(parents=True, exist_ok=True)
+    """Write folder/<index>.jpg: `count` images of (width, height), each a function of its index."""
+    folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(processes) as pool:
         list(pool.map(partial(_draw, folder, size), range(count)))
 
@@ -36,20 +35,19 @@ def _draw(folder: Path, size: tuple[int, int], index: int) -> None:
         grown = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
         pixels += (np.asarray(grown, dtype=np.float64) - 128) * 2 * 0.85**octave
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    path = folder / "train" / f"class{index % CLASSES}" / f"{index:05d}.jpg"
-    image.save(path, quality=90, subsampling="4:2:0")
+    image.save(folder / f"{index:05d}.jpg", quality=90, subsampling="4:2:0")
 
 
 def repeat(source: Path, folder: Path, count: int) -> None:
     """Fill folder/train/<class>/ with `count` hard links (or copies) to the JPEGs below `source`, over and over.
 
-    An image's class is the name of the folder that it is in.
+    Classes are LABELS, in turn: the network then has ImageNet's number of them, and the labels mean nothing.
     """
     paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f"{source} has no JPEGs")
     for number, path in enumerate(islice(cycle(paths), count)):
-        link = folder / "train" / path.parent.name / f"{number:06d}.jpg"
+        link = folder / "train" / f"{number % LABELS:04d}" / f"{number:06d}.jpg"
         link.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(path, link)

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import gpu
 from benchmarks.gpu_parts import PARTS
 from benchmarks.gpu_record import Session
-from launch.cli import Parser, run
+from launch.cli import Parser, leave, run
 from train import exit_codes
 
 
@@ -83,4 +83,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, parse_arguments()))
+    leave(run(main, parse_arguments()))  # at once: NCCL's threads may wait for a device that failed

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_exact, gpu_model, gpu_runs, gpu_small
-from benchmarks.gpu_parts import NEED_IMAGES, OURS, PARTS, SWIN
+from benchmarks.gpu_parts import NEED_IMAGES, OURS, PARTS, SWIN, compilations
 from benchmarks.gpu_record import Record, Session
 from benchmarks.graphs import device_seconds
 from benchmarks.graphs import record as record_graph
@@ -88,10 +88,19 @@ def test_the_parts_are_what_they_say():
     assert set(NEED_IMAGES) < set(PARTS)
     assert set(gpu_exact.FAMILIES) == set(PARTS["exact"].jobs) == set(gpu_runs.RECIPES) == set(PARTS["train"].jobs)
     for part in PARTS.values():
-        assert set(part.warm) <= set(part.jobs) and part.limit <= 240
+        assert part.limit <= 240
         for later in [*part.jobs.values(), part.judge]:
             module = {"gpu_exact": gpu_exact, "gpu_model": gpu_model, "gpu_runs": gpu_runs, "gpu_small": gpu_small}
             assert callable(getattr(module[later.module], later.name))
+
+
+def test_what_is_compiled_first_is_what_the_timed_parts_need_and_nothing_twice():
+    everything = sum(compilations(list(PARTS)), [])
+    assert {part for part, _ in everything} == {"model", "inference", "layout"}
+    assert len(set(everything)) == len(everything) and all(job in PARTS[part].jobs for part, job in everything)
+    assert {job for part, job in everything if part == "model"} == set(PARTS["model"].jobs) - {"eager"}
+    assert compilations(["profile", "whole", "exact"]) == [[("profile", "profile")]]
+    assert compilations(["whole"]) == [[("whole", "whole")]] and compilations(["exact", "loader"]) == []
 
 
 def gradients(loss: float, **values: float) -> gpu_exact.Pass:
@@ -160,11 +169,20 @@ def test_photographs_are_linked_until_there_are_enough(tmp_path):
     draw_photographs(tmp_path / "drawn", 12, (40, 30), processes=1)
     repeat(tmp_path / "drawn", tmp_path / "many", 30)
     links = sorted((tmp_path / "many").rglob("*.jpg"))
-    assert len(links) == 30 and len({path.parent for path in links}) == 10
+    assert len(links) == 30 and len({path.parent for path in links}) == 30
     contents = {path.read_bytes() for path in links}
     assert contents == {path.read_bytes() for path in (tmp_path / "drawn").rglob("*.jpg")} and len(contents) == 12
     with pytest.raises(ValueError, match="has no JPEGs"):
         repeat(tmp_path / "none", tmp_path / "other", 3)
+
+
+def test_parts_that_need_images_do_not_wait_for_what_cannot_be_prepared(tmp_path):
+    (tmp_path / "empty").mkdir()
+    session = Session(tmp_path, tmp_path, tmp_path / "cache", images=tmp_path / "empty", rehearsal=True)
+    with pytest.raises(ValueError, match="has no JPEGs"):
+        gpu_small.draw(session)
+    with pytest.raises(RuntimeError, match="there is no dataset: .* has no JPEGs"):
+        session.wait_for_dataset()
 
 
 @pytest.mark.slow

@@ -61,7 +61,8 @@ class Replayed:
         Replayed.pool = Replayed.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads of this process may use the device meanwhile (pinned copies, checkpoints).
-        with torch.cuda.graph(graph, pool=Replayed.pool, capture_error_mode="thread_local"):
+        where = dict(pool=Replayed.pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local")
+        with torch.cuda.graph(graph, **where):
             outputs = self._function(inputs)
         return outputs, graph.replay
 

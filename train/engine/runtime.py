@@ -77,6 +77,9 @@ def start_runtime(patience: float = PATIENCE) -> Runtime:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        # CUDA graphs cannot be recorded on the default stream, and a parameter's node in the graph of autograd, which
+        # DeepSpeed may keep, belongs to the stream on which it was made: everything runs on one other stream.
+        torch.cuda.set_stream(torch.cuda.Stream(device))
     else:
         device = torch.device("cpu")
     choose_interface()
