@@ -141,7 +141,7 @@ def _flat(x):
 
 def _product(tile: tuple[int, ...], backward: bool) -> Callable:
     """tile: rows, columns, inner, warps, stages, how (0 pointers, 1 descriptors, 2 sums by dot, 3 persistent)."""
-    M_tile, N_tile, K_tile, warps, stages, how = tile
+    M_tile, N_tile, K_tile, warps, stages, how, each = tile
 
     def run(x, w, third):
         import torch
@@ -169,32 +169,10 @@ def _product(tile: tuple[int, ...], backward: bool) -> Callable:
         sizes |= dict(DOT=backward and how > 1, num_warps=warps, num_stages=stages)
         arguments = x, w, bias, *given[2:], sums, M, N, K
         if how == 3:
-            resident = 1 if M_tile * N_tile * (1 + backward) >= 256 * 128 else 2  # by their shared memory
-            product.persistent[(min(count, resident * programs(out.device)),)](*arguments, **sizes)
+            product.persistent[(min(count, each * programs(out.device)),)](*arguments, **sizes)
         else:
             product.product[(count,)](*arguments, KEEP=not backward, TMA=how > 0, **sizes)
         return (out, sums.sum(0)) if backward else (slope, out)
-
-    return run
-
-
-def _present(backward: bool) -> Callable:
-    def run(x, w, third):
-        import torch
-        import triton
-
-        from catmodel.kernels import mlp
-
-        x = _flat(x)
-        N = w.shape[1 if backward else 0]
-        out = x.new_empty(len(x), N)
-        if backward:
-            sums = torch.empty(triton.cdiv(len(x), mlp.ROWS), N, device=x.device)
-            mlp._launch(x, w, None, _flat(third), out, sums)
-            return out, sums.sum(0)
-        h = torch.empty_like(out)
-        mlp._launch(x, w.T, third, h, out, None)
-        return h, out
 
     return run
 
@@ -262,19 +240,21 @@ def _sums_kernel(**sizes: int) -> Callable:
     return run
 
 
-# Tiles of `product`: rows, columns, warps, stages, how.
-TILES = {
-    1: [(128, 128, 8, 3, 2), (128, 64, 4, 3, 2), (128, 64, 8, 3, 2), (64, 128, 4, 3, 2), (128, 64, 8, 3, 0)],
-    2: [(128, 128, 8, 3, 2), (128, 128, 4, 3, 2), (128, 64, 8, 3, 2), (64, 128, 4, 3, 2), (128, 64, 8, 3, 0)],
-    3: [(128, 128, 8, 3, 2), (128, 128, 4, 3, 2), (128, 128, 8, 3, 3), (128, 256, 8, 3, 3), (128, 256, 8, 3, 2)],
-    4: [(128, 128, 8, 3, 2), (128, 128, 4, 3, 2), (128, 128, 8, 3, 3), (128, 256, 8, 3, 3), (128, 256, 8, 3, 2)],
-}
-TILES[1] += [(64, 128, 4, 3, 3), (128, 128, 8, 3, 3)]
-TILES[2] += [(64, 128, 4, 3, 3), (128, 128, 8, 3, 3), (128, 256, 8, 3, 3)]
-TILES[3] += [(64, 128, 4, 4, 2), (64, 128, 4, 3, 3), (128, 128, 8, 4, 2), (128, 128, 8, 3, 1), (128, 128, 8, 3, 0)]
+# Tiles of `product`: rows, columns, inner columns, warps, stages, how, and programs per multiprocessor if persistent.
+WIDE = [(128, 128, 64, 8, 2, 3, 2), (128, 128, 32, 8, 4, 3, 2), (128, 128, 64, 8, 3, 3, 2), (128, 128, 64, 4, 2, 3, 2)]
+WIDE += [
+    (128, 128, 64, 4, 3, 2, 0),
+    (128, 128, 64, 8, 2, 2, 0),
+    (128, 128, 64, 4, 2, 2, 0),
+    (256, 128, 64, 16, 3, 3, 1),
+]
+WIDE += [(128, 64, 64, 4, 3, 3, 2), (64, 128, 64, 4, 2, 3, 3), (128, 128, 64, 8, 2, 3, 1), (256, 128, 64, 8, 3, 3, 1)]
+NARROW = [(128, 128, 32, 8, 2, 3, 2), (128, 128, 32, 8, 3, 3, 2), (128, 128, 32, 4, 2, 3, 2), (128, 64, 32, 4, 3, 3, 4)]
+NARROW += [(128, 64, 32, 8, 3, 3, 3), (64, 128, 32, 4, 2, 3, 4), (128, 64, 32, 4, 2, 2, 0), (64, 128, 32, 4, 3, 2, 0)]
+TILES = {1: NARROW, 2: WIDE, 3: WIDE, 4: WIDE}
 HOW = "", " tma", " tma dot", " persistent"
 # Of the kernel that keeps its weights: rows, columns, stages, warps, programs per multiprocessor.
-KEPT = [(64, 128, 2, 4, 2), (128, 64, 2, 8, 2), (128, 128, 2, 8, 1), (64, 64, 2, 4, 3)]
+KEPT = [(64, 128, 2, 4, 2), (128, 128, 2, 8, 1), (64, 128, 3, 4, 2), (64, 64, 3, 4, 4)]
 # Of the whole MLP: rows, hidden columns, stages, warps.
 WHOLE = {1: [(128, 64, 2, 8), (64, 64, 2, 4), (128, 64, 3, 8)], 2: [(128, 64, 2, 8), (64, 64, 2, 4)]}
 
@@ -282,8 +262,8 @@ WHOLE = {1: [(128, 64, 2, 8), (64, 64, 2, 4), (128, 64, 3, 8)], 2: [(128, 64, 2,
 def cases() -> Iterator[Case]:
     """By importance: a time limit cuts the end off."""
     for stage in (3, 1, 2, 4):
-        yield from _mlp_cases(stage)
         yield from _norm_cases(stage)
+        yield from _mlp_cases(stage)
     for stage in (1, 2):
         yield from _whole_cases(stage)
     for stage in (3, 1, 2, 4):
@@ -293,7 +273,6 @@ def cases() -> Iterator[Case]:
 def _mlp_cases(stage: int) -> Iterator[Case]:
     import torch.nn.functional as F
 
-    K_tile = 32 if STAGES[stage][1] % 64 else 64
     forward = ("mlp forward", stage), ("x w1 b1", 9, 2)
     backward = ("mlp backward", stage), ("dy w2 h", 9, 2)
 
@@ -305,11 +284,9 @@ def _mlp_cases(stage: int) -> Iterator[Case]:
     yield case(backward, "cuBLAS alone", lambda dy, w2, h: dy @ w2, lambda dy, w2, h: dy @ w2)
     yield case(forward, "Inductor", _compiled(_mlp_forward), _mlp_forward)
     yield case(backward, "Inductor", _compiled(_mlp_backward), _mlp_backward)
-    yield case(forward, "present", _present(False), _mlp_forward)
-    yield case(backward, "present", _present(True), _mlp_backward)
-    for M_tile, N_tile, warps, stages, how in TILES[stage]:
-        name = f"{M_tile}x{N_tile}x{K_tile} w{warps} s{stages}{HOW[how]}"
-        tile = M_tile, N_tile, K_tile, warps, stages, how
+    for tile in TILES[stage]:
+        M_tile, N_tile, K_tile, warps, stages, how, each = tile
+        name = f"{M_tile}x{N_tile}x{K_tile} w{warps} s{stages}{HOW[how]}{f' p{each}' * (how == 3)}"
         yield case(forward, name, _product(tile, backward=False), _slope_forward)
         yield case(backward, name, _product(tile, backward=True), _slope_backward)
     for sizes in KEPT if stage < 3 else ():
@@ -326,13 +303,15 @@ def _norm_cases(stage: int) -> Iterator[Case]:
     for elements in (1024, 2048, 4096):
         yield Case(*forward, f"{elements} elements", names[0], _norm(False, elements=elements), _norm_forward, 4)
     for elements, each, warps, stages in (
-        (2048, 4, 4, 1),
-        (2048, 3, 4, 1),
-        (1024, 8, 4, 1),
         (2048, 3, 4, 3),
-        (4096, 3, 8, 1),
-        (1024, 16, 2, 1),
-        (1024, 6, 4, 3),
+        (2048, 3, 4, 4),
+        (2048, 3, 4, 2),
+        (2048, 2, 4, 4),
+        (4096, 2, 8, 3),
+        (4096, 1, 8, 4),
+        (1024, 6, 2, 3),
+        (1024, 5, 2, 4),
+        (1024, 8, 2, 3),
     ):
         way = f"{elements} elements p{each} w{warps} s{stages}"
         run = _norm(True, elements=elements, each=each, warps=warps, stages=stages)

@@ -42,8 +42,12 @@ class InnerPatchAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, x_BNC: Tensor, patches: Patches) -> Tensor:
-        """[B, N, C] -> [B, N, C]"""
+    def late_bias(self) -> Tensor:
+        """The bias that `forward` leaves to the caller without `last_bias`."""
+        return self.proj.bias
+
+    def forward(self, x_BNC: Tensor, patches: Patches, last_bias: bool = True) -> Tensor:
+        """[B, N, C] -> [B, N, C]. last_bias: add the last layer's bias; otherwise the caller does."""
         shift = self.shift if self.shift and patches.can_shift else 0
         rate = self.dropout if self.training else 0.0
         seed = draw_seed(x_BNC.device) if rate else None
@@ -53,7 +57,7 @@ class InnerPatchAttention(nn.Module):
             y_BNC = kernels.ops.inner_patch_attention(
                 self.qkv(x_BNC), bias, whole.height, whole.width, whole.size, shift, rate, seed
             )
-            return self.proj(patches.crop(y_BNC))
+            return self._project(patches.crop(y_BNC), last_bias)
         x_BnPC = patches.split(x_BNC, shift)
         B = x_BnPC.shape[0]
         q, k, v = rearrange(self.qkv(x_BnPC), "B n P (three h d) -> three (B n) h P d", three=3, h=self.num_heads)
@@ -61,8 +65,11 @@ class InnerPatchAttention(nn.Module):
             allowed_n1PP = patches.shift_mask(shift, x_BNC.device).unsqueeze(1)
             bias = bias.masked_fill(~allowed_n1PP, float("-inf")).repeat(B, 1, 1, 1)
         y = attend(q, k, v, bias, rate, seed)
-        y_BnPC = self.proj(rearrange(y, "(B n) h P d -> B n P (h d)", B=B))
+        y_BnPC = self._project(rearrange(y, "(B n) h P d -> B n P (h d)", B=B), last_bias)
         return patches.join(y_BnPC, shift)
+
+    def _project(self, y: Tensor, last_bias: bool) -> Tensor:
+        return self.proj(y) if last_bias else F.linear(y, self.proj.weight)
 
     def position_bias(self) -> Tensor:
         """[h, P, P], added to the attention logits of each pair of tokens."""
@@ -116,6 +123,9 @@ class CrossPatchAttention(nn.Module):
         self.dropout = dropout
         self.qkv = nn.Linear(features, 3 * features)
         self.proj = nn.Linear(features, features)
+
+    def late_bias(self) -> None:
+        """Its last bias belongs to the tokens of a patch, not to channels: `forward` adds it."""
 
     def forward(self, x_BNC: Tensor, patches: Patches) -> Tensor:
         """[B, N, C] -> [B, N, C]"""

@@ -1,6 +1,6 @@
 """CAT: Cross Attention in Vision Transformer (arXiv 2106.05786).
 
-In this order: layers, blocks, stages, the model, its variants. Parameter names are those of the released checkpoints.
+In this order: layers, stages, the model, its variants. Parameter names are those of the released checkpoints.
 For the shape letters see `attention.py`.
 """
 
@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from catmodel import kernels
 from catmodel.attention import CrossPatchAttention, InnerPatchAttention
 from catmodel.fixed_order import resize
-from catmodel.layers import DropPathAdd, Mlp, PatchConv
+from catmodel.layers import Block, PatchConv, Pending
 from catmodel.patches import Patches, may_be_nonzero, padding_to
 from catmodel.variants import Staged, build, select_stages
 
@@ -79,25 +78,6 @@ class PatchProjection(nn.Module):
         return self.reduction(self.norm(rearrange(x_BHWC, "B (H dy) (W dx) C -> B H W (dx dy C)", dy=2, dx=2)))
 
 
-# --------------------------------------------------------------------------------------------------------------- blocks
-
-
-class Block(nn.Module):
-    """Attention (`attn`, an IPSA or a CPSA), then an MLP, each with a norm before it and a residual around it."""
-
-    def __init__(self, channels: int, attn: nn.Module, mlp_ratio: float, drop_path: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(channels)
-        self.mlp = Mlp(channels, int(channels * mlp_ratio))
-        self.add = DropPathAdd(drop_path)
-
-    def forward(self, x_BNC: Tensor, patches: Patches) -> Tensor:
-        x_BNC = self.add(x_BNC, self.attn(self.norm1(x_BNC), patches))
-        return self.add(x_BNC, self.mlp(self.norm2(x_BNC), patches.kernels))
-
-
 # --------------------------------------------------------------------------------------------------------------- stages
 
 
@@ -149,12 +129,12 @@ class Stage(nn.Module):
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         patches = self.patches(x_BHWC)
-        x_BNC = patches.tokens_from_map(x_BHWC)
+        tokens, fused = Pending(patches.tokens_from_map(x_BHWC)), patches.kernels
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         for cab in zip(self.pre_ipsa_blocks, self.cpsa_blocks, self.post_ipsa_blocks, strict=True):
             for block in cab:
-                x_BNC = checkpoint(block, x_BNC, patches, use_reentrant=False) if recompute else block(x_BNC, patches)
-        return patches.map_from_tokens(x_BNC)
+                tokens = block.chain(tokens, patches, fused=fused, recompute=recompute)
+        return patches.map_from_tokens(tokens.total())
 
 
 # ---------------------------------------------------------------------------------------------------------------- model

@@ -1,9 +1,13 @@
 """Layers that several model families share."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from catmodel import kernels
 
@@ -29,12 +33,17 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(channels, hidden)
         self.fc2 = nn.Linear(hidden, channels)
 
-    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
-        """[..., channels] -> [..., channels]. fused: use the Triton kernels for widths at which they are faster."""
-        if fused and kernels.mlp_pays(self.fc1.in_features):
-            weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-            return torch.ops.catmodel.mlp(*kernels.autocast(x, *weights), torch.is_grad_enabled())[0]
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, fused: bool = False, last_bias: bool = True) -> Tensor:
+        """[..., channels] -> [..., channels]. fused: use the Triton kernels for widths at which they are faster.
+
+        last_bias: add the second layer's bias; otherwise the caller does.
+        """
+        if fused and kernels.mlp_pays(self.fc1.in_features, self.fc1.weight.dtype, x.device):
+            inputs = x, self.fc1.weight, self.fc1.bias, self.fc2.weight
+            inputs = kernels.autocast(*inputs, self.fc2.bias) if last_bias else (*inputs, None)
+            return kernels.ops.mlp(*inputs, torch.is_grad_enabled())[0]
+        a = F.gelu(self.fc1(x))
+        return self.fc2(a) if last_bias else F.linear(a, self.fc2.weight)
 
 
 class DropPathAdd(nn.Module):
@@ -50,11 +59,92 @@ class DropPathAdd(nn.Module):
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         """x, branch [B, ...] -> [B, ...]."""
+        return Pending(x, branch, None, self.scale(branch)).total()
+
+    def scale(self, branch: Tensor) -> Tensor | None:
+        """The factor of each sample of a branch [B, ...], drawn anew: [B] of its dtype; None: all are 1."""
         if not self.training or self.rate == 0.0:
-            return x + branch
+            return None
         keep = 1.0 - self.rate
-        mask = branch.new_empty(len(branch), *(1,) * (branch.ndim - 1)).bernoulli_(keep).div_(keep)
-        return torch.addcmul(x, branch, mask)  # one pass over memory instead of two
+        return branch.new_empty(len(branch)).bernoulli_(keep).div_(keep)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"
+
+
+class Pending(NamedTuple):
+    """A residual sum x + scale * (branch + bias) that has not been made yet.
+
+    The norm after it makes it on its way (`normed`): in one pass over memory, and in another the gradients of both
+    with those of the norm's weights and the bias, each of which would take a pass of its own.
+    """
+
+    x: Tensor  # [B, ..., channels]
+    branch: Tensor | None = None  # of x's shape; None: the sum is x
+    bias: Tensor | None = None  # [channels]; None: the branch includes it
+    scale: Tensor | None = None  # [B], of drop-path
+
+    def total(self) -> Tensor:
+        """The sum."""
+        if self.branch is None:
+            return self.x
+        branch = self.branch if self.bias is None else self.branch + self.bias
+        if self.scale is None:
+            return self.x + branch
+        # One pass over memory instead of two.
+        return torch.addcmul(self.x, branch, self.scale.view(-1, *(1,) * (branch.ndim - 1)))
+
+    def normed(self, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """The sum, and its norm: in one kernel, if there is a branch."""
+        if self.branch is None:
+            return self.x, norm(self.x)
+        return kernels.ops.residual_norm(*self, norm.weight, norm.bias, norm.eps)
+
+
+class Block(nn.Module):
+    """Attention (`attn`), then an MLP, each with a norm before it and a residual around it."""
+
+    def __init__(self, channels: int, attn: nn.Module, mlp_ratio: float, drop_path: float, eps: float = 1e-5):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels, eps)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(channels, eps)
+        self.mlp = Mlp(channels, int(channels * mlp_ratio))
+        self.add = DropPathAdd(drop_path)
+
+    def forward(self, x_BNC: Tensor, *place: object, fused: bool = False) -> Tensor:
+        """Tokens [B, N, C] -> [B, N, C]. place: what the attention must know of them. fused: use the MLP's kernels."""
+        x_BNC = self.add(x_BNC, self.attn(self.norm1(x_BNC), *place))
+        return self.add(x_BNC, self.mlp(self.norm2(x_BNC), fused))
+
+    def chain(self, pending: Pending, *place: object, fused: bool = False, recompute: bool = False) -> Pending:
+        """The same, for blocks in a row: with kernels, the last sum of one is made by the first norm of the next.
+
+        recompute: compute the block's activations again in the backward pass instead of keeping them.
+        """
+
+        def run(function: Callable, *inputs: object, **named: object) -> Any:
+            if recompute:
+                return checkpoint(function, *inputs, **named, use_reentrant=False)
+            return function(*inputs, **named)
+
+        if not fused or not _one_dtype(pending.x, self.norm1.weight):
+            return Pending(run(self, pending.total(), *place, fused=fused))
+        x, branch = run(self._chained, pending, *place)
+        return Pending(x, branch, self.mlp.fc2.bias, self.add.scale(branch))
+
+    def _chained(self, pending: Pending, *place: object) -> tuple[Tensor, Tensor]:
+        x, y = pending.normed(self.norm1)
+        # Biases of the channels are added, and their gradients summed, by the kernel of the next norm.
+        bias = self.attn.late_bias()
+        branch = self.attn(y, *place) if bias is None else self.attn(y, *place, last_bias=False)
+        x, y = Pending(x, branch, bias, self.add.scale(branch)).normed(self.norm2)
+        return x, self.mlp(y, fused=True, last_bias=False)
+
+
+def _one_dtype(x: Tensor, weight: Tensor) -> bool:
+    """Whether a norm computes in the tokens' dtype; under autocast it computes in float32."""
+    device = x.device.type
+    # As `kernels.autocast` says, torch.amp.is_autocast_available cannot be traced.
+    autocast = device in ("cuda", "cpu") and torch.is_autocast_enabled(device)
+    return x.dtype == weight.dtype and not autocast

@@ -45,7 +45,7 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
 
 def register() -> None:
     """Define the operators torch.ops.catmodel.*. Raises ModuleNotFoundError if Triton is not installed."""
-    from catmodel.kernels import aggregate, cross_patch, flash, inner_patch, mlp, pack  # noqa: F401
+    from catmodel.kernels import aggregate, cross_patch, flash, inner_patch, mlp, norm, pack  # noqa: F401
 
     _name_version()
 
@@ -67,7 +67,8 @@ def _fall_back(reason: str) -> bool:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast tensors of one device to autocast's dtype, if torch.autocast is enabled there, as for a matrix product."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    # Not torch.amp.is_autocast_available: in PyTorch 2.11, torch.compile cannot trace it and breaks the graph.
+    if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
@@ -126,6 +127,18 @@ def cross_patch_attention(
     return ops.unpack(y_BCnP, *place)
 
 
-def mlp_pays(channels: int) -> bool:
-    """Whether the MLP's kernel is faster. Wide products are bound by arithmetic, in which cuBLAS is better."""
-    return channels <= 192
+def mlp_pays(channels: int, dtype: torch.dtype = torch.bfloat16, device: torch.device | None = None) -> bool:
+    """Whether the MLP's kernels are faster (than cuBLAS with compiled passes, on an H200, at the widths of CAT-B).
+
+    They need Hopper's tensor memory accelerator, which needs rows of a multiple of 16 bytes; in float32, without
+    tensor cores, wide products are left to cuBLAS.
+    """
+    return channels % 8 == 0 and (dtype != torch.float32 or channels <= 192) and _has_tma(device)
+
+
+@torch.compiler.assume_constant_result
+def _has_tma(device: torch.device | None) -> bool:
+    """Whether a GPU (None: the one at hand) has a tensor memory accelerator; the interpreter emulates it."""
+    if device is not None and device.type != "cuda":
+        return True
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (9, 0)

@@ -1,115 +1,156 @@
 """The MLP's matrix products with the exact GELU, or its derivative, in their epilogues.
 
-They are meant for networks so narrow that the products are bound by memory (`kernels.mlp_pays`), where each pass over
-the hidden layer counts. Elements moved per token, for C channels and 4C hidden channels:
+Elements moved per token, for C channels and 4C hidden channels:
 
                  PyTorch                                               these kernels
     inference    fc1 5C, GELU 8C, fc2 5C                       = 18C   5C + 5C                           = 10C
-    forward      the same                                      = 18C   fc1 with GELU 9C, fc2 5C          = 14C
-    backward     dA 5C, GELU' 12C, dW1 5C, dW2 5C, dx 5C,              dA with GELU' 9C, the others 16C  = 25C
-                 db1 4C, db2 C                                 = 37C
+    forward      the same                                      = 18C   fc1 with GELU and GELU' 9C, fc2 5C = 14C
+    backward     dA 5C, GELU' 12C, dW1 5C, dW2 5C, dx 5C,              dA times GELU' 9C, others 15C     = 24C
+                 db1 4C                                        = 36C
 
-Training moves 39C instead of 55C. In stage 1 of CAT-B at batch 128 in bf16 (401,408 tokens, C = 96) this saves 1.23 of
-4.24 GB per block. These figures are counted, not measured.
+Instead of the hidden layer before the GELU, forward stores GELU' of it: the backward pass then only multiplies. The
+gradient of the second bias is left to whoever adds it, if there is none here.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from catmodel.kernels.launch import operator
+from catmodel.kernels.gelu import gelu, gelu_and_slope
+from catmodel.kernels.launch import blocks, operator, programs
 
 
 @triton.jit
-def _product(
-    x_ptr,  # [M, K]
-    w_ptr,  # [K, N], with any strides
-    stride_k,
-    stride_n,
-    bias_ptr,  # [N]; forward only
-    h_ptr,  # [M, N], the hidden layer before the GELU; written forward if KEEP_H, read backward
-    out_ptr,  # [M, N]: GELU(h) forward, the gradient of h backward
-    sums_ptr,  # [tiles of M, N] float32: the gradient of h summed over each tile's rows; written backward
+def _forward(
+    x,  # descriptor of [M, K], in tiles [ROWS, INNER]
+    w,  # of [N, K], in [COLUMNS, INNER]
+    bias_ptr,  # [N]
+    slope,  # of [M, N], in [ROWS, COLUMNS / 2]: GELU'(x w^T + bias), or None
+    out,  # as slope: GELU(x w^T + bias)
     M,
     N: tl.constexpr,
     K: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    KEEP_H: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
 ):
-    """One tile of GELU(x w + bias) or, backward, (x w) * GELU'(h). Consecutive tiles share rows: x stays in the L2."""
-    tile = tl.program_id(0)
-    tile_m = tile // tl.cdiv(N, BLOCK_N)
-    # Only a tile's start can exceed 2^31 elements; int32 offsets within the tile take half the registers.
-    first = tile_m.to(tl.int64) * BLOCK_M
-    row = tl.arange(0, BLOCK_M)
-    column = tile % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask, column_mask = (row < M - first)[:, None], (column < N)[None, :]
-
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + first * K + row[:, None] * K + k[None, :], row_mask & (k < K)[None, :], 0.0)
-        w = tl.load(w_ptr + k[:, None] * stride_k + column[None, :] * stride_n, (k < K)[:, None] & column_mask, 0.0)
-        total = tl.dot(x, w, total, input_precision="ieee")
-
-    mask = row_mask & column_mask
-    place = row[:, None] * N + column[None, :]
-    if BACKWARD:
-        h = tl.load(h_ptr + first * N + place, mask, 0.0).to(tl.float32)
-        density = 0.3989422804014327 * tl.exp(-0.5 * h * h)
-        out = total * (_normal_cdf(h) + h * density)
-        tl.store(sums_ptr + tile_m * N + column, tl.sum(out, 0), column < N)
-    else:
-        h = total + tl.load(bias_ptr + column, column < N, 0.0).to(tl.float32)[None, :]
-        if KEEP_H:
-            tl.store(h_ptr + first * N + place, h.to(h_ptr.dtype.element_ty), mask)
-        out = h * _normal_cdf(h)
-    tl.store(out_ptr + first * N + place, out.to(out_ptr.dtype.element_ty), mask)
+    """Some of the tiles, in turn: the next one is loaded while the last one is finished."""
+    across: tl.constexpr = tl.cdiv(N, COLUMNS)
+    HALF: tl.constexpr = COLUMNS // 2
+    exact: tl.constexpr = out.dtype == tl.float32
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, tl.num_programs(0), flatten=True):
+        # Consecutive tiles share rows: x stays in the L2.
+        row, start = tile // across * ROWS, tile % across * COLUMNS
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for k in range(0, K, INNER):
+            total = tl.dot(x.load([row, k]), w.load([start, k]).T, total, input_precision="ieee")
+        # A half at a time, which takes half the registers and shared memory.
+        halves = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, HALF)), (0, 2, 1)))
+        for half in tl.static_range(2):
+            first = start + half * HALF
+            column = first + tl.arange(0, HALF)
+            h = halves[half] + tl.load(bias_ptr + column, column < N, 0.0).to(tl.float32)[None, :]
+            if slope is not None:
+                value, derivative = gelu_and_slope(h, exact)
+                slope.store([row, first], derivative.to(out.dtype))
+            else:
+                value = gelu(h, exact)
+            out.store([row, first], value.to(out.dtype))
 
 
 @triton.jit
-def _normal_cdf(x):
-    return 0.5 + 0.5 * tl.math.erf(x * 0.7071067811865476)
+def _backward(
+    x,  # descriptor of [M, K], in tiles [ROWS, INNER]
+    w,  # of [K, N], in [INNER, COLUMNS]
+    slope,  # of [M, N], in [ROWS, COLUMNS]
+    out,  # as slope: (x w) * slope
+    sums_ptr,  # [tiles of M, N] float32: `out` summed over each tile's rows
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """One tile. Consecutive ones share rows: x stays in the L2."""
+    across: tl.constexpr = tl.cdiv(N, COLUMNS)
+    tile = tl.program_id(0)
+    row, start = tile // across * ROWS, tile % across * COLUMNS
+    column = start + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(0, K, INNER):
+        total = tl.dot(x.load([row, k]), w.load([k, start]), total, input_precision="ieee")
+    result = (total * slope.load([row, start]).to(tl.float32)).to(out.dtype)  # 0 in rows beyond M
+    out.store([row, start], result)
+    if out.dtype == tl.float32:
+        sums = tl.sum(result, 0)
+    else:  # a product with ones: three shuffles for each element would take longer than the rest of the kernel
+        ones = tl.full((ROWS, 16), 1.0, tl.float32).to(out.dtype)
+        sums = tl.sum(tl.dot(tl.trans(result), ones), 1) * 0.0625
+    tl.store(sums_ptr + tile // across * N + column, sums, column < N)
 
 
-ROWS = 128  # rows of a tile
+@functools.cache
+def _plan(channels: int, backward: bool, dtype: torch.dtype) -> tuple[dict[str, int], dict]:
+    """Sizes of tiles, and launch options: the fastest of those that were timed on an H200 (docs/performance.md)."""
+    if dtype == torch.float32:  # without tensor cores
+        return dict(ROWS=64, COLUMNS=64, INNER=32), dict(num_warps=8, num_stages=2)
+    inner = 32 if channels % 64 else 64
+    rows = 64 if backward and channels <= 96 else 128
+    return dict(ROWS=rows, COLUMNS=128, INNER=inner), dict(num_warps=4 if backward else 8, num_stages=3)
 
 
-def _plan(channels: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Sizes of tiles, and launch options. With tiles of 128 x 128 a multiprocessor would hold a single block."""
-    return dict(BLOCK_M=ROWS, BLOCK_N=64, BLOCK_K=32 if channels % 64 else 64), dict(num_warps=8, num_stages=3)
+def _tiles(tensor: Tensor, *block: int) -> TensorDescriptor:
+    """A matrix in tiles. TMA needs it to begin at a multiple of 16 bytes; in a flat buffer a parameter may not."""
+    if tensor.data_ptr() % 16:
+        tensor = tensor.clone()
+    return TensorDescriptor.from_tensor(tensor, list(block))
 
 
-def _launch(
-    x_MK: Tensor, w_KN: Tensor, bias_N: Tensor | None, h_MN: Tensor | None, out_MN: Tensor, sums: Tensor | None
-) -> None:
-    (M, K), N = x_MK.shape, w_KN.shape[1]
-    sizes, options = _plan(K)
-    grid = (triton.cdiv(M, sizes["BLOCK_M"]) * triton.cdiv(N, sizes["BLOCK_N"]),)
-    modes = dict(BACKWARD=sums is not None, KEEP_H=h_MN is not None)
-    _product[grid](x_MK, w_KN, *w_KN.stride(), bias_N, h_MN, out_MN, sums, M, N, K, **modes, **sizes, **options)
+def _hidden(x_MC: Tensor, w1: Tensor, b1: Tensor, slope_MN: Tensor | None, out_MN: Tensor) -> None:
+    """Write GELU(x w1^T + b1), and GELU' of the same unless slope is None."""
+    (M, C), N = x_MC.shape, len(w1)
+    sizes, options = _plan(C, False, x_MC.dtype)
+    rows, columns, inner = sizes.values()
+    grid = min(2 * programs(x_MC.device), blocks(M, rows) * blocks(N, columns))
+    slope, out = (None if z is None else _tiles(z, rows, columns // 2) for z in (slope_MN, out_MN))
+    x, w = _tiles(x_MC, rows, inner), _tiles(w1, columns, inner)
+    _forward[(grid,)](x, w, b1, slope, out, M, N, C, **sizes, **options)
+
+
+def _hidden_gradient(dy_MC: Tensor, w2: Tensor, slope_MN: Tensor) -> tuple[Tensor, Tensor]:
+    """(dy w2) * slope, and its sum over rows in float32."""
+    (M, C), N = dy_MC.shape, w2.shape[1]
+    sizes, options = _plan(C, True, dy_MC.dtype)
+    rows, columns, inner = sizes.values()
+    out_MN, sums = torch.empty_like(slope_MN), dy_MC.new_empty(blocks(M, rows), N, dtype=torch.float32)
+    x, w = _tiles(dy_MC, rows, inner), _tiles(w2, inner, columns)
+    slope, out = _tiles(slope_MN, rows, columns), _tiles(out_MN, rows, columns)
+    _backward[(len(sums) * blocks(N, columns),)](x, w, slope, out, sums, N, C, **sizes, **options)
+    return out_MN, sums.sum(0)
 
 
 @operator("mlp")
-def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, train: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def mlp(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None, train: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """GELU(x w1^T + b1) w2^T + b2: x [..., C], w1 [hidden, C], b1 [hidden], w2 [C, hidden], b2 [C], all of one dtype.
 
-    Returns y [..., C] and, for the backward pass, the hidden layer before and after the GELU, both [..., hidden]. Only
-    y is differentiable. Without `train` the other two are empty, and the hidden layer before the GELU is never written.
+    Returns y [..., C] and, for the backward pass, the hidden layer after the GELU and GELU' of it before, both
+    [..., hidden]. Only y is differentiable. Without `train` the other two are empty.
     """
     x_MC = x.reshape(-1, x.shape[-1]).contiguous()
     a_MN = x_MC.new_empty(len(x_MC), len(w1))
-    h_MN = torch.empty_like(a_MN) if train else None
-    _launch(x_MC, w1.T, b1, h_MN, a_MN, None)
+    slope_MN = torch.empty_like(a_MN) if train else None
+    _hidden(x_MC, w1.contiguous(), b1, slope_MN, a_MN)
     y = F.linear(a_MN, w2, b2).view(x.shape)
     if not train:
         return y, x.new_empty(0), x.new_empty(0)
-    return y, h_MN.view(*x.shape[:-1], -1), a_MN.view(*x.shape[:-1], -1)
+    return y, a_MN.view(*x.shape[:-1], -1), slope_MN.view(*x.shape[:-1], -1)
 
 
 @mlp.register_fake
@@ -120,68 +161,55 @@ def _(x, w1, b1, w2, b2, train=True):
 
 @operator("mlp_backward")
 def mlp_backward(
-    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, h: Tensor, a: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, b1, w2 and b2."""
+    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, a: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w1, b1 and w2."""
     x_MC, dy_MC = (z.reshape(-1, x.shape[-1]).contiguous() for z in (x, dy))
-    h_MN, a_MN = h.view(-1, len(w1)), a.view(-1, len(w1))
-    dh_MN = torch.empty_like(h_MN)
-    sums = torch.empty(triton.cdiv(len(x_MC), ROWS), len(w1), device=x.device)
-    _launch(dy_MC, w2, None, h_MN, dh_MN, sums)
-    db1, db2 = sums.sum(0).to(x.dtype), dy_MC.sum(0)
-    return (dh_MN @ w1).view(x.shape), dh_MN.T @ x_MC, db1, dy_MC.T @ a_MN, db2
+    dh_MN, db1 = _hidden_gradient(dy_MC, w2.contiguous(), slope.view(-1, len(w1)))
+    dw2 = dy_MC.T @ a.view(dh_MN.shape)
+    return (dh_MN @ w1).view(x.shape), dh_MN.T @ x_MC, db1.to(x.dtype), dw2
 
 
 @mlp_backward.register_fake
-def _(dy, x, w1, w2, h, a):
-    return (
-        x.new_empty(x.shape),
-        torch.empty_like(w1),
-        w1.new_empty(len(w1)),
-        torch.empty_like(w2),
-        w2.new_empty(len(w2)),
-    )
+def _(dy, x, w1, w2, a, slope):
+    return x.new_empty(x.shape), w1.new_empty(w1.shape), w1.new_empty(len(w1)), w2.new_empty(w2.shape)
 
 
 def _keep(ctx, inputs, output) -> None:
-    x, w1, _, w2, _, train = inputs
-    _, h, a = output
-    ctx.mark_non_differentiable(h, a)
-    ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros for h and a
-    ctx.save_for_backward(x, w1, w2, h, a)
+    x, w1, _, w2, b2, _ = inputs
+    _, a, slope = output
+    ctx.biased = b2 is not None
+    ctx.mark_non_differentiable(a, slope)
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros for a and slope
+    ctx.save_for_backward(x, w1, w2, a, slope)
 
 
-def _backward(ctx, dy, dh, da):
-    x, w1, w2, h, a = ctx.saved_tensors
-    return *torch.ops.catmodel.mlp_backward(dy, x, w1, w2, h, a), None
+def _differentiate(ctx, dy, da, dslope):
+    dy = dy.contiguous()
+    dx, dw1, db1, dw2 = mlp_backward(dy, *ctx.saved_tensors)
+    return dx, dw1, db1, dw2, dy.flatten(0, -2).sum(0) if ctx.biased else None, None
 
 
-mlp.register_autograd(_backward, setup_context=_keep)
+mlp.register_autograd(_differentiate, setup_context=_keep)
 
 
 def cases() -> list[dict]:
-    """Cases for `catmodel.kernels.report`: the first two stages of CAT-B, in bfloat16."""
+    """Cases for `catmodel.kernels.report`: the stages of CAT-B, in bfloat16, and the first in float32."""
     found = []
-    for channels in (96, 192):
-        sizes, options = _plan(channels)
+    for channels, dtype in ((96, "bf16"), (192, "bf16"), (384, "bf16"), (768, "bf16"), (96, "fp32")):
         for what in ("inference", "forward", "backward"):
-            constants = dict(
-                N=4 * channels, K=channels, BACKWARD=what == "backward", KEEP_H=what != "inference", **sizes
-            )
-            # As in a launch by Triton, arguments that are None or 1 are constants.
-            constants |= dict(stride_n=1, bias_ptr=None) if what == "backward" else dict(stride_k=1, sums_ptr=None)
-            constants |= dict(h_ptr=None) if what == "inference" else {}
-            signature = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "h_ptr", "out_ptr"), "*bf16")
-            signature |= dict(sums_ptr="*fp32", stride_k="i32:16", stride_n="i32:16", M="i32:16") | dict.fromkeys(
-                constants, "constexpr"
-            )
-            found.append(
-                dict(
-                    name=f"mlp {what}, {channels} channels",
-                    fn=_product,
-                    signature=signature,
-                    constexprs=constants,
-                    **options,
-                )
-            )
+            backward = what == "backward"
+            types = dict(bf16=torch.bfloat16, fp32=torch.float32)
+            sizes, options = _plan(channels, backward, types[dtype])
+            rows, columns, inner = sizes.values()
+            constants = dict(N=4 * channels, K=channels, **sizes)
+            constants |= dict(slope=None) if what == "inference" else {}
+            tiles = dict(x=(rows, inner), w=(inner, columns) if backward else (columns, inner))
+            tiles |= dict.fromkeys(("slope", "out"), (rows, columns if backward else columns // 2))
+            signature = {name: f"tensordesc<{dtype}[{a}, {b}]>" for name, (a, b) in tiles.items()}
+            signature |= dict(sums_ptr="*fp32") if backward else dict(bias_ptr=f"*{dtype}", M="i32:16")
+            signature |= dict.fromkeys(constants, "constexpr")
+            name = f"mlp {what}, {channels} channels{', float32' * (dtype == 'fp32')}"
+            kernel = _backward if backward else _forward
+            found.append(dict(name=name, fn=kernel, signature=signature, constexprs=constants, **options))
     return found

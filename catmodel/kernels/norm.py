@@ -14,17 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catmodel.kernels.launch import programs
-
-EPS = 1e-5
+from catmodel.kernels.launch import blocks, launch, operator, padded, programs
 
 
 @triton.jit
 def _forward(
     x_ptr,  # [M, C]
     branch_ptr,  # [M, C], without its last bias
-    bias_ptr,  # [C]
-    scale_ptr,  # [B] float32: drop-path's factor of each sample, or None
+    bias_ptr,  # [C], or None
+    scale_ptr,  # [B]: drop-path's factor of each sample, or None
     gamma_ptr,  # [C]
     beta_ptr,  # [C]
     sum_ptr,  # [M, C]: x + scale * (branch + bias)
@@ -43,9 +41,10 @@ def _forward(
     place = first * C + row[:, None] * C + column[None, :]
     x = tl.load(x_ptr + place, inside, 0.0).to(tl.float32)
     branch = tl.load(branch_ptr + place, inside, 0.0).to(tl.float32)
-    branch += tl.load(bias_ptr + column, column < C, 0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        branch += tl.load(bias_ptr + column, column < C, 0.0).to(tl.float32)[None, :]
     if scale_ptr is not None:
-        branch *= tl.load(scale_ptr + (first + row) // tokens, row < M - first, 0.0)[:, None]
+        branch *= tl.load(scale_ptr + (first + row) // tokens, row < M - first, 0.0).to(tl.float32)[:, None]
     total = (x + branch).to(sum_ptr.dtype.element_ty)
     tl.store(sum_ptr + place, total, inside)
     normed, _ = _normed(total.to(tl.float32), column, eps, C)
@@ -69,7 +68,7 @@ def _backward(
     dy_ptr,  # [M, C]
     dsum_ptr,  # [M, C]
     sum_ptr,  # [M, C]
-    scale_ptr,  # [B] float32 or None
+    scale_ptr,  # [B] or None
     gamma_ptr,  # [C]
     dx_ptr,  # [M, C]
     dbranch_ptr,  # [M, C]; None if it is dx
@@ -114,16 +113,23 @@ def _backward(
 
 
 def forward(
-    x: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None, gamma: Tensor, beta: Tensor, elements: int = 2048
+    x: Tensor,
+    branch: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float = 1e-5,
+    elements: int = 2048,
 ) -> tuple[Tensor, Tensor]:
-    """x, branch [B, ..., C], bias, gamma, beta [C], scale [B] float32 -> x + scale (branch + bias), and its norm."""
+    """x + scale (branch + bias), and its norm. Tiles have `elements` elements."""
     C = x.shape[-1]
-    M, columns = x.numel() // C, triton.next_power_of_2(C)
+    M, columns = x.numel() // C, padded(C)
     total, y = torch.empty_like(x), torch.empty_like(x)
     rows = max(elements // columns, 1)
     sizes = dict(C=C, ROWS=rows, COLUMNS=columns, num_warps=4)
-    place = M, M // len(x), EPS
-    _forward[(triton.cdiv(M, rows),)](x, branch, bias, scale, gamma, beta, total, y, *place, **sizes)
+    place = M, M // len(x), eps
+    launch(_forward, (blocks(M, rows),), x, branch, bias, scale, gamma, beta, total, y, *place, **sizes)
     return total, y
 
 
@@ -133,19 +139,93 @@ def backward(
     total: Tensor,
     scale: Tensor | None,
     gamma: Tensor,
+    eps: float = 1e-5,
     elements: int = 2048,
-    each: int = 4,
+    each: int = 3,
     warps: int = 4,
-    stages: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and branch, and of gamma, beta and bias as one [3, C] float32."""
+    stages: int = 3,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of x, of branch (None: the same), and of gamma, beta and bias as one [3, C] float32.
+
+    each: programs per multiprocessor, of which each sums the gradients of its rows.
+    """
     C = total.shape[-1]
-    M, columns = total.numel() // C, triton.next_power_of_2(C)
+    M, columns = total.numel() // C, padded(C)
     dx = torch.empty_like(total)
     dbranch = torch.empty_like(total) if scale is not None else None
     rows = max(elements // columns, 1)
-    grid = min(each * programs(total.device), triton.cdiv(M, rows))
+    grid = min(each * programs(total.device), blocks(M, rows))
     sums = torch.empty(grid, 3, C, dtype=torch.float32, device=total.device)
     sizes = dict(C=C, ROWS=rows, COLUMNS=columns, STAGES=stages, num_warps=warps)
-    _backward[(grid,)](dy, dsum, total, scale, gamma, dx, dbranch, sums, M, M // len(total), EPS, **sizes)
-    return dx, dx if dbranch is None else dbranch, sums.sum(0)
+    place = M, M // len(total), eps
+    launch(_backward, (grid,), dy, dsum, total, scale, gamma, dx, dbranch, sums, *place, **sizes)
+    return dx, dbranch, sums.sum(0)
+
+
+@operator("residual_norm", visible=True)
+def residual_norm(
+    x: Tensor, branch: Tensor, bias: Tensor | None, scale: Tensor | None, gamma: Tensor, beta: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x, branch [B, ..., C], bias, gamma, beta [C], scale [B] -> z = x + scale (branch + bias), LayerNorm(z).
+
+    All have one dtype; scale may have another.
+    """
+    return forward(x.contiguous(), branch.contiguous(), bias, scale, gamma, beta, eps)
+
+
+@residual_norm.register_fake
+def _(x, branch, bias, scale, gamma, beta, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@operator("residual_norm_backward", visible=True)
+def residual_norm_backward(
+    dy: Tensor, dsum: Tensor, total: Tensor, scale: Tensor | None, gamma: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of branch (empty without a scale: the same), and of gamma, beta and bias as one [3, C]."""
+    dx, dbranch, sums = backward(dy.contiguous(), dsum.contiguous(), total, scale, gamma, eps)
+    return dx, dx.new_empty(0) if dbranch is None else dbranch, sums.to(gamma.dtype)
+
+
+@residual_norm_backward.register_fake
+def _(dy, dsum, total, scale, gamma, eps):
+    dbranch = total.new_empty(0 if scale is None else total.shape)
+    return total.new_empty(total.shape), dbranch, gamma.new_empty(3, len(gamma))
+
+
+def _keep(ctx, inputs, output) -> None:
+    _, _, bias, scale, gamma, _, eps = inputs
+    ctx.save_for_backward(output[0], scale, gamma)
+    ctx.biased, ctx.eps = bias is not None, eps
+
+
+def _differentiate(ctx, dsum, dy):
+    total, scale, gamma = ctx.saved_tensors
+    dx, dbranch, sums = residual_norm_backward(dy, dsum, total, scale, gamma, ctx.eps)
+    dgamma, dbeta, dbias = sums.unbind()
+    return dx, dx if scale is None else dbranch, dbias if ctx.biased else None, None, dgamma, dbeta, None
+
+
+residual_norm.register_autograd(_differentiate, setup_context=_keep)
+
+
+def cases() -> list[dict]:
+    """Cases for `catmodel.kernels.report`: the stages of CAT-B, in bfloat16, with drop-path."""
+    found = []
+    for channels in (96, 192, 384, 768):
+        columns = padded(channels)
+        sizes = dict(C=channels, ROWS=max(2048 // columns, 1), COLUMNS=columns)
+        numbers = dict(scale_ptr="*fp32", M="i32:16", tokens="i32", eps="fp32")
+        tensors = dict.fromkeys(
+            ("x_ptr", "branch_ptr", "bias_ptr", "gamma_ptr", "beta_ptr", "sum_ptr", "y_ptr"), "*bf16"
+        )
+        signature = tensors | numbers | dict.fromkeys(sizes, "constexpr")
+        options = dict(num_warps=4, num_stages=3)
+        name = f"residual and norm forward, {channels} channels"
+        found.append(dict(name=name, fn=_forward, signature=signature, constexprs=sizes, **options))
+        tensors = dict.fromkeys(("dy_ptr", "dsum_ptr", "sum_ptr", "gamma_ptr", "dx_ptr", "dbranch_ptr"), "*bf16")
+        sizes = sizes | dict(STAGES=3)
+        signature = tensors | dict(sums_ptr="*fp32") | numbers | dict.fromkeys(sizes, "constexpr")
+        name = f"residual and norm backward, {channels} channels"
+        found.append(dict(name=name, fn=_backward, signature=signature, constexprs=sizes, **options))
+    return found

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-MODULES = ("inner_patch", "cross_patch", "flash", "pack", "mlp", "aggregate")
+MODULES = ("inner_patch", "cross_patch", "flash", "pack", "mlp", "norm", "aggregate")
 
 # Limits of a multiprocessor of compute capability 9.0 (CUDA C++ programming guide, technical specifications).
 REGISTERS, QUARTERS, WARPS, BLOCKS = 65536, 4, 64, 32

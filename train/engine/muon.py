@@ -1,6 +1,6 @@
 """Muon (Jordan et al., 2024): momentum SGD with orthogonalised updates for matrices, and AdamW for other parameters."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import torch
 from torch import Tensor
@@ -41,23 +41,49 @@ class Muon(torch.optim.AdamW):
                 self._step_matrices(group)
 
     def _step_matrices(self, group: dict) -> None:
-        for parameters in _by_shape([parameter for parameter in group["params"] if parameter.grad is not None]):
-            gradients = [parameter.grad.float() for parameter in parameters]
-            buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-            lr = torch.full((), group["lr"], device=parameters[0].device)
-            if self.grad_scale is not None:
-                torch._foreach_div_(gradients, self.grad_scale)
-            if self.found_inf is not None:  # skip by a learning rate of 0 and the momentum as its own gradient
-                skip = self.found_inf.bool()
-                gradients = [
-                    torch.where(skip, buffer, gradient) for buffer, gradient in zip(buffers, gradients, strict=True)
-                ]
-                lr = lr * (1 - self.found_inf)
-            torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
-            updates = orthogonalised(torch.stack(torch._foreach_lerp(gradients, buffers, self.momentum)))
-            updates *= lr * (-0.2 * max(updates.shape[1:]) ** 0.5)
-            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(parameters, list(updates.unbind()))
+        """All matrices together, as one flat tensor each of gradients, momentum and updates: few launches on a GPU."""
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not parameters:
+            return
+        parameters.sort(key=lambda parameter: tuple(parameter.shape))  # equal shapes lie together in the flat tensors
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        gradient = torch.cat([parameter.grad.flatten() for parameter in parameters]).float()
+        momentum = torch.cat([buffer.flatten() for buffer in buffers])
+        lr = torch.full((), group["lr"], device=gradient.device)
+        if self.grad_scale is not None:
+            gradient /= self.grad_scale
+        if self.found_inf is not None:  # skip by a learning rate of 0 and the momentum as its own gradient
+            gradient = torch.where(self.found_inf.bool(), momentum, gradient)
+            lr = lr * (1 - self.found_inf)
+        momentum.lerp_(gradient, 1 - self.momentum)
+        update = torch.lerp(gradient, momentum, self.momentum)
+        shapes = [parameter.shape for parameter in parameters]
+        torch._foreach_copy_(buffers, _views(momentum, shapes))
+        stacks = _stacks(update, shapes)
+        orthogonalise(stacks, padded=update.is_cuda)
+        torch._foreach_mul_(stacks, [-0.2 * max(stack.shape[1:]) ** 0.5 for stack in stacks])
+        update *= lr
+        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(parameters, _views(update, shapes))
+
+
+def orthogonalise(stacks: list[Tensor], padded: bool) -> None:
+    """Replace every matrix of `stacks` ([n, rows, columns] fp32 each) by its approximate UVᵀ (`orthogonalised`).
+
+    padded: matrices whose shorter sides are equal go together, the longer sides filled with zeros, which change
+    nothing but the order of sums. On a GPU the fewer launches save more than the zeros cost.
+    """
+    groups = defaultdict(list)
+    for stack in stacks:
+        wide = stack if stack.shape[1] <= stack.shape[2] else stack.mT
+        groups[wide.shape[1] if padded else wide.shape[1:]].append(wide)
+    for wide in groups.values():
+        longest, counts = max(stack.shape[2] for stack in wide), [len(stack) for stack in wide]
+        together = wide[0].new_zeros(sum(counts), wide[0].shape[1], longest)
+        for stack, part in zip(wide, together.split(counts), strict=True):
+            part[:, :, : stack.shape[2]].copy_(stack)
+        for stack, part in zip(wide, orthogonalised(together).split(counts), strict=True):
+            stack.copy_(part[:, :, : stack.shape[2]])
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -72,13 +98,18 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     for _ in range(STEPS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.mT).float()
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).to(matrices.dtype)
 
 
-def _by_shape(parameters: list[Tensor]) -> list[list[Tensor]]:
-    """Group parameters by shape; each group is processed as one batch."""
-    groups = defaultdict(list)
-    for parameter in parameters:
-        groups[parameter.shape].append(parameter)
-    return list(groups.values())
+def _views(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
+    """The matrices of these shapes that lie one after another in a flat tensor."""
+    parts = flat.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _stacks(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
+    """The same matrices, those of equal shape as one tensor [n, rows, columns]; equal shapes are neighbours."""
+    counts = Counter(shapes)
+    parts = flat.split([count * shape.numel() for shape, count in counts.items()])
+    return [part.view(count, *shape) for part, (shape, count) in zip(parts, counts.items(), strict=True)]

@@ -82,11 +82,32 @@ def test_non_contiguous_inputs(device):
         assert torch.equal(value, expected)
 
 
+def test_weights_that_begin_anywhere(device):
+    """In a flat buffer a parameter may begin at any element; tensor descriptors need a multiple of 16 bytes."""
+    torch.manual_seed(6)
+    x, w1, *others = draw(device, torch.bfloat16, 2, 9)
+    placed = torch.cat([w1.new_zeros(1), w1.flatten()])[1:].view(w1.shape)
+    for value, expected in zip(gradients(fused, x, placed, *others), gradients(fused, x, w1, *others), strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_second_bias_is_optional(device):
+    torch.manual_seed(7)
+    x, w1, b1, w2, b2, dy = draw(device, torch.float32, 2, 9)
+    inputs = [z.requires_grad_() for z in (x, w1, b1, w2)]
+    y = fused(*inputs, None)
+    torch.testing.assert_close(y + b2, fused(*inputs, b2), rtol=1e-5, atol=1e-6)
+    for value, expected in zip(
+        torch.autograd.grad(y, inputs, dy), torch.autograd.grad(fused(*inputs, b2), inputs, dy), strict=True
+    ):
+        assert torch.equal(value, expected)
+
+
 def test_inference_keeps_no_hidden_layer(device):
     torch.manual_seed(3)
     *inputs, _ = draw(device, torch.float32, 2, 33)
-    y, h, a = torch.ops.catmodel.mlp(*inputs, False)
-    assert h.numel() == a.numel() == 0
+    y, a, slope = torch.ops.catmodel.mlp(*inputs, False)
+    assert a.numel() == slope.numel() == 0
     assert torch.equal(y, fused(*inputs))
 
 
@@ -97,8 +118,8 @@ def test_operators_pass_opcheck(device):
     opcheck(torch.ops.catmodel.mlp, tuple(z.requires_grad_() for z in inputs))
     x, w1, _, w2, _ = (z.detach() for z in inputs)
     opcheck(torch.ops.catmodel.mlp, (*(z.detach() for z in inputs), False))
-    _, h, a = torch.ops.catmodel.mlp(*(z.detach() for z in inputs))
-    opcheck(torch.ops.catmodel.mlp_backward, (dy, x, w1, w2, h, a))
+    _, a, slope = torch.ops.catmodel.mlp(*(z.detach() for z in inputs))
+    opcheck(torch.ops.catmodel.mlp_backward, (dy, x, w1, w2, a, slope))
 
 
 def test_module_compiles_whole(device):
@@ -115,7 +136,8 @@ def test_module_compiles_whole(device):
         torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-5)
 
 
-def test_wide_networks_use_cublas():
-    """Stages 3 and 4 of CAT-B are bound by arithmetic, in which cuBLAS is faster."""
-    assert kernels.mlp_pays(96) and kernels.mlp_pays(192)
-    assert not kernels.mlp_pays(384)
+def test_widths_that_use_the_kernels():
+    """All stages of CAT-B do; in float32, wide ones and rows that TMA does not support use cuBLAS."""
+    assert all(kernels.mlp_pays(channels) for channels in (96, 192, 384, 768))
+    assert kernels.mlp_pays(96, torch.float32) and not kernels.mlp_pays(384, torch.float32)
+    assert not kernels.mlp_pays(20)

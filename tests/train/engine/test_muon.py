@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from train.config import ConfigError, parse_config
-from train.engine.muon import Muon, orthogonalised
+from train.engine.muon import Muon, orthogonalise, orthogonalised
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 96, 32), (4, 16, 48)])
@@ -41,6 +41,49 @@ def test_matrices_take_muons_step_and_the_rest_adamws():
         matrix.detach(), before * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 8**0.5 * update, rtol=1e-4, atol=1e-5
     )
     assert torch.equal(bias, reference)
+
+
+def test_matrices_of_several_shapes_are_orthogonalised_as_each_alone():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 16, 16), (3, 16, 48), (1, 40, 16), (2, 24, 8), (1, 8, 8)]
+    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
+    for padded in (False, True):
+        stacks = [matrix.clone() for matrix in matrices]
+        orthogonalise(stacks, padded)
+        for stack, matrix in zip(stacks, matrices, strict=True):
+            torch.testing.assert_close(stack, orthogonalised(matrix), rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_equals_the_same_steps_of_each_matrix_alone():
+    """Shapes in any order; with a divisor of the gradients, and with a step that is skipped."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 6), (4, 12), (8, 6), (6, 8), (3, 3), (4, 12)]
+    first = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)]
+    gradients[1][2][0, 0] = float("nan")
+
+    def trained(numbers: list[int]) -> list[torch.Tensor]:
+        matrices = [first[number].clone().requires_grad_() for number in numbers]
+        optimizer = Muon(
+            [{"params": matrices, "weight_decay": 0.1, "matrices": True}, {"params": [], "matrices": False}],
+            lr=0.05,
+            momentum=0.9,
+            betas=(0.9, 0.99),
+            eps=1e-8,
+        )
+        for matrix in matrices:
+            optimizer.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
+        for step, of_step in enumerate(gradients):
+            for matrix, number in zip(matrices, numbers, strict=True):
+                matrix.grad = of_step[number].clone()
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(float(step == 1))
+            optimizer.step()
+        return matrices
+
+    together = trained(list(range(len(shapes))))
+    for number, matrix in enumerate(together):
+        assert matrix.isfinite().all()
+        torch.testing.assert_close(matrix, trained([number])[0], rtol=1e-5, atol=1e-6)
 
 
 def test_muon_needs_whole_matrices():
