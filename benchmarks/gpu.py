@@ -4,6 +4,7 @@ First the parts that are not timed run side by side, together with the compilati
 others run one after the other. The process of the next job starts early, imports what it needs, and waits for its turn.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -75,8 +76,9 @@ class Job:
     def go(self) -> None:
         """Its turn begins."""
         self.began = time.monotonic()
-        self.process.stdin.write(b"go\n")
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has failed already
+            self.process.stdin.write(b"go\n")
+            self.process.stdin.close()
 
     def wait(self, until: float, output: Path) -> str:
         """Wait for its end, and end it at the time `until`. Returns what went wrong, or ""."""
@@ -96,10 +98,8 @@ class Job:
 
     def end(self) -> None:
         """End the process and those that it started, if they are still there."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, 9)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
 
@@ -196,6 +196,8 @@ def together(
 
     def in_turn(row: list[Job]) -> None:
         for job in row:
+            if job.warming and time.monotonic() > until:
+                break
             job.start(session, environment | threads)
             job.go()
             why = job.wait(

@@ -132,8 +132,9 @@ class Record:
 
     @contextmanager
     def _changing(self) -> Iterator[dict]:
-        with open(self.path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed
             result = self.read() if self.path.exists() else {}
             yield result
             _judge(result, self.judge)
@@ -141,6 +142,8 @@ class Record:
             new = self.path.with_suffix(".new")
             new.write_text(json.dumps(result, indent=1) + "\n")
             new.replace(self.path)
+        finally:
+            os.close(folder)
 
 
 def _judge(result: dict, judge: Judge) -> None:

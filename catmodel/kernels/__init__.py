@@ -6,8 +6,10 @@ deterministic: there are no atomic additions, and block sizes follow from the sh
 """
 
 import functools
+import hashlib
 import logging
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -44,6 +46,15 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
 def register() -> None:
     """Define the operators torch.ops.catmodel.*. Raises ModuleNotFoundError if Triton is not installed."""
     from catmodel.kernels import aggregate, cross_patch, flash, inner_patch, mlp, norm, pack  # noqa: F401
+
+    _name_version()
+
+
+@functools.cache
+def _name_version() -> None:
+    """Make torch.compile's caches depend on the kernels' code: they know an operator by its name only."""
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    torch.compiler.config.cache_key_tag += f"catmodel-{hashlib.sha256(code).hexdigest()[:16]}"
 
 
 @functools.cache

@@ -121,7 +121,9 @@ def test_an_atomic_addition_would_be_found():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if "CAT, " in name else name for name in STEPS]
+)
 def test_an_eager_step_calls_no_varying_operator(name, interpreted):
     step, *inputs = training_step(name)
     with Varying() as found:
