@@ -94,8 +94,11 @@ def _backward(
     tl.store(sums_ptr + tile // across * N + column, sums, column < N)
 
 
+Plan = tuple[dict[str, int], dict[str, int]]  # sizes of tiles, and launch options
+
+
 @functools.cache
-def _plan(channels: int, backward: bool, dtype: torch.dtype) -> tuple[dict[str, int], dict]:
+def _plan(channels: int, backward: bool, dtype: torch.dtype) -> Plan:
     """Sizes of tiles, and launch options: the fastest of those that were timed on an H200 (docs/performance.md)."""
     if dtype == torch.float32:  # without tensor cores
         return dict(ROWS=64, COLUMNS=64, INNER=32), dict(num_warps=8, num_stages=2)
@@ -111,10 +114,12 @@ def _tiles(tensor: Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, list(block))
 
 
-def _hidden(x_MC: Tensor, w1: Tensor, b1: Tensor, slope_MN: Tensor | None, out_MN: Tensor) -> None:
-    """Write GELU(x w1^T + b1), and GELU' of the same unless slope is None."""
+def hidden(
+    x_MC: Tensor, w1: Tensor, b1: Tensor, slope_MN: Tensor | None, out_MN: Tensor, plan: Plan | None = None
+) -> None:
+    """Write GELU(x w1^T + b1), and GELU' of the same unless slope is None. plan: other tiles than `_plan`'s."""
     (M, C), N = x_MC.shape, len(w1)
-    sizes, options = _plan(C, False, x_MC.dtype)
+    sizes, options = plan or _plan(C, False, x_MC.dtype)
     rows, columns, inner = sizes.values()
     grid = min(2 * programs(x_MC.device), blocks(M, rows) * blocks(N, columns))
     slope, out = (None if z is None else _tiles(z, rows, columns // 2) for z in (slope_MN, out_MN))
@@ -122,10 +127,10 @@ def _hidden(x_MC: Tensor, w1: Tensor, b1: Tensor, slope_MN: Tensor | None, out_M
     _forward[(grid,)](x, w, b1, slope, out, M, N, C, **sizes, **options)
 
 
-def _hidden_gradient(dy_MC: Tensor, w2: Tensor, slope_MN: Tensor) -> tuple[Tensor, Tensor]:
-    """(dy w2) * slope, and its sum over rows in float32."""
+def hidden_gradient(dy_MC: Tensor, w2: Tensor, slope_MN: Tensor, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
+    """(dy w2) * slope, and its sum over rows in float32. plan: other tiles than `_plan`'s."""
     (M, C), N = dy_MC.shape, w2.shape[1]
-    sizes, options = _plan(C, True, dy_MC.dtype)
+    sizes, options = plan or _plan(C, True, dy_MC.dtype)
     rows, columns, inner = sizes.values()
     out_MN, sums = torch.empty_like(slope_MN), dy_MC.new_empty(blocks(M, rows), N, dtype=torch.float32)
     x, w = _tiles(dy_MC, rows, inner), _tiles(w2, inner, columns)
@@ -146,7 +151,7 @@ def mlp(
     x_MC = x.reshape(-1, x.shape[-1]).contiguous()
     a_MN = x_MC.new_empty(len(x_MC), len(w1))
     slope_MN = torch.empty_like(a_MN) if train else None
-    _hidden(x_MC, w1.contiguous(), b1, slope_MN, a_MN)
+    hidden(x_MC, w1.contiguous(), b1, slope_MN, a_MN)
     y = F.linear(a_MN, w2, b2).view(x.shape)
     if not train:
         return y, x.new_empty(0), x.new_empty(0)
@@ -165,7 +170,7 @@ def mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, b1 and w2."""
     x_MC, dy_MC = (z.reshape(-1, x.shape[-1]).contiguous() for z in (x, dy))
-    dh_MN, db1 = _hidden_gradient(dy_MC, w2.contiguous(), slope.view(-1, len(w1)))
+    dh_MN, db1 = hidden_gradient(dy_MC, w2.contiguous(), slope.view(-1, len(w1)))
     dw2 = dy_MC.T @ a.view(dh_MN.shape)
     return (dh_MN @ w1).view(x.shape), dh_MN.T @ x_MC, db1.to(x.dtype), dw2
 

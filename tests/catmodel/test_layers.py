@@ -1,0 +1,89 @@
+"""Blocks in a row: residual sums that are made by the next norm, drop-path, and recomputed activations."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from catmodel import kernels
+from catmodel.layers import Block, DropPathAdd, Pending
+
+
+class Scale(nn.Module):
+    """In place of attention: a linear layer with a bias that can be left to the caller."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, channels)
+
+    def late_bias(self) -> Tensor:
+        return self.proj.bias
+
+    def forward(self, x: Tensor, factor: float, last_bias: bool = True) -> Tensor:
+        y = self.proj(x) if last_bias else nn.functional.linear(x, self.proj.weight)
+        return y * factor
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    kernels.register()
+
+
+def blocks(drop_path: float = 0.5) -> nn.ModuleList:
+    torch.manual_seed(0)
+    return nn.ModuleList(Block(16, Scale(16), 4, drop_path) for _ in range(2)).train()
+
+
+def run(made: nn.ModuleList, x: Tensor, **options: bool) -> list[Tensor]:
+    """The result of the blocks in a row, and the gradients of x and of all parameters."""
+    torch.manual_seed(1)
+    x = x.clone().requires_grad_()
+    pending = Pending(x)
+    for block in made:
+        pending = block.chain(pending, 1.0, **options)
+    y = pending.total()
+    inputs = [x, *made.parameters()]
+    return [y.detach(), *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), inputs)]
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_blocks_in_a_row_are_the_same_with_kernels(interpreted, drop_path):
+    made, x = blocks(drop_path), torch.randn(6, 5, 16)
+    for value, expected in zip(run(made, x, fused=True), run(made, x), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_recomputed_activations_give_the_same_bits(interpreted, fused):
+    made, x = blocks(), torch.randn(6, 5, 16)
+    for value, expected in zip(run(made, x, fused=fused, recompute=True), run(made, x, fused=fused), strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_without_kernels_a_row_is_the_blocks_one_after_the_other():
+    made, x = blocks(), torch.randn(6, 5, 16)
+    torch.manual_seed(1)
+    y = x
+    for block in made:
+        y = block(y, 1.0)
+    assert torch.equal(run(made, x)[0], y.detach())
+
+
+def test_autocast_leaves_sums_and_norms_to_pytorch(interpreted):
+    """A norm then computes in float32 from tokens of float32 and branches of bfloat16."""
+    made, x = blocks(0.0), torch.randn(2, 5, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused, plain = run(made, x, fused=True), run(made, x)
+    for value, expected in zip(fused, plain, strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, expected, rtol=0.05, atol=0.05)
+
+
+def test_a_sample_is_kept_and_scaled_or_dropped():
+    torch.manual_seed(2)
+    add, x, branch = DropPathAdd(0.25).train(), torch.ones(400, 3), torch.full((400, 3), 3.0)
+    found = add(x, branch)
+    assert set(found.flatten().tolist()) == {1.0, 5.0} and (found == found[:, :1]).all()
+    assert 0.65 < (found[:, 0] == 5).float().mean() < 0.85
+    assert torch.equal(add.eval()(x, branch), x + branch)
