@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from catmodel import kernels
 from catmodel.fixed_order import resize
-from catmodel.layers import DropPathAdd, Mlp, PatchConv
+from catmodel.layers import Block, PatchConv, Pending
 from catmodel.patches import may_be_nonzero, padding_to
 from catmodel.variants import Staged, build, select_stages
 
@@ -44,7 +43,11 @@ class SpatialReductionAttention(nn.Module):
             self.sr = PatchConv(channels, channels, kernel_size=reduction, stride=reduction)
             self.norm = nn.LayerNorm(channels)
 
-    def forward(self, x_BNC: Tensor, height: int, width: int, fused: bool) -> Tensor:
+    def late_bias(self) -> Tensor:
+        """The bias that `forward` leaves to the caller without `last_bias`."""
+        return self.proj.bias
+
+    def forward(self, x_BNC: Tensor, height: int, width: int, fused: bool, last_bias: bool = True) -> Tensor:
         """fused: use the Triton kernels, whose gradients are repeatable on a GPU (those of PyTorch's are not)."""
         q_BNC = self.q(x_BNC)
         if self.reduction > 1:
@@ -55,27 +58,14 @@ class SpatialReductionAttention(nn.Module):
         kv_BNF = self.kv(x_BNC)
         if fused and kernels.cross_attention_fits(q_BNC.shape[-1] // self.num_heads):
             q, kv = q_BNC.unflatten(2, (self.num_heads, -1)), kv_BNF.unflatten(2, (2, self.num_heads, -1))
-            return self.proj(kernels.ops.cross_attention(q, kv)[0].flatten(2))
+            return self._project(kernels.ops.cross_attention(q, kv)[0].flatten(2), last_bias)
         q = rearrange(q_BNC, "B N (h d) -> B h N d", h=self.num_heads)
         k, v = rearrange(kv_BNF, "B N (two h d) -> two B h N d", two=2, h=self.num_heads)
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(y, "B h N d -> B N (h d)"))
+        return self._project(rearrange(y, "B h N d -> B N (h d)"), last_bias)
 
-
-class Block(nn.Module):
-    """Attention, then an MLP, each with a norm before it and a residual around it."""
-
-    def __init__(self, channels: int, num_heads: int, mlp_ratio: float, reduction: int, drop_path: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(channels, eps=BLOCK_EPS)
-        self.attn = SpatialReductionAttention(channels, num_heads, reduction)
-        self.norm2 = nn.LayerNorm(channels, eps=BLOCK_EPS)
-        self.mlp = Mlp(channels, int(channels * mlp_ratio))
-        self.add = DropPathAdd(drop_path)
-
-    def forward(self, x_BNC: Tensor, height: int, width: int, fused: bool) -> Tensor:
-        x_BNC = self.add(x_BNC, self.attn(self.norm1(x_BNC), height, width, fused))
-        return self.add(x_BNC, self.mlp(self.norm2(x_BNC), fused))
+    def _project(self, y: Tensor, last_bias: bool) -> Tensor:
+        return self.proj(y) if last_bias else F.linear(y, self.proj.weight)
 
 
 class PatchEmbed(nn.Module):
@@ -152,8 +142,11 @@ class PVT(Staged):
             position = nn.Parameter(torch.empty(1, math.prod(self.grids[i]) + classifies, channels))
             self.register_parameter(f"pos_embed{i + 1}", position)
             rates_here = rates[sum(depths[:i]) : sum(depths[: i + 1])]
-            blocks = (Block(channels, num_heads[i], mlp_ratios[i], sr_ratios[i], rate) for rate in rates_here)
-            self.add_module(f"block{i + 1}", nn.ModuleList(blocks))
+            blocks = nn.ModuleList()
+            for rate in rates_here:
+                attn = SpatialReductionAttention(channels, num_heads[i], sr_ratios[i])
+                blocks.append(Block(channels, attn, mlp_ratios[i], rate, BLOCK_EPS))
+            self.add_module(f"block{i + 1}", blocks)
         self.num_features = embed_dims[self.stages - 1]
         self.feature_info = [
             {"num_chs": embed_dims[i], "reduction": 2 ** (i + 2), "module": f"block{i + 1}"} for i in range(self.stages)
@@ -232,10 +225,10 @@ class PVT(Staged):
         x_BNC = x_BNC + position
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         fused = self.kernels and kernels.usable(x_BNC.device, x_BNC.dtype)
+        tokens = Pending(x_BNC)
         for block in getattr(self, f"block{index + 1}"):
-            inputs = x_BNC, height, width, fused
-            x_BNC = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
-        return x_BNC, height, width
+            tokens = block.chain(tokens, height, width, fused, fused=fused, recompute=recompute)
+        return tokens.total(), height, width
 
     def forward_features(self, image: Tensor) -> Tensor:
         """[B, in_chans, H, W] of img_size -> normed tokens of the last stage [B, 1 + N, C], class token first."""
