@@ -19,6 +19,9 @@ from catmodel import kernels
 from catmodel.dropout import draw_seed, dropout
 from catmodel.patches import Patches
 
+# PyTorch's fused attention fails for larger batches on a GPU ("invalid argument", seen with 128,000 on an H200).
+LARGEST_BATCH = 65_535
+
 
 class InnerPatchAttention(nn.Module):
     """IPSA: multi-head self-attention among the tokens of a patch, with a learned relative position bias.
@@ -161,6 +164,9 @@ def attend(
         weights = (q * d**-0.5) @ k.transpose(-2, -1)
         weights = (weights if bias is None else weights + bias).softmax(dim=-1)
         return (dropout(weights, rate, seed) if rate else weights) @ v
+    if q.device.type == "cuda" and bias is None and len(q) > LARGEST_BATCH:
+        parts = zip(*(x.split(LARGEST_BATCH) for x in (q, k, v)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias if bias is None else bias.to(q.dtype))
 
 

@@ -80,6 +80,8 @@ def start_runtime(patience: float = PATIENCE) -> Runtime:
         # CUDA graphs cannot be recorded on the default stream, and a parameter's node in the graph of autograd, which
         # DeepSpeed may keep, belongs to the stream on which it was made: everything runs on one other stream.
         torch.cuda.set_stream(torch.cuda.Stream(device))
+        # Some of cuDNN's convolutions sum gradients in an order that varies; what they cost has not been measured.
+        torch.backends.cudnn.deterministic = True
     else:
         device = torch.device("cpu")
     choose_interface()

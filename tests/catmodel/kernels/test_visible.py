@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[3]
 OPTIONS = {  # from the plans of the kernels, for patches of 7 x 7, heads of 16 channels, and maps of CoTNeXt
     "CAT": {
-        "forward": [{"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 1}],
-        "backward": [{"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 1}],
+        "forward": [{"num_warps": 4, "num_stages": stages} for stages in (1, 2, 3)],
+        "backward": [{"num_warps": 4, "num_stages": stages} for stages in (1, 2, 3)],
         "transpose": [{"num_warps": 4, "num_stages": 1}],
     },
     "CoTNeXt": {
@@ -25,11 +25,16 @@ OPTIONS = {  # from the plans of the kernels, for patches of 7 x 7, heads of 16 
         "backward_kv": [{"num_warps": 4, "num_stages": 1}],
     },
 }
-LAUNCHES = {"CAT": [10, 10], "CoTNeXt": [1, 1], "PVT": [2, 4]}
+LAUNCHES = {"CAT": [20, 20], "CoTNeXt": [1, 1], "PVT": [2, 4]}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("CAT", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("CoTNeXt", "PVT")),
+    ],
+)
 def test_compiled_steps_launch_the_kernels_themselves(name):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.catmodel.kernels.visible_steps", name]
@@ -39,6 +44,7 @@ def test_compiled_steps_launch_the_kernels_themselves(name):
     assert [operator for operator in found["opaque"] if "mlp" not in operator] == []
     assert found["launches"] == LAUNCHES[name]
     assert found["copied"] == 0
+    assert set().union(*found["compiled"]) == {f"_{kernel}" for kernel in OPTIONS[name]}
     assert found["options"].keys() == OPTIONS[name].keys()
     for kernel, options in found["options"].items():
         (chosen,) = options  # several would be timed at run time, and another one might win after a restart

@@ -6,17 +6,21 @@ A program, because the tests' process has defined the kernels for Triton's inter
 
 opaque: operators that stay whole. options: of each kernel, those that Inductor chooses from by timing if there are
 several. launches: of our kernels, forward and backward. copied: results that are written to a copy of their tensor.
+compiled: our kernels, compiled with the types of arguments in Inductor's code.
 """
 
 import ast
 import json
 import re
 import sys
+import tempfile
+from pathlib import Path
 
 from torch._dynamo.utils import ReinplaceCounters
 
 import catmodel.kernels
 from tests.catmodel.generated_code import code_of, graphs_of
+from tests.catmodel.kernels.compile_generated import compile_kernels
 from tests.catmodel.test_generated_code import training_step
 from train.engine.deepspeed_engine import compile_settings
 
@@ -31,6 +35,8 @@ if __name__ == "__main__":
         codes = code_of(graphs, compile_settings()["options"])
         operators = {str(node.target) for graph, _ in graphs for node in graph.graph.nodes}
         kernels = [pair for code in codes for pair in USER_KERNEL.findall(code)]
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = [compile_kernels(code, Path(folder)) for code in codes]
         print(
             json.dumps(
                 dict(
@@ -38,6 +44,7 @@ if __name__ == "__main__":
                     options={kernel: ast.literal_eval(configs) for configs, kernel in kernels},
                     launches=[len(re.findall(r"^ +_\w+\.run\(", code, re.M)) for code in codes],
                     copied=ReinplaceCounters.get_total_missed(),
+                    compiled=compiled,
                 )
             )
         )
