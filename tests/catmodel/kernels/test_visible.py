@@ -20,12 +20,13 @@ OPTIONS = {  # from the plans of the kernels, for patches of 7 x 7, heads of 16 
         "backward": [{"num_warps": 8, "num_stages": 1}],
     },
     "PVT": {
-        "forward": [{"num_warps": 4, "num_stages": 1}],
+        "forward": [{"num_warps": 4, "num_stages": stages} for stages in (1, 3)],
+        "backward": [{"num_warps": 4, "num_stages": 3}],
         "backward_q": [{"num_warps": 4, "num_stages": 1}],
         "backward_kv": [{"num_warps": 4, "num_stages": 1}],
     },
 }
-LAUNCHES = {"CAT": [20, 20], "CoTNeXt": [1, 1], "PVT": [2, 4]}
+LAUNCHES = {"CAT": [20, 20], "CoTNeXt": [1, 1], "PVT": [4, 6]}
 
 
 @pytest.mark.parametrize(
