@@ -49,7 +49,7 @@ bench: .venv/backends
 	$(BIN)/python launch/bench.py data
 	$(BIN)/python launch/bench.py train
 
-# Measurements on a GPU, in 8 minutes. Without .venv: make gpu PYTHON=python3 GPU_WHEELS=folder (docs/performance.md).
+# Measurements on a GPU, in 7 minutes. Without .venv: make gpu PYTHON=python3 GPU_WHEELS=folder (docs/performance.md).
 gpu: $(if $(filter $(BIN)/%,$(PYTHON)),setup)
 	$(PYTHON) launch/gpu.py
 
