@@ -151,7 +151,7 @@ def many() -> Iterable[Case]:
     yield Case("cross_patch", 1, 200, 320, 96, "bfloat16")
     yield Case("cross_patch", 1, 200, 320, 96, "bfloat16", rate=0.2)
     yield Case("cross_patch", 1, 200, 320, 96, "float32")
-    for channels, dtype in product((64, 96, 128, 192), ("bfloat16", "float16", "float32")):
+    for channels, dtype in product((64, 96, 128, 192, 384, 768), ("bfloat16", "float16", "float32")):
         yield Case("mlp", 8, 55, 57, channels, dtype)
     maps = ((56, 64), (14, 256), (7, 512))
     for (side, channels), dtype, last in product(maps, ("bfloat16", "float16", "float32"), (False, True)):
