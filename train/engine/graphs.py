@@ -79,8 +79,13 @@ def graphs_wanted(config: Config, device: torch.device, updated_here: bool) -> t
         return False, None
     if wanted is False or (wanted == "auto" and not config.train.compile):
         return False, None
+    why = None
     if not updated_here:
         why = "zero.offload" if config.zero.offload else f"zero.stage={config.zero.stage}"
+    elif config.train.activation_checkpointing:
+        # PyTorch reads the state of its generator before it recomputes, which is forbidden while a graph is recorded.
+        why = "train.activation_checkpointing"
+    if why:
         if wanted is True:
             raise ConfigError(f"train.cuda_graphs=true does not work with {why}; auto leaves them out")
         return False, f"steps are not replayed as CUDA graphs, which {why} does not allow"

@@ -14,7 +14,10 @@ from tests.faults import NanLoss
 from tests.oracle import assert_same_state, ids_by_step, scores, state
 from tests.runs import events, losses, run, start
 from tests.train.test_families import TINY, with_model
+from train.config import ConfigError, load_config
+from train.engine.deepspeed_config import updated_here
 from train.engine.flat import ALIGNMENT, FlatGroup
+from train.engine.graphs import graphs_wanted
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,9 @@ def test_replays_with_accumulation_dropout_clipping_and_evaluations_in_between(t
 
 
 @pytest.mark.slow
-def test_replays_with_batch_norm_activation_checkpointing_and_a_skipped_step(tiny_config, tmp_path):
+def test_replays_with_batch_norm_and_a_skipped_step(tiny_config, tmp_path):
     config = with_model(tiny_config, tmp_path, TINY["cotnet"])
-    settings = ["train.activation_checkpointing=true", "train.max_steps=6"]
-    both_ways(config, tmp_path, *settings, also=NanLoss(1, steps=(4,)))
+    both_ways(config, tmp_path, "train.max_steps=6", also=NanLoss(1, steps=(4,)))
     assert [line["step"] for line in events(tmp_path / "replayed", "skipped_step")] == [4]
 
 
@@ -95,6 +97,34 @@ def test_without_a_gpu_graphs_are_refused(tiny_config, tmp_path):
     job = start(tiny_config, tmp_path, "train.cuda_graphs=true")
     assert job.wait() == [78]
     assert "train.cuda_graphs=true needs a GPU" in job.text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted", "word"),
+    [
+        (["train.compile=true"], True, "are replayed"),
+        (["train.compile=false"], False, None),
+        (["train.compile=true", "train.cuda_graphs=false"], False, None),
+        (["train.compile=true", "train.activation_checkpointing=true"], False, "train.activation_checkpointing"),
+        (["train.compile=true", "zero.offload=true", "zero.stage=1"], False, "zero.offload"),
+        (["zero.stage=3"], False, None),
+        (["train.cuda_graphs=true"], True, "are replayed"),
+    ],
+)
+def test_where_steps_are_replayed_on_a_gpu(tiny_config, settings, wanted, word):
+    config = load_config(tiny_config, settings)
+    found, sentence = graphs_wanted(config, torch.device("cuda"), updated_here(config, world=2))
+    assert found == wanted
+    assert (word in sentence) if word else sentence is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"), [(["zero.stage=3"], "zero.stage=3"), (["train.activation_checkpointing=true"], "activation")]
+)
+def test_graphs_that_are_demanded_where_they_cannot_be_are_refused(tiny_config, settings, word):
+    config = load_config(tiny_config, ["train.cuda_graphs=true", *settings])
+    with pytest.raises(ConfigError, match=word):
+        graphs_wanted(config, torch.device("cuda"), updated_here(config, world=2))
 
 
 def test_parameters_lie_aligned_in_a_flat_tensor_and_keep_their_values():
