@@ -115,7 +115,7 @@ def loader_rates(dataset: str, count: int, images: int, rounds: int) -> dict:
 
     import torch
 
-    from benchmarks.data import Images, decoding_alone, loading
+    from benchmarks.data import BATCH, Images, decoding_alone, loading
     from benchmarks.measure import interleave
     from data_pipeline.config import AugmentConfig, DataConfig
     from data_pipeline.decode import DECODER
@@ -123,7 +123,7 @@ def loader_rates(dataset: str, count: int, images: int, rounds: int) -> dict:
 
     torch.set_num_threads(1)
     found = Images.read(open_manifest(dataset).split("train"), images, 224, AugmentConfig())
-    fast, one = loading(found, DataConfig(path=dataset), count).values()
+    fast, one = loading(found, DataConfig(path=dataset), BATCH, count).values()
     decoders = [decoding_alone(found) for _ in range(count)]
 
     def together() -> tuple[int, float]:
