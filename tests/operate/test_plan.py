@@ -16,6 +16,7 @@ from operate.plan.timeline import Timeline
 from operate.plan.workload import Workload, count_workload, memory_by_stage
 from operate.task_model import task_of
 from train.config import load_config
+from train.engine.deepspeed_config import BUCKET_ELEMENTS
 
 CLUSTER = Cluster(
     2, 4, images_per_second=100, decode_rate=50, link_within=100, link_between=10, latency_within=0, latency_between=0
@@ -175,7 +176,8 @@ def test_memory_falls_with_the_zero_stage_and_activations_grow_with_the_micro_ba
     sizes = memory_by_stage(task_of(load_config(tiny_config)), 4)
     totals = [sum(sizes[stage].values()) for stage in STAGES]
     assert sizes[3]["weights"] == sizes[0]["weights"] / 4 and sizes[3]["gradients"] == sizes[1]["gradients"] / 4
-    assert totals[2] < totals[1] and totals[3] < totals[2]
+    buckets = 4 * BUCKET_ELEMENTS  # of DeepSpeed's communication, which only ZeRO 3 uses; more than this model
+    assert totals[2] < totals[1] and totals[3] - buckets < totals[2]
     double = memory_by_stage(task_of(load_config(tiny_config, ["train.micro_batch=16"])), 4)
     assert double[0]["activations"] == pytest.approx(2 * sizes[0]["activations"], rel=0.05)
 
