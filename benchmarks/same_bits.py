@@ -77,7 +77,6 @@ def train(tree: Path, output: Path, dataset: Path, precision: str, stage: int, l
 def differences(one: Path, other: Path) -> list[str]:
     """What differs between two runs, in sentences; empty if nothing does."""
     import torch
-    from safetensors.torch import load_file
 
     from train.telemetry.goodput import read_lines
 
@@ -90,16 +89,31 @@ def differences(one: Path, other: Path) -> list[str]:
         }
         for run in (one, other)
     ]
-    found += [f"the loss of step {step}" for step in losses[0] if losses[0][step] != losses[1].get(step)]
+    for step, (loss, norm) in losses[0].items():
+        other_loss, other_norm = losses[1].get(step, (torch.nan, torch.nan))
+        if (loss, norm) != (other_loss, other_norm):
+            found.append(f"the loss of step {step} by {abs(other_loss / loss - 1):.0e}")
     for path in sorted((one / "samples").iterdir()):
         if path.read_text() != (other / "samples" / path.name).read_text():
             found.append(f"samples/{path.name}")
-    checkpoints = [max((run / "checkpoints").glob("step_*")) for run in (one, other)]
-    for path in sorted(checkpoints[0].glob("*.safetensors")):
-        tensors = [load_file(checkpoint / path.name) for checkpoint in checkpoints]
-        if tensors[0].keys() != tensors[1].keys():
-            found.append(f"the names of the tensors in {path.name}")
-        found += [f"{path.name}: {key}" for key in tensors[0] if not torch.equal(tensors[0][key], tensors[1][key])]
+    tensors = [tensors_of(max((run / "checkpoints").glob("step_*"))) for run in (one, other)]
+    if tensors[0].keys() != tensors[1].keys():
+        found.append("the names of the tensors")
+    return found + [key for key in tensors[0] if not torch.equal(tensors[0][key], tensors[1].get(key))]
+
+
+def tensors_of(checkpoint: Path) -> dict:
+    """The whole weights, averages and moments in a checkpoint, whichever ranks wrote their pieces."""
+    import torch
+
+    from train.checkpoint.format import read_info
+    from train.checkpoint.pieces import Wanted, fill, pieces_of
+
+    info = read_info(checkpoint)
+    shards = [checkpoint / name for name in sorted(info.shards)]
+    shapes = {key: info.shapes.get(key.partition("/")[2]) for key in pieces_of(shards)}
+    found = {key: torch.empty(shape) for key, shape in shapes.items() if shape is not None}
+    fill(shards, [Wanted(key, 0, tensor.view(-1)) for key, tensor in found.items()])
     return found
 
 
