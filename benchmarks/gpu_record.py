@@ -147,7 +147,7 @@ class Record:
 
 
 def _judge(result: dict, judge: Judge) -> None:
-    """Set "passed" and "says". A judge that lacks rows (KeyError, …) says so by failing."""
+    """Set "passed" and "says". If rows are missing, `judge` raises an error, and the part has not passed."""
     rows = [row for row in result["rows"] if "failed" not in row]
     try:
         passed, says = judge(rows)

@@ -45,7 +45,10 @@ def main(arguments: argparse.Namespace) -> None:
     }
     print(json.dumps(found, indent=1))
     if arguments.json:
-        about = {"command": f"python benchmarks/host_time.py {arguments.commit}", "date": date.today().isoformat()}
+        about = {
+            "command": f"python benchmarks/host_time.py {arguments.commit} --rounds {arguments.rounds}",
+            "date": date.today().isoformat(),
+        }
         Path(arguments.json).write_text(json.dumps({**about, "model": MODEL, "rows": found}, indent=1) + "\n")
 
 

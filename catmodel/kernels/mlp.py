@@ -8,8 +8,8 @@ Elements moved per token, for C channels and 4C hidden channels:
     backward     dA 5C, GELU' 12C, dW1 5C, dW2 5C, dx 5C,              dA times GELU' 9C, others 15C     = 24C
                  db1 4C                                        = 36C
 
-Instead of the hidden layer before the GELU, forward stores GELU' of it: the backward pass then only multiplies. The
-gradient of the second bias is left to whoever adds it, if there is none here.
+Instead of the hidden layer before the GELU, forward stores GELU' of it: the backward pass then only multiplies. If no
+second bias is given, the caller adds it, and computes its gradient.
 
 Microseconds of the first product with the GELU, and of its gradient, in the stages of CAT-B (batch 256, bf16, one H200,
 docs/results/h200-2026-11-27/kernel-lab.json), and those of cuBLAS with the passes that Inductor makes:

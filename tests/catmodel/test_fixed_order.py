@@ -21,6 +21,9 @@ OPERATORS: dict[str, tuple[Callable, Callable]] = {
     "reflected": (lambda x: pad_border(x, True), lambda x: F.pad(x, (1, 1, 1, 1), "reflect")),
 }
 
+# A side of one pixel has nothing to reflect.
+CASES = [(name, sides) for name in OPERATORS for sides in SIDES if name != "reflected" or min(sides) > 1]
+
 
 def outcome(function: Callable, x: Tensor) -> tuple[Tensor, Tensor]:
     """The value, and the gradient for a random direction."""
@@ -31,13 +34,10 @@ def outcome(function: Callable, x: Tensor) -> tuple[Tensor, Tensor]:
     return y.detach(), torch.autograd.grad(y, x, direction)[0]
 
 
-@pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(("name", "sides"), CASES)
 def test_value_is_pytorchs_and_so_is_the_gradient(name, dtype, sides):
     """Many numbers are equal, as after a ReLU: max-pooling must choose the same ones."""
-    if name == "reflected" and min(sides) < 2:
-        pytest.skip("a side of one pixel has nothing to reflect")
     x = torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(0)).relu().to(dtype)
     ours, theirs = OPERATORS[name]
     (value, gradient), (expected, expected_gradient) = outcome(ours, x), outcome(theirs, x)
