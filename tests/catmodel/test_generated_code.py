@@ -36,9 +36,9 @@ STEPS = {
     "CoTNet": ("cotnet50", 2, {}),
     "CoTNeXt": ("cotnext50", 1, {}),
     "SE-CoTNetD": ("se_cotnetd152", 3, {}),
-    "segmentation, CAT": ("cat_tiny", 2, dict(features_only=True, **PATCHES)),
-    "segmentation, PVT": ("pvt_tiny", 2, dict(features_only=True)),
-    "segmentation, CoTNet": ("cotnet50", 2, dict(features_only=True)),
+    "CAT, segmentation": ("cat_tiny", 2, dict(features_only=True, **PATCHES)),
+    "PVT, segmentation": ("pvt_tiny", 2, dict(features_only=True)),
+    "CoTNet, segmentation": ("cotnet50", 2, dict(features_only=True)),
 }
 
 
@@ -49,7 +49,7 @@ def training_step(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Calla
     if "cpsa_num_heads" in settings:
         settings.update(PATCHES)
     model = small(architecture, stages, **DROPS, **settings)
-    if name.startswith("segmentation"):
+    if name.endswith("segmentation"):
         return segmentation_step(model, dtype)
     model = model.train().to(dtype)
     side = settings.get("img_size", 64) + (14 if settings.get("features_only") else 0)
