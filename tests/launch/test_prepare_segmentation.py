@@ -1,4 +1,4 @@
-"""launch/prepare.py for segmentation, as a process: what it says, kill -9 and resuming, FFCV files beside label maps."""
+"""launch/prepare.py for segmentation, as a process: what it says, kill -9, and FFCV files beside label maps."""
 
 import importlib.util
 import shutil
