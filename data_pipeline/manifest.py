@@ -23,7 +23,7 @@ import numpy as np
 
 from .durable import sha256_of, write_atomically
 from .faults import LASTING, retried
-from .split import RECORD, Annotation, Beton, DataError, Shard, Split
+from .split import LABEL_MAP, RECORD, Annotation, Beton, DataError, Shard, Split
 
 VERSION = 1
 FILE_NAME = "manifest.json"
@@ -166,32 +166,22 @@ def check_sizes(manifest: Manifest) -> None:
 def check_indexes(manifest: Manifest) -> None:
     """Raise DataError unless every index has the manifest's hash and refers only to existing classes and files."""
     for split in manifest.splits.values():
-        classes = len(manifest.classes)
-        _check_index(split.index_path, split.fingerprint, classes, [shard.bytes for shard in split.shards])
+        classes, shards = len(manifest.classes), [shard.bytes for shard in split.shards]
+        _check_index(split.index_path, split.fingerprint, classes, shards)
         if split.beton:
             _check_index(split.beton_index_path, split.beton.fingerprint, classes, [split.beton.bytes])
-        for annotation in split.annotations.values():
-            _check_annotation(manifest.folder / annotation.file, annotation, split.samples)
+        for name, annotation in split.annotations.items():
+            path = manifest.folder / annotation.file
+            _check_annotation(path, annotation, split.samples)
+            if name == LABEL_MAP:
+                records = np.load(path, mmap_mode="r")
+                fault = _first_fault(records, classes, shards) if records.dtype == RECORD else (0, "it is no place")
+                if fault:
+                    raise DataError(_cannot_be_right(path, *fault))
 
 
 def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -> None:
-    """files: size in bytes of each file that the index refers to; empty if those are absent, as beside an FFCV file."""
-    sizes = np.array(files, np.uint64)
-
-    def first_fault(records: np.ndarray) -> tuple[int, str] | None:
-        fine = {
-            f"its class is none of the {classes}": records["label"] < classes,
-            "it has no pixels": (records["width"] > 0) & (records["height"] > 0),
-        }
-        if files:
-            inside = records["shard"] < len(sizes)
-            end = sizes[np.where(inside, records["shard"], 0)]
-            # Without a sum, which might not fit into 64 bits.
-            fine["it lies outside the files"] = (
-                inside & (records["size"] <= end) & (records["offset"] <= end - records["size"])
-            )
-        wrong = {int(np.argmin(mask)): why for why, mask in fine.items() if not mask.all()}
-        return min(wrong.items()) if wrong else None
+    """files: see `_first_fault`."""
 
     def read() -> tuple[str, str | None]:
         digest, first, fault = hashlib.sha256(), 0, None
@@ -199,11 +189,8 @@ def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -
             while chunk := file.read(CHUNK * RECORD.itemsize):
                 digest.update(chunk)
                 records = np.frombuffer(chunk, RECORD, len(chunk) // RECORD.itemsize)
-                if fault is None and (found := first_fault(records)):
-                    fault = (
-                        f"{path} cannot be right: of sample {first + found[0]} it says that {found[1]}. Prepare "
-                        "the dataset again."
-                    )
+                if fault is None and (found := _first_fault(records, classes, files)):
+                    fault = _cannot_be_right(path, first + found[0], found[1])
                 first += len(records)
         return digest.hexdigest(), fault
 
@@ -219,6 +206,31 @@ def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -
         )
     if fault:
         raise DataError(fault)
+
+
+def _first_fault(records: np.ndarray, classes: int, files: list[int]) -> tuple[int, str] | None:
+    """The first record that cannot be right, and why.
+
+    files: size in bytes of each file that the records refer to; empty if those are absent, as beside an FFCV file.
+    """
+    fine = {
+        f"its class is none of the {classes}": records["label"] < classes,
+        "it has no pixels": (records["width"] > 0) & (records["height"] > 0),
+    }
+    if files:
+        sizes = np.array(files, np.uint64)
+        inside = records["shard"] < len(sizes)
+        end = sizes[np.where(inside, records["shard"], 0)]
+        # Without a sum, which might not fit into 64 bits.
+        fine["it lies outside the files"] = (
+            inside & (records["size"] <= end) & (records["offset"] <= end - records["size"])
+        )
+    wrong = {int(np.argmin(mask)): why for why, mask in fine.items() if not mask.all()}
+    return min(wrong.items()) if wrong else None
+
+
+def _cannot_be_right(path: Path, sample: int, why: str) -> str:
+    return f"{path} cannot be right: of sample {sample} it says that {why}. Prepare the dataset again."
 
 
 def _check_annotation(path: Path, annotation: Annotation, samples: int) -> None:
