@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["create_model", "least_images", "list_models", "load_published", "register_timm"]
+__all__ = ["create_model", "create_segmenter", "least_images", "list_models", "load_published", "register_timm"]
 
 # Module -> the models it defines, each a function of that name. With this list, `list_models` need not import torch.
 _FAMILIES = {
@@ -48,6 +48,13 @@ def create_model(name: str, **overrides: Any) -> "nn.Module":
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"unknown model {name!r}: {hint}Models: {', '.join(list_models())}")
     return getattr(importlib.import_module(_MODELS[name]), name)(**overrides)
+
+
+def create_segmenter(name: str, num_classes: int, **options: Any) -> "nn.Module":
+    """Build Semantic FPN on the backbone `name`; see `catmodel.semantic_fpn.create_segmenter`."""
+    from catmodel import semantic_fpn
+
+    return semantic_fpn.create_segmenter(name, num_classes, **options)
 
 
 def load_published(model: "nn.Module", source: Any, **options: Any) -> Any:

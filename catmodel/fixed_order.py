@@ -99,6 +99,68 @@ def _matrix(side: int, other: int, mode: str, dtype: torch.dtype, device: torch.
     return F.interpolate(impulses, size=(other, 1), mode=mode)[0, :, :, 0]
 
 
+def upsample(x_BCHW: Tensor, factor: int) -> Tensor:
+    """[B, C, H, W] -> [B, C, factor * H, factor * W], bilinear between pixels' centres, by `F.interpolate`.
+
+    The gradient is gathered by weighted sums of slices, along H and then along W: compiled, it reads the large map's
+    gradient once, and writes and reads a map of 1 / factor of its size in between. No matrices, as in `resize`.
+    """
+    if factor == 1:
+        return x_BCHW
+    if torch.is_grad_enabled() and x_BCHW.requires_grad:
+        return _Upsample.apply(x_BCHW, factor)
+    return _upsample(x_BCHW, factor)
+
+
+def _upsample(x_BCHW: Tensor, factor: int) -> Tensor:
+    height, width = x_BCHW.shape[2:]
+    return F.interpolate(x_BCHW, size=(factor * height, factor * width), mode="bilinear")
+
+
+class _Upsample(torch.autograd.Function):
+    """A new pixel takes from the old pixel that it lies in, and from the one before or after."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x_BCHW: Tensor, factor: int) -> Tensor:
+        return _upsample(x_BCHW, factor)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        dx = dy.to(torch.promote_types(dy.dtype, torch.float32))
+        return _gather(_gather(dx, 2, ctx.factor), 3, ctx.factor).to(dy.dtype), None
+
+
+def _gather(dy: Tensor, dim: int, factor: int) -> Tensor:
+    """The gradient of a linear interpolation along `dim`, whose length it divides by `factor`."""
+    here: Tensor | float = 0.0
+    before: Tensor | float = 0.0
+    after: Tensor | float = 0.0
+    for r, part in enumerate(dy.unflatten(dim, (-1, factor)).unbind(dim + 1)):
+        offset = (r + 0.5) / factor - 0.5  # of the new pixel's centre from the old pixel's, in old pixels
+        here = here + part * (1 - abs(offset))
+        if offset < 0:
+            before = before + part * -offset
+        elif offset > 0:
+            after = after + part * offset
+    # The rest of a new pixel comes from the old pixel before or after, and outside the map from the old pixel itself.
+    last = dy.shape[dim] // factor - 1
+    from_next = torch.cat([before.narrow(dim, 1, last), after.narrow(dim, last, 1)], dim)
+    from_previous = torch.cat([before.narrow(dim, 0, 1), after.narrow(dim, 0, last)], dim)
+    return here + from_next + from_previous
+
+
+def repeat(x_BCHW: Tensor, factor: int) -> Tensor:
+    """[B, C, H, W] -> [B, C, factor * H, factor * W]: each pixel becomes factor x factor, as in mode "nearest"."""
+    wide = x_BCHW[:, :, :, None, :, None].expand(-1, -1, -1, factor, -1, factor)
+    return wide.flatten(4, 5).flatten(2, 3)
+
+
 def pad_border(x_BCHW: Tensor, reflect: bool) -> Tensor:
     """A border of one pixel around the map, as by `F.pad` in mode "reflect" or "replicate": [B, C, H + 2, W + 2]."""
     at = 1 if reflect else 0

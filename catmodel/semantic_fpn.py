@@ -1,0 +1,154 @@
+"""Semantic FPN (Panoptic Feature Pyramid Networks, arXiv 1901.02446, section 3.1): segmentation on any backbone.
+
+As in mmsegmentation 0.x, with which CAT's and PVT's papers trained it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import catmodel
+from catmodel.fixed_order import resize, upsample
+from catmodel.fpn import FPN
+from catmodel.patches import may_be_nonzero
+from catmodel.pretrained import load_published
+
+
+class ChannelDropout(nn.Module):
+    """Dropout of whole channels: in training, each channel of each image [B, C, H, W] is zero with probability `rate`.
+
+    Other channels are scaled by 1 / (1 - rate). Draws from torch's default generator of the tensor's device.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x_BCHW
+        keep = 1.0 - self.rate
+        return x_BCHW * x_BCHW.new_empty(*x_BCHW.shape[:2], 1, 1).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}"
+
+
+class ScaleConv(nn.Module):
+    """A 3 x 3 convolution without bias, batch norm and ReLU; then the map is enlarged by 2, if `enlarge`."""
+
+    def __init__(self, in_channels: int, out_channels: int, enlarge: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.enlarge = enlarge
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y_BCHW = F.relu(self.bn(self.conv(x_BCHW)), inplace=True)
+        return upsample(y_BCHW, 2) if self.enlarge else y_BCHW
+
+
+class SemanticFPNHead(nn.Module):
+    """Maps of a pyramid -> logits of the finest map's size.
+
+    Each map is brought to the size of the finest by as many `ScaleConv` as there are steps between them (the finest
+    passes one that does not enlarge); their sum is classified pixel by pixel.
+    """
+
+    def __init__(self, levels: int, in_channels: int, channels: int, num_classes: int, dropout: float):
+        super().__init__()
+        self.scale_heads = nn.ModuleList(
+            nn.Sequential(
+                *(ScaleConv(channels if i else in_channels, channels, enlarge=level > 0) for i in range(max(level, 1)))
+            )
+            for level in range(levels)
+        )
+        self.dropout = ChannelDropout(dropout)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.zeros_(self.conv_seg.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps [B, in_channels, H_i, W_i] -> logits [B, num_classes, H_0, W_0].
+
+        If a map's sides are not exact multiples of the next one's (images whose sides are not multiples of the last
+        stride), the enlarged maps are resized to the finest.
+        """
+        total = self.scale_heads[0](maps[0])
+        height, width = total.shape[2:]
+        for head, x_BCHW in zip(self.scale_heads[1:], maps[1:], strict=True):
+            y_BCHW = head(x_BCHW)
+            if may_be_nonzero(y_BCHW.shape[2] - height, y_BCHW.shape[3] - width):
+                y_BCHW = resize(y_BCHW, (height, width), "bilinear")
+            total = total + y_BCHW
+        return self.conv_seg(self.dropout(total))
+
+
+class SemanticFPN(nn.Module):
+    """A backbone, a feature pyramid and a head that classifies every pixel of the finest map.
+
+    backbone: a network of catmodel with features_only. num_classes: without the ignored one. dropout: of the head's
+    channels. `stride`: pixels of the image per pixel of the logits; 4, but for cat_nano 2.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, dropout: float = 0.1, neck_channels: int = 256, channels: int = 128
+    ):
+        super().__init__()
+        widths = [backbone.feature_info[i]["num_chs"] for i in backbone.out_indices]
+        self.num_classes, self.stride = num_classes, backbone.feature_info[backbone.out_indices[0]]["reduction"]
+        self.backbone = backbone
+        self.neck = FPN(widths, neck_channels)
+        self.head = SemanticFPNHead(len(widths), neck_channels, channels, num_classes, dropout)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Images [B, 3, H, W] of any size -> logits [B, num_classes, ceil(H / stride), ceil(W / stride)]."""
+        return self.head(self.neck(self.backbone(image)))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters of two or more dimensions without weight decay: the backbone's."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def layer_of(self, name: str) -> int:
+        """Layer of a parameter, for layer-wise learning rates: the backbone's; a classifier's head for the rest."""
+        part, _, rest = name.partition(".")
+        return self.backbone.layer_of(rest if part == "backbone" else "fc.weight")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of the backbone's blocks in the backward pass."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def set_kernels(self, enable: bool = True) -> None:
+        """Use the backbone's Triton kernels if device, dtype and shapes allow it, or PyTorch's operators only."""
+        self.backbone.set_kernels(enable)
+
+    def load_classifier(self, weights: dict[str, Tensor]) -> list[str]:
+        """Fill the backbone with a classifier's weights: a released file's or a run's state dict. Returns sentences for
+        the log.
+
+        Position tables are interpolated to the backbone's img_size. The classifier's head is left out; neck, head and
+        the norms of CAT's maps keep their initial weights. Raises pretrained.DoesNotFit.
+        """
+        report = load_published(self.backbone, weights, resize_positions=True)
+        sentences = [f"position tables interpolated: {', '.join(report.resized)}"] if report.resized else []
+        norms = sorted({key.partition(".")[0] for key in report.fresh})
+        return [*sentences, f"fresh: {', '.join([*norms, 'neck', 'head'])}"]
+
+
+def create_segmenter(name: str, num_classes: int, dropout: float = 0.1, **overrides: Any) -> SemanticFPN:
+    """Semantic FPN on the backbone `name`, with initial weights drawn from torch's default generator.
+
+    overrides: arguments of the backbone's class, e.g. img_size, which sets the grid of its position tables, and
+    drop_path_rate. Raises ValueError as `catmodel.create_model` does.
+    """
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout {dropout} must be in [0, 1)")
+    return SemanticFPN(catmodel.create_model(name, features_only=True, **overrides), num_classes, dropout)
+
+
+def at_image_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits [B, classes, h, w] -> [B, classes, *size], bilinear, for evaluation. For training see `upsample`."""
+    return F.interpolate(logits, size=size, mode="bilinear")
