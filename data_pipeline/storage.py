@@ -18,7 +18,7 @@ descriptor is kept open for later, so that removing a file frees its space.
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
@@ -260,38 +260,39 @@ class Cache:
 
 
 class Ahead:
-    """Stages the files of the next `count` micro-batches, in the order of use.
+    """Stages the files of the next `count` micro-batches, in the order of use. stored: what reads the samples.
 
     needs: the sample ids of each micro-batch, in the order of use. Call `advance` when a micro-batch has been taken.
     """
 
-    def __init__(self, stored: StoredSamples, needs: Iterator[np.ndarray], count: int):
+    def __init__(self, stored: Sequence[StoredSamples], needs: Iterator[np.ndarray], count: int):
         self._stored, self._needs = stored, needs
+        self._cache = stored[0].split.cache
         self._executor = ThreadPoolExecutor(COPIERS, thread_name_prefix="stage")
         self._begun: set[Path] = set()
-        self._missing = set(stored.files)
+        self._missing = {path for one in stored for path in one.files}
         for _ in range(count):
             self.advance()
 
     def advance(self) -> None:
-        cache = self._stored.split.cache
-        if cache.limit is None and not self._missing:
+        if self._cache.limit is None and not self._missing:
             return  # all files have been requested, and without a limit none is removed again
         ids = next(self._needs, np.empty(0, np.int64))
-        for number in np.unique(self._stored.records["shard"][ids]).tolist():
-            path = self._stored.files[number]
-            self._missing.discard(path)
-            if path not in self._begun and not path.exists():
-                self._begun.add(path)
-                self._executor.submit(self._stage, path)
+        for stored in self._stored:
+            for number in np.unique(stored.records["shard"][ids]).tolist():
+                path = stored.files[number]
+                self._missing.discard(path)
+                if path not in self._begun and not path.exists():
+                    self._begun.add(path)
+                    self._executor.submit(self._stage, path, stored)
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def _stage(self, path: Path) -> None:
+    def _stage(self, path: Path, stored: StoredSamples) -> None:
         # The thread that reads the file gets the same error and reports it.
         with suppress(Exception):
-            self._stored.split.cache.stage(path, self._stored.closing, self._stored.note, wait=False)
+            self._cache.stage(path, stored.closing, stored.note, wait=False)
         self._begun.discard(path)
 
 

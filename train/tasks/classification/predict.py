@@ -132,4 +132,4 @@ def _size_of_jpeg(encoded: bytes) -> tuple[int, int] | None:
 def _decode(encoded: bytes, size: tuple[int, int], pixels: np.ndarray, data: DataConfig) -> str | None:
     dimensions = np.array([size])
     windows = evaluation_windows(*dimensions.T, data.eval_crop)
-    return decode_batch([encoded], dimensions, windows, data.image_size, data.interpolation, pixels[None]).get(0)
+    return decode_batch([encoded], dimensions, windows, pixels.shape[:2], data.interpolation, pixels[None]).get(0)
