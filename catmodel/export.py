@@ -1,8 +1,8 @@
 """Export of a model to safetensors, ONNX, torch.export's .pt2, or a folder for timm and the Hugging Face Hub.
 
 A file is written under a temporary name and compared with the model on random images of several batch sizes (and, for
-dense maps, of several image sizes). It is renamed only if both agree. Everything runs in fp32 on the CPU, without the
-Triton kernels.
+dense maps and segmentation, of several image sizes). It is renamed only if both agree. Everything runs in fp32 on the
+CPU, without the Triton kernels.
 """
 
 import importlib.util
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4
 SUFFIXES = (".safetensors", ".onnx", ".pt2")
-SMALLEST = 64  # pixels: the shortest side of images for dense maps
+SMALLEST = 64  # pixels: the shortest side of images of any size
 METADATA = "catmodel"  # the metadata key of the model's description
 
-# (height, width) of images for dense maps: of the traced example, whose map needs padding to whole patches; and, for
+# (height, width) of images of any size: of the traced example, whose map needs padding to whole patches; and, for
 # the comparison, odd sides, the smallest sides, and whole patches.
 EXAMPLE = (240, 264)
 SIZES = ((97, 131), (SMALLEST, SMALLEST), (224, 224))
@@ -65,16 +65,19 @@ def is_hub(to: str) -> bool:
 def export(model: "nn.Module", to: str, about: dict[str, Any]) -> float:
     """Write `model` to a file, or to a folder if `to` ends in "/". Returns the largest difference from the model.
 
-    about: {"model": {"name": ..., arguments of catmodel.create_model}, "classes": names, "mean": [3], "std": [3],
-        "interpolation", "eval_crop"}. It is stored in the file as JSON, under the metadata key "catmodel".
+    about: {"model": {"name": ..., arguments of catmodel.create_model or, for a SemanticFPN, of create_segmenter},
+        "classes": names, "mean": [3], "std": [3], ...}. It is stored in the file as JSON, under the metadata key
+        "catmodel".
 
     A difference is relative to the largest output, if that is above 1. The batch size stays free; so do height and
-    width (64 pixels or more) of features_only models.
+    width (64 pixels or more) for features_only models and for segmentation.
 
     Raises ExportError if the difference exceeds 1e-4, CannotExport if the format cannot hold the model.
     """
     import torch
 
+    if is_hub(to) and _segments(model):
+        raise CannotExport(f"{to}: timm and the Hub have no place for segmentation; name a file of another format")
     model.eval().requires_grad_(False)
     if hasattr(model, "set_kernels"):
         model.set_kernels(False)
@@ -103,7 +106,7 @@ def _largest_difference(model: "nn.Module", run: Callable[["Tensor"], Sequence["
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    sizes = [EXAMPLE, *SIZES] if model.features_only else [_image_size(settings)] * len(BATCHES)
+    sizes = [EXAMPLE, *SIZES] if _takes_any_size(model) else [_image_size(settings)] * len(BATCHES)
     largest = 0.0
     for number, size in enumerate(sizes):
         images = torch.randn(BATCHES[number % len(BATCHES)], settings.get("in_chans", 3), *size, generator=generator)
@@ -119,6 +122,16 @@ def _largest_difference(model: "nn.Module", run: Callable[["Tensor"], Sequence["
             if largest != largest:
                 return largest
     return largest
+
+
+def _segments(model: "nn.Module") -> bool:
+    from catmodel.semantic_fpn import SemanticFPN
+
+    return isinstance(model, SemanticFPN)
+
+
+def _takes_any_size(model: "nn.Module") -> bool:
+    return _segments(model) or model.features_only
 
 
 def _image_size(settings: dict) -> tuple[int, int]:
@@ -141,7 +154,8 @@ def _to_safetensors(model: "nn.Module", path: Path, about: dict) -> Callable:
     # Not save_file: only the owner can read the files that it writes.
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     path.write_bytes(save(weights, {METADATA: json.dumps(about)}))
-    again = catmodel.create_model(**about["model"]).eval()
+    create = catmodel.create_segmenter if _segments(model) else catmodel.create_model
+    again = create(**about["model"]).eval()
     again.load_state_dict(load_file(path))
     return lambda images: _outputs(again(images))
 
@@ -165,7 +179,7 @@ def _to_onnx(model: "nn.Module", path: Path, about: dict) -> Callable:
         return opset18.Div(opset18.Sub(dividend, opset18.Mod(dividend, divisor)), divisor)
 
     program = _program(model, about)
-    names = [f"map{i}" for i in model.out_indices] if model.features_only else ["logits"]
+    names = ["logits"] if _segments(model) or not model.features_only else [f"map{i}" for i in model.out_indices]
     onnx = torch.onnx.export(
         program,
         input_names=["images"],
@@ -184,24 +198,24 @@ def _to_onnx(model: "nn.Module", path: Path, about: dict) -> Callable:
 
 
 def _program(model: "nn.Module", about: dict) -> "ExportedProgram":
-    """Trace the model with torch.export. The batch size stays symbolic; so do height and width for dense maps."""
+    """Trace the model with torch.export. The batch size stays symbolic; so do the sides of images of any size."""
     import torch
     from torch.export import Dim
 
-    settings = about["model"]
-    if model.features_only and settings.get("shifted_windows"):
+    settings, any_size = about["model"], _takes_any_size(model)
+    if any_size and settings.get("shifted_windows"):
         raise CannotExport(
             "shifted_windows shifts only if an image has more than one patch: "
             "a graph for any image size cannot hold both cases"
         )
     dims = {0: Dim("batch")}
-    if model.features_only:
+    if any_size:
         dims |= {2: Dim("height", min=SMALLEST), 3: Dim("width", min=SMALLEST)}
-    images = torch.randn(2, settings.get("in_chans", 3), *(EXAMPLE if model.features_only else _image_size(settings)))
+    images = torch.randn(2, settings.get("in_chans", 3), *(EXAMPLE if any_size else _image_size(settings)))
     program = torch.export.export(
         model, (images,), dynamic_shapes=(dims,), prefer_deferred_runtime_asserts_over_guards=True
     )
-    if model.features_only:
+    if any_size:
         # These assertions hold for the example's size only. They concern memory layout (whether a reshape copies), not
         # values; `export` compares the graph with the model at sizes that violate them.
         for node in list(program.graph.nodes):

@@ -91,13 +91,23 @@ class SemanticFPN(nn.Module):
     """A backbone, a feature pyramid and a head that classifies every pixel of the finest map.
 
     backbone: a network of catmodel with features_only. num_classes: without the ignored one. dropout: of the head's
-    channels. `stride`: pixels of the image per pixel of the logits; 4, but for cat_nano 2.
+    channels. neck_channels, channels: of the pyramid and of the head. full_size: `forward` enlarges the logits to the
+    image's size (bilinear), as users want them; training does not.
+
+    `stride`: pixels of the image per pixel of the other logits; 4, but for cat_nano 2.
     """
 
     def __init__(
-        self, backbone: nn.Module, num_classes: int, dropout: float = 0.1, neck_channels: int = 256, channels: int = 128
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        dropout: float = 0.1,
+        neck_channels: int = 256,
+        channels: int = 128,
+        full_size: bool = False,
     ):
         super().__init__()
+        self.full_size = full_size
         widths = [backbone.feature_info[i]["num_chs"] for i in backbone.out_indices]
         self.num_classes, self.stride = num_classes, backbone.feature_info[backbone.out_indices[0]]["reduction"]
         self.backbone = backbone
@@ -105,8 +115,11 @@ class SemanticFPN(nn.Module):
         self.head = SemanticFPNHead(len(widths), neck_channels, channels, num_classes, dropout)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Images [B, 3, H, W] of any size -> logits [B, num_classes, ceil(H / stride), ceil(W / stride)]."""
-        return self.head(self.neck(self.backbone(image)))
+        """Images [B, 3, H, W] of any size -> logits [B, num_classes, ceil(H / stride), ceil(W / stride)], or with
+        full_size [B, num_classes, H, W].
+        """
+        logits = self.head(self.neck(self.backbone(image)))
+        return at_image_size(logits, image.shape[2:]) if self.full_size else logits
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters of two or more dimensions without weight decay: the backbone's."""
@@ -138,17 +151,26 @@ class SemanticFPN(nn.Module):
         return [*sentences, f"fresh: {', '.join([*norms, 'neck', 'head'])}"]
 
 
-def create_segmenter(name: str, num_classes: int, dropout: float = 0.1, **overrides: Any) -> SemanticFPN:
+def create_segmenter(
+    name: str,
+    num_classes: int,
+    dropout: float = 0.1,
+    neck_channels: int = 256,
+    channels: int = 128,
+    full_size: bool = False,
+    **overrides: Any,
+) -> SemanticFPN:
     """Semantic FPN on the backbone `name`, with initial weights drawn from torch's default generator.
 
-    overrides: arguments of the backbone's class, e.g. img_size, which sets the grid of its position tables, and
-    drop_path_rate. Raises ValueError as `catmodel.create_model` does.
+    overrides: arguments of the backbone's class, e.g. drop_path_rate, or img_size, which sets the grid of its position
+    tables. The other arguments: see `SemanticFPN`. Raises ValueError as `catmodel.create_model` does.
     """
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout {dropout} must be in [0, 1)")
-    return SemanticFPN(catmodel.create_model(name, features_only=True, **overrides), num_classes, dropout)
+    backbone = catmodel.create_model(name, features_only=True, **overrides)
+    return SemanticFPN(backbone, num_classes, dropout, neck_channels, channels, full_size)
 
 
-def at_image_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits [B, classes, h, w] -> [B, classes, *size], bilinear, for evaluation. For training see `upsample`."""
-    return F.interpolate(logits, size=size, mode="bilinear")
+def at_image_size(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits [B, classes, h, w] -> [B, classes, *size], bilinear. For a training step see `fixed_order.upsample`."""
+    return resize(logits, tuple(size), "bilinear")

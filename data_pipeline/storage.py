@@ -45,7 +45,7 @@ from .manifest import (
     read_manifest,
 )
 from .order import BLOCK, POOL
-from .split import DataError, Split, UsageError
+from .split import LABEL_MAP, DataError, Split, UsageError
 
 COPIERS = 4  # files that a rank copies in parallel, ahead of their use
 TAG = "CACHEDIR.TAG"  # marks a folder that backups leave out (the Cache Directory Tagging Specification)
@@ -103,7 +103,8 @@ class StagedSplit(Split):
         return self.cache.open(path, closing, note)
 
     def mend(self, path: Path, closing: Event, note: Note) -> bool:
-        return self.cache.mend(path, closing, note)
+        self.cache.mend(path, closing, note)
+        return True  # also of a sound file: the reader may have opened an earlier, damaged copy
 
 
 class Cache:
@@ -147,26 +148,22 @@ class Cache:
             if mine and not path.exists():
                 self._fetch(path, closing, note)
 
-    def mend(self, path: Path, closing: Event, note: Note) -> bool:
-        """Fetch `path` again if it differs from the manifest. Returns False if it was found intact before.
-
-        If True, reading the file again may give other bytes.
-        """
+    def mend(self, path: Path, closing: Event, note: Note) -> None:
+        """Fetch `path` again if it differs from the manifest."""
         if path in self._sound:
-            return False
+            return
         with self._lock(path, closing, wait=True):
             try:
                 sha256 = retried(lambda: sha256_of(path), str(path), closing=closing)
             except FileNotFoundError:  # removed to free space
-                return True
+                return
             if sha256 == self._wanted(path)[2]:
                 self._sound.add(path)
-                return True
+                return
             note(str(path), "damaged on this node's disk, and fetched again")
             with self._lock_all():
                 path.unlink(missing_ok=True)
             self._fetch(path, closing, note)
-        return True
 
     def _wanted(self, path: Path) -> tuple[str, int, str]:
         """Name, size in bytes and SHA-256 of a file of `folder`."""
@@ -300,14 +297,15 @@ def _check_room(manifest: Manifest, data: DataConfig) -> None:
     """Raise UsageError if training keeps more than data.cache_gb in use: files would be fetched again and again."""
 
     def files(split: Split) -> list:
-        return [split.beton] if split.beton and (data.backend == "ffcv" or not split.shards) else list(split.shards)
+        if split.beton and (data.backend == "ffcv" or not split.shards):
+            return [split.beton, *(split.shards if LABEL_MAP in split.annotations else ())]
+        return list(split.shards)
 
     everything = sum(file.bytes for split in manifest.splits.values() for file in files(split))
-    used = everything
-    if data.shuffle == "block":
+    used, split = everything, manifest.split("train")
+    if data.shuffle == "block" and split.beton not in files(split):
         # The current pool, the previous one, whose last samples may still be read, and the next one, which is fetched
         # ahead.
-        split = manifest.split("train")
         touched = 3 * (POOL / BLOCK) * (1 + BLOCK * len(files(split)) / split.samples)
         used = min(everything, touched * sum(file.bytes for file in files(split)) / len(files(split)))
     if used > data.cache_gb * 1e9:

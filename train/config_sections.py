@@ -190,6 +190,9 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(
         0.05, ge=0, description="not applied to biases, norms and what the model names in no_weight_decay()"
     )
+    no_decay: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
+        None, description="instead, weight_decay is not applied to parameters whose names contain one of these"
+    )
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW: decay of the two moments")
     eps: float = Field(1e-8, gt=0, description="AdamW: added to the root of the second moment")
     momentum: Fraction = Field(0.9, description="sgd and muon")

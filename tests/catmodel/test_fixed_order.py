@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from catmodel.attention import InnerPatchAttention
-from catmodel.fixed_order import MaxPool, pad_border, resize
+from catmodel.fixed_order import MaxPool, pad_border, repeat, resize, upsample
 
 SIDES = [(8, 8), (7, 10), (2, 3), (1, 5), (1, 1)]
 TYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -17,6 +17,10 @@ OPERATORS: dict[str, tuple[Callable, Callable]] = {
     "max-pooling, wide": (MaxPool(5, 3), lambda x: F.max_pool2d(x, 5, 3, 2)),
     "bilinear": (lambda x: resize(x, (5, 11), "bilinear"), lambda x: F.interpolate(x, (5, 11), mode="bilinear")),
     "bicubic": (lambda x: resize(x, (3, 9), "bicubic"), lambda x: F.interpolate(x, (3, 9), mode="bicubic")),
+    "twice": (lambda x: upsample(x, 2), lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
+    "three times": (lambda x: upsample(x, 3), lambda x: F.interpolate(x, scale_factor=3, mode="bilinear")),
+    "four times": (lambda x: upsample(x, 4), lambda x: F.interpolate(x, scale_factor=4, mode="bilinear")),
+    "repeated": (lambda x: repeat(x, 2), lambda x: F.interpolate(x, scale_factor=2, mode="nearest")),
     "replicated": (lambda x: pad_border(x, False), lambda x: F.pad(x, (1, 1, 1, 1), "replicate")),
     "reflected": (lambda x: pad_border(x, True), lambda x: F.pad(x, (1, 1, 1, 1), "reflect")),
 }
@@ -44,7 +48,8 @@ def test_value_is_pytorchs_and_so_is_the_gradient(name, dtype, sides):
     assert torch.equal(value, expected)
     assert gradient.dtype == dtype
     exact = outcome(theirs, x.double())[1]
-    roundings = 64 if name in ("bilinear", "bicubic") else 2  # their weights are computed in the dtype, too
+    # The weights of "bilinear" and "bicubic" are computed in the dtype, too; "three times" adds up 25 numbers.
+    roundings = 64 if name in ("bilinear", "bicubic") else 8 if "times" in name else 2
     allowed = roundings * torch.finfo(dtype).eps * exact.abs().max().item()
     torch.testing.assert_close(gradient.double(), exact, rtol=0, atol=allowed)
     if "max" in name and dtype != torch.bfloat16:
@@ -62,6 +67,14 @@ def test_gradients_per_sample(name):
         for function in (ours, theirs)
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("factor", [1, 2, 3, 4])
+def test_derivatives_of_upsampling(factor, sides):
+    x = torch.randn(1, 2, *sides, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: upsample(x, factor), x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x: upsample(x, factor), x, fast_mode=True)
 
 
 # --------------------------------------------------------------------------------------------- relative position bias

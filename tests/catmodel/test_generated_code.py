@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from catmodel.fixed_order import upsample
+from catmodel.semantic_fpn import SemanticFPN
 from tests.catmodel.generated_code import code_of, graphs_of
 from tests.catmodel.small import images, small
 from train.engine.deepspeed_engine import compile_settings
@@ -23,7 +25,7 @@ VARYING = re.compile(
 )
 
 DROPS = dict(drop_path_rate=0.2)
-PATCHES = dict(patch_size=7, img_size=56, num_heads=(2, 4))
+PATCHES = dict(patch_size=7, img_size=56)
 STEPS = {
     "CAT": ("cat_tiny", 2, dict(cpsa_drop=0.2, ipsa_drop=0.1, **PATCHES)),
     "CAT, ablations": ("cat_tiny", 2, dict(patch_embed="slice", shifted_windows=True, ape=False, cpsa_num_heads=7)),
@@ -34,6 +36,9 @@ STEPS = {
     "CoTNet": ("cotnet50", 2, {}),
     "CoTNeXt": ("cotnext50", 1, {}),
     "SE-CoTNetD": ("se_cotnetd152", 3, {}),
+    "CAT, segmentation": ("cat_tiny", 2, dict(features_only=True, **PATCHES)),
+    "PVT, segmentation": ("pvt_tiny", 2, dict(features_only=True)),
+    "CoTNet, segmentation": ("cotnet50", 2, dict(features_only=True)),
 }
 
 
@@ -43,7 +48,10 @@ def training_step(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Calla
     settings = dict(settings)
     if "cpsa_num_heads" in settings:
         settings.update(PATCHES)
-    model = small(architecture, stages, **DROPS, **settings).train().to(dtype)
+    model = small(architecture, stages, **DROPS, **settings)
+    if name.endswith("segmentation"):
+        return segmentation_step(model, dtype)
+    model = model.train().to(dtype)
     side = settings.get("img_size", 64) + (14 if settings.get("features_only") else 0)
 
     def step(x: Tensor, targets: Tensor) -> Tensor:
@@ -54,6 +62,17 @@ def training_step(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Calla
 
     targets = torch.rand(4, 10, generator=torch.Generator().manual_seed(2))
     return step, images(architecture, 4, (side, side)).to(dtype), targets / targets.sum(1, keepdim=True)
+
+
+def segmentation_step(backbone: nn.Module, dtype: torch.dtype) -> tuple[Callable[..., Tensor], Tensor, Tensor]:
+    model = SemanticFPN(backbone, 5, neck_channels=16, channels=8).train().to(dtype)
+
+    def step(x: Tensor, labels: Tensor) -> Tensor:
+        logits = upsample(model(x), 4).permute(0, 2, 3, 1).flatten(0, 2)
+        return F.cross_entropy(logits.float(), labels.flatten(), ignore_index=255, reduction="sum") / labels.numel()
+
+    labels = torch.randint(5, (2, 96, 64), generator=torch.Generator().manual_seed(2))
+    return step, images("cat_tiny", 2, (96, 64)).to(dtype), labels.masked_fill(labels == 4, 255)
 
 
 def varying(operator: torch._ops.OpOverload, arguments: tuple) -> bool:

@@ -7,9 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import catmodel
-from catmodel.export import ExportError, export
+from catmodel.export import CannotExport, ExportError, export
+from catmodel.pretrained import about
+from tests.catmodel.small import jitter
 from tests.runs import ROOT, run, start_command
 from train.checkpoint.trained_model import read_trained
 
@@ -170,3 +173,42 @@ def test_a_file_that_differs_from_the_model_is_not_left_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"] and (
         tmp_path / "m.pt2"
     ).read_text() == "an earlier one"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "suffix"), [*((name, ".onnx") for name in SMALL), ("cat_nano", ".pt2"), ("cat_nano", ".safetensors")]
+)
+def test_a_segmenter_takes_images_of_any_size(name, suffix, tmp_path):
+    """The file gives logits of the image's size."""
+    settings = {"name": name, **SMALL[name], "num_classes": 5, "neck_channels": 8, "channels": 8, "full_size": True}
+    if name == "cotnet50":
+        settings["depths"] = (1, 1)
+    model = jitter(catmodel.create_segmenter(**settings)).eval()
+    path = tmp_path / f"m{suffix}"
+    assert export(model, str(path), {"model": settings, "classes": list("abcde")}) <= 1e-4
+    if suffix == ".onnx":
+        session = pytest.importorskip("onnxruntime").InferenceSession(path)
+
+        def compute(images):
+            return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    elif suffix == ".pt2":
+        compute = torch.export.load(path).module()
+    else:
+        metadata = about(path)
+        compute = catmodel.create_segmenter(**metadata["model"]).eval()
+        compute.load_state_dict(load_file(path))
+        assert metadata["classes"] == list("abcde")
+    with torch.no_grad():
+        for shape in ((1, 3, 64, 65), (2, 3, 113, 90), (1, 3, 112, 336)):
+            images = torch.randn(shape)
+            expected = model(images)
+            assert expected.shape == (shape[0], 5, *shape[2:]) and expected.std(dim=(2, 3)).min() > 0.01
+            assert (compute(images) - expected).abs().max() < 1e-4 * max(1, expected.abs().max())
+
+
+def test_a_segmenter_is_no_model_of_timm(tmp_path):
+    settings = {"name": "cat_nano", **SMALL["cat_nano"], "num_classes": 5, "channels": 8}
+    with pytest.raises(CannotExport, match="timm and the Hub have no place for segmentation"):
+        export(catmodel.create_segmenter(**settings), f"{tmp_path}/m/", {"model": settings})

@@ -1,29 +1,42 @@
 """Parameter groups and optimizers."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from train.config import ConfigError
 from train.config_sections import OptimizerConfig
 from train.engine.muon import Muon
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, no_decay: Sequence[str] | None = None
+) -> list[dict]:
     """Two parameter groups: with and without weight decay.
 
-    1-D parameters (biases, norms) and those named by `model.no_weight_decay()` have none. With `layer_decay` below 1,
-    two groups for each layer l of the model (`model.layer_of`), whose learning rate is multiplied by their `lr_scale`,
-    layer_decay ** (last layer - l) (BEiT, arXiv 2106.08254).
+    1-D parameters (biases, norms) and those named by `model.no_weight_decay()` have none; or, if `no_decay` is given,
+    those whose name contains one of its fragments. With `layer_decay` below 1, two groups for each layer l of the model
+    (`model.layer_of`), whose learning rate is multiplied by their `lr_scale`, layer_decay ** (last layer - l) (BEiT,
+    arXiv 2106.08254).
+
+    Raises ConfigError for a fragment of no parameter's name.
     """
-    exempt = model.no_weight_decay()
+    if no_decay is None:
+        exempt = model.no_weight_decay() | {name for name, value in model.named_parameters() if value.ndim <= 1}
+    else:
+        names = [name for name, _ in model.named_parameters()]
+        exempt = {name for name in names if any(fragment in name for fragment in no_decay)}
+        for fragment in no_decay:
+            if not any(fragment in name for name in names):
+                raise ConfigError(f"optimizer.no_decay: no parameter's name contains {fragment!r}; leave it out")
     layers = {name: model.layer_of(name) if layer_decay < 1 else 0 for name, _ in model.named_parameters()}
     last = max(layers.values())
     groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            bare = parameter.ndim <= 1 or name in exempt
-            groups[layers[name], bare].append(parameter)
+            groups[layers[name], name in exempt].append(parameter)
     return [
         {
             "params": groups[layer, bare],
@@ -36,7 +49,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW, SGD with momentum, or Muon, with a learning rate of 0: `Engine.step` sets it before every step."""
-    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.no_decay)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
     if config.name == "muon":
