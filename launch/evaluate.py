@@ -48,7 +48,9 @@ def main(arguments: argparse.Namespace) -> None:
             print(f"left out: {sample.sentence}", file=sys.stderr)
 
     with torch.no_grad():
-        scores, details = evaluate(task, model, manifest.split("val"), runtime.device, report, runtime.rank, runtime.world)
+        scores, details = evaluate(
+            task, model, manifest.split("val"), runtime.device, report, runtime.rank, runtime.world
+        )
     for note in trained.notes if runtime.is_main else ():
         print(note, file=sys.stderr)
     if runtime.is_main and arguments.details:
@@ -109,7 +111,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON, unrounded")
     parser.add_argument(
-        "--details", metavar="FILE", help="write what the task keeps of an evaluation, such as the classes' scores (JSON)"
+        "--details",
+        metavar="FILE",
+        help="write what the task keeps of an evaluation, such as the classes' scores (JSON)",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     parser.add_argument(

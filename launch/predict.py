@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, add_choice_of_weights, run
 from train import exit_codes
 
-
 OPTIONS = ("top", "output")  # of some tasks only: arguments of their `predict`
 
 

@@ -54,9 +54,7 @@ class Inference:
             for mirrored in ((False, True) if self._settings.test_flip else (False,))
         ]
         # One image at a time: the logits of all classes at full size take much memory.
-        rows = [
-            [(logits[row : row + 1], mirrored) for logits, mirrored in passes] for row in range(len(passes[0][0]))
-        ]
+        rows = [[(logits[row : row + 1], mirrored) for logits, mirrored in passes] for row in range(len(passes[0][0]))]
         return torch.cat([_best(row[0][0], size) if len(row) == 1 else _best_of_mean(row, size) for row in rows])
 
     def _at_all_ratios(self, images: Tensor, size: tuple[int, int]) -> list[Tensor]:

@@ -51,7 +51,7 @@ def percent(value: float | None) -> str:
 
 
 def side_by_side(pictures: Sequence[dict]) -> np.ndarray:
-    """A row for each picture of an evaluation's details: image, labels, prediction. uint8 [height, width, 3], on white."""
+    """A row for each picture of an evaluation's details, uint8 [height, width, 3]: image, labels, prediction."""
     rows = [[from_base64(picture[part]) for part in ("image", "labels", "prediction")] for picture in pictures]
     width = max(part.shape[1] for row in rows for part in row)
     page = []
