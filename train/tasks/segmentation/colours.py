@@ -12,12 +12,13 @@ from PIL import Image
 
 UNLABELLED = (235, 235, 235)  # colour of ignored pixels
 GOLDEN = 0.618033988749895  # steps of this length round a circle never come close to where they have been
-TONES = ((0.85, 0.95), (0.55, 0.75), (0.95, 0.60))  # saturation and value, in turn
+FIRST = 0.58  # hue of class 0, a blue: it is often the background
+TONES = ((0.45, 0.65), (0.85, 0.95), (0.55, 0.85), (0.95, 0.60))  # saturation and value, in turn
 
 
 def palette(classes: int) -> np.ndarray:
     """A colour for each class, uint8 [classes, 3]. The first ones are the same for any number of classes."""
-    colours = [colorsys.hsv_to_rgb(GOLDEN * i % 1, *TONES[i % len(TONES)]) for i in range(classes)]
+    colours = [colorsys.hsv_to_rgb((FIRST + GOLDEN * i) % 1, *TONES[i % len(TONES)]) for i in range(classes)]
     return np.rint(255 * np.array(colours)).astype(np.uint8).reshape(classes, 3)
 
 
