@@ -85,7 +85,9 @@ class Checks:
         return files.disk(self.output, share, store.get("mark").decode())
 
     def dataset(self) -> dict:
-        self.manifest = open_dataset(self.config.data)
+        manifest = open_dataset(self.config.data)
+        self.config.check_dataset(manifest)
+        self.manifest = manifest
         return files.dataset(self.config.data, self.manifest, self.meeting.rank)
 
     def decoding(self) -> dict:

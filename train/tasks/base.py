@@ -62,6 +62,7 @@ class Task(ABC):
     metrics: ClassVar[tuple[Metric, ...]]  # of an evaluation; the first is the primary one
     losses: ClassVar[tuple[str, ...]] = ("loss",)  # the names of what `loss` returns
     samples: ClassVar[str] = "images"  # what is counted
+    one_shape: ClassVar[bool] = True  # an evaluation's images all have the shape of training inputs
 
     def __init__(self, config: Config, classes: Sequence[str]):
         self.config, self.classes = config, tuple(classes)
@@ -158,11 +159,20 @@ class Task(ABC):
     def tally(self, device: torch.device) -> Tally:
         """A new evaluation."""
 
+    def evaluation_picture(self, details: dict) -> Tensor | None:
+        """What TensorBoard shows of an evaluation: a picture [3, H, W] in 0..1, or None. details: of Tally.finish."""
+        return None
+
+    def evaluation_text(self, details: dict) -> str | None:
+        """The same in Markdown."""
+        return None
+
     def predict(
         self, model: nn.Module, paths: Sequence[Path], device: torch.device, batch: int, **options: Any
     ) -> Iterator[Prediction]:
-        """What `model` (in evaluation mode, on `device`) finds in image files, in their order; options: of
-        launch/predict.py.
+        """What `model` (in evaluation mode, on `device`) finds in image files, in their order.
+
+        options: those of launch/predict.py that were given. A task names the ones that it takes.
         """
         raise ConfigError(f"launch/predict.py does not support the task {self.config.task.name}")
 
