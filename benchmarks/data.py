@@ -29,6 +29,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, fold, make_key
 from data_pipeline.split import DataError, Split
+from data_pipeline.views import Crops
 from train.config import Config
 from train.telemetry.formatting import table
 
@@ -57,6 +58,10 @@ class Images:
         dimensions = np.stack([records["width"], records["height"]], axis=1)
         windows = training_windows(fold(make_key(0, Stream.CROP, 0), ids), records["width"], records["height"], config)
         return cls(split, ids, encoded, dimensions, windows, size)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size, self.size
 
     def batches(self) -> Iterator[slice]:
         return (slice(start, start + BATCH) for start in range(0, len(self.ids), BATCH))
@@ -122,14 +127,14 @@ def decoding(images: Images) -> dict[str, Callable[[], None]]:
 
         def run() -> None:
             for part in images.batches():
-                opened.decode_batch(images.ids[part], images.windows[part], images.size, "bicubic", out[part])
+                opened.decode_batch(images.ids[part], images.windows[part], images.shape, "bicubic", out[part])
 
         return run
 
     def decoder() -> None:
         for part in images.batches():
             decode_batch(
-                images.encoded[part], images.dimensions[part], images.windows[part], images.size, "bicubic", out[part]
+                images.encoded[part], images.dimensions[part], images.windows[part], images.shape, "bicubic", out[part]
             )
 
     ways = {"this decoder, bytes in memory": decoder, "webdataset backend": backend("webdataset")}
@@ -297,7 +302,7 @@ def training_path(images: Images) -> dict[str, Callable[[], None]]:
     def ours() -> None:
         for part in images.batches():
             pixels = torch.empty((len(images.ids[part]), images.size, images.size, 3), dtype=torch.uint8)
-            opened.decode_batch(images.ids[part], images.windows[part], images.size, "bicubic", pixels.numpy())
+            opened.decode_batch(images.ids[part], images.windows[part], images.shape, "bicubic", pixels.numpy())
             augment(pixels.permute(0, 3, 1, 2), keys[part], RECIPE)
 
     return {
@@ -317,7 +322,7 @@ def loading(images: Images, data: DataConfig, micro_batch: int, workers: int) ->
 
     def ready_batches() -> tuple[int, float]:
         # A new loader every round: a running one would decode ahead while the other way is timed.
-        with build_loader(config, AugmentConfig(), images.split, order) as loader:
+        with build_loader(config, Crops(config, AugmentConfig()), images.split, order) as loader:
             _exhaust(islice(loader, config.prefetch))
             began = time.perf_counter()
             _exhaust(islice(loader, batches))
@@ -329,7 +334,7 @@ def loading(images: Images, data: DataConfig, micro_batch: int, workers: int) ->
 def taking(images: Images, config: Config, micro_batch: int, batches: int = 20) -> float:
     """The CPU time, in ms, that the thread that takes micro-batches from the loader spends on one."""
     order = Order(0, images.split.samples, micro_batch, micro_batch)
-    with build_loader(config.data, config.augment, images.split, order) as loader:
+    with build_loader(config.data, Crops(config.data, config.augment), images.split, order) as loader:
         _exhaust(islice(loader, config.data.prefetch))
         began = time.thread_time()
         _exhaust(islice(loader, batches))
@@ -343,7 +348,7 @@ def decoding_alone(images: Images) -> Callable[[], None]:
         for part in images.batches():
             rows = slice(0, len(images.ids[part]))
             decode_batch(
-                images.encoded[part], images.dimensions[part], images.windows[part], images.size, "bicubic", out[rows]
+                images.encoded[part], images.dimensions[part], images.windows[part], images.shape, "bicubic", out[rows]
             )
 
     return run

@@ -1,7 +1,8 @@
 """Labels beyond a record's one integer, and how a sample's labels become a task's targets."""
 
 import dataclasses
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -10,15 +11,38 @@ from .durable import publish, sha256_of
 from .manifest import Manifest, write_manifest
 from .split import Annotation, Split
 
+if TYPE_CHECKING:
+    from .backends.stored import StoredSamples
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The windows that were chosen for n samples, and their targets.
+
+    windows: int32 [n, 5] (crop.py), by which the images are cut. targets: one entry for each sample.
+    failures: {row: a sentence that names the file} of targets that cannot be read. In training another sample is used
+    instead; in evaluation the sample is not counted, and its entry of `targets` only fills the place.
+    """
+
+    windows: np.ndarray
+    targets: list[Any]
+    failures: dict[int, str] = field(default_factory=dict)
+
 
 class Targets(Protocol):
-    """Reads what a task learns from beside the images. Its results are functions of the arguments alone."""
+    """Reads what a task learns from beside the images. Its results are functions of the arguments alone.
 
-    def read(self, ids: np.ndarray, windows: np.ndarray) -> list[Any]:
-        """The targets of samples `ids` (int64 [n]), one list entry each, cut like the images: `windows` int32 [n, 5]
-        (crop.py).
+    stored: where it has the bytes of samples from, or None. The loader stages and closes it, so an object serves one
+    loader.
+    """
 
-        Called by the decoding threads.
+    stored: "StoredSamples | None"
+
+    def read(self, ids: np.ndarray, candidates: np.ndarray) -> Cut:
+        """Choose a window for each of the samples `ids` (int64 [n]) among its `candidates` (int32 [n, K, 5]), and cut
+        the targets by it.
+
+        Called by the decoding threads, before the images are decoded.
         """
 
     def collate(self, targets: list[Any]) -> Any:
@@ -30,11 +54,13 @@ class Targets(Protocol):
 class Labels:
     """The integer label of each record: a micro-batch has int64 [m]."""
 
+    stored = None
+
     def __init__(self, split: Split):
         self._labels = split.records["label"]
 
-    def read(self, ids: np.ndarray, windows: np.ndarray) -> list[int]:
-        return self._labels[ids].tolist()
+    def read(self, ids: np.ndarray, candidates: np.ndarray) -> Cut:
+        return Cut(candidates[:, 0], self._labels[ids].tolist())
 
     def collate(self, targets: list[int]) -> torch.Tensor:
         return torch.tensor(targets, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Decode windows of JPEGs, or of stored pixels, to squares of pixels, with the first available of three decoders:
+"""Decode windows of JPEGs, or of stored pixels, to one shape, with the first available of three decoders:
 
     native      C on libjpeg-turbo (native/), which decodes only the part that the window needs
     simplejpeg  libjpeg-turbo decodes the whole image, torch resizes; the pixels are bit-identical to native's
@@ -43,7 +43,7 @@ def decode_batch(
     encoded: Sequence[bytes],
     dimensions: np.ndarray,
     windows: np.ndarray,
-    size: int,
+    shape: tuple[int, int],
     interpolation: str,
     out: np.ndarray,
     decoder: str = DECODER,
@@ -51,34 +51,36 @@ def decode_batch(
     """Decode n JPEGs, cut out their windows (crop.py), resize these with antialiasing and mirror them.
 
     dimensions: int [n, 2], the (width, height) that each image must have. windows: int32 [n, 5]. interpolation:
-    "bicubic" or "bilinear". out: receives the pixels, uint8 [n, size, size, 3], RGB. Returns {row: reason} of the
-    images that could not be decoded; their rows of `out` are undefined.
+    "bicubic" or "bilinear". out: receives the pixels, RGB, uint8 [n, *shape, 3]; shape: (height, width). Returns
+    {row: reason} of the images that could not be decoded; their rows of `out` are undefined.
     """
     if decoder == "native":
-        return native.decode_batch(encoded, dimensions, windows, size, interpolation, out)
+        return native.decode_batch(encoded, dimensions, windows, shape, interpolation, out)
     decode, resize = _FALLBACKS[decoder]
-    return _one_by_one(decode, resize, encoded, dimensions, windows, size, interpolation, out)
+    return _one_by_one(decode, resize, encoded, dimensions, windows, shape, interpolation, out)
 
 
 def crop_and_resize_batch(
     stored: Sequence[bytes],
     dimensions: np.ndarray,
     windows: np.ndarray,
-    size: int,
+    shape: tuple[int, int],
     interpolation: str,
     out: np.ndarray,
     decoder: str = DECODER,
 ) -> dict[int, str]:
     """As decode_batch, for images stored as pixels, uint8 [height, width, 3]."""
     if decoder == "native":
-        return native.decode_batch(stored, dimensions, windows, size, interpolation, out, encoding="raw")
-    return _one_by_one(_as_pixels, _FALLBACKS[decoder][1], stored, dimensions, windows, size, interpolation, out)
+        return native.decode_batch(stored, dimensions, windows, shape, interpolation, out, encoding="raw")
+    return _one_by_one(_as_pixels, _FALLBACKS[decoder][1], stored, dimensions, windows, shape, interpolation, out)
 
 
-def crop_and_resize(image: np.ndarray, window: Sequence[int], size: int, interpolation: str, out: np.ndarray) -> None:
-    """Resize window (x, y, width, height, flip) of `image`, uint8 [height, width, 3], into `out`, [size, size, 3]."""
+def crop_and_resize(
+    image: np.ndarray, window: Sequence[int], shape: tuple[int, int], interpolation: str, out: np.ndarray
+) -> None:
+    """Resize window (x, y, width, height, flip) of `image`, uint8 [height, width, 3], into `out`, [*shape, 3]."""
     dimensions = np.array([image.shape[1::-1]])
-    failures = crop_and_resize_batch([image.tobytes()], dimensions, np.array([window]), size, interpolation, out[None])
+    failures = crop_and_resize_batch([image.tobytes()], dimensions, np.array([window]), shape, interpolation, out[None])
     if failures:
         raise ValueError(failures[0])
 
@@ -88,11 +90,11 @@ def crop_and_resize(image: np.ndarray, window: Sequence[int], size: int, interpo
 
 def _one_by_one(
     decode: Callable[[bytes, int, int], np.ndarray],
-    resize: Callable[[np.ndarray, int, str], np.ndarray],
+    resize: Callable[[np.ndarray, tuple[int, int], str], np.ndarray],
     encoded: Sequence[bytes],
     dimensions: np.ndarray,
     windows: np.ndarray,
-    size: int,
+    shape: tuple[int, int],
     interpolation: str,
     out: np.ndarray,
 ) -> dict[int, str]:
@@ -110,7 +112,7 @@ def _one_by_one(
             failures[row] = str(error)
             continue
         cut = _cut(image, x, y, window_width, window_height)
-        resized = cut if window_width == window_height == size else resize(cut, size, interpolation)
+        resized = cut if cut.shape[:2] == tuple(shape) else resize(cut, shape, interpolation)
         out[row] = resized[:, ::-1] if flip else resized
     return failures
 
@@ -148,14 +150,14 @@ def _decode_with_simplejpeg(data: bytes, width: int, height: int) -> np.ndarray:
     return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
 
 
-def _resize_with_torch(image: np.ndarray, size: int, interpolation: str) -> np.ndarray:
+def _resize_with_torch(image: np.ndarray, shape: tuple[int, int], interpolation: str) -> np.ndarray:
     import torch
     from torch.nn.functional import interpolate
 
     # A channels-last view [1, 3, height, width], which torch resizes in uint8 with vector instructions, like
     # Pillow-SIMD.
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-    return interpolate(pixels, size=(size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
+    return interpolate(pixels, size=tuple(shape), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
 
 
 def _decode_with_pillow(data: bytes, width: int, height: int) -> np.ndarray:
@@ -171,10 +173,10 @@ def _decode_with_pillow(data: bytes, width: int, height: int) -> np.ndarray:
         raise ValueError(str(error)) from error
 
 
-def _resize_with_pillow(image: np.ndarray, size: int, interpolation: str) -> np.ndarray:
+def _resize_with_pillow(image: np.ndarray, shape: tuple[int, int], interpolation: str) -> np.ndarray:
     from PIL import Image
 
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling[interpolation.upper()]))
+    return np.asarray(Image.fromarray(image).resize(shape[::-1], Image.Resampling[interpolation.upper()]))
 
 
 _FALLBACKS = {

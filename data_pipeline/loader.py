@@ -7,6 +7,7 @@ A damaged sample is replaced by another one, determined by (seed, id); in evalua
 lists damaged samples and transient faults of the file system; the caller decides what to do about them.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,13 +23,13 @@ from torch.utils._pytree import tree_map_only
 
 from .annotations import Labels, Targets
 from .backends import Backend, open_backend
-from .config import AugmentConfig, DataConfig
-from .crop import evaluation_windows, training_windows
+from .config import DataConfig
 from .faults import PassingFault
 from .order import POOL, Order
 from .randomness import Stream, fold, make_key
 from .split import DataError, Split, UsageError
 from .storage import Ahead, StagedSplit
+from .views import Views, evaluation_slices
 
 # Images of 224 x 224 pixels that a thread decodes at once: larger chunks hardly reduce the overhead per chunk (0.1 ms,
 # which holds the GIL), and closing waits for one chunk per thread. Of smaller images, of which a chunk takes less time,
@@ -58,7 +59,7 @@ class MicroBatch:
     ids: int64 [m].
     draws: numpy int64 [m], one number per use of a sample in its epoch (id + samples · copy), from which the
     keys of its crop and augmentation are made.
-    images: uint8 [m, 3, S, S], RGB, in channels-last memory (on the GPU if data.device=gpu).
+    images: uint8 [m, 3, H, W], RGB, in channels-last memory (on the GPU if data.device=gpu).
     targets: what the task's `Targets` made of the samples' labels (annotations.py).
     counted: bool [m]; false for samples that an evaluation must leave out.
     bad: samples that could not be read. All other fields describe the samples actually used.
@@ -78,21 +79,23 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class _Job:
-    """A micro-batch to be loaded: its samples (`draws`, int64 [m]) and their crops (`windows`, int32 [m, 5]).
+    """A micro-batch to be loaded: its samples (`draws`, int64 [m]), the windows that may be used of each (`candidates`,
+    int32 [m, K, 5]), and the (height, width) to which these are resized.
 
-    substitute: (unreadable draw, attempt) → the draw to use instead and its window; None: the sample is left out.
+    substitute: (unreadable draw, attempt) → the draw to use instead and its candidates; None: the sample is left out.
     """
 
     step: int
     index: int
     draws: np.ndarray
-    windows: np.ndarray
+    candidates: np.ndarray
+    shape: tuple[int, int]
     substitute: Callable[[int, int], tuple[int, np.ndarray]] | None
 
 
 def build_loader(
     data: DataConfig,
-    augment: AugmentConfig,
+    views: Views,
     split: Split,
     order: Order,
     targets: Targets | None = None,
@@ -103,8 +106,8 @@ def build_loader(
 ) -> "Loader":
     """Iterate over the micro-batches of `rank` in the order of use, from step `start_step` on, without end.
 
-    `targets` defaults to the records' labels. Decoding starts at once. Close the loader when done (it is a context
-    manager). Raises ValueError for sizes that do not fit together.
+    `targets`, which the loader closes, defaults to the records' labels. Decoding starts at once. Close the loader when
+    done (it is a context manager). Raises ValueError for sizes that do not fit together.
     """
     if order.samples != split.samples:
         raise ValueError(f"the order is of {order.samples} samples, split {split.name!r} has {split.samples}")
@@ -116,47 +119,57 @@ def build_loader(
         for step in count(start_step):
             key = make_key(order.seed, Stream.CROP, order.epoch_of(step))
 
-            def windows(draws: np.ndarray, key: int = key) -> np.ndarray:
+            def candidates(draws: np.ndarray, key: int = key) -> np.ndarray:
                 records = split.records[draws % order.samples]
-                return training_windows(fold(key, draws), records["width"], records["height"], augment, data.eval_crop)
+                return views.training(fold(key, draws), records["width"], records["height"])
 
-            def substitute(draw: int, attempt: int, windows: Callable = windows) -> tuple[int, np.ndarray]:
+            def substitute(draw: int, attempt: int, candidates: Callable = candidates) -> tuple[int, np.ndarray]:
                 copy, number = divmod(draw, order.samples)
                 used = order.replacement(number, attempt) + order.samples * copy
-                return used, windows(np.array([used]))[0]
+                return used, candidates(np.array([used]))[0]
 
             draws = order.draws(step, share)
-            planned = windows(draws.ravel()).reshape(*draws.shape, 5)
+            planned = candidates(draws.ravel()).reshape(*draws.shape, -1, 5)
             for row, index in enumerate(share):
-                yield _Job(step, index, draws[row], planned[row], substitute)
+                yield _Job(step, index, draws[row], planned[row], views.shape, substitute)
 
     needs = (draws % order.samples for step in count(start_step) for draws in order.draws(step, share))
     return Loader(data, split, targets or Labels(split), jobs(), needs, -(-POOL * len(share) // order.global_batch))
 
 
 def evaluation_batches(
-    data: DataConfig, split: Split, batch_size: int, targets: Targets | None = None, *, rank: int = 0, world: int = 1
+    data: DataConfig,
+    views: Views,
+    split: Split,
+    batch_size: int,
+    targets: Targets | None = None,
+    *,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[tuple[int, MicroBatch]]:
-    """Every sample of `split` once, over all ranks: yields (k, batch k), where batch k holds the ids [k·b, (k + 1)·b).
+    """Every sample of `split` once, over all ranks: yields (k, batch k), where batch k holds the ids of slice k of
+    `views.evaluation_slices`.
 
-    Rank r takes k = r, r + world, …; the last batch may be short. All ranks yield the same number of times, because
+    Rank r takes k = r, r + world, …; some batches are short. All ranks yield the same number of times, because
     under ZeRO-3 every rank must take part in every forward pass: a rank without a batch in the last round repeats its
     previous one (batch 0 if it never had one), not counted. A sample that cannot be read is black, and not counted.
     """
-    batches = -(-split.samples // batch_size)
-    rounds = -(-batches // world)
-    mine = range(rank, batches, world)
+    slices = evaluation_slices(views, split.records["width"], split.records["height"], batch_size)
+    rounds = -(-len(slices) // world)
+    mine = range(rank, len(slices), world)
 
     def needs() -> Iterator[np.ndarray]:
         for k in mine or (0,):
-            yield np.arange(k * batch_size, min((k + 1) * batch_size, split.samples), dtype=np.int64)
+            yield np.arange(slices[k].start, slices[k].stop, dtype=np.int64)
 
     def jobs() -> Iterator[_Job]:
         for k, ids in zip(mine or (0,), needs(), strict=True):
             records = split.records[ids]
-            yield _Job(0, k, ids, evaluation_windows(records["width"], records["height"], data.eval_crop), None)
+            windows, shapes = views.evaluation(records["width"], records["height"])
+            yield _Job(0, k, ids, windows[:, None], tuple(shapes[0].tolist()), None)
 
-    with Loader(data, split, targets or Labels(split), jobs(), needs(), -(-POOL // (batch_size * world))) as loader:
+    ahead = -(-POOL * len(slices) // (split.samples * world))
+    with Loader(data, split, targets or Labels(split), jobs(), needs(), ahead) as loader:
         batch = None
         for number in range(rounds):
             batch = next(loader, batch)
@@ -185,6 +198,7 @@ class Loader(AbstractContextManager):
     ):
         self._data, self._samples, self._targets = data, split.samples, targets
         self._backend: Backend = open_backend(data.backend, split)
+        self._stored = [self._backend.stored, *([targets.stored] if targets.stored else [])]
         if data.device == "gpu" and not torch.cuda.is_available():
             raise UsageError("data.device gpu needs a GPU, and there is none here: set data.device=cpu.")
         self._jobs = jobs
@@ -192,7 +206,7 @@ class Loader(AbstractContextManager):
         # A backend that writes to the GPU uses a stream of its own; on the model's stream it would wait for the model.
         self._stream = torch.cuda.Stream() if data.device == "gpu" else None
         self._executor, self._threads = _start_threads(data.workers)
-        self._ahead = Ahead(self._backend.stored, needs, ahead) if isinstance(split, StagedSplit) else None
+        self._ahead = Ahead(self._stored, needs, ahead) if isinstance(split, StagedSplit) else None
         self._pending: deque[tuple[MicroBatch, list[Future]]] = deque()
         for _ in range(data.prefetch):
             self._submit()
@@ -217,16 +231,19 @@ class Loader(AbstractContextManager):
             raise
         if self._pin:
             targets = tree_map_only(torch.Tensor, torch.Tensor.pin_memory, targets)
-        return replace(batch, targets=targets, bad=tuple(bad), faults=self._backend.stored.take_faults())
+        faults = tuple(fault for stored in self._stored for fault in stored.take_faults())
+        return replace(batch, targets=targets, bad=tuple(bad), faults=faults)
 
     def close(self) -> None:
         """Stop the threads and close all files. Waits for the chunks that are being decoded."""
         self._pending.clear()
-        self._backend.stored.closing.set()
+        for stored in self._stored:
+            stored.closing.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
         if self._ahead:
             self._ahead.close()
-        self._backend.stored.close()
+        for stored in self._stored:
+            stored.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -239,18 +256,19 @@ class Loader(AbstractContextManager):
         if self._ahead:
             self._ahead.advance()
         else:
-            self._backend.stored.will_need(job.draws % self._samples)
-        total, size = len(job.draws), self._data.image_size
+            for stored in self._stored:
+                stored.will_need(job.draws % self._samples)
+        total, (height, width) = len(job.draws), job.shape
         ids = torch.empty(total, dtype=torch.int64, pin_memory=self._pin)
         counted = torch.ones(total, dtype=torch.bool, pin_memory=self._pin)
         if self._stream is None:
-            images = torch.empty((total, size, size, 3), dtype=torch.uint8, pin_memory=self._pin)
+            images = torch.empty((total, height, width, 3), dtype=torch.uint8, pin_memory=self._pin)
             pixels = images.numpy()
-            largest = LARGEST_CHUNK * min(4, max(1, (224 // size) ** 2))
+            largest = LARGEST_CHUNK * min(4, max(1, (224 // math.isqrt(height * width)) ** 2))
             length = min(largest, max(1, total * self._data.prefetch // (2 * self._data.workers)))
         else:
             with torch.cuda.stream(self._stream):
-                images = torch.empty((total, size, size, 3), dtype=torch.uint8, device="cuda")
+                images = torch.empty((total, height, width, 3), dtype=torch.uint8, device="cuda")
             pixels, length = images, total
         batch = MicroBatch(job.step, job.index, ids, job.draws, images.permute(0, 3, 1, 2), counted)
         chunks = [
@@ -264,26 +282,26 @@ class Loader(AbstractContextManager):
     ) -> tuple[list[BadSample], list]:
         """Fill some rows of a micro-batch. Returns its bad samples and the targets of its rows.
 
-        `draws` (a view of the batch's) and `windows` become those of the samples actually used.
+        `draws` (a view of the batch's) become those of the samples actually used.
         """
-        draws, windows = job.draws[part], job.windows[part]
-        failures = self._decode(draws, windows, pixels)
+        draws = job.draws[part]
+        targets, failures = self._read(draws, job.candidates[part], job.shape, pixels)
         bad = [
             sample
             for row in sorted(failures)
-            for sample in self._replace(job, draws, windows, pixels, row, failures[row])
+            for sample in self._replace(job, draws, targets, pixels, row, failures[row])
         ]
         ids = draws % self._samples
         batch.ids.numpy()[part] = ids
         if job.substitute is None:
             batch.counted.numpy()[part][list(failures)] = False
-        return bad, self._targets.read(ids, windows)
+        return bad, targets
 
     def _replace(
         self,
         job: _Job,
         draws: np.ndarray,
-        windows: np.ndarray,
+        targets: list,
         pixels: "np.ndarray | torch.Tensor",
         row: int,
         sentence: str,
@@ -298,19 +316,24 @@ class Loader(AbstractContextManager):
             return [BadSample(first, sentence, None)]
         sentences = {first % self._samples: sentence}
         for attempt in range(REPLACEMENTS):
-            draws[row], windows[row] = job.substitute(first, attempt)
+            one = slice(row, row + 1)
+            draws[row], candidates = job.substitute(first, attempt)
             used = int(draws[row]) % self._samples
-            failures = self._decode(draws[row : row + 1], windows[row : row + 1], pixels[row : row + 1])
+            targets[one], failures = self._read(draws[one], candidates[None], job.shape, pixels[one])
             if not failures:
                 return [BadSample(number, text, used) for number, text in sentences.items()]
             sentences[used] = failures[0]
         raise DataError(f"{sentence} Nor could any of {REPLACEMENTS} others in its place: is the disk still there?")
 
-    def _decode(self, draws: np.ndarray, windows: np.ndarray, pixels: "np.ndarray | torch.Tensor") -> dict[int, str]:
+    def _read(
+        self, draws: np.ndarray, candidates: np.ndarray, shape: tuple[int, int], pixels: "np.ndarray | torch.Tensor"
+    ) -> tuple[list, dict[int, str]]:
+        """Decode the images of samples into `pixels`; returns their targets, and {row: sentence} of unreadable ones."""
+        ids = draws % self._samples
+        cut = self._targets.read(ids, candidates)
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            return self._backend.decode_batch(
-                draws % self._samples, windows, self._data.image_size, self._data.interpolation, pixels
-            )
+            failures = self._backend.decode_batch(ids, cut.windows, shape, self._data.interpolation, pixels)
+        return cut.targets, failures | cut.failures
 
 
 def _start_threads(workers: int) -> tuple[ThreadPoolExecutor, list[Thread]]:

@@ -24,6 +24,9 @@ RECORD = np.dtype(
     ]
 )
 
+# The annotation that says where the label maps of segmentation lie in the shards: a RECORD for each sample.
+LABEL_MAP = "label_map"
+
 
 class DataError(Exception):
     """The dataset is missing or damaged; the message names the file and the remedy."""

@@ -18,7 +18,7 @@ descriptor is kept open for later, so that removing a file frees its space.
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
@@ -45,7 +45,7 @@ from .manifest import (
     read_manifest,
 )
 from .order import BLOCK, POOL
-from .split import DataError, Split, UsageError
+from .split import LABEL_MAP, DataError, Split, UsageError
 
 COPIERS = 4  # files that a rank copies in parallel, ahead of their use
 TAG = "CACHEDIR.TAG"  # marks a folder that backups leave out (the Cache Directory Tagging Specification)
@@ -103,7 +103,8 @@ class StagedSplit(Split):
         return self.cache.open(path, closing, note)
 
     def mend(self, path: Path, closing: Event, note: Note) -> bool:
-        return self.cache.mend(path, closing, note)
+        self.cache.mend(path, closing, note)
+        return True  # also of a sound file: the reader may have opened an earlier, damaged copy
 
 
 class Cache:
@@ -147,26 +148,22 @@ class Cache:
             if mine and not path.exists():
                 self._fetch(path, closing, note)
 
-    def mend(self, path: Path, closing: Event, note: Note) -> bool:
-        """Fetch `path` again if it differs from the manifest. Returns False if it was found intact before.
-
-        If True, reading the file again may give other bytes.
-        """
+    def mend(self, path: Path, closing: Event, note: Note) -> None:
+        """Fetch `path` again if it differs from the manifest."""
         if path in self._sound:
-            return False
+            return
         with self._lock(path, closing, wait=True):
             try:
                 sha256 = retried(lambda: sha256_of(path), str(path), closing=closing)
             except FileNotFoundError:  # removed to free space
-                return True
+                return
             if sha256 == self._wanted(path)[2]:
                 self._sound.add(path)
-                return True
+                return
             note(str(path), "damaged on this node's disk, and fetched again")
             with self._lock_all():
                 path.unlink(missing_ok=True)
             self._fetch(path, closing, note)
-        return True
 
     def _wanted(self, path: Path) -> tuple[str, int, str]:
         """Name, size in bytes and SHA-256 of a file of `folder`."""
@@ -260,38 +257,39 @@ class Cache:
 
 
 class Ahead:
-    """Stages the files of the next `count` micro-batches, in the order of use.
+    """Stages the files of the next `count` micro-batches, in the order of use. stored: what reads the samples.
 
     needs: the sample ids of each micro-batch, in the order of use. Call `advance` when a micro-batch has been taken.
     """
 
-    def __init__(self, stored: StoredSamples, needs: Iterator[np.ndarray], count: int):
+    def __init__(self, stored: Sequence[StoredSamples], needs: Iterator[np.ndarray], count: int):
         self._stored, self._needs = stored, needs
+        self._cache = stored[0].split.cache
         self._executor = ThreadPoolExecutor(COPIERS, thread_name_prefix="stage")
         self._begun: set[Path] = set()
-        self._missing = set(stored.files)
+        self._missing = {path for one in stored for path in one.files}
         for _ in range(count):
             self.advance()
 
     def advance(self) -> None:
-        cache = self._stored.split.cache
-        if cache.limit is None and not self._missing:
+        if self._cache.limit is None and not self._missing:
             return  # all files have been requested, and without a limit none is removed again
         ids = next(self._needs, np.empty(0, np.int64))
-        for number in np.unique(self._stored.records["shard"][ids]).tolist():
-            path = self._stored.files[number]
-            self._missing.discard(path)
-            if path not in self._begun and not path.exists():
-                self._begun.add(path)
-                self._executor.submit(self._stage, path)
+        for stored in self._stored:
+            for number in np.unique(stored.records["shard"][ids]).tolist():
+                path = stored.files[number]
+                self._missing.discard(path)
+                if path not in self._begun and not path.exists():
+                    self._begun.add(path)
+                    self._executor.submit(self._stage, path, stored)
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def _stage(self, path: Path) -> None:
+    def _stage(self, path: Path, stored: StoredSamples) -> None:
         # The thread that reads the file gets the same error and reports it.
         with suppress(Exception):
-            self._stored.split.cache.stage(path, self._stored.closing, self._stored.note, wait=False)
+            self._cache.stage(path, stored.closing, stored.note, wait=False)
         self._begun.discard(path)
 
 
@@ -299,14 +297,15 @@ def _check_room(manifest: Manifest, data: DataConfig) -> None:
     """Raise UsageError if training keeps more than data.cache_gb in use: files would be fetched again and again."""
 
     def files(split: Split) -> list:
-        return [split.beton] if split.beton and (data.backend == "ffcv" or not split.shards) else list(split.shards)
+        if split.beton and (data.backend == "ffcv" or not split.shards):
+            return [split.beton, *(split.shards if LABEL_MAP in split.annotations else ())]
+        return list(split.shards)
 
     everything = sum(file.bytes for split in manifest.splits.values() for file in files(split))
-    used = everything
-    if data.shuffle == "block":
+    used, split = everything, manifest.split("train")
+    if data.shuffle == "block" and split.beton not in files(split):
         # The current pool, the previous one, whose last samples may still be read, and the next one, which is fetched
         # ahead.
-        split = manifest.split("train")
         touched = 3 * (POOL / BLOCK) * (1 + BLOCK * len(files(split)) / split.samples)
         used = min(everything, touched * sum(file.bytes for file in files(split)) / len(files(split)))
     if used > data.cache_gb * 1e9:

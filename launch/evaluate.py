@@ -4,6 +4,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +32,9 @@ def main(arguments: argparse.Namespace) -> None:
 
     trained = read_trained(target, arguments.weights, best=arguments.best)
     config, checkpoint, weights = trained.config, trained.checkpoint, trained.weights
-    config = _place(config, arguments.data, arguments.cache_dir)
+    config = _place(_changed(config, arguments.overrides), arguments.data, arguments.cache_dir)
     manifest = open_dataset(config.data, training=False)
+    config.check_dataset(manifest)
     if list(manifest.classes) != trained.classes:
         raise ConfigError(f"{config.data.path} has other classes than {checkpoint} was trained on")
 
@@ -46,9 +48,13 @@ def main(arguments: argparse.Namespace) -> None:
             print(f"left out: {sample.sentence}", file=sys.stderr)
 
     with torch.no_grad():
-        scores, _ = evaluate(task, model, manifest.split("val"), runtime.device, report, runtime.rank, runtime.world)
+        scores, details = evaluate(
+            task, model, manifest.split("val"), runtime.device, report, runtime.rank, runtime.world
+        )
     for note in trained.notes if runtime.is_main else ():
         print(note, file=sys.stderr)
+    if runtime.is_main and arguments.details:
+        Path(arguments.details).write_text(json.dumps({"checkpoint": str(checkpoint), "weights": weights, **details}))
     if runtime.is_main and arguments.json:
         numbers = {**scores.values, "count": scores.count}
         print(json.dumps({"checkpoint": str(checkpoint), "weights": weights, "data": config.data.path, **numbers}))
@@ -56,6 +62,19 @@ def main(arguments: argparse.Namespace) -> None:
         text = "  ".join(metric.text(scores.values[metric.name]) for metric in task.metrics)
         print(f"{checkpoint} ({weights}) on {config.data.path}: {text}  ({scores.count} {task.samples})")
     stop_runtime()
+
+
+def _changed(config: "Config", settings: Sequence[str]) -> "Config":
+    """`config` with other settings of the evaluation. Raises ConfigError for those that play no part in it."""
+    from train.config import ConfigError, override, parse_config
+
+    for setting in settings:
+        if not setting.startswith(("task.", "data.", "train.micro_batch=")):
+            raise ConfigError(
+                f"{setting} plays no part in an evaluation: settings of task and data, and train.micro_batch, can be "
+                "given"
+            )
+    return parse_config(override(config.model_dump(mode="json"), settings), source="evaluate.py")
 
 
 def _place(config: "Config", path: str | None, cache_dir: str | None) -> "Config":
@@ -91,8 +110,19 @@ def parse_arguments() -> argparse.Namespace:
         "--cache-dir", metavar="FOLDER", help="copy the dataset's files there before use; required for a URL"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON, unrounded")
+    parser.add_argument(
+        "--details",
+        metavar="FILE",
+        help="write what the task keeps of an evaluation, such as the classes' scores (JSON)",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    return parser.parse_args()
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings of the evaluation that replace the run's, e.g. task.test_flip=true",
+    )
+    return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":

@@ -110,6 +110,7 @@ def find_dataset(arguments: argparse.Namespace, config: "Config") -> "tuple[int,
     where = "GUESSED to be ImageNet's, as there is no dataset at data.path"
     if (Path(config.data.path) / FILE_NAME).is_file():
         manifest = open_manifest(config.data.path)
+        config.check_dataset(manifest)
         images = manifest.split("train").samples
         validation_images = manifest.splits["val"].samples if "val" in manifest.splits else 0
         where = f"counted in {config.data.path}"

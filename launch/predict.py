@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Classify images with a trained model: python launch/predict.py photo.jpg holidays/ --run runs/cat_b"""
+"""Use a trained model on images: python launch/predict.py photo.jpg holidays/ --run runs/cat_b"""
 
 import argparse
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, add_choice_of_weights, run
 from train import exit_codes
+
+OPTIONS = ("top", "output")  # of some tasks only: arguments of their `predict`
 
 
 class Unreadable(Exception):
@@ -20,6 +23,7 @@ class Unreadable(Exception):
 def main(arguments: argparse.Namespace) -> None:
     from data_pipeline.listing import find_images
     from train.checkpoint.trained_model import check_target, read_trained
+    from train.config import ConfigError
 
     target, paths = check_target(arguments.run, arguments.best), find_images(arguments.images)
 
@@ -29,8 +33,12 @@ def main(arguments: argparse.Namespace) -> None:
     for note in trained.notes:
         print(note, file=sys.stderr)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bad = 0
-    for found in trained.task().predict(trained.model().to(device), paths, device, arguments.batch, top=arguments.top):
+    task, bad = trained.task(), 0
+    options = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
+    for name in options:
+        if name not in inspect.signature(task.predict).parameters:
+            raise ConfigError(f"--{name} is no option of the task {trained.config.task.name}")
+    for found in task.predict(trained.model().to(device), paths, device, arguments.batch, **options):
         if found.problem:
             bad += 1
             print(f"left out: {found.path}: {found.problem}", file=sys.stderr, flush=True)
@@ -42,7 +50,8 @@ def main(arguments: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="Print the most probable classes of each image. Images are cropped and scaled as in evaluation.",
+        description="Print the most probable classes of each image, or of a segmentation the classes' shares of its "
+        "pixels. Images are cropped and scaled as in evaluation.",
         epilog="exit codes: 0 all images predicted, 65 some images could not be read (they are listed, the others "
         "predicted), 78 bad arguments",
     )
@@ -56,7 +65,16 @@ def parse_arguments() -> argparse.Namespace:
         help="the folder of a run (then its newest sound checkpoint is used) or of a checkpoint",
     )
     add_choice_of_weights(parser)
-    parser.add_argument("--top", type=_positive, default=5, metavar="N", help="classes per image (default: 5)")
+    parser.add_argument(
+        "--top", type=_positive, metavar="N", help="of a classification: classes per image (default: 5)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="of a segmentation: write there each photograph under its classes' colours, NAME_overlay.jpg, and the "
+        "classes' numbers as gray values, NAME_labels.png",
+    )
     parser.add_argument(
         "--batch", type=_positive, default=64, metavar="N", help="images per forward pass (default: 64)"
     )

@@ -4,8 +4,9 @@ Light on purpose: a bad config is answered before torch is imported.
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import SerializeAsAny, ValidationError, field_validator, model_validator
@@ -26,6 +27,9 @@ from train.config_sections import (
     ZeroConfig,
 )
 from train.task_registry import UnknownTask, find
+
+if TYPE_CHECKING:
+    from data_pipeline.manifest import Manifest
 
 
 class ConfigError(Exception):
@@ -62,6 +66,21 @@ class Config(Section):
             raise ValueError(
                 "; ".join(_explain({**item, "loc": ("task", *item["loc"])}) for item in error.errors())
             ) from error
+
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> "Config":
+        """The other sections go with the task."""
+        if check := getattr(find(self.task.name), "check_config", None):
+            check(self)
+        return self
+
+    def check_dataset(self, manifest: "Manifest") -> None:
+        """Raise ConfigError if the dataset is not one for the task."""
+        if check := getattr(find(self.task.name), "check_dataset", None):
+            try:
+                check(manifest)
+            except ValueError as error:
+                raise ConfigError(f"data.path {self.data.path} does not fit: {error}") from error
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "Config":
@@ -175,19 +194,23 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises ConfigError with one sentence.
     """
-    tree = _read(Path(path), seen=())
-    for override in overrides:
-        key, equals, text = override.partition("=")
+    return parse_config(override(_read(Path(path), seen=()), overrides), source=str(path))
+
+
+def override(tree: dict, settings: Sequence[str]) -> dict:
+    """`tree` with values replaced by `section.key=value` settings, whose values are YAML. Raises ConfigError."""
+    for setting in settings:
+        key, equals, text = setting.partition("=")
         if not equals:
-            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+            raise ConfigError(f"override {setting!r} is not of the form section.key=value")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not YAML ({_first_line(error)})") from error
+            raise ConfigError(f"override {setting!r}: the value is not YAML ({_first_line(error)})") from error
         for part in reversed(key.split(".")):
             value = {part: value}
         tree = _merge(tree, value)
-    return parse_config(tree, source=str(path))
+    return tree
 
 
 def parse_config(tree: dict, source: str) -> Config:

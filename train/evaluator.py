@@ -55,7 +55,7 @@ class Evaluator:
                 raise AskedToStop(request)
 
         began, split, runtime = time.perf_counter(), self._manifest.split("val"), self._runtime
-        with self._engine.evaluating():
+        with self._engine.evaluating(compiled=self._task.one_shape):
             scores, details = evaluate(
                 self._task, self._engine, split, runtime.device, meet, runtime.rank, runtime.world
             )
@@ -64,4 +64,7 @@ class Evaluator:
                 self._output / "evaluations" / f"{weights}.json", {"step": done, "split": split.fingerprint, **details}
             )
         self._monitor.evaluation(done, epoch, weights, scores, seconds=time.perf_counter() - began)
+        self._monitor.details(
+            done, weights, lambda: self._task.evaluation_picture(details), lambda: self._task.evaluation_text(details)
+        )
         return scores

@@ -50,6 +50,7 @@ def _run(
 
     settings = load_config(config, list(overrides))
     manifest = open_dataset(settings.data)
+    settings.check_dataset(manifest)
     for split in manifest.splits.values():
         open_backend(settings.data.backend, split)  # for its errors: a library or files that are missing
     samples, sizes, data = manifest.split("train").samples, settings.train, settings.data

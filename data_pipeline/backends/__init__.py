@@ -20,10 +20,10 @@ class Backend(Protocol):
     stored: StoredSamples
 
     def decode_batch(
-        self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray
+        self, ids: np.ndarray, windows: np.ndarray, shape: tuple[int, int], interpolation: str, out: np.ndarray
     ) -> dict[int, str]:
-        """Samples `ids` (int64 [n]), cut at `windows` (int32 [n, 5], crop.py) and resized, into `out` (uint8 [n, size,
-        size, 3], RGB).
+        """Samples `ids` (int64 [n]), cut at `windows` (int32 [n, 5], crop.py) and resized to `shape` (height, width),
+        into `out` (uint8 [n, height, width, 3], RGB).
 
         `out` is a contiguous numpy array; for dali it may also be a CUDA tensor, on whose device the images are then
         decoded.

@@ -41,7 +41,12 @@ class DALIBackend:
         self._local = threading.local()
 
     def decode_batch(
-        self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: "np.ndarray | torch.Tensor"
+        self,
+        ids: np.ndarray,
+        windows: np.ndarray,
+        shape: tuple[int, int],
+        interpolation: str,
+        out: "np.ndarray | torch.Tensor",
     ) -> dict[int, str]:
         """See Backend. `out` may also be a CUDA tensor (torch.uint8); nvJPEG then decodes straight into GPU memory."""
         encoded, failures = self.stored.read(ids)
@@ -55,7 +60,7 @@ class DALIBackend:
         for kind in (False, True):
             rows = [row for row in np.flatnonzero(padded == kind).tolist() if row not in failures]
             if rows:
-                failures |= self._decode(rows, encoded, windows, (size, interpolation, kind), out)
+                failures |= self._decode(rows, encoded, windows, (shape, interpolation, kind), out)
         return self.stored.sentences(ids, failures)
 
     def _decode(
@@ -69,7 +74,7 @@ class DALIBackend:
         inputs = {
             "jpeg": [np.frombuffer(encoded[row], np.uint8) for row in rows],
             "anchor": np.ascontiguousarray(chosen[:, [1, 0]]),
-            "shape": np.ascontiguousarray(chosen[:, [3, 2]]),
+            "extent": np.ascontiguousarray(chosen[:, [3, 2]]),
             "flip": np.ascontiguousarray(chosen[:, 4]),
         }
         gpu = None if isinstance(out, np.ndarray) else out.device.index
@@ -91,10 +96,10 @@ class DALIBackend:
         return {}
 
 
-def build_pipeline(batch: int, gpu: int | None, size: int, interpolation: str, padded: bool) -> "Pipeline":
-    """Build a DALI pipeline from `jpeg` (bytes), `anchor` (y, x), `shape` (height, width) and `flip` to pixels.
+def build_pipeline(batch: int, gpu: int | None, shape: tuple[int, int], interpolation: str, padded: bool) -> "Pipeline":
+    """Build a DALI pipeline from `jpeg` (bytes), `anchor` (y, x), `extent` (height, width) and `flip` to pixels.
 
-    Its output is uint8 [batch, size, size, 3]. gpu: None decodes on the CPU, a number on that GPU. padded: windows may
+    Its output is uint8 [batch, *shape, 3]. gpu: None decodes on the CPU, a number on that GPU. padded: windows may
     extend beyond the image; pixels outside the image are black.
     """
     from nvidia.dali import fn, types
@@ -107,16 +112,16 @@ def build_pipeline(batch: int, gpu: int | None, size: int, interpolation: str, p
     with pipeline:
         jpeg = fn.external_source(name="jpeg", dtype=types.UINT8, ndim=1)
         anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)
-        shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
+        extent = fn.external_source(name="extent", dtype=types.INT32, ndim=1)
         flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
         if padded:
             image = fn.slice(
-                fn.decoders.image(jpeg, **decoder), anchor, shape, out_of_bounds_policy="pad", fill_values=0, **window
+                fn.decoders.image(jpeg, **decoder), anchor, extent, out_of_bounds_policy="pad", fill_values=0, **window
             )
         else:
-            image = fn.decoders.image_slice(jpeg, anchor, shape, **window, **decoder)
+            image = fn.decoders.image_slice(jpeg, anchor, extent, **window, **decoder)
         filter = types.INTERP_CUBIC if interpolation == "bicubic" else types.INTERP_LINEAR
-        image = fn.resize(image, size=(size, size), interp_type=filter, antialias=True)
+        image = fn.resize(image, size=shape, interp_type=filter, antialias=True)
         pipeline.set_outputs(fn.flip(image, horizontal=flip))
     return pipeline
 

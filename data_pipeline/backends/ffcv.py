@@ -18,9 +18,11 @@ class FFCVBackend:
         self._decode_batch = decode_batch if split.beton.mode == "jpeg" else crop_and_resize_batch
 
     def decode_batch(
-        self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray
+        self, ids: np.ndarray, windows: np.ndarray, shape: tuple[int, int], interpolation: str, out: np.ndarray
     ) -> dict[int, str]:
         """See Backend."""
         stored, failures = self.stored.read_chunk(ids)
-        failures = self._decode_batch(stored, self.stored.dimensions(ids), windows, size, interpolation, out) | failures
+        failures = (
+            self._decode_batch(stored, self.stored.dimensions(ids), windows, shape, interpolation, out) | failures
+        )
         return self.stored.sentences(ids, failures)

@@ -27,12 +27,15 @@ FILES_AT_ONCE = 16
 class StoredSamples:
     """Random access to the bytes of `split`'s samples in its shards, or in its FFCV file (`beton`).
 
+    annotation: in place of the images, what this annotation of the split points to in the shards; it has a RECORD for
+    each sample.
+
     Thread-safe: pread uses no shared file position, and files and index are opened on first use. To end, set `closing`,
     which interrupts the staging of files and the pauses between attempts, then call `close`.
     """
 
-    def __init__(self, split: Split, *, beton: bool = False):
-        self.split, self._beton = split, beton
+    def __init__(self, split: Split, *, beton: bool = False, annotation: str | None = None):
+        self.split, self._beton, self._annotation = split, beton, annotation
         self.files = [split.folder / file.file for file in ([split.beton] if beton else split.shards)]
         self.closing = threading.Event()
         self._lock = threading.Lock()
@@ -41,7 +44,9 @@ class StoredSamples:
 
     @cached_property
     def records(self) -> np.ndarray:
-        """manifest.RECORD, [samples]; `shard` is an index into `files`."""
+        """split.RECORD, [samples]; `shard` is an index into `files`."""
+        if self._annotation:
+            return self.split.annotation(self._annotation)
         return self.split.beton_records if self._beton else self.split.records
 
     def read(self, ids: np.ndarray) -> tuple[list[bytes], dict[int, str]]:
@@ -103,7 +108,8 @@ class StoredSamples:
     def sentence(self, number: int, reason: str) -> str:
         """The error sentence of sample `number`, with its file and place."""
         shard, offset, size = (int(self.records[name][number]) for name in ("shard", "offset", "size"))
-        place = f"sample {number} of split {self.split.name!r} (bytes {offset} to {offset + size})"
+        what = f"{self._annotation.replace('_', ' ')} of " if self._annotation else ""
+        place = f"{what}sample {number} of split {self.split.name!r} (bytes {offset} to {offset + size})"
         return f"{self.files[shard]}: {place} cannot be read: {reason}."
 
     def sentences(self, ids: np.ndarray, failures: dict[int, str]) -> dict[int, str]:

@@ -17,9 +17,9 @@ class WebDatasetBackend:
         self.stored = stored_in_shards(split)
 
     def decode_batch(
-        self, ids: np.ndarray, windows: np.ndarray, size: int, interpolation: str, out: np.ndarray
+        self, ids: np.ndarray, windows: np.ndarray, shape: tuple[int, int], interpolation: str, out: np.ndarray
     ) -> dict[int, str]:
         """See Backend."""
         encoded, failures = self.stored.read_chunk(ids)
-        failures = decode_batch(encoded, self.stored.dimensions(ids), windows, size, interpolation, out) | failures
+        failures = decode_batch(encoded, self.stored.dimensions(ids), windows, shape, interpolation, out) | failures
         return self.stored.sentences(ids, failures)

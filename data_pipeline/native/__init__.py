@@ -12,7 +12,7 @@ import numpy as np
 from ..jpeg import MOST_SCANS
 
 # The same values as in decode.h and resample.h.
-INTERFACE = 3
+INTERFACE = 4
 MESSAGE_LENGTH = 200
 AVX2, OWN_HUFFMAN = 1, 2
 UNSOUND = -1
@@ -35,7 +35,8 @@ def _load() -> ctypes.CDLL | None:
     library.decoder_decode.argtypes = [
         *(ctypes.c_int, ctypes.c_int, pointer, pointer, pointer),  # count, encoding, data, lengths, dimensions
         *(ctypes.c_int, pointer),  # most_scans, windows
-        *(ctypes.c_int, ctypes.c_int, ctypes.c_int, pointer, pointer),  # size, filter, features, out, messages
+        *[ctypes.c_int] * 4,  # height, width, filter, features
+        *(pointer, pointer),  # out, messages
     ]
     library.decoder_read.argtypes = [ctypes.c_int, *[pointer] * 7]
     library.decoder_will_need.argtypes = [ctypes.c_int, *[pointer] * 3]
@@ -94,7 +95,7 @@ def decode_batch(
     encoded: Sequence[bytes],
     dimensions: np.ndarray,
     windows: np.ndarray,
-    size: int,
+    shape: tuple[int, int],
     interpolation: str,
     out: np.ndarray,
     *,
@@ -110,9 +111,10 @@ def decode_batch(
     windows = np.ascontiguousarray(windows, np.int32)
     if dimensions.shape != (count, 2) or windows.shape != (count, 5):
         raise ValueError(f"{count} images, dimensions {dimensions.shape}, windows {windows.shape}")
+    height, width = shape
     usable = out.dtype == np.uint8 and out.flags.c_contiguous and out.flags.writeable
-    if out.shape != (count, size, size, 3) or not usable or size < 1:
-        raise ValueError(f"out must be a contiguous uint8 array [{count}, {size}, {size}, 3]")
+    if out.shape != (count, height, width, 3) or not usable or min(shape) < 1:
+        raise ValueError(f"out must be a contiguous uint8 array [{count}, {height}, {width}, 3]")
     if isinstance(encoded, Chunk):
         addresses = (encoded.starts + encoded.buffer.ctypes.data).astype(np.uintp)
         data, lengths = addresses.ctypes.data, encoded.lengths.astype(np.uintp)
@@ -130,7 +132,7 @@ def decode_batch(
             MOST_SCANS,
             windows.ctypes.data,
         ),
-        *(size, INTERPOLATIONS[interpolation], features, out.ctypes.data, messages.ctypes.data),
+        *(height, width, INTERPOLATIONS[interpolation], features, out.ctypes.data, messages.ctypes.data),
     )
     if not failures:
         return {}

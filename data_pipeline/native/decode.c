@@ -1,4 +1,4 @@
-/* Decode windows of JPEGs, or cut them from raw pixels, and resize them to squares.
+/* Decode windows of JPEGs, or cut them from raw pixels, and resize them.
  *
  * Only the part that the window needs is decoded: rows above it are entropy-decoded and dropped, columns beside it get
  * no inverse DCT, and reading stops below it. Each row is resampled as soon as it is decoded. Warnings of libjpeg are
@@ -50,7 +50,7 @@ typedef struct {
     struct jpeg_progress_mgr progress;
     jmp_buf ended;
     char *message;
-    int encoding, most_scans, size, filter, features;
+    int encoding, most_scans, height, width, filter, features; /* height, width: of the outputs */
     Huffman huffman;
     Resampler resampler;
     Buffer rows; /* rows of the window for the resampler, black outside the image */
@@ -187,8 +187,8 @@ static void decode_one(Decoder *decoder, const uint8_t *data, size_t length, int
         const unsigned long long wanted = (uint64_t)width * height * CHANNELS;
         fail(decoder, "it has %zu bytes where %dx%d pixels take %llu", length, width, height, wanted);
     }
-    if (!resample_start(&decoder->resampler, window.width, window.height, decoder->size, decoder->filter, window.flip != 0,
-                        (decoder->features & AVX2) != 0, out))
+    if (!resample_start(&decoder->resampler, window.width, window.height, decoder->height, decoder->width, decoder->filter,
+                        window.flip != 0, (decoder->features & AVX2) != 0, out))
         fail(decoder, "out of memory");
 
     const int64_t x = window.x, y = window.y;
@@ -228,8 +228,8 @@ static bool decode(Decoder *decoder, const uint8_t *data, size_t length, const i
 }
 
 EXPORT int decoder_decode(int count, int encoding, const uint8_t *const *data, const size_t *lengths, const int32_t *dimensions,
-                          int most_scans, const int32_t *windows, int size, int filter, int features, uint8_t *out,
-                          char *messages) {
+                          int most_scans, const int32_t *windows, int height, int width, int filter, int features,
+                          uint8_t *out, char *messages) {
     Decoder *decoder = calloc(1, sizeof *decoder);
     if (!decoder) {
         for (int i = 0; i < count; i++) strcpy(messages + (size_t)i * MESSAGE_LENGTH, "out of memory");
@@ -240,14 +240,16 @@ EXPORT int decoder_decode(int count, int encoding, const uint8_t *const *data, c
     decoder->errors.error_exit = on_error;
     decoder->errors.emit_message = on_message;
     decoder->progress.progress_monitor = on_progress;
-    decoder->encoding = encoding, decoder->most_scans = most_scans, decoder->size = size, decoder->filter = filter;
+    decoder->encoding = encoding, decoder->most_scans = most_scans, decoder->filter = filter;
+    decoder->height = height, decoder->width = width;
     decoder->features = features & decoder_features();
+    const size_t bytes = (size_t)height * width * CHANNELS;
     int failures = 0;
     for (int i = 0; i < count; i++) {
         Window window;
         memcpy(&window, windows + 5 * (size_t)i, sizeof window);
         decoder->message = messages + (size_t)i * MESSAGE_LENGTH;
-        failures += !decode(decoder, data[i], lengths[i], dimensions + 2 * (size_t)i, window, out + (size_t)i * size * size * CHANNELS);
+        failures += !decode(decoder, data[i], lengths[i], dimensions + 2 * (size_t)i, window, out + i * bytes);
     }
     resample_free(&decoder->resampler);
     buffer_free(&decoder->rows);

@@ -8,7 +8,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Increase this with every change below, here and in __init__.py: a library with another number is not used. */
-#define INTERFACE 3
+#define INTERFACE 4
 #define MESSAGE_LENGTH 200
 
 enum { JPEG = 0, RAW = 1 };
@@ -21,19 +21,19 @@ EXPORT int decoder_interface(void);
 /* The features that this machine supports. */
 EXPORT int decoder_features(void);
 
-/* Cuts windows out of `count` images, resizes them with antialiasing to size x size pixels and mirrors them.
+/* Cuts windows out of `count` images, resizes them with antialiasing to height x width pixels, mirrors them.
  *
  * data, lengths: the bytes of each image, JPEG or (encoding RAW) uint8 [height, width, 3]. dimensions: [count][width,
  * height], which the images must have. most_scans: a JPEG with more is refused. windows: [count][x, y, width, height,
  * flip]; pixels outside the image are black. filter: BILINEAR or BICUBIC (resample.h). out: uint8
- * [count][size][size][3]. messages: [count][MESSAGE_LENGTH]; empty on success, else the reason of the failure, and the
+ * [count][height][width][3]. messages: [count][MESSAGE_LENGTH]; empty on success, else the reason of the failure, and the
  * pixels are undefined.
  *
  * Returns the number of images that failed. Safe for arbitrary bytes. No state outlives the call, so it is thread-safe.
  * */
 EXPORT int decoder_decode(int count, int encoding, const uint8_t *const *data, const size_t *lengths, const int32_t *dimensions,
-                          int most_scans, const int32_t *windows, int size, int filter, int features, uint8_t *out,
-                          char *messages);
+                          int most_scans, const int32_t *windows, int height, int width, int filter, int features,
+                          uint8_t *out, char *messages);
 
 /* Reads `count` samples, sample i from the open file files[i], into out + starts[i], and checks them.
  *

@@ -113,18 +113,19 @@ static bool axis_widen(Axis *axis, int size) {
     return true;
 }
 
-bool resample_start(Resampler *r, int width, int height, int size, int filter, bool flip, bool avx2, uint8_t *out) {
-    r->width = width, r->height = height, r->size = size, r->out = out;
+bool resample_start(Resampler *r, int width, int height, int out_height, int out_width, int filter, bool flip, bool avx2,
+                    uint8_t *out) {
+    r->width = width, r->height = height, r->out_width = out_width, r->out_height = out_height, r->out = out;
     r->avx2 = HAVE_AVX2 && avx2;
     r->received = r->written = 0;
     r->horizontal.taps = r->vertical.taps = 0;
-    if (width != size || flip) {
-        if (!axis_start(&r->horizontal, width, size, filter, flip)) return false;
-        if (r->avx2 && !axis_widen(&r->horizontal, size)) return false;
+    if (width != out_width || flip) {
+        if (!axis_start(&r->horizontal, width, out_width, filter, flip)) return false;
+        if (r->avx2 && !axis_widen(&r->horizontal, out_width)) return false;
     }
-    if (height != size && !axis_start(&r->vertical, height, size, filter, false)) return false;
+    if (height != out_height && !axis_start(&r->vertical, height, out_height, filter, false)) return false;
     const size_t kept = r->vertical.taps ? r->vertical.taps : 1;
-    r->stride = ((size_t)size * CHANNELS + HORIZONTAL_EXCESS + RING_ALIGNMENT - 1) / RING_ALIGNMENT * RING_ALIGNMENT;
+    r->stride = ((size_t)out_width * CHANNELS + HORIZONTAL_EXCESS + RING_ALIGNMENT - 1) / RING_ALIGNMENT * RING_ALIGNMENT;
     return buffer_reserve(&r->ring, kept * r->stride) && buffer_reserve(&r->rows, kept * sizeof(uint8_t *));
 }
 
@@ -134,23 +135,23 @@ size_t resample_slack(const Resampler *r) { return (size_t)CHANNELS * r->horizon
 
 void resample_row(Resampler *r, const uint8_t *row) {
     const Axis *vertical = &r->vertical;
-    const int bytes = r->size * CHANNELS;
+    const int bytes = r->out_width * CHANNELS;
     uint8_t *kept = (uint8_t *)r->ring.data + (vertical->taps ? r->received % vertical->taps : 0) * r->stride;
     if (!r->horizontal.taps)
         memcpy(kept, row, bytes);
 #if HAVE_AVX2
     else if (r->avx2)
-        horizontal_avx2(&r->horizontal, row, r->size, kept);
+        horizontal_avx2(&r->horizontal, row, r->out_width, kept);
 #endif
     else
-        horizontal_scalar(&r->horizontal, row, r->size, kept);
+        horizontal_scalar(&r->horizontal, row, r->out_width, kept);
     r->received++;
     if (!vertical->taps) {
         memcpy(r->out + (size_t)r->written++ * bytes, kept, bytes);
         return;
     }
 
-    while (r->written < r->size) {
+    while (r->written < r->out_height) {
         const int first = vertical->first[r->written];
         const int available = r->height - first < vertical->taps ? r->height - first : vertical->taps;
         if (r->received < first + available) return;

@@ -32,7 +32,8 @@ typedef struct {
 } Axis;
 
 typedef struct {
-    int width, height, size;
+    int width, height; /* of the window */
+    int out_width, out_height;
     bool avx2;
     Axis horizontal, vertical;
     Buffer ring;   /* the last vertical.taps rows after the horizontal pass */
@@ -42,9 +43,10 @@ typedef struct {
     uint8_t *out;
 } Resampler;
 
-/* Start an image: a window of width x height pixels becomes size x size pixels at `out` (uint8 [size, size, 3]),
- * mirrored left to right if `flip`. Returns false if there is no memory. A new resampler is all zeros. */
-bool resample_start(Resampler *resampler, int width, int height, int size, int filter, bool flip, bool avx2, uint8_t *out);
+/* Start an image: a window of width x height pixels becomes out_width x out_height pixels at `out` (uint8 [out_height,
+ * out_width, 3]), mirrored left to right if `flip`. Returns false if there is no memory. A new resampler is all zeros. */
+bool resample_start(Resampler *resampler, int width, int height, int out_height, int out_width, int filter, bool flip, bool avx2,
+                    uint8_t *out);
 
 /* Pass the next row of the window, from the top. resample_slack() bytes past its end must be readable, with any
  * contents. The output is complete after `height` rows. */

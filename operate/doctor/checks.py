@@ -29,6 +29,7 @@ from train.engine.estimate import checkpoint_bytes
 from train.engine.network_interface import choose_interface
 from train.engine.runtime import Runtime, start_runtime
 from train.exit_codes import exit_code_of
+from train.tasks.base import build_task
 
 # Seconds that a check may take: about ten times its time on a healthy cluster.
 LIMITS = {"machine": 60, "disk": 40, "dataset": 60, "decoding": 40, "network": 60, "links": 90, "step": 120}
@@ -84,7 +85,9 @@ class Checks:
         return files.disk(self.output, share, store.get("mark").decode())
 
     def dataset(self) -> dict:
-        self.manifest = open_dataset(self.config.data)
+        manifest = open_dataset(self.config.data)
+        self.config.check_dataset(manifest)
+        self.manifest = manifest
         return files.dataset(self.config.data, self.manifest, self.meeting.rank)
 
     def decoding(self) -> dict:
@@ -92,8 +95,9 @@ class Checks:
         ranks = self.meeting.hosts.count(self.meeting.hosts[self.meeting.rank])
         devices = max(1, torch.cuda.device_count() // ranks)
         data = self.config.data.model_copy(update={"workers": devices * self.config.data.workers})
+        task = build_task(self.config, self.manifest.classes)
         return {
-            **files.decoding(data, self.config.augment, self.manifest.split("train"), self.meeting.rank),
+            **files.decoding(data, task, self.manifest.split("train"), self.meeting.rank),
             "devices": devices,
         }
 

@@ -12,11 +12,12 @@ import numpy as np
 
 from data_pipeline.backends import open_backend
 from data_pipeline.backends.stored import StoredSamples
-from data_pipeline.config import AugmentConfig, DataConfig
+from data_pipeline.config import DataConfig
 from data_pipeline.loader import build_loader
 from data_pipeline.manifest import FILE_NAME, Manifest
 from data_pipeline.order import Order
 from data_pipeline.split import Split
+from train.tasks.base import Task
 
 CHUNK = 8 * 2**20  # bytes between two fsyncs
 MOST = 2**30  # bytes that a rank writes at most
@@ -111,11 +112,11 @@ def sample_ids(stored: StoredSamples, shards: int, seed: int) -> np.ndarray:
     return np.sort(places - (np.cumsum(sizes) - sizes)[within] + (ends - counts)[chosen][within])
 
 
-def decoding(data: DataConfig, augment: AugmentConfig, split: Split, rank: int) -> dict:
+def decoding(data: DataConfig, task: Task, split: Split, rank: int) -> dict:
     """Measure images per second decoded by this rank's `data.workers` threads while the other ranks decode, too."""
     batch = min(64, split.samples)
     order = Order(rank, split.samples, batch, batch, data.shuffle)
-    with build_loader(data, augment, split, order) as loader:
+    with build_loader(data, task.views(), split, order, task.targets(split, training=True)) as loader:
         list(islice(loader, data.prefetch + 1))  # start threads, open files
         began, images = time.perf_counter(), 0
         while (seconds := time.perf_counter() - began) < DECODING:

@@ -28,7 +28,10 @@ def measure_step(task: Task, runtime: Runtime) -> dict:
     """
     config, model = task.config, meta_model(task)
     example = task.example(config.train.micro_batch, torch.device("meta"), DTYPES[config.train.precision])
-    needed = {**resident_bytes(model, config, runtime), "activations": activation_bytes(model, example)}
+    needed = {
+        **resident_bytes(model, config, runtime),
+        "activations": activation_bytes(model, example, task.example_loss),
+    }
     total, free = sum(needed.values()), free_memory(runtime.device)
     gradient = 4 * sum(parameter.numel() for parameter in model.parameters())
     found = {

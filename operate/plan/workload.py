@@ -137,7 +137,7 @@ def memory_by_stage(task: Task, world: int) -> dict[int, dict[str, int]]:
     config, model = task.config, meta_model(task)
     rank = Runtime(0, world, 0, torch.device("cuda"))
     example = task.example(config.train.micro_batch, torch.device("meta"), DTYPES[config.train.precision])
-    activations, sizes = activation_bytes(model, example), {}
+    activations, sizes = activation_bytes(model, example, task.example_loss), {}
     for stage in range(4):
         zero = config.zero.model_copy(update={"stage": stage, "offload": config.zero.offload and stage > 0})
         resident = resident_bytes(model, config.model_copy(update={"zero": zero}), rank)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.annotations import add_annotation
+from data_pipeline.annotations import Cut, add_annotation
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import build_loader, evaluation_batches
 from data_pipeline.manifest import open_manifest
 from data_pipeline.order import Order
 from data_pipeline.split import DataError
+from data_pipeline.views import Crops
 
 
 @pytest.fixture
@@ -29,14 +30,17 @@ def dataset(tiny_dataset, tmp_path):
 class Maps:
     """A map of each sample's own size, filled with its id; and its window's mirroring."""
 
+    stored = None
+
     def __init__(self, split):
         self._sizes = split.annotation("size")
 
-    def read(self, ids, windows):
+    def read(self, ids, candidates):
         maps = [
             torch.full(tuple(size), int(number)) for number, size in zip(ids, self._sizes[ids].tolist(), strict=True)
         ]
-        return list(zip(maps, windows[:, 4].tolist(), strict=True))
+        windows = candidates[:, 0]
+        return Cut(windows, list(zip(maps, windows[:, 4].tolist(), strict=True)))
 
     def collate(self, targets):
         maps, flips = zip(*targets, strict=True)
@@ -47,10 +51,14 @@ def config(split):
     return DataConfig(path=str(split.folder), image_size=16, workers=2, prefetch=3)
 
 
+def views(split):
+    return Crops(config(split), AugmentConfig())
+
+
 def test_targets_of_varying_size_come_with_their_images(dataset):
     split = open_manifest(dataset).split("train")
     flips = set()
-    with build_loader(config(split), AugmentConfig(), split, Order(0, split.samples, 32, 8), Maps(split)) as loader:
+    with build_loader(config(split), views(split), split, Order(0, split.samples, 32, 8), Maps(split)) as loader:
         for _ in range(8):
             batch = next(loader)
             assert [int(found[0, 0]) for found in batch.targets["maps"]] == batch.ids.tolist()
@@ -65,7 +73,7 @@ def test_evaluation_reads_the_same_targets_once(dataset):
     found = [
         int(one[0, 0])
         for rank in range(2)
-        for _, batch in evaluation_batches(config(split), split, 8, Maps(split), rank=rank, world=2)
+        for _, batch in evaluation_batches(config(split), views(split), split, 8, Maps(split), rank=rank, world=2)
         for one, counted in zip(batch.targets["maps"], batch.counted, strict=True)
         if counted
     ]

@@ -22,9 +22,11 @@ from data_pipeline.loader import MicroBatch, build_loader
 from data_pipeline.manifest import open_manifest, read_manifest
 from data_pipeline.order import Order
 from data_pipeline.split import DataError, Split, UsageError
+from data_pipeline.views import Crops
 from tests.data_pipeline.shards import add_beton, jpeg, picture, write_split
 
 WITHOUT_DALI = "nvidia-dali is not installed (the optional extra `dali`)"
+SHAPE = (32, 32)
 
 
 @pytest.fixture
@@ -44,14 +46,14 @@ def read(
     ids = np.asarray(ids, np.int64)
     out = np.zeros((len(ids), size, size, 3), np.uint8)
     windows = np.tile(np.array([2, 3, 30, 33, 0], np.int32), (len(ids), 1)) if windows is None else windows
-    return out, open_backend(backend, split).decode_batch(ids, windows, size, "bicubic", out)
+    return out, open_backend(backend, split).decode_batch(ids, windows, (size, size), "bicubic", out)
 
 
 def decoded(images: list[bytes], windows: np.ndarray, size: int = 24) -> np.ndarray:
     """The result of the project's decoder on the images in memory."""
     dimensions = np.array([simplejpeg.decode_jpeg_header(image)[1::-1] for image in images], np.int32)
     out = np.empty((len(images), size, size, 3), np.uint8)
-    assert decode_batch(images, dimensions, windows, size, "bicubic", out) == {}
+    assert decode_batch(images, dimensions, windows, (size, size), "bicubic", out) == {}
     return out
 
 
@@ -122,7 +124,7 @@ def test_dali_gives_nearly_the_pixels_of_webdataset(varied, shards):
 def batches(split: Split, backend: str, steps: range) -> list[MicroBatch]:
     data = DataConfig(path=str(split.folder), backend=backend, image_size=32, workers=2)
     order = Order(seed=3, samples=split.samples, global_batch=12, micro_batch=6)
-    with build_loader(data, AugmentConfig(), split, order, start_step=steps[0]) as loader:
+    with build_loader(data, Crops(data, AugmentConfig()), split, order, start_step=steps[0]) as loader:
         return list(itertools.islice(loader, 2 * len(steps)))
 
 
@@ -152,7 +154,9 @@ def test_dalis_pixels_depend_on_the_sample_alone(varied):
         alone = np.zeros_like(together)
         rows = [slice(row, row + 1) for row in range(len(ids))]
         failures = list(
-            executor.map(lambda row: backend.decode_batch(ids[row], windows[row], 32, "bicubic", alone[row]), rows)
+            executor.map(
+                lambda row: backend.decode_batch(ids[row], windows[row], (32, 32), "bicubic", alone[row]), rows
+            )
         )
     assert not any(failures)
     assert np.array_equal(together, alone)
@@ -165,8 +169,8 @@ def test_more_images_than_a_dali_pipeline_was_built_for(varied):
     backend = open_backend("dali", split)
     few, many = np.zeros((3, 16, 16, 3), np.uint8), np.zeros((2 * dali.BATCH + 5, 16, 16, 3), np.uint8)
     ids = np.arange(len(many)) % len(images)
-    assert backend.decode_batch(ids[:3], windows[ids[:3]], 16, "bilinear", few) == {}
-    assert backend.decode_batch(ids, windows[ids], 16, "bilinear", many) == {}
+    assert backend.decode_batch(ids[:3], windows[ids[:3]], (16, 16), "bilinear", few) == {}
+    assert backend.decode_batch(ids, windows[ids], (16, 16), "bilinear", many) == {}
     assert np.array_equal(many[:3], few) and np.array_equal(many[: len(images)][:3], many[len(images) :][:3])
 
 
@@ -176,7 +180,7 @@ def test_dalis_pipeline_for_a_gpu_is_valid():
     dali = pytest.importorskip("data_pipeline.backends.dali")
     pytest.importorskip("nvidia.dali", reason=WITHOUT_DALI)
     for padded in (False, True):
-        pipeline = dali.build_pipeline(8, 0, 32, "bicubic", padded)
+        pipeline = dali.build_pipeline(8, 0, (32, 32), "bicubic", padded)
         with pytest.raises(RuntimeError, match="CUDA is not available"):
             pipeline.build()
 
@@ -188,7 +192,7 @@ def test_dali_on_a_gpu_gives_nearly_the_pixels_of_webdataset(varied):
     ids = np.tile(np.arange(len(images)), 2)
     expected, _ = read(split, ids, windows, 64)
     pixels = torch.zeros(expected.shape, dtype=torch.uint8, device="cuda")
-    assert open_backend("dali", split).decode_batch(ids, windows, 64, "bicubic", pixels) == {}
+    assert open_backend("dali", split).decode_batch(ids, windows, (64, 64), "bicubic", pixels) == {}
     assert np.abs(pixels.cpu().numpy().astype(int) - expected).mean(axis=(1, 2, 3)).max() < 0.5
 
 
@@ -247,7 +251,7 @@ def test_many_threads_read_more_shards_than_may_be_open(split, monkeypatch):
     def work(seed: int, backend=backend) -> bool:
         ids = np.random.default_rng(seed).permutation(20)
         out = np.zeros((20, 24, 24, 3), np.uint8)
-        return backend.decode_batch(ids, windows, 24, "bicubic", out) == {} and np.array_equal(out, expected[ids])
+        return backend.decode_batch(ids, windows, (24, 24), "bicubic", out) == {} and np.array_equal(out, expected[ids])
 
     def slow_open(*arguments, opened=os.open) -> int:
         time.sleep(0.001)  # so that several threads open the same shard at the same time

@@ -73,7 +73,7 @@ def test_undecodable_images_are_named_and_all_others_are_correct(table, name):
     # libjpeg decodes zeros as image data, and the compiled decoder stops below the window, so it misses the absent end.
     unseen = {"zero tail"} if name != "dali" and DECODER == "native" else set()
     for _ in range(2):  # a second time, because failures must not affect later batches
-        failures = backend.decode_batch(ids, windows, SIZE, "bicubic", out)
+        failures = backend.decode_batch(ids, windows, (SIZE, SIZE), "bicubic", out)
         assert [names[row] for row in sorted(failures)] == [bad for bad in BAD if bad not in unseen]
         for row, sentence in failures.items():
             assert f"sample {row} of split 'train'" in sentence and (".beton" in sentence) == (name == "ffcv")
@@ -94,7 +94,7 @@ def test_a_bit_flipped_after_packing_is_detected(tmp_path, name):
     data[int(records["offset"][1]) + len(GOOD) * 2 // 3] ^= 1  # in the image data, where libjpeg does not notice it
     path.write_bytes(data)
     out, windows = np.zeros((3, SIZE, SIZE, 3), np.uint8), np.array([[0, 0, 64, 48, 0]] * 3, np.int32)
-    failures = open_backend(name, split).decode_batch(np.arange(3), windows, SIZE, "bicubic", out)
+    failures = open_backend(name, split).decode_batch(np.arange(3), windows, (SIZE, SIZE), "bicubic", out)
     assert list(failures) == [1]
     assert f"{path}: sample 1 of split 'train'" in failures[1] and "checksum does not match" in failures[1]
     assert np.array_equal(out[0], out[2]) and out[0].any()

@@ -95,7 +95,7 @@ def test_the_same_bits_as_webdataset(as_jpeg):
     pixels = {}
     for name in ("webdataset", "ffcv"):
         pixels[name] = np.zeros((10, 24, 24, 3), np.uint8)
-        assert open_backend(name, as_jpeg).decode_batch(np.arange(10), windows, 24, "bicubic", pixels[name]) == {}
+        assert open_backend(name, as_jpeg).decode_batch(np.arange(10), windows, (24, 24), "bicubic", pixels[name]) == {}
     assert np.array_equal(pixels["webdataset"], pixels["ffcv"])
 
 
@@ -114,7 +114,7 @@ def test_raw_pixels_and_a_sample_larger_than_a_page(tmp_path):
     pixels = {}
     for name in ("webdataset", "ffcv"):
         pixels[name] = np.zeros((4, 24, 24, 3), np.uint8)
-        assert open_backend(name, split).decode_batch(np.arange(4), windows, 24, "bicubic", pixels[name]) == {}
+        assert open_backend(name, split).decode_batch(np.arange(4), windows, (24, 24), "bicubic", pixels[name]) == {}
     assert np.array_equal(pixels["webdataset"], pixels["ffcv"])
 
 
@@ -144,7 +144,7 @@ def test_a_flipped_bit_is_found_and_named(copy):
     ]
     out = np.zeros((3, 24, 24, 3), np.uint8)
     windows = np.array([[0, 0, 72, 48, 0]] * 3, np.int32)
-    failures = open_backend("ffcv", copy).decode_batch(np.array([2, 3, 4]), windows, 24, "bicubic", out)
+    failures = open_backend("ffcv", copy).decode_batch(np.array([2, 3, 4]), windows, (24, 24), "bicubic", out)
     assert list(failures) == [1] and "train.beton: sample 3 of split 'train'" in failures[1]
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.fetch import ignore_fault
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.split import UsageError
 from data_pipeline.storage import open_dataset
+from data_pipeline.views import Crops
 from tests.data_pipeline.shards import jpeg, write_split
 from tests.data_pipeline.staging import PER_SHARD, SAMPLES, config, fork, read_one, staged, start
 
@@ -51,7 +52,7 @@ def test_a_file_that_is_being_read_stays_readable_and_no_descriptor_is_kept(data
         assert file.read() == (dataset / "train-00000.tar").read_bytes()
     assert len(split.records) == SAMPLES  # the index stays open
     before = len(os.listdir("/proc/self/fd"))
-    assert len(list(evaluation_batches(data, split, 16))) == 4
+    assert len(list(evaluation_batches(data, Crops(data, AugmentConfig()), split, 16))) == 4
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
@@ -77,7 +78,7 @@ def test_the_limit_holds_while_processes_and_threads_fetch(dataset, tmp_path):
 def evaluate_in_a_process(data: DataConfig) -> None:
     split = open_dataset(data, training=False).split("train")
     for rank in range(3):
-        for _, batch in evaluation_batches(data, split, 4, rank=rank, world=3):
+        for _, batch in evaluation_batches(data, Crops(data, AugmentConfig()), split, 4, rank=rank, world=3):
             assert not batch.bad
 
 

@@ -33,7 +33,7 @@ def attempt(data: bytes, window, size: int, interpolation: str = "bicubic", deco
         dimensions = Image.open(io.BytesIO(data)).size
     out = np.full((1, size, size, 3), 77, np.uint8)
     window = np.array([(*window, 0)[:5]], np.int32)
-    failures = decode_batch([data], np.array([dimensions]), window, size, interpolation, out, decoder=decoder)
+    failures = decode_batch([data], np.array([dimensions]), window, (size, size), interpolation, out, decoder=decoder)
     return out[0], failures
 
 
@@ -111,7 +111,7 @@ def test_a_padded_window_is_resized_with_its_black(decoder):
     data = jpeg(4, 40, 40)
     out = run(data, (-10, 0, 40, 40), 20, "bilinear", decoder)
     expected = np.empty((20, 20, 3), np.uint8)
-    crop_and_resize(np.pad(full(data), ((0, 0), (10, 0), (0, 0))), (0, 0, 40, 40, 0), 20, "bilinear", expected)
+    crop_and_resize(np.pad(full(data), ((0, 0), (10, 0), (0, 0))), (0, 0, 40, 40, 0), (20, 20), "bilinear", expected)
     assert difference(out, expected).max() <= (1 if decoder == "pillow" else 0)
     assert (out[:, :4] == 0).all()
 
@@ -132,14 +132,14 @@ def test_stored_pixels_are_cropped_as_decoded_ones(decoder):
     windows = np.array([(3, 4, 30, 31, 0), (0, 0, 51, 40, 1), (-9, -9, 80, 80, 0), (1, 2, 24, 24, 1)], np.int32)
     out = np.empty((4, 24, 24, 3), np.uint8)
     stored = [image.tobytes() for image in images]
-    assert not crop_and_resize_batch(stored, dimensions, windows, 24, "bicubic", out, decoder=decoder)
+    assert not crop_and_resize_batch(stored, dimensions, windows, (24, 24), "bicubic", out, decoder=decoder)
     for number, (x, y, width, height, flip) in enumerate(windows.tolist()):
         padded = np.pad(images[number], ((40, 40), (40, 40), (0, 0)))[y + 40 : y + 40 + height, x + 40 : x + 40 + width]
         expected = np.asarray(Image.fromarray(padded).resize((24, 24), Image.BICUBIC))
         assert difference(out[number], expected[:, ::-1] if flip else expected).max() <= 1
 
     cut = [stored[0][:-1]]
-    failures = crop_and_resize_batch(cut, dimensions[:1], windows[:1], 24, "bicubic", out[:1], decoder=decoder)
+    failures = crop_and_resize_batch(cut, dimensions[:1], windows[:1], (24, 24), "bicubic", out[:1], decoder=decoder)
     assert failures == {0: "it has 5999 bytes where 50x40 pixels take 6000"}
 
 
@@ -182,7 +182,7 @@ def test_bad_bytes_are_refused(name, decoder):
     out = np.zeros((3, 16, 16, 3), np.uint8)
     windows = np.array([(0, 0, 64, 64, 0)] * 3, np.int32)
     sizes = np.array([(64, 64), dimensions, (64, 64)])
-    failures = decode_batch(images, sizes, windows, 16, "bicubic", out, decoder=decoder)
+    failures = decode_batch(images, sizes, windows, (16, 16), "bicubic", out, decoder=decoder)
     assert list(failures) == [1] and failures[1]
     assert np.array_equal(out[0], out[2]) and out[0].any()  # its neighbours are not affected
 

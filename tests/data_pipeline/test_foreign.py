@@ -65,10 +65,10 @@ def test_the_loader_reads_them(tmp_path):
     split = open_manifest(tmp_path).split("train")
     windows = np.array([[0, 0, 40, 30, 0]] * 4, np.int32)
     out = np.zeros((4, 24, 24, 3), np.uint8)
-    assert open_backend("webdataset", split).decode_batch(np.arange(4), windows, 24, "bicubic", out) == {}
+    assert open_backend("webdataset", split).decode_batch(np.arange(4), windows, (24, 24), "bicubic", out) == {}
     for row, image in enumerate(out):
         expected = np.zeros((24, 24, 3), np.uint8)
-        crop_and_resize(simplejpeg.decode_jpeg(GOOD[row]), (0, 0, 40, 30, 0), 24, "bicubic", expected)
+        crop_and_resize(simplejpeg.decode_jpeg(GOOD[row]), (0, 0, 40, 30, 0), (24, 24), "bicubic", expected)
         assert np.abs(image.astype(int) - expected).max() <= 1
 
 

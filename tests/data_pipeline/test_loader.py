@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ import torch
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.crop import evaluation_windows, training_windows
 from data_pipeline.decode import decode_batch
-from data_pipeline.loader import BadSample, MicroBatch, build_loader, evaluation_batches
+from data_pipeline.loader import BadSample, Loader, MicroBatch, build_loader, evaluation_batches
 from data_pipeline.manifest import open_manifest
 from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, fold, make_key
 from data_pipeline.split import DataError, Split
+from data_pipeline.views import Crops
 from tests.data_pipeline.shards import jpeg, write_split
 
 ROOT = Path(__file__).parents[2]
@@ -63,8 +65,19 @@ def take(
     **place: int,
 ) -> list[MicroBatch]:
     order = order or Order(5, SAMPLES, 24, 4)
-    with build_loader(config_of(split, **(data or {})), augment, split, order, **place) as loader:
+    data = config_of(split, **(data or {}))
+    with build_loader(data, Crops(data, augment), split, order, **place) as loader:
         return list(itertools.islice(loader, count))
+
+
+def loader_of(split: Split, order: Order, **changes) -> Loader:
+    data = config_of(split, **changes)
+    return build_loader(data, Crops(data, AUGMENT), split, order)
+
+
+def evaluation_of(split: Split, batch_size: int, *, rank: int = 0, world: int = 1, **changes) -> Iterator:
+    data = config_of(split, **changes)
+    return evaluation_batches(data, Crops(data, AUGMENT), split, batch_size, rank=rank, world=world)
 
 
 def same(one, other) -> bool:
@@ -79,7 +92,7 @@ def expected_pixels(encoded: bytes, window: np.ndarray, size: int = 16) -> torch
     """[3, size, size]"""
     out = np.zeros((1, size, size, 3), np.uint8)
     height, width = simplejpeg.decode_jpeg_header(encoded)[:2]
-    assert decode_batch([encoded], np.array([[width, height]]), window[None], size, "bicubic", out) == {}
+    assert decode_batch([encoded], np.array([[width, height]]), window[None], (size, size), "bicubic", out) == {}
     return torch.from_numpy(out[0]).permute(2, 0, 1)
 
 
@@ -193,7 +206,7 @@ def test_an_unreadable_dataset_is_an_error(tmp_path):
     write_split(tmp_path, [jpeg(n, 40, 40) for n in range(40)], per_shard=40)
     split = open_manifest(tmp_path).split("train")
     os.truncate(tmp_path / split.shards[0].file, 0)
-    loader = build_loader(config_of(split), AUGMENT, split, Order(0, 40, 8, 4))
+    loader = loader_of(split, Order(0, 40, 8, 4))
     with pytest.raises(DataError, match=r"sample \d+ of split 'train'.*only 0 of \d+ bytes.*Nor could any of 8 others"):
         next(loader)
     assert decoders() == []
@@ -203,7 +216,7 @@ def test_an_unreadable_dataset_is_an_error(tmp_path):
 
 def test_evaluation_leaves_a_bad_sample_out_and_names_it(tmp_path):
     split = damaged(tmp_path, 5, 39)
-    batches = [batch for _, batch in evaluation_batches(config_of(split), split, 16)]
+    batches = [batch for _, batch in evaluation_of(split, 16)]
     counted = torch.cat([batch.counted for batch in batches])
     assert counted.tolist() == [number not in (5, 39) for number in range(40)]
     bad = [sample for batch in batches for sample in batch.bad]
@@ -238,7 +251,7 @@ def test_an_exception_of_a_thread_is_raised_when_its_batch_is_due(split, error):
     def fail():
         raise error("in a thread")
 
-    with build_loader(config_of(split, workers=1, prefetch=1), AUGMENT, split, Order(0, SAMPLES, 24, 4)) as loader:
+    with loader_of(split, Order(0, SAMPLES, 24, 4), workers=1, prefetch=1) as loader:
         loader._backend = FailingBackend(loader._backend, 5, fail)
         with pytest.raises(error, match="in a thread"):
             for _ in range(10):
@@ -247,7 +260,7 @@ def test_an_exception_of_a_thread_is_raised_when_its_batch_is_due(split, error):
 
 def test_a_thread_that_dies_is_an_error_and_not_a_hang(split):
     """In the worst case it has taken a chunk from the queue and not begun it, so the chunk is never finished."""
-    loader = build_loader(config_of(split, workers=2, prefetch=1), AUGMENT, split, Order(0, SAMPLES, 24, 4))
+    loader = loader_of(split, Order(0, SAMPLES, 24, 4), workers=2, prefetch=1)
     next(loader)
     next(loader)
     time.sleep(0.2)  # both threads finish their chunks and wait for work
@@ -261,7 +274,7 @@ def test_a_thread_that_dies_is_an_error_and_not_a_hang(split):
 
 
 def test_a_pool_that_was_shut_down_is_an_error_and_not_a_hang(split):
-    loader = build_loader(config_of(split, prefetch=8), AUGMENT, split, Order(0, SAMPLES, 96, 96))
+    loader = loader_of(split, Order(0, SAMPLES, 96, 96), prefetch=8)
     loader._executor.shutdown(wait=False, cancel_futures=True)
     with pytest.raises(RuntimeError, match="shutdown"):
         next(loader)
@@ -271,13 +284,15 @@ def test_threads_that_cannot_start_are_an_error_and_not_a_hang(split):
     """In a process whose memory limit permits the stacks of two threads only."""
     program = f"""
 import resource, threading, torch
-from data_pipeline.config import *; from data_pipeline.loader import *; from data_pipeline.manifest import open_manifest
+from data_pipeline.config import *; from data_pipeline.loader import *; from data_pipeline.views import Crops
+from data_pipeline.manifest import open_manifest
 split = open_manifest({str(split.folder)!r}).split("train")
 pages = int(open("/proc/self/statm").read().split()[0])
 threading.stack_size(256 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (700 << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
+data = DataConfig(path="", image_size=16, workers=8)
 try:
-    build_loader(DataConfig(path="", image_size=16, workers=8), AugmentConfig(), split, Order(0, {SAMPLES}, 24, 4))
+    build_loader(data, Crops(data, AugmentConfig()), split, Order(0, {SAMPLES}, 24, 4))
 except RuntimeError as error:
     print(error)
 """
@@ -288,7 +303,7 @@ except RuntimeError as error:
 
 
 def test_close_drops_pending_work_and_may_be_repeated(split):
-    loader = build_loader(config_of(split, workers=3, prefetch=50), AUGMENT, split, Order(0, SAMPLES, 96, 96))
+    loader = loader_of(split, Order(0, SAMPLES, 96, 96), workers=3, prefetch=50)
     next(loader)
     assert len(decoders()) == 3
     loader.close()
@@ -300,7 +315,7 @@ def test_the_callers_number_of_torch_threads_is_kept(split):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        with build_loader(config_of(split), AUGMENT, split, Order(0, SAMPLES, 24, 4)) as loader:
+        with loader_of(split, Order(0, SAMPLES, 24, 4)) as loader:
             next(loader)
             assert torch.get_num_threads() == 2
             assert loader._executor.submit(torch.get_num_threads).result() == 1
@@ -310,9 +325,11 @@ def test_the_callers_number_of_torch_threads_is_kept(split):
 
 def test_a_program_that_does_not_close_the_loader_ends(split):
     program = f"""
-from data_pipeline.config import *; from data_pipeline.loader import *; from data_pipeline.manifest import open_manifest
+from data_pipeline.config import *; from data_pipeline.loader import *; from data_pipeline.views import Crops
+from data_pipeline.manifest import open_manifest
 split = open_manifest({str(split.folder)!r}).split("train")
-loader = build_loader(DataConfig(path="", image_size=16, workers=2), AugmentConfig(), split, Order(0, {SAMPLES}, 24, 4))
+data = DataConfig(path="", image_size=16, workers=2)
+loader = build_loader(data, Crops(data, AugmentConfig()), split, Order(0, {SAMPLES}, 24, 4))
 print(next(loader).step)
 """
     result = subprocess.run(
@@ -334,7 +351,7 @@ def test_arguments_that_do_not_fit_together_are_refused(split):
 def test_evaluation_counts_every_sample_once_and_keeps_ranks_in_step(split, batch_size, world):
     counted, lengths, repeats = [], set(), 0
     for rank in range(world):
-        batches = list(evaluation_batches(config_of(split), split, batch_size, rank=rank, world=world))
+        batches = list(evaluation_of(split, batch_size, rank=rank, world=world))
         lengths.add(len(batches))
         for k, batch in batches:
             assert batch.index == k
@@ -353,7 +370,7 @@ def test_evaluation_counts_every_sample_once_and_keeps_ranks_in_step(split, batc
 
 def test_a_rank_without_a_batch_repeats_its_previous_one(split):
     def found(rank: int, size: int) -> list[tuple[int, bool]]:
-        batches = evaluation_batches(config_of(split), split, size, rank=rank, world=3)
+        batches = evaluation_of(split, size, rank=rank, world=3)
         return [(k, batch.counted[0].item()) for k, batch in batches]
 
     assert found(1, 30) == [(1, True), (1, False)]  # 4 batches: rank 0 has two, ranks 1 and 2 have one
@@ -361,13 +378,13 @@ def test_a_rank_without_a_batch_repeats_its_previous_one(split):
 
 
 def test_evaluation_uses_the_centre_crop(split, images):
-    (_, batch), *_ = evaluation_batches(config_of(split, eval_crop=0.5), split, 10)
+    (_, batch), *_ = evaluation_of(split, 10, eval_crop=0.5)
     windows = evaluation_windows(split.records["width"], split.records["height"], 0.5)
     assert torch.equal(batch.images[3], expected_pixels(images[3], windows[3]))
 
 
 def test_leaving_evaluation_early_ends_its_threads(split):
-    batches = evaluation_batches(config_of(split), split, 4)
+    batches = evaluation_of(split, 4)
     next(batches)
     batches.close()
     assert decoders() == []

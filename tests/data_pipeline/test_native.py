@@ -28,7 +28,9 @@ def decode(
     windows = np.array([(*window, 0)[:5] for window in windows], np.int32)
     out = np.full((len(windows), size, size, 3), 77, np.uint8)
     dimensions = np.tile(dimensions, (len(windows), 1))
-    return out, native.decode_batch([data] * len(windows), dimensions, windows, size, interpolation, out, **options)
+    return out, native.decode_batch(
+        [data] * len(windows), dimensions, windows, (size, size), interpolation, out, **options
+    )
 
 
 def whole(data: bytes, width: int, height: int) -> np.ndarray:
@@ -80,7 +82,7 @@ def test_photographs_are_bit_identical_to_a_full_decode_and_torch():
             resized = np.empty((2, 1, 224, 224, 3), np.uint8)
             for decoder, pixels in zip(("native", "simplejpeg"), resized, strict=True):
                 dimensions = np.array([[width, height]])
-                assert not decode_batch([data], dimensions, window, 224, "bicubic", pixels, decoder=decoder)
+                assert not decode_batch([data], dimensions, window, (224, 224), "bicubic", pixels, decoder=decoder)
             assert np.array_equal(resized[0], resized[1]), (member.name, window)
             count += 1
     assert count == 800
@@ -194,7 +196,9 @@ def test_images_of_a_batch_do_not_affect_each_other():
     order = np.random.default_rng(0).permutation(len(kinds))
     kinds[3] = kinds[3][: len(kinds[3]) // 2]
     out = np.zeros((len(kinds), 33, 33, 3), np.uint8)
-    failures = native.decode_batch([kinds[k] for k in order], dimensions[order], windows[order], 33, "bicubic", out)
+    failures = native.decode_batch(
+        [kinds[k] for k in order], dimensions[order], windows[order], (33, 33), "bicubic", out
+    )
     assert [order[row] for row in failures] == [3]
     for row, k in enumerate(order):
         if k != 3:
@@ -209,7 +213,7 @@ def test_parallel_threads_give_the_same_result():
 
     def work(_: int) -> np.ndarray:
         out = np.zeros((len(images), 64, 64, 3), np.uint8)
-        assert not native.decode_batch(images, dimensions, windows, 64, "bicubic", out)
+        assert not native.decode_batch(images, dimensions, windows, (64, 64), "bicubic", out)
         return out
 
     with ThreadPoolExecutor(8) as pool:
@@ -225,7 +229,7 @@ def test_the_gil_is_released():
     finished = threading.Event()
 
     def work() -> None:
-        native.decode_batch(images, dimensions, windows, 8, "bicubic", out)
+        native.decode_batch(images, dimensions, windows, (8, 8), "bicubic", out)
         finished.set()
 
     interval = sys.getswitchinterval()
@@ -243,7 +247,7 @@ def test_the_gil_is_released():
 def test_arguments_that_do_not_fit_together_are_refused():
     data, out = with_pillow(noisy(1, 8, 8)), np.zeros((1, 4, 4, 3), np.uint8)
     windows = np.array([[0, 0, 8, 8, 0]])
-    right = {"encoded": [data], "dimensions": np.array([[8, 8]]), "windows": windows, "size": 4, "out": out}
+    right = {"encoded": [data], "dimensions": np.array([[8, 8]]), "windows": windows, "shape": (4, 4), "out": out}
     assert not native.decode_batch(**right, interpolation="bicubic")
     for name, value in [
         *(("dimensions", np.zeros((2, 2))), ("windows", np.zeros((1, 4))), ("windows", np.zeros((0, 5)))),
@@ -251,7 +255,8 @@ def test_arguments_that_do_not_fit_together_are_refused():
             ("out", out[:, :, ::-1]),
             ("out", out.astype(np.int8)),
             ("out", np.zeros((1, 5, 4, 3), np.uint8)),
-            ("size", 5),
+            ("shape", (4, 5)),
+            ("shape", (4, 0)),
         ),
         ("encoded", [data, data]),
     ]:

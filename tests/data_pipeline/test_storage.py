@@ -22,6 +22,7 @@ from data_pipeline.manifest import open_manifest
 from data_pipeline.order import Order
 from data_pipeline.split import DataError, UsageError
 from data_pipeline.storage import open_dataset
+from data_pipeline.views import Crops
 from tests.data_pipeline.shards import jpeg, write_split
 from tests.data_pipeline.staging import (
     PER_SHARD,
@@ -44,9 +45,9 @@ def copied(dataset, tmp_path) -> Path:
 def every_batch(data: DataConfig, **order) -> list[tuple]:
     """The batches of an epoch and of an evaluation of the same split."""
     split = open_dataset(data).split("train")
-    with build_loader(data, AugmentConfig(), split, Order(1, SAMPLES, 10, 5, **order)) as loader:
+    with build_loader(data, Crops(data, AugmentConfig()), split, Order(1, SAMPLES, 10, 5, **order)) as loader:
         found = [next(loader) for _ in range(12)]
-    found += [batch for _, batch in evaluation_batches(data, split, 16)]
+    found += [batch for _, batch in evaluation_batches(data, Crops(data, AugmentConfig()), split, 16)]
     assert not any(batch.bad for batch in found)
     return [(batch.ids.tolist(), batch.targets.tolist(), batch.images.numpy().tobytes()) for batch in found]
 
@@ -76,7 +77,7 @@ def test_files_are_fetched_ahead(dataset, tmp_path, shuffle):
     data = config(dataset, tmp_path / "cache")
     split = open_dataset(data).split("train")
     assert staged(tmp_path / "cache") == {"train.index"}
-    with build_loader(data, AugmentConfig(), split, Order(1, SAMPLES, 10, 5, shuffle)):
+    with build_loader(data, Crops(data, AugmentConfig()), split, Order(1, SAMPLES, 10, 5, shuffle)):
         wait_for(lambda: len(staged(tmp_path / "cache")) == 13)  # although only two micro-batches are decoded ahead
 
 
@@ -178,7 +179,7 @@ def test_closing_a_loader_ends_its_fetches(server, tmp_path):
     server.slow = 0.5
     data = config(server.url, tmp_path / "cache")
     split = open_dataset(data).split("train")
-    loader = build_loader(data, AugmentConfig(), split, Order(1, SAMPLES, 10, 5))
+    loader = build_loader(data, Crops(data, AugmentConfig()), split, Order(1, SAMPLES, 10, 5))
     wait_for(lambda: any(part.stat().st_size for part in parts(tmp_path / "cache")))
     loader.close()
     assert parts(tmp_path / "cache") == []

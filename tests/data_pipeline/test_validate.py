@@ -258,4 +258,4 @@ def test_training_reads_every_image_of_the_table(packed):
     windows[:, 2], windows[:, 3] = split.records["width"], split.records["height"]
     out = np.zeros((split.samples, 16, 16, 3), np.uint8)
     backend = open_backend("webdataset", split)
-    assert backend.decode_batch(np.arange(split.samples), windows, 16, "bicubic", out) == {}
+    assert backend.decode_batch(np.arange(split.samples), windows, (16, 16), "bicubic", out) == {}

@@ -18,6 +18,7 @@ from data_pipeline.manifest import open_manifest
 from data_pipeline.order import Order
 from data_pipeline.split import UsageError
 from data_pipeline.storage import open_dataset
+from data_pipeline.views import Crops
 from tests.data_pipeline.shards import jpeg, write_split
 from tests.data_pipeline.staging import config, fork, open_files, read_one, stage_in_a_process, staged
 from tests.hostile.datasets import SAMPLES, contents, everything, flip_a_bit, needs_root, rewrite, split_entry
@@ -90,7 +91,7 @@ def stage_as(user: int, data: DataConfig) -> None:
     os.setresuid(user, user, user)
     stage_in_a_process(data, [0, 1, 2])
     split = open_dataset(data, training=False).split("train")
-    assert not any(batch.bad for _, batch in evaluation_batches(data, split, 5))
+    assert not any(batch.bad for _, batch in evaluation_batches(data, Crops(data, AugmentConfig()), split, 5))
 
 
 @needs_root
@@ -178,8 +179,8 @@ def test_every_loader_closes_its_files(dataset):
     split = open_manifest(dataset).split("train")
     data = config(dataset)
     for _ in range(3):
-        assert len(list(evaluation_batches(data, split, 5))) == 3
-        with build_loader(data, AugmentConfig(), split, Order(1, SAMPLES, 4, 2)) as loader:
+        assert len(list(evaluation_batches(data, Crops(data, AugmentConfig()), split, 5))) == 3
+        with build_loader(data, Crops(data, AugmentConfig()), split, Order(1, SAMPLES, 4, 2)) as loader:
             next(loader)
         assert not [path for path in open_files(os.getpid()) if path.endswith(".tar")]
 
@@ -191,7 +192,7 @@ def read_with_few_descriptors(folder: Path, left: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + left,) * 2)
     data = config(folder)
     for _ in range(2):
-        assert not any(batch.bad for _, batch in evaluation_batches(data, split, 8))
+        assert not any(batch.bad for _, batch in evaluation_batches(data, Crops(data, AugmentConfig()), split, 8))
 
 
 @pytest.mark.parametrize("left", [12, 60])

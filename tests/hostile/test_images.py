@@ -46,7 +46,9 @@ def test_training_reads_images_that_prepare_accepts_with_every_sampling():
         for decoder in (name for name in DECODERS if name != "native" or native.LIBRARY):
             out = np.zeros((1, 40, 40, 3), np.uint8)
             window = np.array([[-1, -2, 40, 40, 0]], np.int32)
-            failures = decode_batch([image.data], np.array([[37, 29]]), window, 40, "bicubic", out, decoder=decoder)
+            failures = decode_batch(
+                [image.data], np.array([[37, 29]]), window, (40, 40), "bicubic", out, decoder=decoder
+            )
             assert failures == {}, (factors, decoder)
             pixels.append(out)
         assert all(np.array_equal(pixels[0], others) for others in pixels), factors
@@ -70,7 +72,9 @@ def test_the_limit_of_scans_is_the_same_everywhere():
     for decoder in (name for name in DECODERS if name != "native" or native.LIBRARY):
         for name, reason in (("scans_500", {}), ("scans_501", {0: "it has more than 500 scans"})):
             out, window = np.zeros((1, 8, 8, 3), np.uint8), np.array([[0, 0, 24, 16, 0]], np.int32)
-            failures = decode_batch([corpus(name)], np.array([[24, 16]]), window, 8, "bicubic", out, decoder=decoder)
+            failures = decode_batch(
+                [corpus(name)], np.array([[24, 16]]), window, (8, 8), "bicubic", out, decoder=decoder
+            )
             assert failures == reason
 
 
@@ -151,7 +155,7 @@ def test_damaged_files_of_every_kind_are_bad_images_or_usable():
         usable += 1
         out, size = np.zeros((1, 8, 8, 3), np.uint8), (image.width, image.height)
         window = np.array([[0, 0, *size, 0]], np.int32)
-        assert decode_batch([image.data], np.array([size]), window, 8, "bicubic", out) == {}, number
+        assert decode_batch([image.data], np.array([size]), window, (8, 8), "bicubic", out) == {}, number
     assert 100 < usable < 1900
 
 

@@ -56,11 +56,13 @@ def predictions(trained, weights) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     from data_pipeline.augment import normalise
     from data_pipeline.loader import evaluation_batches
     from data_pipeline.manifest import open_manifest
+    from data_pipeline.views import Crops
     from train.checkpoint.trained_model import read_trained
 
     it = read_trained(trained, weights)
     model, split = it.model(), open_manifest(it.config.data.path).split("val")
-    batches = [batch for _, batch in evaluation_batches(it.config.data, split, it.config.train.micro_batch)]
+    data, views = it.config.data, Crops(it.config.data, it.config.augment)
+    batches = [batch for _, batch in evaluation_batches(data, views, split, it.config.train.micro_batch)]
     best = torch.cat([model(normalise(batch.images, it.config.augment)).softmax(dim=1) for batch in batches]).max(dim=1)
     return torch.cat([batch.targets for batch in batches]), best.indices, best.values
 

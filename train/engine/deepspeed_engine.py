@@ -112,6 +112,7 @@ class Engine:
             internals.keep_minimum_loss_scale(self._optimizer)
         # Batch size that the network is compiled for (another one would be compiled anew); 0 without compilation.
         self._compiled_for = config.train.micro_batch if config.train.compile else 0
+        self._evaluates_as_it_is = False
         if config.train.compile:
             self.module.compile(**compile_settings())  # at its first call; results differ by rounding only
         self.graphs, self.about_graphs = graphs_wanted(config, device, self.updated_here)
@@ -146,6 +147,9 @@ class Engine:
         inputs: a tensor of any floating type, batch first, cast to the network's precision. Returns what the network
         returns: a structure of tensors, each batch first.
         """
+        if self._evaluates_as_it_is:
+            with torch.compiler.set_stance("force_eager"):
+                return self._network(inputs)
         count = len(inputs)
         if count < self._compiled_for:  # the last batch of an evaluation: fill up to the compiled size
             inputs = nn.functional.pad(inputs, (0, 0) * (inputs.ndim - 1) + (0, self._compiled_for - count))
@@ -231,13 +235,18 @@ class Engine:
         )
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Context manager: evaluation mode, without gradients."""
+    def evaluating(self, compiled: bool = True) -> Iterator[None]:
+        """Context manager: evaluation mode, without gradients.
+
+        compiled: False for images of many shapes, each of which would be compiled and recorded anew.
+        """
         self._engine.eval()
+        self._evaluates_as_it_is = not compiled
         try:
             with torch.no_grad():
                 yield
         finally:
+            self._evaluates_as_it_is = False
             self._engine.train()
 
     def fragments(self, *, everything: bool = False) -> list[Fragment]:

@@ -1,5 +1,6 @@
 """Bytes that a run takes, computed from a model on the meta device: no memory is allocated."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,8 +67,8 @@ def optimizer_bytes(model: nn.Module, config: Config, runtime: Runtime) -> int:
     return states + sums + buckets + snapshot
 
 
-def activation_bytes(model: nn.Module, example: Any) -> int:
-    """Bytes that autograd saves in `model(example)` for the backward pass, without the model's own tensors.
+def activation_bytes(model: nn.Module, example: Any, loss: Callable[[Any], Any] = lambda output: output) -> int:
+    """Bytes that autograd saves in `loss(model(example))` for the backward pass, without the model's own tensors.
 
     model, example: on the meta device. The plain PyTorch path is counted: the kernels and compilation save less.
     """
@@ -81,7 +82,7 @@ def activation_bytes(model: nn.Module, example: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        model(example)
+        loss(model(example))
     return sum(storage.nbytes() for storage in saved.values())
 
 

@@ -15,6 +15,7 @@ from data_pipeline.loader import Loader, MicroBatch, build_loader, evaluation_ba
 from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, make_key
 from data_pipeline.split import Split
+from data_pipeline.views import Crops, Views, evaluation_slices
 from train.config import Config, ConfigError
 from train.telemetry.metrics import Metric, Scores
 
@@ -61,6 +62,7 @@ class Task(ABC):
     metrics: ClassVar[tuple[Metric, ...]]  # of an evaluation; the first is the primary one
     losses: ClassVar[tuple[str, ...]] = ("loss",)  # the names of what `loss` returns
     samples: ClassVar[str] = "images"  # what is counted
+    one_shape: ClassVar[bool] = True  # an evaluation's images all have the shape of training inputs
 
     def __init__(self, config: Config, classes: Sequence[str]):
         self.config, self.classes = config, tuple(classes)
@@ -103,8 +105,15 @@ class Task(ABC):
 
     # --- training ---
 
-    def targets(self, split: Split) -> Targets:
-        """How the samples' labels are read; by default the records' integers."""
+    def views(self) -> Views:
+        """Which part of each image is used, and at what size; by default the crops of classification."""
+        return Crops(self.config.data, self.config.augment)
+
+    def targets(self, split: Split, training: bool) -> Targets:
+        """How the samples' labels are read, in training or in evaluation; by default the records' integers.
+
+        Each loader takes a new one, and closes it.
+        """
         return Labels(split)
 
     @abstractmethod
@@ -150,11 +159,20 @@ class Task(ABC):
     def tally(self, device: torch.device) -> Tally:
         """A new evaluation."""
 
+    def evaluation_picture(self, details: dict) -> Tensor | None:
+        """What TensorBoard shows of an evaluation: a picture [3, H, W] in 0..1, or None. details: of Tally.finish."""
+        return None
+
+    def evaluation_text(self, details: dict) -> str | None:
+        """The same in Markdown."""
+        return None
+
     def predict(
         self, model: nn.Module, paths: Sequence[Path], device: torch.device, batch: int, **options: Any
     ) -> Iterator[Prediction]:
-        """What `model` (in evaluation mode, on `device`) finds in image files, in their order; options: of
-        launch/predict.py.
+        """What `model` (in evaluation mode, on `device`) finds in image files, in their order.
+
+        options: those of launch/predict.py that were given. A task names the ones that it takes.
         """
         raise ConfigError(f"launch/predict.py does not support the task {self.config.task.name}")
 
@@ -180,9 +198,9 @@ def build_task(config: Config, classes: Sequence[str]) -> Task:
 
 def training_batches(task: Task, split: Split, order: Order, rank: int, world: int, start_step: int) -> Loader:
     """The micro-batches of `rank` from step `start_step` on, without end."""
-    config, targets = task.config, task.targets(split)
+    targets = task.targets(split, training=True)
     return build_loader(
-        config.data, config.augment, split, order, targets, rank=rank, world=world, start_step=start_step
+        task.config.data, task.views(), split, order, targets, rank=rank, world=world, start_step=start_step
     )
 
 
@@ -198,15 +216,17 @@ def evaluate(
     """Evaluate `model`, in evaluation mode, on all samples of `split`, each exactly once; all ranks must call, all get
     the result.
 
-    Batches are fixed slices of the ids, so a sample is always computed together with the same others, on any number of
-    ranks. Each batch's sums go into a row of their own, and the rows are added in one order: the result is the same to
-    the last bit on any number of ranks.
+    Batches are fixed slices of the ids (views.evaluation_slices), so a sample is always computed together with the same
+    others, on any number of ranks. Each batch's sums go into a row of their own, and the rows are added in one order:
+    the result is the same to the last bit on any number of ranks.
     meet: called with every batch of this rank before it is evaluated.
     """
-    size = task.config.train.micro_batch
+    size, views = task.config.train.micro_batch, task.views()
+    count = len(evaluation_slices(views, split.records["width"], split.records["height"], size))
     tally = task.tally(device)
-    sums = torch.zeros(-(-split.samples // size), tally.width, dtype=torch.float64, device=device)
-    for row, batch in evaluation_batches(task.config.data, split, size, task.targets(split), rank=rank, world=world):
+    sums = torch.zeros(count, tally.width, dtype=torch.float64, device=device)
+    targets = task.targets(split, training=False)
+    for row, batch in evaluation_batches(task.config.data, views, split, size, targets, rank=rank, world=world):
         meet(batch)
         sums[row] += tally.add(model, batch)
     if dist.is_initialized():

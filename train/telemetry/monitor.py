@@ -180,6 +180,17 @@ class Monitor:
         text = "  ".join(metric.text(scores.values[metric.name]) for metric in self.metrics)
         self.say(f"epoch {epoch:.4g}  {name}: {text}  ({scores.count} {self.samples})")
 
+    def details(
+        self, step: int, weights: str, picture: Callable[[], Tensor | None], text: Callable[[], str | None]
+    ) -> None:
+        """What a task shows of an evaluation in TensorBoard: a picture [3, H, W] in 0..1, and a text in Markdown."""
+        if not self.active:
+            return
+        if self.config.monitor.images and (image := picture()) is not None:
+            self._board.image(f"evaluation/{weights}", image, step)
+        if (words := text()) is not None:
+            self._board.text(f"evaluation/{weights}", words, step)
+
     def images(self, step: int, preview: Callable[[int], Tensor | None]) -> None:
         """A grid of what the model sees. preview: (largest number) → images [n, 3, H, W] in 0..1, or None."""
         count = self.config.monitor.images

@@ -82,28 +82,29 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t input_length) {
     int32_t *dimensions = reference.dimensions;
     if ((int64_t)dimensions[0] * dimensions[1] > MOST_PIXELS) dimensions[0]++; /* too slow: must be refused */
 
-    const int choice = parameters[9], size = 1 + parameters[8] % 48, filter = choice & 1;
+    const int choice = parameters[9], height = 1 + parameters[8] % 48, filter = choice & 1;
+    const int width = choice & 128 ? 1 + (parameters[8] * 7 + parameters[13]) % 48 : height;
     /* Two windows, so that state left by the first can affect the second. */
     int32_t windows[2][5] = {
         {(int16_t)read16(parameters), (int16_t)read16(parameters + 2), 1 + read16(parameters + 4) % 256, 1 + read16(parameters + 6) % 256},
         {parameters[10], parameters[11], 1 + parameters[12], 1 + parameters[13]},
     };
     if (choice & 2) windows[0][0] %= 64, windows[0][1] %= 64;
-    if (choice & 4) windows[0][2] = windows[0][3] = size;
+    if (choice & 4) windows[0][2] = width, windows[0][3] = height;
     /* Up to the maximal width and beyond, and far away; the height is then small, to keep it fast. */
     if (choice & 8) windows[0][2] *= parameters[14], windows[0][3] %= 8, windows[0][0] *= 65535;
     if (choice & 16) windows[0][3] *= -(parameters[14] & 1), windows[0][1] *= 65535;
     windows[0][4] = choice >> 5 & 1, windows[1][4] = choice >> 6 & 1;
 
-    const size_t bytes = (size_t)2 * size * size * CHANNELS;
+    const size_t bytes = (size_t)2 * height * width * CHANNELS;
     uint8_t *fast = malloc(bytes), *plain = malloc(bytes), *expected = malloc(bytes);
     memset(fast, 0, bytes), memset(plain, 0, bytes), memset(expected, 0, bytes);
     char messages[3][2][MESSAGE_LENGTH];
     const uint8_t *both[2] = {data, data};
     const size_t lengths[2] = {length, length};
     const int32_t twice[4] = {dimensions[0], dimensions[1], dimensions[0], dimensions[1]};
-    decoder_decode(2, JPEG, both, lengths, twice, MOST_SCANS, windows[0], size, filter, AVX2 | OWN_HUFFMAN, fast, messages[0][0]);
-    decoder_decode(2, JPEG, both, lengths, twice, MOST_SCANS, windows[0], size, filter, 0, plain, messages[1][0]);
+    decoder_decode(2, JPEG, both, lengths, twice, MOST_SCANS, windows[0], height, width, filter, AVX2 | OWN_HUFFMAN, fast, messages[0][0]);
+    decoder_decode(2, JPEG, both, lengths, twice, MOST_SCANS, windows[0], height, width, filter, 0, plain, messages[1][0]);
     for (int i = 0; i < 2; i++) {
         if (strcmp(messages[0][i], messages[1][i])) abort();
         if (!messages[0][i][0] && memcmp(fast + i * bytes / 2, plain + i * bytes / 2, bytes / 2)) abort();
@@ -111,15 +112,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t input_length) {
     if (reference.pixels) {
         const uint8_t *pixels[2] = {reference.pixels, reference.pixels};
         const size_t exact = (size_t)dimensions[0] * dimensions[1] * CHANNELS, sizes[2] = {exact, exact};
-        decoder_decode(2, RAW, pixels, sizes, twice, MOST_SCANS, windows[0], size, filter, AVX2, expected, messages[2][0]);
+        decoder_decode(2, RAW, pixels, sizes, twice, MOST_SCANS, windows[0], height, width, filter, AVX2, expected, messages[2][0]);
         for (int i = 0; i < 2; i++) {
             if (strcmp(messages[0][i], messages[2][i])) abort();
             if (!messages[0][i][0] && memcmp(fast + i * bytes / 2, expected + i * bytes / 2, bytes / 2)) abort();
         }
     }
     /* Arbitrary bytes as pixels. */
-    const int32_t width = 1 + parameters[15], any[4] = {width, length / CHANNELS / width, width, 1 + parameters[14]};
-    decoder_decode(2, RAW, both, (size_t[]){(size_t)any[0] * any[1] * CHANNELS, length}, any, MOST_SCANS, windows[0], size, filter, AVX2,
+    const int32_t columns = 1 + parameters[15], any[4] = {columns, length / CHANNELS / columns, columns, 1 + parameters[14]};
+    decoder_decode(2, RAW, both, (size_t[]){(size_t)any[0] * any[1] * CHANNELS, length}, any, MOST_SCANS, windows[0], height, width, filter, AVX2,
                    fast, messages[0][0]);
 
     free(data), free(fast), free(plain), free(expected), free(reference.pixels);

@@ -7,6 +7,7 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import MicroBatch, build_loader
 from data_pipeline.manifest import open_manifest
 from data_pipeline.order import Order
+from data_pipeline.views import Crops
 from train.engine.prefetch import Prefetcher
 
 DEVICES = [
@@ -18,7 +19,7 @@ DEVICES = [
 def loader(dataset):
     split = open_manifest(dataset).split("train")
     data = DataConfig(path=str(dataset), image_size=64, workers=2, prefetch=3)
-    return build_loader(data, AugmentConfig(), split, Order(0, split.samples, 64, 16))
+    return build_loader(data, Crops(data, AugmentConfig()), split, Order(0, split.samples, 64, 16))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,16 +1,28 @@
 """Image classification with soft targets (mixup, cutmix, label smoothing)."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from train.config_sections import TaskConfig as Settings  # it has no settings of its own
 
-__all__ = ["Settings", "load", "report_sections"]
+if TYPE_CHECKING:
+    from data_pipeline.manifest import Manifest
+
+__all__ = ["Settings", "check_dataset", "load", "report_sections"]
 
 
 def load() -> type:
     from train.tasks.classification.task import Classification
 
     return Classification
+
+
+def check_dataset(manifest: "Manifest") -> None:
+    """Raise ValueError if the dataset's images have classes for their pixels, not for themselves."""
+    from data_pipeline.split import LABEL_MAP
+
+    if any(LABEL_MAP in split.annotations for split in manifest.splits.values()):
+        raise ValueError("its images have label maps in place of classes: give task.name=segmentation")
 
 
 def report_sections(runs: Sequence) -> list:

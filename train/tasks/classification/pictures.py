@@ -47,7 +47,7 @@ def _decode(split: Split, ids: np.ndarray, config: dict) -> tuple[np.ndarray, di
     windows = evaluation_windows(records["width"], records["height"], config["data.eval_crop"])
     pixels = np.zeros((len(ids), size, size, 3), np.uint8)
     backend = open_backend("webdataset" if split.shards else "ffcv", split)
-    return pixels, backend.decode_batch(ids, windows, size, config["data.interpolation"], pixels)
+    return pixels, backend.decode_batch(ids, windows, (size, size), config["data.interpolation"], pixels)
 
 
 def _data_uri(pixels: np.ndarray) -> str:

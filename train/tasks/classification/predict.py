@@ -16,8 +16,7 @@ from data_pipeline.augment import normalise
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.crop import evaluation_windows
 from data_pipeline.decode import decode_batch
-from data_pipeline.jpeg import read_header
-from data_pipeline.validate import MAX_PIXELS, BadImage, check_image
+from train.tasks.image_files import read_image
 from train.telemetry.formatting import printable
 
 AHEAD = 3  # batches that are decoded while the model has one
@@ -100,36 +99,11 @@ def _best(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
 
 
 def _read(path: Path, pixels: np.ndarray, data: DataConfig) -> str | None:
-    """Decode one image into `pixels`, uint8 [S, S, 3]. Returns why it cannot be decoded, or None.
-
-    A JPEG goes straight to the decoder, which notices damage only inside the window that is cut out. An image that it
-    refuses, and every other format, is converted first as `launch/prepare.py` would.
-    """
-    try:
-        encoded = path.read_bytes()
-        size = _size_of_jpeg(encoded)
-        if size is None or _decode(encoded, size, pixels, data):
-            stored = check_image(encoded)
-            return _decode(stored.data, (stored.width, stored.height), pixels, data)
-    except OSError as error:
-        return error.strerror or str(error)
-    except BadImage as error:
-        return str(error)
-    return None
-
-
-def _size_of_jpeg(encoded: bytes) -> tuple[int, int] | None:
-    """(width, height) of a JPEG that the decoder takes as it is, as far as its header tells."""
-    if not encoded.startswith(b"\xff\xd8"):
-        return None
-    try:
-        width, height, colorspace = read_header(encoded)
-    except ValueError:
-        return None
-    return (width, height) if colorspace not in ("CMYK", "YCCK") and width * height <= MAX_PIXELS else None
+    """Decode one image into `pixels`, uint8 [S, S, 3]. Returns why it cannot be decoded, or None."""
+    return read_image(path, lambda encoded, size: _decode(encoded, size, pixels, data))
 
 
 def _decode(encoded: bytes, size: tuple[int, int], pixels: np.ndarray, data: DataConfig) -> str | None:
     dimensions = np.array([size])
     windows = evaluation_windows(*dimensions.T, data.eval_crop)
-    return decode_batch([encoded], dimensions, windows, data.image_size, data.interpolation, pixels[None]).get(0)
+    return decode_batch([encoded], dimensions, windows, pixels.shape[:2], data.interpolation, pixels[None]).get(0)

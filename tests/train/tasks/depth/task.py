@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import catmodel
+from data_pipeline.annotations import Cut
 from data_pipeline.augment import augment, normalise, sample_keys
 from data_pipeline.loader import MicroBatch
 from data_pipeline.split import Split
@@ -18,15 +19,17 @@ from train.telemetry.metrics import Metric, Scores
 class Maps:
     """Targets float [h, w] of a different size for each sample; mirrored with their image."""
 
+    stored = None
+
     def __init__(self, split: Split):
         self._sizes, self._levels = split.annotation("size"), split.annotation("level")
 
-    def read(self, ids: np.ndarray, windows: np.ndarray) -> list[Tensor]:
-        found = []
+    def read(self, ids: np.ndarray, candidates: np.ndarray) -> Cut:
+        found, windows = [], candidates[:, 0]
         for (height, width), level, window in zip(self._sizes[ids], self._levels[ids], windows, strict=True):
             ramp = torch.linspace(0, float(level), int(width)).expand(int(height), int(width))
             found.append((ramp.flip(1) if window[4] else ramp).contiguous())
-        return found
+        return Cut(windows, found)
 
     def collate(self, targets: list[Tensor]) -> list[Tensor]:
         return targets
@@ -62,7 +65,7 @@ class Depth(Task):
     def example_loss(self, output: Tensor) -> Tensor:
         return output.float().square().mean()
 
-    def targets(self, split: Split) -> Maps:
+    def targets(self, split: Split, training: bool) -> Maps:
         return Maps(split)
 
     def inputs(self, batch: MicroBatch, epoch: int, device: torch.device) -> dict:

@@ -1,0 +1,64 @@
+"""What TensorBoard shows of an evaluation, and the numbers of each class. Without torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from train.tasks.segmentation.colours import from_base64
+
+GAP = 4  # pixels between pictures
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """A class's intersection over union and accuracy, in percent; None where no pixel has or gets it. pixels: that are
+    labelled as it.
+    """
+
+    name: str
+    iou: float | None
+    accuracy: float | None
+    pixels: int
+
+
+def class_scores(details: dict) -> list[ClassScore]:
+    """The scores of all classes, from what an evaluation kept (scores.SegmentationTally), in the order of labels."""
+    found = []
+    columns = (details[key] for key in ("classes", "correct", "labelled", "predicted"))
+    for name, correct, labelled, predicted in zip(*columns, strict=True):
+        union = labelled + predicted - correct
+        iou = 100 * correct / union if union else None
+        found.append(ClassScore(name, iou, 100 * correct / labelled if labelled else None, labelled))
+    return found
+
+
+def iou_table(details: dict) -> str:
+    """The scores of all classes in Markdown, the lowest IoU first."""
+    lines = ["| class | IoU | accuracy | pixels |", "|---|---:|---:|---:|"]
+    for score in by_iou(class_scores(details)):
+        lines.append(f"| {score.name} | {percent(score.iou)} | {percent(score.accuracy)} | {score.pixels:,} |")
+    return "\n".join(lines)
+
+
+def by_iou(scores: Sequence[ClassScore]) -> list[ClassScore]:
+    """The lowest IoU first, classes without one last."""
+    return sorted(scores, key=lambda score: (101.0 if score.iou is None else score.iou, score.name))
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f} %"
+
+
+def side_by_side(pictures: Sequence[dict]) -> np.ndarray:
+    """A row for each picture of an evaluation's details, uint8 [height, width, 3]: image, labels, prediction."""
+    rows = [[from_base64(picture[part]) for part in ("image", "labels", "prediction")] for picture in pictures]
+    width = max(part.shape[1] for row in rows for part in row)
+    page = []
+    for row in rows:
+        line = np.full((row[0].shape[0] + GAP, 3 * (width + GAP), 3), 255, np.uint8)
+        for column, part in enumerate(row):
+            left = column * (width + GAP)
+            line[: part.shape[0], left : left + part.shape[1]] = part
+        page.append(line)
+    return np.concatenate(page)[:-GAP, :-GAP]

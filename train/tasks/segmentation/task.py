@@ -1,0 +1,190 @@
+"""Semantic segmentation: a class for every pixel."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import catmodel
+from catmodel.fixed_order import upsample
+from data_pipeline.augment import normalise, sample_keys
+from data_pipeline.distortion import distort
+from data_pipeline.label_maps import LabelMaps, ignored_value
+from data_pipeline.loader import MicroBatch
+from data_pipeline.split import Split
+from data_pipeline.views import ScaledCrops
+from train.config import ConfigError
+from train.tasks.base import Model, Task, on_device
+from train.tasks.segmentation.colours import lay_over
+from train.tasks.segmentation.inference import views_of
+from train.tasks.segmentation.pictures import iou_table, side_by_side
+from train.tasks.segmentation.predict import ImageMap, predict
+from train.tasks.segmentation.scores import SegmentationTally
+from train.telemetry.metrics import Metric
+
+
+class Segmentation(Task):
+    """The dataset's classes for every pixel, by Semantic FPN on a backbone of catmodel."""
+
+    metrics = (
+        Metric("miou", "mIoU", "%", "higher"),
+        Metric("macc", "mean accuracy", "%", "higher"),
+        Metric("aacc", "pixel accuracy", "%", "higher"),
+    )
+    one_shape = False
+
+    def build_model(self) -> nn.Module:
+        """The config's network, with activation checkpointing and kernels set as the config says."""
+        try:
+            model = catmodel.create_segmenter(**self._model_settings())
+        except ValueError as error:
+            raise ConfigError(f"model: {error}") from error
+        model.set_grad_checkpointing(self.config.train.activation_checkpointing)
+        model.set_kernels(self.config.train.kernels)
+        return model
+
+    def _model_settings(self) -> dict[str, Any]:
+        """Arguments of `catmodel.create_segmenter`. The crop's size sets the grid of the position tables."""
+        config = self.config
+        sizes = {"img_size": config.task.crop, "num_classes": len(self.classes), "dropout": config.task.dropout}
+        return {"name": config.model.name, **sizes, **config.model.overrides()}
+
+    def example(self, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Images [count, 3, height, width] of a crop."""
+        return torch.zeros(count, 3, *self.config.task.crop, device=device, dtype=dtype)
+
+    def example_loss(self, output: Tensor) -> Tensor:
+        labels = torch.zeros(len(output), *self.config.task.crop, dtype=torch.int64, device=output.device)
+        return pixel_loss(output, labels, ignored_value(len(self.classes)))
+
+    def load_weights(
+        self, model: nn.Module, weights: dict[str, Tensor], classes: Sequence[str] | None, source: str
+    ) -> list[str]:
+        """A classifier's weights fill the backbone; position tables are interpolated to the crop's size.
+
+        Of a segmenter all weights are taken, but the last convolution keeps its initial ones if the classes differ.
+        """
+        from catmodel.pretrained import DoesNotFit
+
+        if not any(name.startswith("backbone.") for name in weights):
+            try:
+                return model.load_classifier(weights)
+            except DoesNotFit as error:
+                more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
+                raise ConfigError(
+                    f"model.init_from: {source} does not fit this {self.config.model.name}: {error.problems[0]}{more}"
+                ) from error
+        own, last = model.state_dict(), "head.conv_seg."
+        count = len(weights.get(f"{last}bias", ()))
+        others = count != len(self.classes) or (classes is not None and tuple(classes) != self.classes)
+        if others:
+            weights = weights | {name: own[name] for name in own if name.startswith(last)}
+        different = [
+            name
+            for name in own.keys() | weights.keys()
+            if name not in own or name not in weights or own[name].shape != weights[name].shape
+        ]
+        if different:
+            raise ConfigError(
+                f"model.init_from: {source} has other weights than this {self.config.model.name} at task.crop "
+                f"{list(self.config.task.crop)}: {min(different)}"
+            )
+        model.load_state_dict(weights)
+        return [f"last convolution: {count} -> {len(self.classes)} classes, fresh"] if others else []
+
+    def views(self) -> ScaledCrops:
+        """In evaluation, images at the largest of task.test_ratios; smaller ones are made on the device."""
+        return views_of(self.config.task, self.config.augment, max(self.config.task.test_ratios))
+
+    def targets(self, split: Split, training: bool) -> LabelMaps:
+        settings = self.config.task
+        return LabelMaps(split, len(self.classes), settings.crop if training else None, settings.cat_max_ratio)
+
+    def inputs(self, batch: MicroBatch, epoch: int, device: torch.device) -> dict[str, Tensor]:
+        """Augmented: "images" float [m, 3, H, W], whose padding has the mean colour, and "labels" [m, H, W]."""
+        keys = sample_keys(self.config.train.seed, epoch, batch.draws)
+        images = on_device(batch, device)
+        if self.config.task.distortion:
+            images = distort(images, keys)
+        images = normalise(images, self.config.augment)
+        labels, inside = (batch.targets[name].to(device, non_blocking=True) for name in ("labels", "inside"))
+        return {"images": clear_outside(images, inside), "labels": labels}
+
+    def loss(self, model: Model, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Cross-entropy, a mean over all pixels of the micro-batch, also over those that are ignored, as published."""
+        labels = inputs["labels"]
+        return {"loss": pixel_loss(model(inputs["images"]), labels, ignored_value(len(self.classes)))}
+
+    def preview(self, inputs: dict[str, Tensor], count: int) -> Tensor:
+        """The labels' colours lie over the images."""
+        settings = self.config.augment
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
+        images = (inputs["images"][:count].float().cpu() * std + mean).clamp(0, 1)
+        pixels = (255 * images).round().byte().permute(0, 2, 3, 1).numpy()
+        labels = inputs["labels"][:count].cpu().numpy()
+        mixed = [lay_over(*pair, len(self.classes)) for pair in zip(pixels, labels, strict=True)]
+        return torch.stack([torch.from_numpy(image) for image in mixed]).permute(0, 3, 1, 2) / 255
+
+    def tally(self, device: torch.device) -> SegmentationTally:
+        return SegmentationTally(self.config, self.classes, device)
+
+    def evaluation_picture(self, details: dict) -> Tensor | None:
+        """Images, their labels and predictions, side by side."""
+        return torch.from_numpy(side_by_side(details["pictures"])).permute(2, 0, 1) / 255
+
+    def evaluation_text(self, details: dict) -> str:
+        """IoU by class."""
+        return iou_table(details)
+
+    def predict(
+        self,
+        model: nn.Module,
+        paths: Sequence[Path],
+        device: torch.device,
+        batch: int,
+        output: Path | None = None,
+    ) -> Iterator[ImageMap]:
+        """The class of every pixel of each image, one image at a time, because they have different sizes.
+
+        output: a folder for `<name>_overlay.jpg` and `<name>_labels.png`.
+        """
+        return predict(model, paths, self.config, self.classes, device, output)
+
+    def export(self, state: dict[str, Tensor], features: bool) -> tuple[nn.Module, dict[str, Any]]:
+        """The network from images to logits, at a quarter of the images' sides; or its backbone."""
+        model = self.build_model()
+        model.load_state_dict(state)
+        augment = self.config.augment
+        about = {
+            "model": self._model_settings(),
+            "classes": list(self.classes),
+            "mean": list(augment.mean),
+            "std": list(augment.std),
+            "interpolation": self.config.data.interpolation,
+        }
+        return (model.backbone if features else model).eval(), about
+
+
+def pixel_loss(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
+    """Cross-entropy of logits [m, C, h, w], enlarged to labels [m, H, W]: the sum over all pixels / (m · H · W).
+
+    Pixels whose label is `ignored` add nothing to the sum. Over a flat list of pixels, of which PyTorch sums the
+    gradient in a fixed order on a GPU too.
+    """
+    logits = upsample(logits.float(), labels.shape[1] // logits.shape[2])
+    flat = logits.permute(0, 2, 3, 1).flatten(0, 2)
+    total = F.cross_entropy(flat, labels.flatten().long(), ignore_index=ignored, reduction="sum")
+    return total / labels.numel()
+
+
+def clear_outside(images: Tensor, inside: Tensor) -> Tensor:
+    """Set images [m, 3, H, W] to zero, which is the mean colour, outside of `inside` (int32 [m, 4]: left, top, right,
+    bottom), in place.
+    """
+    left, top, right, bottom = inside.T[:, :, None]
+    rows, columns = (torch.arange(side, device=images.device) for side in images.shape[2:])
+    shown = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None, :]
+    return images.masked_fill_(~shown[:, None], 0.0)
