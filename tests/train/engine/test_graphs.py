@@ -150,7 +150,7 @@ def test_graphs_that_are_demanded_where_they_cannot_be_are_refused(tiny_config, 
 def test_parameters_lie_aligned_in_a_flat_tensor_and_keep_their_values():
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 5), (64,), (), (7, 100), (1,))]
     group = FlatGroup.aligned(parameters)
-    flat = group.flatten(parameters)
+    flat = torch.cat(group.pieces(parameters))
     assert flat.shape == (group.size,) and group.size % ALIGNMENT == 0
     assert all(offset % ALIGNMENT == 0 for offset in group.offsets)
     for view, parameter in zip(group.views(flat), parameters, strict=True):
