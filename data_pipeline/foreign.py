@@ -1,10 +1,13 @@
-"""Index WebDataset shards for classification that other programs made.
+"""Index WebDataset shards that other programs made, for classification or segmentation.
 
 A manifest and an index per split are written beside the shards, which are not changed. As in WebDataset, a sample
 consists of the members of a tar that share folder and name up to the first dot. Its image is the member with an image
 suffix; its one label comes from `.cls` or from a field of `.json`; other members are ignored. Only JPEGs that training
 can read unchanged are used; images that prepare would transcode or repair are excluded, and the report gives the
 reason.
+
+Shards whose first sample has a `.png` beside its `.jpg`, and no `.cls`, are those of segmentation: the PNG is the
+sample's label map, which must have the stored form (label_png.py).
 """
 
 import json
@@ -14,18 +17,20 @@ import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from data_pipeline.durable import sha256_of
 from data_pipeline.faults import retried
-from data_pipeline.labels import LONGEST_NAME, check_names, fault_of_name, read_lines
+from data_pipeline.label_png import LabelCoding, check_label, stored_coding
+from data_pipeline.labels import LONGEST_NAME, class_names, fault_of_name, read_lines
 from data_pipeline.manifest import FILE_NAME, parse_manifest
 from data_pipeline.ownership import WORK, claim, remove_work_folder, work_folder
 from data_pipeline.pack import done_path, read_done, write_done
 from data_pipeline.prepare import REPORT_NAME, files_beside, finish, read_arguments
 from data_pipeline.progress import Progress
-from data_pipeline.split import RECORD, DataError, Shard, UsageError
+from data_pipeline.split import LABEL_MAP, RECORD, DataError, Shard, UsageError
 from data_pipeline.tars import IMAGE_SUFFIXES, tar_files
 from data_pipeline.validate import BadImage, check_image, check_size, errors_as_bad_image, shortened
 from data_pipeline.workers import count, run_tasks
@@ -41,8 +46,8 @@ def index(dest: Path, *, workers: int, split: str | None = None, label_key: str 
     """Index every `*.tar` below `dest`, or continue a run that was killed. Replaces an earlier index.
 
     split: the split of all shards; None takes it from their names. label_key: the field of `.json` with the label; None
-    takes the label from `.cls`, else from LABEL_KEYS. Raises UsageError, DataError, StorageError, OSError, or
-    BrokenProcessPool if a worker was killed.
+    takes the label from `.cls`, else from LABEL_KEYS; not for segmentation. Raises UsageError, DataError,
+    StorageError, OSError, or BrokenProcessPool if a worker was killed.
     """
     if not dest.is_dir():
         raise UsageError(f"there is no folder {dest}.")
@@ -53,11 +58,12 @@ def index(dest: Path, *, workers: int, split: str | None = None, label_key: str 
     for file in files:
         splits.setdefault(split or _split_of(file), []).append(file)
     classes = _read_classes(dest / CLASSES_NAME)
+    coding = _coding(dest, files[0], classes, label_key)
     with work_folder(dest) as work:
         if (work / "plan.json").exists():
             raise UsageError(f"{dest} is being prepared from {read_arguments(work / 'plan.json')['source']}.")
-        stale = claim(dest, files_beside(splits), earlier)
-        tasks = [_Task(dest, file, label_key, slot) for slot, file in enumerate(files)]
+        stale = claim(dest, files_beside(splits, maps=coding is not None), earlier)
+        tasks = [_Task(dest, file, label_key, coding, slot) for slot, file in enumerate(files)]
         sizes = [(dest / file).stat().st_size for file in files]
         missing = [task for task in tasks if not _is_done(task)]
         with Progress(
@@ -74,6 +80,8 @@ def index(dest: Path, *, workers: int, split: str | None = None, label_key: str 
             return header, records
 
         report = {"arguments": {"index": True, "split": split, "label_key": label_key}}
+        if coding:
+            report["segmentation"] = {"classes": len(classes)}
         finish(dest, classes, {name: splits[name] for name in sorted(splits)}, report, read, stale)
         remove_work_folder(dest)
 
@@ -88,7 +96,8 @@ def _earlier_index(dest: Path) -> list[str]:
         raise UsageError(
             f"{dest} is a prepared dataset with its own index: give a folder of shards that another program made."
         )
-    return files_beside(name for name in manifest.splits if name in SPLIT_WORDS.values())
+    names = [name for name in manifest.splits if name in SPLIT_WORDS.values()]
+    return files_beside(names, maps=any(LABEL_MAP in split.annotations for split in manifest.splits.values()))
 
 
 def _find_shards(dest: Path) -> list[str]:
@@ -118,12 +127,23 @@ def _read_classes(path: Path) -> tuple[str, ...] | None:
     """The names in the file, in label order; None if there is no file. Raises DataError."""
     if not path.exists():
         return None
-    names = read_lines(path)
-    if "" in names:
-        line = names.index("") + 1
-        raise DataError(f"{path}, line {line} is empty: every line must name a class, in the order of the labels.")
-    check_names(path, names)
-    return tuple(names)
+    return class_names(path, read_lines(path))
+
+
+def _coding(dest: Path, first: str, classes: tuple[str, ...] | None, label_key: str | None) -> LabelCoding | None:
+    """The coding of the label maps if the shard `first` has some, else None."""
+    with open(dest / first, "rb") as file:
+        members = next(iter(_samples(dest / first, file).values()), [])
+    endings = {ending for ending, *_ in members}
+    if "png" not in endings or not endings & {"jpg", "jpeg"} or "cls" in endings:
+        return None
+    if label_key:
+        raise UsageError(f"{dest / first} has label maps (.png beside .jpg): leave --label-key out.")
+    if classes is None:
+        raise DataError(
+            f"{dest / first} has label maps (.png beside .jpg): name the classes in {dest / CLASSES_NAME}, one a line."
+        )
+    return stored_coding(len(classes))
 
 
 def _number_classes(
@@ -176,12 +196,13 @@ class _Task:
     dest: Path
     file: str
     label_key: str | None
+    coding: LabelCoding | None
     slot: int
 
     def identity(self) -> list:
         """A `.done` file is valid for this: the current state of the shard, and the arguments."""
         stat = (self.dest / self.file).stat()
-        return [stat.st_size, stat.st_mtime_ns, self.label_key]
+        return [stat.st_size, stat.st_mtime_ns, self.label_key, *([self.coding.classes] if self.coding else [])]
 
 
 def _is_done(task: _Task) -> bool:
@@ -200,23 +221,23 @@ def _read_shard(task: _Task) -> tuple[dict, np.ndarray]:
     path, identity = task.dest / task.file, task.identity()
     records, codes, listed, outcomes = [], {}, [], Counter()
     with open(path, "rb") as file:
-        samples = {}
-        for name, offset, size in tar_files(path, file, 0, identity[0]):
-            folder, slash, base = name.rpartition("/")
-            key, _, ending = base.partition(".")
-            samples.setdefault(folder + slash + key, []).append((ending.lower(), offset, size))
-        for key, members in samples.items():
+        for key, members in _samples(path, file).items():
             try:
-                record, label = _check_sample(file.fileno(), members, task.label_key)
+                if task.coding:
+                    found, label = _check_pair(file.fileno(), members, task.coding), 0
+                else:
+                    found, label = _check_sample(file.fileno(), members, task.label_key)
             except BadImage as error:
                 listed.append((f"{task.file}/{key}", "excluded", str(error)))
                 outcomes["convertible"] += isinstance(error, _Convertible)
             else:
-                records.append((*record[:3], codes.setdefault(label, len(codes)), *record[3:]))
+                code = codes.setdefault(label, len(codes))
+                records.append([(*record[:3], code, *record[3:]) for record in found])
                 outcomes["kept"] += 1
             count(task.slot, members[-1][1])
-    records = np.sort(np.array(records, RECORD), order="offset")  # in the order of the file, for sequential reads
-    shard = Shard(task.file, len(records), identity[0], sha256_of(path))
+    records = np.array(records, RECORD).reshape(-1, 2 if task.coding else 1).T
+    records = records[:, np.argsort(records[0]["offset"], kind="stable")]  # as in the file, for sequential reads
+    shard = Shard(task.file, records.shape[1], identity[0], sha256_of(path))
     return {
         "shard": asdict(shard),
         "outcomes": outcomes,
@@ -226,25 +247,64 @@ def _read_shard(task: _Task) -> tuple[dict, np.ndarray]:
     }, records
 
 
+def _samples(path: Path, file: BinaryIO) -> dict[str, list[tuple[str, int, int]]]:
+    """(ending, offset, size) of the members of each sample of the shard, by the sample's name."""
+    samples = {}
+    for name, offset, size in tar_files(path, file, 0, path.stat().st_size):
+        folder, slash, base = name.rpartition("/")
+        key, _, ending = base.partition(".")
+        samples.setdefault(folder + slash + key, []).append((ending.lower(), offset, size))
+    return samples
+
+
 class _Convertible(BadImage):
-    """An image that prepare would have converted to a usable one."""
+    """An image or label map that prepare would have converted to a usable one."""
+
+
+def _check_pair(descriptor: int, members: list[tuple[str, int, int]], coding: LabelCoding) -> list[tuple]:
+    """The RECORDs without label of a sample's image and of its label map. Raises BadImage."""
+    maps = [member for member in members if member[0] == "png"]
+    if len(maps) != 1:
+        raise BadImage("more than one label (.png)" if maps else "no label (.png)")
+    [(_, offset, size)] = maps
+    check_size(size)
+    record = _check_image(descriptor, _image_of([member for member in members if member[0] != "png"]))
+    data = os.pread(descriptor, size, offset)
+    try:
+        label_map = check_label(data, coding, record[-2:], record[-2:])
+    except BadImage as error:
+        raise BadImage(f"its label: {error}") from error
+    if label_map.why:
+        raise _Convertible(f"its label is {label_map.why}: not rewritten here, because the shard is not changed")
+    return [record, (offset, size, 0, zlib.crc32(data), *record[-2:])]
 
 
 def _check_sample(
     descriptor: int, members: list[tuple[str, int, int]], label_key: str | None
-) -> tuple[tuple, int | str]:
-    """The sample's RECORD without its label, and the label as it is written in the shard. Raises BadImage."""
+) -> tuple[list[tuple], int | str]:
+    """The RECORD without label of a sample's image, and the label as it is written in the shard. Raises BadImage."""
+    image = _image_of(members)
+    label = _read_label(descriptor, members, label_key)
+    return [_check_image(descriptor, image)], label
+
+
+def _image_of(members: list[tuple[str, int, int]]) -> tuple[str, int, int]:
+    """The one image among the members of a sample. Raises BadImage."""
     images = [member for member in members if f".{member[0]}" in IMAGE_SUFFIXES]
     if len(images) != 1:
         raise BadImage("more than one image" if images else "no image")
-    [(_, offset, size)] = images
-    check_size(size)
-    label = _read_label(descriptor, members, label_key)
+    check_size(images[0][2])
+    return images[0]
+
+
+def _check_image(descriptor: int, member: tuple[str, int, int]) -> tuple:
+    """The RECORD of an image, without label. Raises BadImage."""
+    _, offset, size = member
     data = os.pread(descriptor, size, offset)
     image = check_image(data)
     if image.outcome != "kept":
         raise _Convertible(f"{image.why}: not done here, because the shard is not changed")
-    return (offset, size, 0, zlib.crc32(data), image.width, image.height), label
+    return offset, size, 0, zlib.crc32(data), image.width, image.height
 
 
 def _read_label(descriptor: int, members: list[tuple[str, int, int]], label_key: str | None) -> int | str:

@@ -1,6 +1,7 @@
-"""The data types of a source of labelled images and of its listing. listing.py and torchvision_source.py use them.
+"""The data types of a source of labelled images and of its listing. listing.py, label_listing.py and
+torchvision_source.py use them.
 
-Sources are those of classification: every image has one class.
+In classification every image has one class, in segmentation it has a label map.
 """
 
 import hashlib
@@ -8,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from data_pipeline.label_png import LabelCoding
+from data_pipeline.split import LABEL_MAP
 
 SPLITS = ("train", "val")
 
@@ -25,10 +29,26 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Files:
+    """The images of a folder or tar as parallel columns, [n], sorted by name. others: the number of other files.
+
+    texts: the contents of the files that may name classes, by name (label_listing.CLASS_FILES).
+    """
+
+    source: Source
+    names: list[str]
+    offsets: np.ndarray
+    sizes: np.ndarray
+    others: int
+    texts: dict[str, bytes]
+
+
+@dataclass(frozen=True)
 class Items:
     """Images of one split as parallel columns, [n].
 
-    sizes: in bytes (estimated for torchvision). offsets: bytes into a tar.
+    sizes: in bytes (estimated for torchvision). offsets: bytes into a tar. maps: in segmentation, the PNG files of the
+    images' label maps; then `labels` are 0.
     """
 
     source: Source
@@ -36,28 +56,40 @@ class Items:
     labels: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
+    maps: "Items | None" = None
 
     def take(self, positions: np.ndarray) -> "Items":
         names = [self.names[i] for i in positions]
-        return Items(self.source, names, self.labels[positions], self.offsets[positions], self.sizes[positions])
+        columns = (column[positions] for column in (self.labels, self.offsets, self.sizes))
+        return Items(self.source, names, *columns, self.maps and self.maps.take(positions))
 
 
 @dataclass(frozen=True)
 class Listing:
-    """All images of a source. Labels index `classes`. ignored: the number of files that are not images of a split."""
+    """All images of a source. Labels index `classes`. ignored: the number of files that are not images of a split.
+
+    coding: in segmentation, what the pixels of the label maps mean. lone_maps: the number of label maps of a split that
+    have no image.
+    """
 
     classes: tuple[str, ...]
     splits: dict[str, Items]
     ignored: int = 0
+    coding: LabelCoding | None = None
+    lone_maps: int = 0
 
     def digest(self) -> str:
-        """SHA-256 of every class, name, label, offset and size.
+        """SHA-256 of every class, name, label, offset and size, and of the label maps and their coding.
 
         Equal if and only if a resumed run reads the same source.
         """
         digest = hashlib.sha256(repr(self.classes).encode("utf-8", "surrogateescape"))
-        for split, items in self.splits.items():
-            digest.update(f"\0{split}\0".encode())
+        parts = dict(self.splits)
+        if self.coding:
+            digest.update(repr(self.coding).encode())
+            parts |= {f"{split} {LABEL_MAP}": items.maps for split, items in self.splits.items()}
+        for part, items in parts.items():
+            digest.update(f"\0{part}\0".encode())
             for name in items.names:
                 digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
             for column in (items.labels, items.offsets, items.sizes):

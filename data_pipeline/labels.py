@@ -1,7 +1,4 @@
-"""Class names, and label files for a flat validation folder in the formats that exist for ImageNet.
-
-Classification only.
-"""
+"""Class names, and label files for a flat validation folder in the formats that exist for ImageNet."""
 
 import unicodedata
 from collections.abc import Iterable
@@ -38,15 +35,29 @@ def check_names(where: str | Path, names: Iterable[str]) -> None:
             raise DataError(f"{where}: the class name {name[:LONGEST_NAME]!r} {fault}: rename the class.")
 
 
+def class_names(where: str | Path, lines: list[str]) -> tuple[str, ...]:
+    """The names in the lines of a file, in label order. Raises DataError."""
+    if "" in lines:
+        line = lines.index("") + 1
+        raise DataError(f"{where}, line {line} is empty: every line must name a class, in the order of the labels.")
+    check_names(where, lines)
+    return tuple(lines)
+
+
 def read_lines(path: Path) -> list[str]:
-    """The stripped lines of a text file. Raises DataError if it cannot be read.
+    """The stripped lines of a text file. Raises DataError if it cannot be read."""
+    try:
+        return lines_of(path.read_text("utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}.") from error
+
+
+def lines_of(text: str) -> list[str]:
+    """The stripped lines of `text`, without empty ones at the end.
 
     Lines end at newlines only. str.splitlines would also split at U+0085, U+2028 and others, which a name may contain.
     """
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}.") from error
+    lines = [line.strip() for line in text.split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     return lines

@@ -1,4 +1,6 @@
-"""List and read the images of a source for classification: a folder, a tar, a tar of tars, or a torchvision dataset.
+"""List and read the images of a source: a folder, a tar, a tar of tars, or a torchvision dataset.
+
+Classes are taken from the folders here; sources with label maps are recognised by label_listing.py.
 
 A source is listed once (`list_source`) and then read image by image, in any order and from any process (`read_image`).
 A listing is sorted by name, so the same images in a folder and in a tar give the same dataset. Only the listing grows
@@ -11,14 +13,14 @@ import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline import torchvision_source
 from data_pipeline.faults import retried
-from data_pipeline.image_source import SPLITS, Items, Listing, Source
+from data_pipeline.image_source import SPLITS, Files, Items, Listing, Source
+from data_pipeline.label_listing import CLASS_FILES, LONGEST_TEXT, NO_LABEL_OPTIONS, LabelOptions, find_label_maps
 from data_pipeline.labels import check_names, read_labels
 from data_pipeline.ownership import DOWNLOAD
 from data_pipeline.progress import Progress
@@ -51,11 +53,23 @@ def open_source(text: str, work: Path) -> Source:
     raise UsageError(f"{text} is neither a folder, nor a tar file, nor the name of a torchvision dataset.")
 
 
-def list_source(source: Source) -> Listing:
-    """List every image with its split and label. Raises DataError if there are none or the layout is not understood."""
+def list_source(source: Source, options: LabelOptions = NO_LABEL_OPTIONS) -> Listing:
+    """List every image with its split and its label or label map.
+
+    options: for sources with label maps. Raises DataError if there are no images or the layout is not understood,
+    UsageError if the options do not fit the source.
+    """
     if source.kind == "torchvision":
-        return torchvision_source.list_images(source)
-    return _sort_into_splits(*_list_files(source))
+        listing = torchvision_source.list_images(source)
+    else:
+        files = _list_files(source)
+        listing = find_label_maps(files, options) or _sort_into_splits(files)
+    if listing.coding is None and options != NO_LABEL_OPTIONS:
+        raise UsageError(
+            f"{source.path} has no label maps in a known layout: "
+            f"leave {options.flags()} out, or arrange it as images/<split>/ and annotations/<split>/."
+        )
+    return listing
 
 
 def add_val(listing: Listing, source: Source, labels: Path | None) -> Listing:
@@ -66,16 +80,19 @@ def add_val(listing: Listing, source: Source, labels: Path | None) -> Listing:
     """
     if "val" in listing.splits:
         raise UsageError("the source has a val split of its own: leave --val out.")
+    if listing.coding:
+        raise UsageError("--val is for classification: put these images and their label maps into the val folders.")
     if source.kind == "torchvision":
         raise UsageError("--val takes a folder or a tar; a torchvision dataset has its own val split.")
     if labels is None:
-        other = _sort_into_splits(*_list_files(source))
+        other = _sort_into_splits(_list_files(source))
         if len(other.splits) > 1:
             raise UsageError(f"{source.path} has the splits {', '.join(other.splits)}: give one of them to --val.")
         _check_same_classes(source.path, listing.classes, other.classes)
         [val], ignored = other.splits.values(), other.ignored
     else:
-        files, ignored = _list_files(source)
+        files = _list_files(source)
+        ignored = files.others
         val = Items(source, files.names, read_labels(labels, files.names, listing.classes), files.offsets, files.sizes)
     return Listing(listing.classes, {**listing.splits, "val": val}, listing.ignored + ignored)
 
@@ -134,19 +151,9 @@ def find_images(names: Sequence[str]) -> list[Path]:
 # --- folders and tars ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The images of a folder or tar as parallel columns, [n], sorted by name."""
-
-    source: Source
-    names: list[str]
-    offsets: np.ndarray
-    sizes: np.ndarray
-
-
-def _list_files(source: Source) -> tuple[_Files, int]:
-    """The images, and the number of other files. If a tar has a name twice, the last member counts."""
-    names, offsets, sizes, others = [], array.array("q"), array.array("q"), 0
+def _list_files(source: Source) -> Files:
+    """The files of the source. If a tar has a name twice, the last member counts."""
+    names, offsets, sizes, others, texts = [], array.array("q"), array.array("q"), 0, {}
     with Progress("files", "listing") as progress:
         for name, offset, size in _walk(source.path) if source.kind == "folder" else _tar_members(source.path):
             if name.lower().endswith(IMAGE_SUFFIXES):
@@ -156,6 +163,8 @@ def _list_files(source: Source) -> tuple[_Files, int]:
                 sizes.append(size)
             else:
                 others += 1
+                if name.rpartition("/")[2] in CLASS_FILES and size <= LONGEST_TEXT:
+                    texts[name] = (offset, size)
             progress.show(len(names))
     if not names:
         raise DataError(f"{source.path} contains no images ({others} other files).")
@@ -164,7 +173,8 @@ def _list_files(source: Source) -> tuple[_Files, int]:
     keep = np.array([*(name != following for name, following in itertools.pairwise(names)), True])
     if not keep.all():
         names, order = list(itertools.compress(names, keep)), order[keep]
-    return _Files(source, names, np.array(offsets)[order], np.array(sizes)[order]), others
+    texts = {name: read_image(source, name, *place) for name, place in texts.items()}
+    return Files(source, names, np.array(offsets)[order], np.array(sizes)[order], others, texts)
 
 
 def _walk(root: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int, int]]:
@@ -205,7 +215,7 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
                 yield name, offset, size
 
 
-def _sort_into_splits(files: _Files, ignored: int) -> Listing:
+def _sort_into_splits(files: Files) -> Listing:
     """Take split and class of every image from its path: [one folder/][train|val/]class/…/image."""
     root, names, skip = files.source.path, files.names, 0
     tops = _top_folders(names, skip)
@@ -246,7 +256,7 @@ def _sort_into_splits(files: _Files, ignored: int) -> Listing:
             chosen = everything.take(np.flatnonzero(split_of == number))
             rank = np.argsort(np.argsort(list(found[split])))
             splits[split] = dataclasses.replace(chosen, labels=rank[chosen.labels].astype(np.int32))
-    return Listing(classes, splits, ignored + int(np.sum(split_of < 0)))
+    return Listing(classes, splits, files.others + int(np.sum(split_of < 0)))
 
 
 def _top_folders(names: list[str], skip: int) -> dict[str, int]:

@@ -39,6 +39,7 @@ class Stream(IntEnum):
     REPLACEMENT = 10
     RAND_AUGMENT = 11
     COLOR_JITTER = 12
+    DISTORTION = 13
 
 
 def make_key(seed: int, stream: Stream, *position: int) -> int:

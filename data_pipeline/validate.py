@@ -94,12 +94,14 @@ AS_IT_IS = Encoding()
 class StoredImage:
     """A JPEG to store.
 
-    outcome: "kept", "repaired", "transcoded" or "reencoded". why: the reason for the report, or "".
+    full_size: (width, height) before a resize. outcome: "kept", "repaired", "transcoded" or "reencoded". why: the
+    reason for the report, or "".
     """
 
     data: bytes
     width: int
     height: int
+    full_size: tuple[int, int]
     outcome: str
     why: str = ""
 
@@ -122,18 +124,18 @@ def _check(data: bytes, encoding: Encoding) -> StoredImage:
     else:
         sound, pixels, reason = b"", *_decode_with_pillow(data)
     height, width = pixels.shape[:2]
-    size = encoding.size(width, height)
+    full_size, size = (width, height), encoding.size(width, height)
     if max(size) > MAX_SIDE:
         raise BadImage(f"{width}x{height} pixels: a side has more than {MAX_SIDE}")
     if encoding != AS_IT_IS:
         stored = encode_jpeg(_resize(pixels, size), encoding.quality or QUALITY, "4:2:0")
-        if size != (width, height) or reason or len(stored) < len(sound):
-            return StoredImage(stored, *size, "transcoded" if reason else "reencoded", reason)
+        if size != full_size or reason or len(stored) < len(sound):
+            return StoredImage(stored, *size, full_size, "transcoded" if reason else "reencoded", reason)
     if reason:
-        return StoredImage(encode_jpeg(pixels), width, height, "transcoded", reason)
+        return StoredImage(encode_jpeg(pixels), *size, full_size, "transcoded", reason)
     if sound != data:
-        return StoredImage(sound, width, height, "repaired", "its header had faults that libjpeg warns about")
-    return StoredImage(data, width, height, "kept")
+        return StoredImage(sound, *size, full_size, "repaired", "its header had faults that libjpeg warns about")
+    return StoredImage(data, *size, full_size, "kept")
 
 
 def encode_jpeg(pixels: np.ndarray, quality: int = 95, subsampling: str = "4:4:4") -> bytes:

@@ -6,11 +6,17 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import numpy as np
+
 from data_pipeline.beton import check_beton
 from data_pipeline.durable import sha256_of
+from data_pipeline.label_png import check_label, stored_coding
 from data_pipeline.manifest import check_sizes, read_manifest
 from data_pipeline.progress import Progress
-from data_pipeline.split import Split
+from data_pipeline.split import LABEL_MAP, Split
+from data_pipeline.validate import BadImage
+
+LABEL = "label map"  # of a sample, in sentences
 
 
 def verify(folder: Path, workers: int | None = None) -> list[str]:
@@ -24,13 +30,15 @@ def verify(folder: Path, workers: int | None = None) -> list[str]:
     checks, sizes = [], {}  # sizes: of each check's file, in bytes
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for split in splits:
-            index_is_whole = sha256_of(split.index_path) == split.fingerprint
-            if not index_is_whole:
-                sentence = f"{split.index_path} is damaged: its SHA-256 is not the manifest's."
+            tables = {split.index_path: split.fingerprint}
+            tables |= {split.folder / each.file: each.sha256 for each in split.annotations.values()}
+            damaged = [path for path, sha256 in tables.items() if sha256_of(path) != sha256]
+            for path in damaged:
+                sentence = f"{path} is damaged: its SHA-256 is not the manifest's."
                 checks.append(pool.submit(lambda sentence=sentence: [sentence]))
                 sizes[checks[-1]] = 0
             for number, shard in enumerate(split.shards):
-                checks.append(pool.submit(_check_shard, split, number, index_is_whole))
+                checks.append(pool.submit(_check_shard, split, number, len(manifest.classes), not damaged))
                 sizes[checks[-1]] = shard.bytes
             if split.beton:
                 checks.append(pool.submit(check_beton, split))
@@ -43,26 +51,46 @@ def verify(folder: Path, workers: int | None = None) -> list[str]:
     return [fault for check in checks for fault in check.result()]
 
 
-def _check_shard(split: Split, number: int, index_is_whole: bool) -> list[str]:
-    """The faults of one shard. Samples are checked one by one only if the index is sound."""
+def _check_shard(split: Split, number: int, classes: int, tables_are_whole: bool) -> list[str]:
+    """The faults of one shard. Samples are checked one by one only if the index and the annotations are sound."""
     shard = split.shards[number]
     path = split.folder / shard.file
     first = sum(earlier.samples for earlier in split.shards[:number])
     digest, faults = hashlib.sha256(), []
     with open(path, "rb") as file:
-        if index_is_whole:
-            for sample, record in enumerate(split.records[first : first + shard.samples], start=first):
+        if tables_are_whole:
+            for sample, what, record in _members(split, first, first + shard.samples):
                 digest.update(file.read(int(record["offset"]) - file.tell()))
                 data = file.read(int(record["size"]))
                 digest.update(data)
+                place = f"the {what} of sample {sample} (byte {record['offset']})"
                 if zlib.crc32(data) != record["checksum"]:
-                    place = f"the image of sample {sample} (byte {record['offset']})"
                     faults.append(f"{path} is damaged: {place} fails its checksum.")
+                elif what == LABEL and (fault := _fault_of_label(data, classes, record)):
+                    faults.append(f"{path}: {place} cannot be used: {fault}. Prepare the dataset again.")
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     if not faults and digest.hexdigest() != shard.sha256:
         faults.append(
             f"{path} is damaged: its SHA-256 is not the manifest's"
-            + (", though its images are whole." if index_is_whole else ".")
+            + (", though its images are whole." if tables_are_whole else ".")
         )
     return faults
+
+
+def _members(split: Split, first: int, last: int) -> list[tuple[int, str, np.void]]:
+    """(sample, "image" or "label map", RECORD) of the samples first … last - 1, in the order of the shard's bytes."""
+    tables = {"image": split.records}
+    if LABEL_MAP in split.annotations:
+        tables[LABEL] = split.annotation(LABEL_MAP)
+    members = [(i, what, table[i]) for i in range(first, last) for what, table in tables.items()]
+    return sorted(members, key=lambda member: member[2]["offset"])
+
+
+def _fault_of_label(data: bytes, classes: int, record: np.void) -> str | None:
+    """Why a label map of a shard is not as it should be stored, or None."""
+    size = int(record["width"]), int(record["height"])
+    try:
+        return check_label(data, stored_coding(classes), size, size).why or None
+    except BadImage as error:
+        return str(error)

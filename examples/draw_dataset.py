@@ -33,11 +33,11 @@ def draw(size: int, seed: int, split: int, index: int) -> tuple[np.ndarray, int]
     axis = (np.arange(2 * size, dtype=np.float32) + 0.5) / size - 1
     radius = random.uniform(0.7, 0.9)
     centre = random.uniform(-1, 1, 2) * (1 - radius)
-    x, y = _turned(axis, centre, random.uniform(-TURN, TURN))
-    inside = _inside(shape, x / np.float32(radius), y / np.float32(radius))
+    x, y = turned(axis, centre, random.uniform(-TURN, TURN))
+    inside = inside_of(shape, x / np.float32(radius), y / np.float32(radius))
 
     # The texture has an independent place and direction, so its phase does not reveal the shape.
-    u, v = _turned(axis, random.uniform(-1, 1, 2), random.uniform(-TURN, TURN))
+    u, v = turned(axis, random.uniform(-1, 1, 2), random.uniform(-TURN, TURN))
     frequency = np.float32(2 * np.pi / random.uniform(0.38, 0.46))
     wave = np.sin(frequency * u)
     if texture == "checks":
@@ -45,7 +45,7 @@ def draw(size: int, seed: int, split: int, index: int) -> tuple[np.ndarray, int]
     dark, light = _two_colours(random)
     alpha, bright = _halved(inside), _halved(inside & (wave > 0))
 
-    image = _background(axis[::2], random) * (1 - alpha) + bright * light + (alpha - bright) * dark
+    image = background(axis[::2], random) * (1 - alpha) + bright * light + (alpha - bright) * dark
     # The mean colour of the image is random; otherwise brightness would reveal the area of the shape.
     image = (image - image.mean(axis=(0, 1))) * random.uniform(0.55, 0.85) + random.uniform(85, 130, 3)
     image += random.uniform(2, 10) * random.standard_normal(image.shape, dtype=np.float32)
@@ -58,14 +58,14 @@ def _halved(mask: np.ndarray) -> np.ndarray:
     return (counts[::2, ::2] + counts[1::2, ::2] + counts[::2, 1::2] + counts[1::2, 1::2])[..., None] / np.float32(4)
 
 
-def _turned(axis: np.ndarray, centre: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+def turned(axis: np.ndarray, centre: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
     """The coordinates of every pixel in a frame at `centre`, rotated by `angle` (radians)."""
     x, y = axis[None, :] - np.float32(centre[0]), axis[:, None] - np.float32(centre[1])
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     return x * cos + y * sin, y * cos - x * sin
 
 
-def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def inside_of(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Whether each pixel lies in the shape; all shapes approximately fill the unit circle."""
     if shape == "cross":
         return np.minimum(abs(x), abs(y)) < np.where(np.maximum(abs(x), abs(y)) < 1, 0.28, 0)
@@ -82,27 +82,25 @@ def _two_colours(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return random.uniform(30, 90, 3), random.uniform(215, 255, 3)
 
 
-def _background(axis: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def background(axis: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """A gradient between two colours with a few bars that are much smaller than the shapes, [size, size, 3]."""
     first = random.uniform(0, 60, 3).astype(np.float32)
     second = first + random.uniform(0, 40, 3).astype(np.float32)
-    u, _ = _turned(axis, np.zeros(2), random.uniform(0, 2 * np.pi))
+    u, _ = turned(axis, np.zeros(2), random.uniform(0, 2 * np.pi))
     image = first + (second - first) * (u[..., None] * 0.35 + 0.5)
     for _ in range(random.integers(0, 3)):
-        u, v = _turned(axis, random.uniform(-1, 1, 2), random.uniform(0, 2 * np.pi))
+        u, v = turned(axis, random.uniform(-1, 1, 2), random.uniform(0, 2 * np.pi))
         width, length = random.uniform(0.04, 0.12), random.uniform(0.1, 0.3)
         image[(abs(u) < length) & (abs(v) < width)] = random.uniform(0, 200, 3)
     return image
 
 
-def draw_dataset(dest: Path, *, train: int, val: int, size: int, seed: int) -> bool:
-    """Write `dest/{train,val}/<class>/<index>.jpg`. Returns False if the complete dataset exists already.
+def begin(dest: Path, wanted: dict) -> bool:
+    """Make the folder `dest` for the drawn dataset that `wanted` describes. Returns False if it is complete already.
 
     Raises ValueError if `dest` contains another dataset or other files.
     """
-    wanted = {"train": train, "val": val, "size": size, "seed": seed, "classes": list(CLASSES)}
-    complete = dest / "drawn.json"  # written last
-    begun = dest / "drawing.json"
+    complete, begun = dest / "drawn.json", dest / "drawing.json"
     for record in (complete, begun):
         if record.exists() and json.loads(record.read_text()) != wanted:
             raise ValueError(f"{dest} was drawn with other arguments: give another folder, or delete it.")
@@ -112,13 +110,28 @@ def draw_dataset(dest: Path, *, train: int, val: int, size: int, seed: int) -> b
         raise ValueError(f"{dest} is not empty: give another folder, or delete it.")
     dest.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(wanted))
+    return True
+
+
+def finish(dest: Path) -> None:
+    """Mark the dataset as complete; call it last."""
+    (dest / "drawing.json").rename(dest / "drawn.json")
+
+
+def draw_dataset(dest: Path, *, train: int, val: int, size: int, seed: int) -> bool:
+    """Write `dest/{train,val}/<class>/<index>.jpg`. Returns False if the complete dataset exists already.
+
+    Raises ValueError if `dest` contains another dataset or other files.
+    """
+    if not begin(dest, {"train": train, "val": val, "size": size, "seed": seed, "classes": list(CLASSES)}):
+        return False
     for number, (split, count) in enumerate(zip(SPLITS, (train, val), strict=True)):
         for name in CLASSES:
             (dest / split / name).mkdir(parents=True, exist_ok=True)
         for index in range(count):
             pixels, label = draw(size, seed, number, index)
             Image.fromarray(pixels).save(dest / split / CLASSES[label] / f"{index:06d}.jpg", quality=92, subsampling=0)
-    begun.rename(complete)
+    finish(dest)
     return True
 
 

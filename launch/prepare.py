@@ -1,8 +1,9 @@
 """Pack images into a prepared dataset, verify one, or index existing WebDataset shards. See docs/data.md.
 
-    python launch/prepare.py SOURCE DEST [--val SOURCE [--val-labels FILE]] [--formats webdataset,ffcv] [--resize-short
-    N] [--workers N] … python launch/prepare.py verify DEST python launch/prepare.py index DEST [--split NAME]
-    [--label-key KEY]
+    python launch/prepare.py SOURCE DEST [--val SOURCE [--val-labels FILE]] [--classes FILE] [--ignore-value N]
+    [--reduce-zero-label] [--formats webdataset,ffcv] [--resize-short N] [--workers N] …
+    python launch/prepare.py verify DEST
+    python launch/prepare.py index DEST [--split NAME] [--label-key KEY]
 
 Exit codes: 0 finished, 65 bad data, 70 failed otherwise (a full disk, no memory, a killed worker), 74 files could not
 be read for now, 78 bad arguments, 130 interrupted.
@@ -27,7 +28,9 @@ and listed in DEST/report.jsonl. After an interruption, the same command continu
 """
 SOURCE_HELP = (
     "a folder [train|val/]<class>/<image>; a tar of such a folder, compressed or not; ImageNet's "
-    "ILSVRC2012_img_train.tar; imagefolder:PATH; or a torchvision dataset, NAME or NAME:ROOT, such as cifar10:downloads"
+    "ILSVRC2012_img_train.tar; imagefolder:PATH; a torchvision dataset, NAME or NAME:ROOT, such as cifar10:downloads; "
+    "for segmentation, a folder or tar with images/<split>/x.jpg, annotations/<split>/x.png and classes.txt, or in "
+    "ADE20K's or Cityscapes' own layout"
 )
 LABELS_HELP = (
     "labels for a --val without class folders: one class name per line, in the order of the file names; "
@@ -38,6 +41,8 @@ Write a manifest and an index beside existing WebDataset shards (every *.tar bel
 changed. A sample is <key>.jpg with its label in <key>.cls or in a field of <key>.json. DEST/classes.txt
 may name the classes, one per line in the order of the labels. Every image is decoded; images that are
 not sound RGB or gray JPEGs are left out and listed in DEST/report.jsonl.
+For segmentation a sample is <key>.jpg with <key>.png, gray pixels of which each is the number of a class, or
+255 where ignored (with more than 255 classes: 16 bits, 65535); DEST/classes.txt must name the classes.
 """
 
 
@@ -70,6 +75,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run_prepare(options: argparse.Namespace) -> int:
+    from data_pipeline.label_listing import LabelOptions
     from data_pipeline.prepare import prepare
     from data_pipeline.split import UsageError
     from data_pipeline.validate import Encoding
@@ -88,6 +94,7 @@ def run_prepare(options: argparse.Namespace) -> int:
         val=options.val,
         val_labels=options.val_labels,
         encoding=Encoding(options.resize_short, options.max_side, options.quality),
+        label_options=LabelOptions(options.classes, options.ignore_value, options.reduce_zero_label),
         beton_mode=(options.ffcv_mode or "jpeg") if "ffcv" in options.formats else None,
     )
     print(f"{options.dest} {'is prepared' if fresh else 'is already prepared'}:")
@@ -114,9 +121,12 @@ def _print_report(dest: Path) -> None:
         "reencoded": "encoded again",
         "transcoded": "transcoded to JPEG",
         "repaired": "with a repaired header",
+        "labels_rewritten": "with a label map in another form than its source's",
         "excluded": "left out, as they cannot be used",
     }
     listed = False
+    if segmentation := report.get("segmentation"):
+        print(f"  segmentation: {segmentation['classes']} classes, a label map beside every image")
     for name, split in report["splits"].items():
         parts = [
             f"{split['samples']} images",
@@ -127,8 +137,15 @@ def _print_report(dest: Path) -> None:
     if listed:
         print(f"  {dest / LIST_NAME} names the images that were transcoded, repaired or left out, with the reason")
     if convertible := sum(split.get("convertible", 0) for split in report["splits"].values()):
-        print(f"  {convertible} of those left out are sound, but not JPEGs that training can read. Existing shards are")
-        print("  not rewritten: to keep these images, unpack the shards into class folders and prepare those")
+        kinds, folders = ("JPEGs with gray PNGs", "images/<split>/ and annotations/<split>/")
+        if not segmentation:
+            kinds, folders = "JPEGs", "class folders"
+        print(
+            f"  {convertible} of those left out are sound, but not {kinds} that training can read. Existing shards are"
+        )
+        print(f"  not rewritten: to keep these images, unpack the shards into {folders} and prepare those")
+    if segmentation and segmentation.get("labels_without_image"):
+        print(f"  {segmentation['labels_without_image']} label maps without an image were ignored")
     if report.get("ignored_files"):
         print(f"  {report['ignored_files']} files that are not images of these splits were ignored")
 
@@ -162,6 +179,18 @@ def _prepare_parser() -> Parser:
         default=0.0,
         metavar="F",
         help="fraction of SOURCE to use as val (default: none)",
+    )
+
+    labels = parser.add_argument_group("segmentation")
+    labels.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line (default: classes.txt)")
+    labels.add_argument(
+        "--ignore-value",
+        type=_pixel,
+        metavar="N",
+        help="value of ignored pixels in the label maps (default: 255; with more than 255 classes 65535)",
+    )
+    labels.add_argument(
+        "--reduce-zero-label", action="store_true", help="0 is ignored, too, and k is class k - 1, as in ADE20K"
     )
 
     size = parser.add_argument_group("smaller images (without these options, the bytes of sound JPEGs are kept)")
@@ -277,6 +306,12 @@ def _fraction(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
+
+
+def _pixel(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text} is not an integer from 0 to 65535")
+    return int(text)
 
 
 def _seed(text: str) -> int:

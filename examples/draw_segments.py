@@ -1,0 +1,102 @@
+"""Draw a dataset for semantic segmentation: scenes of a few shapes, with the exact class of every pixel.
+
+    python examples/draw_segments.py DEST [--train N] [--val N] [--seed S]
+
+Written are `DEST/images/<split>/*.jpg`, `DEST/annotations/<split>/*.png` and `DEST/classes.txt`, which
+launch/prepare.py reads. The classes are the background and the five shapes of draw_dataset.py. Shapes may cover one
+another and reach over the border; in one image of four the pixels at edges are ignored (255). Images have different
+sizes. Every image is a pure function of (seed, split, index).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from draw_dataset import SHAPES, SPLITS, background, begin, finish, inside_of, turned
+from PIL import Image
+
+CLASSES = ("background", *SHAPES)
+IGNORED = 255
+SIDES = (96, 112, 128)  # pixels
+TURN = 0.5  # maximal rotation in radians
+
+
+def draw(seed: int, split: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """One scene, uint8 [h, w, 3], and the class of each pixel, uint8 [h, w]."""
+    random = np.random.Generator(np.random.Philox(key=np.array([seed, 1 << 60 | split << 48 | index], dtype=np.uint64)))
+    height, width = random.choice(SIDES, 2)
+    side = max(height, width)
+    axis = (np.arange(side, dtype=np.float32) + 0.5) * 2 / side - 1
+    image = background(axis, random)
+    labels = np.zeros((side, side), np.uint8)
+    ignore_edges = random.random() < 0.25
+    for _ in range(random.integers(2, 6)):
+        number = int(random.integers(len(SHAPES)))
+        radius = np.float32(random.uniform(26, 48) / side)
+        centre = random.uniform(-0.9, 0.9, 2) * (width / side, height / side)
+        x, y = (values / radius for values in turned(axis, centre, random.uniform(-TURN, TURN)))
+        inside = inside_of(SHAPES[number], x, y)
+        wave = np.sin(np.float32(random.uniform(4, 9)) * (x if random.random() < 0.5 else x + y))
+        colour = random.uniform(130, 255, 3)  # brighter than the background
+        image = np.where(inside[..., None], colour * np.where(wave > 0, 1, 0.75)[..., None], image)
+        labels[inside] = 1 + number
+        if ignore_edges:
+            labels[_near_edge(inside)] = IGNORED
+    image = (image - image.mean(axis=(0, 1))) * random.uniform(0.55, 0.85) + random.uniform(85, 130, 3)
+    image += random.uniform(2, 10) * random.standard_normal(image.shape, dtype=np.float32)
+    top, left = (side - height) // 2, (side - width) // 2
+    part = np.s_[top : top + height, left : left + width]
+    return image[part].clip(0, 255).round().astype(np.uint8), labels[part]
+
+
+def _near_edge(inside: np.ndarray) -> np.ndarray:
+    """Whether a pixel of the other kind is among the eight around each pixel."""
+    padded = np.pad(inside, 1, mode="edge")
+    height, width = inside.shape
+    around = [padded[y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    return np.logical_or.reduce(around) & ~np.logical_and.reduce(around)
+
+
+def draw_dataset(dest: Path, *, train: int, val: int, seed: int) -> bool:
+    """Write the dataset. Returns False if it is complete already.
+
+    Raises ValueError if `dest` contains another dataset or other files.
+    """
+    if not begin(dest, {"train": train, "val": val, "seed": seed, "classes": list(CLASSES)}):
+        return False
+    for number, (split, count) in enumerate(zip(SPLITS, (train, val), strict=True)):
+        images, annotations = dest / "images" / split, dest / "annotations" / split
+        images.mkdir(parents=True, exist_ok=True)
+        annotations.mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            pixels, labels = draw(seed, number, index)
+            Image.fromarray(pixels).save(images / f"{index:06d}.jpg", quality=92, subsampling=0)
+            Image.fromarray(labels).save(annotations / f"{index:06d}.png")
+    (dest / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    finish(dest)
+    return True
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Draw scenes of shapes with the exact class of every pixel.")
+    parser.add_argument("dest", metavar="DEST", type=Path)
+    parser.add_argument("--train", type=int, default=2000, metavar="N", help="images (default: %(default)s)")
+    parser.add_argument("--val", type=int, default=200, metavar="N", help="images (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    options = parser.parse_args(arguments)
+    if min(options.train, options.val) < 1 or options.seed < 0:
+        print("error: --train and --val must be at least 1, and --seed 0", file=sys.stderr)
+        return 78
+    try:
+        fresh = draw_dataset(options.dest, train=options.train, val=options.val, seed=options.seed)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 78
+    state = "is drawn" if fresh else "is already drawn"
+    print(f"{options.dest} {state}: {options.train} train, {options.val} val, {len(CLASSES)} classes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
