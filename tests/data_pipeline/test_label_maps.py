@@ -2,7 +2,6 @@
 
 import io
 import os
-import shutil
 import threading
 from dataclasses import replace
 from itertools import islice
@@ -14,9 +13,8 @@ import torch
 from PIL import Image
 
 from data_pipeline import faults
-from data_pipeline.annotations import add_annotation
 from data_pipeline.config import DataConfig
-from data_pipeline.label_maps import LabelMaps, cut_labels, decode_labels, ignored_value
+from data_pipeline.label_maps import LabelMaps, cut_labels, decode_labels
 from data_pipeline.loader import MicroBatch, build_loader, evaluation_batches
 from data_pipeline.manifest import open_manifest, write_manifest
 from data_pipeline.order import Order
@@ -117,7 +115,6 @@ def test_labels_of_8_and_of_16_bits():
     wide = np.where(labels == 255, 65535, labels.astype(np.uint16) * 80).astype(np.uint16)
     found = decode_labels(png(wide), (20, 10), 321)
     assert found.dtype == np.int32 and np.array_equal(found, wide)
-    assert (ignored_value(255), ignored_value(256)) == (255, 65535)
 
 
 GRAY = label_map(0, 20, 10)
@@ -349,17 +346,6 @@ def test_closing_the_loader_closes_the_shards(split):
     train(split)
     evaluate(split)
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_an_annotation_that_cannot_be_right_is_named(split, tmp_path):
-    folder = shutil.copytree(split.folder, tmp_path / "copy")
-    records = np.array(split.annotation(LABEL_MAP))
-    records["offset"][7] = 1 << 40
-    add_annotation(open_manifest(folder), "train", LABEL_MAP, records)
-    with pytest.raises(
-        DataError, match=r"train.label_map.npy cannot be right: of sample 7 it says that it lies outside"
-    ):
-        open_manifest(folder)
 
 
 # --- staging ---------------------------------------------------------------------------------------------------------
