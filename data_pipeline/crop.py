@@ -4,8 +4,8 @@ A window is (x, y, width, height, flip), in pixels of the stored image: x to the
 corner; flip is 1 if the result is mirrored left to right, else 0. A padded window may extend beyond the image; pixels
 outside the image are black.
 
-Crops are chosen as for classification, without regard to a sample's targets. A task with targets that depend on
-positions cuts them by the same windows (annotations.Targets).
+These are the crops of classification; views.py has all views. Targets that depend on positions are cut by the same
+windows (annotations.Targets).
 """
 
 import math

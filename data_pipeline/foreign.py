@@ -23,14 +23,14 @@ import numpy as np
 
 from data_pipeline.durable import sha256_of
 from data_pipeline.faults import retried
-from data_pipeline.label_png import LABEL_MAP, LabelCoding, check_label, stored_coding
+from data_pipeline.label_png import LabelCoding, check_label, stored_coding
 from data_pipeline.labels import LONGEST_NAME, class_names, fault_of_name, read_lines
 from data_pipeline.manifest import FILE_NAME, parse_manifest
 from data_pipeline.ownership import WORK, claim, remove_work_folder, work_folder
 from data_pipeline.pack import done_path, read_done, write_done
 from data_pipeline.prepare import REPORT_NAME, files_beside, finish, read_arguments
 from data_pipeline.progress import Progress
-from data_pipeline.split import RECORD, DataError, Shard, UsageError
+from data_pipeline.split import LABEL_MAP, RECORD, DataError, Shard, UsageError
 from data_pipeline.tars import IMAGE_SUFFIXES, tar_files
 from data_pipeline.validate import BadImage, check_image, check_size, errors_as_bad_image, shortened
 from data_pipeline.workers import count, run_tasks

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.label_png import LABEL_MAP, LabelCoding
+from data_pipeline.label_png import LabelCoding
+from data_pipeline.split import LABEL_MAP
 
 SPLITS = ("train", "val")
 

@@ -1,7 +1,7 @@
 """A class for every pixel: label maps, cut like their images.
 
-A sample's label map is a gray PNG of its image's size, whose values are classes or the ignored one. It lies in the
-shards, at the place that annotation `label_map` gives.
+A sample's label map is a PNG of its image's size (label_png.py). It lies in the shards, at the place that annotation
+`label_map` gives.
 """
 
 import io
@@ -11,12 +11,8 @@ import torch
 
 from .annotations import Cut
 from .backends.stored import StoredSamples
+from .label_png import ignored_value
 from .split import LABEL_MAP, DataError, Split
-
-
-def ignored_value(classes: int) -> int:
-    """The value of pixels that count for nothing. With more than 255 classes the PNGs have 16 bits."""
-    return 255 if classes <= 255 else 65535
 
 
 class LabelMaps:

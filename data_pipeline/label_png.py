@@ -13,7 +13,6 @@ import numpy as np
 
 from data_pipeline.validate import BadImage, errors_as_bad_image
 
-LABEL_MAP = "label_map"  # the annotation that says where the label maps lie in the shards
 MAX_CLASSES = 65_535
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GRAY, PALETTE = 0, 3  # colour types of a PNG's header

@@ -23,7 +23,7 @@ import numpy as np
 
 from .durable import sha256_of, write_atomically
 from .faults import LASTING, retried
-from .split import RECORD, Annotation, Beton, DataError, Shard, Split
+from .split import LABEL_MAP, RECORD, Annotation, Beton, DataError, Shard, Split
 
 VERSION = 1
 FILE_NAME = "manifest.json"
@@ -170,28 +170,15 @@ def check_indexes(manifest: Manifest) -> None:
         _check_index(split.index_path, split.fingerprint, classes, [shard.bytes for shard in split.shards])
         if split.beton:
             _check_index(split.beton_index_path, split.beton.fingerprint, classes, [split.beton.bytes])
-        for annotation in split.annotations.values():
-            _check_annotation(manifest.folder / annotation.file, annotation, split.samples)
+        for name, annotation in split.annotations.items():
+            path = manifest.folder / annotation.file
+            _check_annotation(path, annotation, split.samples)
+            if name == LABEL_MAP:
+                _check_label_maps(path, split.samples, [shard.bytes for shard in split.shards])
 
 
 def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -> None:
     """files: size in bytes of each file that the index refers to; empty if those are absent, as beside an FFCV file."""
-    sizes = np.array(files, np.uint64)
-
-    def first_fault(records: np.ndarray) -> tuple[int, str] | None:
-        fine = {
-            f"its class is none of the {classes}": records["label"] < classes,
-            "it has no pixels": (records["width"] > 0) & (records["height"] > 0),
-        }
-        if files:
-            inside = records["shard"] < len(sizes)
-            end = sizes[np.where(inside, records["shard"], 0)]
-            # Without a sum, which might not fit into 64 bits.
-            fine["it lies outside the files"] = (
-                inside & (records["size"] <= end) & (records["offset"] <= end - records["size"])
-            )
-        wrong = {int(np.argmin(mask)): why for why, mask in fine.items() if not mask.all()}
-        return min(wrong.items()) if wrong else None
 
     def read() -> tuple[str, str | None]:
         digest, first, fault = hashlib.sha256(), 0, None
@@ -199,7 +186,7 @@ def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -
             while chunk := file.read(CHUNK * RECORD.itemsize):
                 digest.update(chunk)
                 records = np.frombuffer(chunk, RECORD, len(chunk) // RECORD.itemsize)
-                if fault is None and (found := first_fault(records)):
+                if fault is None and (found := _first_fault(records, classes, files)):
                     fault = (
                         f"{path} cannot be right: of sample {first + found[0]} it says that {found[1]}. Prepare "
                         "the dataset again."
@@ -219,6 +206,37 @@ def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -
         )
     if fault:
         raise DataError(fault)
+
+
+def _first_fault(records: np.ndarray, classes: int, files: list[int]) -> tuple[int, str] | None:
+    """The first of `records` that cannot be right, and why; classes and files: see `_check_index`."""
+    sizes = np.array(files, np.uint64)
+    fine = {
+        f"its class is none of the {classes}": records["label"] < classes,
+        "it has no pixels": (records["width"] > 0) & (records["height"] > 0),
+    }
+    if files:
+        inside = records["shard"] < len(sizes)
+        end = sizes[np.where(inside, records["shard"], 0)]
+        # Without a sum, which might not fit into 64 bits.
+        fine["it lies outside the files"] = (
+            inside & (records["size"] <= end) & (records["offset"] <= end - records["size"])
+        )
+    wrong = {int(np.argmin(mask)): why for why, mask in fine.items() if not mask.all()}
+    return min(wrong.items()) if wrong else None
+
+
+def _check_label_maps(path: Path, samples: int, files: list[int]) -> None:
+    """Check the table of label maps, whose hash is right, like an index."""
+    maps = np.load(path, mmap_mode="r")
+    if maps.dtype != RECORD or maps.shape != (samples,):
+        raise DataError(f"{path} cannot be right: it is no table of label maps. Prepare the dataset again.")
+    for start in range(0, samples, CHUNK):
+        if found := _first_fault(maps[start : start + CHUNK], 1, files):
+            raise DataError(
+                f"{path} cannot be right: of sample {start + found[0]} it says that {found[1]}. Prepare "
+                "the dataset again."
+            )
 
 
 def _check_annotation(path: Path, annotation: Annotation, samples: int) -> None:

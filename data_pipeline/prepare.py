@@ -22,13 +22,12 @@ import numpy as np
 from data_pipeline.durable import publish, sha256_of, write_atomically
 from data_pipeline.image_source import SPLITS, Items, Listing
 from data_pipeline.label_listing import LABEL_OPTIONS, NO_LABEL_OPTIONS, LabelOptions
-from data_pipeline.label_png import LABEL_MAP
 from data_pipeline.listing import add_val, list_source, open_source, read_image
 from data_pipeline.manifest import FILE_NAME, Manifest, open_manifest, write_manifest
 from data_pipeline.ownership import WORK, claim, remove_work_folder, work_folder
 from data_pipeline.pack import BLOCK, ShardTask, done_path, pack, read_done
 from data_pipeline.progress import Progress
-from data_pipeline.split import Annotation, DataError, Shard, Split, UsageError
+from data_pipeline.split import LABEL_MAP, Annotation, DataError, Shard, Split, UsageError
 from data_pipeline.validate import AS_IT_IS, BadImage, Encoding, check_image
 from data_pipeline.workers import run_tasks
 

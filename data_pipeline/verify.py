@@ -10,10 +10,10 @@ import numpy as np
 
 from data_pipeline.beton import check_beton
 from data_pipeline.durable import sha256_of
-from data_pipeline.label_png import LABEL_MAP, check_label, stored_coding
+from data_pipeline.label_png import check_label, stored_coding
 from data_pipeline.manifest import check_sizes, read_manifest
 from data_pipeline.progress import Progress
-from data_pipeline.split import Split
+from data_pipeline.split import LABEL_MAP, Split
 from data_pipeline.validate import BadImage
 
 LABEL = "label map"  # of a sample, in sentences

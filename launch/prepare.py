@@ -41,6 +41,8 @@ Write a manifest and an index beside existing WebDataset shards (every *.tar bel
 changed. A sample is <key>.jpg with its label in <key>.cls or in a field of <key>.json. DEST/classes.txt
 may name the classes, one per line in the order of the labels. Every image is decoded; images that are
 not sound RGB or gray JPEGs are left out and listed in DEST/report.jsonl.
+For segmentation a sample is <key>.jpg with <key>.png, gray pixels of which each is the number of a class, or
+255 where ignored (with more than 255 classes: 16 bits, 65535); DEST/classes.txt must name the classes.
 """
 
 
@@ -135,8 +137,13 @@ def _print_report(dest: Path) -> None:
     if listed:
         print(f"  {dest / LIST_NAME} names the images that were transcoded, repaired or left out, with the reason")
     if convertible := sum(split.get("convertible", 0) for split in report["splits"].values()):
-        print(f"  {convertible} of those left out are sound, but not JPEGs that training can read. Existing shards are")
-        print("  not rewritten: to keep these images, unpack the shards into class folders and prepare those")
+        kinds, folders = ("JPEGs with gray PNGs", "images/<split>/ and annotations/<split>/")
+        if not segmentation:
+            kinds, folders = "JPEGs", "class folders"
+        print(
+            f"  {convertible} of those left out are sound, but not {kinds} that training can read. Existing shards are"
+        )
+        print(f"  not rewritten: to keep these images, unpack the shards into {folders} and prepare those")
     if segmentation and segmentation.get("labels_without_image"):
         print(f"  {segmentation['labels_without_image']} label maps without an image were ignored")
     if report.get("ignored_files"):

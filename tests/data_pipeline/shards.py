@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
+from PIL import Image
 
+from data_pipeline.annotations import add_annotation
 from data_pipeline.durable import sha256_of
 from data_pipeline.manifest import Manifest, write_manifest
-from data_pipeline.split import RECORD, Beton, Shard, Split
+from data_pipeline.split import LABEL_MAP, RECORD, Beton, Shard, Split
 
 
 def picture(number: int, width: int, height: int) -> np.ndarray:
@@ -35,31 +37,51 @@ def write_split(
     sizes: Sequence[tuple[int, int]] | None = None,
     name: str = "train",
     per_shard: int = 16,
+    label_maps: Sequence[bytes] = (),
+    classes: int = 0,
 ) -> Split:
     """Write JPEGs as a split of WebDataset shards with index and manifest; labels default to id modulo 10.
 
-    sizes: the (width, height) to write into the index, for images that are not JPEGs.
+    sizes: the (width, height) to write into the index, for images that are not JPEGs. label_maps: PNGs that are written
+    in place of labels, with annotation `label_map`; the manifest then has so many `classes`.
     """
+    if label_maps:
+        labels = [0] * len(images)
     labels = [number % 10 for number in range(len(images))] if labels is None else labels
     sizes = [simplejpeg.decode_jpeg_header(image)[1::-1] for image in images] if sizes is None else sizes
     folder.mkdir(parents=True, exist_ok=True)
     records = np.zeros(len(images), RECORD)
+    maps = np.zeros(len(images), RECORD)
     shards = []
     for start in range(0, len(images), per_shard):
         file = f"{name}-{len(shards):05d}.tar"
         numbers = range(start, min(start + per_shard, len(images)))
         with tarfile.open(folder / file, "w", format=tarfile.USTAR_FORMAT) as tar:
             for number in numbers:
-                _add(tar, f"{number:08d}.cls", str(labels[number]).encode())
+                if not label_maps:
+                    _add(tar, f"{number:08d}.cls", str(labels[number]).encode())
                 offset = _add(tar, f"{number:08d}.jpg", images[number])
                 checksum = zlib.crc32(images[number])
                 records[number] = (offset, len(images[number]), len(shards), labels[number], checksum, *sizes[number])
+                if label_maps:
+                    data = label_maps[number]
+                    offset = _add(tar, f"{number:08d}.png", data)
+                    maps[number] = (offset, len(data), len(shards), 0, zlib.crc32(data), *sizes[number])
         shards.append(Shard(file, len(numbers), (folder / file).stat().st_size, sha256_of(folder / file)))
     split = Split(folder, name, len(images), "", tuple(shards))
     records.tofile(split.index_path)
     split = Split(folder, name, len(images), sha256_of(split.index_path), tuple(shards))
-    write_manifest(Manifest(folder, tuple(f"class{number}" for number in range(max(labels) + 1)), {name: split}))
-    return split
+    names = tuple(f"class{number}" for number in range(classes or max(labels) + 1))
+    manifest = Manifest(folder, names, {name: split})
+    write_manifest(manifest)
+    return add_annotation(manifest, name, LABEL_MAP, maps).split(name) if label_maps else split
+
+
+def png(labels: np.ndarray) -> bytes:
+    """A gray PNG of uint8 or uint16 labels."""
+    buffer = io.BytesIO()
+    Image.fromarray(labels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:

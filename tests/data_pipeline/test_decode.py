@@ -21,19 +21,22 @@ PROJECT = Path(__file__).parents[2]
 decoders = pytest.mark.parametrize("decoder", [name for name in DECODERS if name != "native" or native.LIBRARY])
 
 
-def run(data: bytes, window, size: int, interpolation: str = "bicubic", decoder: str = DECODER) -> np.ndarray:
-    """One image that must decode. window: (x, y, width, height) or with flip."""
+def run(
+    data: bytes, window, size: int | tuple[int, int], interpolation: str = "bicubic", decoder: str = DECODER
+) -> np.ndarray:
+    """One image that must decode. window: (x, y, width, height) or with flip. size: of a square, or (height, width)."""
     out, failures = attempt(data, window, size, interpolation, decoder)
     assert not failures
     return out
 
 
-def attempt(data: bytes, window, size: int, interpolation: str = "bicubic", decoder: str = DECODER, dimensions=None):
+def attempt(data: bytes, window, size, interpolation: str = "bicubic", decoder: str = DECODER, dimensions=None):
+    shape = (size, size) if isinstance(size, int) else size
     if dimensions is None:
         dimensions = Image.open(io.BytesIO(data)).size
-    out = np.full((1, size, size, 3), 77, np.uint8)
+    out = np.full((1, *shape, 3), 77, np.uint8)
     window = np.array([(*window, 0)[:5]], np.int32)
-    failures = decode_batch([data], np.array([dimensions]), window, (size, size), interpolation, out, decoder=decoder)
+    failures = decode_batch([data], np.array([dimensions]), window, shape, interpolation, out, decoder=decoder)
     return out[0], failures
 
 
@@ -55,13 +58,14 @@ def test_the_compiled_decoder_is_in_use():
 @pytest.mark.parametrize(
     "window", [(0, 0, 320, 240), (13, 7, 200, 151), (100, 100, 20, 30), (319, 239, 1, 1), (3, 0, 310, 9)]
 )
-def test_pixels_are_pillows(window, interpolation, filter, decoder):
+@pytest.mark.parametrize("shape", [(96, 96), (40, 130), (151, 20)])
+def test_pixels_are_pillows(window, shape, interpolation, filter, decoder):
     # Tolerance: one level. Pillow's weights have 22 fractional bits, ours at least 14; all decode with libjpeg-turbo.
     data = simplejpeg.encode_jpeg(noisy(0, 320, 240), quality=95, colorsubsampling="444")
     x, y, width, height = window
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    expected = image.crop((x, y, x + width, y + height)).resize((96, 96), filter)
-    differences = difference(run(data, window, 96, interpolation, decoder), np.asarray(expected))
+    expected = image.crop((x, y, x + width, y + height)).resize(shape[::-1], filter)
+    differences = difference(run(data, window, shape, interpolation, decoder), np.asarray(expected))
     assert differences.max() <= 1
     assert differences.mean() < 0.1
 
@@ -71,13 +75,17 @@ def test_pixels_are_pillows(window, interpolation, filter, decoder):
 def test_native_and_torch_give_the_same_bits(kind):
     data = every_kind(163, 121)[kind]
     random = np.random.default_rng(0)
-    for size in (1, 7, 64, 163):
+    for size in (1, 7, 64, 163, (30, 200), (90, 11), (1, 64)):
         for interpolation in ("bicubic", "bilinear"):
             x, y = random.integers(-20, 100, 2)
             width, height = random.integers(1, 90, 2)
             window = (x, y, width, height, random.integers(2))
             slow = run(data, window, size, interpolation, "simplejpeg")
             assert np.array_equal(run(data, window, size, interpolation, "native"), slow), (window, size, interpolation)
+    # One side is not resized.
+    for size in ((50, 90), (70, 60)):
+        window = (20, 10, 60, 50, 1)
+        assert np.array_equal(run(data, window, size, decoder="native"), run(data, window, size, decoder="simplejpeg"))
 
 
 @decoders

@@ -22,15 +22,14 @@ FEATURES = [features for features in range(4) if features & native.FEATURES == f
 
 
 def decode(
-    data: bytes, dimensions, windows, size: int, interpolation: str = "bicubic", **options
+    data: bytes, dimensions, windows, size: int | tuple[int, int], interpolation: str = "bicubic", **options
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Decode all `windows` [n, 4 or 5] of one image."""
+    """Decode all `windows` [n, 4 or 5] of one image. size: of a square, or (height, width)."""
+    shape = (size, size) if isinstance(size, int) else size
     windows = np.array([(*window, 0)[:5] for window in windows], np.int32)
-    out = np.full((len(windows), size, size, 3), 77, np.uint8)
+    out = np.full((len(windows), *shape, 3), 77, np.uint8)
     dimensions = np.tile(dimensions, (len(windows), 1))
-    return out, native.decode_batch(
-        [data] * len(windows), dimensions, windows, (size, size), interpolation, out, **options
-    )
+    return out, native.decode_batch([data] * len(windows), dimensions, windows, shape, interpolation, out, **options)
 
 
 def whole(data: bytes, width: int, height: int) -> np.ndarray:
@@ -133,7 +132,7 @@ def test_faster_code_gives_the_same_bits(interpolation):
     for kind, data in every_kind(301, 203).items():
         corner, extent = random.integers(-30, 150, (6, 2)), random.integers(1, 330, (6, 2))
         windows = np.concatenate([corner, extent, random.integers(0, 2, (6, 1))], axis=1)
-        for size in (1, 5, 11, 64):
+        for size in (1, 5, 11, 64, (3, 50), (70, 9), (1, 1000)):
             plain, _ = decode(data, (301, 203), windows, size, interpolation, features=0)
             for features in FEATURES[1:]:
                 out, failures = decode(data, (301, 203), windows, size, interpolation, features=features)

@@ -165,6 +165,11 @@ def test_a_finished_dataset_is_left_as_it_is(source, dataset):
             ["{source}", "{dest}", "--formats", "webdataset,dali"],
             "there is no format dali: the formats are webdataset and ffcv",
         ),
+        (["{source}", "{dest}", "--ignore-value", "70000"], "70000 is not an integer from 0 to 65535"),
+        (
+            ["{source}", "{dest}", "--reduce-zero-label"],
+            "has no label maps in a known layout: leave --reduce-zero-label",
+        ),
         (["{source}", "{dest}", "--ffcv-mode", "raw"], "--ffcv-mode belongs to --formats"),
         (["index", "nowhere"], "there is no folder nowhere"),
         (["index", "{dest}", "--split", "dev"], "invalid choice: 'dev'"),

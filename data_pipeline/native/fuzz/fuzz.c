@@ -1,4 +1,4 @@
-/* A target for libFuzzer. An input is a file followed by 16 bytes of parameters: window, size, flip, interpolation.
+/* A target for libFuzzer. An input is a file followed by 16 bytes of parameters: windows, height, width, flip, filter.
  *
  * Besides the sanitizers' checks, it tests two guarantees of the decoder: the result is the same with and without the
  * faster code, and if plain libjpeg decodes the whole image without a warning, the window has the same pixels. */

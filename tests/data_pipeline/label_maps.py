@@ -1,0 +1,65 @@
+"""Sources with label maps for the tests of preparation, and helpers that read what was prepared."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.manifest import open_manifest
+from data_pipeline.split import LABEL_MAP
+from tests.data_pipeline.images import encoded, picture
+
+CLASSES = ("sky", "road", "tree")
+SIZE = (40, 30)  # width, height
+
+
+def labels(number: int, classes: int = len(CLASSES), ignored: int = 255, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """A map with every class and ignored pixels, different for every `number`: uint8 or uint16 [height, width]."""
+    values = np.random.default_rng(number).integers(0, classes + 1, (size[1], size[0]))
+    values[0, : classes + 1] = np.arange(classes + 1)[: size[0]]
+    return np.where(values == classes, ignored, values).astype(np.uint16 if classes > 255 else np.uint8)
+
+
+def png(values: np.ndarray, **options) -> bytes:
+    return encoded(Image.fromarray(values), "PNG", **options)
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def make_folder(root: Path, train: int = 6, val: int = 3) -> Path:
+    """The usual layout, with label maps as they are stored."""
+    for split, count in (("train", train), ("val", val)):
+        for i in range(count):
+            number = 100 * len(split) + i
+            write(root / f"images/{split}/{i}.jpg", encoded(picture(number, size=SIZE)))
+            write(root / f"annotations/{split}/{i}.png", png(labels(number)))
+    write(root / "classes.txt", "\n".join(CLASSES).encode())
+    return root
+
+
+def stored_pairs(dest: Path, split: str) -> list[tuple[bytes, bytes]]:
+    """(JPEG, PNG) of every sample by its id, through the index and the annotation."""
+    split = open_manifest(dest).split(split)
+    shards = [(dest / shard.file).read_bytes() for shard in split.shards]
+
+    def read(record) -> bytes:
+        return shards[record["shard"]][int(record["offset"]) : int(record["offset"]) + int(record["size"])]
+
+    return [(read(image), read(label)) for image, label in zip(split.records, split.annotation(LABEL_MAP), strict=True)]
+
+
+def original_pairs(root: Path, split: str) -> set[tuple[bytes, bytes]]:
+    """(JPEG, PNG) of every sample of a folder's split."""
+    names = [path.stem for path in (root / "images" / split).iterdir()]
+    return {
+        ((root / f"images/{split}/{name}.jpg").read_bytes(), (root / f"annotations/{split}/{name}.png").read_bytes())
+        for name in names
+    }

@@ -1,0 +1,388 @@
+"""Label maps: decoded, checked, cut like their images, chosen by their classes, on their way through the loader."""
+
+import io
+import os
+import threading
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from PIL import Image
+
+from data_pipeline import faults
+from data_pipeline.config import DataConfig
+from data_pipeline.label_maps import LabelMaps, cut_labels, decode_labels
+from data_pipeline.loader import MicroBatch, build_loader, evaluation_batches
+from data_pipeline.manifest import open_manifest, write_manifest
+from data_pipeline.order import Order
+from data_pipeline.split import LABEL_MAP, DataError, Split
+from data_pipeline.storage import open_dataset
+from data_pipeline.views import ScaledCrops
+from tests.data_pipeline.shards import add_beton, jpeg, png, write_split
+from tests.data_pipeline.staging import Server, staged
+
+WITHOUT_DALI = "nvidia-dali is not installed (the optional extra `dali`)"
+SIZES = [(90, 60), (60, 90), (90, 60), (48, 48), (48, 48), (48, 48), (120, 40), (90, 60), (31, 77), (90, 60)]
+CLASSES = 5
+VIEWS = ScaledCrops((32, 48), (96, 48), (0.5, 2.0), 0.75, 0.5, (96, 48))
+
+
+def label_map(number: int, width: int, height: int) -> np.ndarray:
+    """Blocks of 8 pixels of random classes and of ignored ones."""
+    blocks = np.random.default_rng(number).integers(0, CLASSES + 1, (height // 8 + 1, width // 8 + 1))
+    labels = np.where(blocks == CLASSES, 255, blocks).astype(np.uint8)
+    return labels.repeat(8, 0).repeat(8, 1)[:height, :width]
+
+
+def images_of(sizes) -> list[bytes]:
+    return [jpeg(number, *size) for number, size in enumerate(sizes)]
+
+
+def maps_of(sizes) -> list[bytes]:
+    return [png(label_map(number, *size)) for number, size in enumerate(sizes)]
+
+
+def write(folder, label_maps=None, sizes=SIZES) -> Split:
+    write_split(folder, images_of(sizes), label_maps=label_maps or maps_of(sizes), classes=CLASSES, per_shard=3)
+    return open_manifest(folder).split("train")
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory) -> Split:
+    return write(tmp_path_factory.mktemp("labelled"))
+
+
+def config_of(split: Split, **changes) -> DataConfig:
+    return DataConfig(**{"path": str(split.folder), "workers": 2, "prefetch": 2, **changes})
+
+
+def train(split: Split, count: int = 20, *, views=VIEWS, batch=(4, 2), seed: int = 0, **options) -> list[MicroBatch]:
+    place = {name: options.pop(name) for name in ("rank", "world") if name in options}
+    targets = LabelMaps(split, CLASSES, views.shape, views.cat_max_ratio)
+    order = Order(seed, split.samples, *batch)
+    with build_loader(config_of(split, **options), views, split, order, targets, **place) as loader:
+        return list(islice(loader, count))
+
+
+def evaluate(split: Split, batch_size: int = 2, rank: int = 0, world: int = 1, **options) -> list:
+    targets, data = LabelMaps(split, CLASSES, None), config_of(split, **options)
+    return list(evaluation_batches(data, VIEWS, split, batch_size, targets, rank=rank, world=world))
+
+
+def same(one: MicroBatch, other: MicroBatch, images: bool = True) -> bool:
+    return (
+        (one.step, one.index, one.bad) == (other.step, other.index, other.bad)
+        and np.array_equal(one.draws, other.draws)
+        and torch.equal(one.ids, other.ids)
+        and (torch.equal(one.images, other.images) or not images)
+        and one.targets.keys() == other.targets.keys()
+        and all(torch.equal(one.targets[name], other.targets[name]) for name in one.targets)
+    )
+
+
+# --- one label map ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cut_is_the_nearest_pixel(seed):
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 255, random.integers(1, 40, 2), dtype=np.uint8)
+    x, y, width, height, flip = window = [*random.integers(-30, 30, 2), *random.integers(1, 90, 2), seed % 2]
+    shape = tuple(random.integers(1, 50, 2).tolist())
+    cut, (left, top, right, bottom) = cut_labels(labels, np.array(window), shape, 255)
+    inside = np.zeros(shape, bool)
+    inside[top:bottom, left:right] = True
+    for i, j in np.ndindex(shape):
+        row = y + (2 * i + 1) * height // (2 * shape[0])
+        column = x + (2 * (shape[1] - 1 - j if flip else j) + 1) * width // (2 * shape[1])
+        there = 0 <= row < labels.shape[0] and 0 <= column < labels.shape[1]
+        assert inside[i, j] == there and cut[i, j] == (labels[row, column] if there else 255)
+
+
+def encoded(image: Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def test_labels_of_8_and_of_16_bits():
+    labels = label_map(0, 20, 10)
+    found = decode_labels(png(labels), (20, 10), CLASSES)
+    assert found.dtype == np.uint8 and np.array_equal(found, labels)
+    wide = np.where(labels == 255, 65535, labels.astype(np.uint16) * 80).astype(np.uint16)
+    found = decode_labels(png(wide), (20, 10), 321)
+    assert found.dtype == np.int32 and np.array_equal(found, wide)
+
+
+GRAY = label_map(0, 20, 10)
+BAD = {
+    "another_size": (png(label_map(0, 21, 10)), "it is 21x10 pixels where its image has 20x10"),
+    "value": (png(np.full((10, 20), 5, np.uint8)), r"it has the value 5, and the classes are 0 to 4 \(255: ignored\)"),
+    "palette": (encoded(Image.fromarray(GRAY).convert("P")), "it is not gray of 8 bits, as label maps of 5 classes"),
+    "rgb": (encoded(Image.fromarray(GRAY).convert("RGB")), "it is not gray of 8 bits"),
+    "16_bits": (png(GRAY.astype(np.uint16)), "it is not gray of 8 bits"),
+    "jpeg": (jpeg(0, 20, 10), "cannot identify image file"),
+    "cut": (png(np.random.default_rng(0).integers(0, 5, (10, 20), dtype=np.uint8))[:-60], "truncated"),
+    "empty": (b"", "cannot identify image file"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_no_label_map_is_refused(kind):
+    data, reason = BAD[kind]
+    with pytest.raises(ValueError, match=reason):
+        decode_labels(data, (20, 10), CLASSES)
+
+
+def test_the_first_candidate_with_mixed_classes_is_chosen(tmp_path):
+    labels = np.zeros((64, 128), np.uint8)
+    labels[:, 40:64:2] = 1  # half of the columns from 40 on
+    labels[:, 64:96] = 255
+    labels[:, 96:] = 2
+    split = write(tmp_path, [png(labels)], [(128, 64)])
+
+    def chosen(*xs: int, ratio: float = 0.75) -> int:
+        candidates = np.array([[(x, 0, 24, 24, 0) for x in xs]], np.int32)
+        cut = LabelMaps(split, CLASSES, (24, 24), ratio).read(np.array([0]), candidates)
+        assert not cut.failures
+        assert np.array_equal(cut.targets[0][0], labels[:24, cut.windows[0, 0] :][:, :24])
+        return cut.windows[0, 0]
+
+    assert chosen(0, 40, 41) == 40  # 0: one class alone
+    assert chosen(30, 40) == 30  # 17 of 24 columns are class 0
+    assert chosen(0, 28, 41) == 41  # 28: 18 of 24 are class 0, and 0.75 is not below 0.75
+    assert chosen(64, 100, 0) == 0  # ignored alone, one class alone: the last
+    assert chosen(88, 60) == 60  # beside ignored pixels: one class alone; the classes 0 and 1
+    assert chosen(30, 40, 1, ratio=0.5) == 1
+
+
+# --- images and label maps together ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [(0.25, 0.5), (1.0, 1.0), (1.5, 3.0)])
+def test_images_and_labels_show_the_same_place(tmp_path, scale):
+    """The red and green of an image are each pixel's x and y, and its label is y · width + x."""
+    width, height = 240, 160
+    y, x = np.mgrid[0:height, 0:width]
+    image = simplejpeg.encode_jpeg(
+        np.stack([x, y, 0 * x], -1).astype(np.uint8), quality=100, colorsubsampling="444", fastdct=False
+    )
+    labels = png((y * width + x).astype(np.uint16))
+    write_split(tmp_path, [image] * 8, label_maps=[labels] * 8, classes=width * height)
+    split = open_manifest(tmp_path).split("train")
+    views = ScaledCrops((96, 128), (240, 160), scale, 1.0, 0.5, (240, 160))
+    targets = LabelMaps(split, width * height, views.shape)
+    flips = padded = 0
+    with build_loader(config_of(split), views, split, Order(0, 8, 8, 8), targets) as loader:
+        for batch in islice(loader, 4):
+            for pixels, label, inside in zip(
+                batch.images, batch.targets["labels"], batch.targets["inside"], strict=True
+            ):
+                left, top, right, bottom = inside.tolist()
+                assert (label[top:bottom, left:right] != 65535).all()
+                assert (label == 65535).sum() == label.numel() - (right - left) * (bottom - top)
+                # Beside padding and at the image's own edge the resampling mixes in what lies beyond it.
+                part = slice(top + 4, bottom - 4), slice(left + 4, right - 4)
+                found = label[part].long()
+                for channel, place in ((0, found % width), (1, found // width)):
+                    error = pixels[channel][part].float() - place
+                    # JPEG changes single pixels by up to two levels: compare whole columns and rows.
+                    assert error.mean(dim=channel).abs().max() < 1 and error.mean().abs() < 0.35
+                flips += bool(found[0, 0] % width > found[0, -1] % width)
+                padded += bool(right < 128)
+    assert 8 <= flips <= 24
+    assert (padded > 0) == (scale[0] < 0.5)
+
+
+def test_evaluation_has_whole_images_and_whole_label_maps(split):
+    for _, batch in evaluate(split):
+        for number, labels in zip(batch.ids.tolist(), batch.targets["labels"], strict=True):
+            assert np.array_equal(labels.numpy(), label_map(number, *SIZES[number]))
+        width, height = SIZES[int(batch.ids[0])]
+        factor = min(96 / max(width, height), 48 / min(width, height))
+        assert batch.images.shape[2:] == (int(height * factor + 0.5), int(width * factor + 0.5))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_evaluation_counts_every_image_once_on_any_number_of_ranks(split, world):
+    reference = dict(evaluate(split))
+    counted, lengths = [], set()
+    for rank in range(world):
+        batches = evaluate(split, rank=rank, world=world)
+        lengths.add(len(batches))
+        for number, batch in batches:
+            assert same(batch, reference[number])
+            counted += batch.ids[batch.counted].tolist()
+    assert sorted(counted) == list(range(len(SIZES))) and len(lengths) == 1
+    assert [batch.ids.tolist() for batch in reference.values()] == [[0], [1], [2], [3, 4], [5], [6], [7], [8], [9]]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_any_number_of_ranks_sees_the_same_windows_and_labels(split, world):
+    reference = train(split, 16, batch=(8, 2))
+    for rank in range(world):
+        found = train(split, 16 // world, batch=(8, 2), rank=rank, world=world, workers=1 + rank, prefetch=3)
+        assert all(map(same, found, [batch for batch in reference if batch.index % world == rank]))
+
+
+def test_a_later_start_changes_nothing(split):
+    targets = LabelMaps(split, CLASSES, VIEWS.shape, VIEWS.cat_max_ratio)
+    with build_loader(config_of(split), VIEWS, split, Order(0, 10, 4, 2), targets, start_step=3) as loader:
+        assert all(map(same, train(split, 12)[6:], islice(loader, 6)))
+
+
+@pytest.mark.parametrize("backend", ["jpeg", "raw", "dali"])
+def test_every_backend_gives_the_same_images_and_labels(split, backend):
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali", reason=WITHOUT_DALI)
+        other, name = split, "dali"
+    else:
+        images = images_of(SIZES)
+        stored = [simplejpeg.decode_jpeg(image, "RGB").tobytes() for image in images] if backend == "raw" else images
+        other, name = add_beton(split, stored, backend), "ffcv"
+    pairs = [*zip(train(split), train(other, backend=name), strict=True)]
+    pairs += zip(
+        (batch for _, batch in evaluate(split)), (batch for _, batch in evaluate(other, backend=name)), strict=True
+    )
+    for one, found in pairs:
+        assert same(one, found, images=name == "ffcv")
+        assert (one.images.float() - found.images.float()).abs().mean(dim=(1, 2, 3)).max() < 0.5
+
+
+def test_label_maps_need_shards(split):
+    with pytest.raises(DataError, match="has no shards of split 'train', and its label maps lie in them"):
+        LabelMaps(replace(split, shards=()), CLASSES, None)
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def spoil(split: Split, number: int) -> None:
+    """Change a byte of a label map in its shard."""
+    record = split.annotation(LABEL_MAP)[number]
+    with open(split.folder / split.shards[record["shard"]].file, "r+b") as file:
+        file.seek(int(record["offset"]) + int(record["size"]) // 2)
+        file.write(b"\x00\x01\x02")
+
+
+def damaged(folder) -> Split:
+    """Sample 3: bytes that do not match the checksum. 5: a PNG of another size."""
+    maps = maps_of(SIZES)
+    maps[5] = png(label_map(0, 48, 47))
+    split = write(folder, maps)
+    spoil(split, 3)
+    return split
+
+
+REASONS = {
+    3: "train-00001.tar: label map of sample 3 of split 'train' (bytes ",
+    5: "it is 48x47 pixels where its image has 48x48.",
+}
+
+
+def test_a_damaged_label_map_is_a_bad_sample_on_any_rank(tmp_path):
+    split = damaged(tmp_path)
+    order = Order(0, 10, 4, 2)
+    expected = {3: order.replacement(3, 0), 5: order.replacement(5, 0)}
+    assert not {*expected.values()} & {3, 5}
+    whole = train(split, 10)
+    by_rank = [train(split, 5, rank=rank, world=2, workers=1) for rank in (0, 1)]
+    assert all(map(same, whole, [by_rank[number % 2][number // 2] for number in range(10)]))
+    named = {}
+    for batch in whole:
+        planned = order.draws(batch.step, [batch.index])[0]
+        assert batch.ids.tolist() == [expected.get(number, number) for number in (planned % 10).tolist()]
+        assert [sample.id for sample in batch.bad] == [number for number in planned.tolist() if number in expected]
+        named |= {sample.id: sample for sample in batch.bad}
+        # The substitute is what it is anywhere else in this epoch: image and labels by the same window.
+        for row, number in enumerate(batch.ids.tolist()):
+            for other in whole:
+                if other.step // 2 == batch.step // 2 and number in other.ids.tolist():
+                    place = other.ids.tolist().index(number)
+                    assert torch.equal(batch.images[row], other.images[place])
+                    assert torch.equal(batch.targets["labels"][row], other.targets["labels"][place])
+    assert {number: sample.replaced_by for number, sample in named.items()} == expected
+    assert all(REASONS[number] in sample.sentence for number, sample in named.items())
+
+
+def test_a_damaged_label_map_is_not_counted_in_evaluation(tmp_path):
+    batches = [batch for _, batch in evaluate(damaged(tmp_path))]
+    for batch in batches:
+        for number, labels, counted in zip(batch.ids.tolist(), batch.targets["labels"], batch.counted, strict=True):
+            assert counted == (number not in REASONS)
+            assert tuple(labels.shape) == SIZES[number][::-1]
+            assert counted or (labels == 255).all()
+    bad = {sample.id: sample for batch in batches for sample in batch.bad}
+    assert set(bad) == set(REASONS)
+    assert all(sample.replaced_by is None and REASONS[number] in sample.sentence for number, sample in bad.items())
+
+
+def test_a_fault_of_the_file_system_is_retried_and_reported(split, monkeypatch):
+    monkeypatch.setattr(faults, "PAUSES", (0.0, 0.0))
+    expected, reads, read = train(split, 4), [], os.pread
+
+    def failing(descriptor: int, length: int, offset: int) -> bytes:
+        reads.append(offset)
+        if len(reads) == 1:
+            raise OSError(5, "Input/output error")
+        return read(descriptor, length, offset)
+
+    targets = LabelMaps(split, CLASSES, VIEWS.shape, VIEWS.cat_max_ratio)
+    monkeypatch.setattr(os, "pread", failing)
+    # The compiled library reads nothing of the label maps, so all of them are read by os.pread.
+    monkeypatch.setattr(targets.stored, "_read_together", lambda chunk, _: dict.fromkeys(range(len(chunk)), -1))
+    with build_loader(config_of(split), VIEWS, split, Order(0, 10, 4, 2), targets) as loader:
+        found = list(islice(loader, 4))
+    assert all(map(same, found, expected))
+    (fault,) = [fault for batch in found for fault in batch.faults]
+    assert fault.error == "Input/output error" and fault.file.endswith(".tar") and fault.count == 1
+
+
+def test_closing_the_loader_closes_the_shards(split):
+    before = len(os.listdir("/proc/self/fd"))
+    train(split)
+    evaluate(split)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- staging ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["webdataset", "ffcv"])
+def test_label_maps_are_staged_and_no_shard_is_fetched_twice(tmp_path, backend):
+    split = write(tmp_path / "set")
+    if backend == "ffcv":
+        split = add_beton(split, images_of(SIZES), "jpeg")
+        write_manifest(replace(open_manifest(split.folder), splits={"train": split}))
+    expected = train(split, backend=backend), evaluate(split, backend=backend)
+    server = Server(split.folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        data = {"path": server.url, "cache_dir": str(tmp_path / "cache"), "backend": backend}
+        copy = open_dataset(config_of(split, **data)).split("train")
+        assert all(map(same, train(copy, **data), expected[0]))
+        assert all(same(one[1], other[1]) for one, other in zip(evaluate(copy, **data), expected[1], strict=True))
+    finally:
+        server.shutdown()
+        server.server_close()
+    names = {path.name for path in split.folder.iterdir()} - {"manifest.json"}
+    assert staged(tmp_path / "cache") == names
+    assert {name: server.requests.count(name) for name in names} == dict.fromkeys(names, 1)
+
+
+def test_a_damaged_copy_is_fetched_again(split, tmp_path):
+    expected = train(split)
+    data = {"path": str(split.folder), "cache_dir": str(tmp_path / "cache")}
+    copy = open_dataset(config_of(split, **data)).split("train")
+    train(copy, **data)
+    for number in (2, 6):
+        spoil(copy, number)
+    found = train(copy, **data)
+    assert all(map(same, found, expected))
+    files = {fault.file.rpartition("/")[2]: fault.error for batch in found for fault in batch.faults}
+    assert files == dict.fromkeys(
+        ["train-00000.tar", "train-00002.tar"], "damaged on this node's disk, and fetched again"
+    )
