@@ -126,6 +126,42 @@ def speed_table(speed: dict[str, dict[str, dict]]) -> str:
     return markdown(titles, lines, numbers=True)
 
 
+def segmenters() -> str:
+    """Results of `bench.py segmenters`: the networks and their papers' figures."""
+    result = load("segmenters")
+    return f"{source(result)}\n\n{segmenter_table(result['counts'])}"
+
+
+def segmenter_table(rows: list[dict[str, Any]]) -> str:
+    """The result of `segmenters.count_segmenters`."""
+    counts = ["parameters", "released code", "ours − theirs", "GFLOPs", "paper", "difference", "attention's products"]
+    lines = []
+    for row in rows:
+        paper = row["paper_parameters"]
+        released = ["–", "–"] if paper is None else [f"{paper:,}", f"{row['parameters'] - paper:+,}"]
+        flops = [f"{row['gflops']:.1f}", *compare(row["gflops"], row["paper_gflops"], ""), f"{row['attention']:.1f}"]
+        lines.append([row["model"], f"{row['parameters']:,}", *released, *flops, row["paper_miou"] or "–"])
+    return markdown(["backbone", *counts, "papers' mIoU, % (not reproduced here)"], lines, numbers=True)
+
+
+def segmenter_steps() -> str:
+    """Results of `bench.py segmenters --speed`: training steps."""
+    result = load("segmenters")
+    taken = f"fp32, 224 x 224 pixels, batch {result['batch']}, {result['rounds']} rounds of 1 step."
+    return f"{source(result)} {taken}\n\n{segmenter_steps_table(result['steps'])}"
+
+
+def segmenter_steps_table(steps: dict[str, dict[str, dict]]) -> str:
+    """The result of `segmenters.compare_steps`."""
+    lines = []
+    for name, ways in steps.items():
+        for way, row in ways.items():
+            spread = f"{row['min']:.2f} – {row['max']:.2f}"
+            lines.append([name, way, f"{row['median']:.2f}", spread, f"{row['ratio']:.2f}", number(row["megabytes"])])
+    titles = ["backbone", "", "training, img/s", "min – max", "x", "kept for the backward pass, MB/img"]
+    return markdown(titles, lines, numbers=True)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": lambda: model_speeds("performance-cpu", "Not measured yet."),
     "channels-last": lambda: model_speeds("channels-last-cpu", "Not measured yet."),
@@ -137,5 +173,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-model": lambda: model_speeds("gpu-model-training", UNMEASURED),
     "counts": lambda: f"{source(load('models'))}\n\n{count_table(load('models')['counts'])}",
     "speed": speed,
+    "segmenters": segmenters,
+    "segmenter-steps": segmenter_steps,
     "config": reference,
 }

@@ -49,11 +49,15 @@ class InnerPatchAttention(nn.Module):
         """The bias that `forward` leaves to the caller without `last_bias`."""
         return self.proj.bias
 
-    def forward(self, x_BNC: Tensor, patches: Patches, last_bias: bool = True) -> Tensor:
-        """[B, N, C] -> [B, N, C]. last_bias: add the last layer's bias; otherwise the caller does."""
+    def forward(self, x_BNC: Tensor, patches: Patches, seed: Tensor | None = None, last_bias: bool = True) -> Tensor:
+        """[B, N, C] -> [B, N, C].
+
+        seed: of the dropout (`seed_for`); None: it is drawn here. last_bias: add the last layer's bias; otherwise the
+        caller does.
+        """
         shift = self.shift if self.shift and patches.can_shift else 0
-        rate = self.dropout if self.training else 0.0
-        seed = draw_seed(x_BNC.device) if rate else None
+        seed = seed_for(self, x_BNC.device) if seed is None else seed
+        rate = 0.0 if seed is None else self.dropout
         bias = self.position_bias()
         if patches.kernels and kernels.inner_patch_fits(patches.size, x_BNC.shape[-1] // self.num_heads):
             whole, x_BNC = patches.pad(x_BNC)
@@ -130,11 +134,11 @@ class CrossPatchAttention(nn.Module):
     def late_bias(self) -> None:
         """Its last bias belongs to the tokens of a patch, not to channels: `forward` adds it."""
 
-    def forward(self, x_BNC: Tensor, patches: Patches) -> Tensor:
-        """[B, N, C] -> [B, N, C]"""
+    def forward(self, x_BNC: Tensor, patches: Patches, seed: Tensor | None = None) -> Tensor:
+        """[B, N, C] -> [B, N, C]. seed: of the dropout (`seed_for`); None: it is drawn here."""
         # No shortcut for a single patch (stage 4): its softmax is 1, but dropout may still zero a channel's v.
-        rate = self.dropout if self.training else 0.0
-        seed = draw_seed(x_BNC.device) if rate else None
+        seed = seed_for(self, x_BNC.device) if seed is None else seed
+        rate = 0.0 if seed is None else self.dropout
         if patches.kernels and kernels.cross_patch_fits(patches.size):
             weights = self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias
             return kernels.cross_patch_attention(x_BNC, *weights, patches, self.num_heads, rate, seed)
@@ -145,6 +149,11 @@ class CrossPatchAttention(nn.Module):
         y = attend(q, k, v, None, rate, seed)
         y_BCnP = self.proj(rearrange(y, "(B C) h n d -> B C n (h d)", B=B))
         return patches.join(rearrange(y_BCnP, "B C n P -> B n P C"))
+
+
+def seed_for(attention: InnerPatchAttention | CrossPatchAttention, device: torch.device) -> Tensor | None:
+    """A new seed for the dropout of `attention`; None if it drops nothing."""
+    return draw_seed(device) if attention.training and attention.dropout else None
 
 
 def attend(

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from catmodel import kernels
-from catmodel.attention import CrossPatchAttention, InnerPatchAttention
+from catmodel.attention import CrossPatchAttention, InnerPatchAttention, seed_for
 from catmodel.fixed_order import resize
 from catmodel.layers import Block, PatchConv, Pending
 from catmodel.patches import Patches, may_be_nonzero, padding_to
@@ -133,7 +133,8 @@ class Stage(nn.Module):
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         for cab in zip(self.pre_ipsa_blocks, self.cpsa_blocks, self.post_ipsa_blocks, strict=True):
             for block in cab:
-                tokens = block.chain(tokens, patches, fused=fused, recompute=recompute)
+                seed = seed_for(block.attn, x_BHWC.device)
+                tokens = block.chain(tokens, patches, seed, fused=fused, recompute=recompute)
         return patches.map_from_tokens(tokens.total())
 
 

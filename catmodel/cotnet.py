@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from catmodel.aggregation import aggregate
 from catmodel.fixed_order import MaxPool, pad_border
-from catmodel.layers import DropPathAdd
+from catmodel.layers import DropPathAdd, recomputed
 from catmodel.variants import Staged, build, select_stages
 
 SHARE = 8  # channels that share their aggregation weights
@@ -133,11 +132,12 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut
         self.add = DropPathAdd(drop_path)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, scale: Tensor | None) -> Tensor:
+        """scale: drop-path's factors, as `add.draw` returns them."""
         branch = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         branch = self.bn3(self.conv3(self.after(self.conv2(self.before(branch)))))
         shortcut = x_BCHW if self.downsample is None else self.downsample(x_BCHW)
-        return F.relu(self.add(shortcut, branch), inplace=True)
+        return F.relu(self.add(shortcut, branch, scale), inplace=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -280,7 +280,8 @@ class CoTNet(Staged):
         maps = []
         for i in range(self.stages):
             for block in getattr(self, f"layer{i + 1}"):
-                x_BCHW = checkpoint(block, x_BCHW, use_reentrant=False) if recompute else block(x_BCHW)
+                inputs = x_BCHW, block.add.draw(x_BCHW)
+                x_BCHW = recomputed(block, *inputs) if recompute else block(*inputs)
             maps.append(x_BCHW)
         return maps
 

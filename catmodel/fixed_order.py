@@ -138,16 +138,19 @@ class _Upsample(torch.autograd.Function):
 
 def _gather(dy: Tensor, dim: int, factor: int) -> Tensor:
     """The gradient of a linear interpolation along `dim`, whose length it divides by `factor`."""
-    here: Tensor | float = 0.0
-    before: Tensor | float = 0.0
-    after: Tensor | float = 0.0
-    for r, part in enumerate(dy.unflatten(dim, (-1, factor)).unbind(dim + 1)):
-        offset = (r + 0.5) / factor - 0.5  # of the new pixel's centre from the old pixel's, in old pixels
-        here = here + part * (1 - abs(offset))
-        if offset < 0:
-            before = before + part * -offset
-        elif offset > 0:
-            after = after + part * offset
+    parts = dy.unflatten(dim, (-1, factor)).unbind(dim + 1)
+    offsets = [(r + 0.5) / factor - 0.5 for r in range(factor)]  # of new pixels' centres from the old one's
+
+    def total(weights: list[float]) -> Tensor:
+        (first, weight), *others = [pair for pair in zip(parts, weights, strict=True) if pair[1]]
+        result = first * weight
+        for part, weight in others:
+            result = torch.add(result, part, alpha=weight)
+        return result
+
+    here = total([1 - abs(offset) for offset in offsets])
+    before = total([max(-offset, 0.0) for offset in offsets])
+    after = total([max(offset, 0.0) for offset in offsets])
     # The rest of a new pixel comes from the old pixel before or after, and outside the map from the old pixel itself.
     last = dy.shape[dim] // factor - 1
     from_next = torch.cat([before.narrow(dim, 1, last), after.narrow(dim, last, 1)], dim)

@@ -50,23 +50,25 @@ class DropPathAdd(nn.Module):
     """Residual sum x + branch with drop-path (stochastic depth, arXiv 1603.09382).
 
     In training, the branch of each sample is dropped with probability `rate`; otherwise it is scaled by 1 / (1 - rate).
-    Draws from torch's default generator of the tensors' device.
     """
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        """x, branch [B, ...] -> [B, ...]."""
-        return Pending(x, branch, None, self.scale(branch)).total()
+    def forward(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+        """x, branch [B, ...] -> [B, ...]. scale: what `draw` returned."""
+        return Pending(x, branch, None, scale).total()
 
-    def scale(self, branch: Tensor) -> Tensor | None:
-        """The factor of each sample of a branch [B, ...], drawn anew: [B] of its dtype; None: all are 1."""
+    def draw(self, x: Tensor) -> Tensor | None:
+        """The factor of each sample's branch, for x [B, ...]: [B] of its dtype; None: all are 1.
+
+        Draws from torch's default generator of the device.
+        """
         if not self.training or self.rate == 0.0:
             return None
         keep = 1.0 - self.rate
-        return branch.new_empty(len(branch)).bernoulli_(keep).div_(keep)
+        return x.new_empty(len(x)).bernoulli_(keep).div_(keep)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"
@@ -101,8 +103,14 @@ class Pending(NamedTuple):
         return kernels.ops.residual_norm(*self, norm.weight, norm.bias, norm.eps)
 
 
+Scales = tuple[Tensor | None, Tensor | None]  # drop-path's factors of a block's two branches
+
+
 class Block(nn.Module):
-    """Attention (`attn`), then an MLP, each with a norm before it and a residual around it."""
+    """Attention (`attn`), then an MLP, each with a norm before it and a residual around it.
+
+    It is a function of its inputs: whatever is random is drawn before it.
+    """
 
     def __init__(self, channels: int, attn: nn.Module, mlp_ratio: float, drop_path: float, eps: float = 1e-5):
         super().__init__()
@@ -112,34 +120,50 @@ class Block(nn.Module):
         self.mlp = Mlp(channels, int(channels * mlp_ratio))
         self.add = DropPathAdd(drop_path)
 
-    def forward(self, x_BNC: Tensor, *place: object, fused: bool = False) -> Tensor:
-        """Tokens [B, N, C] -> [B, N, C]. place: what the attention must know of them. fused: use the MLP's kernels."""
-        x_BNC = self.add(x_BNC, self.attn(self.norm1(x_BNC), *place))
-        return self.add(x_BNC, self.mlp(self.norm2(x_BNC), fused))
+    def draw(self, x_BNC: Tensor) -> Scales:
+        """Drop-path's factors for tokens [B, N, C]."""
+        return self.add.draw(x_BNC), self.add.draw(x_BNC)
+
+    def forward(self, x_BNC: Tensor, scales: Scales, *place: object, fused: bool = False) -> Tensor:
+        """Tokens [B, N, C] -> [B, N, C].
+
+        scales: what `draw` returned. place: further inputs of the attention. fused: use the MLP's kernels.
+        """
+        x_BNC = self.add(x_BNC, self.attn(self.norm1(x_BNC), *place), scales[0])
+        return self.add(x_BNC, self.mlp(self.norm2(x_BNC), fused), scales[1])
 
     def chain(self, pending: Pending, *place: object, fused: bool = False, recompute: bool = False) -> Pending:
         """The same, for blocks in a row: with kernels, the last sum of one is made by the first norm of the next.
 
         recompute: compute the block's activations again in the backward pass instead of keeping them.
         """
-
-        def run(function: Callable, *inputs: object, **named: object) -> Any:
-            if recompute:
-                return checkpoint(function, *inputs, **named, use_reentrant=False)
-            return function(*inputs, **named)
-
+        run = recomputed if recompute else _called
+        scales = self.draw(pending.x)
         if not fused or not _one_dtype(pending.x, self.norm1.weight):
-            return Pending(run(self, pending.total(), *place, fused=fused))
-        x, branch = run(self._chained, pending, *place)
-        return Pending(x, branch, self.mlp.fc2.bias, self.add.scale(branch))
+            return Pending(run(self, pending.total(), scales, *place, fused=fused))
+        x, branch = run(self._chained, pending, scales[0], *place)
+        return Pending(x, branch, self.mlp.fc2.bias, scales[1])
 
-    def _chained(self, pending: Pending, *place: object) -> tuple[Tensor, Tensor]:
+    def _chained(self, pending: Pending, scale: Tensor | None, *place: object) -> tuple[Tensor, Tensor]:
         x, y = pending.normed(self.norm1)
         # Biases of the channels are added, and their gradients summed, by the kernel of the next norm.
         bias = self.attn.late_bias()
         branch = self.attn(y, *place) if bias is None else self.attn(y, *place, last_bias=False)
-        x, y = Pending(x, branch, bias, self.add.scale(branch)).normed(self.norm2)
+        x, y = Pending(x, branch, bias, scale).normed(self.norm2)
         return x, self.mlp(y, fused=True, last_bias=False)
+
+
+def recomputed(function: Callable, *inputs: object, **named: object) -> Any:
+    """The result of function(*inputs, **named), whose activations the backward pass computes again.
+
+    The function must not draw random numbers. The state of torch's generator is therefore not kept, which could not be
+    read while a CUDA graph is recorded.
+    """
+    return checkpoint(function, *inputs, **named, use_reentrant=False, preserve_rng_state=False)
+
+
+def _called(function: Callable, *inputs: object, **named: object) -> Any:
+    return function(*inputs, **named)
 
 
 def _one_dtype(x: Tensor, weight: Tensor) -> bool:

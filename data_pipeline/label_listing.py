@@ -151,16 +151,19 @@ def _folder_around(names: list[str]) -> str:
 
 
 def _layout_of(files: Files, prefix: str) -> _Layout | None:
-    names = [name[len(prefix) :] for name in files.names]
-    tops = {name.partition("/")[0] for name in names}
+    def any_name(pattern: str) -> bool:
+        return any(re.match(pattern, name[len(prefix) :]) for name in files.names)
+
+    tops = {name[len(prefix) :].partition("/")[0] for name in files.names}
     if "leftImg8bit" in tops:
-        has_ids = any(re.fullmatch(CITYSCAPES.label, name) for name in names)
-        has_train_ids = any(re.fullmatch(CITYSCAPES_TRAIN_IDS.label, name) for name in names)
-        return CITYSCAPES_TRAIN_IDS if has_train_ids and not has_ids else CITYSCAPES
+        only_train_ids = any_name(CITYSCAPES_TRAIN_IDS.label) and not any_name(CITYSCAPES.label)
+        return CITYSCAPES_TRAIN_IDS if only_train_ids else CITYSCAPES
     # A folder that is misspelt must not make another one a class, so one of the two and the names are enough.
     has_names = any(f"{prefix}{name}" in files.texts for name in CLASS_FILES)
-    has_splits = any(re.match(rf"(images|annotations)/({'|'.join(SPLIT_FOLDERS)})/", name) for name in names)
-    return USUAL if {"images", "annotations"} <= tops or (has_names and has_splits) else None
+    has_both = {"images", "annotations"} <= tops
+    return (
+        USUAL if has_both or (has_names and any_name(rf"(images|annotations)/({'|'.join(SPLIT_FOLDERS)})/")) else None
+    )
 
 
 def _check_folders(root: str, layout: _Layout, folders: set[str]) -> None:

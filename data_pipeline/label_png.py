@@ -6,7 +6,6 @@ A stored label map is a gray PNG without alpha, whose pixels are the classes 0 â
 
 import functools
 import io
-import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +14,10 @@ from data_pipeline.validate import BadImage, errors_as_bad_image
 
 MAX_CLASSES = 65_535
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-GRAY, PALETTE = 0, 3  # colour types of a PNG's header
-COLOURS = {2: "RGB", 4: "gray with transparency", 6: "RGB with transparency"}
+BITS = 24  # the place of the number of bits in a PNG
+# Modes of Pillow.
+GRAY, PALETTE = ("1", "L", "I;16"), "P"
+OTHERS = {"RGB": "RGB", "RGBA": "RGB with transparency", "LA": "gray with transparency"}
 
 
 def ignored_value(classes: int) -> int:
@@ -87,20 +88,21 @@ def _read(data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, type | None]:
         raise BadImage("not a PNG")
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         image.verify()  # the checksums of all chunks, which decoding does not check
-    width, height, bits, colour = struct.unpack_from(">IIBB", data, 16)
-    if (width, height) != size:
-        raise BadImage(f"it has {width}x{height} pixels, and its image {size[0]}x{size[1]}: they must be equal")
-    if colour not in (GRAY, PALETTE):
-        raise BadImage(
-            f"it is {COLOURS.get(colour, 'of an unknown kind')}: a label map has the number of a class in each pixel, "
-            "as gray or as indices of a palette"
-        )
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        mode, found = image.mode, image.size
+        if found != size:
+            raise BadImage("it has {}x{} pixels, and its image {}x{}: they must be equal".format(*found, *size))
+        if mode not in (*GRAY, PALETTE):
+            raise BadImage(
+                f"it is {OTHERS.get(mode, mode)}: a label map has the number of a class in each pixel, "
+                "as gray or as indices of a palette"
+            )
         pixels = np.asarray(image)
-    if colour == GRAY and bits in (2, 4):
+    bits = data[BITS]
+    if mode == "L" and bits in (2, 4):
         pixels = pixels // (255 // (2**bits - 1))  # Pillow spreads these over 0 â€¦ 255
-    stored_form = {8: np.uint8, 16: np.uint16}.get(bits) if colour == GRAY else None
-    return pixels.astype(np.uint16 if bits == 16 else np.uint8), stored_form
+    stored_form = {8: np.uint8, 16: np.uint16}.get(bits) if mode in GRAY else None
+    return pixels.astype(np.uint16 if mode == "I;16" else np.uint8), stored_form
 
 
 @functools.lru_cache(maxsize=4)

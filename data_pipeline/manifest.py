@@ -166,19 +166,23 @@ def check_sizes(manifest: Manifest) -> None:
 def check_indexes(manifest: Manifest) -> None:
     """Raise DataError unless every index has the manifest's hash and refers only to existing classes and files."""
     for split in manifest.splits.values():
-        classes = len(manifest.classes)
-        _check_index(split.index_path, split.fingerprint, classes, [shard.bytes for shard in split.shards])
+        classes, shards = len(manifest.classes), [shard.bytes for shard in split.shards]
+        _check_index(split.index_path, split.fingerprint, classes, shards)
         if split.beton:
             _check_index(split.beton_index_path, split.beton.fingerprint, classes, [split.beton.bytes])
         for name, annotation in split.annotations.items():
             path = manifest.folder / annotation.file
             _check_annotation(path, annotation, split.samples)
             if name == LABEL_MAP:
-                _check_label_maps(path, split.samples, [shard.bytes for shard in split.shards])
+                records = np.load(path, mmap_mode="r")
+                if records.dtype != RECORD or records.shape != (split.samples,):
+                    raise DataError(f"{path} cannot be right: it is no table of label maps. Prepare the dataset again.")
+                if fault := _first_fault(records, classes, shards):
+                    raise DataError(_cannot_be_right(path, *fault))
 
 
 def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -> None:
-    """files: size in bytes of each file that the index refers to; empty if those are absent, as beside an FFCV file."""
+    """files: see `_first_fault`."""
 
     def read() -> tuple[str, str | None]:
         digest, first, fault = hashlib.sha256(), 0, None
@@ -187,10 +191,7 @@ def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -
                 digest.update(chunk)
                 records = np.frombuffer(chunk, RECORD, len(chunk) // RECORD.itemsize)
                 if fault is None and (found := _first_fault(records, classes, files)):
-                    fault = (
-                        f"{path} cannot be right: of sample {first + found[0]} it says that {found[1]}. Prepare "
-                        "the dataset again."
-                    )
+                    fault = _cannot_be_right(path, first + found[0], found[1])
                 first += len(records)
         return digest.hexdigest(), fault
 
@@ -209,13 +210,16 @@ def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -
 
 
 def _first_fault(records: np.ndarray, classes: int, files: list[int]) -> tuple[int, str] | None:
-    """The first of `records` that cannot be right, and why; classes and files: see `_check_index`."""
-    sizes = np.array(files, np.uint64)
+    """The first record that cannot be right, and why.
+
+    files: size in bytes of each file that the records refer to; empty if those are absent, as beside an FFCV file.
+    """
     fine = {
         f"its class is none of the {classes}": records["label"] < classes,
         "it has no pixels": (records["width"] > 0) & (records["height"] > 0),
     }
     if files:
+        sizes = np.array(files, np.uint64)
         inside = records["shard"] < len(sizes)
         end = sizes[np.where(inside, records["shard"], 0)]
         # Without a sum, which might not fit into 64 bits.
@@ -226,17 +230,8 @@ def _first_fault(records: np.ndarray, classes: int, files: list[int]) -> tuple[i
     return min(wrong.items()) if wrong else None
 
 
-def _check_label_maps(path: Path, samples: int, files: list[int]) -> None:
-    """Check the table of label maps, whose hash is right, like an index."""
-    maps = np.load(path, mmap_mode="r")
-    if maps.dtype != RECORD or maps.shape != (samples,):
-        raise DataError(f"{path} cannot be right: it is no table of label maps. Prepare the dataset again.")
-    for start in range(0, samples, CHUNK):
-        if found := _first_fault(maps[start : start + CHUNK], 1, files):
-            raise DataError(
-                f"{path} cannot be right: of sample {start + found[0]} it says that {found[1]}. Prepare "
-                "the dataset again."
-            )
+def _cannot_be_right(path: Path, sample: int, why: str) -> str:
+    return f"{path} cannot be right: of sample {sample} it says that {why}. Prepare the dataset again."
 
 
 def _check_annotation(path: Path, annotation: Annotation, samples: int) -> None:

@@ -23,7 +23,8 @@ RECORD = np.dtype(
         ("height", "<u2"),
     ]
 )
-# The annotation of segmentation: a RECORD per sample that says where the PNG with its label map lies in the shards.
+
+# The annotation that says where the label maps of segmentation lie in the shards: a RECORD for each sample.
 LABEL_MAP = "label_map"
 
 

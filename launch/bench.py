@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure on this machine: python launch/bench.py data|train|guard|model|models|kernels"""
+"""Measure on this machine: python launch/bench.py data|train|guard|model|models|segmenters|kernels"""
 
 import argparse
 import json
@@ -29,6 +29,7 @@ def main(arguments: argparse.Namespace) -> None:
         "guard": bench_guard,
         "model": bench_model,
         "models": bench_models,
+        "segmenters": bench_segmenters,
         "kernels": bench_kernels,
     }
     results = benchmarks[arguments.what](arguments)
@@ -95,6 +96,22 @@ def bench_models(arguments: argparse.Namespace) -> dict:
         batch, steps, rounds = arguments.batch or 4, arguments.steps, arguments.rounds
         results |= {"batch": batch, "steps": steps, "rounds": rounds, "speed": time_models(batch, steps, rounds)}
         print(f"\n{speed_table(results['speed'])}")
+    return results
+
+
+def bench_segmenters(arguments: argparse.Namespace) -> dict:
+    from benchmarks.segmenters import compare_steps, count_segmenters
+    from benchmarks.tables import segmenter_steps_table, segmenter_table
+
+    results: dict = {"counts": count_segmenters()}
+    print(segmenter_table(results["counts"]), flush=True)
+    if arguments.speed:
+        from train.engine.runtime import keep_memory
+
+        keep_memory()  # as in training
+        batch, rounds = arguments.batch or 4, arguments.rounds
+        results |= {"batch": batch, "rounds": rounds, "steps": compare_steps(batch, rounds)}
+        print(f"\n{segmenter_steps_table(results['steps'])}")
     return results
 
 
@@ -180,11 +197,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="Compare with alternatives, interleaved in one run; results are medians over the rounds.",
         epilog="data: loading; train: training steps; guard: cost of the guard in a step; model: models compared with "
-        "alternatives; models: all models compared with their papers; kernels: kernels compared with plain PyTorch",
+        "alternatives; models: all models compared with their papers; segmenters: the same for segmentation; "
+        "kernels: kernels compared with plain PyTorch",
     )
-    parser.add_argument(
-        "what", choices=["data", "train", "guard", "model", "models", "kernels"], help="what to measure"
-    )
+    choices = ["data", "train", "guard", "model", "models", "segmenters", "kernels"]
+    parser.add_argument("what", choices=choices, help="what to measure")
     parser.add_argument(
         "--config",
         default="configs/quickstart.yaml",
@@ -215,7 +232,10 @@ def parse_arguments() -> argparse.Namespace:
         "--mode", choices=["training", "inference", "both"], default="both", help="model: (default: %(default)s)"
     )
     parser.add_argument(
-        "--batch", type=int, metavar="N", help="model, models, kernels: images (default: 128 on a GPU, 8 on a CPU)"
+        "--batch",
+        type=int,
+        metavar="N",
+        help="model, models, segmenters, kernels: images (default: 128 on a GPU, 8 on a CPU)",
     )
     parser.add_argument(
         "--precision", choices=["bf16", "fp32"], help="model, kernels: (default: bf16 on a GPU, fp32 on a CPU)"
@@ -238,7 +258,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--speed",
         action="store_true",
-        help="models: also time one model of each family and timm's models of its size, on the CPU",
+        help="models: also time one model of each family and timm's models of its size; segmenters: also compare a "
+        "training step with a classifier's; on the CPU",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher

@@ -121,7 +121,7 @@ def _print_report(dest: Path) -> None:
         "reencoded": "encoded again",
         "transcoded": "transcoded to JPEG",
         "repaired": "with a repaired header",
-        "labels_rewritten": "with a label map in another form than its source's",
+        "labels_rewritten": "with a label map that was encoded anew",
         "excluded": "left out, as they cannot be used",
     }
     listed = False

@@ -155,7 +155,7 @@ class TrainConfig(Section):
     cuda_graphs: bool | Literal["auto"] = Field(
         "auto",
         description="replay micro-batches as CUDA graphs; auto: on a GPU, if the network is compiled; not with "
-        "zero.stage=3, zero.offload or train.activation_checkpointing",
+        "zero.stage=3 or zero.offload",
     )
 
     @model_validator(mode="before")

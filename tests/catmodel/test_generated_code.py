@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from catmodel.fixed_order import upsample
@@ -23,6 +23,8 @@ VARYING = re.compile(
     r"bincount|cumsum|ctc_loss|nll_loss2d|grid_sampler|unpool|unsafe_masked_index|"
     r"(max_pool|adaptive|fractional|avg_pool3d|upsample|pad[123]d|scaled_dot_product).*backward"
 )
+
+DRAWING = re.compile("bernoulli|rand|dropout|uniform")
 
 DROPS = dict(drop_path_rate=0.2)
 PATCHES = dict(patch_size=7, img_size=56)
@@ -42,13 +44,19 @@ STEPS = {
 }
 
 
-def training_step(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Callable[..., Tensor], Tensor, Tensor]:
-    """A step and its inputs. A dense model's images are larger than its positions' grid."""
+def training_step(
+    name: str, dtype: torch.dtype = torch.bfloat16, recompute: bool = False
+) -> tuple[Callable[..., Tensor], Tensor, Tensor]:
+    """A step and its inputs. A dense model's images are larger than its positions' grid.
+
+    recompute: with activation checkpointing.
+    """
     architecture, stages, settings = STEPS[name]
     settings = dict(settings)
     if "cpsa_num_heads" in settings:
         settings.update(PATCHES)
     model = small(architecture, stages, **DROPS, **settings)
+    model.set_grad_checkpointing(recompute)
     if name.endswith("segmentation"):
         return segmentation_step(model, dtype)
     model = model.train().to(dtype)
@@ -111,6 +119,21 @@ def test_a_compiled_step_has_no_varying_operator(name, interpreted):
         if isinstance(node.target, torch._ops.OpOverload) and varying(node.target, node.args)
     }
     assert not used
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["CAT", "PVT", "CoTNet"])
+def test_a_compiled_step_recomputes_activations_but_draws_once(name, interpreted):
+    """In one graph each way, which neither reads nor sets the state of a generator."""
+    kept, recomputed = (calls(graphs_of(*training_step(name, recompute=recompute))) for recompute in (False, True))
+    assert len(recomputed[1]) > len(kept[1]), "the backward pass computes more"
+    draws = [[call for call in graph if DRAWING.search(call)] for graph in recomputed]
+    assert draws[0] and draws[0] == [call for call in kept[0] if DRAWING.search(call)]
+    assert not draws[1] and not any("rng_state" in call for graph in recomputed for call in graph)
+
+
+def calls(graphs: list[tuple[fx.GraphModule, list]]) -> list[list[str]]:
+    return [[str(node.target) for node in graph.graph.nodes if node.op == "call_function"] for graph, _ in graphs]
 
 
 @pytest.mark.long

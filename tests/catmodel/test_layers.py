@@ -66,7 +66,7 @@ def test_without_kernels_a_row_is_the_blocks_one_after_the_other():
     torch.manual_seed(1)
     y = x
     for block in made:
-        y = block(y, 1.0)
+        y = block(y, block.draw(y), 1.0)
     assert torch.equal(run(made, x)[0], y.detach())
 
 
@@ -83,7 +83,7 @@ def test_autocast_leaves_sums_and_norms_to_pytorch(interpreted):
 def test_a_sample_is_kept_and_scaled_or_dropped():
     torch.manual_seed(2)
     add, x, branch = DropPathAdd(0.25).train(), torch.ones(400, 3), torch.full((400, 3), 3.0)
-    found = add(x, branch)
+    found = add(x, branch, add.draw(x))
     assert set(found.flatten().tolist()) == {1.0, 5.0} and (found == found[:, :1]).all()
     assert 0.65 < (found[:, 0] == 5).float().mean() < 0.85
-    assert torch.equal(add.eval()(x, branch), x + branch)
+    assert add.eval().draw(x) is None and torch.equal(add(x, branch, None), x + branch)

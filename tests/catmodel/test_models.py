@@ -192,8 +192,11 @@ def test_bfloat16_runs_and_is_close(name: str):
 
 @every_architecture
 @pytest.mark.parametrize("dropping", [False, True])
-def test_activation_checkpointing_changes_no_gradient_and_keeps_less(name: str, dropping: bool):
-    rates = {"drop_path_rate": 0.5, **({"cpsa_drop": 0.3} if name.startswith("cat") else {})} if dropping else {}
+def test_activation_checkpointing_changes_no_gradient_and_keeps_less(name: str, dropping: bool, monkeypatch):
+    """Without the generator's state, which cannot be read while a CUDA graph is recorded."""
+    monkeypatch.delattr(torch, "get_rng_state")
+    attention = {"cpsa_drop": 0.3, "ipsa_drop": 0.1} if name.startswith("cat") else {}
+    rates = {"drop_path_rate": 0.5, **attention} if dropping else {}
     found, kept = [], []
     for enable in (False, True):
         model = jitter(small(name, **rates)).train()

@@ -12,12 +12,13 @@ import catmodel
 from tests.runs import ROOT, metrics
 from train.config import load_config
 from train.config_sections import FAMILY_KEYS, family_of
+from train.engine.optimizer import parameter_groups
 from train.engine.schedule import learning_rate
 from train.tasks.base import build_task
 
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet_sample.tar"
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-IMAGENET = 1_281_167  # images
+IMAGES = {"imagenet": 1_281_167, "ade20k": 20_210}  # of datasets
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -28,9 +29,11 @@ def test_a_recipe_builds_its_network_and_its_schedule_fits(path):
     named = path.stem.split("_advanced")[0].replace("_320", "")
     if path.parent.name == "configs" and named in catmodel.list_models():
         assert config.model.name == named
-    steps = IMAGENET // config.train.global_batch
-    warm, last = round(config.schedule.warmup_epochs * steps), config.train.epochs * steps - 1
-    assert learning_rate(config, 0, steps) == config.schedule.warmup_lr < config.optimizer.lr
+    parameter_groups(model, config.optimizer.weight_decay, no_decay=config.optimizer.no_decay)
+    steps = IMAGES.get(config.data.path.removeprefix("datasets/"), 50_000) // config.train.global_batch
+    warm, last = round(config.warmup_steps(steps)), config.total_steps(steps) - 1
+    assert learning_rate(config, 0, steps) == (config.schedule.warmup_lr if warm else config.optimizer.lr)
+    assert config.schedule.warmup_lr < config.optimizer.lr
     assert 0.9 * config.optimizer.lr < learning_rate(config, warm, steps) <= config.optimizer.lr
     assert learning_rate(config, last, steps) < 1.01 * config.schedule.min_lr + 1e-6
     if "imagenet" in config.data.path and config.model.init_from is None:  # the papers' rules, and a batch for 8 GPUs
@@ -72,6 +75,23 @@ def test_an_ablation_changes_the_network(recipe, count, kind):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert parameters == pytest.approx(count, rel=0 if "t_v2" not in recipe else 1e-3)
     assert kind is None or any(type(module).__name__ == kind for module in model.modules())
+
+
+def test_every_row_of_segmentation_is_a_recipe():
+    """The papers' iterations, batches and rates; those of both papers see as many images."""
+    found = {}
+    for path in (ROOT / "configs/segmentation").glob("*.yaml"):
+        config = load_config(path)
+        train, optimizer = config.train, config.optimizer
+        assert config.task.name == "segmentation" and config.task.crop == (512, 512) and config.ema.decay == 0
+        assert train.micro_batch == train.global_batch, "batch norm takes its statistics from the whole batch"
+        found[path.stem] = (config.model.name, train.steps, train.global_batch, optimizer.lr, optimizer.weight_decay)
+    cat, pvt = (6e-5, 0.05), (2e-4, 1e-4)
+    rows = {f"cat_{size[0]}_80k": (f"cat_{size}", 80_000, 16, *cat) for size in ("small", "base")}
+    rows |= {f"cat_{size[0]}_160k": (f"cat_{size}", 160_000, 16, *cat) for size in ("small", "base")}
+    rows |= {f"pvt_{size}_40k": (f"pvt_{size}", 40_000, 32, *pvt) for size in ("tiny", "small", "medium", "large")}
+    rows |= {f"cat_s_80k_no_{what}": rows["cat_s_80k"] for what in ("attention_dropout", "absolute_position")}
+    assert found == rows
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ class Engine:
         self._engine.backward(_nan_unless_finite(losses[0]) / self._divisor, scale_wrt_gas=False)
         return torch.stack([loss.detach() for loss in losses])
 
-    def _differentiated(self, inputs: Any) -> tuple[Tensor, list[Tensor]]:
+    def _differentiated(self, inputs: Any) -> tuple[Tensor, Tensor]:
         """The losses of a micro-batch, and the gradient of the first one, flat."""
         losses = self._losses(self, inputs)
         loss = _nan_unless_finite(losses[0])
@@ -198,12 +198,12 @@ class Engine:
         self._newest = None
         if self._accumulated:
             return None
-        gradients = self._gradients.take()
-        norm, scale = self._gradient_norm(gradients), None
+        gradient = self._gradients.take()
+        norm, scale = self._gradient_norm(gradient), None
         if self._loss_scale:
             scale = self._loss_scale.value
             norm = norm / scale
-        skipped = (norm - norm).ne(0).float()  # 1 unless the norm is finite: x - x is NaN for infinity and NaN
+        skipped = (norm - norm).ne_(0)  # 1 unless the norm is finite: x - x is NaN for infinity and NaN
         if self.clip_grad:
             clip = ((norm + 1e-6) / self.clip_grad).clamp(min=1)
             scale = clip if scale is None else clip * scale
@@ -211,9 +211,9 @@ class Engine:
         # found_inf is 1.
         self._base.grad_scale, self._base.found_inf = scale, skipped
         if self.stage:
-            internals.set_reduced_gradients(self._optimizer, gradients)
+            internals.set_reduced_gradients(self._optimizer, self._gradients.by_group(gradient))
         else:
-            self._masters.set_gradients(gradients)
+            self._masters.set_gradient(gradient)
         self._engine.step()
         if self.stage == 0:
             self._masters.finish_step()
@@ -328,22 +328,18 @@ class Engine:
             parameter.data = parameter.data.to(self.dtype)
         return originals
 
-    def _gradient_norm(self, gradients: list[Tensor]) -> Tensor:
-        """Norm of the whole gradient, of which this rank has `gradients` (see `Gradients.take`)."""
-        all_places = [places for _, _, places in self._layout()] if self.stage else self._masters.places()
-        pieces = [
-            gradient[place.offset : place.offset + place.numel]
-            for gradient, places in zip(gradients, all_places, strict=True)
-            for place in places
-            if place.numel
-        ]
-        norms = torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float32))
-        norm = torch.linalg.vector_norm(norms, dtype=torch.float64)
-        if self.stage:
-            square = norm.square()
-            dist.all_reduce(square)
-            norm = square.sqrt()
-        return norm.float()
+    def _gradient_norm(self, gradient: Tensor) -> Tensor:
+        """Norm of the whole gradient, of which this rank has `gradient` (see `Gradients.take`), as an fp32 scalar.
+
+        It is one sum over a flat tensor, whose padding is zero. A GPU adds such sums as trees; a CPU adds one element
+        after the other, and would lose digits in fp32.
+        """
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64 if gradient.device.type == "cpu" else None)
+        if self.stage == 0:
+            return norm.float()
+        square = norm.square()
+        dist.all_reduce(square)
+        return torch.sqrt(square, out=torch.empty_like(square, dtype=torch.float32))
 
 
 def compile_settings() -> dict:

@@ -12,7 +12,7 @@ Check this file when DeepSpeed is upgraded. The rest of the program relies on it
 DeepSpeedZeroOptimizer_Stage3 at ZeRO 3.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ def flat_groups(optimizer: Any) -> list[FlatGroup]:
     ]
 
 
-def set_reduced_gradients(optimizer: Any, partitions: list[Tensor]) -> None:
+def set_reduced_gradients(optimizer: Any, partitions: Sequence[Tensor]) -> None:
     """ZeRO 1 and 2: set the step's gradient, of which this rank has a partition per group."""
     # averaged_gradients: per group, the reduced gradients in this rank's partition. Applying a step empties it.
     for index, partition in enumerate(partitions):

@@ -6,7 +6,6 @@ A step then takes few operations on large tensors, where it would take some for 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 64  # elements: matrix products are fast for addresses that are multiples of 16 bytes
@@ -29,15 +28,15 @@ class FlatGroup:
             size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         return cls(parameters, offsets, size)
 
-    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """[size]: a new tensor made of `tensors`, one for each parameter and of its shape."""
+    def pieces(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """`tensors`, one for each parameter and of its shape, flat and with zeros between them: `size` elements."""
         pieces, end = [], 0
         for tensor, offset in zip(tensors, self.offsets, strict=True):
             pieces += [tensor.new_zeros(offset - end)] if offset > end else []
             pieces.append(tensor.reshape(-1))
             end = offset + tensor.numel()
         pieces += [pieces[-1].new_zeros(self.size - end)] if self.size > end else []
-        return torch.cat(pieces)
+        return pieces
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parts of `flat` [size] that belong to the parameters, in their shapes."""

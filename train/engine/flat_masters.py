@@ -11,23 +11,28 @@ from train.engine.flat import FlatGroup
 
 
 class FlatMasters:
-    """Each parameter group's fp32 weights (the *masters*) as one flat tensor, and the network's weights as another.
+    """The fp32 weights (the *masters*) of all parameter groups as one flat tensor, and the network's as another.
 
     In fp32 the two are the same tensor. The network's parameters become views of the second, and `optimizer` updates
-    the first; Muon's matrices are updated one by one, in views of it. Every rank has all masters, and a share of each
-    for which it writes checkpoints and averages.
+    the first, group by group; Muon's matrices are updated one by one. Every rank has all masters, and a share of each
+    group's, for which it writes checkpoints and averages.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, rank: int, world: int):
         self._optimizer, self._rank, self._world = optimizer, rank, world
         self.groups = [FlatGroup.aligned(list(group["params"])) for group in optimizer.param_groups]
-        self._masters: list[tuple[Tensor, Tensor]] = []
-        for optimized, group in zip(optimizer.param_groups, self.groups, strict=True):
-            weights = group.flatten([parameter.data for parameter in group.parameters])
-            master = weights.float()
+        values = ([parameter.data for parameter in group.parameters] for group in self.groups)
+        self._weights = torch.cat(
+            [piece for group, tensors in zip(self.groups, values, strict=True) for piece in group.pieces(tensors)]
+        )
+        self._master = self._weights.float()
+        sizes = [group.size for group in self.groups]
+        self._masters = self._master.split(sizes)
+        for optimized, group, weights, master in zip(
+            optimizer.param_groups, self.groups, self._weights.split(sizes), self._masters, strict=True
+        ):
             for parameter, view in zip(group.parameters, group.views(weights), strict=True):
                 parameter.data = view
-            self._masters.append((master, weights))
             parts = group.views(master) if optimized.get("matrices") else [master]
             optimized["params"] = [nn.Parameter(part) for part in parts]
 
@@ -55,9 +60,9 @@ class FlatMasters:
         width = -(-numel // self._world)
         return range(min(self._rank * width, numel), min((self._rank + 1) * width, numel))
 
-    def set_gradients(self, gradients: list[Tensor]) -> None:
-        """Give the optimizer the step's gradient: a flat tensor per group."""
-        for optimized, gradient in zip(self._optimizer.param_groups, gradients, strict=True):
+    def set_gradient(self, gradient: Tensor) -> None:
+        """Give the optimizer the step's gradient, flat."""
+        for optimized in self._optimizer.param_groups:
             for master in optimized["params"]:
                 start = master.storage_offset()
                 master.grad = gradient[start : start + master.numel()].view(master.shape)
@@ -65,13 +70,12 @@ class FlatMasters:
     def finish_step(self) -> None:
         """After the optimizer's step: round the masters to the network's weights, and drop the gradients."""
         self._optimizer.zero_grad()
-        for master, weights in self._masters:
-            if weights is not master:
-                weights.copy_(master)
+        if self._weights is not self._master:
+            self._weights.copy_(self._master)
 
     def publish(self) -> None:
         """Set masters and weights on all ranks from the masters, of which each rank contributes its share."""
-        for master, _ in self._masters:
+        for master in self._masters:
             share = self.share(master.numel())
             mine = master.new_zeros(-(-master.numel() // self._world))
             mine[: len(share)] = master[share.start : share.stop]

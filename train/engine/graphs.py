@@ -27,8 +27,8 @@ class Replayed:
 
     The first call with inputs of certain shapes runs the function as it is, which compiles and warms up what it uses;
     the second one records it. Random numbers of torch's generators in a graph are the same functions of the seed as
-    without: `torch.manual_seed` applies to replays, too. The function must not wait for the device, and its only
-    effects beside the result may be changes of tensors that exist when it is recorded.
+    without: `torch.manual_seed` applies to replays, too. The function must neither wait for the device nor read a
+    generator's state, and its only effects beside the result may be changes of tensors that exist when it is recorded.
 
     All graphs of a process use one pool of memory. That is safe because the results are copied out of it before the
     next graph is replayed.
@@ -79,13 +79,8 @@ def graphs_wanted(config: Config, device: torch.device, updated_here: bool) -> t
         return False, None
     if wanted is False or (wanted == "auto" and not config.train.compile):
         return False, None
-    why = None
     if not updated_here:
         why = "zero.offload" if config.zero.offload else f"zero.stage={config.zero.stage}"
-    elif config.train.activation_checkpointing:
-        # PyTorch reads the state of its generator before it recomputes, which is forbidden while a graph is recorded.
-        why = "train.activation_checkpointing"
-    if why:
         if wanted is True:
             raise ConfigError(f"train.cuda_graphs=true does not work with {why}; auto leaves them out")
         return False, f"steps are not replayed as CUDA graphs, which {why} does not allow"

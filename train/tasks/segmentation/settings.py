@@ -39,6 +39,8 @@ class Settings(TaskConfig):
     )
     distortion: bool = Field(True, description="random changes of brightness, contrast, saturation and hue")
     dropout: float = Field(0.1, ge=0, lt=1, description="of channels, before the last convolution")
+    neck_channels: Positive = Field(256, description="channels of the feature pyramid")
+    head_channels: Positive = Field(128, description="channels of the head")
     test_scale: tuple[Positive, Positive] | None = Field(
         None, description="as scale, in evaluation and prediction; null: the same as scale"
     )

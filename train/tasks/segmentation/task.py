@@ -48,9 +48,16 @@ class Segmentation(Task):
 
     def _model_settings(self) -> dict[str, Any]:
         """Arguments of `catmodel.create_segmenter`. The crop's size sets the grid of the position tables."""
-        config = self.config
-        sizes = {"img_size": config.task.crop, "num_classes": len(self.classes), "dropout": config.task.dropout}
-        return {"name": config.model.name, **sizes, **config.model.overrides()}
+        config, task = self.config, self.config.task
+        return {
+            "name": config.model.name,
+            "num_classes": len(self.classes),
+            "dropout": task.dropout,
+            "neck_channels": task.neck_channels,
+            "channels": task.head_channels,
+            "img_size": task.crop,
+            **config.model.overrides(),
+        }
 
     def example(self, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Images [count, 3, height, width] of a crop."""

@@ -1,0 +1,169 @@
+#!/usr/bin/env python
+"""Train CamVid from scratch on two CPU cores: configs/camvid.yaml beside torchvision's lraspp_mobilenet_v3_large.
+
+    python benchmarks/camvid.py DATASET [--output runs/camvid] [--epochs N]
+    python benchmarks/camvid.py --table
+
+Both networks see the same crops and the same number of images, and are evaluated in the same way; each is trained with
+three learning rates. Runs that are finished are not repeated. Written are docs/results/camvid.json and, from it,
+docs/images/camvid.png; --table makes only the picture and prints the table.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+CONFIG = ROOT / "configs/camvid.yaml"
+RESULT = ROOT / "docs/results/camvid.json"
+PICTURE = ROOT / "docs/images/camvid.png"
+RATES = {
+    "cat": {"muon": (2e-3, 4e-3, 8e-3)},
+    "lraspp": {"muon": (2e-3, 4e-3, 8e-3), "adamw": (1e-3, 2e-3, 4e-3)},
+}
+WORLD = 2
+
+
+def settings(model: str, optimizer: str, rate: float, options: argparse.Namespace) -> list[str]:
+    """The overrides of one run."""
+    found = [f"data.path={options.dataset}", f"optimizer.name={optimizer}", f"optimizer.lr={rate}"]
+    if optimizer == "adamw":
+        found.append("optimizer.betas=[0.9,0.999]")
+    if model == "lraspp":
+        found.append("task.name=lraspp")
+    return found + [f"train.epochs={options.epochs}"] * bool(options.epochs)
+
+
+def train(model: str, optimizer: str, rate: float, options: argparse.Namespace) -> dict:
+    """Train one run to its end, on two ranks of one thread each, and return what came out."""
+    output = options.output / f"{model}-{optimizer}-{rate:g}"
+    chosen = settings(model, optimizer, rate, options)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
+    began = time.perf_counter()
+    done = subprocess.run(
+        [*command, str(Path(__file__)), "--rank", str(output), *chosen],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    )
+    if done.returncode:
+        raise SystemExit(f"{output} ended with {done.returncode}")
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if line["kind"] == "eval"]
+    last = max(line["step"] for line in found)
+    details = {path.stem: json.loads(path.read_text()) for path in (output / "evaluations").glob("*.json")}
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "rate": rate,
+        "settings": chosen,
+        "seconds": round(time.perf_counter() - began),
+        "best": max(line["miou"] for line in found if line["step"] == last),
+        "evaluations": found,
+        "classes": details["model"]["classes"],
+        "iou": {weights: found["iou"] for weights, found in details.items()},
+    }
+
+
+def run_rank(output: str, overrides: list[str]) -> None:
+    """What each rank of a run does."""
+    from train import run
+    from train.task_registry import register
+
+    register("lraspp", "benchmarks.lraspp")
+    run(CONFIG, overrides, output=output)
+
+
+def best(runs: list[dict]) -> dict[str, dict]:
+    """The run of each model with the highest mIoU at its end, of the weights or of their EMA."""
+    return {name: max((run for run in runs if run["model"] == name), key=lambda run: run["best"]) for name in RATES}
+
+
+def table(result: dict) -> str:
+    from benchmarks.markdown import markdown
+
+    rows = [
+        [run["model"], run["optimizer"], f"{run['rate']:g}", f"{run['best']:.1f}", f"{run['seconds'] / 60:.0f}"]
+        for run in result["runs"]
+    ]
+    return markdown(["network", "optimizer", "learning rate", "mIoU, %", "minutes"], rows)
+
+
+def draw(result: dict) -> None:
+    """mIoU against the images seen, of all runs, and IoU by class of the best ones."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    colours = {"cat": "#0072B2", "lraspp": "#D55E00"}
+    names = {"cat": "CAT, Semantic FPN", "lraspp": "torchvision's LR-ASPP"}
+    chosen = best(result["runs"])
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        curves, bars = figure.subplots(1, 2, width_ratios=(2, 3))
+        for run in result["runs"]:
+            by_step = {}
+            for line in run["evaluations"]:
+                by_step[line["step"]] = max(line["miou"], by_step.get(line["step"], 0))
+            images = [step * result["global_batch"] / 1000 for step in by_step]
+            is_best = run is chosen[run["model"]]
+            curves.plot(
+                images,
+                list(by_step.values()),
+                marker=".",
+                color=colours[run["model"]],
+                alpha=1 if is_best else 0.3,
+                label=names[run["model"]] if is_best else None,
+            )
+        curves.set(xlabel="thousand images seen", ylabel="mIoU on val, %")
+        curves.legend(loc="lower right", frameon=False)
+        for number, (model, run) in enumerate(chosen.items()):
+            weights = max(run["iou"], key=lambda name: sum(run["iou"][name]))
+            places = [place + 0.4 * number for place in range(len(run["classes"]))]
+            bars.bar(places, run["iou"][weights], 0.4, color=colours[model])
+        classes = chosen["cat"]["classes"]
+        bars.set_xticks([place + 0.2 for place in range(len(classes))], classes, rotation=30, ha="right")
+        bars.set(ylabel="IoU, %")
+        figure.savefig(PICTURE, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", nargs="?", metavar="DATASET", help="CamVid, prepared by launch/prepare.py")
+    parser.add_argument("--output", type=Path, default=Path("runs/camvid"), metavar="FOLDER")
+    parser.add_argument("--epochs", type=int, metavar="N", help="default: the config's")
+    parser.add_argument("--table", action="store_true", help="print the table and draw the picture again")
+    options = parser.parse_args()
+    if not options.table:
+        from benchmarks.environment import machine, versions
+        from train.config import load_config
+
+        runs = [
+            train(model, optimizer, rate, options)
+            for model, optimizers in RATES.items()
+            for optimizer, rates in optimizers.items()
+            for rate in rates
+        ]
+        result = {
+            "command": "benchmarks/camvid.py",
+            "date": date.today().isoformat(),
+            "machine": machine(),
+            "versions": versions(),
+            "global_batch": load_config(CONFIG, [f"data.path={options.dataset}"]).train.global_batch,
+            "runs": runs,
+        }
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    result = json.loads(RESULT.read_text())
+    draw(result)
+    print(table(result))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank"]:
+        run_rank(sys.argv[2], sys.argv[3:])
+    else:
+        main()
