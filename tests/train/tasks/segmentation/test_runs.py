@@ -28,7 +28,7 @@ def test_it_is_killed_and_resumes_bitwise(segment_config, whole, tmp_path):
     run(segment_config, tmp_path, world=2)
     assert len(events(tmp_path, "resume")) == 1
     assert losses(tmp_path) == losses(whole)
-    assert_same_state(state(tmp_path, 12), state(whole, 12))
+    assert_same_state(state(tmp_path, 20), state(whole, 20))
     assert ids_by_step(tmp_path, world=2) == ids_by_step(whole, world=2)
     for weights in ("ema", "model"):
         assert details(tmp_path, weights) == details(whole, weights)
@@ -62,7 +62,7 @@ def evaluate(output, target, *arguments: str, world: int = 1, code: int = 0) -> 
 
 def test_its_evaluation_is_exact_on_any_number_of_ranks(whole, tmp_path):
     """As during training, for both kinds of weights; and each image counts once."""
-    during = {line["weights"]: line for line in metrics(whole, "eval") if line["step"] == 12}
+    during = {line["weights"]: line for line in metrics(whole, "eval") if line["step"] == 20}
     for world, weights in ((1, "ema"), (2, "model"), (4, "ema")):
         found = evaluate(tmp_path / f"{world}{weights}", whole, "--weights", weights, world=world)
         assert [found[key] for key in METRICS] == [during[weights][key] for key in METRICS]
@@ -81,7 +81,7 @@ def test_all_labelled_pixels_are_counted_once(whole, scenes):
             *(found[key] for key in ("correct", "labelled", "predicted")), strict=True
         )
     ]
-    (line,) = [line for line in metrics(whole, "eval") if (line["step"], line["weights"]) == (12, "ema")]
+    (line,) = [line for line in metrics(whole, "eval") if (line["step"], line["weights"]) == (20, "ema")]
     assert line["miou"] == pytest.approx(sum(iou) / 6, rel=1e-12)
 
 
@@ -94,7 +94,7 @@ def test_an_evaluation_takes_other_settings(whole, tmp_path):
     ]
     assert found[0] == found[1] and found[0]["count"] == 13
     assert json.loads(kept[0].read_text()) == json.loads(kept[1].read_text())
-    plain = [line for line in metrics(whole, "eval") if (line["step"], line["weights"]) == (12, "ema")]
+    plain = [line for line in metrics(whole, "eval") if (line["step"], line["weights"]) == (20, "ema")]
     assert found[0]["miou"] != plain[0]["miou"]
     text = evaluate(tmp_path / "wrong", whole, "model.name=cat_tiny", code=78)
     assert "model.name=cat_tiny plays no part in an evaluation" in text and "Traceback" not in text

@@ -119,6 +119,7 @@ def test_the_example_costs_what_a_step_costs(segment_config):
 # -------------------------------------------------------------------------------------------------------- first weights
 
 SMALL = dict(embed_dim=16, depths=(1, 1), num_heads=(2, 4))
+HEAD = dict(neck_channels=32, channels=16)
 
 
 def test_a_classifier_fills_the_backbone(segment_config):
@@ -138,7 +139,7 @@ def test_a_classifier_fills_the_backbone(segment_config):
 def test_a_segmenter_fills_everything_but_the_classes(segment_config):
     task = task_of(segment_config)
     torch.manual_seed(1)
-    size = dict(img_size=(64, 96), **SMALL)
+    size = dict(img_size=(64, 96), **HEAD, **SMALL)
     weights = catmodel.create_segmenter("cat_tiny", 6, **size).state_dict()
     model = task.initial_model()
     assert task.load_weights(model, weights, list(CLASSES), "a run") == []
@@ -156,6 +157,6 @@ def test_weights_that_do_not_fit_are_named(segment_config):
     classifier = catmodel.create_model("cat_tiny", num_classes=10, embed_dim=32).state_dict()
     with pytest.raises(ConfigError, match=r"model.init_from: a file does not fit this cat_tiny: "):
         task.load_weights(task.initial_model(), classifier, None, "a file")
-    larger = catmodel.create_segmenter("cat_tiny", 6, img_size=(96, 96), **SMALL).state_dict()
+    larger = catmodel.create_segmenter("cat_tiny", 6, img_size=(96, 96), **HEAD, **SMALL).state_dict()
     with pytest.raises(ConfigError, match=r"other weights than this cat_tiny at task.crop \[64, 96\]: backbone.ape"):
         task.load_weights(task.initial_model(), larger, None, "a file")
