@@ -33,7 +33,7 @@ def draw(seed: int, split: int, index: int) -> tuple[np.ndarray, np.ndarray]:
     ignore_edges = random.random() < 0.25
     for _ in range(random.integers(2, 6)):
         number = int(random.integers(len(SHAPES)))
-        radius = np.float32(random.uniform(26, 48) / side)
+        radius = np.float32(random.uniform(36, 64) / side)
         centre = random.uniform(-0.9, 0.9, 2) * (width / side, height / side)
         x, y = (values / radius for values in turned(axis, centre, random.uniform(-TURN, TURN)))
         inside = inside_of(SHAPES[number], x, y)
