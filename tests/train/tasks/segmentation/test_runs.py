@@ -67,7 +67,6 @@ def test_its_evaluation_is_exact_on_any_number_of_ranks(whole, tmp_path):
         found = evaluate(tmp_path / f"{world}{weights}", whole, "--weights", weights, world=world)
         assert [found[key] for key in METRICS] == [during[weights][key] for key in METRICS]
     assert during["ema"]["count"] == 13 and during["ema"]["miou"] != during["model"]["miou"]
-    assert during["ema"]["aacc"] > 50
 
 
 def test_all_labelled_pixels_are_counted_once(whole, scenes):
