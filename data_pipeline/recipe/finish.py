@@ -12,6 +12,7 @@ import triton.language as tl
 
 from data_pipeline import randomness
 
+from .operations import store
 from .program import CUTMIX as _CUTMIX
 from .program import MIXUP as _MIXUP
 
@@ -138,9 +139,7 @@ def finish_images(
             green = tl.where(replaced, other_green, green)
             blue = tl.where(replaced, other_blue, blue)
     found_ptr += sample.to(tl.int64) * 3 * pixels + place
-    tl.store(found_ptr, red, mask=inside)
-    tl.store(found_ptr + pixels, green, mask=inside)
-    tl.store(found_ptr + 2 * pixels, blue, mask=inside)
+    store(found_ptr, pixels, inside, red, green, blue)
 
 
 @triton.jit

@@ -189,7 +189,8 @@ def _clamp(place, last):
 
 
 @triton.jit
-def _store(found_ptr, pixels, inside, red, green, blue):
+def store(found_ptr, pixels, inside, red, green, blue):
+    """Pixels of an image whose channels lie `pixels` apart."""
     tl.store(found_ptr, red, mask=inside)
     tl.store(found_ptr + pixels, green, mask=inside)
     tl.store(found_ptr + 2 * pixels, blue, mask=inside)
@@ -311,4 +312,4 @@ def apply_round(
             red = tl.load(tables_ptr + red.to(tl.int32))
             green = tl.load(tables_ptr + 256 + green.to(tl.int32))
             blue = tl.load(tables_ptr + 512 + blue.to(tl.int32))
-    _store(found_ptr, pixels, inside, red, green, blue)
+    store(found_ptr, pixels, inside, red, green, blue)

@@ -106,6 +106,8 @@ class Engine:
             flat = internals.flat_groups(self._optimizer) if self.stage else self._masters.groups
             self._gradients = Gradients(flat, self.stage, self.world)
             self._weights = [parameter for group in flat for parameter in group.parameters]
+        # A GPU adds a long sum as a tree. A CPU adds one element after the other, which loses digits in fp32.
+        self._norm_at_once = device.type == "cuda"
         fp16 = self.dtype == torch.float16
         self._loss_scale = LossScale(device) if fp16 and self.updated_here else None
         if fp16 and not self.updated_here:
@@ -329,17 +331,27 @@ class Engine:
         return originals
 
     def _gradient_norm(self, gradient: Tensor) -> Tensor:
-        """Norm of the whole gradient, of which this rank has `gradient` (see `Gradients.take`), as an fp32 scalar.
+        """Norm of the whole gradient, of which this rank has `gradient` (see `Gradients.take`), as an fp32 scalar."""
+        if self._norm_at_once:
+            norm = torch.linalg.vector_norm(gradient)
+        else:
+            norms = torch._foreach_norm(self._by_parameter(gradient), 2, dtype=torch.float32)
+            norm = torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64)
+        if self.stage:
+            square = norm.square()
+            dist.all_reduce(square)
+            norm = square.sqrt()
+        return norm.float()
 
-        It is one sum over a flat tensor, whose padding is zero. A GPU adds such sums as trees; a CPU adds one element
-        after the other, and would lose digits in fp32.
-        """
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64 if gradient.device.type == "cpu" else None)
-        if self.stage == 0:
-            return norm.float()
-        square = norm.square()
-        dist.all_reduce(square)
-        return torch.sqrt(square, out=torch.empty_like(square, dtype=torch.float32))
+    def _by_parameter(self, gradient: Tensor) -> list[Tensor]:
+        """The parts of `gradient` that belong to each parameter."""
+        all_places = [places for _, _, places in self._layout()] if self.stage else self._masters.places()
+        return [
+            part[place.offset : place.offset + place.numel]
+            for part, places in zip(self._gradients.by_group(gradient), all_places, strict=True)
+            for place in places
+            if place.numel
+        ]
 
 
 def compile_settings() -> dict:

@@ -41,7 +41,8 @@ class Gradients:
         if self._stage == 1:
             return self._scattered(total)
         if self._stage == 0 and self._world > 1:
-            dist.all_reduce(total)
+            for group in total.split(self._sizes):
+                dist.all_reduce(group)
         return total
 
     def by_group(self, gradient: Tensor) -> tuple[Tensor, ...]:

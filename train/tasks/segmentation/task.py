@@ -161,18 +161,27 @@ class Segmentation(Task):
         return predict(model, paths, self.config, self.classes, device, output)
 
     def export(self, state: dict[str, Tensor], features: bool) -> tuple[nn.Module, dict[str, Any]]:
-        """The network from images to logits, at a quarter of the images' sides; or its backbone."""
-        model = self.build_model()
+        """The network from images to logits of their size; or its backbone, which gives the maps of all stages."""
+        settings = self._model_settings()
+        if features:
+            backbone = {"name", "img_size", *self.config.model.overrides()}
+            settings = {key: value for key, value in settings.items() if key in backbone} | {"features_only": True}
+            model = catmodel.create_model(**settings)
+            prefix = "backbone."
+            state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        else:
+            settings["full_size"] = True
+            model = catmodel.create_segmenter(**settings)
         model.load_state_dict(state)
         augment = self.config.augment
         about = {
-            "model": self._model_settings(),
+            "model": settings,
             "classes": list(self.classes),
             "mean": list(augment.mean),
             "std": list(augment.std),
             "interpolation": self.config.data.interpolation,
         }
-        return (model.backbone if features else model).eval(), about
+        return model.eval(), about
 
 
 def pixel_loss(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
