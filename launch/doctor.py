@@ -93,11 +93,14 @@ def expected_hosts() -> list[str]:
 
 
 def measured_rate(config: "Config") -> tuple[float, str] | None:
-    """Images per second of one GPU in training and their source, if `make gpu` has measured this model at this size."""
+    """Images per second of one GPU in training and their source, if `make gpu` has measured this classifier at this
+    size.
+    """
     import torch
 
     path = ROOT / "docs" / "results" / "gpu-model.json"
-    if not torch.cuda.is_available() or config.data.image_size != 224 or not path.exists():
+    measured = config.task.name == "classification" and config.data.image_size == 224
+    if not torch.cuda.is_available() or not measured or not path.exists():
         return None
     rows = [row for row in json.loads(path.read_text())["rows"] if row.get("model") == config.model.name]
     rates = [row["images_per_second"] for row in rows if "images_per_second" in row]

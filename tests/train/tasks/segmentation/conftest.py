@@ -39,6 +39,7 @@ model: {{name: cat_tiny, embed_dim: 16, depths: [1, 1], num_heads: [2, 4], drop_
 data: {{path: {segments}, workers: 1, prefetch: 2, interpolation: bilinear}}
 train: {{steps: 20, global_batch: 8, micro_batch: 2, precision: fp32, log_every: 1, evaluate_every_steps: 10}}
 checkpoint: {{every_steps: 4}}
+optimizer: {{lr: 1.0e-4}}  # so low that predictions stay those of a random network: of five classes
 schedule: {{kind: poly, warmup_steps: 2, min_lr: 0}}
 ema: {{decay: 0.9}}
 monitor: {{record_samples: true, images: 4}}
