@@ -52,7 +52,10 @@ class ReleasedStage(Stage):
 
 
 def released_attention() -> AbstractContextManager[None]:
-    """Replace attention by the released code's: unfused, with PyTorch's own dropout."""
+    """Replace attention by the released code's: unfused, with PyTorch's own dropout.
+
+    For its cost only: a recomputed block draws another mask than in the forward pass.
+    """
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, rate: float = 0.0, seed: Tensor | None = None

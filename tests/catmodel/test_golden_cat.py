@@ -53,7 +53,7 @@ def test_float64_values_of_every_stage_and_block_and_gradients(golden):
         if hasattr(module, "norm2"):
 
             def keep(_, args, out, name=name):
-                patches: Patches = args[1]
+                patches: Patches = args[2]  # after the tokens and drop-path's factors
                 blocks[name] = patches.map_from_tokens(out)  # the golden values are in row-by-row order
 
             module.register_forward_hook(keep)
