@@ -47,7 +47,10 @@ class Segmentation(Task):
         return model
 
     def _model_settings(self) -> dict[str, Any]:
-        """Arguments of `catmodel.create_segmenter`. The crop's size sets the grid of the position tables."""
+        """Arguments of `catmodel.create_segmenter`.
+
+        Position tables have the grid of the classifier's image size, whatever the crop, and are resized for each map.
+        """
         config, task = self.config, self.config.task
         return {
             "name": config.model.name,
@@ -55,7 +58,6 @@ class Segmentation(Task):
             "dropout": task.dropout,
             "neck_channels": task.neck_channels,
             "channels": task.head_channels,
-            "img_size": task.crop,
             **config.model.overrides(),
         }
 
@@ -70,7 +72,7 @@ class Segmentation(Task):
     def load_weights(
         self, model: nn.Module, weights: dict[str, Tensor], classes: Sequence[str] | None, source: str
     ) -> list[str]:
-        """A classifier's weights fill the backbone; position tables are interpolated to the crop's size.
+        """A classifier's weights fill the backbone; position tables are interpolated to the network's grid.
 
         Of a segmenter all weights are taken, but the last convolution keeps its initial ones if the classes differ.
         """
@@ -96,8 +98,8 @@ class Segmentation(Task):
         ]
         if different:
             raise ConfigError(
-                f"model.init_from: {source} has other weights than this {self.config.model.name} at task.crop "
-                f"{list(self.config.task.crop)}: {min(different)}"
+                f"model.init_from: {source} has other weights than this {self.config.model.name} with its neck "
+                f"and head: {min(different)}"
             )
         model.load_state_dict(weights)
         return [f"last convolution: {count} -> {len(self.classes)} classes, fresh"] if others else []

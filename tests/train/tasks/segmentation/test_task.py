@@ -129,7 +129,7 @@ def test_a_classifier_fills_the_backbone(segment_config):
     model = task.initial_model()
     head = model.head.conv_seg.weight.clone()
     sentences = task.load_weights(model, classifier.state_dict(), None, "somewhere")
-    assert sentences == ["position tables interpolated: ape 14 x 14 -> 16 x 24", "fresh: norm0, norm1, neck, head"]
+    assert sentences == ["position tables interpolated: ape 14 x 14 -> 56 x 56", "fresh: norm0, norm1, neck, head"]
     weights = classifier.state_dict()
     same = [name for name in weights if name.startswith("layers.")]
     assert same and all(torch.equal(model.backbone.state_dict()[name], weights[name]) for name in same)
@@ -139,7 +139,7 @@ def test_a_classifier_fills_the_backbone(segment_config):
 def test_a_segmenter_fills_everything_but_the_classes(segment_config):
     task = task_of(segment_config)
     torch.manual_seed(1)
-    size = dict(img_size=(64, 96), **HEAD, **SMALL)
+    size = dict(**HEAD, **SMALL)
     weights = catmodel.create_segmenter("cat_tiny", 6, **size).state_dict()
     model = task.initial_model()
     assert task.load_weights(model, weights, list(CLASSES), "a run") == []
@@ -157,6 +157,6 @@ def test_weights_that_do_not_fit_are_named(segment_config):
     classifier = catmodel.create_model("cat_tiny", num_classes=10, embed_dim=32).state_dict()
     with pytest.raises(ConfigError, match=r"model.init_from: a file does not fit this cat_tiny: "):
         task.load_weights(task.initial_model(), classifier, None, "a file")
-    larger = catmodel.create_segmenter("cat_tiny", 6, img_size=(96, 96), **HEAD, **SMALL).state_dict()
-    with pytest.raises(ConfigError, match=r"other weights than this cat_tiny at task.crop \[64, 96\]: backbone.ape"):
+    larger = catmodel.create_segmenter("cat_tiny", 6, **{**HEAD, "neck_channels": 64}, **SMALL).state_dict()
+    with pytest.raises(ConfigError, match=r"other weights than this cat_tiny with its neck and head: head.scale"):
         task.load_weights(task.initial_model(), larger, None, "a file")
