@@ -3,9 +3,9 @@
     python examples/draw_segments.py DEST [--train N] [--val N] [--seed S]
 
 Written are `DEST/images/<split>/*.jpg`, `DEST/annotations/<split>/*.png` and `DEST/classes.txt`, which
-launch/prepare.py reads. The classes are the background and the five shapes of draw_dataset.py. Shapes may cover one
-another and reach over the border; in one image of four the pixels at edges are ignored (255). Images have different
-sizes. Every image is a pure function of (seed, split, index).
+launch/prepare.py reads. The classes are the background and the five shapes of draw_dataset.py, each with a texture
+of its own and any bright colour. Shapes may cover one another and reach over the border; in one image of four the
+pixels at edges are ignored (255). Images have different sizes. Every image is a pure function of (seed, split, index).
 """
 
 import argparse
@@ -37,9 +37,9 @@ def draw(seed: int, split: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         centre = random.uniform(-0.9, 0.9, 2) * (width / side, height / side)
         x, y = (values / radius for values in turned(axis, centre, random.uniform(-TURN, TURN)))
         inside = inside_of(SHAPES[number], x, y)
-        wave = np.sin(np.float32(random.uniform(4, 9)) * (x if random.random() < 0.5 else x + y))
         colour = random.uniform(130, 255, 3)  # brighter than the background
-        image = np.where(inside[..., None], colour * np.where(wave > 0, 1, 0.75)[..., None], image)
+        bright = _texture(SHAPES[number], x * radius * side, y * radius * side)
+        image = np.where(inside[..., None], colour * np.where(bright, 1, 0.6)[..., None], image)
         labels[inside] = 1 + number
         if ignore_edges:
             labels[_near_edge(inside)] = IGNORED
@@ -48,6 +48,14 @@ def draw(seed: int, split: int, index: int) -> tuple[np.ndarray, np.ndarray]:
     top, left = (side - height) // 2, (side - width) // 2
     part = np.s_[top : top + height, left : left + width]
     return image[part].clip(0, 255).round().astype(np.uint8), labels[part]
+
+
+def _texture(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Whether each place of a shape is bright; x, y: in units of half a pixel."""
+    across, down = np.sin(x * 0.4) > 0, np.sin(y * 0.4) > 0
+    if shape == "ring":
+        return np.ones_like(across)
+    return {"cross": across, "square": down, "disk": across ^ down, "triangle": across & down}[shape]
 
 
 def _near_edge(inside: np.ndarray) -> np.ndarray:
