@@ -3,7 +3,7 @@
 import inspect
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
@@ -11,7 +11,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from data_pipeline.config import Section
+from train import task_registry
 from train.config import FREE_KEYS, Config
+from train.config_sections import TaskConfig
 
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
@@ -19,17 +21,23 @@ SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 def reference() -> str:
     """A heading, a table of keys and the rules of each section."""
     parts = [part for name, field in Config.model_fields.items() for part in section(name, field.annotation)]
+    for name in task_registry.names():
+        settings = task_registry.find(name).Settings
+        if settings is not TaskConfig:
+            parts += section("task", settings, f"task, if task.name is {name}", known=TaskConfig.model_fields)
     return "\n\n".join([*parts, "## Across sections", rules(Config)])
 
 
-def section(name: str, kind: type[Section]) -> Iterator[str]:
-    """The Markdown parts of a section and of the sections inside it."""
-    yield f"## {name}"
+def section(name: str, kind: type[Section], title: str = "", known: Collection[str] = ()) -> Iterator[str]:
+    """The Markdown parts of a section, without the keys that are `known`, and of the sections inside it."""
+    yield f"## {title or name}"
     if kind.__doc__:
         yield inspect.cleandoc(kind.__doc__)
     rows, inner = [], []
     for key, field in kind.model_fields.items():
         path = f"{name}.{key}"
+        if key in known:
+            continue
         if is_section(field.annotation):
             inner += section(path, field.annotation)
         else:

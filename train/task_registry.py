@@ -19,11 +19,16 @@ def register(name: str, module: str) -> None:
     _registered[name] = module
 
 
+def names() -> list[str]:
+    """The tasks of train/tasks/, sorted."""
+    return sorted(path.parent.name for path in _FOLDER.glob("*/__init__.py"))
+
+
 def find(name: str) -> ModuleType:
     """The package of a task (see train/tasks/__init__.py). Raises UnknownTask."""
     if name in _registered:
         return importlib.import_module(_registered[name])
-    known = sorted(path.parent.name for path in _FOLDER.glob("*/__init__.py"))
+    known = names()
     if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or name not in known:
         close = difflib.get_close_matches(str(name), known, 1)
         hint = f"did you mean {close[0]}?" if close else f"tasks: {', '.join([*known, *_registered])}"
