@@ -24,7 +24,7 @@ def reference() -> str:
     for name in task_registry.names():
         settings = task_registry.find(name).Settings
         if settings is not TaskConfig:
-            parts += section("task", settings, f"task, if task.name is {name}", known=TaskConfig.model_fields)
+            parts += section("task", settings, f"task: settings of {name}", known=TaskConfig.model_fields)
     return "\n\n".join([*parts, "## Across sections", rules(Config)])
 
 
