@@ -63,3 +63,27 @@ def original_pairs(root: Path, split: str) -> set[tuple[bytes, bytes]]:
         ((root / f"images/{split}/{name}.jpg").read_bytes(), (root / f"annotations/{split}/{name}.png").read_bytes())
         for name in names
     }
+
+
+def ade20k(root: Path, values: np.ndarray) -> Path:
+    """ADE20K's own layout, with the same map for each of two images."""
+    for split, name in (("training", "ADE_train_00000001"), ("validation", "ADE_val_00000001")):
+        write(root / f"images/{split}/{name}.jpg", encoded(picture(1, size=SIZE)))
+        write(root / f"annotations/{split}/{name}.png", png(values))
+    rows = ("wall", "building, edifice", "pool table, billiard table, snooker table")
+    table = "Idx\tRatio\tTrain\tVal\tName\n" + "".join(f"{i}\t0.1\t20\t2\t{name}\n" for i, name in enumerate(rows, 1))
+    write(root / "objectInfo150.txt", table.encode())
+    write(root / "sceneCategories.txt", b"ADE_train_00000001 airport_terminal\n")
+    return root
+
+
+def cityscapes(root: Path, kind: str, values: np.ndarray) -> Path:
+    """Cityscapes' own layout. kind: of the maps, "labelIds" or "labelTrainIds"."""
+    for split in ("train", "val"):
+        name = f"{split}/ulm/ulm_000000_000019"
+        write(root / f"leftImg8bit/{name}_leftImg8bit.png", encoded(picture(1, size=SIZE), "PNG"))
+        write(root / f"gtFine/{name}_gtFine_{kind}.png", png(values))
+        write(root / f"gtFine/{name}_gtFine_color.png", encoded(picture(2, size=SIZE), "PNG"))
+        write(root / f"gtFine/{name}_gtFine_polygons.json", b"{}")
+    write(root / "leftImg8bit/test/bonn/bonn_1_leftImg8bit.png", b"")
+    return root

@@ -11,8 +11,18 @@ from data_pipeline.listing import add_val, list_source, open_source
 from data_pipeline.manifest import open_manifest
 from data_pipeline.split import DataError, UsageError
 from tests.data_pipeline import images
-from tests.data_pipeline.images import encoded, picture, run
-from tests.data_pipeline.label_maps import CLASSES, SIZE, labels, make_folder, pixels, png, stored_pairs, write
+from tests.data_pipeline.images import run
+from tests.data_pipeline.label_maps import (
+    CLASSES,
+    ade20k,
+    cityscapes,
+    labels,
+    make_folder,
+    pixels,
+    png,
+    stored_pairs,
+    write,
+)
 
 
 def listing_of(root: Path, options: LabelOptions = NO_LABEL_OPTIONS):
@@ -65,13 +75,7 @@ def test_ade20k(tmp_path):
     """Its own files: names of splits, objectInfo150.txt with synonyms, classes from 1, 0 for the rest."""
     root = tmp_path / "ADEChallengeData2016"
     values = labels(1, 3, ignored=3)  # 0 to 3
-    for split, name in (("training", "ADE_train_00000001"), ("validation", "ADE_val_00000001")):
-        write(root / f"images/{split}/{name}.jpg", encoded(picture(1, size=SIZE)))
-        write(root / f"annotations/{split}/{name}.png", png(values))
-    rows = ("wall", "building, edifice", "pool table, billiard table, snooker table")
-    table = "Idx\tRatio\tTrain\tVal\tName\n" + "".join(f"{i}\t0.1\t20\t2\t{name}\n" for i, name in enumerate(rows, 1))
-    write(root / "objectInfo150.txt", table.encode())
-    write(root / "sceneCategories.txt", b"ADE_train_00000001 airport_terminal\n")
+    ade20k(root, values)
     with pytest.raises(UsageError, match="is ADE20K, whose classes count from 1: give --reduce-zero-label"):
         listing_of(tmp_path)
     run(tmp_path, tmp_path / "set", label_options=LabelOptions(reduce_zero=True))
@@ -79,16 +83,6 @@ def test_ade20k(tmp_path):
     for split in ("train", "val"):
         [(_, label)] = stored_pairs(tmp_path / "set", split)
         assert np.array_equal(pixels(label), np.array([255, 0, 1, 2])[values])
-
-
-def cityscapes(root: Path, kind: str, values: np.ndarray) -> Path:
-    for split in ("train", "val"):
-        name = f"{split}/ulm/ulm_000000_000019"
-        write(root / f"leftImg8bit/{name}_leftImg8bit.png", encoded(picture(1, size=SIZE), "PNG"))
-        write(root / f"gtFine/{name}_gtFine_{kind}.png", png(values))
-        write(root / f"gtFine/{name}_gtFine_color.png", encoded(picture(2, size=SIZE), "PNG"))
-        write(root / f"gtFine/{name}_gtFine_polygons.json", b"{}")
-    return touch(root, "leftImg8bit/test/bonn/bonn_1_leftImg8bit.png")
 
 
 def test_cityscapes(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.data_pipeline import label_maps
 from tests.launch.slurm import Cluster, missing
 from tests.launch.test_guide import Account, imagenet_like, wait_for_lines
 from tests.runs import ROOT, run
@@ -87,7 +88,9 @@ def link_at_root():
 
 @long
 def test_what_prepares(tiny_images, tmp_path, link_at_root):
-    """ImageNet, Kaggle's copy of it and CIFAR-10 are replaced by `tiny_images` in their formats."""
+    """ImageNet, Kaggle's copy of it and CIFAR-10 are replaced by `tiny_images` in their formats; CamVid, ADE20K and
+    Cityscapes by a few images in theirs.
+    """
     imagenet_like(tiny_images, tmp_path)
     shutil.copytree(tiny_images / "train", tmp_path / "CLS-LOC/train")
     (tmp_path / "CLS-LOC/val").mkdir()
@@ -100,12 +103,17 @@ def test_what_prepares(tiny_images, tmp_path, link_at_root):
     with tarfile.open(tmp_path / "cifar10.tar.xz", "w:xz") as tar:
         for split in ("train", "val"):
             tar.add(tiny_images / split, split)
+    label_maps.make_folder(tmp_path / "camvid")
+    with tarfile.open(tmp_path / "camvid.tar", "w") as tar:
+        tar.add(tmp_path / "camvid", "camvid")
+    label_maps.ade20k(tmp_path / "ADEChallengeData2016", label_maps.labels(1, ignored=3))
+    label_maps.cityscapes(tmp_path / "cityscapes", "labelIds", label_maps.labels(2, 30, ignored=30))
     shutil.copytree(tiny_images, tmp_path / "path/to/images")
     link_at_root("path", tmp_path / "path")
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     (tmp_path / "SOURCE").symlink_to(tiny_images)
     found = commands(PREPARES)
-    assert len(found) == 7
+    assert len(found) == 11
     for command in found:
         name = command.split("#")[0].split()[3]
         if " index " in command:  # as others made it: shards and nothing else
@@ -147,7 +155,8 @@ def test_what_starts_runs(tiny_config, tiny_dataset, tmp_path):
     for folder in ("configs", "datasets", "runs"):
         (tmp_path / folder).mkdir()
     recipes = {
-        name: tiny_config.read_text() for name in ("cat_b", "cat_t", "cifar10", "quickstart", "finetune_cat_b_448")
+        name: tiny_config.read_text()
+        for name in ("cat_b", "cat_t", "cifar10", "cifar10_300", "quickstart", "finetune_cat_b_448")
     }
     recipes["finetune_cat_b_448"] = (
         recipes["cat_b"].replace("model: {", "model: {init_from: runs/cat_b, ").replace("size: 16", "size: 32")
@@ -158,7 +167,7 @@ def test_what_starts_runs(tiny_config, tiny_dataset, tmp_path):
         (tmp_path / "datasets" / name).symlink_to(tiny_dataset)
     run(tiny_config, tmp_path / "runs" / "cat_t")
     found = [command.replace("…", "configs/cat_b.yaml") for command in commands(STARTS_RUNS)]
-    assert len(found) == 7
+    assert len(found) == 8
     run_all(found, tmp_path)
     assert "position tables interpolated" in (tmp_path / "runs/finetune_cat_b_448/train.log").read_text()
     assert "first weights from runs/cat_t" in (tmp_path / "runs/flowers/train.log").read_text()
