@@ -5,6 +5,8 @@ import random
 import signal
 import statistics
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,30 @@ from tests.runs import events, losses, metrics, run, start
 from train.telemetry.goodput import read_lines
 
 SETTINGS, STEPS = ["train.epochs=4", "checkpoint.every_steps=3"], 32
+
+
+def run_with_kills(
+    config: Path, output: Path, settings: Sequence[str], dice: random.Random, duration: float, most: int
+) -> list[tuple[int, float]]:
+    """Run two ranks to the end, killing one or both of them up to `most` times at random moments within `duration` s.
+
+    Returns for each kill the number of steps that were finished, and the time.
+    """
+    kills = []
+    while True:
+        job = start(config, output, *settings, world=2)
+        if len(kills) < most:
+            moment, victims = dice.uniform(0, duration), dice.choice([[0], [1], [0, 1]])
+            job.processes[0].join(moment)
+            alive = [rank for rank in victims if job.processes[rank].exitcode is None]
+            for rank in alive:
+                os.kill(job.processes[rank].pid, signal.SIGKILL)
+            if alive:
+                job.wait_for_death(alive[0])
+                kills.append((len(metrics(output, "train", missing_ok=True)), time.time()))
+                continue
+        assert job.wait() == [0, 0], job.text()
+        return kills
 
 
 @pytest.mark.slow
@@ -27,23 +53,10 @@ def test_killed_at_random_moments(tiny_config, tmp_path, kills, record_property)
     done, runs, repeated, moments, recoveries = 0, 0, 0, [], []
     while done < kills:
         output, runs = tmp_path / f"run{runs}", runs + 1
-        killed_at = []
-        while True:
-            job = start(tiny_config, output, *SETTINGS, world=2)
-            if done < kills:
-                moment, victims = dice.uniform(0, duration), dice.choice([[0], [1], [0, 1]])
-                job.processes[0].join(moment)
-                alive = [rank for rank in victims if job.processes[rank].exitcode is None]
-                for rank in alive:
-                    os.kill(job.processes[rank].pid, signal.SIGKILL)
-                if alive:
-                    done += 1
-                    job.wait_for_death(alive[0])
-                    moments.append(len(metrics(output, "train", missing_ok=True)))
-                    killed_at.append(time.time())
-                    continue
-            assert job.wait() == [0, 0], job.text()
-            break
+        found = run_with_kills(tiny_config, output, SETTINGS, dice, duration, kills - done)
+        done += len(found)
+        moments += [steps for steps, _ in found]
+        killed_at = [when for _, when in found]
         assert losses(output) == losses(whole)
         assert_same_state(state(output, STEPS), state(whole, STEPS))
         taken = ids_by_step(output, world=2)

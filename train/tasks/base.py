@@ -184,6 +184,20 @@ class Task(ABC):
         raise ConfigError(f"launch/export.py does not support the task {self.config.task.name}")
 
 
+def build_network(config: Config, create: Callable[..., nn.Module], settings: dict[str, Any]) -> nn.Module:
+    """create(**settings), with activation checkpointing and kernels set as the config says.
+
+    Raises ConfigError for settings that do not fit together.
+    """
+    try:
+        model = create(**settings)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+    model.set_grad_checkpointing(config.train.activation_checkpointing)
+    model.set_kernels(config.train.kernels)
+    return model
+
+
 def example_losses(task: Task) -> Callable[[Model, Tensor], list[Tensor]]:
     """The engine's `losses` for inputs that `task.example` describes: to measure a step without data."""
     return lambda model, example: [task.example_loss(model(example))]

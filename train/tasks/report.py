@@ -79,3 +79,34 @@ def templates(folder: Path) -> Environment:
 def weights_name(weights: str) -> str:
     """ "EMA" or "model"."""
     return "EMA" if weights == "ema" else weights
+
+
+def evaluations(runs: Sequence[EvaluatedRun]) -> list[tuple[str, EvaluatedRun, dict]]:
+    """The columns of a table, (label, run, details): one run's EMA and model, or one column of each of several runs."""
+    shown = []
+    for run in runs:
+        found = [(weights, run.details[weights]) for weights in ("ema", "model") if weights in run.details]
+        for weights, details in found[:1] if run.one_of_several else found:
+            name = weights_name(weights)
+            shown.append((f"{run.name}, {name}" if run.one_of_several else name, run, details))
+    return shown
+
+
+def epochs(shown: Sequence[tuple[str, EvaluatedRun, dict]]) -> str:
+    """When each of the `evaluations` took place."""
+    return "; ".join(f"{label}: epoch {run.epoch(details['step'])}" for label, run, details in shown)
+
+
+def extremes(classes: Sequence, most: int, lowest: int, highest: int) -> tuple[list, str]:
+    """All of `classes` if they are at most `most`, else the first `lowest`, None, and the last `highest`; and which."""
+    if len(classes) <= most:
+        return list(classes), f"All {len(classes)} classes"
+    which = f"The {lowest} lowest and the {highest} highest of {len(classes):,} classes"
+    return [*classes[:lowest], None, *classes[-highest:]], which
+
+
+def bar(percent: float | None) -> str:
+    """A bar and a percentage; None: there is none."""
+    if percent is None:
+        return "–"
+    return Markup('<span class="share"><i style="width:{0}%"></i></span>{0} %').format(f"{percent:.1f}")

@@ -3,10 +3,21 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from markupsafe import Markup
-
 from train.tasks.classification.pictures import pictures
-from train.tasks.report import EvaluatedRun, Section, Table, long, numbers, templates, text, weights_name
+from train.tasks.report import (
+    EvaluatedRun,
+    Section,
+    Table,
+    bar,
+    epochs,
+    evaluations,
+    extremes,
+    long,
+    numbers,
+    templates,
+    text,
+    weights_name,
+)
 
 SHOWN_CLASSES = 40  # up to this many are all shown; of more, the LOWEST and the HIGHEST
 LOWEST, HIGHEST = 20, 10
@@ -25,12 +36,7 @@ def sections(runs: Sequence[EvaluatedRun]) -> list[Section]:
 
 def _classes(runs: Sequence[EvaluatedRun]) -> dict | None:
     """The classes, least accurate first. Columns: one run's EMA and model, or each of several runs."""
-    shown = []
-    for run in runs:
-        found = [(weights, run.details[weights]) for weights in ("ema", "model") if weights in run.details]
-        for weights, details in found[:1] if run.one_of_several else found:
-            name = weights_name(weights)
-            shown.append((f"{run.name}, {name}" if run.one_of_several else name, run, details))
+    shown = evaluations(runs)
     if not shown:
         return None
     tallies = [
@@ -39,29 +45,22 @@ def _classes(runs: Sequence[EvaluatedRun]) -> dict | None:
     ]
     first = tallies[0]
     order = sorted(first, key=lambda name: (first[name][0] / first[name][1] if first[name][1] else 2, name))
-    whole = len(order) <= SHOWN_CLASSES
-    chosen = order if whole else [*order[:LOWEST], None, *order[-HIGHEST:]]
+    chosen, which = extremes(order, SHOWN_CLASSES, LOWEST, HIGHEST)
     rows = [
         ["…" if name is None else name, "" if name is None else f"{first[name][1]:,}"]
-        + [_share(tally.get(name)) for tally in tallies]
+        + [bar(_percent(tally.get(name))) for tally in tallies]
         for name in chosen
     ]
-    which = f"All {len(order)} classes"
-    if not whole:
-        which = f"The {LOWEST} lowest and the {HIGHEST} highest of {len(order):,} classes"
     return {
         "which": which,
-        "when": "; ".join(f"{label}: epoch {run.epoch(details['step'])}" for label, run, details in shown),
+        "when": epochs(shown),
         "table": Table([*long("class"), *numbers("images"), *text(*(label for label, _, _ in shown))], rows),
     }
 
 
-def _share(tally: tuple[int, int] | None) -> str:
-    """A bar and a percentage of (correct, count)."""
-    if tally is None or not tally[1]:
-        return "–"
-    share = f"{100 * tally[0] / tally[1]:.1f}"
-    return Markup('<span class="share"><i style="width:{0}%"></i></span>{0} %').format(share)
+def _percent(tally: tuple[int, int] | None) -> float | None:
+    """Of (correct, count)."""
+    return 100 * tally[0] / tally[1] if tally and tally[1] else None
 
 
 def _mistakes(run: EvaluatedRun) -> dict:

@@ -14,7 +14,7 @@ from data_pipeline.loader import MicroBatch
 from data_pipeline.randomness import Stream, make_key
 from data_pipeline.recipe import prepare
 from train.config import ConfigError
-from train.tasks.base import Model, Task, on_device
+from train.tasks.base import Model, Task, build_network, on_device
 from train.tasks.classification.predict import ImageClasses, predict
 from train.tasks.classification.scores import ClassificationTally
 from train.telemetry.metrics import Metric
@@ -30,14 +30,7 @@ class Classification(Task):
     )
 
     def build_model(self) -> nn.Module:
-        """The config's network, with activation checkpointing and kernels set as the config says."""
-        try:
-            model = catmodel.create_model(**self._model_settings())
-        except ValueError as error:
-            raise ConfigError(f"model: {error}") from error
-        model.set_grad_checkpointing(self.config.train.activation_checkpointing)
-        model.set_kernels(self.config.train.kernels)
-        return model
+        return build_network(self.config, catmodel.create_model, self._model_settings())
 
     def _model_settings(self) -> dict[str, Any]:
         """Arguments of `catmodel.create_model`."""

@@ -5,9 +5,22 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from train.tasks.report import EvaluatedRun, Section, Table, long, numbers, templates, text, weights_name
+from train.tasks.report import (
+    EvaluatedRun,
+    Section,
+    Table,
+    bar,
+    epochs,
+    evaluations,
+    extremes,
+    long,
+    numbers,
+    templates,
+    text,
+    weights_name,
+)
 from train.tasks.segmentation.colours import palette
-from train.tasks.segmentation.pictures import ClassScore, by_iou, class_scores
+from train.tasks.segmentation.pictures import by_iou, class_scores
 
 SHOWN_CLASSES = 60  # up to this many are all shown; of more, the LOWEST and the HIGHEST
 LOWEST, HIGHEST = 30, 15
@@ -24,31 +37,21 @@ def sections(runs: Sequence[EvaluatedRun]) -> list[Section]:
 
 def _classes(runs: Sequence[EvaluatedRun]) -> dict | None:
     """The classes, lowest IoU first. Columns: one run's EMA and model, or each of several runs."""
-    shown = []
-    for run in runs:
-        found = [(weights, run.details[weights]) for weights in ("ema", "model") if weights in run.details]
-        for weights, details in found[:1] if run.one_of_several else found:
-            name = weights_name(weights)
-            shown.append((f"{run.name}, {name}" if run.one_of_several else name, run, details))
+    shown = evaluations(runs)
     if not shown:
         return None
     tables = [{score.name: score for score in class_scores(details)} for _, _, details in shown]
     first = shown[0][2]["classes"]
     colours = dict(zip(first, palette(len(first)).tolist(), strict=True))
-    order = by_iou(tables[0].values())
-    whole = len(order) <= SHOWN_CLASSES
-    chosen = order if whole else [*order[:LOWEST], None, *order[-HIGHEST:]]
+    chosen, which = extremes(by_iou(tables[0].values()), SHOWN_CLASSES, LOWEST, HIGHEST)
     rows = []
     for score in chosen:
         if score is None:
             rows.append(["…", "", *("" for _ in shown), ""])
             continue
-        cells = [_share(table.get(score.name)) for table in tables]
+        cells = [bar(table[score.name].iou if score.name in table else None) for table in tables]
         accuracy = "–" if score.accuracy is None else f"{score.accuracy:.1f} %"
         rows.append([_named(score.name, colours[score.name]), f"{score.pixels:,}", *cells, accuracy])
-    which = f"All {len(order)} classes"
-    if not whole:
-        which = f"The {LOWEST} lowest and the {HIGHEST} highest of {len(order):,} classes"
     labels = [label for label, _, _ in shown]
     columns = [
         *long("class"),
@@ -58,7 +61,7 @@ def _classes(runs: Sequence[EvaluatedRun]) -> dict | None:
     ]
     return {
         "which": which,
-        "when": "; ".join(f"{label}: epoch {run.epoch(details['step'])}" for label, run, details in shown),
+        "when": epochs(shown),
         "table": Table(columns, rows),
     }
 
@@ -67,13 +70,6 @@ def _named(name: str, colour: Sequence[int]) -> Markup:
     """A class's name, after a square of its colour."""
     square = '<span style="display:inline-block;width:.8em;height:.8em;background:rgb({},{},{})"></span> {}'
     return Markup(square).format(*colour, name)
-
-
-def _share(score: ClassScore | None) -> str:
-    """A bar and a percentage."""
-    if score is None or score.iou is None:
-        return "–"
-    return Markup('<span class="share"><i style="width:{0}%"></i></span>{0} %').format(f"{score.iou:.1f}")
 
 
 def _pictures(run: EvaluatedRun) -> dict:

@@ -17,7 +17,7 @@ from data_pipeline.loader import MicroBatch
 from data_pipeline.split import Split
 from data_pipeline.views import ScaledCrops
 from train.config import ConfigError
-from train.tasks.base import Model, Task, on_device
+from train.tasks.base import Model, Task, build_network, on_device
 from train.tasks.segmentation.colours import lay_over
 from train.tasks.segmentation.inference import views_of
 from train.tasks.segmentation.pictures import iou_table, side_by_side
@@ -37,14 +37,7 @@ class Segmentation(Task):
     one_shape = False
 
     def build_model(self) -> nn.Module:
-        """The config's network, with activation checkpointing and kernels set as the config says."""
-        try:
-            model = catmodel.create_segmenter(**self._model_settings())
-        except ValueError as error:
-            raise ConfigError(f"model: {error}") from error
-        model.set_grad_checkpointing(self.config.train.activation_checkpointing)
-        model.set_kernels(self.config.train.kernels)
-        return model
+        return build_network(self.config, catmodel.create_segmenter, self._model_settings())
 
     def _model_settings(self) -> dict[str, Any]:
         """Arguments of `catmodel.create_segmenter`.

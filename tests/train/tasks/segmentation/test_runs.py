@@ -1,6 +1,8 @@
 """Runs of segmentation: killed, on other numbers of ranks, evaluated, and used."""
 
 import json
+import random
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 
 from tests.oracle import assert_same_state, ids_by_step, sorted_ids_by_step, state
 from tests.runs import events, losses, metrics, run, start, start_command
+from tests.train.test_random_kills import run_with_kills
 from train.checkpoint.format import checkpoint_path
 from train.tasks.segmentation.colours import from_base64
 
@@ -32,6 +35,23 @@ def test_it_is_killed_and_resumes_bitwise(segment_config, whole, tmp_path):
     assert ids_by_step(tmp_path, world=2) == ids_by_step(whole, world=2)
     for weights in ("ema", "model"):
         assert details(tmp_path, weights) == details(whole, weights)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_it_is_killed_at_random_moments(segment_config, whole, tmp_path):
+    """Ten times, over as many runs as it takes."""
+    dice, done, number = random.Random(20261127), 0, 0
+    began = time.monotonic()
+    run(segment_config, tmp_path / "undisturbed", world=2)
+    duration = time.monotonic() - began
+    while done < 10:
+        output, number = tmp_path / f"run{number}", number + 1
+        done += len(run_with_kills(segment_config, output, (), dice, duration, 10 - done))
+        assert losses(output) == losses(whole)
+        assert_same_state(state(output, 20), state(whole, 20))
+        assert ids_by_step(output, world=2) == ids_by_step(whole, world=2)
+        assert details(output, "ema") == details(whole, "ema")
 
 
 def test_one_two_and_four_ranks_take_the_same_steps(segment_config, whole, tmp_path):
