@@ -69,7 +69,7 @@ def test_photographs_are_bit_identical_to_a_full_decode_and_torch():
             data = tar.extractfile(member).read()
             image = simplejpeg.decode_jpeg(data, colorspace="RGB")
             height, width = image.shape[:2]
-            side = random.integers(1, min(width, height, 300) + 1)
+            side = int(random.integers(1, min(width, height, 300) + 1))
             xs, ys = random.integers(0, width - side + 1, 4), random.integers(0, height - side + 1, 4)
             windows = [(x, y, side, side) for x, y in zip(xs, ys, strict=True)]
             out, failures = decode(data, (width, height), windows, side)
