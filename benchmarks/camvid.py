@@ -42,6 +42,8 @@ def settings(model: str, optimizer: str, rate: float, options: argparse.Namespac
 
 def train(model: str, optimizer: str, rate: float, options: argparse.Namespace) -> dict:
     """Train one run to its end, on two ranks of one thread each, and return what came out."""
+    from train.tasks.segmentation.pictures import class_scores
+
     output = options.output / f"{model}-{optimizer}-{rate:g}"
     chosen = settings(model, optimizer, rate, options)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
@@ -66,7 +68,7 @@ def train(model: str, optimizer: str, rate: float, options: argparse.Namespace) 
         "best": max(line["miou"] for line in found if line["step"] == last),
         "evaluations": found,
         "classes": details["model"]["classes"],
-        "iou": {weights: found["iou"] for weights, found in details.items()},
+        "iou": {weights: [score.iou or 0.0 for score in class_scores(found)] for weights, found in details.items()},
     }
 
 
