@@ -187,8 +187,8 @@ static void decode_one(Decoder *decoder, const uint8_t *data, size_t length, int
         const unsigned long long wanted = (uint64_t)width * height * CHANNELS;
         fail(decoder, "it has %zu bytes where %dx%d pixels take %llu", length, width, height, wanted);
     }
-    if (!resample_start(&decoder->resampler, window.width, window.height, decoder->height, decoder->width, decoder->filter,
-                        window.flip != 0, (decoder->features & AVX2) != 0, out))
+    if (!resample_start(&decoder->resampler, window.width, window.height, decoder->height, decoder->width,
+                        decoder->filter, window.flip != 0, (decoder->features & AVX2) != 0, out))
         fail(decoder, "out of memory");
 
     const int64_t x = window.x, y = window.y;

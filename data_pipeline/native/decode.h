@@ -26,8 +26,8 @@ EXPORT int decoder_features(void);
  * data, lengths: the bytes of each image, JPEG or (encoding RAW) uint8 [height, width, 3]. dimensions: [count][width,
  * height], which the images must have. most_scans: a JPEG with more is refused. windows: [count][x, y, width, height,
  * flip]; pixels outside the image are black. filter: BILINEAR or BICUBIC (resample.h). out: uint8
- * [count][height][width][3]. messages: [count][MESSAGE_LENGTH]; empty on success, else the reason of the failure, and the
- * pixels are undefined.
+ * [count][height][width][3]. messages: [count][MESSAGE_LENGTH]; empty on success, else the reason of the failure, and
+ * the pixels are undefined.
  *
  * Returns the number of images that failed. Safe for arbitrary bytes. No state outlives the call, so it is thread-safe.
  * */

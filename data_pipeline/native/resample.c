@@ -113,8 +113,8 @@ static bool axis_widen(Axis *axis, int size) {
     return true;
 }
 
-bool resample_start(Resampler *r, int width, int height, int out_height, int out_width, int filter, bool flip, bool avx2,
-                    uint8_t *out) {
+bool resample_start(Resampler *r, int width, int height, int out_height, int out_width, int filter, bool flip,
+                    bool avx2, uint8_t *out) {
     r->width = width, r->height = height, r->out_width = out_width, r->out_height = out_height, r->out = out;
     r->avx2 = HAVE_AVX2 && avx2;
     r->received = r->written = 0;
@@ -125,7 +125,8 @@ bool resample_start(Resampler *r, int width, int height, int out_height, int out
     }
     if (height != out_height && !axis_start(&r->vertical, height, out_height, filter, false)) return false;
     const size_t kept = r->vertical.taps ? r->vertical.taps : 1;
-    r->stride = ((size_t)out_width * CHANNELS + HORIZONTAL_EXCESS + RING_ALIGNMENT - 1) / RING_ALIGNMENT * RING_ALIGNMENT;
+    const size_t bytes = (size_t)out_width * CHANNELS + HORIZONTAL_EXCESS;
+    r->stride = (bytes + RING_ALIGNMENT - 1) / RING_ALIGNMENT * RING_ALIGNMENT;
     return buffer_reserve(&r->ring, kept * r->stride) && buffer_reserve(&r->rows, kept * sizeof(uint8_t *));
 }
 

@@ -44,9 +44,10 @@ typedef struct {
 } Resampler;
 
 /* Start an image: a window of width x height pixels becomes out_width x out_height pixels at `out` (uint8 [out_height,
- * out_width, 3]), mirrored left to right if `flip`. Returns false if there is no memory. A new resampler is all zeros. */
-bool resample_start(Resampler *resampler, int width, int height, int out_height, int out_width, int filter, bool flip, bool avx2,
-                    uint8_t *out);
+ * out_width, 3]), mirrored left to right if `flip`. Returns false if there is no memory. A new resampler is all zeros.
+ */
+bool resample_start(Resampler *resampler, int width, int height, int out_height, int out_width, int filter, bool flip,
+                    bool avx2, uint8_t *out);
 
 /* Pass the next row of the window, from the top. resample_slack() bytes past its end must be readable, with any
  * contents. The output is complete after `height` rows. */

@@ -103,8 +103,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t input_length) {
     const uint8_t *both[2] = {data, data};
     const size_t lengths[2] = {length, length};
     const int32_t twice[4] = {dimensions[0], dimensions[1], dimensions[0], dimensions[1]};
-    decoder_decode(2, JPEG, both, lengths, twice, MOST_SCANS, windows[0], height, width, filter, AVX2 | OWN_HUFFMAN, fast, messages[0][0]);
-    decoder_decode(2, JPEG, both, lengths, twice, MOST_SCANS, windows[0], height, width, filter, 0, plain, messages[1][0]);
+    decoder_decode(2, JPEG, both, lengths, twice, MOST_SCANS, windows[0], height, width, filter,
+                   AVX2 | OWN_HUFFMAN, fast, messages[0][0]);
+    decoder_decode(2, JPEG, both, lengths, twice, MOST_SCANS, windows[0], height, width, filter, 0, plain,
+                   messages[1][0]);
     for (int i = 0; i < 2; i++) {
         if (strcmp(messages[0][i], messages[1][i])) abort();
         if (!messages[0][i][0] && memcmp(fast + i * bytes / 2, plain + i * bytes / 2, bytes / 2)) abort();
@@ -112,16 +114,19 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t input_length) {
     if (reference.pixels) {
         const uint8_t *pixels[2] = {reference.pixels, reference.pixels};
         const size_t exact = (size_t)dimensions[0] * dimensions[1] * CHANNELS, sizes[2] = {exact, exact};
-        decoder_decode(2, RAW, pixels, sizes, twice, MOST_SCANS, windows[0], height, width, filter, AVX2, expected, messages[2][0]);
+        decoder_decode(2, RAW, pixels, sizes, twice, MOST_SCANS, windows[0], height, width, filter, AVX2, expected,
+                       messages[2][0]);
         for (int i = 0; i < 2; i++) {
             if (strcmp(messages[0][i], messages[2][i])) abort();
             if (!messages[0][i][0] && memcmp(fast + i * bytes / 2, expected + i * bytes / 2, bytes / 2)) abort();
         }
     }
     /* Arbitrary bytes as pixels. */
-    const int32_t columns = 1 + parameters[15], any[4] = {columns, length / CHANNELS / columns, columns, 1 + parameters[14]};
-    decoder_decode(2, RAW, both, (size_t[]){(size_t)any[0] * any[1] * CHANNELS, length}, any, MOST_SCANS, windows[0], height, width, filter, AVX2,
-                   fast, messages[0][0]);
+    const int32_t columns = 1 + parameters[15], rows = length / CHANNELS / columns;
+    const int32_t any[4] = {columns, rows, columns, 1 + parameters[14]};
+    const size_t lengths_of_raw[] = {(size_t)any[0] * any[1] * CHANNELS, length};
+    decoder_decode(2, RAW, both, lengths_of_raw, any, MOST_SCANS, windows[0], height, width, filter, AVX2, fast,
+                   messages[0][0]);
 
     free(data), free(fast), free(plain), free(expected), free(reference.pixels);
     return 0;
