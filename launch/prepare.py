@@ -148,7 +148,10 @@ def _print_report(dest: Path) -> None:
         listed = listed or bool(split.keys() & {"transcoded", "repaired", "excluded", "empty"})
         boxes = boxes or bool(split.keys() & {"dropped", "partly_outside"})
     if listed or boxes:
-        what = [*["images that were transcoded, repaired or left out"] * listed, *["boxes that were not usual"] * boxes]
+        what = [
+            *["images that were transcoded, repaired or left out"] * listed,
+            *["boxes that were left out or reach outside"] * boxes,
+        ]
         print(f"  {dest / LIST_NAME} names the {' and the '.join(what)}, with the reason")
     if convertible := sum(split.get("convertible", 0) for split in report["splits"].values()):
         kinds, folders = "JPEGs", "COCO's layout" if detection else "class folders"
