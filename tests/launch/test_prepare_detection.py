@@ -94,7 +94,7 @@ def test_bad_boxes_are_named(zoo, tmp_path):
         "  train: 90 images; 216 objects",
         "  val: 10 images; 25 objects; 2 boxes left out, as they cannot be right; "
         "1 boxes partly outside of their images",
-        f"  {tmp_path / 'set'}/report.jsonl names the boxes that were left out or reach outside, with the reason",
+        f"  {tmp_path / 'set'}/report.jsonl names the boxes left out or reaching outside, with the reason",
     ]
     lines = [json.loads(line) for line in (tmp_path / "set/report.jsonl").read_text().splitlines()]
     assert [(line["outcome"], line["why"].split(":")[0]) for line in lines] == [
