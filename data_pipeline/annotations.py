@@ -38,9 +38,9 @@ class Targets(Protocol):
 
     stored: "StoredSamples | None"
 
-    def read(self, ids: np.ndarray, candidates: np.ndarray) -> Cut:
+    def read(self, ids: np.ndarray, candidates: np.ndarray, shape: tuple[int, int]) -> Cut:
         """Choose a window for each of the samples `ids` (int64 [n]) among its `candidates` (int32 [n, K, 5]), and cut
-        the targets by it.
+        the targets by it. shape: the (height, width) to which the images' windows are resized.
 
         Called by the decoding threads, before the images are decoded.
         """
@@ -59,7 +59,7 @@ class Labels:
     def __init__(self, split: Split):
         self._labels = split.records["label"]
 
-    def read(self, ids: np.ndarray, candidates: np.ndarray) -> Cut:
+    def read(self, ids: np.ndarray, candidates: np.ndarray, shape: tuple[int, int]) -> Cut:
         return Cut(candidates[:, 0], self._labels[ids].tolist())
 
     def collate(self, targets: list[int]) -> torch.Tensor:

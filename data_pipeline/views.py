@@ -5,7 +5,7 @@ there may be several candidates, among which the targets choose (annotations.Tar
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -18,13 +18,24 @@ CANDIDATES = 10
 
 
 class Views(Protocol):
-    """The views of a task. shape: (height, width) of training inputs."""
+    """The views of a task.
+
+    shape: the largest height and the largest width of training inputs. most_shapes: how many shapes these may have.
+    """
 
     shape: tuple[int, int]
+    most_shapes: int
 
-    def training(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-        """Candidate windows, int32 [n, K, 5], for the int64 [n] keys of (seed, epoch, draw) and the images' sizes [n].
-        K ≥ 1 is the same for all samples.
+    def shapes(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+        """The (height, width) of the inputs of r micro-batches, int64 [r, 2], for the int64 [r, m] keys of (seed,
+        epoch, draw) and the images' sizes [r, m].
+        """
+
+    def training(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+        """Candidate windows, int32 [n, K, 5], for the int64 [n] keys of (seed, epoch, draw), the images' sizes [n] and
+        the shapes of their micro-batches, int64 [n, 2]. K ≥ 1 is the same for all samples.
+
+        Of an image that replaces an unreadable one, the shape is that of the micro-batch into which it must fit.
         """
 
     def evaluation(self, widths: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -40,12 +51,16 @@ class Crops:
 
     data: DataConfig
     augment: AugmentConfig
+    most_shapes: ClassVar[int] = 1
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.data.image_size, self.data.image_size
 
-    def training(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    def shapes(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+        return np.tile(self.shape, (len(keys), 1))
+
+    def training(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray, shapes: np.ndarray) -> np.ndarray:
         return training_windows(keys, widths, heights, self.augment, self.data.eval_crop)[:, None]
 
     def evaluation(self, widths: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,8 +92,12 @@ class ScaledCrops:
     test_scale: tuple[int, int]
     test_ratio: float = 1.0
     divisor: int = 1
+    most_shapes: ClassVar[int] = 1
 
-    def training(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    def shapes(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+        return np.tile(self.shape, (len(keys), 1))
+
+    def training(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray, shapes: np.ndarray) -> np.ndarray:
         """Resizing, cropping and padding are one window, in whole pixels of the stored image: its sides are those of
         the crop divided by the factor of the resize, rounded.
         """

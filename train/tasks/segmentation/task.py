@@ -103,7 +103,7 @@ class Segmentation(Task):
 
     def targets(self, split: Split, training: bool) -> LabelMaps:
         settings = self.config.task
-        return LabelMaps(split, len(self.classes), settings.crop if training else None, settings.cat_max_ratio)
+        return LabelMaps(split, len(self.classes), training, settings.cat_max_ratio)
 
     def inputs(self, batch: MicroBatch, epoch: int, device: torch.device) -> dict[str, Tensor]:
         """Augmented: "images" float [m, 3, H, W], whose padding has the mean colour, and "labels" [m, H, W]."""
