@@ -156,8 +156,8 @@ class Task(ABC):
     # --- evaluation and use ---
 
     @abstractmethod
-    def tally(self, device: torch.device) -> Tally:
-        """A new evaluation."""
+    def tally(self, device: torch.device, split: Split) -> Tally:
+        """A new evaluation, on `split`."""
 
     def evaluation_picture(self, details: dict) -> Tensor | None:
         """What TensorBoard shows of an evaluation: a picture [3, H, W] in 0..1, or None. details: of Tally.finish."""
@@ -237,7 +237,7 @@ def evaluate(
     """
     size, views = task.config.train.micro_batch, task.views()
     count = len(evaluation_slices(views, split.records["width"], split.records["height"], size))
-    tally = task.tally(device)
+    tally = task.tally(device, split)
     sums = torch.zeros(count, tally.width, dtype=torch.float64, device=device)
     targets = task.targets(split, training=False)
     for row, batch in evaluation_batches(task.config.data, views, split, size, targets, rank=rank, world=world):

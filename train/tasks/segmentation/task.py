@@ -130,7 +130,7 @@ class Segmentation(Task):
         mixed = [lay_over(*pair, len(self.classes)) for pair in zip(pixels, labels, strict=True)]
         return torch.stack([torch.from_numpy(image) for image in mixed]).permute(0, 3, 1, 2) / 255
 
-    def tally(self, device: torch.device) -> SegmentationTally:
+    def tally(self, device: torch.device, split: Split) -> SegmentationTally:
         return SegmentationTally(self.config, self.classes, device)
 
     def evaluation_picture(self, details: dict) -> Tensor | None:
