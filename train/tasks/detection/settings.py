@@ -14,8 +14,6 @@ Sides = tuple[Positive, Positive]
 # The backbones' smallest map has 1/32 of an image's sides.
 Divisor = Annotated[int, Field(ge=32, multiple_of=32)]
 
-PUBLISHED_ANCHOR_SCALES = {"retinanet": 4.0, "atss": 8.0}
-PUBLISHED_NMS = {"retinanet": 0.5, "fcos": 0.5, "atss": 0.6}
 GROUPS = 32  # of the group norms in FCOS's and ATSS's heads
 
 # Settings of other sections that describe how classification cuts and mixes images.
@@ -123,16 +121,6 @@ class Settings(TaskConfig):
                 "number of groups of its group norms"
             )
         return self
-
-    @property
-    def scale_of_anchors(self) -> float | None:
-        """task.anchor_scale, or the published one; None for fcos."""
-        return self.anchor_scale or PUBLISHED_ANCHOR_SCALES.get(self.detector)
-
-    @property
-    def nms_threshold(self) -> float:
-        """task.nms, or the published one."""
-        return self.nms or PUBLISHED_NMS[self.detector]
 
     @property
     def scale_of_tests(self) -> tuple[int, int]:
