@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from data_pipeline.objects import ObjectTable
 
 # A box in pixels of the stored image. image: the sample's id in its split.
-DETECTION = np.dtype(
+FOUND = np.dtype(
     [
         ("image", "<i8"),
         ("x", "<f8"),
@@ -90,7 +90,7 @@ class CocoScores:
 
 
 def coco_scores(truth: Truth, detections: np.ndarray, classes: Sequence[str]) -> CocoScores:
-    """Scores of `detections`, DETECTION [d], those of an image in a fixed order.
+    """Scores of `detections`, FOUND [d], those of an image in a fixed order.
 
     Equal scores stay in the given order within an image and in the order of `image_ids` between images, as in
     pycocotools.
@@ -101,7 +101,7 @@ def coco_scores(truth: Truth, detections: np.ndarray, classes: Sequence[str]) ->
     places = np.empty(len(order), np.int64)
     places[order] = np.arange(len(order))
     objects, numbers = truth.objects, range(len(order))
-    boxes = _columns(objects, BOX)
+    boxes = columns(objects, BOX)
     dataset = hotcoco.COCO.from_arrays(
         [{"id": number} for number in numbers],
         [{"id": label, "name": str(label)} for label in range(len(classes))],
@@ -112,7 +112,7 @@ def coco_scores(truth: Truth, detections: np.ndarray, classes: Sequence[str]) ->
         iscrowd=objects["crowd"].astype(np.int64),
     )
     images = places[np.searchsorted(truth.ids, detections["image"])]
-    found = np.column_stack([images, _columns(detections, [*BOX, "score"]), detections["label"]])
+    found = np.column_stack([images, columns(detections, [*BOX, "score"]), detections["label"]])
     evaluation = hotcoco.COCOeval(dataset, dataset.load_res(found), "bbox")
     with redirect_stdout(io.StringIO()):  # summarize prints
         evaluation.run()
@@ -127,7 +127,7 @@ def coco_scores(truth: Truth, detections: np.ndarray, classes: Sequence[str]) ->
     )
 
 
-def _columns(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
+def columns(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """Fields of structured rows [n] as float64 [n, len(names)]."""
     return np.column_stack([rows[name].astype(np.float64) for name in names])
 
@@ -146,9 +146,9 @@ def write_results(path: Path, truth: Truth, category_ids: np.ndarray, detections
     """Write detections as COCO's results file, with the ids of images and categories that the source has."""
     images = truth.image_ids[np.searchsorted(truth.ids, detections["image"])].tolist()
     categories = np.asarray(category_ids)[detections["label"]].tolist()
-    columns = zip(images, categories, _columns(detections, BOX).tolist(), detections["score"].tolist(), strict=True)
+    rows = zip(images, categories, columns(detections, BOX).tolist(), detections["score"].tolist(), strict=True)
     with open(path, "w") as file:
-        for number, (image, category, box, score) in enumerate(columns):
+        for number, (image, category, box, score) in enumerate(rows):
             row = {"image_id": image, "category_id": category, "bbox": box, "score": score}
             file.write(("[\n" if number == 0 else ",\n") + json.dumps(row))
         file.write("\n]\n" if len(detections) else "[]\n")

@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 
-from train.tasks.detection.coco import BOX, DETECTION, Truth
+from train.tasks.detection.coco import BOX, FOUND, Truth
 
 OBJECT = np.dtype(
     [*((name, "<f8") for name in (*BOX, "area")), ("label", "<u4"), ("crowd", "u1"), ("id", "<i8")]
@@ -30,8 +30,8 @@ def objects_of(boxes: np.ndarray, labels: np.ndarray, **others: object) -> np.nd
 
 
 def detections_of(images: np.ndarray, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """DETECTION [n], by image and falling score."""
-    rows = np.zeros(len(boxes), DETECTION)
+    """FOUND [n], by image and falling score."""
+    rows = np.zeros(len(boxes), FOUND)
     for name, column in zip(BOX, boxes.T, strict=True):
         rows[name] = column
     rows["image"], rows["score"], rows["label"] = images, scores, labels
