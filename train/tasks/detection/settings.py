@@ -138,3 +138,9 @@ def check_config(config: "Config") -> None:
                     f"{name}.{key} does nothing with task.name=detection, whose images are cut by task.scales and "
                     "task.crop_scales and are not mixed: leave it out"
                 )
+    if config.task.frozen_stages and config.zero.stage == 3:
+        raise ValueError(
+            "task.frozen_stages needs zero.stage 0, 1 or 2: at stage 3 all weights are divided, to be trained"
+        )
+    if config.task.frozen_stages and not config.model.init_from:
+        raise ValueError("task.frozen_stages keeps first weights as they are: name a file of them in model.init_from")

@@ -24,6 +24,8 @@ MISTAKES = [
     (["task.nms=0"], "task.nms: input should be greater than 0"),
     (["task.score_threshold=1.5"], "task.score_threshold: input should be less than or equal to 1"),
     (["task.scale=[1333,800]"], "unknown key task.scale"),
+    (["task.frozen_stages=1"], "task.frozen_stages keeps first weights as they are: name a file of them"),
+    (["task.frozen_stages=1", "zero.stage=3"], "task.frozen_stages needs zero.stage 0, 1 or 2"),
     (["augment.mixup=0.8"], "augment.mixup does nothing with task.name=detection"),
     (["augment.color_jitter=0.4"], "augment.color_jitter does nothing"),
     (["augment.crop=none"], "augment.crop does nothing"),
