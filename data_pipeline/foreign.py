@@ -1,4 +1,4 @@
-"""Index WebDataset shards that other programs made, for classification or segmentation.
+"""Index WebDataset shards that other programs made, for classification, segmentation or detection.
 
 A manifest and an index per split are written beside the shards, which are not changed. As in WebDataset, a sample
 consists of the members of a tar that share folder and name up to the first dot. Its image is the member with an image
@@ -8,13 +8,16 @@ reason.
 
 Shards whose first sample has a `.png` beside its `.jpg`, and no `.cls`, are those of segmentation: the PNG is the
 sample's label map, which must have the stored form (label_png.py).
+
+Shards whose first sample has a `.json` with `objects`, and neither `.cls` nor a label, are those of detection: each
+sample's JSON must have the stored form (object_json.py).
 """
 
 import json
 import os
 import re
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,14 +26,27 @@ import numpy as np
 
 from data_pipeline.durable import sha256_of
 from data_pipeline.faults import retried
-from data_pipeline.label_png import LabelCoding, check_label, stored_coding
+from data_pipeline.finish import REPORT_NAME, files_beside, finish
+from data_pipeline.label_png import check_label, stored_coding
 from data_pipeline.labels import LONGEST_NAME, class_names, fault_of_name, read_lines
 from data_pipeline.manifest import FILE_NAME, parse_manifest
+from data_pipeline.object_json import read_objects
 from data_pipeline.ownership import WORK, claim, remove_work_folder, work_folder
-from data_pipeline.pack import done_path, read_done, write_done
-from data_pipeline.prepare import REPORT_NAME, files_beside, finish, read_arguments
+from data_pipeline.pack import INDEX, done_path, read_done, tables_of, write_done
+from data_pipeline.prepare import read_arguments
 from data_pipeline.progress import Progress
-from data_pipeline.split import LABEL_MAP, RECORD, DataError, Shard, UsageError
+from data_pipeline.split import (
+    DETECTION,
+    IMAGES,
+    LABEL_MAP,
+    OBJECT,
+    OBJECT_JSON,
+    OBJECTS,
+    TABLES,
+    DataError,
+    Shard,
+    UsageError,
+)
 from data_pipeline.tars import IMAGE_SUFFIXES, tar_files
 from data_pipeline.validate import BadImage, check_image, check_size, errors_as_bad_image, shortened
 from data_pipeline.workers import count, run_tasks
@@ -40,13 +56,14 @@ LABEL_KEYS = ("label", "class", "cls")  # fields of .json that are tried if --la
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 MAX_CLASSES = 1_000_000
 MAX_LABEL_BYTES = 1 << 24  # of a .cls or .json
+LABEL = OBJECT.names.index("label")
 
 
 def index(dest: Path, *, workers: int, split: str | None = None, label_key: str | None = None) -> None:
     """Index every `*.tar` below `dest`, or continue a run that was killed. Replaces an earlier index.
 
     split: the split of all shards; None takes it from their names. label_key: the field of `.json` with the label; None
-    takes the label from `.cls`, else from LABEL_KEYS; not for segmentation. Raises UsageError, DataError,
+    takes the label from `.cls`, else from LABEL_KEYS; for classification only. Raises UsageError, DataError,
     StorageError, OSError, or BrokenProcessPool if a worker was killed.
     """
     if not dest.is_dir():
@@ -58,12 +75,13 @@ def index(dest: Path, *, workers: int, split: str | None = None, label_key: str 
     for file in files:
         splits.setdefault(split or _split_of(file), []).append(file)
     classes = _read_classes(dest / CLASSES_NAME)
-    coding = _coding(dest, files[0], classes, label_key)
+    beside = _beside(dest, files[0], classes, label_key)
+    annotations = {"cls": (), "png": (LABEL_MAP,), "json": DETECTION}[beside]
     with work_folder(dest) as work:
         if (work / "plan.json").exists():
             raise UsageError(f"{dest} is being prepared from {read_arguments(work / 'plan.json')['source']}.")
-        stale = claim(dest, files_beside(splits, maps=coding is not None), earlier)
-        tasks = [_Task(dest, file, label_key, coding, slot) for slot, file in enumerate(files)]
+        stale = claim(dest, files_beside(splits, annotations), earlier)
+        tasks = [_Task(dest, file, label_key, beside, len(classes or ()), slot) for slot, file in enumerate(files)]
         sizes = [(dest / file).stat().st_size for file in files]
         missing = [task for task in tasks if not _is_done(task)]
         with Progress(
@@ -74,15 +92,17 @@ def index(dest: Path, *, workers: int, split: str | None = None, label_key: str 
         found = {value: file for file in reversed(files) for value in read_done(done_path(dest, file))[0]["labels"]}
         classes, numbers = _number_classes(dest, found, classes)
 
-        def read(file: str) -> tuple[dict, np.ndarray]:
-            header, records = read_done(done_path(dest, file))
+        def read(file: str) -> tuple[dict, dict[str, np.ndarray]]:
+            header, tables = read_done(done_path(dest, file))
+            records = tables[INDEX]
             records["label"] = np.array([numbers[value] for value in header["labels"]], np.uint32)[records["label"]]
-            return header, records
+            return header, tables
 
         report = {"arguments": {"index": True, "split": split, "label_key": label_key}}
-        if coding:
-            report["segmentation"] = {"classes": len(classes)}
-        finish(dest, classes, {name: splits[name] for name in sorted(splits)}, report, read, stale)
+        if beside != "cls":
+            report["segmentation" if beside == "png" else "detection"] = {"classes": len(classes)}
+        category_ids = range(1, len(classes) + 1) if beside == "json" else None
+        finish(dest, classes, {name: splits[name] for name in sorted(splits)}, report, read, stale, category_ids)
         remove_work_folder(dest)
 
 
@@ -97,7 +117,9 @@ def _earlier_index(dest: Path) -> list[str]:
             f"{dest} is a prepared dataset with its own index: give a folder of shards that another program made."
         )
     names = [name for name in manifest.splits if name in SPLIT_WORDS.values()]
-    return files_beside(names, maps=any(LABEL_MAP in split.annotations for split in manifest.splits.values()))
+    return files_beside(
+        names, TABLES.keys() & {name for split in manifest.splits.values() for name in split.annotations}
+    )
 
 
 def _find_shards(dest: Path) -> list[str]:
@@ -130,20 +152,36 @@ def _read_classes(path: Path) -> tuple[str, ...] | None:
     return class_names(path, read_lines(path))
 
 
-def _coding(dest: Path, first: str, classes: tuple[str, ...] | None, label_key: str | None) -> LabelCoding | None:
-    """The coding of the label maps if the shard `first` has some, else None."""
-    with open(dest / first, "rb") as file:
-        members = next(iter(_samples(dest / first, file).values()), [])
-    endings = {ending for ending, *_ in members}
-    if "png" not in endings or not endings & {"jpg", "jpeg"} or "cls" in endings:
-        return None
+def _beside(dest: Path, first: str, classes: tuple[str, ...] | None, label_key: str | None) -> str:
+    """The ending of what the first sample of the shard `first` has beside its image: "png" for a label map, "json" for
+    objects, or "cls" for a label, wherever it is. Raises UsageError, DataError.
+    """
+    path = dest / first
+    with open(path, "rb") as file:
+        members = {ending: place for ending, *place in next(iter(_samples(path, file).values()), [])}
+        if not members.keys() & {"jpg", "jpeg"} or "cls" in members:
+            return "cls"
+        if "png" in members:
+            ending, what = "png", "label maps (.png beside .jpg)"
+        elif "json" in members and label_key is None and _has_objects(file, *members["json"]):
+            ending, what = "json", "objects (in .json beside .jpg)"
+        else:
+            return "cls"
     if label_key:
-        raise UsageError(f"{dest / first} has label maps (.png beside .jpg): leave --label-key out.")
+        raise UsageError(f"{path} has {what}: leave --label-key out.")
     if classes is None:
-        raise DataError(
-            f"{dest / first} has label maps (.png beside .jpg): name the classes in {dest / CLASSES_NAME}, one a line."
-        )
-    return stored_coding(len(classes))
+        raise DataError(f"{path} has {what}: name the classes in {dest / CLASSES_NAME}, one a line.")
+    return ending
+
+
+def _has_objects(file: BinaryIO, offset: int, size: int) -> bool:
+    """Whether a JSON has objects and no label."""
+    file.seek(offset)
+    try:
+        fields = json.loads(file.read(min(size, MAX_LABEL_BYTES)))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and "objects" in fields and not fields.keys() & set(LABEL_KEYS)
 
 
 def _number_classes(
@@ -196,13 +234,15 @@ class _Task:
     dest: Path
     file: str
     label_key: str | None
-    coding: LabelCoding | None
+    beside: str
+    classes: int
     slot: int
 
     def identity(self) -> list:
         """A `.done` file is valid for this: the current state of the shard, and the arguments."""
         stat = (self.dest / self.file).stat()
-        return [stat.st_size, stat.st_mtime_ns, self.label_key, *([self.coding.classes] if self.coding else [])]
+        beside = {"cls": [], "png": [self.classes], "json": [self.classes, OBJECTS]}[self.beside]
+        return [stat.st_size, stat.st_mtime_ns, self.label_key, *beside]
 
 
 def _is_done(task: _Task) -> bool:
@@ -212,39 +252,41 @@ def _is_done(task: _Task) -> bool:
 
 def _index_shard(task: _Task) -> None:
     """Check every sample of one shard and write its `.done` file, where `label` is an index into `labels`."""
-    header, records = retried(lambda: _read_shard(task), str(task.dest / task.file))
-    write_done(done_path(task.dest, task.file), header, records)
+    header, tables = retried(lambda: _read_shard(task), str(task.dest / task.file))
+    write_done(done_path(task.dest, task.file), header, tables)
     count(task.slot, header["shard"]["bytes"])
 
 
-def _read_shard(task: _Task) -> tuple[dict, np.ndarray]:
+def _read_shard(task: _Task) -> tuple[dict, dict[str, np.ndarray]]:
     path, identity = task.dest / task.file, task.identity()
-    records, codes, listed, outcomes = [], {}, [], Counter()
+    found, codes, listed, outcomes = [], {}, [], Counter()
+    check = {"cls": _check_label_of, "png": _check_label_map, "json": _check_objects}[task.beside]
     with open(path, "rb") as file:
         for key, members in _samples(path, file).items():
             try:
-                if task.coding:
-                    found, label = _check_pair(file.fileno(), members, task.coding), 0
-                else:
-                    found, label = _check_sample(file.fileno(), members, task.label_key)
+                record, label, rows = check(file.fileno(), members, task)
             except BadImage as error:
                 listed.append((f"{task.file}/{key}", "excluded", str(error)))
                 outcomes["convertible"] += isinstance(error, _Convertible)
             else:
                 code = codes.setdefault(label, len(codes))
-                records.append([(*record[:3], code, *record[3:]) for record in found])
+                found.append(((*record[:3], code, *record[3:]), rows))
                 outcomes["kept"] += 1
+                outcomes["objects"] += len(rows.get(OBJECTS, ()))
             count(task.slot, members[-1][1])
-    records = np.array(records, RECORD).reshape(-1, 2 if task.coding else 1).T
-    records = records[:, np.argsort(records[0]["offset"], kind="stable")]  # as in the file, for sequential reads
-    shard = Shard(task.file, records.shape[1], identity[0], sha256_of(path))
+    joined = defaultdict(list)
+    for record, rows in sorted(found, key=lambda each: each[0][0]):  # as in the file, for sequential reads
+        joined[INDEX].append(record)
+        for name, more in rows.items():
+            joined[name] += more
+    shard = Shard(task.file, len(found), identity[0], sha256_of(path))
     return {
         "shard": asdict(shard),
         "outcomes": outcomes,
         "listed": listed,
         "labels": list(codes),
         "identity": identity,
-    }, records
+    }, tables_of(joined, task.beside)
 
 
 def _samples(path: Path, file: BinaryIO) -> dict[str, list[tuple[str, int, int]]]:
@@ -261,31 +303,49 @@ class _Convertible(BadImage):
     """An image or label map that prepare would have converted to a usable one."""
 
 
-def _check_pair(descriptor: int, members: list[tuple[str, int, int]], coding: LabelCoding) -> list[tuple]:
-    """The RECORDs without label of a sample's image and of its label map. Raises BadImage."""
-    maps = [member for member in members if member[0] == "png"]
-    if len(maps) != 1:
-        raise BadImage("more than one label (.png)" if maps else "no label (.png)")
-    [(_, offset, size)] = maps
-    check_size(size)
+def _check_label_map(descriptor: int, members: list[tuple[str, int, int]], task: _Task) -> tuple:
+    """The RECORD without label of a sample's image, no label, and the rows of the other tables. Raises BadImage."""
+    data, offset = _read_one(descriptor, members, "png", "label")
     record = _check_image(descriptor, _image_of([member for member in members if member[0] != "png"]))
-    data = os.pread(descriptor, size, offset)
     try:
-        label_map = check_label(data, coding, record[-2:], record[-2:])
+        label_map = check_label(data, stored_coding(task.classes), record[-2:], record[-2:])
     except BadImage as error:
         raise BadImage(f"its label: {error}") from error
     if label_map.why:
         raise _Convertible(f"its label is {label_map.why}: not rewritten here, because the shard is not changed")
-    return [record, (offset, size, 0, zlib.crc32(data), *record[-2:])]
+    return record, 0, {LABEL_MAP: [_record(data, offset, record[-2:])]}
 
 
-def _check_sample(
-    descriptor: int, members: list[tuple[str, int, int]], label_key: str | None
-) -> tuple[list[tuple], int | str]:
+def _check_objects(descriptor: int, members: list[tuple[str, int, int]], task: _Task) -> tuple:
+    """As `_check_label_map`."""
+    data, offset = _read_one(descriptor, members, "json", "boxes")
+    record = _check_image(descriptor, _image_of(members))
+    image_id, objects = read_objects(data, record[-2:])
+    if odd := next((row for row in objects if row[LABEL] >= task.classes), None):
+        raise BadImage(f"object {odd[-1]} has the label {odd[LABEL]}; {CLASSES_NAME} names {task.classes} classes")
+    places = [_record(data, offset, record[-2:])]
+    return record, 0, {OBJECT_JSON: places, IMAGES: [(0, len(objects), image_id)], OBJECTS: objects}
+
+
+def _check_label_of(descriptor: int, members: list[tuple[str, int, int]], task: _Task) -> tuple:
     """The RECORD without label of a sample's image, and the label as it is written in the shard. Raises BadImage."""
     image = _image_of(members)
-    label = _read_label(descriptor, members, label_key)
-    return [_check_image(descriptor, image)], label
+    label = _read_label(descriptor, members, task.label_key)
+    return _check_image(descriptor, image), label, {}
+
+
+def _read_one(descriptor: int, members: list[tuple[str, int, int]], ending: str, what: str) -> tuple[bytes, int]:
+    """The bytes and the place of the one member with this ending. Raises BadImage."""
+    found = [place for name, *place in members if name == ending]
+    if len(found) != 1:
+        raise BadImage(f"more than one {what} (.{ending})" if found else f"no {what} (.{ending})")
+    [(offset, size)] = found
+    check_size(size)
+    return os.pread(descriptor, size, offset), offset
+
+
+def _record(data: bytes, offset: int, size: tuple[int, int]) -> tuple:
+    return offset, len(data), 0, 0, zlib.crc32(data), *size
 
 
 def _image_of(members: list[tuple[str, int, int]]) -> tuple[str, int, int]:

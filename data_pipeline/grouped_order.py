@@ -36,7 +36,7 @@ class GroupedOrder(Order):
                 "micro-batches of one orientation (task.aspect_groups) need data.shuffle=full and data.repeats=1"
             )
         if sum(self._counts) < self.micro_batches:
-            landscape, portrait = map(len, self._groups)
+            landscape, portrait = self.groups
             raise ValueError(
                 f"the dataset's {landscape} landscape and {portrait} portrait images fill {sum(self._counts)} "
                 f"micro-batches of {self.micro_batch} of one orientation, fewer than the {self.micro_batches} of a step"
@@ -50,15 +50,19 @@ class GroupedOrder(Order):
         portrait = split.records["width"] < split.records["height"]
         return cls(seed, split.samples, global_batch, micro_batch, shuffle, repeats, portrait=portrait)
 
+    @property
+    def groups(self) -> tuple[int, ...]:
+        return tuple(map(len, self._members))
+
     @cached_property
-    def _groups(self) -> tuple[np.ndarray, np.ndarray]:
+    def _members(self) -> tuple[np.ndarray, np.ndarray]:
         """The ids of the landscape and of the portrait images, ascending."""
         return tuple(np.flatnonzero(group).astype(np.int32) for group in (~self.portrait, self.portrait))
 
     @property
     def _counts(self) -> tuple[int, int]:
         """Whole micro-batches of each group."""
-        return tuple(len(ids) // self.micro_batch for ids in self._groups)
+        return tuple(size // self.micro_batch for size in self.groups)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -69,7 +73,7 @@ class GroupedOrder(Order):
         slots = (step % self.steps_per_epoch) * self.micro_batches + rows
         slots = permute(make_key(self.seed, Stream.ORDER, epoch, 0), sum(self._counts), slots)
         found = np.empty((len(slots), self.micro_batch), np.int64)
-        for number, (ids, first) in enumerate(zip(self._groups, (0, self._counts[0]), strict=True)):
+        for number, (ids, first) in enumerate(zip(self._members, (0, self._counts[0]), strict=True)):
             mine = (slots >= self._counts[0]) == number
             positions = (slots[mine] - first)[:, None] * self.micro_batch + np.arange(self.micro_batch)
             key = make_key(self.seed, Stream.ORDER, epoch, 1 + number)
@@ -78,5 +82,5 @@ class GroupedOrder(Order):
         return found
 
     def replacement(self, sample: int, attempt: int) -> int:
-        ids = self._groups[int(self.portrait[sample])]
+        ids = self._members[int(self.portrait[sample])]
         return int(ids[make_key(self.seed, Stream.REPLACEMENT, sample, attempt) % len(ids)])

@@ -55,6 +55,11 @@ class Order:
             )
 
     @property
+    def groups(self) -> tuple[int, ...]:
+        """The numbers of samples of which micro-batches are made apart."""
+        return (self.samples,)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Whole global batches in an epoch. The remaining samples, different ones in each epoch, are not used."""
         return self.samples // self.global_batch

@@ -105,7 +105,7 @@ class ScaledCrops:
         count = CANDIDATES if self.cat_max_ratio < 1 else 1
         number = uniform(keys, 1 + 2 * count)
         low, high = self.scale_range
-        factor = (low + (high - low) * number[:, :1]) * _factors(widths, heights, self.scale)
+        factor = (low + (high - low) * number[:, :1]) * factors(widths, heights, self.scale)
         height, width = (np.maximum(1, np.rint(side / factor)).astype(np.int64) for side in self.shape)
         # A place inside the image; along a side where the window is larger, at the image's beginning. Of a mirrored
         # window that is too wide it is the end, because mirroring moves the padding from the left to the right.
@@ -120,7 +120,7 @@ class ScaledCrops:
         widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
         zeros = np.zeros_like(widths)
         windows = np.stack([zeros, zeros, widths, heights, zeros], axis=1).astype(np.int32)
-        factor = self.test_ratio * _factors(widths, heights, self.test_scale)
+        factor = self.test_ratio * factors(widths, heights, self.test_scale)
         sides = np.stack([heights, widths], axis=1)
         resized = np.maximum(1, np.floor(sides * factor[:, None] + 0.5).astype(np.int64))
         return windows, -(-resized // self.divisor) * self.divisor
@@ -130,9 +130,14 @@ class ScaledCrops:
         return np.asarray(widths, np.int64) << 32 | np.asarray(heights, np.int64)
 
 
-def _factors(widths: np.ndarray, heights: np.ndarray, scale: tuple[int, int]) -> np.ndarray:
-    """The largest factors by which images fit into (long, short), one side by side with the other."""
-    return np.minimum(max(scale) / np.maximum(widths, heights), min(scale) / np.minimum(widths, heights))
+def factors(widths: np.ndarray, heights: np.ndarray, scale: tuple[int, int] | np.ndarray) -> np.ndarray:
+    """The largest factors by which images fit into (long, short), one side by side with the other, float64 [n].
+
+    scale: two numbers, or two for each image, [n, 2].
+    """
+    scale = np.asarray(scale)
+    long, short = scale.max(axis=-1), scale.min(axis=-1)
+    return np.minimum(long / np.maximum(widths, heights), short / np.minimum(widths, heights))
 
 
 def evaluation_slices(views: Views, widths: np.ndarray, heights: np.ndarray, batch_size: int) -> list[range]:

@@ -51,21 +51,24 @@ def by_range(boxes: Tensor, real: Tensor, points: Tensor, strides: Tensor) -> Te
     return torch.where(size < torch.inf, match, BACKGROUND)
 
 
-def by_statistics(
-    boxes: Tensor, real: Tensor, anchors: Tensor, valid: Tensor, levels: Sequence[tuple[int, int]]
-) -> Tensor:
+def by_statistics(boxes: Tensor, real: Tensor, anchors: Tensor, valid: Tensor, starts: Sequence[int]) -> Tensor:
     """ATSS (arXiv 1912.02424): a box sets its own least overlap, from the anchors that are near.
 
     Candidates are on each level the NEAREST valid anchors [A, 4] by distance of centres (the first of equal ones).
     Those learn the box whose overlap is at least the mean + the standard deviation of all candidates', and whose centre
-    lies in the box; of several boxes an anchor learns the one that it overlaps most. levels: [start, end) of each
-    level's anchors. Anchors that are not valid are ignored.
+    lies in the box; of several boxes an anchor learns the one that it overlaps most. starts: the first anchor of each
+    level, and A. Anchors that are not valid are ignored.
     """
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
     offsets = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2 - centres
     distance = torch.where(valid, offsets[..., 0] * offsets[..., 0] + offsets[..., 1] * offsets[..., 1], torch.inf)
-    parts = [distance[:, start:end].sort(dim=1, stable=True).indices[:, :NEAREST] + start for start, end in levels]
-    near = torch.cat(parts, dim=1)
+    near = torch.cat(
+        [
+            first + distance[:, first:last].sort(dim=1, stable=True).indices[:, :NEAREST]
+            for first, last in zip(starts[:-1], starts[1:], strict=True)
+        ],
+        dim=1,
+    )
 
     overlap, counts = intersection_over_union(boxes, anchors).gather(1, near), valid[near]
     number = counts.sum(dim=1, keepdim=True)
