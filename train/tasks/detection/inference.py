@@ -3,47 +3,38 @@
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from data_pipeline.object_targets import shown_part
 from torch import Tensor
 
-from catmodel.detection import Detector, detect
-from data_pipeline.augment import normalise
+from catmodel.detection import detect
 from train.tasks.base import Model
 from train.tasks.detection.coco import BOX, FOUND
-from train.tasks.segmentation.task import clear_outside
 
 if TYPE_CHECKING:
-    from data_pipeline.config import AugmentConfig
-    from train.config import Config
-    from train.tasks.detection.settings import Settings
-
-
-def network_input(images: Tensor, inside: Tensor, settings: "Settings", augment: "AugmentConfig") -> Tensor:
-    """Images uint8 [m, 3, H, W] as the network takes them: normalised, of mean colour outside of `inside` (int32
-    [m, 4]), with the order of channels that task.bgr says.
-    """
-    images = clear_outside(normalise(images, augment), inside)
-    return images.flip(1) if settings.bgr else images
+    from train.tasks.detection.task import Detection
 
 
 class Inference:
-    """Boxes in images. Needs no gradients. detector: for its places and boxes; its weights are not used."""
+    """Boxes in images. Needs no gradients."""
 
-    def __init__(self, config: "Config", detector: Detector):
-        self._settings, self._augment, self._detector = config.task, config.augment, detector
+    def __init__(self, task: "Detection"):
+        self._task = task
 
     def __call__(self, model: Model, images: Tensor, targets: dict[str, Tensor], ids: list[int]) -> list[np.ndarray]:
         """The objects in each of the images uint8 [m, 3, H, W], FOUND, best first.
 
         targets: on the CPU, of an evaluation (data_pipeline.object_targets.ObjectTargets). ids: the samples'.
         """
-        settings = self._settings
+        task, settings = self._task, self._task.config.task
         inside = targets["inside"].to(images.device, non_blocking=True)
-        outputs = model(network_input(images, inside, settings, self._augment))
+        sides = targets["sizes"] * targets["factors"]  # of the images in the inputs, to fractions of a pixel
+        edges = torch.cat([torch.zeros_like(sides), sides], dim=1).to(images.device, non_blocking=True)
         detections = detect(
-            self._detector,
-            outputs,
-            self._detector.grid(*images.shape[2:], images.device),
-            inside,
+            task.detector,
+            model(task.pixels(images, inside)),
+            task.grid(images),
+            edges,
             settings.score_threshold,
             settings.before_nms,
             settings.nms_threshold,
@@ -70,3 +61,17 @@ def as_found(
         rows[name] = column
     rows["image"], rows["score"], rows["label"] = image, scores, labels
     return rows
+
+
+def evaluation_targets(windows: np.ndarray, sizes: np.ndarray, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """What ObjectTargets gives for evaluation, of images that are in no dataset.
+
+    windows: int32 [m, 5], of views.evaluation. sizes: int64 [m, 2], (width, height). shape: (height, width) of the
+    input.
+    """
+    arrays = {
+        "factors": np.array(shape[::-1]) / windows[:, 2:4],
+        "sizes": sizes.astype(np.int32),
+        "inside": shown_part(windows, sizes, shape),
+    }
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

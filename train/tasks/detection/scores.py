@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from data_pipeline.objects import ObjectTable
 from torch import Tensor
 
-from catmodel.detection import Detector
 from data_pipeline.loader import MicroBatch
 from data_pipeline.randomness import fold
 from data_pipeline.split import DataError, Split
@@ -28,7 +27,7 @@ from train.tasks.drawing import as_base64
 from train.telemetry.metrics import Scores
 
 if TYPE_CHECKING:
-    from train.config import Config
+    from train.tasks.detection.task import Detection
 
 KEPT = 8  # pictures of an evaluation
 KEPT_MISTAKES = 16
@@ -45,7 +44,7 @@ METRICS = ("ap", "ap50", "ap75", "aps", "apm", "apl", "ar100")
 class Shown:
     """A sample of the `val` split in small. image: the photograph (JPEG), in base64.
 
-    truth, found: boxes in its pixels with labels, (left, top, width, height, label); found with scores as well.
+    Boxes are in its pixels, (left, top, width, height, label, then in `truth` 1 for a crowd, in `found` the score).
     """
 
     id: int
@@ -76,15 +75,13 @@ class DetectionTally:
 
     Kept beside them for TensorBoard and launch/report.py: `KEPT` images with objects and detections, those whose ids a
     hash puts first, and the `KEPT_MISTAKES` images with the most confident mistakes: the same ones on any number of
-    ranks. detector: see Inference.
+    ranks.
     """
 
     width = 1
 
-    def __init__(
-        self, config: "Config", classes: Sequence[str], device: torch.device, split: Split, detector: Detector
-    ):
-        self._inference, self._classes, self._device = Inference(config, detector), tuple(classes), device
+    def __init__(self, task: "Detection", split: Split, device: torch.device):
+        self._inference, self._classes, self._device = Inference(task), task.classes, device
         self._table = ObjectTable(split)
         self._ids: list[int] = []
         self._found: list[np.ndarray] = []
@@ -103,9 +100,8 @@ class DetectionTally:
         return batch.counted.sum().double()[None].to(self._device)
 
     def finish(self, sums: Sequence[float]) -> tuple[Scores, dict]:
-        ids, found, shown, mistakes = (
-            [part for rank in parts for part in rank] for parts in zip(*self._gathered(), strict=True)
-        )
+        ranks = self._gathered()
+        ids, found, shown, mistakes = ([one for part in parts for one in part] for parts in zip(*ranks, strict=True))
         detections = np.concatenate([*found, np.zeros(0, FOUND)])
         detections = detections[np.argsort(detections["image"], kind="stable")]
         truth = truth_of(self._table, np.array(sorted(ids), np.int64))
@@ -170,9 +166,12 @@ def small(number: int, photograph: Tensor, size: tuple[int, int], objects: np.nd
     image = as_base64(pixels.round().byte().permute(1, 2, 0).cpu().numpy(), "JPEG")
     scale = np.array([width / size[0], height / size[1]] * 2)
     boxes = [(columns(rows, BOX) * scale).round(1).tolist() for rows in (objects, found)]
-    truth = [(*box, label) for box, label in zip(boxes[0], objects["label"].tolist(), strict=True)]
-    scored = zip(boxes[1], found["label"].tolist(), found["score"].tolist(), strict=True)
-    return Shown(number, image, truth, [(*box, label, score) for box, label, score in scored])
+    columns_of = ((objects, "crowd"), (found, "score"))
+    truth, scored = (
+        [(*box, *row) for box, row in zip(part, rows[["label", last]].tolist(), strict=True)]
+        for part, (rows, last) in zip(boxes, columns_of, strict=True)
+    )
+    return Shown(number, image, truth, scored)
 
 
 def counts_of(truth: Truth, classes: int) -> dict[str, Any]:
