@@ -21,6 +21,10 @@ MISTAKES = [
     (["task.divisor=48"], "task.divisor: input should be a multiple of 32"),
     (["task.detector=fcos", "task.anchor_scale=4"], "task.anchor_scale belongs to task.detector=retinanet and atss"),
     (["task.detector=atss", "task.head_channels=48"], "task.head_channels 48 of atss must be a multiple of 32"),
+    (
+        ["task.detector=fcos", "task.head_channels=32"],
+        "32 of fcos must be a multiple of 32, and more",
+    ),
     (["task.nms=0"], "task.nms: input should be greater than 0"),
     (["task.score_threshold=1.5"], "task.score_threshold: input should be less than or equal to 1"),
     (["task.scale=[1333,800]"], "unknown key task.scale"),
