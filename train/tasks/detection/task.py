@@ -162,8 +162,8 @@ class Detection(Task):
         """Images, and what each of the A places of their grid learns.
 
         "images" float [m, 3, H, W], whose padding has the mean colour; "classes" int64 [m, A], -1: ignored, K:
-        background; "boxes" [m, A, 4], x1 y1 x2 y2 in pixels of the input, of places that learn none any box; "places"
-        [A, 4] or [A, 2], the anchors or points; "centerness" [m, A] (not retinanet).
+        background; "boxes" [m, A, 4], x1 y1 x2 y2 in pixels of the input, of places that learn no box one whose
+        encoding is zero; "places" [A, 4] or [A, 2], the anchors or points; "centerness" [m, A] (not retinanet).
         """
         boxes, labels, inside = (
             batch.targets[name].to(device, non_blocking=True) for name in ("boxes", "labels", "inside")
