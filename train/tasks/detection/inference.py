@@ -37,7 +37,7 @@ class Inference:
             edges,
             settings.score_threshold,
             settings.before_nms,
-            settings.nms_threshold,
+            settings.nms,
             settings.detections,
         )
         factors, sizes = targets["factors"].numpy(), targets["sizes"].numpy()
