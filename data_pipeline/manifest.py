@@ -188,8 +188,8 @@ def check_indexes(manifest: Manifest) -> None:
             table = _check_annotation(path, annotation, rows)
             kind = TABLES.get(name)
             if kind and (table.dtype != kind or table.ndim != 1):
-                what = name.replace("_", " ")
-                raise DataError(f"{path} cannot be right: it is no table of {what}s. Prepare the dataset again.")
+                what = name.replace("_", " ").removesuffix("s") + "s"
+                raise DataError(f"{path} cannot be right: it is no table of {what}. Prepare the dataset again.")
             if kind == RECORD and (fault := _first_fault(table, classes, shards)):
                 raise DataError(_cannot_be_right(path, *fault))
         if OBJECTS in split.annotations:

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from data_pipeline.object_targets import shown_part
 from torch import Tensor
 
 from catmodel.detection import detect
+from data_pipeline.object_targets import shown_part
 from train.tasks.base import Model
 from train.tasks.detection.coco import BOX, FOUND
 

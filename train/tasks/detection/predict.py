@@ -24,7 +24,6 @@ from train.telemetry.formatting import printable
 
 if TYPE_CHECKING:
     from data_pipeline.scaled_boxes import ScaledBoxes
-
     from train.tasks.detection.task import Detection
 
 AHEAD = 3  # images that are decoded while the model has one

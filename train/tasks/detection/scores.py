@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from data_pipeline.objects import ObjectTable
 from torch import Tensor
 
 from data_pipeline.loader import MicroBatch
+from data_pipeline.objects import ObjectTable
 from data_pipeline.randomness import fold
 from data_pipeline.split import DataError, Split
 from train.tasks.base import Model, on_device

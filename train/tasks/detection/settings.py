@@ -112,13 +112,14 @@ class Settings(TaskConfig):
 
     @model_validator(mode="after")
     def _head_fits(self) -> "Settings":
-        """task.anchor_scale belongs to retinanet and atss; task.head_channels of fcos and atss are a multiple of 32."""
+        """task.anchor_scale belongs to retinanet and atss; task.head_channels of fcos and atss are a multiple of 32,
+        above it."""
         if self.detector == "fcos" and self.anchor_scale is not None:
             raise ValueError("task.anchor_scale belongs to task.detector=retinanet and atss: fcos has no anchors")
-        if self.detector != "retinanet" and self.head_channels % GROUPS:
+        if self.detector != "retinanet" and (self.head_channels % GROUPS or self.head_channels == GROUPS):
             raise ValueError(
-                f"task.head_channels {self.head_channels} of {self.detector} must be a multiple of {GROUPS}, the "
-                "number of groups of its group norms"
+                f"task.head_channels {self.head_channels} of {self.detector} must be a multiple of {GROUPS}, and more: "
+                "group norms in as many groups need two values or more in each, also on a map of one pixel"
             )
         return self
 
@@ -138,3 +139,9 @@ def check_config(config: "Config") -> None:
                     f"{name}.{key} does nothing with task.name=detection, whose images are cut by task.scales and "
                     "task.crop_scales and are not mixed: leave it out"
                 )
+    if config.task.frozen_stages and config.zero.stage == 3:
+        raise ValueError(
+            "task.frozen_stages needs zero.stage 0, 1 or 2: at stage 3 all weights are divided, to be trained"
+        )
+    if config.task.frozen_stages and not config.model.init_from:
+        raise ValueError("task.frozen_stages keeps first weights as they are: name a file of them in model.init_from")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,8 @@ from train.config import Config, ConfigError
 from train.tasks.base import Model, Task, build_network, on_device
 from train.tasks.detection.assign import by_overlap, by_range, by_statistics, learned
 from train.tasks.detection.losses import centerness, centerness_loss, focal_loss, giou_loss, iou_loss
+from train.tasks.detection.pictures import draw_boxes
+from train.tasks.drawing import palette
 from train.telemetry.metrics import Metric
 
 if TYPE_CHECKING:
@@ -231,6 +234,22 @@ class Detection(Task):
         losses["box"] = (distance * weights).sum() / weights.sum().clamp(min=1)
         losses["centerness"] = centerness_loss(central[0], weights, learns) / count
         return losses
+
+    def preview(self, inputs: dict[str, Tensor], count: int) -> Tensor:
+        """With the boxes that some place learns, in the colours of their classes."""
+        settings, colours = self.config.augment, palette(len(self.classes))
+        images = inputs["images"][:count].float().cpu()
+        images = images.flip(1) if self.config.task.bgr else images
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
+        pixels = (255 * (images * std + mean).clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()
+        drawn = []
+        for picture, classes, boxes in zip(pixels, inputs["classes"].cpu(), inputs["boxes"].cpu(), strict=False):
+            learns = self._learns(classes)
+            objects = torch.cat([boxes[learns], classes[learns, None]], dim=1).unique(dim=0).numpy()
+            labels = objects[:, 4].astype(int)
+            edges = np.concatenate([objects[:, :2], objects[:, 2:4] - objects[:, :2]], axis=1)
+            drawn.append(draw_boxes(picture, edges, [self.classes[label] for label in labels], colours[labels]))
+        return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 255
 
     def _decoded(self, places: Tensor, raw: Tensor) -> Tensor:
         if self._kind.anchor_scale is None:
