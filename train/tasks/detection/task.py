@@ -1,8 +1,9 @@
 """Object detection: boxes with classes, by RetinaNet, FCOS or ATSS."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,18 +15,18 @@ from catmodel.detection.boxes import decode_distances, decode_offsets, encode_of
 from catmodel.detection.kinds import KINDS
 from data_pipeline.augment import clear_outside, normalise
 from data_pipeline.loader import MicroBatch
+from data_pipeline.object_targets import ObjectTargets
+from data_pipeline.scaled_boxes import ScaledBoxes
 from data_pipeline.split import Split
 from train.config import Config, ConfigError
 from train.tasks.base import Model, Task, build_network, on_device
 from train.tasks.detection.assign import by_overlap, by_range, by_statistics, learned
 from train.tasks.detection.losses import centerness, centerness_loss, focal_loss, giou_loss, iou_loss
-from train.tasks.detection.pictures import draw_boxes
+from train.tasks.detection.pictures import draw_boxes, evaluation_tables, side_by_side
+from train.tasks.detection.predict import LEAST, ImageObjects, predict
+from train.tasks.detection.scores import DetectionTally
 from train.tasks.drawing import palette
 from train.telemetry.metrics import Metric
-
-if TYPE_CHECKING:
-    from data_pipeline.object_targets import ObjectTargets
-    from data_pipeline.scaled_boxes import ScaledBoxes
 
 CLASS_LAYER = "head.conv_cls."
 
@@ -138,9 +139,7 @@ class Detection(Task):
 
     # --- training ---
 
-    def views(self) -> "ScaledBoxes":
-        from data_pipeline.scaled_boxes import ScaledBoxes
-
+    def views(self) -> ScaledBoxes:
         task = self.config.task
         return ScaledBoxes(
             scales=task.scales,
@@ -153,9 +152,7 @@ class Detection(Task):
             grouped=task.aspect_groups,
         )
 
-    def targets(self, split: Split, training: bool) -> "ObjectTargets":
-        from data_pipeline.object_targets import ObjectTargets
-
+    def targets(self, split: Split, training: bool) -> ObjectTargets:
         return ObjectTargets(split, training)
 
     def inputs(self, batch: MicroBatch, epoch: int, device: torch.device) -> dict[str, Tensor]:
@@ -258,7 +255,28 @@ class Detection(Task):
 
     # --- evaluation and use ---
 
-    def tally(self, device: torch.device, split: Split):
-        from train.tasks.detection.scores import DetectionTally
-
+    def tally(self, device: torch.device, split: Split) -> DetectionTally:
         return DetectionTally(self, split, device)
+
+    def evaluation_picture(self, details: dict) -> Tensor | None:
+        """Images with objects and detections, side by side."""
+        return torch.from_numpy(side_by_side(details)).permute(2, 0, 1) / 255
+
+    def evaluation_text(self, details: dict) -> str:
+        """AP by class and by size, and kinds of errors."""
+        return evaluation_tables(details)
+
+    def predict(
+        self,
+        model: nn.Module,
+        paths: Sequence[Path],
+        device: torch.device,
+        batch: int,
+        output: Path | None = None,
+        min_score: float = LEAST,
+    ) -> Iterator[ImageObjects]:
+        """The objects in each image, one image at a time, because they have different sizes.
+
+        output: a folder for `<name>_boxes.jpg`. min_score: of the objects that are given.
+        """
+        return predict(self, model, paths, device, output, min_score)
