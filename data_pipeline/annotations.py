@@ -9,7 +9,7 @@ import torch
 
 from .durable import publish, sha256_of
 from .manifest import Manifest, write_manifest
-from .split import Annotation, Split
+from .split import CATEGORY_IDS, OBJECTS, Annotation, Split
 
 if TYPE_CHECKING:
     from .backends.stored import StoredSamples
@@ -38,9 +38,9 @@ class Targets(Protocol):
 
     stored: "StoredSamples | None"
 
-    def read(self, ids: np.ndarray, candidates: np.ndarray) -> Cut:
+    def read(self, ids: np.ndarray, candidates: np.ndarray, shape: tuple[int, int]) -> Cut:
         """Choose a window for each of the samples `ids` (int64 [n]) among its `candidates` (int32 [n, K, 5]), and cut
-        the targets by it.
+        the targets by it. shape: the (height, width) to which the images' windows are resized.
 
         Called by the decoding threads, before the images are decoded.
         """
@@ -59,7 +59,7 @@ class Labels:
     def __init__(self, split: Split):
         self._labels = split.records["label"]
 
-    def read(self, ids: np.ndarray, candidates: np.ndarray) -> Cut:
+    def read(self, ids: np.ndarray, candidates: np.ndarray, shape: tuple[int, int]) -> Cut:
         return Cut(candidates[:, 0], self._labels[ids].tolist())
 
     def collate(self, targets: list[int]) -> torch.Tensor:
@@ -70,10 +70,10 @@ def add_annotation(manifest: Manifest, split: str, name: str, values: np.ndarray
     """Store `values` ([samples, …], numbers) as annotation `name` of a split; returns the new manifest, which is on the
     disk.
 
-    ValueError if there is not one row per sample.
+    ValueError if there is not one row per sample, except for `objects` and `category_ids`.
     """
     old = manifest.split(split)
-    if len(values) != old.samples:
+    if name not in (OBJECTS, CATEGORY_IDS) and len(values) != old.samples:
         raise ValueError(f"{len(values)} rows for the {old.samples} samples of split {split!r}")
     path = manifest.folder / f"{split}.{name}.npy"
     temporary = path.with_name(f"{path.name}.tmp")

@@ -1,17 +1,19 @@
-"""The data types of a source of labelled images and of its listing. listing.py, label_listing.py and
+"""The data types of a source of labelled images and of its listing. listing.py, label_listing.py, object_listing.py and
 torchvision_source.py use them.
 
-In classification every image has one class, in segmentation it has a label map.
+In classification every image has one class, in segmentation it has a label map, in detection it has objects.
 """
 
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from data_pipeline.label_png import LabelCoding
-from data_pipeline.split import LABEL_MAP
+from data_pipeline.split import LABEL_MAP, OBJECTS
 
 SPLITS = ("train", "val")
 
@@ -32,7 +34,7 @@ class Source:
 class Files:
     """The images of a folder or tar as parallel columns, [n], sorted by name. others: the number of other files.
 
-    texts: the contents of the files that may name classes, by name (label_listing.CLASS_FILES).
+    texts: the contents of the files that may name classes or hold boxes, by name; each is read when it is asked for.
     """
 
     source: Source
@@ -40,7 +42,34 @@ class Files:
     offsets: np.ndarray
     sizes: np.ndarray
     others: int
-    texts: dict[str, bytes]
+    texts: Mapping[str, bytes]
+
+
+class Annotations(NamedTuple):
+    """The boxes of one split in a source.
+
+    where: the file that lists them, for sentences. folders: that may hold the images. read: returns them as COCO's
+    dict. files: the number of files that hold them.
+    """
+
+    split: str
+    where: str
+    folders: list[str]
+    read: Callable[[], dict]
+    files: int
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects of n images. documents: their JSON as it will be stored (object_json.py). counts: int64 [n], the
+    number of objects of each that are no crowds.
+    """
+
+    documents: list[bytes]
+    counts: np.ndarray
+
+    def take(self, positions: np.ndarray) -> "Objects":
+        return Objects([self.documents[i] for i in positions], self.counts[positions])
 
 
 @dataclass(frozen=True)
@@ -48,7 +77,7 @@ class Items:
     """Images of one split as parallel columns, [n].
 
     sizes: in bytes (estimated for torchvision). offsets: bytes into a tar. maps: in segmentation, the PNG files of the
-    images' label maps; then `labels` are 0.
+    images' label maps. objects: in detection. With either, `labels` are 0.
     """
 
     source: Source
@@ -57,11 +86,13 @@ class Items:
     offsets: np.ndarray
     sizes: np.ndarray
     maps: "Items | None" = None
+    objects: Objects | None = None
 
     def take(self, positions: np.ndarray) -> "Items":
         names = [self.names[i] for i in positions]
         columns = (column[positions] for column in (self.labels, self.offsets, self.sizes))
-        return Items(self.source, names, *columns, self.maps and self.maps.take(positions))
+        maps, objects = (each and each.take(positions) for each in (self.maps, self.objects))
+        return Items(self.source, names, *columns, maps, objects)
 
 
 @dataclass(frozen=True)
@@ -69,7 +100,8 @@ class Listing:
     """All images of a source. Labels index `classes`. ignored: the number of files that are not images of a split.
 
     coding: in segmentation, what the pixels of the label maps mean. lone_maps: the number of label maps of a split that
-    have no image.
+    have no image. category_ids: in detection, the source's number of each class. notes: what the report says of images
+    of the listing: (split of the source, image, outcome, reason).
     """
 
     classes: tuple[str, ...]
@@ -77,9 +109,12 @@ class Listing:
     ignored: int = 0
     coding: LabelCoding | None = None
     lone_maps: int = 0
+    category_ids: tuple[int, ...] | None = None
+    notes: tuple[tuple[str, str, str, str], ...] = ()
 
     def digest(self) -> str:
-        """SHA-256 of every class, name, label, offset and size, and of the label maps and their coding.
+        """SHA-256 of every class, name, label, offset and size, and of the label maps and their coding, or of the
+        objects and the source's numbers of the classes.
 
         Equal if and only if a resumed run reads the same source.
         """
@@ -94,4 +129,10 @@ class Listing:
                 digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
             for column in (items.labels, items.offsets, items.sizes):
                 digest.update(column.astype("<i8").tobytes())
+        if self.category_ids:
+            digest.update(repr(self.category_ids).encode())
+            for split, items in self.splits.items():
+                digest.update(f"\0{split} {OBJECTS}\0".encode())
+                for document in items.objects.documents:
+                    digest.update(document + b"\0")
         return digest.hexdigest()

@@ -18,24 +18,23 @@ from .split import LABEL_MAP, DataError, Split
 class LabelMaps:
     """Targets: label maps of `classes` classes.
 
-    shape: (height, width) of the training inputs; None: for evaluation.
-
-    A micro-batch has {"labels": [m, H, W], "inside": int32 [m, 4]}: the labels by nearest neighbour, and (left, top,
-    right, bottom) of the part that shows the image; the rest is padding, and ignored. In evaluation it has {"labels":
-    [m, h, w]}, uncut, of the images' own size. Labels are uint8, or int32 with more than 255 classes (`ignored_value`).
+    In training a micro-batch has {"labels": [m, H, W], "inside": int32 [m, 4]}: the labels by nearest neighbour, and
+    (left, top, right, bottom) of the part that shows the image; the rest is padding, and ignored. In evaluation it has
+    {"labels": [m, h, w]}, uncut, of the images' own size. Labels are uint8, or int32 with
+    more than 255 classes (`ignored_value`).
 
     max_ratio: the first candidate is chosen that has more than one class, the most frequent one with a smaller share
     than this of the pixels that are not ignored; if there is none, the last (mmsegmentation's cat_max_ratio).
     """
 
-    def __init__(self, split: Split, classes: int, shape: tuple[int, int] | None, max_ratio: float = 1.0):
+    def __init__(self, split: Split, classes: int, training: bool, max_ratio: float = 1.0):
         if not split.shards:
             raise DataError(f"{split.folder} has no shards of split {split.name!r}, and its label maps lie in them.")
         self.stored = StoredSamples(split, annotation=LABEL_MAP)
-        self._images, self._classes, self._shape, self._max_ratio = split.records, classes, shape, max_ratio
+        self._images, self._classes, self._training, self._max_ratio = split.records, classes, training, max_ratio
         self._ignored = ignored_value(classes)
 
-    def read(self, ids: np.ndarray, candidates: np.ndarray) -> Cut:
+    def read(self, ids: np.ndarray, candidates: np.ndarray, shape: tuple[int, int]) -> Cut:
         encoded, failures = self.stored.read(ids)
         images = self._images[ids]
         sizes = zip(images["width"].tolist(), images["height"].tolist(), strict=True)
@@ -45,26 +44,26 @@ class LabelMaps:
             if row not in failures:
                 try:
                     labels = decode_labels(data, size, self._classes)
-                    windows[row], target = self._choose(labels, candidates[row])
+                    windows[row], target = self._choose(labels, candidates[row], shape)
                 except ValueError as error:
                     failures[row] = str(error)
-            if target is None and self._shape is None:
+            if target is None and not self._training:
                 target = np.full(size[::-1], self._ignored, np.uint8 if self._ignored == 255 else np.int32)
             targets.append(target)
         return Cut(windows, targets, self.stored.sentences(ids, failures))
 
     def collate(self, targets: list) -> dict[str, torch.Tensor]:
-        if self._shape is None:
+        if not self._training:
             return {"labels": torch.from_numpy(np.stack(targets))}
         labels, inside = zip(*targets, strict=True)
         return {"labels": torch.from_numpy(np.stack(labels)), "inside": torch.tensor(inside, dtype=torch.int32)}
 
-    def _choose(self, labels: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, object]:
+    def _choose(self, labels: np.ndarray, candidates: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, object]:
         """The chosen window, and the target."""
-        if self._shape is None:
+        if not self._training:
             return candidates[0], labels
         for window in candidates:
-            cut, inside = cut_labels(labels, window, self._shape, self._ignored)
+            cut, inside = cut_labels(labels, window, shape, self._ignored)
             if len(candidates) == 1 or self._is_mixed(cut):
                 break
         return window, (cut, inside)

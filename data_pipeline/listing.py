@@ -1,6 +1,7 @@
 """List and read the images of a source: a folder, a tar, a tar of tars, or a torchvision dataset.
 
-Classes are taken from the folders here; sources with label maps are recognised by label_listing.py.
+Classes are taken from the folders here; sources with label maps are recognised by label_listing.py, those with boxes by
+object_listing.py.
 
 A source is listed once (`list_source`) and then read image by image, in any order and from any process (`read_image`).
 A listing is sorted by name, so the same images in a folder and in a tar give the same dataset. Only the listing grows
@@ -12,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,13 @@ from data_pipeline.faults import retried
 from data_pipeline.image_source import SPLITS, Files, Items, Listing, Source
 from data_pipeline.label_listing import CLASS_FILES, LONGEST_TEXT, NO_LABEL_OPTIONS, LabelOptions, find_label_maps
 from data_pipeline.labels import check_names, read_labels
+from data_pipeline.object_listing import COCO_FILE, NO_OBJECT_OPTIONS, ObjectOptions, find_objects
 from data_pipeline.ownership import DOWNLOAD
 from data_pipeline.progress import Progress
 from data_pipeline.split import DataError, UsageError
 from data_pipeline.tars import IMAGE_SUFFIXES, check_name, plain_tar, tar_files
-from data_pipeline.validate import check_size
+from data_pipeline.validate import MAX_BYTES, check_size
+from data_pipeline.voc_listing import VOC_FILE
 
 
 def open_source(text: str, work: Path) -> Source:
@@ -53,21 +56,28 @@ def open_source(text: str, work: Path) -> Source:
     raise UsageError(f"{text} is neither a folder, nor a tar file, nor the name of a torchvision dataset.")
 
 
-def list_source(source: Source, options: LabelOptions = NO_LABEL_OPTIONS) -> Listing:
-    """List every image with its split and its label or label map.
+def list_source(
+    source: Source, options: LabelOptions = NO_LABEL_OPTIONS, object_options: ObjectOptions = NO_OBJECT_OPTIONS
+) -> Listing:
+    """List every image with its split and its label, label map or objects.
 
-    options: for sources with label maps. Raises DataError if there are no images or the layout is not understood,
-    UsageError if the options do not fit the source.
+    options: for sources with label maps. object_options: for those with boxes. Raises DataError if there are no images
+    or the layout or an annotation is not understood, UsageError if the options do not fit the source.
     """
     if source.kind == "torchvision":
         listing = torchvision_source.list_images(source)
     else:
         files = _list_files(source)
-        listing = find_label_maps(files, options) or _sort_into_splits(files)
+        listing = find_objects(files, object_options) or find_label_maps(files, options) or _sort_into_splits(files)
     if listing.coding is None and options != NO_LABEL_OPTIONS:
         raise UsageError(
             f"{source.path} has no label maps in a known layout: "
             f"leave {options.flags()} out, or arrange it as images/<split>/ and annotations/<split>/."
+        )
+    if listing.category_ids is None and (given := object_options.given()):
+        raise UsageError(
+            f"{source.path} has no boxes in a known layout: leave --{next(iter(given)).replace('_', '-')} out, or "
+            "arrange it as COCO, with annotations/instances_<split>.json."
         )
     return listing
 
@@ -80,8 +90,9 @@ def add_val(listing: Listing, source: Source, labels: Path | None) -> Listing:
     """
     if "val" in listing.splits:
         raise UsageError("the source has a val split of its own: leave --val out.")
-    if listing.coding:
-        raise UsageError("--val is for classification: put these images and their label maps into the val folders.")
+    if listing.coding or listing.category_ids:
+        beside = "label maps" if listing.coding else "annotations"
+        raise UsageError(f"--val is for classification: put these images and their {beside} into the val folders.")
     if source.kind == "torchvision":
         raise UsageError("--val takes a folder or a tar; a torchvision dataset has its own val split.")
     if labels is None:
@@ -163,7 +174,7 @@ def _list_files(source: Source) -> Files:
                 sizes.append(size)
             else:
                 others += 1
-                if name.rpartition("/")[2] in CLASS_FILES and size <= LONGEST_TEXT:
+                if _may_be_read(name, size):
                     texts[name] = (offset, size)
             progress.show(len(names))
     if not names:
@@ -173,8 +184,33 @@ def _list_files(source: Source) -> Files:
     keep = np.array([*(name != following for name, following in itertools.pairwise(names)), True])
     if not keep.all():
         names, order = list(itertools.compress(names, keep)), order[keep]
-    texts = {name: read_image(source, name, *place) for name, place in texts.items()}
-    return Files(source, names, np.array(offsets)[order], np.array(sizes)[order], others, texts)
+    return Files(source, names, np.array(offsets)[order], np.array(sizes)[order], others, _Texts(source, texts))
+
+
+def _may_be_read(name: str, size: int) -> bool:
+    """Whether a file that is no image may name classes or hold annotations."""
+    if name.endswith(".json"):
+        return bool(COCO_FILE.fullmatch(name)) and size <= MAX_BYTES
+    return (name.rpartition("/")[2] in CLASS_FILES or bool(VOC_FILE.fullmatch(name))) and size <= LONGEST_TEXT
+
+
+class _Texts(Mapping):
+    """The contents of files by name. places: name → (offset, size)."""
+
+    def __init__(self, source: Source, places: dict[str, tuple[int, int]]):
+        self._source, self._places = source, places
+
+    def __getitem__(self, name: str) -> bytes:
+        return read_image(self._source, name, *self._places[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._places))
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _walk(root: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int, int]]:

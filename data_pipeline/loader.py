@@ -82,7 +82,8 @@ class _Job:
     """A micro-batch to be loaded: its samples (`draws`, int64 [m]), the windows that may be used of each (`candidates`,
     int32 [m, K, 5]), and the (height, width) to which these are resized.
 
-    substitute: (unreadable draw, attempt) → the draw to use instead and its candidates; None: the sample is left out.
+    substitute: (unreadable draw, attempt, shape) → the draw to use instead and its candidates for that shape; None: the
+    sample is left out.
     """
 
     step: int
@@ -90,7 +91,7 @@ class _Job:
     draws: np.ndarray
     candidates: np.ndarray
     shape: tuple[int, int]
-    substitute: Callable[[int, int], tuple[int, np.ndarray]] | None
+    substitute: Callable[[int, int, tuple[int, int]], tuple[int, np.ndarray]] | None
 
 
 def build_loader(
@@ -119,19 +120,21 @@ def build_loader(
         for step in count(start_step):
             key = make_key(order.seed, Stream.CROP, order.epoch_of(step))
 
-            def candidates(draws: np.ndarray, key: int = key) -> np.ndarray:
-                records = split.records[draws % order.samples]
-                return views.training(fold(key, draws), records["width"], records["height"])
-
-            def substitute(draw: int, attempt: int, candidates: Callable = candidates) -> tuple[int, np.ndarray]:
+            def substitute(draw: int, attempt: int, shape: tuple[int, int], key: int = key) -> tuple[int, np.ndarray]:
                 copy, number = divmod(draw, order.samples)
                 used = order.replacement(number, attempt) + order.samples * copy
-                return used, candidates(np.array([used]))[0]
+                keys, records = fold(key, np.array([used])), split.records[[used % order.samples]]
+                return used, views.training(keys, records["width"], records["height"], np.array([shape]))[0]
 
             draws = order.draws(step, share)
-            planned = candidates(draws.ravel()).reshape(*draws.shape, -1, 5)
+            keys, records = fold(key, draws), split.records[draws % order.samples]
+            widths, heights = records["width"], records["height"]
+            shapes = views.shapes(keys, widths, heights)
+            rows = shapes.repeat(order.micro_batch, axis=0)
+            planned = views.training(keys.ravel(), widths.ravel(), heights.ravel(), rows)
+            planned = planned.reshape(*draws.shape, -1, 5)
             for row, index in enumerate(share):
-                yield _Job(step, index, draws[row], planned[row], views.shape, substitute)
+                yield _Job(step, index, draws[row], planned[row], tuple(shapes[row].tolist()), substitute)
 
     needs = (draws % order.samples for step in count(start_step) for draws in order.draws(step, share))
     return Loader(data, split, targets or Labels(split), jobs(), needs, -(-POOL * len(share) // order.global_batch))
@@ -317,7 +320,7 @@ class Loader(AbstractContextManager):
         sentences = {first % self._samples: sentence}
         for attempt in range(REPLACEMENTS):
             one = slice(row, row + 1)
-            draws[row], candidates = job.substitute(first, attempt)
+            draws[row], candidates = job.substitute(first, attempt, job.shape)
             used = int(draws[row]) % self._samples
             targets[one], failures = self._read(draws[one], candidates[None], job.shape, pixels[one])
             if not failures:
@@ -330,7 +333,7 @@ class Loader(AbstractContextManager):
     ) -> tuple[list, dict[int, str]]:
         """Decode the images of samples into `pixels`; returns their targets, and {row: sentence} of unreadable ones."""
         ids = draws % self._samples
-        cut = self._targets.read(ids, candidates)
+        cut = self._targets.read(ids, candidates, shape)
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             failures = self._backend.decode_batch(ids, cut.windows, shape, self._data.interpolation, pixels)
         return cut.targets, failures | cut.failures

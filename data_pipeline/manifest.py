@@ -7,8 +7,8 @@ A split may also be stored as one FFCV file (beton.py), with an index of its own
 (`shards` is empty); `<split>.index` stays, because it identifies the samples; its hash is the split's fingerprint
 whatever file holds the images.
 
-A record has one integer label. Further labels of the samples are *annotations* (annotations.py): named arrays with one
-row per sample.
+A record has one integer label. Further labels of the samples are *annotations* (annotations.py): named arrays, mostly
+with one row per sample.
 """
 
 import hashlib
@@ -23,7 +23,19 @@ import numpy as np
 
 from .durable import sha256_of, write_atomically
 from .faults import LASTING, retried
-from .split import LABEL_MAP, RECORD, Annotation, Beton, DataError, Shard, Split
+from .split import (
+    CATEGORY_IDS,
+    DETECTION,
+    IMAGES,
+    OBJECTS,
+    RECORD,
+    TABLES,
+    Annotation,
+    Beton,
+    DataError,
+    Shard,
+    Split,
+)
 
 VERSION = 1
 FILE_NAME = "manifest.json"
@@ -172,13 +184,30 @@ def check_indexes(manifest: Manifest) -> None:
             _check_index(split.beton_index_path, split.beton.fingerprint, classes, [split.beton.bytes])
         for name, annotation in split.annotations.items():
             path = manifest.folder / annotation.file
-            _check_annotation(path, annotation, split.samples)
-            if name == LABEL_MAP:
-                records = np.load(path, mmap_mode="r")
-                if records.dtype != RECORD or records.shape != (split.samples,):
-                    raise DataError(f"{path} cannot be right: it is no table of label maps. Prepare the dataset again.")
-                if fault := _first_fault(records, classes, shards):
-                    raise DataError(_cannot_be_right(path, *fault))
+            rows = {OBJECTS: None, CATEGORY_IDS: classes}.get(name, split.samples)
+            table = _check_annotation(path, annotation, rows)
+            kind = TABLES.get(name)
+            if kind and (table.dtype != kind or table.ndim != 1):
+                what = name.replace("_", " ").removesuffix("s") + "s"
+                raise DataError(f"{path} cannot be right: it is no table of {what}. Prepare the dataset again.")
+            if kind == RECORD and (fault := _first_fault(table, classes, shards)):
+                raise DataError(_cannot_be_right(path, *fault))
+        if OBJECTS in split.annotations:
+            _check_objects(split, classes)
+
+
+def _check_objects(split: Split, classes: int) -> None:
+    """Raise DataError unless the tables of objects fit one another, and every label is a class."""
+    if missing := [name for name in DETECTION if name not in split.annotations]:
+        raise DataError(f"split {split.name!r} has objects and no {' or '.join(missing)}. Prepare the dataset again.")
+    images, objects = split.annotation(IMAGES), split.annotation(OBJECTS)
+    counts = images["count"].astype(np.uint64)
+    if not np.array_equal(images["first"], np.cumsum(counts) - counts) or counts.sum() != len(objects):
+        why = f"it does not share out the {len(objects)} objects"
+        raise DataError(f"{split.annotations[IMAGES].file} cannot be right: {why}. Prepare the dataset again.")
+    if (wrong := objects["label"] >= classes).any():
+        why = f"the class of object {int(np.argmax(wrong))} is none of the {classes}"
+        raise DataError(f"{split.annotations[OBJECTS].file} cannot be right: {why}. Prepare the dataset again.")
 
 
 def _check_index(path: Path, fingerprint: str, classes: int, files: list[int]) -> None:
@@ -234,21 +263,23 @@ def _cannot_be_right(path: Path, sample: int, why: str) -> str:
     return f"{path} cannot be right: of sample {sample} it says that {why}. Prepare the dataset again."
 
 
-def _check_annotation(path: Path, annotation: Annotation, samples: int) -> None:
+def _check_annotation(path: Path, annotation: Annotation, rows: int | None) -> np.ndarray:
+    """The memory-mapped array. rows: that it must have, if not None."""
     try:
         sha256 = retried(lambda: sha256_of(path), str(path))
-        shape = np.load(path, mmap_mode="r").shape
+        array = np.load(path, mmap_mode="r")
     except LASTING as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror}. Copy it again, or prepare the dataset again."
         ) from error
     except (ValueError, EOFError) as error:  # an empty file
         raise DataError(f"{path} is damaged ({error}). Prepare the dataset again.") from error
-    if sha256 != annotation.sha256 or shape[:1] != (samples,):
+    if sha256 != annotation.sha256 or array.shape[:1] != (len(array) if rows is None else rows,):
         raise DataError(
             f"{path} is damaged: it is not the array that the manifest describes. Copy it again, or prepare the "
             "dataset again."
         )
+    return array
 
 
 def write_manifest(manifest: Manifest) -> None:

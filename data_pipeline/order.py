@@ -55,6 +55,11 @@ class Order:
             )
 
     @property
+    def groups(self) -> tuple[int, ...]:
+        """The numbers of samples of which micro-batches are made apart."""
+        return (self.samples,)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Whole global batches in an epoch. The remaining samples, different ones in each epoch, are not used."""
         return self.samples // self.global_batch
@@ -80,17 +85,21 @@ class Order:
 
         A draw is id + samples · copy, so it identifies the use of a sample if `repeats` is more than 1.
         """
-        if step < 0:
-            raise ValueError(f"step {step} is negative")
-        first = np.asarray(indices, np.int64)
-        if first.size and not 0 <= first.min() <= first.max() < self.micro_batches:
-            raise ValueError(f"micro-batches {list(indices)} of a step of {self.micro_batches}")
-        row, column = first[:, None], np.arange(self.micro_batch)
+        row, column = self._rows(step, indices)[:, None], np.arange(self.micro_batch)
         slots = row * self.micro_batch + column if self.repeats == 1 else column * self.micro_batches + row
         positions, copy = np.divmod((step % self.steps_per_epoch) * self.global_batch + slots.ravel(), self.repeats)
         key = make_key(self.seed, Stream.ORDER, self.epoch_of(step))
         shuffled = block_permute if self.shuffle == "block" else permute
         return (shuffled(key, self.samples, positions) + self.samples * copy).reshape(-1, self.micro_batch)
+
+    def _rows(self, step: int, indices: Sequence[int]) -> np.ndarray:
+        """`indices` as int64. Raises ValueError if there is no such step or micro-batch."""
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        rows = np.asarray(indices, np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < self.micro_batches:
+            raise ValueError(f"micro-batches {list(indices)} of a step of {self.micro_batches}")
+        return rows
 
     def replacement(self, sample: int, attempt: int) -> int:
         """The id to use instead of an unreadable sample. attempt: from 0; the replacement may be unreadable too."""

@@ -1,7 +1,7 @@
 """The work of a worker process of prepare: read, check and store the images of one shard.
 
-A sample is an image with one integer label (classification), `<key>.jpg` and `<key>.cls`, or with a label map
-(segmentation), `<key>.jpg` and `<key>.png`.
+A sample is an image, `<key>.jpg`, with one integer label (classification, `<key>.cls`), with a label map (segmentation,
+`<key>.png`) or with objects (detection, `<key>.json`).
 """
 
 import hashlib
@@ -9,22 +9,24 @@ import json
 import os
 import tarfile
 import zlib
-from collections import Counter
-from dataclasses import asdict, dataclass
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.durable import publish, write_atomically
 from data_pipeline.image_source import Items
-from data_pipeline.label_png import LabelCoding, StoredLabel, check_label
+from data_pipeline.label_png import LabelCoding, check_label
 from data_pipeline.listing import read_image
+from data_pipeline.object_json import read_objects
 from data_pipeline.ownership import WORK
-from data_pipeline.split import RECORD, Shard
+from data_pipeline.split import IMAGES, LABEL_MAP, OBJECT_JSON, OBJECTS, RECORD, TABLES, Shard
 from data_pipeline.validate import BadImage, Encoding, StoredImage, check_image
 from data_pipeline.workers import count
 
 BLOCK = 512  # bytes: everything in a tar file starts at a multiple of it
+INDEX = "index"  # among the names of a shard's tables: the RECORDs of the images
 
 
 @dataclass(frozen=True)
@@ -42,29 +44,48 @@ class ShardTask:
     encoding: Encoding
     coding: LabelCoding | None = None
 
+    @property
+    def beside(self) -> str:
+        """The ending of what lies beside an image."""
+        return "json" if self.items.objects else "png" if self.coding else "cls"
+
 
 def done_path(dest: Path, file: str) -> Path:
     return dest / WORK / f"{file}.done"
 
 
-def write_done(path: Path, header: dict, records: np.ndarray) -> None:
-    """Write the `.done` file of a finished shard: a line of JSON, then its records: [1, n] of the images, or [2, n] of
-    the images and their label maps.
+def write_done(path: Path, header: dict, tables: dict[str, np.ndarray]) -> None:
+    """Write the `.done` file of a finished shard: a line of JSON, then the rows of its index and of its annotations, by
+    name (INDEX, split.TABLES).
     """
     path.parent.mkdir(parents=True, exist_ok=True)  # foreign shards may lie in subfolders
-    write_atomically(path, json.dumps({**header, "tables": len(records)}).encode() + b"\n" + records.tobytes())
+    line = json.dumps({**header, "tables": {name: len(table) for name, table in tables.items()}})
+    write_atomically(path, b"".join([line.encode(), b"\n", *(table.tobytes() for table in tables.values())]))
 
 
-def read_done(path: Path) -> tuple[dict, np.ndarray]:
-    line, _, records = path.read_bytes().partition(b"\n")
+def read_done(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    line, _, data = path.read_bytes().partition(b"\n")
     header = json.loads(line)
-    return header, np.frombuffer(records, dtype=RECORD).reshape(header.get("tables", 1), -1).copy()
+    sizes = header.get("tables", 1)
+    if isinstance(sizes, int):  # of an earlier version: so many tables of as many RECORDs
+        sizes = dict.fromkeys((INDEX, LABEL_MAP)[:sizes], len(data) // RECORD.itemsize // sizes)
+    tables, position = {}, 0
+    for name, count_of_rows in sizes.items():
+        kind = TABLES.get(name, RECORD)
+        tables[name] = np.frombuffer(data, kind, count_of_rows, position).copy()
+        position += tables[name].nbytes
+    return header, tables
+
+
+def tables_of(rows: dict[str, list[tuple]], beside: str) -> dict[str, np.ndarray]:
+    """The tables of a shard from the rows of its samples. beside: the ending of what lies beside its images."""
+    names = {"cls": (), "png": (LABEL_MAP,), "json": (OBJECT_JSON, IMAGES, OBJECTS)}[beside]
+    return {name: np.array(rows.get(name, []), TABLES.get(name, RECORD)) for name in (INDEX, *names)}
 
 
 def pack(task: ShardTask) -> None:
     """Write one shard under a temporary name, rename it, then write its `.done` file."""
-    items, samples = task.items, 0
-    records = np.zeros((2 if task.coding else 1, len(items.names)), RECORD)
+    items, samples, rows = task.items, 0, defaultdict(list)
     outcomes, listed = Counter(), []
     digest, position = hashlib.sha256(), 0
     temporary = task.dest / WORK / f"{task.file}.{os.getpid()}.tmp"
@@ -72,24 +93,24 @@ def pack(task: ShardTask) -> None:
         for number, name in enumerate(items.names):
             try:
                 image = check_image(_read(items, number), task.encoding)
-                label_map = _check_label_map(task, number, image) if task.coding else None
+                beside = _beside(task, number, image)
             except BadImage as error:
                 listed.append((name, "excluded", str(error)))
                 continue
             finally:
                 count(task.slot, number + 1)
             outcomes[image.outcome] += 1
+            outcomes.update(beside.outcomes)
             if image.why:
                 listed.append((name, image.outcome, image.why))
-            key, label = f"{task.first + number:09d}", int(items.labels[number])
+            key, size = f"{task.first + number:09d}", (image.width, image.height)
             block = _tar_member(f"{key}.jpg", image.data)
-            records[0, samples] = _record(position, image, label)
-            if label_map:
-                outcomes["labels_rewritten"] += bool(label_map.why)
-                records[1, samples] = _record(position + len(block), label_map, 0)
-                block += _tar_member(f"{key}.png", label_map.data)
-            else:
-                block += _tar_member(f"{key}.cls", str(label).encode())
+            rows[INDEX].append(_record(position, image.data, size, int(items.labels[number])))
+            if beside.table:
+                rows[beside.table].append(_record(position + len(block), beside.data, size))
+            for table, more in beside.rows.items():
+                rows[table] += more
+            block += _tar_member(f"{key}.{beside.ending}", beside.data)
             samples += 1
             file.write(block)
             digest.update(block)
@@ -101,25 +122,46 @@ def pack(task: ShardTask) -> None:
     publish(temporary, task.dest / task.file)
     shard = Shard(task.file, samples, position, digest.hexdigest())
     header = {"shard": asdict(shard), "outcomes": outcomes, "listed": listed}
-    write_done(done_path(task.dest, task.file), header, records[:, :samples])
+    write_done(done_path(task.dest, task.file), header, tables_of(rows, task.beside))
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What a sample has beside its image: a member of the shard, the table of the places of such members, and rows of
+    further tables.
+    """
+
+    ending: str
+    data: bytes
+    table: str | None = None
+    rows: dict[str, list[tuple]] = field(default_factory=dict)
+    outcomes: dict[str, int] = field(default_factory=dict)
+
+
+def _beside(task: ShardTask, number: int, image: StoredImage) -> _Beside:
+    """Raises BadImage, which names the file of a label map."""
+    items, size = task.items, (image.width, image.height)
+    if items.objects:
+        document = items.objects.documents[number]
+        image_id, objects = read_objects(document, size)
+        rows = {IMAGES: [(0, len(objects), image_id)], OBJECTS: objects}
+        return _Beside("json", document, OBJECT_JSON, rows, {"objects": len(objects)})
+    if task.coding is None:
+        return _Beside("cls", str(int(items.labels[number])).encode())
+    try:
+        label_map = check_label(_read(items.maps, number), task.coding, image.full_size, size)
+    except BadImage as error:
+        raise BadImage(f"its label {items.maps.names[number]}: {error}") from error
+    return _Beside("png", label_map.data, LABEL_MAP, outcomes={"labels_rewritten": int(bool(label_map.why))})
 
 
 def _read(items: Items, number: int) -> bytes:
     return read_image(items.source, items.names[number], int(items.offsets[number]), int(items.sizes[number]))
 
 
-def _check_label_map(task: ShardTask, number: int, image: StoredImage) -> StoredLabel:
-    """The label map to store beside `image`. Raises BadImage, which names the file."""
-    maps = task.items.maps
-    try:
-        return check_label(_read(maps, number), task.coding, image.full_size, (image.width, image.height))
-    except BadImage as error:
-        raise BadImage(f"its label {maps.names[number]}: {error}") from error
-
-
-def _record(position: int, stored: StoredImage | StoredLabel, label: int) -> tuple:
-    """The RECORD of a tar member at byte `position`."""
-    return position + BLOCK, len(stored.data), 0, label, zlib.crc32(stored.data), stored.width, stored.height
+def _record(position: int, data: bytes, size: tuple[int, int], label: int = 0) -> tuple:
+    """The RECORD of a tar member at byte `position`. size: (width, height) of the sample's image."""
+    return position + BLOCK, len(data), 0, label, zlib.crc32(data), *size
 
 
 def _tar_member(name: str, data: bytes) -> bytes:

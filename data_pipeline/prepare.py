@@ -1,38 +1,35 @@
 """Pack a source of images into a prepared dataset: WebDataset shards, an index per split, the manifest (manifest.py).
 
-Every image has a class, or a label map, whose place in the shards is an annotation (`label_map`). The shards are
-planned from the listing of the source before the first one is written, so the plan is a pure function of the source and
-the arguments. Worker processes write shards in any order, a killed run continues with the missing ones, and the result
-is the same byte by byte. A sample's key in its shard is its position in the plan; its id is its position in the index.
-The two differ only after a corrupt image that was left out.
+Every image has a class, a label map or objects; the latter two have annotations beside the index (split.TABLES). The
+shards are planned from the listing of the source before the first one is written, so the plan is a pure function of the
+source and the arguments. Worker processes write shards in any order, a killed run continues with the missing ones, and
+the result is the same byte by byte. A sample's key in its shard is its position in the plan; its id is its position in
+the index. The two differ only after a corrupt image that was left out.
 
 `DEST/.work` (ownership.py) holds `plan.json` (the arguments and a digest of the listing), and `<shard>.done` for each
 finished shard (pack.py).
 """
 
 import json
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.durable import publish, sha256_of, write_atomically
+from data_pipeline.durable import write_atomically
+from data_pipeline.finish import REPORT_NAME, files_beside, finish
 from data_pipeline.image_source import SPLITS, Items, Listing
 from data_pipeline.label_listing import LABEL_OPTIONS, NO_LABEL_OPTIONS, LabelOptions
 from data_pipeline.listing import add_val, list_source, open_source, read_image
 from data_pipeline.manifest import FILE_NAME, Manifest, open_manifest, write_manifest
+from data_pipeline.object_listing import NO_OBJECT_OPTIONS, OBJECT_OPTIONS, ObjectOptions, without_empty
 from data_pipeline.ownership import WORK, claim, remove_work_folder, work_folder
 from data_pipeline.pack import BLOCK, ShardTask, done_path, pack, read_done
 from data_pipeline.progress import Progress
-from data_pipeline.split import LABEL_MAP, Annotation, DataError, Shard, Split, UsageError
+from data_pipeline.split import DETECTION, LABEL_MAP, Split, UsageError
 from data_pipeline.validate import AS_IT_IS, BadImage, Encoding, check_image
 from data_pipeline.workers import run_tasks
-
-REPORT_NAME = "report.json"  # the arguments, and the number of images with each outcome
-LIST_NAME = "report.jsonl"  # each image that was repaired, transcoded or excluded, with the reason
 
 
 def prepare(
@@ -47,14 +44,16 @@ def prepare(
     val_labels: Path | None = None,
     encoding: Encoding = AS_IT_IS,
     label_options: LabelOptions = NO_LABEL_OPTIONS,
+    object_options: ObjectOptions = NO_OBJECT_OPTIONS,
     beton_mode: str | None = None,
 ) -> bool:
     """Prepare `dest`, or continue a killed run with the same arguments. Returns False if it was finished already.
 
     source_text: the source, as on the command line. val: the source of val, if it is another one. shard_bytes: intended
     size of a shard. val_fraction: share of the images that becomes val if the source has no val (0: none). val_labels:
-    see labels.py. label_options: for sources with label maps. beton_mode: "jpeg" or "raw" also writes an FFCV file per
-    split. Raises UsageError, DataError, OSError (a full disk), or BrokenProcessPool if a worker was killed.
+    see labels.py. label_options: for sources with label maps. object_options: for those with boxes. beton_mode: "jpeg"
+    or "raw" also writes an FFCV file per split. Raises UsageError, DataError, OSError (a full disk), or
+    BrokenProcessPool if a worker was killed.
     """
     dest, work = dest.resolve(), dest.resolve() / WORK
     arguments = {
@@ -68,6 +67,7 @@ def prepare(
         "max_side": encoding.max_side,
         "quality": encoding.quality,
         **label_options.given(),
+        **object_options.given(),
     }
     if beton_mode:
         from data_pipeline.beton import require_ffcv
@@ -84,10 +84,16 @@ def prepare(
     with work_folder(dest):
         if not finished:
             _refuse_other(dest, arguments, work / "plan.json")
-            listing = list_source(open_source(source_text, work), label_options)
+            listing = list_source(open_source(source_text, work), label_options, object_options)
             if val:
                 listing = add_val(listing, open_source(val, work), val_labels)
-            _write_shards(dest, _draw_val(listing, val_fraction, seed), shard_bytes, seed, encoding, arguments, workers)
+            if listing.category_ids and (encoding.resize_short or encoding.max_side):
+                raise UsageError(
+                    "--resize-short and --max-side would change the size of the images and not their boxes: leave them "
+                    "out; training scales both."
+                )
+            listing = without_empty(_draw_val(listing, val_fraction, seed), object_options)
+            _write_shards(dest, listing, shard_bytes, seed, encoding, arguments, workers)
         changed = _add_betons(dest, beton_mode, workers) or not finished
         remove_work_folder(dest)
     return changed
@@ -112,7 +118,7 @@ def _refuse_other(dest: Path, arguments: dict, path: Path) -> None:
         earlier = read_arguments(path)
         changed = [
             f"{key} {earlier.get(key)} and not {arguments.get(key)}"
-            for key in dict.fromkeys((*arguments, *LABEL_OPTIONS))
+            for key in dict.fromkeys((*arguments, *LABEL_OPTIONS, *OBJECT_OPTIONS))
             if earlier.get(key) != arguments.get(key)
         ]
         if changed:
@@ -166,9 +172,14 @@ def _plan_split(split: str, items: Items, shard_bytes: int, scale: float, seed: 
     `shard_bytes`, no shard is larger than `shard_bytes`.
     """
     order = _permutation(len(items.names), seed, SPLITS.index(split))
-    # An image takes a header block and its bytes in whole blocks, its label map too; a label of a class two blocks.
-    labels = 2 * BLOCK if items.maps is None else BLOCK + -(-items.maps.sizes[order] // BLOCK) * BLOCK
-    ends = np.cumsum(BLOCK + -(-(items.sizes[order] * scale).astype(np.int64) // BLOCK) * BLOCK + labels)
+    # A file takes a header block and its bytes in whole blocks.
+    beside = np.ones(1, np.int64)  # the label of a class
+    if items.maps:
+        beside = items.maps.sizes[order]
+    elif items.objects:
+        beside = np.array([len(document) for document in items.objects.documents])[order]
+    sizes = ((items.sizes[order] * scale).astype(np.int64), beside)
+    ends = np.cumsum(sum(BLOCK + -(-bytes // BLOCK) * BLOCK for bytes in sizes))
     count = -(-int(ends[-1]) // shard_bytes)
     shard = np.concatenate([[0], ends[:-1]]) * count // ends[-1]
     return _Plan(split, items, order, [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(order)])
@@ -210,7 +221,8 @@ def _write_shards(
         scale = _size_after_encoding(listing, encoding)
         write_atomically(path, json.dumps({**state, "scale": scale}).encode())
     plans = [_plan_split(split, items, shard_bytes, scale, seed) for split, items in listing.splits.items()]
-    beside = files_beside((plan.split for plan in plans), maps=listing.coding is not None)
+    annotations = DETECTION if listing.category_ids else (LABEL_MAP,) if listing.coding else ()
+    beside = files_beside((plan.split for plan in plans), annotations)
     claim(dest, [*beside, *(file for plan in plans for file in plan.files())])
     total = sum(len(plan.order) for plan in plans)
     missing = [(plan, number) for plan in plans for number, file in enumerate(plan.files()) if not _is_done(dest, file)]
@@ -229,7 +241,17 @@ def _write_shards(
     report = {"arguments": arguments, "ignored_files": listing.ignored}
     if listing.coding:
         report["segmentation"] = {"classes": len(listing.classes), "labels_without_image": listing.lone_maps}
-    finish(dest, listing.classes, files, report, lambda file: read_done(done_path(dest, file)))
+    if listing.category_ids:
+        report["detection"] = {"classes": len(listing.classes)}
+    finish(
+        dest,
+        listing.classes,
+        files,
+        report,
+        lambda file: read_done(done_path(dest, file)),
+        category_ids=listing.category_ids,
+        notes=listing.notes,
+    )
 
 
 def _is_done(dest: Path, file: str) -> bool:
@@ -238,73 +260,6 @@ def _is_done(dest: Path, file: str) -> bool:
         return (dest / file).stat().st_size == read_done(done_path(dest, file))[0]["shard"]["bytes"]
     except FileNotFoundError:
         return False
-
-
-def files_beside(splits: Iterable[str], maps: bool = False) -> list[str]:
-    """The names of the files that `finish` writes for these splits, with label maps or without."""
-    endings = ["index", f"{LABEL_MAP}.npy"] if maps else ["index"]
-    return [FILE_NAME, REPORT_NAME, LIST_NAME, *(f"{split}.{ending}" for split in splits for ending in endings)]
-
-
-def finish(
-    dest: Path,
-    classes: tuple[str, ...],
-    files: dict[str, list[str]],
-    report: dict,
-    read: Callable[[str], tuple[dict, np.ndarray]],
-    stale: Iterable[str] = (),
-) -> None:
-    """Join the records of each split's shards into its index, and into the annotation `label_map` if there are label
-    maps; then write the reports, and last the manifest.
-
-    read: returns the header and records of a shard (pack.read_done). stale: files of an earlier `index` to remove.
-    """
-    splits, report = {}, {**report, "splits": {}}
-    listed_path, report_path, *index_paths = (
-        dest / WORK / f"{name}.{os.getpid()}.tmp"
-        for name in (LIST_NAME, REPORT_NAME, *(f"{split}.index" for split in files))
-    )
-    made = {path: dest / f"{split}.index" for split, path in zip(files, index_paths, strict=True)}
-    with open(listed_path, "w") as listed:
-        for (split, names), index_path in zip(files.items(), index_paths, strict=True):
-            shards, outcomes, first_excluded, maps = [], Counter(), None, []
-            with open(index_path, "wb") as index:
-                for number, file in enumerate(names):
-                    header, records = read(file)
-                    records["shard"] = number
-                    index.write(records[0].tobytes())
-                    maps += list(records[1:])
-                    shards.append(Shard(**header["shard"]))
-                    outcomes.update(header["outcomes"])
-                    for name, outcome, why in header["listed"]:
-                        outcomes["excluded"] += outcome == "excluded"
-                        if outcome == "excluded" and first_excluded is None:
-                            first_excluded = f"{name}: {why}"
-                        listed.write(json.dumps({"split": split, "image": name, "outcome": outcome, "why": why}) + "\n")
-            samples = sum(shard.samples for shard in shards)
-            if not samples:
-                raise DataError(
-                    f"none of the {outcomes['excluded']} images of {split} can be used; the first is {first_excluded}."
-                )
-            annotations = {}
-            if maps:
-                path = dest / WORK / f"{split}.{LABEL_MAP}.npy.{os.getpid()}.tmp"
-                with open(path, "wb") as file:
-                    np.save(file, np.concatenate(maps), allow_pickle=False)
-                name = f"{split}.{LABEL_MAP}.npy"
-                annotations[LABEL_MAP] = Annotation(name, path.stat().st_size, sha256_of(path))
-                made[path] = dest / name
-            splits[split] = Split(dest, split, samples, sha256_of(index_path), tuple(shards), annotations=annotations)
-            counts = {outcome: count for outcome, count in sorted(outcomes.items()) if count}
-            report["splits"][split] = {"samples": samples, **counts}
-    report_path.write_text(json.dumps(report, indent=1))
-    for name in (FILE_NAME, *stale):  # the manifest of an earlier `index` must never exist beside new files
-        (dest / name).unlink(missing_ok=True)
-    for path, final in made.items():
-        publish(path, final)
-    publish(listed_path, dest / LIST_NAME)
-    publish(report_path, dest / REPORT_NAME)
-    write_manifest(Manifest(dest, classes, splits))
 
 
 # --- FFCV ------------------------------------------------------------------------------------------------------------

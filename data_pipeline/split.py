@@ -24,8 +24,35 @@ RECORD = np.dtype(
     ]
 )
 
-# The annotation that says where the label maps of segmentation lie in the shards: a RECORD for each sample.
+# An object of detection: its box in pixels of the stored image (left, top, width, height), area, label, whether it
+# stands for a crowd, and its source's id. The numbers are the source's own, to the bit.
+OBJECT = np.dtype(
+    [
+        ("x", "<f8"),
+        ("y", "<f8"),
+        ("width", "<f8"),
+        ("height", "<f8"),
+        ("area", "<f8"),
+        ("label", "<u4"),
+        ("crowd", "u1"),
+        ("id", "<i8"),
+    ]
+)
+# A sample's objects are those of `objects` from `first` on; image_id is the id that its source gave the image.
+IMAGE = np.dtype([("first", "<u8"), ("count", "<u4"), ("image_id", "<i8")])
+
+# The annotations that preparing writes. Segmentation: where the label maps lie in the shards, a RECORD a sample.
 LABEL_MAP = "label_map"
+# Detection (objects.py): where each sample's JSON lies in the shards, a RECORD a sample; an IMAGE a sample; the OBJECTs
+# of all samples in the order of the samples; the source's number of each class.
+OBJECT_JSON, IMAGES, OBJECTS, CATEGORY_IDS = DETECTION = ("object_json", "images", "objects", "category_ids")
+TABLES = {
+    LABEL_MAP: RECORD,
+    OBJECT_JSON: RECORD,
+    IMAGES: IMAGE,
+    OBJECTS: OBJECT,
+    CATEGORY_IDS: np.dtype("<i8"),
+}
 
 
 class DataError(Exception):
@@ -69,8 +96,9 @@ class Beton:
 
 @dataclass(frozen=True)
 class Annotation:
-    """A named array with one row per sample, in a .npy file: its name inside the dataset's folder, size in bytes and
-    SHA-256.
+    """A named array in a .npy file: its name inside the dataset's folder, size in bytes and SHA-256.
+
+    It has one row per sample, except for `objects` and `category_ids`.
     """
 
     file: str
@@ -108,7 +136,7 @@ class Split:
         return [*paths, self.beton_index_path] if self.beton else paths
 
     def annotation(self, name: str) -> np.ndarray:
-        """The memory-mapped array `name`, [samples, …]. Raises DataError if the split has none of that name."""
+        """The memory-mapped array `name`, mostly [samples, …]. Raises DataError if the split has none of that name."""
         if name not in self.annotations:
             raise DataError(
                 f"split {self.name!r} of {self.folder} has no annotation {name!r}. Prepare the dataset again."

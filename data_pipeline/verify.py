@@ -12,11 +12,13 @@ from data_pipeline.beton import check_beton
 from data_pipeline.durable import sha256_of
 from data_pipeline.label_png import check_label, stored_coding
 from data_pipeline.manifest import check_sizes, read_manifest
+from data_pipeline.object_json import read_objects
+from data_pipeline.objects import ObjectTable
 from data_pipeline.progress import Progress
-from data_pipeline.split import LABEL_MAP, Split
+from data_pipeline.split import LABEL_MAP, OBJECT, OBJECT_JSON, OBJECTS, Split
 from data_pipeline.validate import BadImage
 
-LABEL = "label map"  # of a sample, in sentences
+LABEL, BOXES = "label map", "boxes"  # of a sample, in sentences
 
 
 def verify(folder: Path, workers: int | None = None) -> list[str]:
@@ -56,6 +58,7 @@ def _check_shard(split: Split, number: int, classes: int, tables_are_whole: bool
     shard = split.shards[number]
     path = split.folder / shard.file
     first = sum(earlier.samples for earlier in split.shards[:number])
+    objects = ObjectTable(split) if OBJECTS in split.annotations else None
     digest, faults = hashlib.sha256(), []
     with open(path, "rb") as file:
         if tables_are_whole:
@@ -66,7 +69,13 @@ def _check_shard(split: Split, number: int, classes: int, tables_are_whole: bool
                 place = f"the {what} of sample {sample} (byte {record['offset']})"
                 if zlib.crc32(data) != record["checksum"]:
                     faults.append(f"{path} is damaged: {place} fails its checksum.")
-                elif what == LABEL and (fault := _fault_of_label(data, classes, record)):
+                    continue
+                fault = None
+                if what == LABEL:
+                    fault = _fault_of_label(data, classes, record)
+                elif what == BOXES:
+                    fault = _fault_of_objects(data, objects, sample, record)
+                if fault:
                     faults.append(f"{path}: {place} cannot be used: {fault}. Prepare the dataset again.")
         while chunk := file.read(1 << 20):
             digest.update(chunk)
@@ -79,10 +88,12 @@ def _check_shard(split: Split, number: int, classes: int, tables_are_whole: bool
 
 
 def _members(split: Split, first: int, last: int) -> list[tuple[int, str, np.void]]:
-    """(sample, "image" or "label map", RECORD) of the samples first … last - 1, in the order of the shard's bytes."""
+    """(sample, "image", LABEL or BOXES, RECORD) of the samples first … last - 1, in the order of the shard's bytes."""
     tables = {"image": split.records}
     if LABEL_MAP in split.annotations:
         tables[LABEL] = split.annotation(LABEL_MAP)
+    if OBJECT_JSON in split.annotations:
+        tables[BOXES] = split.annotation(OBJECT_JSON)
     members = [(i, what, table[i]) for i in range(first, last) for what, table in tables.items()]
     return sorted(members, key=lambda member: member[2]["offset"])
 
@@ -94,3 +105,14 @@ def _fault_of_label(data: bytes, classes: int, record: np.void) -> str | None:
         return check_label(data, stored_coding(classes), size, size).why or None
     except BadImage as error:
         return str(error)
+
+
+def _fault_of_objects(data: bytes, table: ObjectTable, sample: int, record: np.void) -> str | None:
+    """Why the JSON of a sample does not say what the tables say, or None."""
+    try:
+        image_id, objects = read_objects(data, (int(record["width"]), int(record["height"])))
+    except BadImage as error:
+        return str(error)
+    if image_id != table.image_id(sample) or np.array(objects, OBJECT).tobytes() != table.of(sample).tobytes():
+        return "they are not those of the split's tables"
+    return None

@@ -5,7 +5,7 @@ there may be several candidates, among which the targets choose (annotations.Tar
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -18,13 +18,24 @@ CANDIDATES = 10
 
 
 class Views(Protocol):
-    """The views of a task. shape: (height, width) of training inputs."""
+    """The views of a task.
+
+    shape: the largest height and the largest width of training inputs. most_shapes: how many shapes these may have.
+    """
 
     shape: tuple[int, int]
+    most_shapes: int
 
-    def training(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-        """Candidate windows, int32 [n, K, 5], for the int64 [n] keys of (seed, epoch, draw) and the images' sizes [n].
-        K ≥ 1 is the same for all samples.
+    def shapes(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+        """The (height, width) of the inputs of r micro-batches, int64 [r, 2], for the int64 [r, m] keys of (seed,
+        epoch, draw) and the images' sizes [r, m].
+        """
+
+    def training(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+        """Candidate windows, int32 [n, K, 5], for the int64 [n] keys of (seed, epoch, draw), the images' sizes [n] and
+        the shapes of their micro-batches, int64 [n, 2]. K ≥ 1 is the same for all samples.
+
+        Of an image that replaces an unreadable one, the shape is that of the micro-batch into which it must fit.
         """
 
     def evaluation(self, widths: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -40,12 +51,16 @@ class Crops:
 
     data: DataConfig
     augment: AugmentConfig
+    most_shapes: ClassVar[int] = 1
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.data.image_size, self.data.image_size
 
-    def training(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    def shapes(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+        return np.tile(self.shape, (len(keys), 1))
+
+    def training(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray, shapes: np.ndarray) -> np.ndarray:
         return training_windows(keys, widths, heights, self.augment, self.data.eval_crop)[:, None]
 
     def evaluation(self, widths: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,8 +92,12 @@ class ScaledCrops:
     test_scale: tuple[int, int]
     test_ratio: float = 1.0
     divisor: int = 1
+    most_shapes: ClassVar[int] = 1
 
-    def training(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    def shapes(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+        return np.tile(self.shape, (len(keys), 1))
+
+    def training(self, keys: np.ndarray, widths: np.ndarray, heights: np.ndarray, shapes: np.ndarray) -> np.ndarray:
         """Resizing, cropping and padding are one window, in whole pixels of the stored image: its sides are those of
         the crop divided by the factor of the resize, rounded.
         """
@@ -86,7 +105,7 @@ class ScaledCrops:
         count = CANDIDATES if self.cat_max_ratio < 1 else 1
         number = uniform(keys, 1 + 2 * count)
         low, high = self.scale_range
-        factor = (low + (high - low) * number[:, :1]) * _factors(widths, heights, self.scale)
+        factor = (low + (high - low) * number[:, :1]) * factors(widths, heights, self.scale)
         height, width = (np.maximum(1, np.rint(side / factor)).astype(np.int64) for side in self.shape)
         # A place inside the image; along a side where the window is larger, at the image's beginning. Of a mirrored
         # window that is too wide it is the end, because mirroring moves the padding from the left to the right.
@@ -101,7 +120,7 @@ class ScaledCrops:
         widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
         zeros = np.zeros_like(widths)
         windows = np.stack([zeros, zeros, widths, heights, zeros], axis=1).astype(np.int32)
-        factor = self.test_ratio * _factors(widths, heights, self.test_scale)
+        factor = self.test_ratio * factors(widths, heights, self.test_scale)
         sides = np.stack([heights, widths], axis=1)
         resized = np.maximum(1, np.floor(sides * factor[:, None] + 0.5).astype(np.int64))
         return windows, -(-resized // self.divisor) * self.divisor
@@ -111,9 +130,14 @@ class ScaledCrops:
         return np.asarray(widths, np.int64) << 32 | np.asarray(heights, np.int64)
 
 
-def _factors(widths: np.ndarray, heights: np.ndarray, scale: tuple[int, int]) -> np.ndarray:
-    """The largest factors by which images fit into (long, short), one side by side with the other."""
-    return np.minimum(max(scale) / np.maximum(widths, heights), min(scale) / np.minimum(widths, heights))
+def factors(widths: np.ndarray, heights: np.ndarray, scale: tuple[int, int] | np.ndarray) -> np.ndarray:
+    """The largest factors by which images fit into (long, short), one side by side with the other, float64 [n].
+
+    scale: two numbers, or two for each image, [n, 2].
+    """
+    scale = np.asarray(scale)
+    long, short = scale.max(axis=-1), scale.min(axis=-1)
+    return np.minimum(long / np.maximum(widths, heights), short / np.minimum(widths, heights))
 
 
 def evaluation_slices(views: Views, widths: np.ndarray, heights: np.ndarray, batch_size: int) -> list[range]:

@@ -38,7 +38,7 @@ def draw(seed: int, split: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         x, y = (values / radius for values in turned(axis, centre, random.uniform(-TURN, TURN)))
         inside = inside_of(SHAPES[number], x, y)
         colour = random.uniform(130, 255, 3)  # brighter than the background
-        bright = _texture(SHAPES[number], x * radius * side, y * radius * side)
+        bright = texture(SHAPES[number], x * radius * side, y * radius * side)
         image = np.where(inside[..., None], colour * np.where(bright, 1, 0.6)[..., None], image)
         labels[inside] = 1 + number
         if ignore_edges:
@@ -50,7 +50,7 @@ def draw(seed: int, split: int, index: int) -> tuple[np.ndarray, np.ndarray]:
     return image[part].clip(0, 255).round().astype(np.uint8), labels[part]
 
 
-def _texture(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def texture(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Whether each place of a shape is bright; x, y: in units of half a pixel."""
     across, down = np.sin(x * 0.4) > 0, np.sin(y * 0.4) > 0
     if shape == "ring":

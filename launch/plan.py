@@ -57,7 +57,8 @@ def main(arguments: argparse.Namespace) -> None:
     from operate.task_model import task_of
 
     task = task_of(config, manifest)
-    workload = count_workload(task, images, validation_images)
+    groups = groups_of(config, manifest) if manifest and not arguments.images else None
+    workload = count_workload(task, images, validation_images, groups)
     if measured:
         from operate.plan.calibrate import calibrate
 
@@ -117,6 +118,16 @@ def find_dataset(arguments: argparse.Namespace, config: "Config") -> "tuple[int,
     if arguments.images:
         images, where = arguments.images, "given"
     return images, validation_images, manifest, where
+
+
+def groups_of(config: "Config", manifest: "Manifest") -> tuple[int, ...]:
+    """The numbers of images of which the run makes micro-batches apart. Raises ConfigError if they fill no step."""
+    from train.config import ConfigError
+
+    try:
+        return config.order(manifest.split("train")).groups
+    except ValueError as error:
+        raise ConfigError(f"{config.data.path}: {error}") from error
 
 
 def reality(arguments: argparse.Namespace, own: "Plan") -> str:

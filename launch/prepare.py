@@ -1,7 +1,8 @@
 """Pack images into a prepared dataset, verify one, or index existing WebDataset shards. See docs/data.md.
 
     python launch/prepare.py SOURCE DEST [--val SOURCE [--val-labels FILE]] [--classes FILE] [--ignore-value N]
-    [--reduce-zero-label] [--formats webdataset,ffcv] [--resize-short N] [--workers N] …
+    [--reduce-zero-label] [--bad-boxes stop|drop] [--empty-images keep|exclude] [--formats webdataset,ffcv]
+    [--resize-short N] [--workers N] …
     python launch/prepare.py verify DEST
     python launch/prepare.py index DEST [--split NAME] [--label-key KEY]
 
@@ -30,7 +31,8 @@ SOURCE_HELP = (
     "a folder [train|val/]<class>/<image>; a tar of such a folder, compressed or not; ImageNet's "
     "ILSVRC2012_img_train.tar; imagefolder:PATH; a torchvision dataset, NAME or NAME:ROOT, such as cifar10:downloads; "
     "for segmentation, a folder or tar with images/<split>/x.jpg, annotations/<split>/x.png and classes.txt, or in "
-    "ADE20K's or Cityscapes' own layout"
+    "ADE20K's or Cityscapes' own layout; for detection, one in COCO's layout (annotations/instances_<split>.json) or "
+    "in Pascal VOC's"
 )
 LABELS_HELP = (
     "labels for a --val without class folders: one class name per line, in the order of the file names; "
@@ -43,6 +45,8 @@ may name the classes, one per line in the order of the labels. Every image is de
 not sound RGB or gray JPEGs are left out and listed in DEST/report.jsonl.
 For segmentation a sample is <key>.jpg with <key>.png, gray pixels of which each is the number of a class, or
 255 where ignored (with more than 255 classes: 16 bits, 65535); DEST/classes.txt must name the classes.
+For detection it is <key>.jpg with <key>.json that has objects, in the form of docs/data.md; DEST/classes.txt
+must name the classes.
 """
 
 
@@ -76,6 +80,7 @@ def main(arguments: list[str]) -> int:
 
 def run_prepare(options: argparse.Namespace) -> int:
     from data_pipeline.label_listing import LabelOptions
+    from data_pipeline.object_listing import ObjectOptions
     from data_pipeline.prepare import prepare
     from data_pipeline.split import UsageError
     from data_pipeline.validate import Encoding
@@ -95,6 +100,7 @@ def run_prepare(options: argparse.Namespace) -> int:
         val_labels=options.val_labels,
         encoding=Encoding(options.resize_short, options.max_side, options.quality),
         label_options=LabelOptions(options.classes, options.ignore_value, options.reduce_zero_label),
+        object_options=ObjectOptions(options.bad_boxes, options.empty_images),
         beton_mode=(options.ffcv_mode or "jpeg") if "ffcv" in options.formats else None,
     )
     print(f"{options.dest} {'is prepared' if fresh else 'is already prepared'}:")
@@ -114,7 +120,7 @@ def run_index(options: argparse.Namespace) -> int:
 def _print_report(dest: Path) -> None:
     import json
 
-    from data_pipeline.prepare import LIST_NAME, REPORT_NAME
+    from data_pipeline.finish import LIST_NAME, REPORT_NAME
 
     report = json.loads((dest / REPORT_NAME).read_text())
     names = {
@@ -123,23 +129,31 @@ def _print_report(dest: Path) -> None:
         "repaired": "with a repaired header",
         "labels_rewritten": "with a label map that was encoded anew",
         "excluded": "left out, as they cannot be used",
+        "empty": "left out, as they have no object but crowds",
+        "objects": "objects",
+        "dropped": "boxes left out, as they cannot be right",
+        "partly_outside": "boxes partly outside of their images",
     }
-    listed = False
+    listed = boxes = False
     if segmentation := report.get("segmentation"):
         print(f"  segmentation: {segmentation['classes']} classes, a label map beside every image")
+    if detection := report.get("detection"):
+        print(f"  detection: {detection['classes']} classes")
     for name, split in report["splits"].items():
         parts = [
             f"{split['samples']} images",
             *(f"{split[outcome]} {words}" for outcome, words in names.items() if outcome in split),
         ]
         print(f"  {name}: {'; '.join(parts)}")
-        listed = listed or bool(split.keys() & {"transcoded", "repaired", "excluded"})
-    if listed:
-        print(f"  {dest / LIST_NAME} names the images that were transcoded, repaired or left out, with the reason")
+        listed = listed or bool(split.keys() & {"transcoded", "repaired", "excluded", "empty"})
+        boxes = boxes or bool(split.keys() & {"dropped", "partly_outside"})
+    if listed or boxes:
+        what = [*["images that were transcoded, repaired or left out"] * listed, *["boxes that were not usual"] * boxes]
+        print(f"  {dest / LIST_NAME} names the {' and the '.join(what)}, with the reason")
     if convertible := sum(split.get("convertible", 0) for split in report["splits"].values()):
-        kinds, folders = ("JPEGs with gray PNGs", "images/<split>/ and annotations/<split>/")
-        if not segmentation:
-            kinds, folders = "JPEGs", "class folders"
+        kinds, folders = "JPEGs", "COCO's layout" if detection else "class folders"
+        if segmentation:
+            kinds, folders = "JPEGs with gray PNGs", "images/<split>/ and annotations/<split>/"
         print(
             f"  {convertible} of those left out are sound, but not {kinds} that training can read. Existing shards are"
         )
@@ -191,6 +205,20 @@ def _prepare_parser() -> Parser:
     )
     labels.add_argument(
         "--reduce-zero-label", action="store_true", help="0 is ignored, too, and k is class k - 1, as in ADE20K"
+    )
+
+    boxes = parser.add_argument_group("detection")
+    boxes.add_argument(
+        "--bad-boxes",
+        choices=("stop", "drop"),
+        default="stop",
+        help="what to do about boxes that cannot be right: stop with the first of them (default), or leave them out",
+    )
+    boxes.add_argument(
+        "--empty-images",
+        choices=("keep", "exclude"),
+        default="exclude",
+        help="what to do about images of train without any object but crowds (default: exclude)",
     )
 
     size = parser.add_argument_group("smaller images (without these options, the bytes of sound JPEGs are kept)")

@@ -52,7 +52,9 @@ def settle_micro_batch(
         order = replace(order, micro_batch=size)
         order.share(runtime.rank, runtime.world)
     except ValueError as error:
-        raise ConfigError(f"train.micro_batch was {size} before: {error}") from error
+        origin = f"was {size} before" if before[0] else f"auto came to {size}"
+        raise ConfigError(f"train.micro_batch {origin}: {error}") from error
+    config.check_warmup(order.steps_per_epoch)
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": size})}), order, [sentence]
 
 

@@ -30,6 +30,8 @@ from train.task_registry import UnknownTask, find
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Manifest
+    from data_pipeline.order import Order
+    from data_pipeline.split import Split
 
 
 class ConfigError(Exception):
@@ -81,6 +83,29 @@ class Config(Section):
                 check(manifest)
             except ValueError as error:
                 raise ConfigError(f"data.path {self.data.path} does not fit: {error}") from error
+
+    def order(
+        self,
+        split: "Split",
+        *,
+        seed: int | None = None,
+        global_batch: int | None = None,
+        micro_batch: int | None = None,
+    ) -> "Order":
+        """The order in which the task uses the samples of `split`; sizes are by default those of the config, and the
+        micro-batch the smallest that "auto" may come to. Raises ValueError for sizes that do not fit together.
+        """
+        from data_pipeline.order import Order
+
+        sizes, data = self.train, self.data
+        places = (
+            sizes.seed if seed is None else seed,
+            global_batch or sizes.global_batch,
+            micro_batch or self.smallest_micro_batch,
+        )
+        if order := getattr(find(self.task.name), "order", None):
+            return order(self, split, *places)
+        return Order(places[0], split.samples, *places[1:], data.shuffle, data.repeats)
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "Config":

@@ -154,8 +154,8 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="torch.compile the network: minutes at the start")
     cuda_graphs: bool | Literal["auto"] = Field(
         "auto",
-        description="replay micro-batches as CUDA graphs; auto: on a GPU, if the network is compiled; not with "
-        "zero.stage=3 or zero.offload",
+        description="replay micro-batches as CUDA graphs; auto: on a GPU, if the network is compiled and its "
+        "inputs have one shape; not with zero.stage=3 or zero.offload",
     )
 
     @model_validator(mode="before")

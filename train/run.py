@@ -41,7 +41,6 @@ def _run(
     config: str | Path, overrides: Sequence[str], output: str | Path | None, resume: str, resume_with_changes: bool
 ) -> Path:
     from data_pipeline.backends import open_backend
-    from data_pipeline.order import Order
     from data_pipeline.storage import open_dataset
     from train.checkpoint.init_from import check_source
     from train.checkpoint.resume_point import Resume
@@ -53,11 +52,8 @@ def _run(
     settings.check_dataset(manifest)
     for split in manifest.splits.values():
         open_backend(settings.data.backend, split)  # for its errors: a library or files that are missing
-    samples, sizes, data = manifest.split("train").samples, settings.train, settings.data
     try:
-        order = Order(
-            sizes.seed, samples, sizes.global_batch, settings.smallest_micro_batch, data.shuffle, data.repeats
-        )
+        order = settings.order(manifest.split("train"))
         order.share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
         raise ConfigError(f"{config}: {error}") from error

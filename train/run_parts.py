@@ -58,7 +58,8 @@ class RunParts:
         model = task.initial_model()
         notes += load_first_weights(model, task, runtime, resume)
         flops = training_flops(model, task.example, runtime.device)
-        self.engine = engine = Engine(model, task.losses_to_train, config, len(self.share), runtime.device)
+        shapes = task.views().most_shapes
+        self.engine = engine = Engine(model, task.losses_to_train, config, len(self.share), runtime.device, shapes)
         self.statistics = RunningStatistics(engine.module)
         self.ema = Ema(engine, config.ema.decay) if config.ema.decay else None
 
@@ -76,6 +77,8 @@ class RunParts:
         guard.report_to(monitor, config.data.path, runtime.rank)
         self.evaluator = Evaluator(task, manifest, engine, self.ema, runtime, guard, monitor, output)
         notes += write_config(output, config) if main else []
+        if config.train.compile and shapes > 1:
+            notes.append(f"the network is compiled for each shape of training inputs: there may be up to {shapes}")
         notes += [engine.about_graphs] if engine.about_graphs else []
         for sentence in notes + restored.notes:
             monitor.say(sentence)

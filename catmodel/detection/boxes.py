@@ -20,13 +20,16 @@ def encode_offsets(anchors: Tensor, boxes: Tensor, std: Sequence[float]) -> Tens
     """
     (anchor_centre, anchor_sides), (centre, sides) = _centre_and_sides(anchors), _centre_and_sides(boxes)
     offsets = torch.cat([(centre - anchor_centre) / anchor_sides, (sides / anchor_sides).log()], dim=-1)
-    return offsets / offsets.new_tensor(std)
+    return torch.stack([part / unit for part, unit in zip(offsets.unbind(-1), std, strict=True)], dim=-1)
 
 
 def decode_offsets(anchors: Tensor, offsets: Tensor, std: Sequence[float]) -> Tensor:
     """The inverse of `encode_offsets`, with sides of at most 62.5 and at least 0.016 times the anchor's."""
     anchor_centre, anchor_sides = _centre_and_sides(anchors)
-    shift, logarithm = (offsets * offsets.new_tensor(std)).split(2, dim=-1)
+    parts = [
+        part * unit for part, unit in zip(offsets.unbind(-1), std, strict=True)
+    ]  # no tensor made of the host's numbers
+    shift, logarithm = torch.stack(parts, dim=-1).split(2, dim=-1)
     centre = anchor_centre + shift * anchor_sides
     half = anchor_sides * logarithm.clamp(-LARGEST_LOG, LARGEST_LOG).exp() * 0.5
     return torch.cat([centre - half, centre + half], dim=-1)

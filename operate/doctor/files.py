@@ -5,6 +5,7 @@ import hashlib
 import os
 import tempfile
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from data_pipeline.backends.stored import StoredSamples
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import build_loader
 from data_pipeline.manifest import FILE_NAME, Manifest
-from data_pipeline.order import Order
 from data_pipeline.split import Split
 from train.tasks.base import Task
 
@@ -114,9 +114,12 @@ def sample_ids(stored: StoredSamples, shards: int, seed: int) -> np.ndarray:
 
 def decoding(data: DataConfig, task: Task, split: Split, rank: int) -> dict:
     """Measure images per second decoded by this rank's `data.workers` threads while the other ranks decode, too."""
-    batch = min(64, split.samples)
-    order = Order(rank, split.samples, batch, batch, data.shuffle)
-    with build_loader(data, task.views(), split, order, task.targets(split, training=True)) as loader:
+    views, order = task.views(), task.config.order(split, seed=rank, global_batch=1, micro_batch=1)
+    # Where shapes vary, those of a run: a micro-batch has the largest height and width of its images.
+    most = 64 if views.most_shapes == 1 else task.config.train.micro_batch
+    batch = min(most, max(order.groups))
+    order = replace(order, global_batch=batch, micro_batch=batch)
+    with build_loader(data, views, split, order, task.targets(split, training=True)) as loader:
         list(islice(loader, data.prefetch + 1))  # start threads, open files
         began, images = time.perf_counter(), 0
         while (seconds := time.perf_counter() - began) < DECODING:

@@ -30,10 +30,13 @@ class Workload:
     total_steps: int | None = None  # of a run whose length is not given in epochs
     checkpoint_every_epochs: int = 1
     evaluate_every_steps: int | None = None  # replaces evaluate_every
+    groups: tuple[int, ...] | None = None  # numbers of images of which micro-batches are made apart; None: of all
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.images // self.global_batch
+        """As the run's Order has it."""
+        micro_batches = sum(images // self.micro_batch for images in self.groups or (self.images,))
+        return micro_batches // (self.global_batch // self.micro_batch)
 
     @property
     def whole_steps(self) -> int:
@@ -96,7 +99,7 @@ def check_sizes(config: Config, images: int, world: int) -> None:
     accumulation(sizes.global_batch, sizes.micro_batch, world)
 
 
-def count_workload(task: Task, images: int, validation_images: int) -> Workload:
+def count_workload(task: Task, images: int, validation_images: int, groups: tuple[int, ...] | None = None) -> Workload:
     """The workload of the task's config, whose sizes `check_sizes` has accepted."""
     from operate.task_model import meta_model
     from train.engine.deepspeed_engine import DTYPES
@@ -118,6 +121,7 @@ def count_workload(task: Task, images: int, validation_images: int) -> Workload:
         total_steps=sizes.steps,
         checkpoint_every_epochs=config.checkpoint.every_epochs,
         evaluate_every_steps=sizes.evaluate_every_steps,
+        groups=groups,
     )
 
 

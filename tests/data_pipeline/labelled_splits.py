@@ -45,14 +45,14 @@ def config_of(split: Split, **changes) -> DataConfig:
 
 def train(split: Split, count: int = 20, *, views=VIEWS, batch=(4, 2), seed: int = 0, **options) -> list[MicroBatch]:
     place = {name: options.pop(name) for name in ("rank", "world") if name in options}
-    targets = LabelMaps(split, CLASSES, views.shape, views.cat_max_ratio)
+    targets = LabelMaps(split, CLASSES, True, views.cat_max_ratio)
     order = Order(seed, split.samples, *batch)
     with build_loader(config_of(split, **options), views, split, order, targets, **place) as loader:
         return list(islice(loader, count))
 
 
 def evaluate(split: Split, batch_size: int = 2, rank: int = 0, world: int = 1, **options) -> list:
-    targets, data = LabelMaps(split, CLASSES, None), config_of(split, **options)
+    targets, data = LabelMaps(split, CLASSES, False), config_of(split, **options)
     return list(evaluation_batches(data, VIEWS, split, batch_size, targets, rank=rank, world=world))
 
 

@@ -35,7 +35,7 @@ class Maps:
     def __init__(self, split):
         self._sizes = split.annotation("size")
 
-    def read(self, ids, candidates):
+    def read(self, ids, candidates, shape):
         maps = [
             torch.full(tuple(size), int(number)) for number, size in zip(ids, self._sizes[ids].tolist(), strict=True)
         ]

@@ -110,7 +110,7 @@ def test_a_fault_of_the_file_system_is_retried_and_reported(split, monkeypatch):
             raise OSError(5, "Input/output error")
         return read(descriptor, length, offset)
 
-    targets = LabelMaps(split, CLASSES, VIEWS.shape, VIEWS.cat_max_ratio)
+    targets = LabelMaps(split, CLASSES, True, VIEWS.cat_max_ratio)
     monkeypatch.setattr(os, "pread", failing)
     # The compiled library reads nothing of the label maps, so all of them are read by os.pread.
     monkeypatch.setattr(targets.stored, "_read_together", lambda chunk, _: dict.fromkeys(range(len(chunk)), -1))

@@ -102,7 +102,7 @@ def test_the_first_candidate_with_mixed_classes_is_chosen(tmp_path):
 
     def chosen(*xs: int, ratio: float = 0.75) -> int:
         candidates = np.array([[(x, 0, 24, 24, 0) for x in xs]], np.int32)
-        cut = LabelMaps(split, CLASSES, (24, 24), ratio).read(np.array([0]), candidates)
+        cut = LabelMaps(split, CLASSES, True, ratio).read(np.array([0]), candidates, (24, 24))
         assert not cut.failures
         assert np.array_equal(cut.targets[0][0], labels[:24, cut.windows[0, 0] :][:, :24])
         return cut.windows[0, 0]
@@ -130,7 +130,7 @@ def test_images_and_labels_show_the_same_place(tmp_path, scale):
     write_split(tmp_path, [image] * 8, label_maps=[labels] * 8, classes=width * height)
     split = open_manifest(tmp_path).split("train")
     views = ScaledCrops((96, 128), (240, 160), scale, 1.0, 0.5, (240, 160))
-    targets = LabelMaps(split, width * height, views.shape)
+    targets = LabelMaps(split, width * height, True)
     flips = padded = 0
     with build_loader(config_of(split), views, split, Order(0, 8, 8, 8), targets) as loader:
         for batch in islice(loader, 4):
@@ -185,7 +185,7 @@ def test_any_number_of_ranks_sees_the_same_windows_and_labels(split, world):
 
 
 def test_a_later_start_changes_nothing(split):
-    targets = LabelMaps(split, CLASSES, VIEWS.shape, VIEWS.cat_max_ratio)
+    targets = LabelMaps(split, CLASSES, True, VIEWS.cat_max_ratio)
     with build_loader(config_of(split), VIEWS, split, Order(0, 10, 4, 2), targets, start_step=3) as loader:
         assert all(map(same, train(split, 12)[6:], islice(loader, 6)))
 
@@ -211,8 +211,8 @@ def test_every_backend_gives_the_same_images_and_labels(split, backend):
 def test_a_prepared_dataset_has_the_labels_of_its_source(tmp_path):
     assert run(make_folder(tmp_path / "streets"), tmp_path / "set")
     for name, count in (("train", 6), ("val", 3)):
-        cut = LabelMaps(open_manifest(tmp_path / "set").split(name), 3, None).read(
-            np.arange(count), np.zeros((count, 1, 5), np.int32)
+        cut = LabelMaps(open_manifest(tmp_path / "set").split(name), 3, False).read(
+            np.arange(count), np.zeros((count, 1, 5), np.int32), (1, 1)
         )
         assert not cut.failures
         expected = [pixels(label) for _, label in stored_pairs(tmp_path / "set", name)]
@@ -221,4 +221,4 @@ def test_a_prepared_dataset_has_the_labels_of_its_source(tmp_path):
 
 def test_label_maps_need_shards(split):
     with pytest.raises(DataError, match="has no shards of split 'train', and its label maps lie in them"):
-        LabelMaps(replace(split, shards=()), CLASSES, None)
+        LabelMaps(replace(split, shards=()), CLASSES, False)

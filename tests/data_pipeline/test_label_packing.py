@@ -12,7 +12,7 @@ from data_pipeline.annotations import add_annotation
 from data_pipeline.foreign import index
 from data_pipeline.label_listing import LabelOptions
 from data_pipeline.manifest import open_manifest
-from data_pipeline.pack import read_done
+from data_pipeline.pack import INDEX, read_done
 from data_pipeline.split import LABEL_MAP, RECORD, DataError, UsageError
 from data_pipeline.validate import Encoding
 from data_pipeline.verify import verify
@@ -214,11 +214,16 @@ def test_more_than_255_classes(tmp_path):
 
 
 def test_what_an_earlier_version_left_unfinished_is_read(tmp_path):
-    """A `.done` file without the number of its tables."""
-    records = np.ones(3, RECORD)
+    """A `.done` file without the number of its tables, and one with it in place of their names."""
+    records = np.ones(6, RECORD)
+    records["size"] = range(6)
     (tmp_path / "a.done").write_bytes(b"{}\n" + records.tobytes())
-    header, found = read_done(tmp_path / "a.done")
-    assert header == {} and np.array_equal(found, [records])
+    header, tables = read_done(tmp_path / "a.done")
+    assert header == {} and tables.keys() == {INDEX} and np.array_equal(tables[INDEX], records)
+    (tmp_path / "a.done").write_bytes(b'{"tables": 2}\n' + records.tobytes())
+    header, tables = read_done(tmp_path / "a.done")
+    assert tables.keys() == {INDEX, LABEL_MAP}
+    assert np.array_equal(tables[INDEX], records[:3]) and np.array_equal(tables[LABEL_MAP], records[3:])
 
 
 # --- shards of others ------------------------------------------------------------------------------------------------

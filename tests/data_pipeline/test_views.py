@@ -1,5 +1,7 @@
 """Windows and shapes of crops at random scales, and the batches of an evaluation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -20,21 +22,28 @@ def sizes(count: int) -> tuple[np.ndarray, np.ndarray]:
     return random.integers(40, 2000, count), random.integers(40, 2000, count)
 
 
+def windows_of(views, keys, widths, heights) -> np.ndarray:
+    """Candidates of samples that are alone in their micro-batches."""
+    shapes = views.shapes(keys[:, None], widths[:, None], heights[:, None])
+    assert shapes.shape == (len(keys), 2) and (shapes == views.shape).all()
+    return views.training(keys, widths, heights, shapes)
+
+
 def test_windows_are_functions_of_key_and_size():
     keys, (widths, heights) = keys_of(200), sizes(200)
-    together = ADE20K.training(keys, widths, heights)
+    together = windows_of(ADE20K, keys, widths, heights)
     assert together.dtype == np.int32 and together.shape == (200, CANDIDATES, 5)
     for row in range(0, 200, 7):
         part = slice(row, row + 1)
-        assert np.array_equal(ADE20K.training(keys[part], widths[part], heights[part]), together[part])
-    assert not np.array_equal(ADE20K.training(keys_of(200, epoch=1), widths, heights), together)
+        assert np.array_equal(windows_of(ADE20K, keys[part], widths[part], heights[part]), together[part])
+    assert not np.array_equal(windows_of(ADE20K, keys_of(200, epoch=1), widths, heights), together)
 
 
 def test_windows_are_the_published_resize_and_crop():
     """mmsegmentation resizes to int(side · factor + 0.5), factor = min(long / max side, short / min side) · ratio."""
     keys, (widths, heights) = keys_of(20_000), sizes(20_000)
     views = ScaledCrops((384, 512), (2048, 512), (0.5, 2.0), 1.0, 0.5, (2048, 512))
-    windows = views.training(keys, widths, heights)
+    windows = windows_of(views, keys, widths, heights)
     assert windows.shape[1] == 1
     _, _, width, height, _ = windows[:, 0].T.astype(float)
     base = np.minimum(2048 / np.maximum(widths, heights), 512 / np.minimum(widths, heights))
@@ -51,22 +60,22 @@ def test_windows_are_the_published_resize_and_crop():
 def test_places_are_uniform_and_inside():
     keys, count = keys_of(30_000), 30_000
     views = ScaledCrops((20, 30), (100, 100), (1.0, 1.0), 1.0, 0.5, (100, 100))  # the factor is 1
-    x, y, width, height, flip = views.training(keys, np.full(count, 100), np.full(count, 24))[:, 0].T
+    x, y, width, height, flip = windows_of(views, keys, np.full(count, 100), np.full(count, 24))[:, 0].T
     assert set(width) == {30} and set(height) == {20}
     assert set(x) == set(range(71)) and set(y) == set(range(5))
     assert np.bincount(x).std() < 3 * np.sqrt(count / 71) and np.bincount(y).std() < 3 * np.sqrt(count / 5)
     assert abs(flip.mean() - 0.5) < 0.01
-    assert not views.__class__(**{**views.__dict__, "flip": 0.0}).training(keys, *sizes(count))[..., 4].any()
+    assert not windows_of(replace(views, flip=0.0), keys, *sizes(count))[..., 4].any()
 
 
 def test_padding_is_at_the_right_and_bottom_of_the_result():
     views = ScaledCrops((64, 64), (32, 32), (1.0, 1.0), 1.0, 0.5, (32, 32))
-    windows = views.training(keys_of(100), np.full(100, 320), np.full(100, 160))[:, 0]  # the factor is 0.1
+    windows = windows_of(views, keys_of(100), np.full(100, 320), np.full(100, 160))[:, 0]  # the factor is 0.1
     assert {tuple(window) for window in windows.tolist()} == {(0, 0, 640, 640, 0), (-320, 0, 640, 640, 1)}
 
 
 def test_candidates_differ_only_in_place():
-    windows = ADE20K.training(keys_of(50), np.full(50, 2000), np.full(50, 1500))
+    windows = windows_of(ADE20K, keys_of(50), np.full(50, 2000), np.full(50, 1500))
     assert (windows[:, :, 2:] == windows[:, :1, 2:]).all()
     smaller = windows[windows[:, 0, 2] < 1000]
     assert len(smaller) > 9 and all(len(np.unique(some[:, :2], axis=0)) == CANDIDATES for some in smaller)
@@ -106,7 +115,7 @@ def test_crops_are_those_of_classification():
     views, keys, (widths, heights) = Crops(data, augment), keys_of(100), sizes(100)
     assert views.shape == (32, 32)
     expected = training_windows(keys, widths, heights, augment, data.eval_crop)
-    assert np.array_equal(views.training(keys, widths, heights), expected[:, None])
+    assert np.array_equal(windows_of(views, keys, widths, heights), expected[:, None])
     windows, shapes = views.evaluation(widths, heights)
     assert np.array_equal(windows, evaluation_windows(widths, heights, data.eval_crop)) and (shapes == 32).all()
     assert evaluation_slices(views, widths, heights, 48) == [range(48), range(48, 96), range(96, 100)]

@@ -74,10 +74,19 @@ class Engine:
     At ZeRO 0 to 2 the gradient is computed and summed here (gradients.py), without DeepSpeed's hooks, so that a
     micro-batch can be replayed as a CUDA graph. At ZeRO 3 and with offloading DeepSpeed does it.
 
-    accumulation: micro-batches per rank and step. Raises ConfigError if the device does not support a setting.
+    accumulation: micro-batches per rank and step. shapes: how many shapes the inputs of training may have. Raises
+    ConfigError if the device does not support a setting.
     """
 
-    def __init__(self, model: nn.Module, losses: Losses, config: Config, accumulation: int, device: torch.device):
+    def __init__(
+        self,
+        model: nn.Module,
+        losses: Losses,
+        config: Config,
+        accumulation: int,
+        device: torch.device,
+        shapes: int = 1,
+    ):
         deepspeed = import_deepspeed()
         if config.train.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
             raise ConfigError("train.precision=fp16 is not supported by this device; use bf16 or fp32")
@@ -116,8 +125,9 @@ class Engine:
         self._compiled_for = config.train.micro_batch if config.train.compile else 0
         self._evaluates_as_it_is = False
         if config.train.compile:
+            allow_shapes(shapes)
             self.module.compile(**compile_settings())  # at its first call; results differ by rounding only
-        self.graphs, self.about_graphs = graphs_wanted(config, device, self.updated_here)
+        self.graphs, self.about_graphs = graphs_wanted(config, device, self.updated_here, shapes)
         self._differentiate, self._evaluate = self._differentiated, self._network
         if self.graphs:
             self._differentiate, self._evaluate = Replayed(self._differentiated), Replayed(self._network)
@@ -142,6 +152,13 @@ class Engine:
         """The model's persistent buffers by name: whole on every rank, in the type they were created with."""
         saved = self.module.state_dict()
         return {name: buffer for name, buffer in self.module.named_buffers() if name in saved}
+
+    def whole(self) -> dict[str, Tensor]:
+        """What belongs to the state beside the fragments, whole on every rank: buffers, and weights that are not
+        trained (not at ZeRO 3), in the network's precision.
+        """
+        parameters = self.module.named_parameters()
+        return self.buffers() | {name: value.detach() for name, value in parameters if not value.requires_grad}
 
     def __call__(self, inputs: Tensor) -> Any:
         """Output of the network for a batch.
@@ -361,6 +378,17 @@ def compile_settings() -> dict:
         "deterministic": True,  # no choice by timing: after a restart it might choose differently
     }
     return {"options": options, "dynamic": False}
+
+
+def allow_shapes(count: int) -> None:
+    """Let torch.compile compile a network for so many shapes, beside what else it compiles anew for.
+
+    Beyond its limit, of 8, it would compute without compilation, and not say so.
+    """
+    import torch._dynamo.config as limits
+
+    limits.recompile_limit = max(limits.recompile_limit, 7 + count)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 7 + count)
 
 
 def _nan_unless_finite(loss: Tensor) -> Tensor:

@@ -67,9 +67,10 @@ class Replayed:
         return outputs, graph.replay
 
 
-def graphs_wanted(config: Config, device: torch.device, updated_here: bool) -> tuple[bool, str | None]:
+def graphs_wanted(config: Config, device: torch.device, updated_here: bool, shapes: int = 1) -> tuple[bool, str | None]:
     """Whether steps are replayed as CUDA graphs (train.cuda_graphs), and a sentence about it for the log.
 
+    shapes: how many shapes the inputs may have. Each would be a graph of its own, which keeps a gradient in memory.
     Raises ConfigError if they are demanded where they cannot be.
     """
     wanted = config.train.cuda_graphs
@@ -84,4 +85,6 @@ def graphs_wanted(config: Config, device: torch.device, updated_here: bool) -> t
         if wanted is True:
             raise ConfigError(f"train.cuda_graphs=true does not work with {why}; auto leaves them out")
         return False, f"steps are not replayed as CUDA graphs, which {why} does not allow"
+    if shapes > 1 and wanted == "auto":
+        return False, f"steps are not replayed as CUDA graphs, as training inputs may have {shapes} shapes"
     return True, "steps are replayed as CUDA graphs from the second micro-batch on"

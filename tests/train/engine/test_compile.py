@@ -1,6 +1,7 @@
 """`train.compile`: results equal eager ones up to rounding, and resume is exact."""
 
 import pytest
+import torch
 
 from tests.oracle import assert_same_state, state
 from tests.runs import losses, run, start
@@ -25,3 +26,29 @@ def test_zero_3_is_refused(tiny_config, tmp_path):
     job = start(tiny_config, tmp_path, "train.compile=true", "zero.stage=3")
     assert job.wait() == [78]
     assert "train.compile needs zero.stage 0, 1 or 2" in job.text()
+
+
+def test_a_network_is_compiled_for_every_shape():
+    """torch's own limit is 8 shapes; it then goes on without compilation."""
+    from train.engine.deepspeed_engine import allow_shapes
+
+    def compiled_shapes(shapes: int) -> int:
+        found = []
+
+        def backend(graph, inputs):
+            found.append(graph)
+            return graph
+
+        torch.compiler.reset()
+        network = torch.nn.Conv2d(3, 3, 1)
+        network.compile(backend=backend, dynamic=False)
+        for number in range(shapes):
+            network(torch.zeros(1, 3, 4, 4 + number))
+        return len(found)
+
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=16):
+        assert compiled_shapes(20) == 8
+        allow_shapes(20)
+        assert compiled_shapes(20) == 20
+        allow_shapes(1)
+        assert compiled_shapes(20) == 20

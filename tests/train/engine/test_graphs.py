@@ -53,7 +53,7 @@ class Replay:
             return outputs, replay
 
         Replayed.record = record
-        engine.graphs_wanted = lambda config, device, updated_here: (updated_here, "replayed")
+        engine.graphs_wanted = lambda config, device, updated_here, shapes: (updated_here, "replayed")
         if self.also:
             self.also(rank)
 
@@ -136,6 +136,13 @@ def test_where_steps_are_replayed_on_a_gpu(tiny_config, settings, wanted, word):
     found, sentence = graphs_wanted(config, torch.device("cuda"), updated_here(config, world=2))
     assert found == wanted
     assert (word in sentence) if word else sentence is None
+
+
+def test_graphs_of_inputs_of_many_shapes_must_be_demanded(tiny_config):
+    for wanted, found in (("auto", False), ("true", True)):
+        config = load_config(tiny_config, ["train.compile=true", f"train.cuda_graphs={wanted}"])
+        replayed, sentence = graphs_wanted(config, torch.device("cuda"), True, shapes=89)
+        assert replayed == found and ("may have 89 shapes" in sentence) == (not found)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ class Maps:
     def __init__(self, split: Split):
         self._sizes, self._levels = split.annotation("size"), split.annotation("level")
 
-    def read(self, ids: np.ndarray, candidates: np.ndarray) -> Cut:
+    def read(self, ids: np.ndarray, candidates: np.ndarray, shape: tuple[int, int]) -> Cut:
         found, windows = [], candidates[:, 0]
         for (height, width), level, window in zip(self._sizes[ids], self._levels[ids], windows, strict=True):
             ramp = torch.linspace(0, float(level), int(width)).expand(int(height), int(width))
@@ -88,7 +88,7 @@ class Depth(Task):
     def preview(self, inputs: dict, count: int) -> Tensor:
         return inputs["images"][:count].float().cpu().clamp(0, 1)
 
-    def tally(self, device: torch.device) -> "DepthTally":
+    def tally(self, device: torch.device, split: Split) -> "DepthTally":
         return DepthTally(self, device)
 
 
