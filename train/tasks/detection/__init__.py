@@ -1,5 +1,6 @@
 """Object detection: boxes with classes, by RetinaNet, FCOS or ATSS on any backbone of catmodel."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from train.tasks.detection.settings import Settings, check_config
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from data_pipeline.split import Split
     from train.config import Config
 
-__all__ = ["Settings", "check_config", "check_dataset", "load", "order"]
+__all__ = ["Settings", "check_config", "check_dataset", "load", "order", "report_sections"]
 
 
 def load() -> type:
@@ -37,3 +38,10 @@ def order(config: "Config", split: "Split", seed: int, global_batch: int, micro_
     if config.task.aspect_groups:
         return GroupedOrder.of(split, seed, global_batch, micro_batch, data.shuffle, data.repeats)
     return Order(seed, split.samples, global_batch, micro_batch, data.shuffle, data.repeats)
+
+
+def report_sections(runs: Sequence) -> list:
+    """See train/tasks/report.py."""
+    from train.tasks.detection.report import sections
+
+    return sections(runs)

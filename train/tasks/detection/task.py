@@ -1,7 +1,8 @@
 """Object detection: boxes with classes, by RetinaNet, FCOS or ATSS."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +19,11 @@ from data_pipeline.split import Split
 from train.config import Config, ConfigError
 from train.tasks.base import Model, Task, build_network, on_device
 from train.tasks.detection.assign import by_overlap, by_range, by_statistics, learned
+from train.tasks.detection.export import exported
 from train.tasks.detection.losses import centerness, centerness_loss, focal_loss, giou_loss, iou_loss
-from train.tasks.detection.pictures import draw_boxes
+from train.tasks.detection.pictures import draw_boxes, evaluation_tables, side_by_side
+from train.tasks.detection.predict import LEAST, ImageObjects, predict
+from train.tasks.detection.scores import DetectionTally
 from train.tasks.drawing import palette
 from train.telemetry.metrics import Metric
 
@@ -258,7 +262,32 @@ class Detection(Task):
 
     # --- evaluation and use ---
 
-    def tally(self, device: torch.device, split: Split):
-        from train.tasks.detection.scores import DetectionTally
-
+    def tally(self, device: torch.device, split: Split) -> DetectionTally:
         return DetectionTally(self, split, device)
+
+    def evaluation_picture(self, details: dict) -> Tensor | None:
+        """Photographs with their objects, beside them with what was found."""
+        return torch.from_numpy(side_by_side(details)).permute(2, 0, 1) / 255
+
+    def evaluation_text(self, details: dict) -> str:
+        """AP by class and by size, and the errors."""
+        return evaluation_tables(details)
+
+    def predict(
+        self,
+        model: nn.Module,
+        paths: Sequence[Path],
+        device: torch.device,
+        batch: int,
+        output: Path | None = None,
+        min_score: float = LEAST,
+    ) -> Iterator[ImageObjects]:
+        """The objects in each image, one image at a time, because they have different sizes.
+
+        output: a folder for `<name>_boxes.jpg`. min_score: objects with a lower score are left out.
+        """
+        return predict(self, model, paths, device, output, min_score)
+
+    def export(self, state: dict[str, Tensor], features: bool) -> tuple[nn.Module, dict[str, Any]]:
+        """The detector, of which catmodel.export makes a graph from an image to its objects; or its backbone."""
+        return exported(self, state, features)
