@@ -9,7 +9,7 @@ import torch
 
 from .durable import publish, sha256_of
 from .manifest import Manifest, write_manifest
-from .split import Annotation, Split
+from .split import CATEGORY_IDS, OBJECTS, Annotation, Split
 
 if TYPE_CHECKING:
     from .backends.stored import StoredSamples
@@ -70,10 +70,10 @@ def add_annotation(manifest: Manifest, split: str, name: str, values: np.ndarray
     """Store `values` ([samples, …], numbers) as annotation `name` of a split; returns the new manifest, which is on the
     disk.
 
-    ValueError if there is not one row per sample.
+    ValueError if there is not one row per sample, except for `objects` and `category_ids`.
     """
     old = manifest.split(split)
-    if len(values) != old.samples:
+    if name not in (OBJECTS, CATEGORY_IDS) and len(values) != old.samples:
         raise ValueError(f"{len(values)} rows for the {old.samples} samples of split {split!r}")
     path = manifest.folder / f"{split}.{name}.npy"
     temporary = path.with_name(f"{path.name}.tmp")

@@ -15,7 +15,7 @@ SIZES = ((40, 30), (30, 40), (33, 57))  # (width, height) of the images in turn
 
 
 def coco(split: str, images: int, per_image: int = 3, seed: int = 0) -> dict:
-    """COCO's dict: random boxes of random classes, crowds with runs, others with polygons; one image of five has none."""
+    """COCO's dict: random boxes of random classes, crowds with runs, others with polygons; every fifth image: none."""
     random = np.random.default_rng([seed, len(split)])
     document = {
         "images": [],

@@ -22,7 +22,9 @@ def load() -> type:
 
 def check_dataset(manifest: "Manifest") -> None:
     """Raise ValueError if the dataset has no boxes."""
-    if not all("objects" in split.annotations for split in manifest.splits.values()):
+    from data_pipeline.split import OBJECTS
+
+    if not all(OBJECTS in split.annotations for split in manifest.splits.values()):
         raise ValueError(
             "it has no boxes, from which task.name=detection learns: prepare the images together with their "
             "annotations, or leave out task.name to learn the images' classes"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from catmodel.detection.boxes import decode_distances, decode_offsets, encode_of
 from catmodel.detection.kinds import KINDS
 from data_pipeline.augment import clear_outside, normalise
 from data_pipeline.loader import MicroBatch
+from data_pipeline.object_targets import ObjectTargets
+from data_pipeline.scaled_boxes import ScaledBoxes
 from data_pipeline.split import Split
 from train.config import Config, ConfigError
 from train.tasks.base import Model, Task, build_network, on_device
@@ -26,10 +28,6 @@ from train.tasks.detection.predict import LEAST, ImageObjects, predict
 from train.tasks.detection.scores import DetectionTally
 from train.tasks.drawing import palette
 from train.telemetry.metrics import Metric
-
-if TYPE_CHECKING:
-    from data_pipeline.object_targets import ObjectTargets
-    from data_pipeline.scaled_boxes import ScaledBoxes
 
 CLASS_LAYER = "head.conv_cls."
 
@@ -142,9 +140,7 @@ class Detection(Task):
 
     # --- training ---
 
-    def views(self) -> "ScaledBoxes":
-        from data_pipeline.scaled_boxes import ScaledBoxes
-
+    def views(self) -> ScaledBoxes:
         task = self.config.task
         return ScaledBoxes(
             scales=task.scales,
@@ -157,17 +153,15 @@ class Detection(Task):
             grouped=task.aspect_groups,
         )
 
-    def targets(self, split: Split, training: bool) -> "ObjectTargets":
-        from data_pipeline.object_targets import ObjectTargets
-
+    def targets(self, split: Split, training: bool) -> ObjectTargets:
         return ObjectTargets(split, training)
 
     def inputs(self, batch: MicroBatch, epoch: int, device: torch.device) -> dict[str, Tensor]:
         """Images, and what each of the A places of their grid learns.
 
         "images" float [m, 3, H, W], whose padding has the mean colour; "classes" int64 [m, A], -1: ignored, K:
-        background; "boxes" [m, A, 4], x1 y1 x2 y2 in pixels of the input, of places that learn none any box; "places"
-        [A, 4] or [A, 2], the anchors or points; "centerness" [m, A] (not retinanet).
+        background; "boxes" [m, A, 4], x1 y1 x2 y2 in pixels of the input, of places that learn no box one whose
+        encoding is zero; "places" [A, 4] or [A, 2], the anchors or points; "centerness" [m, A] (not retinanet).
         """
         boxes, labels, inside = (
             batch.targets[name].to(device, non_blocking=True) for name in ("boxes", "labels", "inside")

@@ -58,13 +58,19 @@ def test_what_is_given_is_kept(tmp_path):
     assert load_config(path, [*scales, "task.test_scale=[640,640]"]).task.scale_of_tests == (640, 640)
 
 
-def test_a_dataset_without_boxes_is_refused(tiny_dataset, tmp_path):
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        ("detection", "it has no boxes, from which task.name=detection learns"),
+        ("classification", "its images have boxes in place of classes: give task.name=detection"),
+    ],
+)
+def test_a_dataset_of_the_other_task_is_refused(box_config, tiny_config, tiny_dataset, boxes, tmp_path, task, sentence):
     """By train, before torch is imported."""
-    path = tmp_path / "config.yaml"
-    path.write_text(f"{{task: {{name: detection}}, model: {{name: cat_nano}}, data: {{path: {tiny_dataset}}}}}")
+    config, data = (box_config, tiny_dataset) if task == "detection" else (tiny_config, boxes)
     code = "import sys; sys.path.insert(0, '.'); import train; from train.config import ConfigError\n"
-    code += f"try: train.run({str(path)!r}, output={str(tmp_path)!r})\n"
+    code += f"try: train.run({str(config)!r}, ['data.path={data}'], output={str(tmp_path)!r})\n"
     code += "except ConfigError as error: print(error, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert "does not fit: it has no boxes, from which task.name=detection learns" in done.stdout, done.stderr
+    assert f"data.path {data} does not fit: {sentence}" in done.stdout, done.stderr
     assert done.stdout.rstrip().endswith("False")
