@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["create_model", "create_segmenter", "least_images", "list_models", "load_published", "register_timm"]
+__all__ = [
+    "create_detector",
+    "create_model",
+    "create_segmenter",
+    "least_images",
+    "list_models",
+    "load_published",
+    "register_timm",
+]
 
 # Module -> the models it defines, each a function of that name. With this list, `list_models` need not import torch.
 _FAMILIES = {
@@ -55,6 +63,13 @@ def create_segmenter(name: str, num_classes: int, **options: Any) -> "nn.Module"
     from catmodel import semantic_fpn
 
     return semantic_fpn.create_segmenter(name, num_classes, **options)
+
+
+def create_detector(kind: str, name: str, num_classes: int, **options: Any) -> "nn.Module":
+    """Build RetinaNet, FCOS or ATSS on the backbone `name`; see `catmodel.detection.detector.create_detector`."""
+    from catmodel.detection import detector
+
+    return detector.create_detector(kind, name, num_classes, **options)
 
 
 def load_published(model: "nn.Module", source: Any, **options: Any) -> Any:

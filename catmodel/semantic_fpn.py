@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import catmodel
+from catmodel.dense import Dense
 from catmodel.fixed_order import resize, upsample
 from catmodel.fpn import FPN
 from catmodel.patches import may_be_nonzero
-from catmodel.pretrained import load_published
 
 
 class ChannelDropout(nn.Module):
@@ -87,7 +87,7 @@ class SemanticFPNHead(nn.Module):
         return self.conv_seg(self.dropout(total))
 
 
-class SemanticFPN(nn.Module):
+class SemanticFPN(Dense):
     """A backbone, a feature pyramid and a head that classifies every pixel of the finest map.
 
     backbone: a network of catmodel with features_only. num_classes: without the ignored one. dropout: of the head's
@@ -106,11 +106,10 @@ class SemanticFPN(nn.Module):
         channels: int = 128,
         full_size: bool = False,
     ):
-        super().__init__()
+        super().__init__(backbone)
         self.full_size = full_size
         widths = [backbone.feature_info[i]["num_chs"] for i in backbone.out_indices]
         self.num_classes, self.stride = num_classes, backbone.feature_info[backbone.out_indices[0]]["reduction"]
-        self.backbone = backbone
         self.neck = FPN(widths, neck_channels)
         self.head = SemanticFPNHead(len(widths), neck_channels, channels, num_classes, dropout)
 
@@ -120,35 +119,6 @@ class SemanticFPN(nn.Module):
         """
         logits = self.head(self.neck(self.backbone(image)))
         return at_image_size(logits, image.shape[2:]) if self.full_size else logits
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters of two or more dimensions without weight decay: the backbone's."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
-
-    def layer_of(self, name: str) -> int:
-        """Layer of a parameter, for layer-wise learning rates: the backbone's; a classifier's head for the rest."""
-        part, _, rest = name.partition(".")
-        return self.backbone.layer_of(rest if part == "backbone" else "fc.weight")
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the activations of the backbone's blocks in the backward pass."""
-        self.backbone.set_grad_checkpointing(enable)
-
-    def set_kernels(self, enable: bool = True) -> None:
-        """Use the backbone's Triton kernels if device, dtype and shapes allow it, or PyTorch's operators only."""
-        self.backbone.set_kernels(enable)
-
-    def load_classifier(self, weights: dict[str, Tensor]) -> list[str]:
-        """Fill the backbone with a classifier's weights: a released file's or a run's state dict. Returns sentences for
-        the log.
-
-        Position tables are interpolated to the backbone's img_size. The classifier's head is left out; neck, head and
-        the norms of CAT's maps keep their initial weights. Raises pretrained.DoesNotFit.
-        """
-        report = load_published(self.backbone, weights, resize_positions=True)
-        sentences = [f"position tables interpolated: {', '.join(report.resized)}"] if report.resized else []
-        norms = sorted({key.partition(".")[0] for key in report.fresh})
-        return [*sentences, f"fresh: {', '.join([*norms, 'neck', 'head'])}"]
 
 
 def create_segmenter(

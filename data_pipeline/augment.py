@@ -91,6 +91,16 @@ def normalise(images: Tensor, config: AugmentConfig) -> Tensor:
     return found
 
 
+def clear_outside(images: Tensor, inside: Tensor) -> Tensor:
+    """Set images [m, 3, H, W] to zero, which is the mean colour, outside of `inside` (int32 [m, 4]: left, top, right,
+    bottom), in place.
+    """
+    left, top, right, bottom = inside.T[:, :, None]
+    rows, columns = (torch.arange(side, device=images.device) for side in images.shape[2:])
+    shown = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None, :]
+    return images.masked_fill_(~shown[:, None], 0.0)
+
+
 @functools.lru_cache(8)
 def _normalisation(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
     """`normalisation` as tensors [3, 1, 1]. Cached, because every copy to the device would wait for it."""

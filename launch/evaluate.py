@@ -23,12 +23,16 @@ def main(arguments: argparse.Namespace) -> None:
     from train.config import ConfigError
 
     target = check_target(arguments.target, arguments.best)
+    for path in filter(None, (arguments.details, arguments.results)):
+        if not path.parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}")
 
     import torch
 
     from data_pipeline.loader import MicroBatch
     from train.engine.runtime import start_runtime, stop_runtime
     from train.tasks.base import build_task, evaluate
+    from train.telemetry.monitor import finite
 
     trained = read_trained(target, arguments.weights, best=arguments.best)
     config, checkpoint, weights = trained.config, trained.checkpoint, trained.weights
@@ -47,16 +51,20 @@ def main(arguments: argparse.Namespace) -> None:
         for sample in batch.bad:
             print(f"left out: {sample.sentence}", file=sys.stderr)
 
+    split = manifest.split("val")
+    tally = task.tally(runtime.device, split)
+    if arguments.results and not hasattr(tally, "write_results"):
+        raise ConfigError(f"--results is no option of the task {config.task.name}")
     with torch.no_grad():
-        scores, details = evaluate(
-            task, model, manifest.split("val"), runtime.device, report, runtime.rank, runtime.world
-        )
+        scores, details = evaluate(task, model, split, runtime.device, report, runtime.rank, runtime.world, tally)
     for note in trained.notes if runtime.is_main else ():
         print(note, file=sys.stderr)
     if runtime.is_main and arguments.details:
-        Path(arguments.details).write_text(json.dumps({"checkpoint": str(checkpoint), "weights": weights, **details}))
+        arguments.details.write_text(json.dumps({"checkpoint": str(checkpoint), "weights": weights, **details}))
+    if runtime.is_main and arguments.results:
+        tally.write_results(arguments.results)
     if runtime.is_main and arguments.json:
-        numbers = {**scores.values, "count": scores.count}
+        numbers = {**finite(scores.values), "count": scores.count}
         print(json.dumps({"checkpoint": str(checkpoint), "weights": weights, "data": config.data.path, **numbers}))
     elif runtime.is_main:
         text = "  ".join(metric.text(scores.values[metric.name]) for metric in task.metrics)
@@ -112,8 +120,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one line of JSON, unrounded")
     parser.add_argument(
         "--details",
+        type=Path,
         metavar="FILE",
         help="write what the task keeps of an evaluation, such as the classes' scores (JSON)",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="of a detection: write all detections as COCO's results file, with the source's ids of images and "
+        "categories (JSON)",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     parser.add_argument(

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, add_choice_of_weights, run
 from train import exit_codes
 
-OPTIONS = ("top", "output")  # of some tasks only: arguments of their `predict`
+OPTIONS = ("top", "output", "min_score")  # of some tasks only: arguments of their `predict`
 
 
 class Unreadable(Exception):
@@ -37,7 +37,7 @@ def main(arguments: argparse.Namespace) -> None:
     options = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
     for name in options:
         if name not in inspect.signature(task.predict).parameters:
-            raise ConfigError(f"--{name} is no option of the task {trained.config.task.name}")
+            raise ConfigError(f"--{name.replace('_', '-')} is no option of the task {trained.config.task.name}")
     for found in task.predict(trained.model().to(device), paths, device, arguments.batch, **options):
         if found.problem:
             bad += 1
@@ -50,8 +50,9 @@ def main(arguments: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="Print the most probable classes of each image, or of a segmentation the classes' shares of its "
-        "pixels. Images are cropped and scaled as in evaluation.",
+        description="Print the most probable classes of each image; of a segmentation the classes' shares of its "
+        "pixels; of a detection its objects, with boxes as left, top: width x height. Images are cropped and scaled as "
+        "in evaluation.",
         epilog="exit codes: 0 all images predicted, 65 some images could not be read (they are listed, the others "
         "predicted), 78 bad arguments",
     )
@@ -73,7 +74,13 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         metavar="FOLDER",
         help="of a segmentation: write there each photograph under its classes' colours, NAME_overlay.jpg, and the "
-        "classes' numbers as gray values, NAME_labels.png",
+        "classes' numbers as gray values, NAME_labels.png; of a detection: each photograph with boxes, NAME_boxes.jpg",
+    )
+    parser.add_argument(
+        "--min-score",
+        type=_share,
+        metavar="SCORE",
+        help="of a detection: leave out objects with a lower score, 0 to 1 (default: 0.3)",
     )
     parser.add_argument(
         "--batch", type=_positive, default=64, metavar="N", help="images per forward pass (default: 64)"
@@ -86,6 +93,12 @@ def _positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError
     return int(text)
+
+
+def _share(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
 
 
 if __name__ == "__main__":

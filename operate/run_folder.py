@@ -218,8 +218,13 @@ def ending(start: Start, after: Start | None, hung: list[float]) -> str | None:
 
 
 def amount(metric: Metric, value: float | None) -> str:
-    """A metric's value without its unit: two decimals of a percentage, four of other numbers."""
-    return "not finite" if value is None else f"{value:.2f}" if metric.unit == "%" else f"{value:.4f}"
+    """A metric's value without its unit: two decimals of a percentage, four of other numbers.
+
+    None: the number was not finite; a percentage is that of nothing, such as AP where there is no object.
+    """
+    if value is None:
+        return "–" if metric.unit == "%" else "not finite"
+    return f"{value:.2f}" if metric.unit == "%" else f"{value:.4f}"
 
 
 def quantity(metric: Metric, value: float | None) -> str:

@@ -9,11 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from catmodel.detection import Detector
+from catmodel.detection.kinds import KINDS
 from catmodel.fixed_order import upsample
 from catmodel.semantic_fpn import SemanticFPN
 from tests.catmodel.generated_code import code_of, graphs_of
 from tests.catmodel.small import images, small
+from train.config import parse_config
 from train.engine.deepspeed_engine import compile_settings
+from train.tasks.base import build_task
 
 # Operators that are not repeatable on a GPU: those that `torch.use_deterministic_algorithms` replaces or refuses, by
 # its documentation, the ones to which they decompose, and the backward passes of PyTorch's fused attention.
@@ -26,6 +30,7 @@ VARYING = re.compile(
 
 DRAWING = re.compile("bernoulli|rand|dropout|uniform")
 
+DATA = {"data": {"path": "none"}}
 DROPS = dict(drop_path_rate=0.2)
 PATCHES = dict(patch_size=7, img_size=56)
 STEPS = {
@@ -41,12 +46,15 @@ STEPS = {
     "CAT, segmentation": ("cat_tiny", 2, dict(features_only=True, **PATCHES)),
     "PVT, segmentation": ("pvt_tiny", 2, dict(features_only=True)),
     "CoTNet, segmentation": ("cotnet50", 2, dict(features_only=True)),
+    "CAT, fcos": ("cat_tiny", 2, dict(features_only=True, **PATCHES)),
+    "PVT, retinanet": ("pvt_tiny", 2, dict(features_only=True)),
+    "CoTNet, atss": ("cotnet50", 2, dict(features_only=True)),
 }
 
 
 def training_step(
     name: str, dtype: torch.dtype = torch.bfloat16, recompute: bool = False
-) -> tuple[Callable[..., Tensor], Tensor, Tensor]:
+) -> tuple[Callable[..., Tensor] | Tensor, ...]:
     """A step and its inputs. A dense model's images are larger than its positions' grid.
 
     recompute: with activation checkpointing.
@@ -59,6 +67,8 @@ def training_step(
     model.set_grad_checkpointing(recompute)
     if name.endswith("segmentation"):
         return segmentation_step(model, dtype)
+    if (kind := name.split(", ")[-1]) in KINDS:
+        return detection_step(kind, model, dtype)
     model = model.train().to(dtype)
     side = settings.get("img_size", 64) + (14 if settings.get("features_only") else 0)
 
@@ -81,6 +91,25 @@ def segmentation_step(backbone: nn.Module, dtype: torch.dtype) -> tuple[Callable
 
     labels = torch.randint(5, (2, 96, 64), generator=torch.Generator().manual_seed(2))
     return step, images("cat_tiny", 2, (96, 64)).to(dtype), labels.masked_fill(labels == 4, 255)
+
+
+def detection_step(kind: str, backbone: nn.Module, dtype: torch.dtype) -> tuple[Callable[..., Tensor] | Tensor, ...]:
+    """With the losses of the task."""
+    config = parse_config({"task": {"name": "detection", "detector": kind}, "model": {"name": "cat_tiny"}, **DATA}, "")
+    task = build_task(config, [""] * 5)
+    model = Detector(kind, backbone, 5, neck_channels=16, head_channels=64, head_convs=1).train().to(dtype)
+    grid, generator = model.grid(96, 64), torch.Generator().manual_seed(2)
+
+    def step(x: Tensor, classes: Tensor, boxes: Tensor, places: Tensor, centerness: Tensor) -> Tensor:
+        inputs = {"images": x, "classes": classes, "boxes": boxes, "places": places, "centerness": centerness}
+        return sum(task.loss(model, inputs).values())
+
+    classes = torch.randint(-1, 6, (2, len(grid)), generator=generator)
+    sides = torch.rand(2, len(grid), 4, generator=generator) * 8 + 1
+    boxes = grid.points.repeat(1, 2) + sides * torch.tensor([-1, -1, 1, 1])
+    places = grid.points if grid.anchors is None else grid.anchors
+    centerness = torch.rand(2, len(grid), generator=generator)
+    return step, images("cat_tiny", 2, (96, 64)).to(dtype), classes, boxes, places, centerness
 
 
 def varying(operator: torch._ops.OpOverload, arguments: tuple) -> bool:

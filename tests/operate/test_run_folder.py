@@ -128,7 +128,8 @@ def test_values_in_words():
     )
     assert (
         quantity(Metric("a", "a", "", "lower"), 0.5) == "0.5000"
-        and quantity(Metric("a", "a", "%", "lower"), None) == "not finite"
+        and quantity(Metric("a", "a", "%", "lower"), None) == "–"
+        and quantity(Metric("a", "a", "", "lower"), None) == "not finite"
     )
 
 

@@ -275,7 +275,7 @@ def load_checkpoint(path: Path, info: CheckpointInfo, engine: Engine, ema: Ema |
         for fragment in engine.fragments(everything=True)
         for kind, target in {"model": fragment.master, **fragment.moments}.items()
     ]
-    whole = {f"buffer/{name}": buffer for name, buffer in engine.buffers().items()}
+    whole = {f"buffer/{name}": buffer for name, buffer in engine.whole().items()}
     if ema is not None:
         wanted += [
             Wanted(f"ema/{fragment.name}", fragment.start, average)

@@ -261,7 +261,7 @@ def snapshot(engine: Engine, ema: Ema | None) -> tuple[dict[str, Tensor], dict[s
             tensors[f"{kind}/{fragment.name}"] = piece
             starts[f"{kind}/{fragment.name}"] = fragment.start
     if engine.rank == 0:
-        tensors |= {f"buffer/{name}": buffer for name, buffer in engine.buffers().items()}
+        tensors |= {f"buffer/{name}": buffer for name, buffer in engine.whole().items()}
         if ema is not None:
             tensors |= {f"ema_buffer/{name}": average for name, average in ema.buffers.items()}
     copies = {key: _host_copy(tensor.detach()) for key, tensor in tensors.items()}

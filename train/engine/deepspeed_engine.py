@@ -153,6 +153,13 @@ class Engine:
         saved = self.module.state_dict()
         return {name: buffer for name, buffer in self.module.named_buffers() if name in saved}
 
+    def whole(self) -> dict[str, Tensor]:
+        """What belongs to the state beside the fragments, whole on every rank: buffers, and weights that are not
+        trained (not at ZeRO 3), in the network's precision.
+        """
+        parameters = self.module.named_parameters()
+        return self.buffers() | {name: value.detach() for name, value in parameters if not value.requires_grad}
+
     def __call__(self, inputs: Tensor) -> Any:
         """Output of the network for a batch.
 

@@ -156,8 +156,8 @@ class Task(ABC):
     # --- evaluation and use ---
 
     @abstractmethod
-    def tally(self, device: torch.device) -> Tally:
-        """A new evaluation."""
+    def tally(self, device: torch.device, split: Split) -> Tally:
+        """A new evaluation, on `split`."""
 
     def evaluation_picture(self, details: dict) -> Tensor | None:
         """What TensorBoard shows of an evaluation: a picture [3, H, W] in 0..1, or None. details: of Tally.finish."""
@@ -226,6 +226,7 @@ def evaluate(
     meet: Callable[[MicroBatch], None],
     rank: int = 0,
     world: int = 1,
+    tally: Tally | None = None,
 ) -> tuple[Scores, dict]:
     """Evaluate `model`, in evaluation mode, on all samples of `split`, each exactly once; all ranks must call, all get
     the result.
@@ -233,11 +234,12 @@ def evaluate(
     Batches are fixed slices of the ids (views.evaluation_slices), so a sample is always computed together with the same
     others, on any number of ranks. Each batch's sums go into a row of their own, and the rows are added in one order:
     the result is the same to the last bit on any number of ranks.
-    meet: called with every batch of this rank before it is evaluated.
+    meet: called with every batch of this rank before it is evaluated. tally: a new one of the task, if the caller needs
+    it.
     """
     size, views = task.config.train.micro_batch, task.views()
     count = len(evaluation_slices(views, split.records["width"], split.records["height"], size))
-    tally = task.tally(device)
+    tally = tally or task.tally(device, split)
     sums = torch.zeros(count, tally.width, dtype=torch.float64, device=device)
     targets = task.targets(split, training=False)
     for row, batch in evaluation_batches(task.config.data, views, split, size, targets, rank=rank, world=world):

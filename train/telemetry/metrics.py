@@ -22,12 +22,10 @@ class Metric:
         return value > best if self.better == "higher" else value < best
 
     def text(self, value: float) -> str:
-        """Such as "top-1 70.12 %" or "loss 1.2345"."""
-        return (
-            f"{self.label} {value:.2f} {self.unit}"
-            if self.unit == "%"
-            else f"{self.label} {value:.4f} {self.unit}".rstrip()
-        )
+        """Such as "top-1 70.12 %" or "loss 1.2345". A percentage of nothing is NaN, "AP small –"."""
+        if self.unit == "%":
+            return f"{self.label} –" if value != value else f"{self.label} {value:.2f} {self.unit}"
+        return f"{self.label} {value:.4f} {self.unit}".rstrip()
 
 
 @dataclass(frozen=True)

@@ -294,15 +294,16 @@ def _strict_json(line: dict) -> bytes:
     try:
         text = json.dumps(line, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(line))
+        text = json.dumps(finite(line))
     return text.encode() + b"\n"
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
+    """`value`, of dicts and lists, with None in place of numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -13,6 +13,7 @@ from data_pipeline.augment import sample_keys
 from data_pipeline.loader import MicroBatch
 from data_pipeline.randomness import Stream, make_key
 from data_pipeline.recipe import prepare
+from data_pipeline.split import Split
 from train.config import ConfigError
 from train.tasks.base import Model, Task, build_network, on_device
 from train.tasks.classification.predict import ImageClasses, predict
@@ -88,7 +89,7 @@ class Classification(Task):
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
         return (inputs[0][:count].float().cpu() * std + mean).clamp(0, 1)
 
-    def tally(self, device: torch.device) -> ClassificationTally:
+    def tally(self, device: torch.device, split: Split) -> ClassificationTally:
         return ClassificationTally(self.config.augment, self.classes, device)
 
     def predict(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.tasks.segmentation.colours import from_base64
+from train.tasks.drawing import from_base64
 
 GAP = 4  # pixels between pictures
 

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import nn
 
 from data_pipeline.decode import decode_batch
 from data_pipeline.label_maps import ignored_value
 from data_pipeline.views import ScaledCrops
 from train.config import ConfigError
+from train.tasks.drawing import with_legend
 from train.tasks.image_files import read_image
-from train.tasks.segmentation.colours import lay_over, palette
+from train.tasks.segmentation.colours import lay_over
 from train.tasks.segmentation.inference import Inference, views_of
 from train.telemetry.formatting import printable
 
@@ -135,25 +136,3 @@ def _write(output: Path, image: ReadImage, labels: np.ndarray, classes: Sequence
     Image.fromarray(picture).save(overlay, quality=92, subsampling=0)
     Image.fromarray(labels.astype(np.uint8 if ignored_value(len(classes)) == 255 else np.uint16)).save(indices)
     return overlay, indices
-
-
-def with_legend(picture: np.ndarray, found: Sequence[int], classes: Sequence[str]) -> np.ndarray:
-    """A picture with the colours and names of the classes `found` in lines below it."""
-    height, width = picture.shape[:2]
-    size = max(11, min(height, width) // 28)
-    font, gap = ImageFont.load_default(size), size // 2
-    x, y, places = gap, height + gap, []
-    for number in found:
-        name = printable(classes[number])
-        length = size + gap + int(font.getlength(name)) + 2 * gap
-        if x > gap and x + length > width:
-            x, y = gap, y + size + gap
-        places.append((x, y, number, name))
-        x += length
-    canvas = Image.new("RGB", (width, y + size + gap), "white")
-    canvas.paste(Image.fromarray(picture))
-    draw, colours = ImageDraw.Draw(canvas), palette(len(classes))
-    for x, y, number, name in places:
-        draw.rectangle((x, y, x + size, y + size), fill=tuple(colours[number].tolist()))
-        draw.text((x + size + gap, y + size / 2), name, fill="black", font=font, anchor="lm")
-    return np.asarray(canvas)

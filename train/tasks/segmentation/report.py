@@ -5,6 +5,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from train.tasks.drawing import palette
 from train.tasks.report import (
     EvaluatedRun,
     Section,
@@ -19,7 +20,6 @@ from train.tasks.report import (
     text,
     weights_name,
 )
-from train.tasks.segmentation.colours import palette
 from train.tasks.segmentation.pictures import by_iou, class_scores
 
 SHOWN_CLASSES = 60  # up to this many are all shown; of more, the LOWEST and the HIGHEST

@@ -18,7 +18,8 @@ from data_pipeline.loader import MicroBatch
 from data_pipeline.randomness import fold
 from data_pipeline.split import DataError
 from train.tasks.base import Model, on_device
-from train.tasks.segmentation.colours import as_base64, paint, reduced
+from train.tasks.drawing import as_base64
+from train.tasks.segmentation.colours import paint, reduced
 from train.tasks.segmentation.inference import Inference
 from train.telemetry.metrics import Scores
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import catmodel
 from catmodel.fixed_order import upsample
-from data_pipeline.augment import normalise, sample_keys
+from data_pipeline.augment import clear_outside, normalise, sample_keys
 from data_pipeline.distortion import distort
 from data_pipeline.label_maps import LabelMaps, ignored_value
 from data_pipeline.loader import MicroBatch
@@ -130,7 +130,7 @@ class Segmentation(Task):
         mixed = [lay_over(*pair, len(self.classes)) for pair in zip(pixels, labels, strict=True)]
         return torch.stack([torch.from_numpy(image) for image in mixed]).permute(0, 3, 1, 2) / 255
 
-    def tally(self, device: torch.device) -> SegmentationTally:
+    def tally(self, device: torch.device, split: Split) -> SegmentationTally:
         return SegmentationTally(self.config, self.classes, device)
 
     def evaluation_picture(self, details: dict) -> Tensor | None:
@@ -189,13 +189,3 @@ def pixel_loss(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
     flat = logits.permute(0, 2, 3, 1).flatten(0, 2)
     total = F.cross_entropy(flat, labels.flatten().long(), ignore_index=ignored, reduction="sum")
     return total / labels.numel()
-
-
-def clear_outside(images: Tensor, inside: Tensor) -> Tensor:
-    """Set images [m, 3, H, W] to zero, which is the mean colour, outside of `inside` (int32 [m, 4]: left, top, right,
-    bottom), in place.
-    """
-    left, top, right, bottom = inside.T[:, :, None]
-    rows, columns = (torch.arange(side, device=images.device) for side in images.shape[2:])
-    shown = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None, :]
-    return images.masked_fill_(~shown[:, None], 0.0)

@@ -88,7 +88,7 @@ class Depth(Task):
     def preview(self, inputs: dict, count: int) -> Tensor:
         return inputs["images"][:count].float().cpu().clamp(0, 1)
 
-    def tally(self, device: torch.device) -> "DepthTally":
+    def tally(self, device: torch.device, split: Split) -> "DepthTally":
         return DepthTally(self, device)
 
 

@@ -12,7 +12,7 @@ from tests.oracle import assert_same_state, ids_by_step, sorted_ids_by_step, sta
 from tests.runs import events, losses, metrics, run, start, start_command
 from tests.train.test_random_kills import run_with_kills
 from train.checkpoint.format import checkpoint_path
-from train.tasks.segmentation.colours import from_base64
+from train.tasks.drawing import from_base64
 
 pytestmark = pytest.mark.slow
 METRICS = ("miou", "macc", "aacc", "count")

@@ -8,7 +8,8 @@ from torch import nn
 from data_pipeline.loader import MicroBatch
 from data_pipeline.split import DataError
 from train.config import load_config
-from train.tasks.segmentation.colours import from_base64, paint
+from train.tasks.drawing import from_base64
+from train.tasks.segmentation.colours import paint
 from train.tasks.segmentation.scores import KEPT, SegmentationTally, confusion, scores_of
 
 
