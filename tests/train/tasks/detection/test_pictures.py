@@ -53,9 +53,8 @@ def test_the_first_box_is_on_top_and_names_do_not_cover_each_other():
     "box", [[-40, -30, 60, 50], [300, 220, 90, 90], [0, 0, 320, 240], [5, 5, 0.2, 0.1], [400, 300, 20, 20]]
 )
 def test_boxes_at_and_beyond_the_edges(box):
-    picture = draw_boxes(
-        GRAY, np.array([box], float), ["a name that is longer than the picture is wide " * 2], [MISTAKEN]
-    )
+    name = "a name that is longer than the picture is wide " * 2
+    picture = draw_boxes(GRAY, np.array([box], float), [name], [MISTAKEN])
     assert near(picture, MISTAKEN).any()
 
 
