@@ -1,70 +1,75 @@
 #!/usr/bin/env python
-"""Train CamVid from scratch on two CPU cores: configs/camvid.yaml beside torchvision's lraspp_mobilenet_v3_large.
+"""Train CamVid from scratch on the CPU: configs/camvid.yaml beside torchvision's lraspp_mobilenet_v3_large.
 
     python benchmarks/camvid.py DATASET [--output runs/camvid] [--epochs N]
     python benchmarks/camvid.py --table
 
 Both networks see the same crops and the same number of images, and are evaluated in the same way; each is trained with
-three learning rates. Runs that are finished are not repeated. Written are docs/results/camvid.json and, from it,
-docs/images/camvid.png; --table makes only the picture and prints the table.
+three learning rates. A run has one core, and as many runs are trained at a time as there are cores. Runs that are
+finished are not repeated. Written are docs/results/camvid.json and, from it, docs/images/camvid.png; --table makes only
+the picture and prints the table.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import time
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 CONFIG = ROOT / "configs/camvid.yaml"
 RESULT = ROOT / "docs/results/camvid.json"
 PICTURE = ROOT / "docs/images/camvid.png"
-RATES = {
-    "cat": {"muon": (2e-3, 4e-3, 8e-3)},
-    "lraspp": {"adamw": (1e-3, 2e-3, 4e-3)},  # it has no linear layers, to which Muon would apply
-}
-WORLD = 2
+NAMES = {"cat": "CAT, Semantic FPN", "lraspp": "torchvision's LR-ASPP"}
 
 
-def settings(model: str, optimizer: str, rate: float, options: argparse.Namespace) -> list[str]:
+class Run(NamedTuple):
+    model: str
+    optimizer: str
+    rate: float
+
+
+RUNS = [
+    # Muon applies to linear layers, and LR-ASPP has none.
+    *(Run("lraspp", "adamw", rate) for rate in (1e-3, 2e-3, 4e-3)),
+    *(Run("cat", "muon", rate) for rate in (2e-3, 4e-3, 8e-3)),
+]
+
+
+def settings(run: Run, options: argparse.Namespace) -> list[str]:
     """The overrides of one run."""
-    found = [f"data.path={options.dataset}", f"optimizer.name={optimizer}", f"optimizer.lr={rate}"]
-    if optimizer == "adamw":
+    found = [f"data.path={options.dataset}", f"optimizer.name={run.optimizer}", f"optimizer.lr={run.rate}"]
+    if run.optimizer == "adamw":
         found.append("optimizer.betas=[0.9,0.999]")
-    if model == "lraspp":
+    if run.model == "lraspp":
         found.append("task.name=lraspp")
     return found + [f"train.epochs={options.epochs}"] * bool(options.epochs)
 
 
-def train(model: str, optimizer: str, rate: float, options: argparse.Namespace) -> dict:
-    """Train one run to its end, on two ranks of one thread each, and return what came out."""
+def command(run: Run, options: argparse.Namespace) -> list[str]:
+    """The program that trains one run to its end."""
+    return [sys.executable, str(Path(__file__)), "--run", str(folder(run, options)), *settings(run, options)]
+
+
+def folder(run: Run, options: argparse.Namespace) -> Path:
+    return options.output / f"{run.model}-{run.optimizer}-{run.rate:g}"
+
+
+def result_of(run: Run, options: argparse.Namespace) -> dict:
+    """What came out of a run."""
     from train.tasks.segmentation.pictures import class_scores
 
-    output = options.output / f"{model}-{optimizer}-{rate:g}"
-    chosen = settings(model, optimizer, rate, options)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
-    began = time.perf_counter()
-    done = subprocess.run(
-        [*command, str(Path(__file__)), "--rank", str(output), *chosen],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )
-    if done.returncode:
-        raise SystemExit(f"{output} ended with {done.returncode}")
+    output = folder(run, options)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if line["kind"] == "eval"]
     last = max(line["step"] for line in found)
     details = {path.stem: json.loads(path.read_text()) for path in (output / "evaluations").glob("*.json")}
     return {
-        "model": model,
-        "optimizer": optimizer,
-        "rate": rate,
-        "settings": chosen,
-        "seconds": round(time.perf_counter() - began),
+        **run._asdict(),
+        "settings": settings(run, options),
+        "seconds": round(lines[-1]["time"] - lines[0]["time"]),
         "best": max(line["miou"] for line in found if line["step"] == last),
         "evaluations": found,
         "classes": details["model"]["classes"],
@@ -72,8 +77,8 @@ def train(model: str, optimizer: str, rate: float, options: argparse.Namespace) 
     }
 
 
-def run_rank(output: str, overrides: list[str]) -> None:
-    """What each rank of a run does."""
+def train(output: str, overrides: list[str]) -> None:
+    """Train one run, in a process of its own."""
     from train import run
     from train.task_registry import register
 
@@ -83,7 +88,7 @@ def run_rank(output: str, overrides: list[str]) -> None:
 
 def best(runs: list[dict]) -> dict[str, dict]:
     """The run of each model with the highest mIoU at its end, of the weights or of their EMA."""
-    return {name: max((run for run in runs if run["model"] == name), key=lambda run: run["best"]) for name in RATES}
+    return {name: max((run for run in runs if run["model"] == name), key=lambda run: run["best"]) for name in NAMES}
 
 
 def table(result: dict) -> str:
@@ -102,7 +107,6 @@ def draw(result: dict) -> None:
     from matplotlib.figure import Figure
 
     colours = {"cat": "#0072B2", "lraspp": "#D55E00"}
-    names = {"cat": "CAT, Semantic FPN", "lraspp": "torchvision's LR-ASPP"}
     chosen = best(result["runs"])
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 3.6), layout="constrained")
@@ -119,7 +123,7 @@ def draw(result: dict) -> None:
                 marker=".",
                 color=colours[run["model"]],
                 alpha=1 if is_best else 0.3,
-                label=names[run["model"]] if is_best else None,
+                label=NAMES[run["model"]] if is_best else None,
             )
         curves.set(xlabel="thousand images seen", ylabel="mIoU on val, %")
         curves.legend(loc="lower right", frameon=False)
@@ -142,21 +146,17 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         from benchmarks.environment import machine, versions
+        from benchmarks.on_cores import run_on_cores
         from train.config import load_config
 
-        runs = [
-            train(model, optimizer, rate, options)
-            for model, optimizers in RATES.items()
-            for optimizer, rates in optimizers.items()
-            for rate in rates
-        ]
+        run_on_cores(command(run, options) for run in RUNS)
         result = {
             "command": "benchmarks/camvid.py",
             "date": date.today().isoformat(),
             "machine": machine(),
             "versions": versions(),
             "global_batch": load_config(CONFIG, [f"data.path={options.dataset}"]).train.global_batch,
-            "runs": runs,
+            "runs": [result_of(run, options) for run in RUNS],
         }
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
     result = json.loads(RESULT.read_text())
@@ -165,7 +165,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--rank"]:
-        run_rank(sys.argv[2], sys.argv[3:])
+    if sys.argv[1:2] == ["--run"]:
+        train(sys.argv[2], sys.argv[3:])
     else:
         main()
