@@ -1,0 +1,173 @@
+#!/usr/bin/env python
+"""Train BCCD from scratch on the CPU: configs/bccd.yaml beside torchvision's RetinaNet with a ResNet-18 FPN.
+
+    python benchmarks/bccd.py DATASET [--output runs/bccd] [--epochs N]
+    python benchmarks/bccd.py --table
+
+torchvision's network is trained by torchvision's own recipe (torchvision_retinanet.py). Both see the same number of
+images, of the same size, and each is trained with three learning rates. A run has one core, and as many runs are
+trained at a time as there are cores. Runs that are finished are not repeated. Written are docs/results/bccd.json and,
+from it, docs/images/bccd.png; --table makes only the picture and prints the table.
+"""
+
+import argparse
+import json
+import sys
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+CONFIG = ROOT / "configs/bccd.yaml"
+RESULT = ROOT / "docs/results/bccd.json"
+PICTURE = ROOT / "docs/images/bccd.png"
+NAMES = {"cat": "CAT, RetinaNet", "torchvision": "torchvision's RetinaNet, ResNet-18"}
+
+
+class Run(NamedTuple):
+    model: str
+    optimizer: str
+    rate: float
+
+
+RUNS = [
+    *(Run("torchvision", "sgd", rate) for rate in (2.5e-3, 5e-3, 1e-2)),
+    *(Run("cat", "muon", rate) for rate in (2e-3, 4e-3, 8e-3)),
+]
+
+
+def settings(run: Run, options: argparse.Namespace) -> list[str]:
+    """The config's overrides; torchvision's run takes data, number of epochs and sizes from them."""
+    found = [f"data.path={options.dataset}"] + [f"train.epochs={options.epochs}"] * bool(options.epochs)
+    return found + [f"optimizer.name={run.optimizer}", f"optimizer.lr={run.rate}"] * (run.model == "cat")
+
+
+def command(run: Run, options: argparse.Namespace) -> list[str]:
+    """The program that trains one run to its end."""
+    train = [sys.executable, str(Path(__file__)), "--run", run.model, str(run.rate), str(folder(run, options))]
+    return [*train, *settings(run, options)]
+
+
+def folder(run: Run, options: argparse.Namespace) -> Path:
+    return options.output / f"{run.model}-{run.optimizer}-{run.rate:g}"
+
+
+def train(model: str, rate: float, output: Path, overrides: list[str]) -> None:
+    """Train one run, in a process of its own."""
+    if model == "cat":
+        from train import run
+
+        run(CONFIG, overrides, output=output)
+    elif not (output / "evaluations.json").exists():
+        from benchmarks import torchvision_retinanet
+        from train.config import load_config
+
+        config = load_config(CONFIG, overrides)
+        sizes = dict(epochs=config.train.epochs, batch=config.train.global_batch, every=config.train.evaluate_every)
+        output.mkdir(parents=True, exist_ok=True)
+        torchvision_retinanet.train(
+            Path(config.data.path), output / "evaluations.json", rate, scale=config.task.scales[-1], **sizes
+        )
+
+
+def result_of(run: Run, options: argparse.Namespace) -> dict:
+    """What came out of a run."""
+    output = folder(run, options)
+    if run.model == "cat":
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        found = [line for line in lines if line["kind"] == "eval"]
+        seconds = lines[-1]["time"] - lines[0]["time"]
+    else:
+        seconds, found = json.loads((output / "evaluations.json").read_text()).values()
+    last = max(line["step"] for line in found)
+    final = max((line for line in found if line["step"] == last), key=lambda line: line["ap"])
+    return {
+        **run._asdict(),
+        "settings": settings(run, options),
+        "seconds": round(seconds),
+        **{name: final[name] for name in ("ap", "ap50", "ap75")},
+        "evaluations": found,
+    }
+
+
+def best(runs: list[dict]) -> dict[str, dict]:
+    """The run of each model with the highest AP at its end."""
+    return {name: max((run for run in runs if run["model"] == name), key=lambda run: run["ap"]) for name in NAMES}
+
+
+def table(result: dict) -> str:
+    from benchmarks.markdown import markdown
+
+    rows = [
+        [
+            *(run["model"], run["optimizer"], f"{run['rate']:g}"),
+            *(f"{run[name]:.1f}" for name in ("ap", "ap50", "ap75")),
+            f"{run['seconds'] / 60:.0f}",
+        ]
+        for run in result["runs"]
+    ]
+    return markdown(["network", "optimizer", "learning rate", "AP", "AP50", "AP75", "minutes"], rows)
+
+
+def draw(result: dict) -> None:
+    """AP and AP50 against the images seen, of all runs."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    colours = {"cat": "#0072B2", "torchvision": "#D55E00"}
+    chosen = best(result["runs"])
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        for axes, score, label in zip(figure.subplots(1, 2), ("ap", "ap50"), ("AP", "AP50"), strict=True):
+            for run in result["runs"]:
+                by_step = {}
+                for line in run["evaluations"]:
+                    by_step[line["step"]] = max(line[score], by_step.get(line["step"], 0))
+                images = [step * result["global_batch"] / 1000 for step in by_step]
+                is_best = run is chosen[run["model"]]
+                axes.plot(
+                    images,
+                    list(by_step.values()),
+                    marker=".",
+                    color=colours[run["model"]],
+                    alpha=1 if is_best else 0.3,
+                    label=NAMES[run["model"]] if is_best else None,
+                )
+            axes.set(xlabel="thousand images seen", ylabel=f"{label} on val, %", ylim=(0, None))
+            axes.legend(loc="lower right", frameon=False)
+        figure.savefig(PICTURE, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", nargs="?", metavar="DATASET", help="BCCD, prepared by launch/prepare.py")
+    parser.add_argument("--output", type=Path, default=Path("runs/bccd"), metavar="FOLDER")
+    parser.add_argument("--epochs", type=int, metavar="N", help="default: the config's")
+    parser.add_argument("--table", action="store_true", help="print the table and draw the picture again")
+    options = parser.parse_args()
+    if not options.table:
+        from benchmarks.environment import machine, versions
+        from benchmarks.on_cores import run_on_cores
+        from train.config import load_config
+
+        run_on_cores(command(run, options) for run in RUNS)
+        result = {
+            "command": "benchmarks/bccd.py",
+            "date": date.today().isoformat(),
+            "machine": machine(),
+            "versions": versions(),
+            "global_batch": load_config(CONFIG, [f"data.path={options.dataset}"]).train.global_batch,
+            "runs": [result_of(run, options) for run in RUNS],
+        }
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    result = json.loads(RESULT.read_text())
+    draw(result)
+    print(table(result))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--run"]:
+        train(sys.argv[2], float(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:])
+    else:
+        main()
