@@ -15,20 +15,15 @@ import json
 import sys
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.side_by_side import Run, draw_curves, run_on_cores
+
 CONFIG = ROOT / "configs/bccd.yaml"
 RESULT = ROOT / "docs/results/bccd.json"
 PICTURE = ROOT / "docs/images/bccd.png"
 NAMES = {"cat": "CAT, RetinaNet", "torchvision": "torchvision's RetinaNet, ResNet-18"}
-
-
-class Run(NamedTuple):
-    model: str
-    optimizer: str
-    rate: float
 
 
 RUNS = [
@@ -45,12 +40,8 @@ def settings(run: Run, options: argparse.Namespace) -> list[str]:
 
 def command(run: Run, options: argparse.Namespace) -> list[str]:
     """The program that trains one run to its end."""
-    train = [sys.executable, str(Path(__file__)), "--run", run.model, str(run.rate), str(folder(run, options))]
+    train = [sys.executable, str(Path(__file__)), "--run", run.model, str(run.rate), str(options.output / run.name)]
     return [*train, *settings(run, options)]
-
-
-def folder(run: Run, options: argparse.Namespace) -> Path:
-    return options.output / f"{run.model}-{run.optimizer}-{run.rate:g}"
 
 
 def train(model: str, rate: float, output: Path, overrides: list[str]) -> None:
@@ -73,7 +64,7 @@ def train(model: str, rate: float, output: Path, overrides: list[str]) -> None:
 
 def result_of(run: Run, options: argparse.Namespace) -> dict:
     """What came out of a run."""
-    output = folder(run, options)
+    output = options.output / run.name
     if run.model == "cat":
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         found = [line for line in lines if line["kind"] == "eval"]
@@ -89,11 +80,6 @@ def result_of(run: Run, options: argparse.Namespace) -> dict:
         **{name: final[name] for name in ("ap", "ap50", "ap75")},
         "evaluations": found,
     }
-
-
-def best(runs: list[dict]) -> dict[str, dict]:
-    """The run of each model with the highest AP at its end."""
-    return {name: max((run for run in runs if run["model"] == name), key=lambda run: run["ap"]) for name in NAMES}
 
 
 def table(result: dict) -> str:
@@ -115,27 +101,10 @@ def draw(result: dict) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    colours = {"cat": "#0072B2", "torchvision": "#D55E00"}
-    chosen = best(result["runs"])
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         for axes, score, label in zip(figure.subplots(1, 2), ("ap", "ap50"), ("AP", "AP50"), strict=True):
-            for run in result["runs"]:
-                by_step = {}
-                for line in run["evaluations"]:
-                    by_step[line["step"]] = max(line[score], by_step.get(line["step"], 0))
-                images = [step * result["global_batch"] / 1000 for step in by_step]
-                is_best = run is chosen[run["model"]]
-                axes.plot(
-                    images,
-                    list(by_step.values()),
-                    marker=".",
-                    color=colours[run["model"]],
-                    alpha=1 if is_best else 0.3,
-                    label=NAMES[run["model"]] if is_best else None,
-                )
-            axes.set(xlabel="thousand images seen", ylabel=f"{label} on val, %", ylim=(0, None))
-            axes.legend(loc="lower right", frameon=False)
+            draw_curves(axes, result, NAMES, score, f"{label} on val, %", "ap")
         figure.savefig(PICTURE, dpi=120)
 
 
@@ -148,7 +117,6 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         from benchmarks.environment import machine, versions
-        from benchmarks.on_cores import run_on_cores
         from train.config import load_config
 
         run_on_cores(command(run, options) for run in RUNS)

@@ -15,20 +15,15 @@ import json
 import sys
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.side_by_side import COLOURS, Run, best, draw_curves, run_on_cores
+
 CONFIG = ROOT / "configs/camvid.yaml"
 RESULT = ROOT / "docs/results/camvid.json"
 PICTURE = ROOT / "docs/images/camvid.png"
 NAMES = {"cat": "CAT, Semantic FPN", "lraspp": "torchvision's LR-ASPP"}
-
-
-class Run(NamedTuple):
-    model: str
-    optimizer: str
-    rate: float
 
 
 RUNS = [
@@ -50,18 +45,14 @@ def settings(run: Run, options: argparse.Namespace) -> list[str]:
 
 def command(run: Run, options: argparse.Namespace) -> list[str]:
     """The program that trains one run to its end."""
-    return [sys.executable, str(Path(__file__)), "--run", str(folder(run, options)), *settings(run, options)]
-
-
-def folder(run: Run, options: argparse.Namespace) -> Path:
-    return options.output / f"{run.model}-{run.optimizer}-{run.rate:g}"
+    return [sys.executable, str(Path(__file__)), "--run", str(options.output / run.name), *settings(run, options)]
 
 
 def result_of(run: Run, options: argparse.Namespace) -> dict:
     """What came out of a run."""
     from train.tasks.segmentation.pictures import class_scores
 
-    output = folder(run, options)
+    output = options.output / run.name
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if line["kind"] == "eval"]
     last = max(line["step"] for line in found)
@@ -70,7 +61,7 @@ def result_of(run: Run, options: argparse.Namespace) -> dict:
         **run._asdict(),
         "settings": settings(run, options),
         "seconds": round(lines[-1]["time"] - lines[0]["time"]),
-        "best": max(line["miou"] for line in found if line["step"] == last),
+        "miou": max(line["miou"] for line in found if line["step"] == last),
         "evaluations": found,
         "classes": details["model"]["classes"],
         "iou": {weights: [score.iou or 0.0 for score in class_scores(found)] for weights, found in details.items()},
@@ -86,16 +77,11 @@ def train(output: str, overrides: list[str]) -> None:
     run(CONFIG, overrides, output=output)
 
 
-def best(runs: list[dict]) -> dict[str, dict]:
-    """The run of each model with the highest mIoU at its end, of the weights or of their EMA."""
-    return {name: max((run for run in runs if run["model"] == name), key=lambda run: run["best"]) for name in NAMES}
-
-
 def table(result: dict) -> str:
     from benchmarks.markdown import markdown
 
     rows = [
-        [run["model"], run["optimizer"], f"{run['rate']:g}", f"{run['best']:.1f}", f"{run['seconds'] / 60:.0f}"]
+        [run["model"], run["optimizer"], f"{run['rate']:g}", f"{run['miou']:.1f}", f"{run['seconds'] / 60:.0f}"]
         for run in result["runs"]
     ]
     return markdown(["network", "optimizer", "learning rate", "mIoU, %", "minutes"], rows)
@@ -106,31 +92,16 @@ def draw(result: dict) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    colours = {"cat": "#0072B2", "lraspp": "#D55E00"}
-    chosen = best(result["runs"])
+    chosen = best(result["runs"], "miou")
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 3.6), layout="constrained")
         curves, bars = figure.subplots(1, 2, width_ratios=(2, 3))
-        for run in result["runs"]:
-            by_step = {}
-            for line in run["evaluations"]:
-                by_step[line["step"]] = max(line["miou"], by_step.get(line["step"], 0))
-            images = [step * result["global_batch"] / 1000 for step in by_step]
-            is_best = run is chosen[run["model"]]
-            curves.plot(
-                images,
-                list(by_step.values()),
-                marker=".",
-                color=colours[run["model"]],
-                alpha=1 if is_best else 0.3,
-                label=NAMES[run["model"]] if is_best else None,
-            )
-        curves.set(xlabel="thousand images seen", ylabel="mIoU on val, %")
-        curves.legend(loc="lower right", frameon=False)
-        for number, (model, run) in enumerate(chosen.items()):
+        draw_curves(curves, result, NAMES, "miou", "mIoU on val, %", "miou")
+        for number, (model, colour) in enumerate(zip(NAMES, COLOURS, strict=True)):
+            run = chosen[model]
             weights = max(run["iou"], key=lambda name: sum(run["iou"][name]))
             places = [place + 0.4 * number for place in range(len(run["classes"]))]
-            bars.bar(places, run["iou"][weights], 0.4, color=colours[model])
+            bars.bar(places, run["iou"][weights], 0.4, color=colour)
         classes = chosen["cat"]["classes"]
         bars.set_xticks([place + 0.2 for place in range(len(classes))], classes, rotation=30, ha="right")
         bars.set(ylabel="IoU, %")
@@ -146,7 +117,6 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         from benchmarks.environment import machine, versions
-        from benchmarks.on_cores import run_on_cores
         from train.config import load_config
 
         run_on_cores(command(run, options) for run in RUNS)
