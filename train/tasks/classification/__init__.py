@@ -18,7 +18,7 @@ def load() -> type:
 
 
 def check_dataset(manifest: "Manifest") -> None:
-    """Raise ValueError if the dataset's images have classes for their pixels or for parts, not for themselves."""
+    """Raise ValueError if the dataset's images have classes for their pixels or boxes, not for themselves."""
     from data_pipeline.split import LABEL_MAP, OBJECTS
 
     if any(LABEL_MAP in split.annotations for split in manifest.splits.values()):
