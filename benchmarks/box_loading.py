@@ -14,7 +14,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
@@ -51,28 +51,22 @@ class Boxes:
         self.batches = [self.order.ids(step) for step in range(self.order.steps_per_epoch)]
         self.ids = np.concatenate(self.batches).tolist()
 
-    def ours(self) -> Callable[[], None]:
-        """Shapes, windows, pixels and boxes of all micro-batches, as the loader makes them."""
-        views, targets, records = (
-            ScaledBoxes((SCALE,), SCALE),
-            ObjectTargets(self.split, training=True),
-            self.split.records,
-        )
+    def ours(self) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
+        """Pixels and targets of all micro-batches, as the loader makes them."""
+        views, records = ScaledBoxes((SCALE,), SCALE), self.split.records
+        targets = ObjectTargets(self.split, training=True)
         keys = fold(make_key(0, Stream.CROP, 0), np.arange(self.split.samples))
-
-        def run() -> None:
-            for ids in self.batches:
-                widths, heights = records["width"][ids], records["height"][ids]
-                (shape,) = shapes = views.shapes(keys[ids][None], widths[None], heights[None])
-                shape = tuple(shape.tolist())
-                candidates = views.training(keys[ids], widths, heights, shapes.repeat(len(ids), axis=0))
-                cut = targets.read(ids, candidates, shape)
-                out = np.empty((len(ids), *shape, 3), np.uint8)
-                encoded, sizes = [self.encoded[number] for number in ids], np.stack([widths, heights], axis=1)
-                assert not decode_batch(encoded, sizes, cut.windows, shape, "bilinear", out)
-                targets.collate(cut.targets)
-
-        return run
+        for ids in self.batches:
+            widths, heights = records["width"][ids], records["height"][ids]
+            shapes = views.shapes(keys[ids][None], widths[None], heights[None])
+            candidates = views.training(keys[ids], widths, heights, shapes.repeat(len(ids), axis=0))
+            shape = tuple(shapes[0].tolist())
+            cut = targets.read(ids, candidates, shape)
+            encoded, sizes = [self.encoded[number] for number in ids], np.stack([widths, heights], axis=1)
+            pixels = np.empty((len(ids), *shape, 3), np.uint8)
+            failures = decode_batch(encoded, sizes, cut.windows, shape, "bilinear", pixels)
+            assert not failures, failures
+            yield pixels, targets.collate(cut.targets)
 
     def torchvision(self, kind: str) -> Callable[[], None]:
         """As its reference transforms. kind: "pil" resizes Pillow's images, "tensor" tensors of them, "jpeg" tensors
@@ -113,13 +107,18 @@ class Boxes:
             simplejpeg.decode_jpeg(self.encoded[number], colorspace="RGB")
 
 
+def exhaust(batches: Iterator) -> None:
+    for _ in batches:
+        pass
+
+
 def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images = Boxes(open_manifest(arguments.dataset).split("train"))
     base = "torchvision v2, resizing PIL images"
     ways = {
-        "this data path": images.ours(),
+        "this data path": lambda: exhaust(images.ours()),
         base: images.torchvision("pil"),
         "torchvision v2, resizing tensors": images.torchvision("tensor"),
         "torchvision v2, its own decoder and tensors": images.torchvision("jpeg"),
