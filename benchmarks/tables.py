@@ -144,15 +144,36 @@ def segmenter_table(rows: list[dict[str, Any]]) -> str:
     return markdown(["backbone", *counts, "papers' mIoU, % (not reproduced here)"], lines, numbers=True)
 
 
-def segmenter_steps() -> str:
-    """Results of `bench.py segmenters --speed`: training steps."""
-    result = load("segmenters")
+def detectors() -> str:
+    """Results of `bench.py detectors`: the networks and their papers' figures."""
+    result = load("detectors")
+    return f"{source(result)}\n\n{detector_table(result['counts'])}"
+
+
+def detector_table(rows: list[dict[str, Any]]) -> str:
+    """The result of `detectors.count_detectors`."""
+    counts = ["parameters", "released code", "ours − theirs", "GFLOPs", "attention's products", "paper", "difference"]
+    lines = []
+    for row in rows:
+        paper = row["paper_parameters"]
+        released = ["–", "–"] if paper is None else [f"{paper:,}", f"{row['parameters'] - paper:+,}"]
+        comparable = row["gflops"] + row["attention"] * row["paper_counts_attention"]
+        flops = [f"{row['gflops']:.1f}", f"{row['attention']:.1f}", *compare(comparable, row["paper_gflops"], "")]
+        name = f"{row['detector']}, {row['model']}"
+        size = " x ".join(map(str, row["size"]))
+        lines.append([name, size, f"{row['parameters']:,}", *released, *flops, row["paper_ap"] or "–"])
+    return markdown(["", "image", *counts, "papers' AP, % (not reproduced here)"], lines, numbers=True)
+
+
+def dense_steps(name: str) -> str:
+    """Results of `bench.py segmenters --speed` or `bench.py detectors --speed`: training steps."""
+    result = load(name)
     taken = f"fp32, 224 x 224 pixels, batch {result['batch']}, {result['rounds']} rounds of 1 step."
-    return f"{source(result)} {taken}\n\n{segmenter_steps_table(result['steps'])}"
+    return f"{source(result)} {taken}\n\n{dense_steps_table(result['steps'])}"
 
 
-def segmenter_steps_table(steps: dict[str, dict[str, dict]]) -> str:
-    """The result of `segmenters.compare_steps`."""
+def dense_steps_table(steps: dict[str, dict[str, dict]]) -> str:
+    """The result of `segmenters.compare_steps` or `detectors.compare_steps`."""
     lines = []
     for name, ways in steps.items():
         for way, row in ways.items():
@@ -174,6 +195,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "counts": lambda: f"{source(load('models'))}\n\n{count_table(load('models')['counts'])}",
     "speed": speed,
     "segmenters": segmenters,
-    "segmenter-steps": segmenter_steps,
+    "segmenter-steps": lambda: dense_steps("segmenters"),
+    "detectors": detectors,
+    "detector-steps": lambda: dense_steps("detectors"),
     "config": reference,
 }

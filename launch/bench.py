@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Measure on this machine: python launch/bench.py data|train|guard|model|models|segmenters|kernels"""
+"""Measure on this machine: python launch/bench.py data|train|guard|model|models|segmenters|detectors|kernels"""
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ def main(arguments: argparse.Namespace) -> None:
         "model": bench_model,
         "models": bench_models,
         "segmenters": bench_segmenters,
+        "detectors": bench_detectors,
         "kernels": bench_kernels,
     }
     results = benchmarks[arguments.what](arguments)
@@ -101,17 +102,31 @@ def bench_models(arguments: argparse.Namespace) -> dict:
 
 def bench_segmenters(arguments: argparse.Namespace) -> dict:
     from benchmarks.segmenters import compare_steps, count_segmenters
-    from benchmarks.tables import segmenter_steps_table, segmenter_table
+    from benchmarks.tables import segmenter_table
 
-    results: dict = {"counts": count_segmenters()}
-    print(segmenter_table(results["counts"]), flush=True)
+    return bench_dense(arguments, count_segmenters, segmenter_table, compare_steps)
+
+
+def bench_detectors(arguments: argparse.Namespace) -> dict:
+    from benchmarks.detectors import compare_steps, count_detectors
+    from benchmarks.tables import detector_table
+
+    return bench_dense(arguments, count_detectors, detector_table, compare_steps)
+
+
+def bench_dense(arguments: argparse.Namespace, count: Callable, table: Callable, compare_steps: Callable) -> dict:
+    """Networks for a dense task, by its functions of benchmarks/."""
+    from benchmarks.tables import dense_steps_table
+
+    results: dict = {"counts": count()}
+    print(table(results["counts"]), flush=True)
     if arguments.speed:
         from train.engine.runtime import keep_memory
 
         keep_memory()  # as in training
         batch, rounds = arguments.batch or 4, arguments.rounds
         results |= {"batch": batch, "rounds": rounds, "steps": compare_steps(batch, rounds)}
-        print(f"\n{segmenter_steps_table(results['steps'])}")
+        print(f"\n{dense_steps_table(results['steps'])}")
     return results
 
 
@@ -197,10 +212,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="Compare with alternatives, interleaved in one run; results are medians over the rounds.",
         epilog="data: loading; train: training steps; guard: cost of the guard in a step; model: models compared with "
-        "alternatives; models: all models compared with their papers; segmenters: the same for segmentation; "
-        "kernels: kernels compared with plain PyTorch",
+        "alternatives; models: all models compared with their papers; segmenters, detectors: those for segmentation "
+        "and detection; kernels: kernels compared with plain PyTorch",
     )
-    choices = ["data", "train", "guard", "model", "models", "segmenters", "kernels"]
+    choices = ["data", "train", "guard", "model", "models", "segmenters", "detectors", "kernels"]
     parser.add_argument("what", choices=choices, help="what to measure")
     parser.add_argument(
         "--config",
@@ -235,7 +250,7 @@ def parse_arguments() -> argparse.Namespace:
         "--batch",
         type=int,
         metavar="N",
-        help="model, models, segmenters, kernels: images (default: 128 on a GPU, 8 on a CPU)",
+        help="model, models, segmenters, detectors, kernels: images (default: 128 on a GPU, 8 on a CPU)",
     )
     parser.add_argument(
         "--precision", choices=["bf16", "fp32"], help="model, kernels: (default: bf16 on a GPU, fp32 on a CPU)"
@@ -258,8 +273,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--speed",
         action="store_true",
-        help="models: also time one model of each family and timm's models of its size; segmenters: also compare a "
-        "training step with a classifier's; on the CPU",
+        help="models: also time one model of each family and timm's models of its size; segmenters, "
+        "detectors: also compare a training step with a classifier's; on the CPU",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher

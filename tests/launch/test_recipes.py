@@ -18,7 +18,7 @@ from train.tasks.base import build_task
 
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet_sample.tar"
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-IMAGES = {"imagenet": 1_281_167, "ade20k": 20_210}  # of datasets
+IMAGES = {"imagenet": 1_281_167, "ade20k": 20_210, "coco": 117_266}  # of datasets
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -92,6 +92,52 @@ def test_every_row_of_segmentation_is_a_recipe():
     rows |= {f"pvt_{size}_40k": (f"pvt_{size}", 40_000, 32, *pvt) for size in ("tiny", "small", "medium", "large")}
     rows |= {f"cat_s_80k_no_{what}": rows["cat_s_80k"] for what in ("attention_dropout", "absolute_position")}
     assert found == rows
+
+
+def test_every_one_stage_row_of_detection_is_a_recipe():
+    """The papers' epochs, batches, rates and scales."""
+    found = {}
+    for path in (ROOT / "configs/detection").glob("*.yaml"):
+        config = load_config(path)
+        task, train, optimizer = config.task, config.train, config.optimizer
+        assert task.name == "detection" and task.divisor == 32 and config.ema.decay == 0
+        assert config.schedule.warmup_lr == pytest.approx(optimizer.lr / 1000) and config.schedule.warmup_steps == 500
+        assert task.bgr == (task.detector == "fcos"), "as released"
+        decays, rate = config.schedule.decay_epochs, config.model.drop_path_rate
+        length = (train.epochs, decays, task.scales, task.scale_mode)
+        found[path.stem] = (config.model.name, length, train.global_batch, optimizer.lr, optimizer.weight_decay, rate)
+    once = (12, (8, 11), ((1333, 800),), "value")
+    thrice = (36, (27, 33), ((1333, 640), (1333, 800)), "range")
+    rows = {}
+    for detector in ("retinanet", "fcos", "atss"):
+        rows |= {
+            f"{detector}_cat_{size[0]}_1x": (f"cat_{size}", once, 16, 1e-4, 0.05, 0.2) for size in ("small", "base")
+        }
+    for what in ("attention_dropout", "absolute_position"):
+        rows[f"fcos_cat_s_1x_no_{what}"] = rows["fcos_cat_s_1x"]
+    for size, drop_path in (("tiny", 0.1), ("small", 0.1), ("medium", 0.0), ("large", 0.0)):
+        batch, lr = (8, 7.142857e-5) if size == "large" else (16, 1e-4)
+        for name, length in (("1x", once), ("3x", thrice)):
+            rows[f"retinanet_pvt_{size}_{name}"] = (f"pvt_{size}", length, batch, lr, 1e-4, drop_path)
+    small = (12, (8, 11), ((1066, 640),), "value")
+    rows["retinanet_pvt_small_640_1x"] = ("pvt_small", small, *rows["retinanet_pvt_small_1x"][2:])
+    assert found == rows
+
+
+def test_decay_is_off_by_the_names_that_cat_released():
+    """Positions, all biases and the head's group norms decay."""
+    config = load_config(ROOT / "configs/detection/fcos_cat_s_1x.yaml")
+    with torch.device("meta"):
+        model = build_task(config, [""] * 80).build_model()
+    groups = parameter_groups(model, config.optimizer.weight_decay, no_decay=config.optimizer.no_decay)
+    decays = {id(parameter): group["weight_decay"] > 0 for group in groups for parameter in group["params"]}
+    bare = {name for name, parameter in model.named_parameters() if not decays[id(parameter)]}
+    assert "backbone.ape" not in bare and "head.cls_convs.0.gn.weight" not in bare and "head.scales" not in bare
+    assert bare == {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith("backbone.") and ("norm" in name or "relative_position_bias_table" in name)
+    }
 
 
 @pytest.mark.slow
