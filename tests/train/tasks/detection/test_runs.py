@@ -15,13 +15,6 @@ pytestmark = pytest.mark.slow
 METRICS = ("ap", "ap50", "ap75", "aps", "apm", "apl", "ar100", "count")
 
 
-@pytest.fixture(scope="module")
-def whole(box_config, tmp_path_factory):
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    run(box_config, output, "checkpoint.keep=9", world=2)
-    return output
-
-
 def details(output, weights: str) -> dict:
     return json.loads((output / "evaluations" / f"{weights}.json").read_text())
 
