@@ -1,15 +1,17 @@
 """Export of a model to safetensors, ONNX, torch.export's .pt2, or a folder for timm and the Hugging Face Hub.
 
 A file is written under a temporary name and compared with the model on random images of several batch sizes (and, for
-dense maps and segmentation, of several image sizes). It is renamed only if both agree. Everything runs in fp32 on the
-CPU, without the Triton kernels.
+dense maps, segmentation and detection, of several image sizes). It is renamed only if both agree. Everything runs in
+fp32 on the CPU, without the Triton kernels.
 """
 
+import functools
 import importlib.util
 import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ TOLERANCE = 1e-4
 SUFFIXES = (".safetensors", ".onnx", ".pt2")
 SMALLEST = 64  # pixels: the shortest side of images of any size
 METADATA = "catmodel"  # the metadata key of the model's description
+THRESHOLD = "score_threshold"  # of a detector: a buffer, and an initializer of its graph
+HOMELESS = {"create_segmenter": "segmentation", "create_detector": "detection"}  # in folders for timm and the Hub
 
 # (height, width) of images of any size: of the traced example, whose map needs padding to whole patches; and, for
 # the comparison, odd sides, the smallest sides, and whole patches.
@@ -65,19 +69,20 @@ def is_hub(to: str) -> bool:
 def export(model: "nn.Module", to: str, about: dict[str, Any]) -> float:
     """Write `model` to a file, or to a folder if `to` ends in "/". Returns the largest difference from the model.
 
-    about: {"model": {"name": ..., arguments of catmodel.create_model or, for a SemanticFPN, of create_segmenter},
-        "classes": names, "mean": [3], "std": [3], ...}. It is stored in the file as JSON, under the metadata key
-        "catmodel".
+    about: {"model": {"name": ..., arguments of catmodel.create_model or, for a SemanticFPN, of create_segmenter, for a
+        Detector, of create_detector}, "classes": names, "mean": [3], "std": [3], ...}. It is stored in the file as
+        JSON, under the metadata key "catmodel". For a Detector also "detect": arguments of detection.OneImage, whose
+        graph .onnx and .pt2 hold.
 
-    A difference is relative to the largest output, if that is above 1. The batch size stays free; so do height and
-    width (64 pixels or more) for features_only models and for segmentation.
+    A difference is relative to the largest output, if that is above 1. The batch size stays free, but of a detector it
+    is 1; so do height and width (64 pixels or more) for features_only models, segmentation and detection.
 
     Raises ExportError if the difference exceeds 1e-4, CannotExport if the format cannot hold the model.
     """
     import torch
 
-    if is_hub(to) and _segments(model):
-        raise CannotExport(f"{to}: timm and the Hub have no place for segmentation; name a file of another format")
+    if is_hub(to) and (task := HOMELESS.get(_form(model).create)):
+        raise CannotExport(f"{to}: timm and the Hub have no place for {task}; name a file of another format")
     model.eval().requires_grad_(False)
     if hasattr(model, "set_kernels"):
         model.set_kernels(False)
@@ -85,8 +90,11 @@ def export(model: "nn.Module", to: str, about: dict[str, Any]) -> float:
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
-        run = _WRITERS[path.suffix if not is_hub(to) else "/"](model, temporary, about)
-        difference = _largest_difference(model, run, about["model"])
+        if _form(model).create == "create_detector" and path.suffix != ".safetensors":
+            difference = _export_detector(model, temporary, about)
+        else:
+            run = _WRITERS[path.suffix if not is_hub(to) else "/"](model, temporary, about)
+            difference = _largest_difference(model, run, about["model"])
         if not difference <= TOLERANCE:
             raise ExportError(
                 f"{to} was not written: its outputs differ by {difference:.1e} from the model's, "
@@ -106,7 +114,7 @@ def _largest_difference(model: "nn.Module", run: Callable[["Tensor"], Sequence["
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    sizes = [EXAMPLE, *SIZES] if _takes_any_size(model) else [_image_size(settings)] * len(BATCHES)
+    sizes = [EXAMPLE, *SIZES] if _form(model).any_size else [_image_size(settings)] * len(BATCHES)
     largest = 0.0
     for number, size in enumerate(sizes):
         images = torch.randn(BATCHES[number % len(BATCHES)], settings.get("in_chans", 3), *size, generator=generator)
@@ -124,14 +132,49 @@ def _largest_difference(model: "nn.Module", run: Callable[["Tensor"], Sequence["
     return largest
 
 
-def _segments(model: "nn.Module") -> bool:
+def _export_detector(model: "nn.Module", path: Path, about: dict[str, Any]) -> float:
+    """Write OneImage of `model`, and return the largest difference between its objects and the file's.
+
+    They are compared at a threshold above which something is found in random images.
+    """
+    import torch
+
+    from catmodel.detection.exported import OneImage, largest_difference, telling_threshold
+
+    generator = torch.Generator().manual_seed(0)
+    channels = about["model"].get("in_chans", 3)
+    images = [torch.randn(1, channels, *size, generator=generator) for size in (EXAMPLE, *SIZES)]
+    whole = OneImage(model, **about["detect"]).eval()
+    run = _WRITERS[path.suffix](whole, path, about)
+    threshold = telling_threshold(model, images)
+    whole.score_threshold.fill_(threshold)
+    return max(largest_difference(whole(image), run(image, threshold)) for image in images)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a kind of network takes and gives. create: the function of catmodel that builds it again. outputs: their
+    names in a graph. any_size: height and width of images stay free; one_image: the batch size does not.
+    """
+
+    create: str
+    outputs: tuple[str, ...]
+    any_size: bool = True
+    one_image: bool = False
+
+
+def _form(model: "nn.Module") -> _Form:
+    from catmodel.detection import Detector
+    from catmodel.detection.exported import OneImage
     from catmodel.semantic_fpn import SemanticFPN
 
-    return isinstance(model, SemanticFPN)
-
-
-def _takes_any_size(model: "nn.Module") -> bool:
-    return _segments(model) or model.features_only
+    if isinstance(model, SemanticFPN):
+        return _Form("create_segmenter", ("logits",))
+    if isinstance(model, Detector | OneImage):
+        return _Form("create_detector", ("boxes", "scores", "classes"), one_image=True)
+    if model.features_only:
+        return _Form("create_model", tuple(f"map{i}" for i in model.out_indices))
+    return _Form("create_model", ("logits",), any_size=False)
 
 
 def _image_size(settings: dict) -> tuple[int, int]:
@@ -154,8 +197,7 @@ def _to_safetensors(model: "nn.Module", path: Path, about: dict) -> Callable:
     # Not save_file: only the owner can read the files that it writes.
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     path.write_bytes(save(weights, {METADATA: json.dumps(about)}))
-    create = catmodel.create_segmenter if _segments(model) else catmodel.create_model
-    again = create(**about["model"]).eval()
+    again = getattr(catmodel, _form(model).create)(**about["model"]).eval()
     again.load_state_dict(load_file(path))
     return lambda images: _outputs(again(images))
 
@@ -165,36 +207,59 @@ def _to_pt2(model: "nn.Module", path: Path, about: dict) -> Callable:
 
     torch.export.save(_program(model, about), path, extra_files={METADATA: json.dumps(about)})
     module = torch.export.load(path).module()
-    return lambda images: _outputs(module(images))
+
+    def run(images: "Tensor", threshold: float | None = None) -> list["Tensor"]:
+        if threshold is not None:
+            module.get_buffer(THRESHOLD).fill_(threshold)
+        return _outputs(module(images))
+
+    return run
 
 
 def _to_onnx(model: "nn.Module", path: Path, about: dict) -> Callable:
     import operator
 
+    import numpy as np
+    import onnx
+    import onnxruntime
     import torch
-    from onnxscript import INT64, opset18
+    from onnx import numpy_helper
+    from onnxscript import FLOAT, INT64, opset18
 
     def floor_divide(dividend: INT64, divisor: INT64) -> INT64:
         """Round down, as Python does. ONNX's Div, which torch uses for //, truncates; padding uses -(-a // b)."""
         return opset18.Div(opset18.Sub(dividend, opset18.Mod(dividend, divisor)), divisor)
 
-    program = _program(model, about)
-    names = ["logits"] if _segments(model) or not model.features_only else [f"map{i}" for i in model.out_indices]
-    onnx = torch.onnx.export(
-        program,
+    def stable_sort(
+        values: FLOAT, *, stable: bool = False, dim: int = -1, descending: bool = False
+    ) -> tuple[FLOAT, INT64]:
+        """By TopK of all, which puts the lower index first among equal values."""
+        size = opset18.Gather(opset18.Shape(values), opset18.Constant(value_ints=[dim]), axis=0)
+        return opset18.TopK(values, size, axis=dim, largest=int(descending), sorted=1)
+
+    written = torch.onnx.export(
+        _program(model, about),
         input_names=["images"],
-        output_names=names,
+        output_names=list(_form(model).outputs),
         external_data=False,
         verbose=False,
-        custom_translation_table={operator.floordiv: floor_divide},
+        custom_translation_table={operator.floordiv: floor_divide, torch.ops.aten.sort.stable: stable_sort},
     )
-    onnx.model.metadata_props[METADATA] = json.dumps(about)
-    onnx.save(path)
+    written.model.metadata_props[METADATA] = json.dumps(about)
+    written.save(path)
 
-    import onnxruntime
+    @functools.cache
+    def session(threshold: float | None) -> onnxruntime.InferenceSession:
+        graph = onnx.load(path)
+        if threshold is not None:
+            initializer = next(one for one in graph.graph.initializer if one.name == THRESHOLD)
+            initializer.CopyFrom(numpy_helper.from_array(np.array(threshold, np.float32), THRESHOLD))
+        return onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: [torch.from_numpy(array) for array in session.run(None, {"images": images.numpy()})]
+    def run(images: "Tensor", threshold: float | None = None) -> list["Tensor"]:
+        return [torch.from_numpy(array) for array in session(threshold).run(None, {"images": images.numpy()})]
+
+    return run
 
 
 def _program(model: "nn.Module", about: dict) -> "ExportedProgram":
@@ -202,16 +267,18 @@ def _program(model: "nn.Module", about: dict) -> "ExportedProgram":
     import torch
     from torch.export import Dim
 
-    settings, any_size = about["model"], _takes_any_size(model)
+    settings, form = about["model"], _form(model)
+    any_size = form.any_size
     if any_size and settings.get("shifted_windows"):
         raise CannotExport(
             "shifted_windows shifts only if an image has more than one patch: "
             "a graph for any image size cannot hold both cases"
         )
-    dims = {0: Dim("batch")}
+    dims = {} if form.one_image else {0: Dim("batch")}
     if any_size:
         dims |= {2: Dim("height", min=SMALLEST), 3: Dim("width", min=SMALLEST)}
-    images = torch.randn(2, settings.get("in_chans", 3), *(EXAMPLE if any_size else _image_size(settings)))
+    size = EXAMPLE if any_size else _image_size(settings)
+    images = torch.randn(1 if form.one_image else 2, settings.get("in_chans", 3), *size)
     program = torch.export.export(
         model, (images,), dynamic_shapes=(dims,), prefer_deferred_runtime_asserts_over_guards=True
     )

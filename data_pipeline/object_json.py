@@ -9,7 +9,7 @@ them) are kept as the source has them, and may be absent.
 
 import json
 
-from data_pipeline.validate import BadImage, errors_as_bad_image
+from data_pipeline.validate import BadImage, errors_as_bad_image, shortened
 
 LARGEST = 1e15  # pixels; a number beyond it is damage, and its sums might not be finite
 
@@ -28,23 +28,27 @@ def read_objects(data: bytes, size: tuple[int, int]) -> tuple[int, list[tuple]]:
         document = json.loads(data)
         image_id, found = document["image_id"], (document["width"], document["height"])
         if not is_whole(image_id):
-            raise BadImage(f"its image_id {image_id!r} is not a whole number")
+            raise _bad(f"its image_id {image_id!r} is not a whole number")
         if found != size:
-            raise BadImage("its boxes are those of {}x{} pixels, and it has {}x{}".format(*found, *size))
+            raise _bad("its boxes are those of {}x{} pixels, and it has {}x{}".format(*found, *size))
         return image_id, [_row(each, size) for each in document["objects"]]
 
 
 def _row(each: dict, size: tuple[int, int]) -> tuple:
     box, area, label, crowd, number = (each[name] for name in ("bbox", "area", "label", "iscrowd", "id"))
     if not is_whole(number):
-        raise BadImage(f"the id {number!r} of an object is not a whole number")
+        raise _bad(f"the id {number!r} of an object is not a whole number")
     if not (is_whole(label) and 0 <= label < 2**32):
-        raise BadImage(f"object {number} has the label {label!r}, no class")
+        raise _bad(f"object {number} has the label {label!r}, no class")
     if crowd not in (0, 1):
-        raise BadImage(f"object {number} has iscrowd {crowd!r}, neither 0 nor 1")
+        raise _bad(f"object {number} has iscrowd {crowd!r}, neither 0 nor 1")
     if fault := fault_of_box(box, area, *size):
-        raise BadImage(f"object {number}: {fault}")
+        raise _bad(f"object {number}: {fault}")
     return (*box, area, label, crowd, number)
+
+
+def _bad(reason: str) -> BadImage:
+    return BadImage(shortened(reason))
 
 
 def is_whole(value: object) -> bool:

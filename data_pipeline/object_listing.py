@@ -14,6 +14,7 @@ from data_pipeline.image_source import SPLITS, Annotations, Files, Items, Listin
 from data_pipeline.labels import check_names
 from data_pipeline.object_json import fault_of_box, is_partly_outside, is_whole, write_objects
 from data_pipeline.split import DataError
+from data_pipeline.tars import check_name
 from data_pipeline.validate import shortened
 from data_pipeline.voc_listing import find_voc
 
@@ -146,6 +147,7 @@ class _Annotated:
                 sound = isinstance(image["file_name"], str) and all(is_whole(side) and side > 0 for side in size)
                 kept = {name: image[name] for name in ("file_name", "width", "height")}
                 self._add("image", self.images, image["id"], {"image_id": image["id"], **kept}, sound)
+                check_name(self.where, image["file_name"])
             if not self.categories or not self.images:
                 raise DataError(f"{self.where} has {'images' if self.images else 'categories'} only.")
             self._read_annotations(document["annotations"])

@@ -18,7 +18,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.split import LABEL_MAP, OBJECT, OBJECT_JSON, OBJECTS, Split
 from data_pipeline.validate import BadImage
 
-LABEL, BOXES = "label map", "boxes"  # of a sample, in sentences
+LABEL, OBJECTS_OF = "label map", "JSON"  # of a sample, in sentences
 
 
 def verify(folder: Path, workers: int | None = None) -> list[str]:
@@ -73,7 +73,7 @@ def _check_shard(split: Split, number: int, classes: int, tables_are_whole: bool
                 fault = None
                 if what == LABEL:
                     fault = _fault_of_label(data, classes, record)
-                elif what == BOXES:
+                elif what == OBJECTS_OF:
                     fault = _fault_of_objects(data, objects, sample, record)
                 if fault:
                     faults.append(f"{path}: {place} cannot be used: {fault}. Prepare the dataset again.")
@@ -88,12 +88,12 @@ def _check_shard(split: Split, number: int, classes: int, tables_are_whole: bool
 
 
 def _members(split: Split, first: int, last: int) -> list[tuple[int, str, np.void]]:
-    """(sample, "image", LABEL or BOXES, RECORD) of the samples first … last - 1, in the order of the shard's bytes."""
+    """(sample, "image", LABEL or OBJECTS_OF, RECORD) of the samples first … last - 1, in the order of the bytes."""
     tables = {"image": split.records}
     if LABEL_MAP in split.annotations:
         tables[LABEL] = split.annotation(LABEL_MAP)
     if OBJECT_JSON in split.annotations:
-        tables[BOXES] = split.annotation(OBJECT_JSON)
+        tables[OBJECTS_OF] = split.annotation(OBJECT_JSON)
     members = [(i, what, table[i]) for i in range(first, last) for what, table in tables.items()]
     return sorted(members, key=lambda member: member[2]["offset"])
 
@@ -114,5 +114,5 @@ def _fault_of_objects(data: bytes, table: ObjectTable, sample: int, record: np.v
     except BadImage as error:
         return str(error)
     if image_id != table.image_id(sample) or np.array(objects, OBJECT).tobytes() != table.of(sample).tobytes():
-        return "they are not those of the split's tables"
+        return "it does not say what the split's tables say"
     return None

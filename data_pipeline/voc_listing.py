@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 from data_pipeline.image_source import Annotations, Files
 from data_pipeline.split import DataError
+from data_pipeline.tars import check_name
 from data_pipeline.validate import shortened
 
 VOC_FILE = re.compile(r"(.*/)?(?:ImageSets/Main/(train|val|trainval|test)\.txt|Annotations/[^/]+\.xml)")
@@ -68,7 +69,10 @@ def _xml(prefix: str, stem: str) -> str:
 def _read_list(files: Files, name: str) -> list[str]:
     """The names of a list, one a line, without suffix; sorted."""
     lines = files.texts[name].decode("utf-8", "replace").splitlines()
-    return sorted({line.split()[0] for line in lines if line.strip()})
+    stems = sorted({line.split()[0] for line in lines if line.strip()})
+    for stem in stems:
+        check_name(name, stem)
+    return stems
 
 
 def _read_xml(files: Files, name: str, file_name: str) -> _Image:

@@ -148,8 +148,12 @@ def _print_report(dest: Path) -> None:
         listed = listed or bool(split.keys() & {"transcoded", "repaired", "excluded", "empty"})
         boxes = boxes or bool(split.keys() & {"dropped", "partly_outside"})
     if listed or boxes:
-        what = [*["images that were transcoded, repaired or left out"] * listed, *["boxes that were not usual"] * boxes]
-        print(f"  {dest / LIST_NAME} names the {' and the '.join(what)}, with the reason")
+        what = {
+            "images that were transcoded, repaired or left out": listed,
+            "boxes left out or reaching outside": boxes,
+        }
+        said = " and the ".join(text for text, holds in what.items() if holds)
+        print(f"  {dest / LIST_NAME} names the {said}, with the reason")
     if convertible := sum(split.get("convertible", 0) for split in report["splits"].values()):
         kinds, folders = "JPEGs", "COCO's layout" if detection else "class folders"
         if segmentation:

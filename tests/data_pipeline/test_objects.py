@@ -140,13 +140,13 @@ def test_verify_checks_the_objects(dataset, tmp_path):
     middle = int(place["offset"]) + int(place["size"]) // 2
     path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
     [fault] = verify(copied)
-    assert fault == f"{path} is damaged: the boxes of sample 4 (byte {place['offset']}) fails its checksum."
+    assert fault == f"{path} is damaged: the JSON of sample 4 (byte {place['offset']}) fails its checksum."
     path.write_bytes(whole)
     objects = split.annotation(OBJECTS).copy()
     objects["x"][split.annotation(IMAGES)["first"][4]] += 1e-9
     add_annotation(open_manifest(copied), "train", OBJECTS, objects)
     [fault] = verify(copied)
-    assert f"the boxes of sample 4 (byte {place['offset']}) cannot be used: they are not those of the split's" in fault
+    assert f"the JSON of sample 4 (byte {place['offset']}) cannot be used: it does not say what the split's" in fault
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def draw_boxes(
     """
     canvas = Image.fromarray(picture)
     draw, (width, height) = ImageDraw.Draw(canvas), canvas.size
-    thickness, size = max(2, min(width, height) // 160), max(11, min(width, height) // 36)
+    thickness, size = max(3, min(width, height) // 140), max(11, min(width, height) // 36)
     font = ImageFont.load_default(size)
     edges = [(left, top, left + w, top + h) for left, top, w, h in np.reshape(boxes, (-1, 4)).tolist()]
     for edge, colour in reversed([*zip(edges, colours, strict=True)]):
@@ -85,9 +85,11 @@ def drawn(shown: dict, part: str, classes: Sequence[str]) -> np.ndarray:
 
 
 def drawn_mistake(mistake: dict, classes: Sequence[str]) -> np.ndarray:
-    """A mistake (scores.ShownMistake) in red among the image's objects in white."""
+    """A mistake (scores.ShownMistake) in red, and the objects that its box touches in white."""
     shown = mistake["shown"]
-    found, objects = shown["found"], shown["truth"]
+    found, (left, top, width, height) = shown["found"], shown["found"][0][:4]
+    edges = left, top, left + width, top + height
+    objects = [row for row in shown["truth"] if _overlap(edges, (row[0], row[1], row[0] + row[2], row[1] + row[3]))]
     names = [found_name(classes[label], score) for *_, label, score in found]
     names += [_object_name(classes[label], crowd) for *_, label, crowd in objects]
     colours = [MISTAKEN] * len(found) + [QUIET] * len(objects)
@@ -138,7 +140,7 @@ def class_scores(details: dict) -> list[ClassScore]:
 
 
 def size_rows(details: dict) -> list[list[str]]:
-    """By size of the objects: how many, AP, and recall with 100 detections."""
+    """By size of the objects: how many, AP, and recall with 100 detections of a class in an image."""
     scores, sizes = details["scores"], details["sizes"]
     return [[SIZES[key], f"{sizes[key]:,}", *(percent(scores[name + key]) for name in ("ap", "ar"))] for key in sizes]
 

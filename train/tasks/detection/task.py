@@ -21,6 +21,7 @@ from data_pipeline.split import Split
 from train.config import Config, ConfigError
 from train.tasks.base import Model, Task, build_network, on_device
 from train.tasks.detection.assign import by_overlap, by_range, by_statistics, learned
+from train.tasks.detection.export import exported
 from train.tasks.detection.losses import centerness, centerness_loss, focal_loss, giou_loss, iou_loss
 from train.tasks.detection.pictures import draw_boxes, evaluation_tables, side_by_side
 from train.tasks.detection.predict import LEAST, ImageObjects, predict
@@ -259,11 +260,11 @@ class Detection(Task):
         return DetectionTally(self, split, device)
 
     def evaluation_picture(self, details: dict) -> Tensor | None:
-        """Images with objects and detections, side by side."""
+        """Photographs with their objects, beside them with what was found."""
         return torch.from_numpy(side_by_side(details)).permute(2, 0, 1) / 255
 
     def evaluation_text(self, details: dict) -> str:
-        """AP by class and by size, and kinds of errors."""
+        """AP by class and by size, and the errors."""
         return evaluation_tables(details)
 
     def predict(
@@ -277,6 +278,10 @@ class Detection(Task):
     ) -> Iterator[ImageObjects]:
         """The objects in each image, one image at a time, because they have different sizes.
 
-        output: a folder for `<name>_boxes.jpg`. min_score: of the objects that are given.
+        output: a folder for `<name>_boxes.jpg`. min_score: objects with a lower score are left out.
         """
         return predict(self, model, paths, device, output, min_score)
+
+    def export(self, state: dict[str, Tensor], features: bool) -> tuple[nn.Module, dict[str, Any]]:
+        """The detector, of which catmodel.export makes a graph from an image to its objects; or its backbone."""
+        return exported(self, state, features)

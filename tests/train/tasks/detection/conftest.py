@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.runs import ROOT
+from tests.runs import ROOT, run
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +50,11 @@ monitor: {{record_samples: true, images: 4}}
 guard: {{agree_every: 0}}
 """)
     return path
+
+
+@pytest.fixture(scope="session")
+def whole(box_config, tmp_path_factory):
+    """A finished run of `box_config`, on two ranks."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    run(box_config, output, "checkpoint.keep=9", world=2)
+    return output

@@ -1,0 +1,52 @@
+"""Detectors learn: each finds the objects of eight drawn images again that it was trained on."""
+
+import shutil
+import sys
+
+import pytest
+
+from tests.runs import ROOT, metrics, run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """Eight scenes, which are both train and val."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from draw_boxes import draw_dataset
+
+    from data_pipeline.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("eight")
+    scenes, annotations = folder / "scenes", folder / "scenes/annotations"
+    draw_dataset(scenes, train=8, val=1, seed=0)
+    shutil.copytree(scenes / "train", scenes / "val", dirs_exist_ok=True)
+    shutil.copy(annotations / "instances_train.json", annotations / "instances_val.json")
+    prepare(str(scenes), folder / "data", workers=1, shard_bytes=10**8, val_fraction=0.0, seed=0)
+    return folder / "data"
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "detector",
+    ["retinanet", pytest.param("fcos", marks=pytest.mark.long), pytest.param("atss", marks=pytest.mark.long)],
+)
+def test_eight_images_are_learned_by_heart(eight, tmp_path, detector):
+    (tmp_path / "config.yaml").write_text(f"""
+task:
+  {{name: detection, detector: {detector}, scales: [[128, 128]], neck_channels: 64, head_channels: 64, head_convs: 1,
+    aspect_groups: false}}
+model: {{name: cat_tiny, embed_dim: 24, depths: [1, 1, 1], num_heads: [2, 4, 8], drop_path_rate: 0.0}}
+data: {{path: {eight}, workers: 1, prefetch: 2, interpolation: bilinear}}
+augment: {{flip: 0}}
+train: {{steps: 100, global_batch: 8, micro_batch: 4, precision: fp32, log_every: 10, evaluate_every_steps: 100}}
+optimizer: {{lr: 3.0e-3}}
+schedule: {{warmup_steps: 10, min_lr: 1.0e-4}}
+checkpoint: {{every_steps: 100}}
+ema: {{decay: 0}}
+monitor: {{images: 0}}
+""")
+    run(tmp_path / "config.yaml", tmp_path / "run", world=2, timeout=1500)
+    (line,) = metrics(tmp_path / "run", "eval")
+    assert line["ap50"] >= 95 and line["count"] == 8

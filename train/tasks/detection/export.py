@@ -1,0 +1,37 @@
+"""A trained detector as launch/export.py writes it."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+import catmodel
+
+if TYPE_CHECKING:
+    from train.tasks.detection.task import Detection
+
+
+def exported(task: "Detection", state: dict[str, Tensor], features: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The detector with the weights `state`, and a description of it; features: its backbone in its place, which gives
+    the maps of all stages.
+    """
+    settings, task_settings, config = task.model_settings(), task.config.task, task.config
+    about: dict[str, Any] = {
+        "classes": list(task.classes),
+        "mean": list(config.augment.mean),
+        "std": list(config.augment.std),
+        "interpolation": config.data.interpolation,
+        "bgr": task_settings.bgr,
+        "scale": list(task_settings.scale_of_tests),
+    }
+    if features:
+        backbone = {"name", "img_size", *config.model.overrides()}
+        settings = {key: value for key, value in settings.items() if key in backbone} | {"features_only": True}
+        model = catmodel.create_model(**settings)
+        prefix = "backbone."
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    else:
+        model = catmodel.create_detector(**settings)
+        keys = ("score_threshold", "before_nms", "nms", "detections")
+        about["detect"] = {key: getattr(task_settings, key) for key in keys}
+    model.load_state_dict(state)
+    return model.eval(), {"model": settings, **about}
