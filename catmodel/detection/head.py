@@ -64,14 +64,14 @@ class DetectionHead(nn.Module):
             boxes = self.conv_reg(for_boxes)
             if self.scales is not None:
                 boxes = boxes * self.scales[i]
-            level = [by_place(self.conv_cls(for_classes), self.num_classes), by_place(boxes, 4)]
+            level = [self.conv_cls(for_classes), boxes]
             if self.conv_centerness is not None:
-                x_BCHW = for_classes if self.centerness_branch == "classes" else for_boxes
-                level.append(by_place(self.conv_centerness(x_BCHW), 1)[:, :, 0])
-            levels.append(level)
-        return tuple(torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+                level.append(self.conv_centerness(for_classes if self.centerness_branch == "classes" else for_boxes))
+            levels.append([output.permute(0, 2, 3, 1).flatten(1, 2) for output in level])
+        classes, boxes, *centerness = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+        return by_anchor(classes, self.num_classes), by_anchor(boxes, 4), *(part.flatten(1) for part in centerness)
 
 
-def by_place(x_BCHW: Tensor, size: int) -> Tensor:
-    """[B, k * size, H, W] -> [B, H * W * k, size]."""
-    return x_BCHW.permute(0, 2, 3, 1).unflatten(3, (-1, size)).flatten(1, 3)
+def by_anchor(x_BNC: Tensor, size: int) -> Tensor:
+    """Pixels [B, N, k * size] -> their anchors [B, N * k, size]."""
+    return x_BNC.unflatten(2, (-1, size)).flatten(1, 2)
