@@ -29,21 +29,25 @@ def eight(tmp_path_factory):
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    "detector",
-    ["retinanet", pytest.param("fcos", marks=pytest.mark.long), pytest.param("atss", marks=pytest.mark.long)],
+    ("detector", "convs", "rate", "steps"),
+    [
+        ("retinanet", 1, 3e-3, 100),
+        pytest.param("fcos", 2, 1e-3, 400, marks=pytest.mark.long),
+        pytest.param("atss", 2, 1e-3, 400, marks=pytest.mark.long),
+    ],
 )
-def test_eight_images_are_learned_by_heart(eight, tmp_path, detector):
+def test_eight_images_are_learned_by_heart(eight, tmp_path, detector, convs, rate, steps):
     (tmp_path / "config.yaml").write_text(f"""
 task:
-  {{name: detection, detector: {detector}, scales: [[128, 128]], neck_channels: 64, head_channels: 64, head_convs: 1,
-    aspect_groups: false}}
+  {{name: detection, detector: {detector}, scales: [[128, 128]], neck_channels: 64, head_channels: 64,
+    head_convs: {convs}, aspect_groups: false}}
 model: {{name: cat_tiny, embed_dim: 24, depths: [1, 1, 1], num_heads: [2, 4, 8], drop_path_rate: 0.0}}
 data: {{path: {eight}, workers: 1, prefetch: 2, interpolation: bilinear}}
 augment: {{flip: 0}}
-train: {{steps: 100, global_batch: 8, micro_batch: 4, precision: fp32, log_every: 10, evaluate_every_steps: 100}}
-optimizer: {{lr: 3.0e-3}}
+train: {{steps: {steps}, global_batch: 8, micro_batch: 4, precision: fp32, evaluate_every_steps: {steps}}}
+optimizer: {{lr: {rate:.1e}}}
 schedule: {{warmup_steps: 10, min_lr: 1.0e-4}}
-checkpoint: {{every_steps: 100}}
+checkpoint: {{every_steps: {steps}}}
 ema: {{decay: 0}}
 monitor: {{images: 0}}
 """)
