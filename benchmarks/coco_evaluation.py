@@ -110,7 +110,7 @@ def main(arguments: argparse.Namespace) -> None:
             f"{arguments.classes} --rounds {arguments.rounds}",
             "date": date.today().isoformat(),
             "machine": machine(),
-            "versions": versions(),
+            **versions(),
             "images": arguments.images,
             "classes": arguments.classes,
             "objects": len(truth.objects),
