@@ -247,6 +247,12 @@ def _to_onnx(model: "nn.Module", path: Path, about: dict) -> Callable:
     )
     written.model.metadata_props[METADATA] = json.dumps(about)
     written.save(path)
+    if _form(model).one_image:
+        # The sizes of intermediate results are those of the example where the graph keeps the best of a level; ONNX
+        # Runtime would take them as promises.
+        graph = onnx.load(path)
+        del graph.graph.value_info[:]
+        onnx.save(graph, path)
 
     @functools.cache
     def session(threshold: float | None) -> onnxruntime.InferenceSession:
