@@ -108,7 +108,7 @@ def test_every_config_key_and_rule_says_what_it_does():
 
     lines = reference().splitlines()
     rows = {line.split("`")[1]: line.removesuffix(" |").split(" | ") for line in lines if line.startswith("| `")}
-    recipes = ("configs/cat_b.yaml", "configs/segmentation/cat_s_80k.yaml")
+    recipes = ("configs/cat_b.yaml", "configs/segmentation/cat_s_80k.yaml", "configs/detection/atss_cat_s_1x.yaml")
     assert rows.keys() == {key for recipe in recipes for key in flatten(load_config(ROOT / recipe).model_dump())}
     assert not [key for key, cells in rows.items() if not cells[-1].strip() or len(cells) != 5]
     assert "- None" not in lines and "## guard.timeout" in lines
