@@ -116,4 +116,5 @@ def test_every_config_key_and_rule_says_what_it_does():
     assert rows["train.global_batch"][1:4] == ["int ≥ 1", "`1024`", "fixed"]
     headings = [line for line in lines if line.startswith("## ") and "." not in line]
     sections = [f"## {section}" for section in Config.model_fields]
-    assert headings == [*sections, "## task: settings of segmentation", "## Across sections"]
+    tasks = [f"## task: settings of {task}" for task in ("detection", "segmentation")]
+    assert headings == [*sections, *tasks, "## Across sections"]
