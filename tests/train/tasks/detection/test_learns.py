@@ -29,17 +29,17 @@ def eight(tmp_path_factory):
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    ("detector", "convs", "rate", "steps"),
+    ("detector", "side", "convs", "rate", "steps"),
     [
-        ("retinanet", 1, 3e-3, 100),
-        pytest.param("fcos", 2, 1e-3, 400, marks=pytest.mark.long),
-        pytest.param("atss", 2, 1e-3, 400, marks=pytest.mark.long),
+        ("retinanet", 128, 1, 3e-3, 100),
+        pytest.param("fcos", 192, 2, 1.5e-3, 200, marks=pytest.mark.long),
+        pytest.param("atss", 192, 2, 1.5e-3, 200, marks=pytest.mark.long),
     ],
 )
-def test_eight_images_are_learned_by_heart(eight, tmp_path, detector, convs, rate, steps):
+def test_eight_images_are_learned_by_heart(eight, tmp_path, detector, side, convs, rate, steps):
     (tmp_path / "config.yaml").write_text(f"""
 task:
-  {{name: detection, detector: {detector}, scales: [[128, 128]], neck_channels: 64, head_channels: 64,
+  {{name: detection, detector: {detector}, scales: [[{side}, {side}]], neck_channels: 64, head_channels: 64,
     head_convs: {convs}, aspect_groups: false}}
 model: {{name: cat_tiny, embed_dim: 24, depths: [1, 1, 1], num_heads: [2, 4, 8], drop_path_rate: 0.0}}
 data: {{path: {eight}, workers: 1, prefetch: 2, interpolation: bilinear}}
