@@ -23,9 +23,9 @@ from tests.launch.test_guide import Account, imagenet_like, wait_for_lines
 from tests.runs import ROOT, run
 
 PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
-PAGES = [
-    page for page in PAGES if page not in ("docs/design.md", "docs/guide.md", "docs/segmentation.md")
-]  # synopses in the first, the others have tests of their own
+# Synopses in the first, the others have tests of their own.
+OTHER_PAGES = ("docs/design.md", "docs/guide.md", "docs/segmentation.md", "docs/detection.md")
+PAGES = [page for page in PAGES if page not in OTHER_PAGES]
 COMMAND = "(make|source|git|pip|python|deepspeed|torchrun|tensorboard|srun|squeue|scancel|scontrol) "
 # Which commands are run by which test; and what is run elsewhere.
 READS_RUNS = "python launch/(evaluate|export|goodput|plan|predict|report|watch).py"
