@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.data_pipeline import label_maps
+from tests.data_pipeline import boxes, label_maps
 from tests.launch.slurm import Cluster, missing
 from tests.launch.test_guide import Account, imagenet_like, wait_for_lines
 from tests.runs import ROOT, run
@@ -88,8 +88,8 @@ def link_at_root():
 
 @long
 def test_what_prepares(tiny_images, tmp_path, link_at_root):
-    """ImageNet, Kaggle's copy of it and CIFAR-10 are replaced by `tiny_images` in their formats; CamVid, ADE20K and
-    Cityscapes by a few images in theirs.
+    """ImageNet, Kaggle's copy of it and CIFAR-10 are replaced by `tiny_images` in their formats; CamVid, ADE20K,
+    Cityscapes, BCCD, COCO and Pascal VOC by a few images in theirs.
     """
     imagenet_like(tiny_images, tmp_path)
     shutil.copytree(tiny_images / "train", tmp_path / "CLS-LOC/train")
@@ -108,12 +108,18 @@ def test_what_prepares(tiny_images, tmp_path, link_at_root):
         tar.add(tmp_path / "camvid", "camvid")
     label_maps.ade20k(tmp_path / "ADEChallengeData2016", label_maps.labels(1, ignored=3))
     label_maps.cityscapes(tmp_path / "cityscapes", "labelIds", label_maps.labels(2, 30, ignored=30))
+    boxes.make_coco(tmp_path / "bccd")
+    with tarfile.open(tmp_path / "bccd.tar", "w") as tar:
+        tar.add(tmp_path / "bccd", "bccd")
+    boxes.make_coco(tmp_path / "coco", folders="{}2017", names="{}2017")
+    objects = {name: [("bear", 2, 3, 20, 25, 0)] for name in ("a", "b")}
+    boxes.make_voc(tmp_path / "VOCdevkit/VOC2007", {"train": ["a"], "val": ["b"]}, objects)
     shutil.copytree(tiny_images, tmp_path / "path/to/images")
     link_at_root("path", tmp_path / "path")
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     (tmp_path / "SOURCE").symlink_to(tiny_images)
     found = commands(PREPARES)
-    assert len(found) == 11
+    assert len(found) == 15
     for command in found:
         name = command.split("#")[0].split()[3]
         if " index " in command:  # as others made it: shards and nothing else
