@@ -33,7 +33,7 @@ def test_the_page_from_drawn_scenes_to_boxes(tmp_path):
     quickstart = (ROOT / "configs/detect_quickstart.yaml").read_text()
     (tmp_path / "configs/detect_quickstart.yaml").write_text(quickstart)
     (tmp_path / "configs/detection/retinanet_cat_s_1x.yaml").write_text(
-        quickstart.replace("epochs: 4", "epochs: 1\n  max_steps: 4")
+        quickstart.replace("epochs: 6", "epochs: 1\n  max_steps: 4")
     )
     found = commands()
     assert len(found) > 10
