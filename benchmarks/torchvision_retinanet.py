@@ -41,7 +41,7 @@ class Images:
     """A split's images and objects, from its shards."""
 
     def __init__(self, split: Split):
-        self._split, self._table = split, ObjectTable(split)
+        self._split, self.table = split, ObjectTable(split)
 
     def __len__(self) -> int:
         return self._split.samples
@@ -56,7 +56,7 @@ class Images:
 
     def target(self, number: int) -> dict[str, Tensor]:
         """Boxes (left, top, right, bottom), without crowds, and their labels, counted from 1."""
-        objects = self._table.of(number)
+        objects = self.table.of(number)
         objects = objects[objects["crowd"] == 0]
         left, top = objects["x"], objects["y"]
         boxes = np.stack([left, top, left + objects["width"], top + objects["height"]], axis=1)
@@ -83,9 +83,10 @@ def batches(images: Images, size: int, generator: torch.Generator) -> Iterator[l
 
 
 @torch.no_grad()
-def evaluate(model: RetinaNet, images: Images, classes: tuple[str, ...]) -> dict[str, float]:
-    """COCO's scores in percent, one image at a time."""
+def evaluate(model: RetinaNet, images: Images, classes: tuple[str, ...]) -> dict[str, float | None]:
+    """COCO's scores in percent, one image at a time; None without an object to find."""
     from train.tasks.detection.coco import FOUND, coco_scores, truth_of
+    from train.telemetry.monitor import finite
 
     model.eval()
     rows = []
@@ -96,8 +97,9 @@ def evaluate(model: RetinaNet, images: Images, classes: tuple[str, ...]) -> dict
         row["image"], row["label"], row["score"] = number, found["labels"].numpy() - 1, found["scores"].numpy()
         row["x"], row["y"], row["width"], row["height"] = *boxes[:, :2].T, *(boxes[:, 2:] - boxes[:, :2]).T
         rows.append(row)
-    truth = truth_of(images._table, np.arange(len(images)))
-    return {name: 100 * value for name, value in coco_scores(truth, np.concatenate(rows), classes).values.items()}
+    truth = truth_of(images.table, np.arange(len(images)))
+    scores = coco_scores(truth, np.concatenate(rows), classes).values
+    return finite({name: 100 * value for name, value in scores.items()})
 
 
 def train(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 import catmodel
+from train.tasks.dense import backbone_of
 
 if TYPE_CHECKING:
     from train.tasks.detection.task import Detection
@@ -24,11 +25,7 @@ def exported(task: "Detection", state: dict[str, Tensor], features: bool) -> tup
         "scale": list(task_settings.scale_of_tests),
     }
     if features:
-        backbone = {"name", "img_size", *config.model.overrides()}
-        settings = {key: value for key, value in settings.items() if key in backbone} | {"features_only": True}
-        model = catmodel.create_model(**settings)
-        prefix = "backbone."
-        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        model, settings, state = backbone_of(config, settings, state)
     else:
         model = catmodel.create_detector(**settings)
         keys = ("score_threshold", "before_nms", "nms", "detections")

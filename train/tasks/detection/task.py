@@ -20,6 +20,7 @@ from data_pipeline.scaled_boxes import ScaledBoxes
 from data_pipeline.split import Split
 from train.config import Config, ConfigError
 from train.tasks.base import Model, Task, build_network, on_device
+from train.tasks.dense import is_classifier, load_classifier, load_whole, other_classes
 from train.tasks.detection.assign import by_overlap, by_range, by_statistics, learned
 from train.tasks.detection.export import exported
 from train.tasks.detection.losses import centerness, centerness_loss, focal_loss, giou_loss, iou_loss
@@ -109,33 +110,13 @@ class Detection(Task):
         Of a detector of the same kind all weights are taken, but the layer that classifies keeps its initial ones if
         the classes differ.
         """
-        from catmodel.pretrained import DoesNotFit
-
-        if not any(name.startswith("backbone.") for name in weights):
-            try:
-                return model.load_classifier(weights)
-            except DoesNotFit as error:
-                more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
-                raise ConfigError(
-                    f"model.init_from: {source} does not fit this {self.config.model.name}: {error.problems[0]}{more}"
-                ) from error
-        own = model.state_dict()
-        per_class = len(own[f"{CLASS_LAYER}bias"]) // len(self.classes)
+        if is_classifier(weights):
+            return load_classifier(model, weights, self.config, source)
+        per_class = len(model.state_dict()[f"{CLASS_LAYER}bias"]) // len(self.classes)
         count = len(weights.get(f"{CLASS_LAYER}bias", ())) // per_class
-        others = count != len(self.classes) or (classes is not None and tuple(classes) != self.classes)
-        if others:
-            weights = weights | {name: own[name] for name in own if name.startswith(CLASS_LAYER)}
-        different = [
-            name
-            for name in own.keys() | weights.keys()
-            if name not in own or name not in weights or own[name].shape != weights[name].shape
-        ]
-        if different:
-            raise ConfigError(
-                f"model.init_from: {source} has other weights than this {self.config.task.detector} on "
-                f"{self.config.model.name}: {min(different)}"
-            )
-        model.load_state_dict(weights)
+        others = other_classes(count, self.classes, classes)
+        network = f"{self.config.task.detector} on {self.config.model.name}"
+        load_whole(model, weights, source, network=network, last=CLASS_LAYER, others=others)
         return [f"the layer that classifies: {count} -> {len(self.classes)} classes, fresh"] if others else []
 
     # --- training ---
@@ -219,7 +200,7 @@ class Detection(Task):
         learns = self._learns(targets["classes"])
         count = learns.sum().clamp(min=1)
         losses = {"cls": focal_loss(logits, targets["classes"]) / count}
-        raw = torch.where(learns[..., None], raw, 0.0)  # so that boxes that nobody learns are finite
+        raw = torch.where(learns[..., None], raw, 0.0)  # so that boxes of places that learn none are finite
         places = targets["places"]  # in a CUDA graph these must be its inputs, not the detector's
         if not central:
             wanted = encode_offsets(places, targets["boxes"], self._kind.deltas_std)

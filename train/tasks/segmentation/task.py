@@ -16,8 +16,8 @@ from data_pipeline.label_maps import LabelMaps, ignored_value
 from data_pipeline.loader import MicroBatch
 from data_pipeline.split import Split
 from data_pipeline.views import ScaledCrops
-from train.config import ConfigError
 from train.tasks.base import Model, Task, build_network, on_device
+from train.tasks.dense import backbone_of, is_classifier, load_classifier, load_whole, other_classes
 from train.tasks.segmentation.colours import lay_over
 from train.tasks.segmentation.inference import views_of
 from train.tasks.segmentation.pictures import iou_table, side_by_side
@@ -69,32 +69,12 @@ class Segmentation(Task):
 
         Of a segmenter all weights are taken, but the last convolution keeps its initial ones if the classes differ.
         """
-        from catmodel.pretrained import DoesNotFit
-
-        if not any(name.startswith("backbone.") for name in weights):
-            try:
-                return model.load_classifier(weights)
-            except DoesNotFit as error:
-                more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
-                raise ConfigError(
-                    f"model.init_from: {source} does not fit this {self.config.model.name}: {error.problems[0]}{more}"
-                ) from error
-        own, last = model.state_dict(), "head.conv_seg."
+        if is_classifier(weights):
+            return load_classifier(model, weights, self.config, source)
+        last, network = "head.conv_seg.", f"{self.config.model.name} with its neck and head"
         count = len(weights.get(f"{last}bias", ()))
-        others = count != len(self.classes) or (classes is not None and tuple(classes) != self.classes)
-        if others:
-            weights = weights | {name: own[name] for name in own if name.startswith(last)}
-        different = [
-            name
-            for name in own.keys() | weights.keys()
-            if name not in own or name not in weights or own[name].shape != weights[name].shape
-        ]
-        if different:
-            raise ConfigError(
-                f"model.init_from: {source} has other weights than this {self.config.model.name} with its neck "
-                f"and head: {min(different)}"
-            )
-        model.load_state_dict(weights)
+        others = other_classes(count, self.classes, classes)
+        load_whole(model, weights, source, network=network, last=last, others=others)
         return [f"last convolution: {count} -> {len(self.classes)} classes, fresh"] if others else []
 
     def views(self) -> ScaledCrops:
@@ -159,11 +139,7 @@ class Segmentation(Task):
         """The network from images to logits of their size; or its backbone, which gives the maps of all stages."""
         settings = self._model_settings()
         if features:
-            backbone = {"name", "img_size", *self.config.model.overrides()}
-            settings = {key: value for key, value in settings.items() if key in backbone} | {"features_only": True}
-            model = catmodel.create_model(**settings)
-            prefix = "backbone."
-            state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            model, settings, state = backbone_of(self.config, settings, state)
         else:
             settings["full_size"] = True
             model = catmodel.create_segmenter(**settings)

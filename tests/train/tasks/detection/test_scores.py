@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Given(nn.Module):
-    """A network that knows the objects of the images of a batch, which it is told by `meet`.
+    """A stand-in for a network. `meet` gives it a batch; it returns that batch's objects.
 
     At the best free anchor of each object there are its class and its box. wrong: {sample id: what is done to the
     label and the box of its first object}.
