@@ -53,7 +53,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     split = manifest.split("val")
     tally = task.tally(runtime.device, split)
-    if arguments.results and not hasattr(tally, "write_results"):
+    if arguments.results and not task.has_results:
         raise ConfigError(f"--results is no option of the task {config.task.name}")
     with torch.no_grad():
         scores, details = evaluate(task, model, split, runtime.device, report, runtime.rank, runtime.world, tally)

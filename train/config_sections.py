@@ -184,7 +184,7 @@ class TrainConfig(Section):
 
 class OptimizerConfig(Section):
     name: Literal["adamw", "sgd", "muon"] = Field(
-        "adamw", description="muon: for the matrices of hidden layers, AdamW for the rest"
+        "adamw", description="muon: for the weights of hidden linear layers and convolutions, AdamW for the rest"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate, for the whole global batch")
     weight_decay: float = Field(

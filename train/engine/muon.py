@@ -1,6 +1,7 @@
 """Muon (Jordan et al., 2024): momentum SGD with orthogonalised updates for matrices, and AdamW for other parameters."""
 
-from collections import Counter, defaultdict
+import itertools
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ STEPS = 5
 
 
 class Muon(torch.optim.AdamW):
-    """Applies Muon to parameter groups with `matrices: True` (2-D parameters only), and fused AdamW to the others.
+    """Applies Muon to parameter groups with `matrices: True`, and fused AdamW to the others.
+
+    A convolution's weight [out, in, height, width] is the matrix [out, in * height * width].
 
     Muon uses Nesterov momentum. Its updates are scaled by 0.2 sqrt(max(rows, columns)), which gives them the size of
     AdamW's (Liu et al., arXiv 2502.16982, section 2.2), so that both share one learning rate. It needs whole matrices:
@@ -59,7 +62,7 @@ class Muon(torch.optim.AdamW):
         update = torch.lerp(gradient, momentum, self.momentum)
         shapes = [parameter.shape for parameter in parameters]
         torch._foreach_copy_(buffers, _views(momentum, shapes))
-        stacks = _stacks(update, shapes)
+        stacks = _stacks(update, [(shape[0], shape[1:].numel()) for shape in shapes])
         orthogonalise(stacks, padded=update.is_cuda)
         torch._foreach_mul_(stacks, [-0.2 * max(stack.shape[1:]) ** 0.5 for stack in stacks])
         update *= lr
@@ -103,13 +106,15 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 def _views(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
-    """The matrices of these shapes that lie one after another in a flat tensor."""
+    """The weights of these shapes that lie one after another in a flat tensor."""
     parts = flat.split([shape.numel() for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _stacks(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
-    """The same matrices, those of equal shape as one tensor [n, rows, columns]; equal shapes are neighbours."""
-    counts = Counter(shapes)
-    parts = flat.split([count * shape.numel() for shape, count in counts.items()])
-    return [part.view(count, *shape) for part, (shape, count) in zip(parts, counts.items(), strict=True)]
+def _stacks(flat: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    """Matrices of these shapes that lie one after another in a flat tensor, runs of equal shape as one tensor [n, rows,
+    columns].
+    """
+    runs = [(shape, len(list(run))) for shape, run in itertools.groupby(shapes)]
+    parts = flat.split([count * rows * columns for (rows, columns), count in runs])
+    return [part.view(count, *shape) for part, (shape, count) in zip(parts, runs, strict=True)]

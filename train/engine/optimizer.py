@@ -10,6 +10,9 @@ from train.config import ConfigError
 from train.config_sections import OptimizerConfig
 from train.engine.muon import Muon
 
+IMAGE_CHANNELS = 3
+OUTPUTS = {"head", "fc", "conv_seg", "conv_cls", "conv_reg", "conv_centerness"}  # names of last layers
+
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, layer_decay: float = 1.0, no_decay: Sequence[str] | None = None
@@ -53,8 +56,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
     if config.name == "muon":
-        linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-        hidden = {layer.weight for name, layer in linears.items() if name not in ("head", "fc")}
+        hidden = hidden_matrices(model)
         parts = [
             {**group, "params": [p for p in group["params"] if (p in hidden) == matrices], "matrices": matrices}
             for group in groups
@@ -63,6 +65,19 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         groups = [part for part in parts if part["params"]]
         return Muon(groups, lr=0.0, momentum=config.momentum, betas=config.betas, eps=config.eps)
     return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+
+
+def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """The weights that Muon trains: of linear layers and ungrouped convolutions, but for those that read the image or
+    give the network's outputs.
+    """
+    found = set()
+    for name, layer in model.named_modules():
+        reads_image = isinstance(layer, nn.Conv2d) and layer.in_channels == IMAGE_CHANNELS
+        hidden = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+        if hidden and not reads_image and name.rpartition(".")[2] not in OUTPUTS:
+            found.add(layer.weight)
+    return found
 
 
 def initial_state(optimizer: torch.optim.Optimizer, group: dict, master: Tensor) -> dict[str, Tensor]:

@@ -63,6 +63,7 @@ class Task(ABC):
     losses: ClassVar[tuple[str, ...]] = ("loss",)  # the names of what `loss` returns
     samples: ClassVar[str] = "images"  # what is counted
     one_shape: ClassVar[bool] = True  # an evaluation's images all have the shape of training inputs
+    has_results: ClassVar[bool] = False  # the tally has write_results(path), for launch/evaluate.py --results
 
     def __init__(self, config: Config, classes: Sequence[str]):
         self.config, self.classes = config, tuple(classes)

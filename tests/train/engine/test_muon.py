@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+import catmodel
 from train.config import ConfigError, parse_config
 from train.engine.muon import Muon, orthogonalise, orthogonalised
+from train.engine.optimizer import hidden_matrices
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 96, 32), (4, 16, 48)])
@@ -57,7 +59,7 @@ def test_matrices_of_several_shapes_are_orthogonalised_as_each_alone():
 def test_a_step_equals_the_same_steps_of_each_matrix_alone():
     """Shapes in any order; with a divisor of the gradients, and with a step that is skipped."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(8, 6), (4, 12), (8, 6), (6, 8), (3, 3), (4, 12)]
+    shapes = [(8, 6), (4, 12), (8, 6), (6, 8), (3, 3), (4, 12), (4, 3, 2, 2), (4, 12, 1, 1)]
     first = [torch.randn(shape, generator=generator) for shape in shapes]
     gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)]
     gradients[1][2][0, 0] = float("nan")
@@ -84,6 +86,43 @@ def test_a_step_equals_the_same_steps_of_each_matrix_alone():
     for number, matrix in enumerate(together):
         assert matrix.isfinite().all()
         torch.testing.assert_close(matrix, trained([number])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_convolution_takes_the_step_of_its_matrix():
+    """[out, in, height, width] as [out, in * height * width]."""
+    generator = torch.Generator().manual_seed(0)
+    first, gradient = (torch.randn(6, 4, 3, 3, generator=generator) for _ in range(2))
+    found = []
+    for shape in ((6, 4, 3, 3), (6, 36)):
+        weight = first.clone().view(shape).requires_grad_()
+        optimizer = Muon([{"params": [weight], "weight_decay": 0.1, "matrices": True}], 0.1, 0.9, (0.9, 0.99), 1e-8)
+        optimizer.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
+        weight.grad = gradient.view(shape)
+        optimizer.step()
+        found.append(weight.detach().flatten())
+    assert torch.equal(*found) and not torch.equal(found[0], first.flatten())
+
+
+def test_muon_trains_hidden_layers_only():
+    """Not what reads the image or gives the outputs, and no grouped convolution."""
+    cases = {
+        catmodel.create_segmenter("cat_tiny", 5): (
+            {"backbone.layers.0.pre_ipsa_blocks.0.attn.proj", "neck.fpn_convs.0", "head.scale_heads.0.0.conv"},
+            {"backbone.patch_embed.proj", "head.conv_seg"},
+        ),
+        catmodel.create_detector("fcos", "cotnet50", 5): (
+            {"backbone.layer1.0.conv1", "backbone.layer1.0.conv2.conv1x1.0"},
+            {"backbone.conv1", "backbone.layer1.0.conv2.key_embed.0"}
+            | {"head.conv_cls", "head.conv_reg", "head.conv_centerness"},
+        ),
+        catmodel.create_model("cotnet50"): ({"layer1.0.conv1", "layer4.2.conv3"}, {"conv1", "fc"}),
+        catmodel.create_model("pvt_tiny"): ({"patch_embed2.proj"}, {"patch_embed1.proj", "head"}),
+    }
+    for model, (hidden, others) in cases.items():
+        found = hidden_matrices(model)
+        names = {name.removesuffix(".weight") for name, weight in model.named_parameters() if weight in found}
+        assert hidden <= names and not others & names, names
+        assert others <= {name for name, _ in model.named_modules()}
 
 
 def test_muon_needs_whole_matrices():

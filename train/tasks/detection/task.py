@@ -46,6 +46,7 @@ class Detection(Task):
         Metric("ar100", "AR100", "%", "higher"),
     )
     one_shape = False
+    has_results = True
 
     def __init__(self, config: Config, classes: Sequence[str]):
         super().__init__(config, classes)
