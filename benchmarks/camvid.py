@@ -23,13 +23,12 @@ from benchmarks.side_by_side import COLOURS, Run, best, draw_curves, run_on_core
 CONFIG = ROOT / "configs/camvid.yaml"
 RESULT = ROOT / "docs/results/camvid.json"
 PICTURE = ROOT / "docs/images/camvid.png"
-NAMES = {"cat": "CAT, Semantic FPN", "lraspp": "torchvision's LR-ASPP"}
+NAMES = {"cotnet": "SE-CoTNetD, Semantic FPN", "lraspp": "torchvision's LR-ASPP"}
 
 
 RUNS = [
-    # Muon applies to linear layers, and LR-ASPP has none.
     *(Run("lraspp", "adamw", rate) for rate in (1e-3, 2e-3, 4e-3)),
-    *(Run("cat", "muon", rate) for rate in (2e-3, 4e-3, 8e-3)),
+    *(Run("cotnet", "muon", rate) for rate in (4e-3, 8e-3, 1.6e-2)),
 ]
 
 
@@ -102,7 +101,7 @@ def draw(result: dict) -> None:
             weights = max(run["iou"], key=lambda name: sum(run["iou"][name]))
             places = [place + 0.4 * number for place in range(len(run["classes"]))]
             bars.bar(places, run["iou"][weights], 0.4, color=colour)
-        classes = chosen["cat"]["classes"]
+        classes = chosen["cotnet"]["classes"]
         bars.set_xticks([place + 0.2 for place in range(len(classes))], classes, rotation=30, ha="right")
         bars.set(ylabel="IoU, %")
         figure.savefig(PICTURE, dpi=120)

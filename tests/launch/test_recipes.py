@@ -121,7 +121,16 @@ def test_every_one_stage_row_of_detection_is_a_recipe():
             rows[f"retinanet_pvt_{size}_{name}"] = (f"pvt_{size}", length, batch, lr, 1e-4, drop_path)
     small = (12, (8, 11), ((1066, 640),), "value")
     rows["retinanet_pvt_small_640_1x"] = ("pvt_small", small, *rows["retinanet_pvt_small_1x"][2:])
+    rows["retinanet_pvt_small_wide_1x"] = rows["retinanet_pvt_small_1x"]
     assert found == rows
+
+
+def test_the_wide_pvt_has_the_papers_parameters():
+    """Table 9 of PVT's paper: 46.8M."""
+    config = load_config(ROOT / "configs/detection/retinanet_pvt_small_wide_1x.yaml")
+    with torch.device("meta"):
+        model = catmodel.create_model(config.model.name, embed_dims=config.model.embed_dims)
+    assert round(sum(weight.numel() for weight in model.parameters()) / 1e6, 1) == 46.8
 
 
 def test_decay_is_off_by_the_names_that_cat_released():
