@@ -13,18 +13,14 @@ from it, docs/images/bccd.png; --table makes only the picture and prints the tab
 import argparse
 import json
 import sys
-from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.side_by_side import Run, draw_curves, run_on_cores
+from benchmarks.side_by_side import Run, compare, draw_curves
 
 CONFIG = ROOT / "configs/bccd.yaml"
-RESULT = ROOT / "docs/results/bccd.json"
-PICTURE = ROOT / "docs/images/bccd.png"
 NAMES = {"cat": "CAT, RetinaNet", "torchvision": "torchvision's RetinaNet, ResNet-18"}
-
 
 RUNS = [
     *(Run("torchvision", "sgd", rate) for rate in (2.5e-3, 5e-3, 1e-2)),
@@ -96,7 +92,7 @@ def table(result: dict) -> str:
     return markdown(["network", "optimizer", "learning rate", "AP", "AP50", "AP75", "minutes"], rows)
 
 
-def draw(result: dict) -> None:
+def draw(result: dict, path: Path) -> None:
     """AP and AP50 against the images seen, of all runs."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -105,37 +101,11 @@ def draw(result: dict) -> None:
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         for axes, score, label in zip(figure.subplots(1, 2), ("ap", "ap50"), ("AP", "AP50"), strict=True):
             draw_curves(axes, result, NAMES, score, f"{label} on val, %", "ap")
-        figure.savefig(PICTURE, dpi=120)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", nargs="?", metavar="DATASET", help="BCCD, prepared by launch/prepare.py")
-    parser.add_argument("--output", type=Path, default=Path("runs/bccd"), metavar="FOLDER")
-    parser.add_argument("--epochs", type=int, metavar="N", help="default: the config's")
-    parser.add_argument("--table", action="store_true", help="print the table and draw the picture again")
-    options = parser.parse_args()
-    if not options.table:
-        from benchmarks.environment import machine, versions
-        from train.config import load_config
-
-        run_on_cores(command(run, options) for run in RUNS)
-        result = {
-            "command": "benchmarks/bccd.py",
-            "date": date.today().isoformat(),
-            "machine": machine(),
-            "versions": versions(),
-            "global_batch": load_config(CONFIG, [f"data.path={options.dataset}"]).train.global_batch,
-            "runs": [result_of(run, options) for run in RUNS],
-        }
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    result = json.loads(RESULT.read_text())
-    draw(result)
-    print(table(result))
+        figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
         train(sys.argv[2], float(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:])
     else:
-        main()
+        compare(__doc__, "bccd", CONFIG, RUNS, command, result_of, table, draw)

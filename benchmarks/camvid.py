@@ -13,18 +13,14 @@ the picture and prints the table.
 import argparse
 import json
 import sys
-from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.side_by_side import COLOURS, Run, best, draw_curves, run_on_cores
+from benchmarks.side_by_side import COLOURS, Run, best, compare, draw_curves
 
 CONFIG = ROOT / "configs/camvid.yaml"
-RESULT = ROOT / "docs/results/camvid.json"
-PICTURE = ROOT / "docs/images/camvid.png"
 NAMES = {"cotnet": "SE-CoTNetD, Semantic FPN", "lraspp": "torchvision's LR-ASPP"}
-
 
 RUNS = [
     *(Run("lraspp", "adamw", rate) for rate in (1e-3, 2e-3, 4e-3)),
@@ -86,7 +82,7 @@ def table(result: dict) -> str:
     return markdown(["network", "optimizer", "learning rate", "mIoU, %", "minutes"], rows)
 
 
-def draw(result: dict) -> None:
+def draw(result: dict, path: Path) -> None:
     """mIoU against the images seen, of all runs, and IoU by class of the best ones."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -104,37 +100,11 @@ def draw(result: dict) -> None:
         classes = chosen["cotnet"]["classes"]
         bars.set_xticks([place + 0.2 for place in range(len(classes))], classes, rotation=30, ha="right")
         bars.set(ylabel="IoU, %")
-        figure.savefig(PICTURE, dpi=120)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", nargs="?", metavar="DATASET", help="CamVid, prepared by launch/prepare.py")
-    parser.add_argument("--output", type=Path, default=Path("runs/camvid"), metavar="FOLDER")
-    parser.add_argument("--epochs", type=int, metavar="N", help="default: the config's")
-    parser.add_argument("--table", action="store_true", help="print the table and draw the picture again")
-    options = parser.parse_args()
-    if not options.table:
-        from benchmarks.environment import machine, versions
-        from train.config import load_config
-
-        run_on_cores(command(run, options) for run in RUNS)
-        result = {
-            "command": "benchmarks/camvid.py",
-            "date": date.today().isoformat(),
-            "machine": machine(),
-            "versions": versions(),
-            "global_batch": load_config(CONFIG, [f"data.path={options.dataset}"]).train.global_batch,
-            "runs": [result_of(run, options) for run in RUNS],
-        }
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    result = json.loads(RESULT.read_text())
-    draw(result)
-    print(table(result))
+        figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
         train(sys.argv[2], sys.argv[3:])
     else:
-        main()
+        compare(__doc__, "camvid", CONFIG, RUNS, command, result_of, table, draw)

@@ -1,9 +1,12 @@
 """For comparisons of networks: several learning rates each, every run on one core, and their curves in one picture."""
 
+import argparse
+import json
 import os
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,6 +27,48 @@ class Run(NamedTuple):
     def name(self) -> str:
         """Of the run's folder."""
         return f"{self.model}-{self.optimizer}-{self.rate:g}"
+
+
+def compare(
+    description: str,
+    program: str,
+    config: Path,
+    runs: Sequence[Run],
+    command: Callable[[Run, argparse.Namespace], list[str]],
+    result_of: Callable[[Run, argparse.Namespace], dict],
+    table: Callable[[dict], str],
+    draw: Callable[[dict, Path], None],
+) -> None:
+    """The program benchmarks/<program>.py, which the `description` describes.
+
+    config: of the task. command: trains one run. result_of: what came out of it. table, draw: print and draw a result.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", nargs="?", metavar="DATASET", help="the dataset, prepared by launch/prepare.py")
+    parser.add_argument("--output", type=Path, default=Path("runs") / program, metavar="FOLDER")
+    parser.add_argument("--epochs", type=int, metavar="N", help="default: the config's")
+    parser.add_argument("--table", action="store_true", help="print the table and draw the picture again")
+    options = parser.parse_args()
+    if not options.table and not options.dataset:
+        parser.error("DATASET is missing")
+    path = ROOT / f"docs/results/{program}.json"
+    if not options.table:
+        from benchmarks.environment import machine, versions
+        from train.config import load_config
+
+        run_on_cores(command(run, options) for run in runs)
+        result = {
+            "command": f"benchmarks/{program}.py",
+            "date": date.today().isoformat(),
+            "machine": machine(),
+            "versions": versions(),
+            "global_batch": load_config(config, [f"data.path={options.dataset}"]).train.global_batch,
+            "runs": [result_of(run, options) for run in runs],
+        }
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    result = json.loads(path.read_text())
+    draw(result, ROOT / f"docs/images/{program}.png")
+    print(table(result))
 
 
 def run_on_cores(commands: Iterable[Sequence[str]]) -> None:

@@ -10,13 +10,13 @@ pixels whose centres it holds are the area. Images are 160 pixels wide, high, or
 (seed, split, index).
 """
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from draw_dataset import SHAPES, SPLITS, background, begin, finish, inside_of, turned
+from draw_dataset import SHAPES, SPLITS, background, begin, command_line, exposed, finish, inside_of, turned
 from draw_segments import texture
 from PIL import Image
 
@@ -60,9 +60,7 @@ def draw(seed: int, split: int, index: int) -> tuple[np.ndarray, list[dict]]:
                 "segmentation": [points.ravel().tolist()],
             }
         )
-    image = (image - image.mean(axis=(0, 1))) * random.uniform(0.55, 0.85) + random.uniform(85, 130, 3)
-    image += random.uniform(2, 10) * random.standard_normal(image.shape, dtype=np.float32)
-    return image.clip(0, 255).round().astype(np.uint8), objects
+    return exposed(image, random), objects
 
 
 def outline(shape: str, angle: float) -> np.ndarray:
@@ -121,24 +119,9 @@ def draw_dataset(dest: Path, *, train: int, val: int, seed: int) -> bool:
     return True
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Draw scenes of shapes with their boxes and outlines.")
-    parser.add_argument("dest", metavar="DEST", type=Path)
-    parser.add_argument("--train", type=int, default=1200, metavar="N", help="images (default: %(default)s)")
-    parser.add_argument("--val", type=int, default=200, metavar="N", help="images (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
-    options = parser.parse_args(arguments)
-    if min(options.train, options.val) < 1 or options.seed < 0:
-        print("error: --train and --val must be at least 1, and --seed 0", file=sys.stderr)
-        return 78
-    try:
-        fresh = draw_dataset(options.dest, train=options.train, val=options.val, seed=options.seed)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 78
-    state = "is drawn" if fresh else "is already drawn"
-    print(f"{options.dest} {state}: {options.train} train, {options.val} val, {len(SHAPES)} classes")
-    return 0
+def main(arguments: Sequence[str]) -> int:
+    description = "Draw scenes of shapes with their boxes and outlines."
+    return command_line(arguments, draw_dataset, description, SHAPES, train=1200, val=200)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ half of the shape. So mean colours do not reveal the class; only shape and textu
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +47,7 @@ def draw(size: int, seed: int, split: int, index: int) -> tuple[np.ndarray, int]
     alpha, bright = _halved(inside), _halved(inside & (wave > 0))
 
     image = background(axis[::2], random) * (1 - alpha) + bright * light + (alpha - bright) * dark
-    # The mean colour of the image is random; otherwise brightness would reveal the area of the shape.
-    image = (image - image.mean(axis=(0, 1))) * random.uniform(0.55, 0.85) + random.uniform(85, 130, 3)
-    image += random.uniform(2, 10) * random.standard_normal(image.shape, dtype=np.float32)
-    return image.clip(0, 255).round().astype(np.uint8), label
+    return exposed(image, random), label
 
 
 def _halved(mask: np.ndarray) -> np.ndarray:
@@ -95,6 +93,16 @@ def background(axis: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return image
 
 
+def exposed(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """An image [h, w, 3] as uint8, with a random contrast, a random mean colour and noise.
+
+    The mean is random because brightness would reveal the area of the shapes otherwise.
+    """
+    image = (image - image.mean(axis=(0, 1))) * random.uniform(0.55, 0.85) + random.uniform(85, 130, 3)
+    image += random.uniform(2, 10) * random.standard_normal(image.shape, dtype=np.float32)
+    return image.clip(0, 255).round().astype(np.uint8)
+
+
 def begin(dest: Path, wanted: dict) -> bool:
     """Make the folder `dest` for the drawn dataset that `wanted` describes. Returns False if it is complete already.
 
@@ -135,29 +143,50 @@ def draw_dataset(dest: Path, *, train: int, val: int, size: int, seed: int) -> b
     return True
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description="Draw the demo's dataset: five shapes times two textures, as an image folder."
-    )
+def command_line(
+    arguments: Sequence[str],
+    write: Callable[..., bool],
+    description: str,
+    classes: Sequence[str],
+    *,
+    train: int,
+    val: int,
+    least: int = 1,
+    size: int | None = None,
+) -> int:
+    """The program around `write`, a `draw_dataset`; returns the exit code.
+
+    train, val, and size if that is a choice: defaults. least: images of a split.
+    """
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("dest", metavar="DEST", type=Path)
-    parser.add_argument("--train", type=int, default=6000, metavar="N", help="images (default: %(default)s)")
-    parser.add_argument("--val", type=int, default=1000, metavar="N", help="images (default: %(default)s)")
-    parser.add_argument(
-        "--size", type=int, default=32, metavar="PIXELS", help="width and height (default: %(default)s)"
-    )
+    parser.add_argument("--train", type=int, default=train, metavar="N", help="images (default: %(default)s)")
+    parser.add_argument("--val", type=int, default=val, metavar="N", help="images (default: %(default)s)")
+    if size:
+        parser.add_argument(
+            "--size", type=int, default=size, metavar="PIXELS", help="width and height (default: %(default)s)"
+        )
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     options = parser.parse_args(arguments)
-    if min(options.train, options.val) < len(CLASSES) or options.size < 8 or options.seed < 0:
-        print(f"error: --train and --val must be at least {len(CLASSES)}, --size 8 and --seed 0", file=sys.stderr)
-        return 78
+    lowest = {"train": least, "val": least, "seed": 0} | ({"size": 8} if size else {})
+    for name, limit in lowest.items():
+        if getattr(options, name) < limit:
+            print(f"error: --{name} must be at least {limit}", file=sys.stderr)
+            return 78
     try:
-        fresh = draw_dataset(options.dest, train=options.train, val=options.val, size=options.size, seed=options.seed)
+        fresh = write(**vars(options))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 78
     state = "is drawn" if fresh else "is already drawn"
-    print(f"{options.dest} {state}: {options.train} train, {options.val} val, {len(CLASSES)} classes")
+    print(f"{options.dest} {state}: {options.train} train, {options.val} val, {len(classes)} classes")
     return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    description = "Draw the demo's dataset: five shapes times two textures, as an image folder."
+    sizes = dict(train=6000, val=1000, least=len(CLASSES), size=32)
+    return command_line(arguments, draw_dataset, description, CLASSES, **sizes)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ of its own and any bright colour. Shapes may cover one another and reach over th
 pixels at edges are ignored (255). Images have different sizes. Every image is a pure function of (seed, split, index).
 """
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from draw_dataset import SHAPES, SPLITS, background, begin, finish, inside_of, turned
+from draw_dataset import SHAPES, SPLITS, background, begin, command_line, exposed, finish, inside_of, turned
 from PIL import Image
 
 CLASSES = ("background", *SHAPES)
@@ -43,11 +43,9 @@ def draw(seed: int, split: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         labels[inside] = 1 + number
         if ignore_edges:
             labels[_near_edge(inside)] = IGNORED
-    image = (image - image.mean(axis=(0, 1))) * random.uniform(0.55, 0.85) + random.uniform(85, 130, 3)
-    image += random.uniform(2, 10) * random.standard_normal(image.shape, dtype=np.float32)
     top, left = (side - height) // 2, (side - width) // 2
     part = np.s_[top : top + height, left : left + width]
-    return image[part].clip(0, 255).round().astype(np.uint8), labels[part]
+    return exposed(image, random)[part], labels[part]
 
 
 def texture(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -86,24 +84,9 @@ def draw_dataset(dest: Path, *, train: int, val: int, seed: int) -> bool:
     return True
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Draw scenes of shapes with the exact class of every pixel.")
-    parser.add_argument("dest", metavar="DEST", type=Path)
-    parser.add_argument("--train", type=int, default=2000, metavar="N", help="images (default: %(default)s)")
-    parser.add_argument("--val", type=int, default=200, metavar="N", help="images (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
-    options = parser.parse_args(arguments)
-    if min(options.train, options.val) < 1 or options.seed < 0:
-        print("error: --train and --val must be at least 1, and --seed 0", file=sys.stderr)
-        return 78
-    try:
-        fresh = draw_dataset(options.dest, train=options.train, val=options.val, seed=options.seed)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 78
-    state = "is drawn" if fresh else "is already drawn"
-    print(f"{options.dest} {state}: {options.train} train, {options.val} val, {len(CLASSES)} classes")
-    return 0
+def main(arguments: Sequence[str]) -> int:
+    description = "Draw scenes of shapes with the exact class of every pixel."
+    return command_line(arguments, draw_dataset, description, CLASSES, train=2000, val=200)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_the_dataset_is_reproducible_and_not_drawn_twice(tmp_path):
     other = call(tmp_path / "one", *small, "--seed", 1)
     assert other.returncode == 78 and "drawn with other arguments" in other.stderr
     few = call(tmp_path / "three", "--val", 3)
-    assert few.returncode == 78 and few.stderr.startswith("error: --train and --val must be at least 10")
+    assert few.returncode == 78 and few.stderr.startswith("error: --val must be at least 10")
 
 
 def test_an_interrupted_drawing_is_repeated(tmp_path):

@@ -1,4 +1,4 @@
-"""A segmenter learns: the quickstart's recipe on fewer scenes, on two ranks. The whole: test_segmentation_guide.py."""
+"""A segmenter learns: the quickstart's recipe on fewer scenes, on two ranks. The whole: test_dense_guides.py."""
 
 import pytest
 
