@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -44,7 +45,7 @@ def command(run: Run, options: argparse.Namespace) -> list[str]:
 
 
 def result_of(run: Run, options: argparse.Namespace) -> dict:
-    """What came out of a run."""
+    """What came out of a run. seconds: its steps, of median length; some runs were stopped for a while."""
     from train.tasks.segmentation.pictures import class_scores
 
     output = options.output / run.name
@@ -55,7 +56,7 @@ def result_of(run: Run, options: argparse.Namespace) -> dict:
     return {
         **run._asdict(),
         "settings": settings(run, options),
-        "seconds": round(lines[-1]["time"] - lines[0]["time"]),
+        "seconds": round(last * median(line["step_ms"] for line in lines if line["kind"] == "train") / 1000),
         "miou": max(line["miou"] for line in found if line["step"] == last),
         "evaluations": found,
         "classes": details["model"]["classes"],
@@ -79,7 +80,7 @@ def table(result: dict) -> str:
         [run["model"], run["optimizer"], f"{run['rate']:g}", f"{run['miou']:.1f}", f"{run['seconds'] / 60:.0f}"]
         for run in result["runs"]
     ]
-    return markdown(["network", "optimizer", "learning rate", "mIoU, %", "minutes"], rows)
+    return markdown(["network", "optimizer", "learning rate", "mIoU, %", "minutes of a core"], rows)
 
 
 def draw(result: dict, path: Path) -> None:
