@@ -44,7 +44,8 @@ def sizes_of(manifest: Manifest, count: int) -> np.ndarray:
 def shapes_of(views: ScaledBoxes, sizes: np.ndarray, micro_batch: int) -> np.ndarray:
     """(height, width) of each micro-batch of the first epoch: [micro-batches, 2]."""
     portrait = sizes[:, 0] < sizes[:, 1]
-    order = GroupedOrder(0, len(sizes), len(sizes) // 2, micro_batch, "full", 1, portrait=portrait)
+    half = len(sizes) // (2 * micro_batch) * micro_batch  # an epoch in a step or two
+    order = GroupedOrder(0, len(sizes), half, micro_batch, "full", 1, portrait=portrait)
     keys = fold(make_key(0, Stream.CROP, 0), np.arange(len(sizes)))
     draws = [order.draws(step, range(order.micro_batches)) for step in range(order.steps_per_epoch)]
     ids = np.concatenate(draws).reshape(-1, micro_batch)

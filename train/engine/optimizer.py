@@ -68,8 +68,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
-    """The weights that Muon trains: of linear layers and ungrouped convolutions, but for those that read the image or
-    give the network's outputs.
+    """The weights that Muon trains: of linear layers and ungrouped convolutions, but for the convolution that reads the
+    image and the layers that give the network's outputs.
     """
     found = set()
     for name, layer in model.named_modules():
