@@ -39,8 +39,12 @@ def verify(folder: Path, workers: int | None = None) -> list[str]:
                 sentence = f"{path} is damaged: its SHA-256 is not the manifest's."
                 checks.append(pool.submit(lambda sentence=sentence: [sentence]))
                 sizes[checks[-1]] = 0
+            # Opened once, and not in the threads: NumPy parses a header by Python's `ast`, of which CPython 3.11 allows
+            # one thread at a time (python/cpython#106905).
+            samples = None if damaged else _tables(split)
+            objects = ObjectTable(split) if samples and OBJECTS in split.annotations else None
             for number, shard in enumerate(split.shards):
-                checks.append(pool.submit(_check_shard, split, number, len(manifest.classes), not damaged))
+                checks.append(pool.submit(_check_shard, split, number, len(manifest.classes), samples, objects))
                 sizes[checks[-1]] = shard.bytes
             if split.beton:
                 checks.append(pool.submit(check_beton, split))
@@ -53,16 +57,20 @@ def verify(folder: Path, workers: int | None = None) -> list[str]:
     return [fault for check in checks for fault in check.result()]
 
 
-def _check_shard(split: Split, number: int, classes: int, tables_are_whole: bool) -> list[str]:
-    """The faults of one shard. Samples are checked one by one only if the index and the annotations are sound."""
+def _check_shard(
+    split: Split, number: int, classes: int, tables: dict[str, np.ndarray] | None, objects: ObjectTable | None
+) -> list[str]:
+    """The faults of one shard.
+
+    tables: see `_tables`. None, if the index or an annotation is damaged: then samples are not checked one by one.
+    """
     shard = split.shards[number]
     path = split.folder / shard.file
     first = sum(earlier.samples for earlier in split.shards[:number])
-    objects = ObjectTable(split) if OBJECTS in split.annotations else None
     digest, faults = hashlib.sha256(), []
     with open(path, "rb") as file:
-        if tables_are_whole:
-            for sample, what, record in _members(split, first, first + shard.samples):
+        if tables is not None:
+            for sample, what, record in _members(tables, first, first + shard.samples):
                 digest.update(file.read(int(record["offset"]) - file.tell()))
                 data = file.read(int(record["size"]))
                 digest.update(data)
@@ -82,18 +90,23 @@ def _check_shard(split: Split, number: int, classes: int, tables_are_whole: bool
     if not faults and digest.hexdigest() != shard.sha256:
         faults.append(
             f"{path} is damaged: its SHA-256 is not the manifest's"
-            + (", though its images are whole." if tables_are_whole else ".")
+            + (", though its images are whole." if tables is not None else ".")
         )
     return faults
 
 
-def _members(split: Split, first: int, last: int) -> list[tuple[int, str, np.void]]:
-    """(sample, "image", LABEL or OBJECTS_OF, RECORD) of the samples first … last - 1, in the order of the bytes."""
+def _tables(split: Split) -> dict[str, np.ndarray]:
+    """The RECORDs, [samples], of what a sample has in the shards: "image", LABEL and OBJECTS_OF."""
     tables = {"image": split.records}
     if LABEL_MAP in split.annotations:
         tables[LABEL] = split.annotation(LABEL_MAP)
     if OBJECT_JSON in split.annotations:
         tables[OBJECTS_OF] = split.annotation(OBJECT_JSON)
+    return tables
+
+
+def _members(tables: dict[str, np.ndarray], first: int, last: int) -> list[tuple[int, str, np.void]]:
+    """(sample, key of `tables`, RECORD) of the samples first … last - 1, in the order of the bytes."""
     members = [(i, what, table[i]) for i in range(first, last) for what, table in tables.items()]
     return sorted(members, key=lambda member: member[2]["offset"])
 

@@ -30,23 +30,23 @@ class StoredSamples:
     annotation: in place of the images, what this annotation of the split points to in the shards; it has a RECORD for
     each sample.
 
-    Thread-safe: pread uses no shared file position, and files and index are opened on first use. To end, set `closing`,
-    which interrupts the staging of files and the pauses between attempts, then call `close`.
+    Thread-safe: pread uses no shared file position, and files and the index of images are opened on first use. To end,
+    set `closing`, which interrupts the staging of files and the pauses between attempts, then call `close`.
     """
 
     def __init__(self, split: Split, *, beton: bool = False, annotation: str | None = None):
-        self.split, self._beton, self._annotation = split, beton, annotation
+        self.split, self._beton = split, beton
         self.files = [split.folder / file.file for file in ([split.beton] if beton else split.shards)]
         self.closing = threading.Event()
         self._lock = threading.Lock()
         self._open: dict[int, _File] = {}  # in order of use, the least recently used first
         self._faults: Counter[tuple[str, str]] = Counter()
+        if annotation:
+            self.records = split.annotation(annotation)  # now: CPython 3.11 cannot do it in many threads (verify.py)
 
     @cached_property
     def records(self) -> np.ndarray:
         """split.RECORD, [samples]; `shard` is an index into `files`."""
-        if self._annotation:
-            return self.split.annotation(self._annotation)
         return self.split.beton_records if self._beton else self.split.records
 
     def read(self, ids: np.ndarray) -> tuple[list[bytes], dict[int, str]]:
