@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
@@ -20,20 +21,24 @@ from data_pipeline.manifest import open_manifest
 from data_pipeline.objects import ObjectTable
 from data_pipeline.split import Split
 
+STRIDES = (8, 16, 32, 64, 128)  # of the levels
 MILESTONES = (16 / 26, 22 / 26)
 WARM_UP = 1e-3  # the first step's learning rate / the full one
 
 
-def build(classes: int, scale: tuple[int, int]) -> RetinaNet:
+def build(classes: int, scale: tuple[int, int], anchor_scale: float) -> RetinaNet:
     """The network; its class 0 is the background. scale: (long, short) sides of images, in training and evaluation.
 
-    Nothing is frozen, because nothing is pretrained: all stages learn, and batch norm has its own statistics.
+    anchor_scale: as task.anchor_scale; torchvision's own anchors are those of 4. Nothing is frozen, because nothing is
+    pretrained: all stages learn, and batch norm has its own statistics.
     """
     levels = dict(returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
     backbone = resnet_fpn_backbone(
         backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5, **levels
     )
-    return RetinaNet(backbone, classes + 1, min_size=scale[1], max_size=scale[0])
+    sizes = tuple(tuple(anchor_scale * stride * 2 ** (part / 3) for part in range(3)) for stride in STRIDES)
+    anchors = AnchorGenerator(sizes, aspect_ratios=((0.5, 1.0, 2.0),) * len(sizes))
+    return RetinaNet(backbone, classes + 1, min_size=scale[1], max_size=scale[0], anchor_generator=anchors)
 
 
 class Images:
@@ -102,14 +107,24 @@ def evaluate(model: RetinaNet, images: Images, classes: tuple[str, ...]) -> dict
 
 
 def train(
-    dataset: Path, output: Path, rate: float, epochs: int, batch: int, scale: tuple[int, int], every: int
+    dataset: Path,
+    output: Path,
+    rate: float,
+    epochs: int,
+    batch: int,
+    scale: tuple[int, int],
+    anchor_scale: float,
+    every: int,
 ) -> None:
-    """Train, and evaluate after every `every` epochs; writes `output` (JSON) at the end."""
+    """Train, and evaluate after every `every` epochs; writes `output` (JSON) at the end.
+
+    scale, anchor_scale: see `build`.
+    """
     manifest = open_manifest(dataset)
     images, held_out = (Images(manifest.split(name)) for name in ("train", "val"))
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    model = build(len(manifest.classes), scale)
+    model = build(len(manifest.classes), scale, anchor_scale)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
     steps_per_epoch, step, evaluations = len(images) // batch, 0, []
     for epoch in range(1, epochs + 1):

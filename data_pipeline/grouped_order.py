@@ -35,11 +35,18 @@ class GroupedOrder(Order):
             raise ValueError(
                 "micro-batches of one orientation (task.aspect_groups) need data.shuffle=full and data.repeats=1"
             )
+        landscape, portrait = self.groups
+        for name, size in (("landscape", landscape), ("portrait", portrait)):
+            if 0 < size < self.micro_batch:
+                raise ValueError(
+                    f"the dataset's {size} {name} images fill no micro-batch of {self.micro_batch} of one orientation, "
+                    "so they would never be trained on: set task.aspect_groups=false, or a smaller train.micro_batch"
+                )
         if sum(self._counts) < self.micro_batches:
-            landscape, portrait = self.groups
             raise ValueError(
                 f"the dataset's {landscape} landscape and {portrait} portrait images fill {sum(self._counts)} "
-                f"micro-batches of {self.micro_batch} of one orientation, fewer than the {self.micro_batches} of a step"
+                f"micro-batches of {self.micro_batch} of one orientation, fewer than the {self.micro_batches} of a "
+                "step: set a smaller train.global_batch, or task.aspect_groups=false"
             )
 
     @classmethod

@@ -35,6 +35,7 @@ class Files:
     """The images of a folder or tar as parallel columns, [n], sorted by name. others: the number of other files.
 
     texts: the contents of the files that may name classes or hold boxes, by name; each is read when it is asked for.
+    unread: files that look as if they held boxes, and whose names are in no known layout.
     """
 
     source: Source
@@ -43,6 +44,7 @@ class Files:
     sizes: np.ndarray
     others: int
     texts: Mapping[str, bytes]
+    unread: tuple[str, ...] = ()
 
 
 class Annotations(NamedTuple):

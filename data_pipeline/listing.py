@@ -23,12 +23,12 @@ from data_pipeline.faults import retried
 from data_pipeline.image_source import SPLITS, Files, Items, Listing, Source
 from data_pipeline.label_listing import CLASS_FILES, LONGEST_TEXT, NO_LABEL_OPTIONS, LabelOptions, find_label_maps
 from data_pipeline.labels import check_names, read_labels
-from data_pipeline.object_listing import COCO_FILE, NO_OBJECT_OPTIONS, ObjectOptions, find_objects
+from data_pipeline.object_listing import BOX_FILE, COCO_FILE, NO_OBJECT_OPTIONS, ObjectOptions, find_objects, misnamed
 from data_pipeline.ownership import DOWNLOAD
 from data_pipeline.progress import Progress
 from data_pipeline.split import DataError, UsageError
 from data_pipeline.tars import IMAGE_SUFFIXES, check_name, plain_tar, tar_files
-from data_pipeline.validate import MAX_BYTES, check_size
+from data_pipeline.validate import check_size
 from data_pipeline.voc_listing import VOC_FILE
 
 
@@ -116,6 +116,11 @@ def read_image(source: Source, name: str, offset: int, size: int) -> bytes:
     if source.kind == "torchvision":
         return torchvision_source.read_image(source, name)
     check_size(size)
+    return _read(source, name, offset, size)
+
+
+def _read(source: Source, name: str, offset: int, size: int) -> bytes:
+    """The bytes of a file of a folder or tar."""
     try:
         data = retried(lambda: _read_once(source, name, offset, size), f"{name} in {source.path}")
     except OSError as error:
@@ -164,7 +169,7 @@ def find_images(names: Sequence[str]) -> list[Path]:
 
 def _list_files(source: Source) -> Files:
     """The files of the source. If a tar has a name twice, the last member counts."""
-    names, offsets, sizes, others, texts = [], array.array("q"), array.array("q"), 0, {}
+    names, offsets, sizes, others, texts, unread = [], array.array("q"), array.array("q"), 0, {}, []
     with Progress("files", "listing") as progress:
         for name, offset, size in _walk(source.path) if source.kind == "folder" else _tar_members(source.path):
             if name.lower().endswith(IMAGE_SUFFIXES):
@@ -176,6 +181,8 @@ def _list_files(source: Source) -> Files:
                 others += 1
                 if _may_be_read(name, size):
                     texts[name] = (offset, size)
+                elif BOX_FILE.fullmatch(name):
+                    unread.append(name)
             progress.show(len(names))
     if not names:
         raise DataError(f"{source.path} contains no images ({others} other files).")
@@ -184,13 +191,21 @@ def _list_files(source: Source) -> Files:
     keep = np.array([*(name != following for name, following in itertools.pairwise(names)), True])
     if not keep.all():
         names, order = list(itertools.compress(names, keep)), order[keep]
-    return Files(source, names, np.array(offsets)[order], np.array(sizes)[order], others, _Texts(source, texts))
+    return Files(
+        source,
+        names,
+        np.array(offsets)[order],
+        np.array(sizes)[order],
+        others,
+        _Texts(source, texts),
+        tuple(sorted(unread)),
+    )
 
 
 def _may_be_read(name: str, size: int) -> bool:
     """Whether a file that is no image may name classes or hold annotations."""
     if name.endswith(".json"):
-        return bool(COCO_FILE.fullmatch(name)) and size <= MAX_BYTES
+        return bool(COCO_FILE.fullmatch(name))
     return (name.rpartition("/")[2] in CLASS_FILES or bool(VOC_FILE.fullmatch(name))) and size <= LONGEST_TEXT
 
 
@@ -201,7 +216,7 @@ class _Texts(Mapping):
         self._source, self._places = source, places
 
     def __getitem__(self, name: str) -> bytes:
-        return read_image(self._source, name, *self._places[name])
+        return _read(self._source, name, *self._places[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
@@ -253,6 +268,8 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
 
 def _sort_into_splits(files: Files) -> Listing:
     """Take split and class of every image from its path: [one folder/][train|val/]class/…/image."""
+    if files.unread:
+        raise misnamed(files, files.unread[0])
     root, names, skip = files.source.path, files.names, 0
     tops = _top_folders(names, skip)
     if len(tops) == 1 and min(tops.values()) > 1 and not set(tops) & set(SPLITS):
@@ -262,6 +279,11 @@ def _sort_into_splits(files: Files) -> Listing:
         raise DataError(
             f"the images of {root}/val do not lie in class folders: "
             f"give {root}/train as the source, with --val {root}/val and --val-labels FILE."
+        )
+    if set(tops) <= {*SPLITS, "valid", "validation", "test"} and set(tops.values()) == {1}:
+        raise DataError(
+            f"the images of {root} lie in {_first_few(tops)}, without class folders: put them into train/<class>/ and "
+            "val/<class>/ or, for detection, add annotations/instances_train.json and annotations/instances_val.json."
         )
     # A class may also be named "train". A folder is that of a split only if all its images lie in subfolders.
     has_splits = bool(tops.keys() & set(SPLITS)) and all(tops[split] > 1 for split in SPLITS if split in tops)

@@ -75,5 +75,11 @@ def is_partly_outside(box: list, width: int, height: int) -> bool:
     return x < 0 or y < 0 or x + w > width or y + h > height
 
 
+def is_learnt(box: list, area: float, width: int, height: int) -> bool:
+    """Whether training uses an object that is no crowd: see object_targets.ObjectTargets."""
+    x, y, w, h = box
+    return area > 0 and min(x + w, width) - max(x, 0) >= 1 and min(y + h, height) - max(y, 0) >= 1
+
+
 def _is_finite(value: object) -> bool:
     return type(value) in (int, float) and abs(value) <= LARGEST

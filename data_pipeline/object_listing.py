@@ -6,21 +6,25 @@ a year behind it or not; in a folder or a tar, with or without folders around. v
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from data_pipeline.image_source import SPLITS, Annotations, Files, Items, Listing, Objects
 from data_pipeline.labels import check_names
-from data_pipeline.object_json import fault_of_box, is_partly_outside, is_whole, write_objects
+from data_pipeline.object_json import fault_of_box, is_learnt, is_partly_outside, is_whole, write_objects
 from data_pipeline.split import DataError
 from data_pipeline.tars import check_name
 from data_pipeline.validate import shortened
 from data_pipeline.voc_listing import find_voc
 
 COCO_FILE = re.compile(r"(.*/)?annotations/instances_(train|val)(\d{4})?\.json")
+BOX_FILE = re.compile(r"(.*/)?(annotations/[^/]*|_annotations\.coco)\.json")  # whether or not it has COCO's name
+OTHER_SPLIT = re.compile(r"(.*/)?annotations/instances_(?!test)[^/]*\.json")
 OBJECT_OPTIONS = ("bad_boxes", "empty_images")
-PARTLY_OUTSIDE, DROPPED, EMPTY = "partly_outside", "dropped", "empty"  # outcomes in the report
+# Outcomes in the report.
+PARTLY_OUTSIDE, NOT_LEARNT, DROPPED, EMPTY = "partly_outside", "not_learnt", "dropped", "empty"
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,18 @@ def _find_coco(files: Files) -> list[Annotations] | None:
                 )
             folders = [f"{prefix}{top}{folder}/" for folder in (split + year, split) for top in ("", "images/")]
             found[split] = Annotations(split, name, folders, lambda name=name: _parsed(files, name), 1)
+    if found and (unread := [name for name in files.unread if OTHER_SPLIT.fullmatch(name)]):
+        raise misnamed(files, unread[0])
     return [found[split] for split in SPLITS if split in found] or None
+
+
+def misnamed(files: Files, name: str) -> DataError:
+    """For a file that looks as if it held boxes."""
+    return DataError(
+        f"{name} in {files.source.path} is not read, because of its name: for detection, call the annotations "
+        "annotations/instances_train.json and annotations/instances_val.json, with the images in train/ and val/; else "
+        "take it away."
+    )
 
 
 def _parsed(files: Files, name: str) -> dict:
@@ -148,6 +163,9 @@ class _Annotated:
                 kept = {name: image[name] for name in ("file_name", "width", "height")}
                 self._add("image", self.images, image["id"], {"image_id": image["id"], **kept}, sound)
                 check_name(self.where, image["file_name"])
+            files = Counter(image["file_name"] for image in self.images.values())
+            if twice := [name for name, count in files.items() if count > 1]:
+                raise DataError(f"{self.where} has two images with the file_name {twice[0]}: leave one of them.")
             if not self.categories or not self.images:
                 raise DataError(f"{self.where} has {'images' if self.images else 'categories'} only.")
             self._read_annotations(document["annotations"])
@@ -174,7 +192,7 @@ class _Annotated:
 
     def _read_annotations(self, annotations: list[dict]) -> None:
         labels = {number: label for label, number in enumerate(sorted(self.categories))}
-        bad, seen = [], set()
+        bad, seen, objects, learnt = [], set(), 0, 0
         for each in annotations:
             number, image_id = each["id"], each["image_id"]
             if not is_whole(number) or number in seen:
@@ -200,12 +218,25 @@ class _Annotated:
             }
             if "segmentation" in each:
                 kept["segmentation"] = each["segmentation"]
+            if not kept["iscrowd"]:
+                objects += 1
+                if is_learnt(box, kept["area"], image["width"], image["height"]):
+                    learnt += 1
+                else:
+                    why = f"annotation {number}: box {box}, area {kept['area']}: too small, training leaves it out"
+                    self.notes.append((self.split, image["file_name"], NOT_LEARNT, why))
             self._objects.setdefault(image_id, []).append(kept)
         if bad and self._options.bad_boxes == "stop":
             name, number, fault = bad[0]
             raise DataError(
                 f"{len(bad)} of the {len(seen)} boxes in {self.where} cannot be right: correct them, or leave them out "
                 f"with --bad-boxes drop; the first is annotation {number} of {name}: {fault}."
+            )
+        if objects and not learnt:
+            raise DataError(
+                f"{self.where} has {objects} objects, and training would leave out all of them, because their areas "
+                "are 0 or their boxes smaller than a pixel: a box is [left, top, width, height] in pixels, and an area "
+                "may be left out."
             )
         self.notes += [(self.split, name, DROPPED, f"annotation {number}: {fault}") for name, number, fault in bad]
 

@@ -84,7 +84,7 @@ def _read_xml(files: Files, name: str, file_name: str) -> _Image:
         raise DataError(f"{name} in {files.source.path} cannot be read ({shortened(str(error))}).") from error
     objects = [
         (
-            each.findtext("name", ""),
+            each.findtext("name", "").strip(),
             [_number(each.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")],
             _number(each.findtext("difficult", "0")) > 0,
         )

@@ -133,6 +133,7 @@ def _print_report(dest: Path) -> None:
         "objects": "objects",
         "dropped": "boxes left out, as they cannot be right",
         "partly_outside": "boxes partly outside of their images",
+        "not_learnt": "boxes without area or a whole pixel, which training leaves out",
     }
     listed = boxes = False
     if segmentation := report.get("segmentation"):
@@ -146,7 +147,7 @@ def _print_report(dest: Path) -> None:
         ]
         print(f"  {name}: {'; '.join(parts)}")
         listed = listed or bool(split.keys() & {"transcoded", "repaired", "excluded", "empty"})
-        boxes = boxes or bool(split.keys() & {"dropped", "partly_outside"})
+        boxes = boxes or bool(split.keys() & {"dropped", "partly_outside", "not_learnt"})
     if listed or boxes:
         what = {
             "images that were transcoded, repaired or left out": listed,

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,4 +65,15 @@ def make_grid(
     return Grid(torch.cat(points), strides_A, torch.cat(anchors) if anchors else None, tuple(starts))
 
 
-cached_grid = functools.lru_cache(maxsize=16)(make_grid)
+@functools.lru_cache(maxsize=64)  # a few megabytes each for inputs of 800 x 1333 pixels
+def cached_grid(
+    height: int,
+    width: int,
+    strides: Sequence[int],
+    sides: Sequence[tuple[float, float]] | None,
+    device: torch.device,
+) -> Grid:
+    """As `make_grid`; made on the CPU, because the copy is complete when it is returned: any stream may use it."""
+    grid = make_grid(height, width, strides, sides)
+    parts = {name: getattr(grid, name) for name in ("points", "strides", "anchors")}
+    return replace(grid, **{name: part if part is None else part.to(device) for name, part in parts.items()})

@@ -25,6 +25,15 @@ class TowerConv(nn.Module):
         return F.relu(self.gn(self.conv(x_BCHW)))
 
 
+class FloatConv(nn.Conv2d):
+    """A convolution in fp32, whatever the type of its weights and input: its outputs are logarithms of sizes in pixels,
+    of which bf16's 8 bits would leave errors of a percent.
+    """
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self._conv_forward(x_BCHW.float(), self.weight.float(), self.bias.float())
+
+
 class DetectionHead(nn.Module):
     """Maps of a pyramid -> class logits and boxes at every place, and centerness logits if the kind has them.
 
@@ -42,11 +51,12 @@ class DetectionHead(nn.Module):
                 *(TowerConv(channels if i else in_channels, channels, kind.group_norm) for i in range(convs))
             )
 
-        def last(outputs: int) -> nn.Conv2d:
-            return nn.Conv2d(channels if convs else in_channels, outputs, 3, padding=1)
+        def last(outputs: int, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
+            return kind(channels if convs else in_channels, outputs, 3, padding=1)
 
         self.cls_convs, self.reg_convs = tower(), tower()
-        self.conv_cls, self.conv_reg = last(anchors * num_classes), last(anchors * 4)
+        self.conv_cls = last(anchors * num_classes)
+        self.conv_reg = last(anchors * 4, nn.Conv2d if kind.anchor_scale else FloatConv)
         self.conv_centerness = last(anchors) if kind.centerness else None
         self.scales = nn.Parameter(torch.ones(levels)) if kind.level_scales else None
         for module in self.modules():

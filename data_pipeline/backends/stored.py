@@ -35,7 +35,7 @@ class StoredSamples:
     """
 
     def __init__(self, split: Split, *, beton: bool = False, annotation: str | None = None):
-        self.split, self._beton = split, beton
+        self.split, self._beton, self._annotation = split, beton, annotation
         self.files = [split.folder / file.file for file in ([split.beton] if beton else split.shards)]
         self.closing = threading.Event()
         self._lock = threading.Lock()

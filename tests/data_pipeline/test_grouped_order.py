@@ -99,6 +99,10 @@ def test_the_order_of_a_seed_never_changes():
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"5 landscape and 7 portrait images fill 2 micro-batches of 4 .* 3 of a step"):
         order_of(portrait=np.arange(12) > 4)
+    for group, portrait in (("portrait", PORTRAIT), ("landscape", ~PORTRAIT)):
+        few = portrait & (np.cumsum(portrait) <= 3)
+        with pytest.raises(ValueError, match=f"3 {group} images fill no micro-batch of 4 .*: set task.aspect_groups=f"):
+            order_of(portrait=few if group == "portrait" else ~few)
     with pytest.raises(ValueError, match="fewer than one global_batch of 12"):
         order_of(portrait=np.ones(11, bool))
     for options in ({"shuffle": "block"}, {"repeats": 2}):

@@ -14,6 +14,7 @@ from data_pipeline.listing import add_val, list_source, open_source
 from data_pipeline.manifest import open_manifest
 from data_pipeline.split import DataError, UsageError
 from tests.data_pipeline.images import contents, encoded, make_folder, make_tar, originals, picture, run, stored
+from tests.data_pipeline.label_maps import write
 
 WNIDS = ("n01440764", "n01443537", "n02119789")
 
@@ -169,6 +170,15 @@ def test_a_flat_val_beside_train_is_not_a_class(imagenet, tmp_path):
     sentence = r"val do not lie in class folders: give .*/train as the source, with --val .*/val and --val-labels"
     with pytest.raises(DataError, match=sentence):
         run(tmp_path / "CLS-LOC", tmp_path / "set")
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("train",), ("train", "valid", "test")])
+def test_splits_without_class_folders_are_no_classes(tmp_path, names):
+    for name in names:
+        write(tmp_path / "photographs" / name / "1.jpg", encoded(picture(1)))
+    sentence = f"lie in {', '.join(sorted(names))}, without class folders|val do not lie in class folders"
+    with pytest.raises(DataError, match=sentence):
+        run(tmp_path / "photographs", tmp_path / "set")
 
 
 @pytest.mark.parametrize("length", [1300, 1700, 3072])

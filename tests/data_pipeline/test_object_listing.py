@@ -12,8 +12,9 @@ from data_pipeline.label_listing import LabelOptions
 from data_pipeline.listing import add_val, list_source, open_source
 from data_pipeline.manifest import open_manifest
 from data_pipeline.object_listing import ObjectOptions
+from data_pipeline.object_targets import ObjectTargets
 from data_pipeline.objects import ObjectTable
-from data_pipeline.split import DataError, UsageError
+from data_pipeline.split import IMAGES, DataError, UsageError
 from data_pipeline.validate import Encoding
 from tests.data_pipeline import images, label_maps
 from tests.data_pipeline.boxes import CLASSES, change, document_of, make_coco, make_voc, voc_xml
@@ -107,7 +108,7 @@ def test_label_maps_and_boxes(tmp_path):
 
 
 VOC = {
-    "a": [("wolf", 1, 1, 40, 30, 0), ("bear", 11, 6, 20, 10, 1)],
+    "a": [("\n  wolf ", 1, 1, 40, 30, 0), ("bear", 11, 6, 20, 10, 1)],
     "b": [("bear", 3.5, 4.5, 8.5, 9.5, 0)],
     "c": [],
     "d": [("wolf", 2, 2, 2, 2, 0)],
@@ -236,6 +237,30 @@ def test_boxes_partly_outside_are_kept_and_listed(folder, tmp_path):
     assert json.loads((tmp_path / "set/report.json").read_text())["splits"]["train"]["partly_outside"] == 1
 
 
+def test_boxes_that_training_leaves_out_are_listed(folder, tmp_path):
+    """As ObjectTargets does: boxes without area, or with less than a pixel in the image."""
+    document = document_of(folder, "train")
+    chosen = [each for each in document["annotations"] if each["image_id"] == 1000 and not each["iscrowd"]][:2]
+    chosen[0] |= {"bbox": [39.5, 2, 10, 5], "id": 4}
+    chosen[1] |= {"area": 0, "id": 5}
+    change(folder, "train", document)
+    run(folder, tmp_path / "set")
+    split = open_manifest(tmp_path / "set").split("train")
+    sample = int(np.flatnonzero(split.annotation(IMAGES)["image_id"] == 1000)[0])
+    _, labels = ObjectTargets(split, training=True)._usable(sample, np.array([40, 30]))
+    assert len(labels) == sum(not each["crowd"] for each in ObjectTable(split).of(sample)) - 2
+    lines = [json.loads(line) for line in (tmp_path / "set/report.jsonl").read_text().splitlines()]
+    assert {line["why"] for line in lines if line["outcome"] == "not_learnt"} == {
+        f"annotation 4: box [39.5, 2, 10, 5], area {chosen[0]['area']}: too small, training leaves it out",
+        f"annotation 5: box {chosen[1]['bbox']}, area 0: too small, training leaves it out",
+    }
+    for each in document["annotations"]:
+        each["area"] = 0
+    change(folder, "train", document)
+    with pytest.raises(DataError, match=r"_train.json has 13 objects, and training would leave out all of them"):
+        listing_of(folder)
+
+
 def test_images_without_boxes(folder, tmp_path):
     """Of train they are left out by default, those with crowds alone, too; of val they stay."""
     document = document_of(folder, "train")
@@ -293,6 +318,10 @@ FAULTS = {
     "images only": (lambda d: d.update(categories=[]), "has images only"),
     "categories only": (lambda d: d.update(images=[]), "has categories only"),
     "two images": (lambda d: twice(d, "images"), "has two image entries with the id 1000"),
+    "two images of a file": (
+        lambda d: d["images"][1].update(file_name=d["images"][0]["file_name"]),
+        "has two images with the file_name 000.jpg: leave one of them",
+    ),
     "two categories": (lambda d: twice(d, "categories"), "has two category entries with the id 7"),
     "two annotations": (lambda d: twice(d, "annotations"), r"the annotation id \d+ is no whole number, or another"),
     "words for ids": (lambda d: d["images"][0].update(id="000"), "has a faulty image: .*'id': '000'"),
@@ -327,6 +356,29 @@ def test_files_that_are_not_understood(folder):
     (folder / "annotations/instances_train2014.json").unlink()
     (folder / "annotations/instances_train.json").write_text("{")
     with pytest.raises(DataError, match=r"annotations/instances_train.json in .*zoo is not JSON \(Expecting"):
+        listing_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("annotations/instances_{}.json", "annotations/{}.json"),
+        ("annotations/instances_{}.json", "annotations/bccd_{}.json"),
+        ("annotations/instances_{}.json", "{}/_annotations.coco.json"),
+    ],
+)
+def test_annotations_of_another_name_are_not_ignored(folder, old, new):
+    for split in ("train", "val"):
+        (folder / old.format(split)).rename(folder / new.format(split))
+    with pytest.raises(DataError, match=f"{new.format('train')} in .*zoo is not read, because of its name: for detec"):
+        listing_of(folder)
+
+
+def test_a_val_of_another_name_is_not_ignored(folder):
+    write(folder / "annotations/instances_test2017.json", b"no")  # which is
+    assert set(listing_of(folder).splits) == {"train", "val"}
+    (folder / "annotations/instances_val.json").rename(folder / "annotations/instances_valid.json")
+    with pytest.raises(DataError, match=r"instances_valid.json in .* is not read, because of its name"):
         listing_of(folder)
 
 

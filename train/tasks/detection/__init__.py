@@ -21,7 +21,7 @@ def load() -> type:
 
 
 def check_dataset(manifest: "Manifest") -> None:
-    """Raise ValueError if the dataset has no boxes."""
+    """Raise ValueError if the dataset has no boxes, or a split with nothing to find."""
     from data_pipeline.split import OBJECTS
 
     if not all(OBJECTS in split.annotations for split in manifest.splits.values()):
@@ -29,6 +29,9 @@ def check_dataset(manifest: "Manifest") -> None:
             "it has no boxes, from which task.name=detection learns: prepare the images together with their "
             "annotations, or leave out task.name to learn the images' classes"
         )
+    for name, split in manifest.splits.items():
+        if split.annotation(OBJECTS)["crowd"].all():
+            raise ValueError(f"its {name} split has no object but crowds: prepare it with objects to find")
 
 
 def order(config: "Config", split: "Split", seed: int, global_batch: int, micro_batch: int) -> "Order":

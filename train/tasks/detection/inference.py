@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 
 class Inference:
-    """Boxes in images. Needs no gradients."""
+    """Boxes in images. Needs no gradients.
 
-    def __init__(self, task: "Detection"):
+    score_threshold: scores below it are dropped; None: task.score_threshold.
+    """
+
+    def __init__(self, task: "Detection", score_threshold: float | None = None):
         self._task = task
+        self._threshold = task.config.task.score_threshold if score_threshold is None else score_threshold
 
     def __call__(self, model: Model, images: Tensor, targets: dict[str, Tensor], ids: list[int]) -> list[np.ndarray]:
         """The objects in each of the images uint8 [m, 3, H, W], FOUND, best first.
@@ -35,7 +39,7 @@ class Inference:
             model(task.pixels(images, inside)),
             task.grid(images),
             edges,
-            settings.score_threshold,
+            self._threshold,
             settings.before_nms,
             settings.nms,
             settings.detections,

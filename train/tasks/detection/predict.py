@@ -110,7 +110,8 @@ def predict(
     if output:
         _check_names(paths)
         output.mkdir(parents=True, exist_ok=True)
-    views, inference, interpolation = task.views(), Inference(task), task.config.data.interpolation
+    inference = Inference(task, min(min_score, task.config.task.score_threshold))
+    views, interpolation = task.views(), task.config.data.interpolation
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as threads:
         waiting, pending = iter(paths), deque[Future[ReadImage]]()
 

@@ -46,7 +46,7 @@ class Settings(TaskConfig):
         (384, 600), description="with crop_scales: smallest and largest side of the crop, in pixels"
     )
     test_scale: Sides | None = Field(
-        None, description="as scales, in evaluation and prediction; null: the last of scales"
+        None, description="as scales, in evaluation and prediction; null: the largest of scales"
     )
     divisor: Divisor = Field(
         32, description="images are padded to sides that are multiples; a coarser one gives fewer shapes"
@@ -125,8 +125,8 @@ class Settings(TaskConfig):
 
     @property
     def scale_of_tests(self) -> tuple[int, int]:
-        """task.test_scale, or the last of task.scales."""
-        return self.test_scale or self.scales[-1]
+        """task.test_scale, or the largest of task.scales."""
+        return self.test_scale or max(self.scales)
 
 
 def check_config(config: "Config") -> None:

@@ -192,14 +192,18 @@ class Detection(Task):
 
     def loss(self, model: Model, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over the places of the micro-batch, divided by the number of those that learn a box, or for the boxes of
-        fcos and atss by the sum of their centerness; at least by 1.
+        fcos and atss by the sum of their centerness.
+
+        As mmdetection, it divides by at least 1, an image without such a place counts as one with anchors, and the sum
+        of centerness has no such limit for fcos.
         """
         return self._losses(model(inputs["images"]), inputs)
 
     def _losses(self, output: Sequence[Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         logits, raw, *central = (part.float() for part in output)
         learns = self._learns(targets["classes"])
-        count = learns.sum().clamp(min=1)
+        is_fcos = self.config.task.detector == "fcos"
+        count = (learns.sum() if is_fcos else learns.sum(dim=1).clamp(min=1).sum()).clamp(min=1)
         losses = {"cls": focal_loss(logits, targets["classes"]) / count}
         raw = torch.where(learns[..., None], raw, 0.0)  # so that boxes of places that learn none are finite
         places = targets["places"]  # in a CUDA graph these must be its inputs, not the detector's
@@ -207,11 +211,11 @@ class Detection(Task):
             wanted = encode_offsets(places, targets["boxes"], self._kind.deltas_std)
             return losses | {"box": (raw - wanted).abs().sum() / count}
         boxes, weights = self._decoded(places, raw), targets["centerness"]
-        if self.config.task.detector == "fcos":
+        if is_fcos:
             distance = iou_loss(boxes, targets["boxes"])
         else:
             distance = 2 * giou_loss(boxes, targets["boxes"])
-        losses["box"] = (distance * weights).sum() / weights.sum().clamp(min=1)
+        losses["box"] = (distance * weights).sum() / weights.sum().clamp(min=1e-6 if is_fcos else 1)
         losses["centerness"] = centerness_loss(central[0], weights, learns) / count
         return losses
 

@@ -51,7 +51,7 @@ def test_it_takes_steps(folder):
     lines = metrics(folder / "run", "train")
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
-        assert 1.0 < line["loss_cls"] < 1.5  # focal loss of a prior of 0.01
+        assert 1.0 < line["cls"] < 1.5  # focal loss of a prior of 0.01
         assert line["grad_norm"] > 0
 
 

@@ -5,8 +5,12 @@ import sys
 
 import pytest
 
+from data_pipeline.manifest import open_manifest
+from tests.data_pipeline.boxes import change, document_of, make_coco
+from tests.data_pipeline.images import run
 from tests.runs import ROOT
 from train.config import ConfigError, dump_config, load_config, parse_config
+from train.tasks.detection import check_dataset
 
 MISTAKES = [
     (["task.detector=detr"], "task.detector: input should be 'retinanet', 'fcos' or 'atss'"),
@@ -55,7 +59,17 @@ def test_what_is_given_is_kept(tmp_path):
     assert config.task.scale_of_tests == (1333, 800) and config.task.nms is None
     assert parse_config(config.model_dump(mode="json"), "again") == config
     assert "crop_scales:\n  - - 4200\n    - 400" in dump_config(config)
+    assert load_config(path, ["task.scales=[[1333,800],[1333,480]]"]).task.scale_of_tests == (1333, 800)
     assert load_config(path, [*scales, "task.test_scale=[640,640]"]).task.scale_of_tests == (640, 640)
+
+
+def test_a_val_split_without_objects_is_refused(tmp_path):
+    make_coco(tmp_path / "zoo")
+    document = document_of(tmp_path / "zoo", "val")
+    change(tmp_path / "zoo", "val", {**document, "annotations": []})
+    run(tmp_path / "zoo", tmp_path / "set")
+    with pytest.raises(ValueError, match="its val split has no object but crowds: prepare it with objects to find"):
+        check_dataset(open_manifest(tmp_path / "set"))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from data_pipeline.manifest import open_manifest
 from data_pipeline.objects import ObjectTable
 from train.config import ConfigError, load_config
 from train.tasks.base import build_task, training_batches
+from train.tasks.detection.losses import focal_loss, giou_loss, iou_loss
 from train.tasks.detection.task import Detection
 
 CLASSES = ("circle", "square", "triangle", "cross", "ring")
@@ -143,6 +144,28 @@ def test_a_micro_batch_without_objects_teaches_that_there_are_none(box_config, d
     sum(losses.values()).backward()
     assert losses["cls"] > 0 and all(losses[name] == 0 for name in losses if name != "cls")
     assert all(value.grad is None or value.grad.isfinite().all() for value in model.parameters())
+
+
+@pytest.mark.parametrize(("detector", "images", "least"), [("retinanet", 2, 0), ("atss", 2, 1.0), ("fcos", 1, 0.5)])
+def test_normalisers_of_few_places(box_config, detector, images, least):
+    """One place of two images learns a box, with a centerness of 0.5.
+
+    images: that count as having such a place. least: what the box's loss is divided by.
+    """
+    task = task_of(box_config, f"task.detector={detector}")
+    boxes = torch.tensor([[8.0, 8.0, 24.0, 24.0]]).expand(2, 2, 4)
+    places = boxes[0, :, :2] + 8 if detector == "fcos" else boxes[0]
+    classes, weights = torch.tensor([[1, 5], [5, 5]]), torch.tensor([[0.5, 0.0], [0.0, 0.0]])
+    output = [torch.zeros(2, 2, 5), torch.full((2, 2, 4), 0.1), torch.zeros(2, 2)]
+    targets = {"places": places, "boxes": boxes, "classes": classes, "centerness": weights}
+    losses = task._losses(output if least else output[:2], targets)
+    assert losses["cls"].item() == pytest.approx(focal_loss(output[0], classes).item() / images)
+    if not least:
+        assert losses["box"].item() == pytest.approx(4 * 0.1 / images)
+        return
+    decoded = task._decoded(places, output[1])
+    distance = iou_loss(decoded, boxes) if detector == "fcos" else 2 * giou_loss(decoded, boxes)
+    assert losses["box"].item() == pytest.approx(0.5 * distance[0, 0].item() / least)
 
 
 def test_channels_are_swapped_with_their_normalisation(box_config):

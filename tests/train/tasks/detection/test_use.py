@@ -55,6 +55,8 @@ def test_low_scores_are_left_out(whole, box_scenes, tmp_path):
     ]
     assert lines[0] == [*map(str, paths)]  # a network that has hardly learned is not sure of anything
     assert all(" %  " in line or line in lines[0] for line in lines[1]) and len(lines[1]) > 10
+    scores = [float(line.split()[0]) for line in lines[1] if line not in lines[0]]
+    assert 1 <= min(scores) < 5  # also below task.score_threshold
 
 
 def test_wrong_options_are_named(whole, tiny_config, box_scenes, tmp_path):
