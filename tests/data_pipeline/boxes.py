@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.listing import list_source, open_source
+from data_pipeline.object_listing import ObjectOptions
 from tests.data_pipeline.images import encoded, picture
 from tests.data_pipeline.label_maps import write
 
@@ -90,3 +92,11 @@ def make_voc(root: Path, lists: dict[str, Iterable[str]], objects: dict[str, Ite
         write(root / f"JPEGImages/{image}.jpg", encoded(picture(number, size=SIZES[0])))
         write(root / f"Annotations/{image}.xml", voc_xml(SIZES[0], found))
     return root
+
+
+def listing_of(root: Path, **options):
+    return list_source(open_source(str(root), root.parent), object_options=ObjectOptions(**options))
+
+
+def stored_objects(items) -> list[dict]:
+    return [json.loads(document) for document in items.objects.documents]

@@ -1,9 +1,8 @@
-"""Sources with boxes: COCO's layout and Pascal VOC's, the table of bad annotations, and what is always refused."""
+"""Sources with boxes in COCO's layout, the table of bad annotations, and what is always refused."""
 
 import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,23 +10,14 @@ import pytest
 from data_pipeline.label_listing import LabelOptions
 from data_pipeline.listing import add_val, list_source, open_source
 from data_pipeline.manifest import open_manifest
-from data_pipeline.object_listing import ObjectOptions
 from data_pipeline.object_targets import ObjectTargets
 from data_pipeline.objects import ObjectTable
 from data_pipeline.split import IMAGES, DataError, UsageError
 from data_pipeline.validate import Encoding
 from tests.data_pipeline import images, label_maps
-from tests.data_pipeline.boxes import CLASSES, change, document_of, make_coco, make_voc, voc_xml
+from tests.data_pipeline.boxes import CLASSES, change, document_of, listing_of, make_coco, stored_objects
 from tests.data_pipeline.images import encoded, listed, make_tar, picture, run
 from tests.data_pipeline.label_maps import write
-
-
-def listing_of(root: Path, **options):
-    return list_source(open_source(str(root), root.parent), object_options=ObjectOptions(**options))
-
-
-def stored_objects(items) -> list[dict]:
-    return [json.loads(document) for document in items.objects.documents]
 
 
 @pytest.fixture
@@ -105,78 +95,6 @@ def test_label_maps_and_boxes(tmp_path):
     root = make_coco(tmp_path / "zoo", folders="images/{}")
     write(root / "annotations/panoptic_train2017/1.png", b"")
     assert listing_of(root).category_ids and listing_of(root).ignored == 1
-
-
-VOC = {
-    "a": [("\n  wolf ", 1, 1, 40, 30, 0), ("bear", 11, 6, 20, 10, 1)],
-    "b": [("bear", 3.5, 4.5, 8.5, 9.5, 0)],
-    "c": [],
-    "d": [("wolf", 2, 2, 2, 2, 0)],
-}
-
-
-def test_pascal_voc(tmp_path):
-    make_voc(tmp_path / "VOCdevkit/VOC2012", {"train": "ba", "val": "cd", "trainval": "abcd"}, VOC)
-    write(tmp_path / "VOCdevkit/VOC2012/SegmentationClass/a.png", b"")
-    listing = listing_of(tmp_path)
-    assert listing.classes == ("bear", "wolf") and listing.category_ids == (1, 2) and listing.ignored == 5
-    prefix = "VOCdevkit/VOC2012/JPEGImages/"
-    assert listing.splits["train"].names == [f"{prefix}a.jpg", f"{prefix}b.jpg"]
-    assert listing.splits["val"].names == [f"{prefix}c.jpg", f"{prefix}d.jpg"]
-    a, b = stored_objects(listing.splits["train"])
-    assert a == {
-        "image_id": 1,
-        "file_name": "a.jpg",
-        "width": 40,
-        "height": 30,
-        "objects": [
-            {"id": 1, "label": 1, "bbox": [0, 0, 40, 30], "area": 1200, "iscrowd": 0},
-            {"id": 2, "label": 0, "bbox": [10, 5, 10, 5], "area": 50, "iscrowd": 1},
-        ],
-    }
-    assert (b["image_id"], b["objects"][0]["bbox"], b["objects"][0]["area"]) == (2, [2.5, 3.5, 6.0, 6.0], 36.0)
-    assert stored_objects(listing.splits["val"])[1]["objects"][0]["bbox"] == [1, 1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("lists", "train", "val"),
-    [
-        ({"trainval": "ab"}, "ab", ""),
-        ({"trainval": "abc", "test": "d"}, "abc", "d"),
-        ({"train": "a", "val": "b", "trainval": "ab", "test": "cd"}, "ab", "cd"),
-        ({"train": "a", "val": "b", "trainval": "ab", "test": "x"}, "a", "b"),  # VOC2012: no annotations of test
-    ],
-)
-def test_the_lists_of_pascal_voc(tmp_path, lists, train, val):
-    listing = listing_of(make_voc(tmp_path / "VOC2007", lists, VOC))
-    expected = {
-        split: [f"JPEGImages/{name}.jpg" for name in names] for split, names in (("train", train), ("val", val))
-    }
-    assert {split: items.names for split, items in listing.splits.items()} == {k: v for k, v in expected.items() if v}
-
-
-def test_faults_of_pascal_voc(tmp_path):
-    root = make_voc(tmp_path / "VOC", {"train": "ab", "val": "cd"}, VOC)
-    write(root / "Annotations/a.xml", voc_xml((40, 30), [("wolf", 9, 1, 4, 5, 0), ("wolf", "x", 1, 4, 5, 0)]))
-    with pytest.raises(
-        DataError, match=r"2 of the 3 boxes in ImageSets/Main/train.txt .* a.jpg: .*inverted: width -4, h"
-    ):
-        listing_of(root)
-    notes = listing_of(root, bad_boxes="drop").notes
-    assert [note[2] for note in notes] == ["dropped"] * 2 and "nan, 0, nan, 5] is not four finite numbers" in notes[1][
-        3
-    ]
-    write(root / "Annotations/a.xml", b"<annotation>")
-    with pytest.raises(DataError, match=r"Annotations/a.xml in .*VOC cannot be read \(no element found"):
-        listing_of(root)
-    (root / "Annotations/a.xml").unlink()
-    with pytest.raises(DataError, match=r"VOC has no Annotations/a.xml, though a list in ImageSets/Main names it"):
-        listing_of(root)
-    make_voc(tmp_path / "other", {"train": "ab"}, VOC)
-    with pytest.raises(DataError, match=r"has several sets of Pascal VOC \(VOC/, other/\): give one"):
-        listing_of(tmp_path)
-    with pytest.raises(DataError, match="has test.txt alone in ImageSets/Main"):
-        listing_of(make_voc(tmp_path / "test", {"test": "a"}, VOC))
 
 
 # --- the table of bad annotations ------------------------------------------------------------------------------------
