@@ -44,23 +44,24 @@ def command(run: Run, options: argparse.Namespace) -> list[str]:
 
 
 def train(model: str, rate: float, output: Path, overrides: list[str]) -> None:
-    """Train one run from its beginning to its end, in a process of its own."""
-    if (output / CPU_SECONDS).exists():
-        return
-    if model == "cat":
-        from train import run
+    """Train one run to its end, in a process of its own; CAT's goes on if it was interrupted."""
+    output.mkdir(parents=True, exist_ok=True)
+    spent = float((output / CPU_SECONDS).read_text()) if (output / CPU_SECONDS).exists() else 0.0
+    try:
+        if model == "cat":
+            from train import run
 
-        run(CONFIG, overrides, output=output)
-    else:
-        from benchmarks import torchvision_retinanet
-        from train.config import load_config
+            run(CONFIG, overrides, output=output)
+        elif not (output / "evaluations.json").exists():
+            from benchmarks import torchvision_retinanet
+            from train.config import load_config
 
-        config = load_config(CONFIG, overrides)
-        sizes = dict(epochs=config.train.epochs, batch=config.train.global_batch, every=config.train.evaluate_every)
-        geometry = dict(scale=config.task.scales[-1], anchor_scale=config.task.anchor_scale)
-        output.mkdir(parents=True, exist_ok=True)
-        torchvision_retinanet.train(Path(config.data.path), output / "evaluations.json", rate, **sizes, **geometry)
-    (output / CPU_SECONDS).write_text(f"{sum(os.times()[:4]):.0f}\n")
+            config = load_config(CONFIG, overrides)
+            sizes = dict(epochs=config.train.epochs, batch=config.train.global_batch, every=config.train.evaluate_every)
+            geometry = dict(scale=config.task.scales[-1], anchor_scale=config.task.anchor_scale)
+            torchvision_retinanet.train(Path(config.data.path), output / "evaluations.json", rate, **sizes, **geometry)
+    finally:
+        (output / CPU_SECONDS).write_text(f"{spent + sum(os.times()[:4]):.0f}\n")
 
 
 def result_of(run: Run, options: argparse.Namespace) -> dict:
