@@ -12,7 +12,7 @@ from data_pipeline.durable import publish, sha256_of
 from data_pipeline.manifest import FILE_NAME, Manifest, write_manifest
 from data_pipeline.ownership import WORK
 from data_pipeline.pack import INDEX
-from data_pipeline.split import CATEGORY_IDS, IMAGES, RECORD, TABLES, Annotation, DataError, Shard, Split
+from data_pipeline.split import CATEGORY_IDS, IMAGES, LABEL_MAP, RECORD, TABLES, Annotation, DataError, Shard, Split
 
 REPORT_NAME = "report.json"  # the arguments, and the number of images with each outcome
 LIST_NAME = "report.jsonl"  # each image that was repaired, transcoded or excluded, with the reason
@@ -40,7 +40,7 @@ def finish(
     read: returns the header and tables of a shard (pack.read_done). stale: files of an earlier `index` to remove.
     category_ids: in detection, the source's number of each class. notes: see Listing.
     """
-    splits, made, counts = {}, {}, {split: Counter() for split in files}
+    splits, made, counts, absent = {}, {}, {split: Counter() for split in files}, {}
 
     def temporary(name: str) -> Path:
         """A temporary file that becomes `name`."""
@@ -58,6 +58,7 @@ def finish(
             list_it(split, name, outcome, why)
         for split, names in files.items():
             shards, outcomes, first_excluded, tables = [], counts[split], None, defaultdict(list)
+            pixels = Counter()
             index_path = temporary(f"{split}.index")
             with open(index_path, "wb") as index:
                 for number, file in enumerate(names):
@@ -70,6 +71,7 @@ def finish(
                         tables[name].append(table)
                     shards.append(Shard(**header["shard"]))
                     outcomes.update(header["outcomes"])
+                    pixels.update({int(label): count for label, count in header["pixels"].items()})
                     for name, outcome, why in header["listed"]:
                         outcomes["excluded"] += outcome == "excluded"
                         if outcome == "excluded" and first_excluded is None:
@@ -81,6 +83,9 @@ def finish(
                     f"none of the {outcomes['excluded']} images of {split} can be used; the first is {first_excluded}."
                 )
             arrays = {name: np.concatenate(parts) for name, parts in tables.items()}
+            if LABEL_MAP in arrays:
+                _check_pixels(split, classes, pixels)
+                absent[split] = [name for label, name in enumerate(classes) if not pixels[label]]
             if category_ids:
                 _join_objects(split, arrays)
                 arrays[CATEGORY_IDS] = np.array(category_ids, TABLES[CATEGORY_IDS])
@@ -95,12 +100,24 @@ def finish(
         name: {"samples": split.samples, **{outcome: count for outcome, count in sorted(counts[name].items()) if count}}
         for name, split in splits.items()
     }
+    if any(absent.values()):
+        report = {**report, "absent": absent}
     temporary(REPORT_NAME).write_text(json.dumps({**report, "splits": of_splits}, indent=1))
     for name in (FILE_NAME, *stale):  # the manifest of an earlier `index` must never exist beside new files
         (dest / name).unlink(missing_ok=True)
     for path, final in made.items():
         publish(path, final)
     write_manifest(Manifest(dest, classes, splits))
+
+
+def _check_pixels(split: str, classes: tuple[str, ...], pixels: Counter[int]) -> None:
+    """Raise DataError if nothing can be learnt or measured. pixels: of each class in the split's label maps."""
+    means = f"in a label map 0 to {len(classes) - 1} are the classes, and what is ignored counts for nothing"
+    if not pixels:
+        raise DataError(f"no pixel of the label maps of {split} has a class, because all are ignored: {means}.")
+    if split == "train" and len(pixels) == 1:
+        [only] = (classes[label] for label in pixels)
+        raise DataError(f"all pixels of the label maps of train are of class {only!r}, or ignored: {means}.")
 
 
 def _join_objects(split: str, arrays: dict[str, np.ndarray]) -> None:

@@ -64,12 +64,12 @@ def index_shard(task: IndexTask) -> None:
 
 def _read_shard(task: IndexTask) -> tuple[dict, dict[str, np.ndarray]]:
     path, identity = task.dest / task.file, task.identity()
-    found, codes, listed, outcomes = [], {}, [], Counter()
+    found, codes, listed, outcomes, pixels = [], {}, [], Counter(), Counter()
     check = {"cls": _check_label_of, "png": _check_label_map, "json": _check_objects}[task.beside]
     with open(path, "rb") as file:
         for key, members in samples_of(path, file).items():
             try:
-                record, label, rows = check(file.fileno(), members, task)
+                record, label, rows, of_classes = check(file.fileno(), members, task)
             except BadImage as error:
                 listed.append((f"{task.file}/{key}", "excluded", str(error)))
                 outcomes["convertible"] += isinstance(error, _Convertible)
@@ -77,6 +77,7 @@ def _read_shard(task: IndexTask) -> tuple[dict, dict[str, np.ndarray]]:
                 code = codes.setdefault(label, len(codes))
                 found.append(((*record[:3], code, *record[3:]), rows))
                 outcomes["kept"] += 1
+                pixels.update(of_classes)
                 outcomes["objects"] += len(rows.get(OBJECTS, ()))
             count(task.slot, members[-1][1])
     joined = defaultdict(list)
@@ -88,6 +89,7 @@ def _read_shard(task: IndexTask) -> tuple[dict, dict[str, np.ndarray]]:
     return {
         "shard": asdict(shard),
         "outcomes": outcomes,
+        "pixels": pixels,
         "listed": listed,
         "labels": list(codes),
         "identity": identity,
@@ -109,7 +111,9 @@ class _Convertible(BadImage):
 
 
 def _check_label_map(descriptor: int, members: list[tuple[str, int, int]], task: IndexTask) -> tuple:
-    """The RECORD without label of a sample's image, no label, and the rows of the other tables. Raises BadImage."""
+    """The RECORD without label of a sample's image, no label, the rows of the other tables, and the number of pixels of
+    each class. Raises BadImage.
+    """
     data, offset = _read_one(descriptor, members, "png", "label")
     record = _check_image(descriptor, _image_of([member for member in members if member[0] != "png"]))
     try:
@@ -118,7 +122,7 @@ def _check_label_map(descriptor: int, members: list[tuple[str, int, int]], task:
         raise BadImage(f"its label: {error}") from error
     if label_map.why:
         raise _Convertible(f"its label is {label_map.why}: not rewritten here, because the shard is not changed")
-    return record, 0, {LABEL_MAP: [_record(data, offset, record[-2:])]}
+    return record, 0, {LABEL_MAP: [_record(data, offset, record[-2:])]}, label_map.pixels
 
 
 def _check_objects(descriptor: int, members: list[tuple[str, int, int]], task: IndexTask) -> tuple:
@@ -129,14 +133,14 @@ def _check_objects(descriptor: int, members: list[tuple[str, int, int]], task: I
     if odd := next((row for row in objects if row[LABEL] >= task.classes), None):
         raise BadImage(f"object {odd[-1]} has the label {odd[LABEL]}; {CLASSES_NAME} names {task.classes} classes")
     places = [_record(data, offset, record[-2:])]
-    return record, 0, {OBJECT_JSON: places, IMAGES: [(0, len(objects), image_id)], OBJECTS: objects}
+    return record, 0, {OBJECT_JSON: places, IMAGES: [(0, len(objects), image_id)], OBJECTS: objects}, {}
 
 
 def _check_label_of(descriptor: int, members: list[tuple[str, int, int]], task: IndexTask) -> tuple:
     """The RECORD without label of a sample's image, and the label as it is written in the shard. Raises BadImage."""
     image = _image_of(members)
     label = _read_label(descriptor, members, task.label_key)
-    return _check_image(descriptor, image), label, {}
+    return _check_image(descriptor, image), label, {}, {}
 
 
 def _read_one(descriptor: int, members: list[tuple[str, int, int]], ending: str, what: str) -> tuple[bytes, int]:

@@ -1,12 +1,15 @@
 """Sources with label maps (segmentation): recognise the layout, pair images with their labels, and name the classes.
 
-Two layouts are known, both in a folder or a tar, with or without one folder around them:
+Two layouts are known, both in a folder or a tar, with or without folders around them:
 
 - `images/<split>/…/x.jpg` with `annotations/<split>/…/x.png`, and `classes.txt`, or ADE20K's `objectInfo150.txt`;
 - Cityscapes': `leftImg8bit/<split>/<city>/x_leftImg8bit.png` with `gtFine/<split>/<city>/x_gtFine_labelIds.png`.
 """
 
+import itertools
 import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +24,9 @@ CLASSES_NAME, ADE20K_NAME = CLASS_FILES = ("classes.txt", "objectInfo150.txt")
 LONGEST_TEXT = 1 << 24  # bytes of such a file
 SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "validation": "val"}
 LABEL_OPTIONS = ("classes", "ignore_value", "reduce_zero_label")
+# Folders in other layouts.
+IMAGE_FOLDER = re.compile(r"(?i)(images?|imgs?|img_dir|jpegimages|leftimg8bit.*|train)")
+LABEL_FOLDER = re.compile(r"(?i)(annotations?|ann_dir|masks?|labels?|gtfine.*|segmentation(class|object).*|trainannot)")
 OTHER_FOLDERS = ("test", "testing", "train_extra")  # known splits that are not used
 
 
@@ -118,11 +124,17 @@ def find_label_maps(files: Files, options: LabelOptions) -> Listing | None:
     images, maps = [], {}  # (folder of the split, key, position), and (folder of the split, key) → position
     for position, name in enumerate(files.names):
         if match := re.fullmatch(layout.label, name[len(prefix) :]):
-            maps[match.groups()] = position
+            if (other := maps.setdefault(match.groups(), position)) != position:
+                raise DataError(f"{root} has two label maps of one image, {files.names[other]} and {name}: remove one.")
         elif match := re.fullmatch(layout.image, name[len(prefix) :]):
             images.append((*match.groups(), position))
     _check_folders(root, layout, {folder for folder, *_ in images})
     images = [image for image in images if image[0] in SPLIT_FOLDERS]
+    places = {}
+    for folder, key, position in images:
+        if (other := places.setdefault((folder, key), position)) != position:
+            one, two = files.names[other], files.names[position]
+            raise DataError(f"{root} has two images of one name, {one} and {two}, and a label map for one: remove one.")
     missing = [image for image in images if image[:2] not in maps]
     if missing:
         folder, key, position = missing[0]
@@ -143,11 +155,42 @@ def find_label_maps(files: Files, options: LabelOptions) -> Listing | None:
     return Listing(classes, splits, ignored, coding, lone)
 
 
+def label_map_in(files: Files) -> str | None:
+    """The name of a label map in the usual layout, if there is one."""
+    prefix = _folder_around(files.names)
+    pattern = USUAL.label.replace("([^/]+)", f"({'|'.join(SPLIT_FOLDERS)})", 1)
+    return next((name for name in files.names if re.fullmatch(pattern, name[len(prefix) :])), None)
+
+
+def check_no_label_maps(root: Path, names: Iterable[tuple[str, str]]) -> None:
+    """Raise DataError if a class folder seems to hold the label maps of the images in another one.
+
+    names: of the images, as (class, the rest).
+    """
+    stems, endings = defaultdict(set), defaultdict(set)
+    for folder, name in names:
+        stem, _, ending = name.rpartition(".")
+        stems[folder].add(stem)
+        endings[folder].add(ending.lower())
+    for images, maps in itertools.permutations(stems, 2):
+        same = endings[maps] == {"png"} and "png" not in endings[images] and stems[maps] <= stems[images]
+        if same or (IMAGE_FOLDER.fullmatch(images) and LABEL_FOLDER.fullmatch(maps)):
+            raise DataError(
+                f"{root}: {maps} seems to have label maps of the images in {images}. For segmentation, arrange them as "
+                f"images/<split>/ and annotations/<split>/, with a {CLASSES_NAME}; for classification, give the "
+                "folders and the files in them other names."
+            )
+
+
 def _folder_around(names: list[str]) -> str:
-    """The one folder that holds all images, with a slash at the end, or ""."""
-    tops = {name.partition("/")[0] for name in names}
-    [top] = tops if len(tops) == 1 else [""]
-    return f"{top}/" if top and top not in ("images", "leftImg8bit") else ""
+    """The folders, one in another, that hold all images, with a slash at the end, or ""."""
+    prefix = ""
+    while True:
+        tops = {name[len(prefix) :].partition("/")[:2] for name in names}
+        top, slash = tops.pop()
+        if tops or not slash or top in ("images", "leftImg8bit"):
+            return prefix
+        prefix += f"{top}/"
 
 
 def _layout_of(files: Files, prefix: str) -> _Layout | None:
@@ -172,7 +215,8 @@ def _check_folders(root: str, layout: _Layout, folders: set[str]) -> None:
     if odd := sorted(folders - SPLIT_FOLDERS.keys() - set(OTHER_FOLDERS)):
         raise DataError(f"{root} has images in {top}/{odd[0]}; expected {top}/train and {top}/val.")
     if not folders & SPLIT_FOLDERS.keys():
-        raise DataError(f"{root} has no images in {top}/train or {top}/val.")
+        names = "" if layout is USUAL else ", named …_leftImg8bit.png"
+        raise DataError(f"{root} has no images in {top}/train or {top}/val{names}.")
 
 
 def _usual_coding(files: Files, prefix: str, root: str, options: LabelOptions) -> tuple[tuple[str, ...], LabelCoding]:
@@ -192,11 +236,18 @@ def _usual_coding(files: Files, prefix: str, root: str, options: LabelOptions) -
             f"{root} has no {CLASSES_NAME}: write one, with the name of a class per line, or give --classes FILE."
         )
     classes = class_names(where, lines)
-    if not 0 < len(classes) <= MAX_CLASSES:
-        raise DataError(f"{where} names {len(classes)} classes; a label map has 1 to {MAX_CLASSES}.")
+    if not 1 < len(classes) <= MAX_CLASSES:
+        raise DataError(f"{where} names {len(classes)} classes; a label map has 2 to {MAX_CLASSES}.")
+    if twice := [name for name, count in Counter(classes).items() if count > 1]:
+        raise DataError(f"{where} names {twice[0]!r} twice: give each class a name of its own.")
     ignored = ignored_value(len(classes)) if options.ignore_value is None else options.ignore_value
     first = int(options.reduce_zero)
     values = tuple(range(first, first + len(classes)))
+    if ignored in values:
+        name = classes[values.index(ignored)]
+        raise UsageError(
+            f"{ignored} is the value of class {name!r} and of ignored pixels: give another --ignore-value."
+        )
     return classes, LabelCoding(values, (0, ignored) if options.reduce_zero else (ignored,))
 
 

@@ -29,7 +29,7 @@ def ignored_value(classes: int) -> int:
 class LabelCoding:
     """What the pixels of a source's label maps mean: `values[c]` is class c, those in `ignored` count for nothing.
 
-    A value that is in both is ignored. Every other value is a fault.
+    Every other value is a fault.
     """
 
     values: tuple[int, ...]
@@ -47,12 +47,16 @@ def stored_coding(classes: int) -> LabelCoding:
 
 @dataclass(frozen=True)
 class StoredLabel:
-    """A label map to store. why: the reason why it has other bytes than its source, or ""."""
+    """A label map to store. why: the reason why it has other bytes than its source, or "".
+
+    pixels: the number of each class that it has.
+    """
 
     data: bytes
     width: int
     height: int
-    why: str = ""
+    why: str
+    pixels: dict[int, int]
 
 
 def check_label(data: bytes, coding: LabelCoding, of_image: tuple[int, int], size: tuple[int, int]) -> StoredLabel:
@@ -75,7 +79,9 @@ def check_label(data: bytes, coding: LabelCoding, of_image: tuple[int, int], siz
         why = "other values"
     if size != of_image:
         labels, why = _resize(labels, size), "resized"
-    return StoredLabel(_encode(labels) if why else data, *size, why)
+    pixels = np.bincount(labels.ravel(), minlength=coding.classes)[: coding.classes]
+    pixels = {label: int(pixels[label]) for label in np.flatnonzero(pixels).tolist()}
+    return StoredLabel(_encode(labels) if why else data, *size, why, pixels)
 
 
 def _read(data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, type | None]:

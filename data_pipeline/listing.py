@@ -21,7 +21,15 @@ import numpy as np
 from data_pipeline import torchvision_source
 from data_pipeline.faults import retried
 from data_pipeline.image_source import SPLITS, Files, Items, Listing, Source
-from data_pipeline.label_listing import CLASS_FILES, LONGEST_TEXT, NO_LABEL_OPTIONS, LabelOptions, find_label_maps
+from data_pipeline.label_listing import (
+    CLASS_FILES,
+    LONGEST_TEXT,
+    NO_LABEL_OPTIONS,
+    LabelOptions,
+    check_no_label_maps,
+    find_label_maps,
+    label_map_in,
+)
 from data_pipeline.labels import check_names, read_labels
 from data_pipeline.object_listing import BOX_FILE, COCO_FILE, NO_OBJECT_OPTIONS, ObjectOptions, find_objects, misnamed
 from data_pipeline.ownership import DOWNLOAD
@@ -30,6 +38,8 @@ from data_pipeline.split import DataError, UsageError
 from data_pipeline.tars import IMAGE_SUFFIXES, check_name, plain_tar, tar_files
 from data_pipeline.validate import check_size
 from data_pipeline.voc_listing import VOC_FILE
+
+FEW_CLASSES = 8  # up to which their folders are compared; a layout that is not understood gives few
 
 
 def open_source(text: str, work: Path) -> Source:
@@ -68,7 +78,10 @@ def list_source(
         listing = torchvision_source.list_images(source)
     else:
         files = _list_files(source)
-        listing = find_objects(files, object_options) or find_label_maps(files, options) or _sort_into_splits(files)
+        listing = find_objects(files, object_options)
+        if listing and (label_map := label_map_in(files)):
+            raise DataError(f"{source.path} has boxes and label maps, as {label_map}: take one of the two away.")
+        listing = listing or find_label_maps(files, options) or _sort_into_splits(files)
     if listing.coding is None and options != NO_LABEL_OPTIONS:
         raise UsageError(
             f"{source.path} has no label maps in a known layout: "
@@ -307,6 +320,9 @@ def _sort_into_splits(files: Files) -> Listing:
         _check_same_classes(root, found["train"], found["val"])
     classes = tuple(sorted(found["train"] or found["val"]))
     check_names(root, classes)
+    if len(classes) <= FEW_CLASSES:
+        used = (names[i][skip:].split("/", 1 + has_splits)[-2:] for i in np.flatnonzero(split_of >= 0))
+        check_no_label_maps(root, used)
     everything = Items(files.source, names, labels, files.offsets, files.sizes)
     splits = {}
     for number, split in enumerate(SPLITS):

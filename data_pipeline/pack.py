@@ -86,7 +86,7 @@ def tables_of(rows: dict[str, list[tuple]], beside: str) -> dict[str, np.ndarray
 def pack(task: ShardTask) -> None:
     """Write one shard under a temporary name, rename it, then write its `.done` file."""
     items, samples, rows = task.items, 0, defaultdict(list)
-    outcomes, listed = Counter(), []
+    outcomes, pixels, listed = Counter(), Counter(), []
     digest, position = hashlib.sha256(), 0
     temporary = task.dest / WORK / f"{task.file}.{os.getpid()}.tmp"
     with open(temporary, "wb") as file:
@@ -101,6 +101,7 @@ def pack(task: ShardTask) -> None:
                 count(task.slot, number + 1)
             outcomes[image.outcome] += 1
             outcomes.update(beside.outcomes)
+            pixels.update(beside.pixels)
             if image.why:
                 listed.append((name, image.outcome, image.why))
             key, size = f"{task.first + number:09d}", (image.width, image.height)
@@ -121,14 +122,14 @@ def pack(task: ShardTask) -> None:
         position += len(end)
     publish(temporary, task.dest / task.file)
     shard = Shard(task.file, samples, position, digest.hexdigest())
-    header = {"shard": asdict(shard), "outcomes": outcomes, "listed": listed}
+    header = {"shard": asdict(shard), "outcomes": outcomes, "pixels": pixels, "listed": listed}
     write_done(done_path(task.dest, task.file), header, tables_of(rows, task.beside))
 
 
 @dataclass(frozen=True)
 class _Beside:
     """What a sample has beside its image: a member of the shard, the table of the places of such members, and rows of
-    further tables.
+    further tables. pixels: of each class, in a label map.
     """
 
     ending: str
@@ -136,6 +137,7 @@ class _Beside:
     table: str | None = None
     rows: dict[str, list[tuple]] = field(default_factory=dict)
     outcomes: dict[str, int] = field(default_factory=dict)
+    pixels: dict[int, int] = field(default_factory=dict)
 
 
 def _beside(task: ShardTask, number: int, image: StoredImage) -> _Beside:
@@ -152,7 +154,8 @@ def _beside(task: ShardTask, number: int, image: StoredImage) -> _Beside:
         label_map = check_label(_read(items.maps, number), task.coding, image.full_size, size)
     except BadImage as error:
         raise BadImage(f"its label {items.maps.names[number]}: {error}") from error
-    return _Beside("png", label_map.data, LABEL_MAP, outcomes={"labels_rewritten": int(bool(label_map.why))})
+    outcomes = {"labels_rewritten": int(bool(label_map.why))}
+    return _Beside("png", label_map.data, LABEL_MAP, outcomes=outcomes, pixels=label_map.pixels)
 
 
 def _read(items: Items, number: int) -> bytes:

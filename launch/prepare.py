@@ -13,6 +13,7 @@ be read for now, 78 bad arguments, 130 interrupted.
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -117,10 +118,16 @@ def run_index(options: argparse.Namespace) -> int:
     return 0
 
 
+def _first_five(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
 def _print_report(dest: Path) -> None:
     import json
 
     from data_pipeline.finish import LIST_NAME, REPORT_NAME
+    from data_pipeline.manifest import read_manifest
 
     report = json.loads((dest / REPORT_NAME).read_text())
     names = {
@@ -140,11 +147,16 @@ def _print_report(dest: Path) -> None:
         print(f"  segmentation: {segmentation['classes']} classes, a label map beside every image")
     if detection := report.get("detection"):
         print(f"  detection: {detection['classes']} classes")
+    if not segmentation and not detection:
+        classes = read_manifest(dest).classes
+        print(f"  classification: {len(classes)} classes ({_first_five(classes)})")
     for name, split in report["splits"].items():
         parts = [
             f"{split['samples']} images",
             *(f"{split[outcome]} {words}" for outcome, words in names.items() if outcome in split),
         ]
+        if absent := report.get("absent", {}).get(name):
+            parts.append(f"no pixel of {_first_five(absent)}")
         print(f"  {name}: {'; '.join(parts)}")
         listed = listed or bool(split.keys() & {"transcoded", "repaired", "excluded", "empty"})
         boxes = boxes or bool(split.keys() & {"dropped", "partly_outside", "not_learnt"})

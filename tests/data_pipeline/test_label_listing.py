@@ -11,6 +11,7 @@ from data_pipeline.listing import add_val, list_source, open_source
 from data_pipeline.manifest import open_manifest
 from data_pipeline.split import DataError, UsageError
 from tests.data_pipeline import images
+from tests.data_pipeline.boxes import make_coco
 from tests.data_pipeline.images import run
 from tests.data_pipeline.label_maps import (
     CLASSES,
@@ -54,10 +55,10 @@ def test_folders_in_folders_other_files_and_a_folder_around_it(folder, tmp_path,
     touch(folder, "images/train/city/a.PNG", "annotations/train/city/a.PNG", "images/test/b.jpg", "readme.md")
     touch(folder, "annotations/train/lonely.png", "annotations/test/b.png", "annotations/train/0.txt", "other/c.jpg")
     if around:
-        shutil.move(folder, tmp_path / "around/inner")
+        shutil.move(folder, tmp_path / "around/a/inner")
         folder = tmp_path / "around"
     listing = listing_of(folder)
-    prefix = "inner/" if around else ""
+    prefix = "a/inner/" if around else ""
     assert f"{prefix}images/train/city/a.PNG" in listing.splits["train"].names
     assert f"{prefix}annotations/train/city/a.PNG" in listing.splits["train"].maps.names
     assert listing.classes == CLASSES and (listing.ignored, listing.lone_maps) == (5, 1)
@@ -136,7 +137,9 @@ def test_what_is_missing_is_named_before_packing(folder, remove, add, message):
     [
         (b"sky\n\ntree\n", "classes.txt, line 2 is empty"),
         (b"sky\x07\n", "has control characters"),
-        (b"", "names 0 classes; a label map has 1 to 65535"),
+        (b"", "names 0 classes; a label map has 2 to 65535"),
+        (b"sky", "names 1 classes; a label map has 2 to 65535"),
+        (b"sky\nroad\nsky", "names 'sky' twice: give each class a name of its own"),
         ("ätsch".encode("latin-1"), "cannot read classes.txt in"),
     ],
 )
@@ -153,6 +156,62 @@ def test_options_of_another_kind_of_source_are_refused(folder, tmp_path):
     shutil.rmtree(folder / "images/val")
     with pytest.raises(UsageError, match="--val is for classification"):
         add_val(listing_of(folder), open_source(str(other), tmp_path), None)
+
+
+def test_the_value_of_ignored_pixels_is_no_class(folder, tmp_path):
+    with pytest.raises(
+        UsageError, match="1 is the value of class 'road' and of ignored pixels: give another --ignore-v"
+    ):
+        listing_of(folder, LabelOptions(ignore_value=1))
+    (folder / "classes.txt").write_text("\n".join(map(str, range(255))))
+    with pytest.raises(UsageError, match="255 is the value of class '254' and of ignored pixels"):
+        listing_of(folder, LabelOptions(reduce_zero=True))
+
+
+def test_an_image_and_its_label_map_are_one_each(folder):
+    shutil.copy(folder / "images/train/0.jpg", folder / "images/train/0.png")
+    with pytest.raises(DataError, match=r"two images of one name, images/train/0.jpg and images/train/0.png, and a la"):
+        listing_of(folder)
+    (folder / "images/train/0.png").unlink()
+    shutil.copy(folder / "annotations/train/0.png", folder / "annotations/train/0.PNG")
+    with pytest.raises(
+        DataError, match=r"two label maps of one image, annotations/train/0.PNG and annotations/train/0."
+    ):
+        listing_of(folder)
+
+
+def test_boxes_and_label_maps_are_one_too_many(folder):
+    make_coco(folder, folders="images/{}", train=2, val=2)
+    with pytest.raises(
+        DataError, match=r"has boxes and label maps, as annotations/train/0.png: take one of the two away"
+    ):
+        listing_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("images_in", "maps_in"),
+    [
+        ("img_dir/{}", "ann_dir/{}"),
+        ("images/{}", "masks/{}"),
+        ("{}/images", "{}/masks"),
+        ("Images", "Annotations"),
+        ("JPEGImages", "SegmentationClass"),
+        ("{}", "{}annot"),
+        ("a/leftImg8bit_trainvaltest/leftImg8bit/{}/x", "a/gtFine_trainvaltest/gtFine/{}/x"),
+        ("photographs/{}", "truth/{}"),
+    ],
+)
+def test_label_maps_in_another_layout_are_no_class_of_photographs(tmp_path, images_in, maps_in):
+    root = make_folder(tmp_path / "usual", train=2, val=2)
+    for split in ("train", "val"):
+        for file in sorted((root / "images" / split).iterdir()):
+            write(tmp_path / "other" / images_in.format(split) / f"{split}{file.name}", file.read_bytes())
+        for file in sorted((root / "annotations" / split).iterdir()):
+            write(tmp_path / "other" / maps_in.format(split) / f"{split}{file.name}", file.read_bytes())
+    with pytest.raises(
+        DataError, match="seems to have label maps of the images in .*, arrange them as images/<split>/"
+    ):
+        listing_of(tmp_path / "other")
 
 
 def test_classes_of_photographs_may_have_these_names(tmp_path):

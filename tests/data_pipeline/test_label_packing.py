@@ -157,11 +157,35 @@ def test_bad_labels_are_left_out_and_named(folder, tmp_path):
 
 def test_a_split_without_a_good_label_is_an_error(folder, tmp_path):
     source = shutil.copytree(folder, tmp_path / "source")
-    (source / "classes.txt").write_text("sky\n")
+    (source / "classes.txt").write_text("sky\nroad\n")
     with pytest.raises(
         DataError, match=r"none of the 6 images of train can be used; the first is images/train/.*label"
     ):
         run(source, tmp_path / "set")
+
+
+def test_label_maps_that_teach_nothing_are_an_error(folder, tmp_path):
+    """As masks of 0 and 255, where 255 is ignored."""
+    for name, values, sentence in (
+        (
+            "masks",
+            (0, 255),
+            "all pixels of the label maps of train are of class 'sky', or ignored: in a label map 0 to 2 are",
+        ),
+        ("ignored", (255, 255), "no pixel of the label maps of train has a class, because all are ignored"),
+    ):
+        source = shutil.copytree(folder, tmp_path / name)
+        for path in (source / "annotations").rglob("*.png"):
+            path.write_bytes(png(np.where(labels(1) == 0, *values).astype(np.uint8)))
+        with pytest.raises(DataError, match=sentence):
+            run(source, tmp_path / f"set of {name}")
+
+
+def test_classes_without_a_pixel_are_in_the_report(folder, tmp_path):
+    source = shutil.copytree(folder, tmp_path / "source")
+    (source / "classes.txt").write_text("\n".join([*CLASSES, "moon"]))
+    run(source, tmp_path / "set")
+    assert json.loads((tmp_path / "set/report.json").read_text())["absent"] == {"train": ["moon"], "val": ["moon"]}
 
 
 def test_options_map_the_values(folder, tmp_path):

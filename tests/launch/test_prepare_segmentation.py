@@ -64,8 +64,12 @@ def test_bad_labels_are_named(streets, tmp_path):
     (source / "annotations/train/7.png").write_bytes((source / "images/train/7.jpg").read_bytes())
     Image.new("RGB", (300, 200)).save(source / "annotations/train/8.png")
     (source / "images/val/9.jpg").unlink()
+    (source / "classes.txt").write_text("sky\nroad\ntree\nmoon\n")
     output = call(source, tmp_path / "set").stdout
-    assert "train: 78 images; 2 left out" in output and "1 label maps without an image were ignored" in output
+    assert (
+        "train: 78 images; 2 left out, as they cannot be used; no pixel of moon\n" in output
+        and "1 label maps without an image were ignored" in output
+    )
     report = (tmp_path / "set/report.jsonl").read_text()
     assert "its label annotations/train/7.png: not a PNG" in report and "its label annotations/train/8.png" in report
     (source / "annotations/train/5.png").unlink()

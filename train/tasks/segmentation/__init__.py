@@ -18,7 +18,7 @@ def load() -> type:
 
 
 def check_dataset(manifest: "Manifest") -> None:
-    """Raise ValueError if the dataset has no label maps."""
+    """Raise ValueError if the dataset has no label maps, or one class."""
     from data_pipeline.split import LABEL_MAP
 
     if not all(LABEL_MAP in split.annotations for split in manifest.splits.values()):
@@ -26,6 +26,8 @@ def check_dataset(manifest: "Manifest") -> None:
             "it has no label maps, from which task.name=segmentation learns: prepare the images together with their "
             "annotations, or leave out task.name to learn the images' classes"
         )
+    if len(manifest.classes) < 2:
+        raise ValueError("it has one class, so there is nothing to tell apart: prepare it with two classes or more")
 
 
 def report_sections(runs: Sequence) -> list:

@@ -101,8 +101,8 @@ class SegmentationTally:
         matrix = self._confusion.cpu().numpy()
         if not matrix.any():
             raise DataError(
-                "not one labelled pixel of the val split can be read. Check the dataset with: python launch/prepare.py "
-                "verify DATASET"
+                "not one pixel of the val split that can be read has a class. Check the dataset with: python "
+                "launch/prepare.py verify DATASET; if it is whole, prepare it with label maps that are not all ignored"
             )
         correct, labelled, predicted = (counts.tolist() for counts in counts_of(matrix))
         details = {

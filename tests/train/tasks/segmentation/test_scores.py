@@ -121,5 +121,5 @@ def test_the_same_pictures_are_kept_in_whatever_batches_they_come(segment_config
 def test_a_split_without_a_labelled_pixel_is_named(segment_config):
     tally = tally_of(segment_config)
     tally.add(Given(), batch([0], torch.full((1, 32, 32), 255, dtype=torch.uint8), [True]))
-    with pytest.raises(DataError, match="not one labelled pixel of the val split"):
+    with pytest.raises(DataError, match="not one pixel of the val split that can be read has a class"):
         tally.finish([1.0])
