@@ -58,6 +58,7 @@ def dataset(source, tmp_path_factory):
     dest = tmp_path_factory.mktemp("prepared") / "set"
     result = call(source, dest, *SIZE)
     assert result.returncode == 0, result.stderr
+    assert "  classification: " in result.stdout
     assert "train: 200 images" in result.stdout and "val: 40 images" in result.stdout
     return dest
 
