@@ -35,7 +35,8 @@ def without_secrets(text: str) -> str:
 
 class DataConfig(Section):
     path: str = Field(
-        description="a prepared dataset (launch/prepare.py makes one): its folder, or a URL that fsspec reads"
+        description="a prepared dataset (launch/prepare.py makes one): its folder, or a URL that fsspec reads; at a "
+        "resume the same one, elsewhere"
     )
     backend: Literal["webdataset", "ffcv", "dali"] = Field(
         "webdataset",

@@ -285,7 +285,7 @@ class TimeoutConfig(Section):
 
 class GuardConfig(Section):
     bad_samples: int = Field(
-        100, ge=0, description="distinct unreadable samples that end a run when exceeded; all ranks, since its start"
+        100, ge=0, description="distinct unreadable samples, of all ranks since a start, that end it when exceeded"
     )
     max_skipped: Positive = Field(
         20, description="steps in a row without a finite gradient, after which the run goes back to a checkpoint"

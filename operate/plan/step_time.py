@@ -1,8 +1,7 @@
 """The time of an optimizer step by ZeRO stage: computation, and what its collectives add.
 
 Bytes by stage: Rajbhandari et al. 2020, "ZeRO: Memory optimizations toward training trillion parameter models", section
-7. Two things differ: gradients are summed over the ranks in fp32 whatever the precision of the weights, and DeepSpeed
-0.19 sums them at stages 1 and 2 by a whole all-reduce (`use_multi_rank_bucket_allreduce`), not by a reduce-scatter.
+7. One thing differs: gradients are summed over the ranks in fp32 whatever the precision of the weights.
 
 Time of a collective: Thakur, Rabenseifner, Gropp 2005, "Optimization of collective communication operations in MPICH";
 Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations". Trees: Sanders, Speck,
@@ -16,7 +15,6 @@ from operate.plan.cluster import Cluster
 from operate.plan.workload import Workload
 
 STAGES = (0, 1, 2, 3)
-BACKWARD = 2 / 3  # of a step's arithmetic
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,9 @@ def all_reduce(size: float, cluster: Cluster) -> float:
 def step_time(workload: Workload, cluster: Cluster, stage: int) -> StepTime:
     """The step's time at a ZeRO stage.
 
-    Stages 1 and 2 hide the averaging of gradients behind the backward pass, between nodes only (see
-    train/engine/deepspeed_config.py); stage 3 hides all communication behind all computation. Hiding is assumed to be
-    perfect as far as the time suffices, which is optimistic.
+    Stages 0 to 2 sum the gradients in one piece after the backward pass (train/engine/gradients.py), and hide nothing.
+    Stage 3 hides all communication behind all computation, which is assumed to be perfect as far as the time suffices;
+    that is optimistic.
     """
     from train.engine.deepspeed_config import BUCKET_ELEMENTS
 
@@ -82,22 +80,20 @@ def step_time(workload: Workload, cluster: Cluster, stage: int) -> StepTime:
     alone = cluster.world == 1
     buckets = ceil(workload.parameters / BUCKET_ELEMENTS)
     others = (cluster.world - 1) / cluster.world
-    reduce = all_reduce(gradient / buckets, cluster) * buckets
     gather = all_gather(weights / buckets, cluster) * buckets
-    scatter = all_gather(gradient / buckets, cluster) * buckets  # a reduce-scatter takes as long
-    backward = BACKWARD * compute / micro_batches
     if alone:
         sent = communication = exposed = 0.0
     elif stage == 0:
-        sent, communication = 2 * others * gradient, reduce
+        sent, communication = 2 * others * gradient, all_reduce(gradient, cluster)
         exposed = communication
     elif stage < 3:
         times = micro_batches if stage == 2 else 1  # stage 2 reduces every micro-batch's gradient
-        sent, communication = others * (2 * times * gradient + weights), times * reduce + gather
-        exposed = times * (max(0.0, reduce - backward) if cluster.nodes > 1 else reduce) + gather
+        sent = others * (times * gradient + weights)
+        # A reduce-scatter takes as long as an all-gather.
+        communication = exposed = times * all_gather(gradient, cluster) + gather
     else:
         sent = micro_batches * others * (2 * weights + gradient)
-        communication = micro_batches * (2 * gather + scatter)
+        communication = micro_batches * (2 * gather + all_gather(gradient / buckets, cluster) * buckets)
         exposed = max(0.0, communication - compute)
     # Decoding goes on during the whole step.
     busy = compute + exposed

@@ -39,8 +39,8 @@ class Settings(TaskConfig):
     crop_scales: tuple[Sides, ...] | None = Field(
         None,
         min_length=1,
-        description="every other image, at random, is resized to one of these and cropped before it is resized to one "
-        "of scales",
+        description="each image with probability 0.5 is resized to one of these and cropped before it is resized to "
+        "one of scales",
     )
     crop_range: tuple[Positive, Positive] = Field(
         (384, 600), description="with crop_scales: smallest and largest side of the crop, in pixels"
@@ -66,13 +66,13 @@ class Settings(TaskConfig):
         False, description="the network's input is blue, green, red; augment.mean and augment.std stay red, green, blue"
     )
     score_threshold: Fraction = Field(0.05, description="detections with lower scores are left out")
-    before_nms: Positive = Field(1000, description="detections of a level, the best ones, that enter the suppression")
+    before_nms: Positive = Field(1000, description="detections of a level, the best ones, that are given to NMS")
     nms: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="IoU with a better detection of the class above which one is suppressed; null: as published, "
-        "0.5 (retinanet, fcos), 0.6 (atss)",
+        description="IoU threshold of NMS, which is done by class; null: as published, 0.5 (retinanet, fcos), 0.6 "
+        "(atss)",
     )
     detections: Positive = Field(100, description="detections of an image, at most")
 
@@ -113,7 +113,7 @@ class Settings(TaskConfig):
     @model_validator(mode="after")
     def _head_fits(self) -> "Settings":
         """task.anchor_scale belongs to retinanet and atss; task.head_channels of fcos and atss are a multiple of 32,
-        above it."""
+        at least 64."""
         if self.detector == "fcos" and self.anchor_scale is not None:
             raise ValueError("task.anchor_scale belongs to task.detector=retinanet and atss: fcos has no anchors")
         if self.detector != "retinanet" and (self.head_channels % GROUPS or self.head_channels == GROUPS):
