@@ -26,7 +26,7 @@ CPU_SECONDS = "cpu_seconds.json"  # a file of each run's folder
 NAMES = {"cat": "CAT, RetinaNet", "torchvision": "torchvision's RetinaNet, ResNet-18"}
 
 RUNS = [
-    *(Run("torchvision", "sgd", rate) for rate in (2.5e-3, 5e-3, 1e-2)),
+    *(Run("torchvision", "sgd", rate) for rate in (1e-3, 2.5e-3, 5e-3)),
     *(Run("cat", "muon", rate) for rate in (1e-3, 2e-3, 4e-3)),
 ]
 
@@ -44,7 +44,7 @@ def command(run: Run, options: argparse.Namespace) -> list[str]:
 
 
 def train(model: str, rate: float, output: Path, overrides: list[str]) -> None:
-    """Train one run to its end, in a process of its own; CAT's goes on if it was interrupted."""
+    """Train one run to its end, in a process of its own. It goes on from where an earlier process was interrupted."""
     output.mkdir(parents=True, exist_ok=True)
     spent = float((output / CPU_SECONDS).read_text()) if (output / CPU_SECONDS).exists() else 0.0
     try:

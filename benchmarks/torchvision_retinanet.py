@@ -4,6 +4,7 @@ The recipe is that of torchvision's references/detection: SGD with momentum 0.9 
 over the first epoch, the learning rate divided by 10 after 16/26 and 22/26 of the epochs, and horizontal flips.
 """
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from data_pipeline.durable import write_atomically
 from data_pipeline.manifest import open_manifest
 from data_pipeline.objects import ObjectTable
 from data_pipeline.split import Split
@@ -106,6 +108,12 @@ def evaluate(model: RetinaNet, images: Images, classes: tuple[str, ...]) -> dict
     return finite({name: 100 * value for name, value in scores.items()})
 
 
+def as_bytes(state: dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
 def train(
     dataset: Path,
     output: Path,
@@ -118,7 +126,8 @@ def train(
 ) -> None:
     """Train, and evaluate after every `every` epochs; writes `output` (JSON) at the end.
 
-    scale, anchor_scale: see `build`.
+    After every epoch the state is stored beside `output`; an interrupted training goes on from there. scale,
+    anchor_scale: see `build`.
     """
     manifest = open_manifest(dataset)
     images, held_out = (Images(manifest.split(name)) for name in ("train", "val"))
@@ -126,8 +135,14 @@ def train(
     generator = torch.Generator().manual_seed(0)
     model = build(len(manifest.classes), scale, anchor_scale)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
-    steps_per_epoch, step, evaluations = len(images) // batch, 0, []
-    for epoch in range(1, epochs + 1):
+    steps_per_epoch, step, evaluations, first, stored = len(images) // batch, 0, [], 1, output.with_suffix(".pt")
+    if stored.exists():
+        state = torch.load(stored)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        step, evaluations, first = state["step"], state["evaluations"], state["step"] // steps_per_epoch + 1
+    for epoch in range(first, epochs + 1):
         model.train()
         for numbers in batches(images, batch, generator):
             optimizer.param_groups[0]["lr"] = rate_at(step, steps_per_epoch, epochs, rate)
@@ -142,4 +157,6 @@ def train(
         if epoch % every == 0 or epoch == epochs:
             evaluations.append({"step": step, **evaluate(model, held_out, manifest.classes)})
             print(f"epoch {epoch}: AP {evaluations[-1]['ap']:.1f}, AP50 {evaluations[-1]['ap50']:.1f}", flush=True)
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+        write_atomically(stored, as_bytes({**state, "step": step, "evaluations": evaluations}))
     output.write_text(json.dumps(evaluations) + "\n")
