@@ -119,4 +119,4 @@ def draw_curves(axes: "Axes", result: dict, names: dict[str, str], score: str, l
             label=names[run["model"]] if is_best else None,
         )
     axes.set(xlabel="thousand images seen", ylabel=label, ylim=(0, None))
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="best", frameon=False)
