@@ -58,7 +58,7 @@ def finish(
             list_it(split, name, outcome, why)
         for split, names in files.items():
             shards, outcomes, first_excluded, tables = [], counts[split], None, defaultdict(list)
-            pixels = Counter()
+            pixels, counted = Counter(), True
             index_path = temporary(f"{split}.index")
             with open(index_path, "wb") as index:
                 for number, file in enumerate(names):
@@ -71,7 +71,8 @@ def finish(
                         tables[name].append(table)
                     shards.append(Shard(**header["shard"]))
                     outcomes.update(header["outcomes"])
-                    pixels.update({int(label): count for label, count in header["pixels"].items()})
+                    counted = counted and "pixels" in header  # not by an earlier version
+                    pixels.update({int(label): count for label, count in header.get("pixels", {}).items()})
                     for name, outcome, why in header["listed"]:
                         outcomes["excluded"] += outcome == "excluded"
                         if outcome == "excluded" and first_excluded is None:
@@ -83,7 +84,7 @@ def finish(
                     f"none of the {outcomes['excluded']} images of {split} can be used; the first is {first_excluded}."
                 )
             arrays = {name: np.concatenate(parts) for name, parts in tables.items()}
-            if LABEL_MAP in arrays:
+            if LABEL_MAP in arrays and counted:
                 _check_pixels(split, classes, pixels)
                 absent[split] = [name for label, name in enumerate(classes) if not pixels[label]]
             if category_ids:
