@@ -6,6 +6,7 @@ A step then takes few operations on large tensors, where it would take some for 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 64  # elements: matrix products are fast for addresses that are multiples of 16 bytes
@@ -28,15 +29,11 @@ class FlatGroup:
             size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         return cls(parameters, offsets, size)
 
-    def pieces(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """`tensors`, one for each parameter and of its shape, flat and with zeros between them: `size` elements."""
-        pieces, end = [], 0
-        for tensor, offset in zip(tensors, self.offsets, strict=True):
-            pieces += [tensor.new_zeros(offset - end)] if offset > end else []
-            pieces.append(tensor.reshape(-1))
-            end = offset + tensor.numel()
-        pieces += [pieces[-1].new_zeros(self.size - end)] if self.size > end else []
-        return pieces
+    def gaps(self, flat: Tensor) -> list[Tensor]:
+        """The parts of `flat` [size] between the parameters."""
+        ends = [offset + parameter.numel() for parameter, offset in zip(self.parameters, self.offsets, strict=True)]
+        places = zip([0, *ends], [*self.offsets, self.size], strict=True)
+        return [flat[end:start] for end, start in places if start > end]
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parts of `flat` [size] that belong to the parameters, in their shapes."""
@@ -44,3 +41,17 @@ class FlatGroup:
             flat[offset : offset + parameter.numel()].view(parameter.shape)
             for parameter, offset in zip(self.parameters, self.offsets, strict=True)
         ]
+
+
+@torch.no_grad()
+def flattened(groups: Sequence[FlatGroup], tensors: Sequence[Tensor]) -> Tensor:
+    """`tensors`, one for each parameter of the groups and of its shape, as one flat tensor, group after group."""
+    sizes = [group.size for group in groups]
+    flat = tensors[0].new_empty(sum(sizes))
+    parts = list(zip(groups, flat.split(sizes), strict=True))
+    # Not torch.cat: for the gradients of CAT-B, of very different sizes, it took 1.1 ms on an H200, of which the memory
+    # needs 0.05.
+    if gaps := [gap for group, part in parts for gap in group.gaps(part)]:
+        torch._foreach_zero_(gaps)
+    torch._foreach_copy_([view for group, part in parts for view in group.views(part)], tensors)
+    return flat

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.engine.deepspeed_internals import Partition, Place
-from train.engine.flat import FlatGroup
+from train.engine.flat import FlatGroup, flattened
 
 
 class FlatMasters:
@@ -21,9 +21,8 @@ class FlatMasters:
     def __init__(self, optimizer: torch.optim.Optimizer, rank: int, world: int):
         self._optimizer, self._rank, self._world = optimizer, rank, world
         self.groups = [FlatGroup.aligned(list(group["params"])) for group in optimizer.param_groups]
-        values = ([parameter.data for parameter in group.parameters] for group in self.groups)
-        self._weights = torch.cat(
-            [piece for group, tensors in zip(self.groups, values, strict=True) for piece in group.pieces(tensors)]
+        self._weights = flattened(
+            self.groups, [parameter.data for group in self.groups for parameter in group.parameters]
         )
         self._master = self._weights.float()
         sizes = [group.size for group in self.groups]

@@ -1,10 +1,9 @@
 """A step's gradient at ZeRO 0 to 2, summed in fp32 over micro-batches and ranks, in flat tensors."""
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.engine.flat import FlatGroup
+from train.engine.flat import FlatGroup, flattened
 
 
 class Gradients:
@@ -23,11 +22,7 @@ class Gradients:
 
     def flatten(self, gradients: tuple[Tensor, ...]) -> Tensor:
         """Gradients of all parameters, in the order of the groups, as one flat tensor."""
-        pieces, start = [], 0
-        for group in self.groups:
-            pieces += group.pieces(gradients[start : start + len(group.parameters)])
-            start += len(group.parameters)
-        return torch.cat(pieces)
+        return flattened(self.groups, gradients)
 
     def add(self, flat: Tensor) -> None:
         """Add a micro-batch's gradient. `flat` may be overwritten."""

@@ -16,7 +16,7 @@ from tests.runs import events, losses, run, start
 from tests.train.test_families import TINY, with_model
 from train.config import ConfigError, load_config
 from train.engine.deepspeed_config import updated_here
-from train.engine.flat import ALIGNMENT, FlatGroup
+from train.engine.flat import ALIGNMENT, FlatGroup, flattened
 from train.engine.graphs import graphs_wanted
 
 
@@ -157,9 +157,14 @@ def test_graphs_that_are_demanded_where_they_cannot_be_are_refused(tiny_config, 
 def test_parameters_lie_aligned_in_a_flat_tensor_and_keep_their_values():
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 5), (64,), (), (7, 100), (1,))]
     group = FlatGroup.aligned(parameters)
-    flat = torch.cat(group.pieces(parameters))
-    assert flat.shape == (group.size,) and group.size % ALIGNMENT == 0
+    torch.use_deterministic_algorithms(True)  # new memory is NaN
+    try:
+        flat = flattened([group, group], [*parameters, *parameters])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert flat.shape == (2 * group.size,) and group.size % ALIGNMENT == 0
     assert all(offset % ALIGNMENT == 0 for offset in group.offsets)
-    for view, parameter in zip(group.views(flat), parameters, strict=True):
-        assert torch.equal(view, parameter)
-    assert torch.count_nonzero(flat) == sum(torch.count_nonzero(parameter) for parameter in parameters)
+    for part in flat.split(group.size):
+        for view, parameter in zip(group.views(part), parameters, strict=True):
+            assert torch.equal(view, parameter)
+        assert torch.count_nonzero(part) == sum(torch.count_nonzero(parameter) for parameter in parameters)
