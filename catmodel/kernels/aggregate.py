@@ -63,7 +63,7 @@ def _neighbours(pixel, pixels, width, mask):
 
 
 @triton.jit
-def _forward(
+def _aggregate_forward(
     values_ptr,
     weights_ptr,
     y_ptr,
@@ -94,7 +94,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _aggregate_backward(
     dy_ptr,
     values_ptr,
     weights_ptr,
@@ -173,7 +173,7 @@ def aggregate(values_BCHW: Tensor, weights_BGKHW: Tensor) -> Tensor:
     y_BCHW = torch.empty_like(values_BCHW)
     constants, options = _plan(C, weights_BGKHW.shape[1], last)
     grid = _grid(weights_BGKHW, constants)
-    launch(_forward, grid, values_BCHW, weights_BGKHW, y_BCHW, H * W, W, **constants, **options)
+    launch(_aggregate_forward, grid, values_BCHW, weights_BGKHW, y_BCHW, H * W, W, **constants, **options)
     return y_BCHW
 
 
@@ -192,7 +192,7 @@ def aggregate_backward(dy_BCHW: Tensor, values_BCHW: Tensor, weights_BGKHW: Tens
     dvalues_BCHW, dweights_BGKHW = torch.empty_like(values_BCHW), torch.empty_like(weights_BGKHW)
     constants, options = _plan(C, weights_BGKHW.shape[1], last)
     tensors = dy_BCHW, values_BCHW, weights_BGKHW, dvalues_BCHW, dweights_BGKHW
-    launch(_backward, _grid(weights_BGKHW, constants), *tensors, H * W, W, **constants, **options)
+    launch(_aggregate_backward, _grid(weights_BGKHW, constants), *tensors, H * W, W, **constants, **options)
     return dvalues_BCHW, dweights_BGKHW
 
 
@@ -220,8 +220,8 @@ def cases() -> list[dict]:
         constants, options = _plan(channels, channels // 8, last)
         size = f"{channels} channels, {side} x {side}{', channels-last' if last else ''}"
         for name, kernel, tensors in (
-            ("forward", _forward, ("values_ptr", "weights_ptr", "y_ptr")),
-            ("backward", _backward, ("dy_ptr", "values_ptr", "weights_ptr", "dvalues_ptr", "dweights_ptr")),
+            ("forward", _aggregate_forward, ("values_ptr", "weights_ptr", "y_ptr")),
+            ("backward", _aggregate_backward, ("dy_ptr", "values_ptr", "weights_ptr", "dvalues_ptr", "dweights_ptr")),
         ):
             signature = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(constants, "constexpr")
             signature |= dict(pixels="i32:16" if side**2 % 16 == 0 else "i32", width="i32")

@@ -104,7 +104,7 @@ def _keep(seed_ptr, tile, n: tl.constexpr, THRESHOLD: tl.constexpr, ROWS: tl.con
 
 
 @triton.jit
-def _forward(
+def _cross_patch_forward(
     x_ptr,  # [channels, n, P]
     qkv_weight_ptr,
     qkv_bias_ptr,
@@ -135,7 +135,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _cross_patch_backward(
     dy_ptr,
     x_ptr,
     qkv_weight_ptr,
@@ -213,7 +213,7 @@ def cross_patch_attention(
     constants, options = _plan(n, P, rate, FORWARD_WARPS)
     grid = _grid(B * C, constants, FORWARD_PROGRAMS, x_BCnP.device)
     parameters = (parameter.contiguous() for parameter in (qkv_weight, qkv_bias, proj_weight, proj_bias))
-    launch(_forward, grid, x_BCnP, *parameters, seed, y_BCnP, B * C, **constants, **options)
+    launch(_cross_patch_forward, grid, x_BCnP, *parameters, seed, y_BCnP, B * C, **constants, **options)
     return y_BCnP
 
 
@@ -241,7 +241,9 @@ def cross_patch_attention_backward(
     grid = _grid(B * C, constants, BACKWARD_PROGRAMS, x_BCnP.device)
     sums = x_BCnP.new_empty(*grid, 2, constants["FEATURES"], constants["FEATURES"], dtype=torch.float32)
     parameters = tuple(parameter.contiguous() for parameter in (qkv_weight, qkv_bias, proj_weight, proj_bias))
-    launch(_backward, grid, dy_BCnP, x_BCnP, *parameters, seed, dx_BCnP, sums, B * C, **constants, **options)
+    launch(
+        _cross_patch_backward, grid, dy_BCnP, x_BCnP, *parameters, seed, dx_BCnP, sums, B * C, **constants, **options
+    )
     return dx_BCnP, *_unfold(sums.sum(0), *parameters)
 
 
@@ -306,8 +308,8 @@ def cases() -> list[dict]:
     found = []
     for n in (64, 16, 4, 1):
         for name, kernel, tensors, sums, warps in (
-            ("forward", _forward, (*parameters, "y_ptr"), (), FORWARD_WARPS),
-            ("backward", _backward, ("dy_ptr", *parameters, "dx_ptr"), ("sums_ptr",), BACKWARD_WARPS),
+            ("forward", _cross_patch_forward, (*parameters, "y_ptr"), (), FORWARD_WARPS),
+            ("backward", _cross_patch_backward, ("dy_ptr", *parameters, "dx_ptr"), ("sums_ptr",), BACKWARD_WARPS),
         ):
             constants, options = _plan(n, 49, 0.2, warps)
             signature = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(sums, "*fp32")

@@ -78,7 +78,7 @@ def _load_bias(bias_ptr, head, query, key, P: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _inner_patch_forward(
     qkv_ptr,
     bias_ptr,
     seed_ptr,
@@ -131,7 +131,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _inner_patch_backward(
     dy_ptr,
     qkv_ptr,
     bias_ptr,
@@ -248,7 +248,7 @@ def inner_patch_attention(
     steps = _steps(constants)
     slots = _slots(patches, h * steps, FORWARD_WARPS // options["num_warps"], qkv_BNF.device)
     arguments = qkv_BNF, bias_hPP.contiguous(), seed, y_BNC, patches, height, width
-    launch(_forward, (h, steps, slots), *arguments, **constants, **options)
+    launch(_inner_patch_forward, (h, steps, slots), *arguments, **constants, **options)
     return y_BNC
 
 
@@ -284,7 +284,7 @@ def inner_patch_attention_backward(
     dkv = None if steps == 1 else qkv_BNF.new_empty(B, N, 2 * C, dtype=torch.float32)
     arguments = dy_BNC, qkv_BNF, bias_hPP.contiguous(), seed, dqkv_BNF, dkv, dbias_shQK, patches, height, width
     for block in range(steps):
-        launch(_backward, (h, slots), *arguments, block, **constants, ADD=block > 0, **options)
+        launch(_inner_patch_backward, (h, slots), *arguments, block, **constants, ADD=block > 0, **options)
     if dkv is not None:
         dqkv_BNF[..., C:] = dkv
     return dqkv_BNF, dbias_shQK[..., :P, :P].sum(0).to(bias_hPP.dtype)
@@ -355,8 +355,8 @@ def cases() -> list[dict]:
         written = dict(dy_ptr="*bf16", dqkv_ptr="*bf16", dkv_ptr="*fp32", dbias_ptr="*fp32", block="i32")
         alone = dict(dkv_ptr=None) if single else {}  # as in a launch by Triton, None is a constant
         for name, kernel, more, constexprs in (
-            ("forward", _forward, dict(y_ptr="*bf16"), constants),
-            ("backward", _backward, written, dict(constants, ADD=not single) | alone),
+            ("forward", _inner_patch_forward, dict(y_ptr="*bf16"), constants),
+            ("backward", _inner_patch_backward, written, dict(constants, ADD=not single) | alone),
         ):
             signature = given | more | dict.fromkeys(constexprs, "constexpr")
             case = dict(name=f"inner-patch {name}{what}", fn=kernel, signature=signature, constexprs=constexprs)

@@ -33,7 +33,7 @@ from catmodel.kernels.launch import blocks, operator, programs
 
 
 @triton.jit
-def _forward(
+def _mlp_forward(
     x,  # descriptor of [M, K], in tiles [ROWS, INNER]
     w,  # of [N, K], in [COLUMNS, INNER]
     bias_ptr,  # [N]
@@ -71,7 +71,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _mlp_backward(
     x,  # descriptor of [M, K], in tiles [ROWS, INNER]
     w,  # of [K, N], in [INNER, COLUMNS]
     slope,  # of [M, N], in [ROWS, COLUMNS]
@@ -131,7 +131,7 @@ def hidden(
     grid = min(2 * programs(x_MC.device), blocks(M, rows) * blocks(N, columns))
     slope, out = (None if z is None else _tiles(z, rows, columns // 2) for z in (slope_MN, out_MN))
     x, w = _tiles(x_MC, rows, inner), _tiles(w1, columns, inner)
-    _forward[(grid,)](x, w, b1, slope, out, M, N, C, **sizes, **options)
+    _mlp_forward[(grid,)](x, w, b1, slope, out, M, N, C, **sizes, **options)
 
 
 def hidden_gradient(dy_MC: Tensor, w2: Tensor, slope_MN: Tensor, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,7 @@ def hidden_gradient(dy_MC: Tensor, w2: Tensor, slope_MN: Tensor, plan: Plan | No
     out_MN, sums = torch.empty_like(slope_MN), dy_MC.new_empty(blocks(M, rows), N, dtype=torch.float32)
     x, w = _tiles(dy_MC, rows, inner), _tiles(w2, inner, columns)
     slope, out = _tiles(slope_MN, rows, columns), _tiles(out_MN, rows, columns)
-    _backward[(len(sums) * blocks(N, columns),)](x, w, slope, out, sums, N, C, **sizes, **options)
+    _mlp_backward[(len(sums) * blocks(N, columns),)](x, w, slope, out, sums, N, C, **sizes, **options)
     return out_MN, sums.sum(0)
 
 
@@ -222,6 +222,6 @@ def cases() -> list[dict]:
             signature |= dict(sums_ptr="*fp32") if backward else dict(bias_ptr=f"*{dtype}", M="i32:16")
             signature |= dict.fromkeys(constants, "constexpr")
             name = f"mlp {what}, {channels} channels{', float32' * (dtype == 'fp32')}"
-            kernel = _backward if backward else _forward
+            kernel = _mlp_backward if backward else _mlp_forward
             found.append(dict(name=name, fn=kernel, signature=signature, constexprs=constants, **options))
     return found

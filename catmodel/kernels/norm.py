@@ -25,7 +25,7 @@ from catmodel.kernels.launch import blocks, launch, operator, padded, programs
 
 
 @triton.jit
-def _forward(
+def _norm_forward(
     x_ptr,  # [M, C]
     branch_ptr,  # [M, C], without its last bias
     bias_ptr,  # [C], or None
@@ -71,7 +71,7 @@ def _normed(x, column, C: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit
-def _backward(
+def _norm_backward(
     dy_ptr,  # [M, C]
     dsum_ptr,  # [M, C]
     sum_ptr,  # [M, C]
@@ -136,7 +136,7 @@ def forward(
     rows = max(elements // columns, 1)
     sizes = dict(C=C, EPS=eps, ROWS=rows, COLUMNS=columns, num_warps=4)
     place = M, M // len(x)
-    launch(_forward, (blocks(M, rows),), x, branch, bias, scale, gamma, beta, total, y, *place, **sizes)
+    launch(_norm_forward, (blocks(M, rows),), x, branch, bias, scale, gamma, beta, total, y, *place, **sizes)
     return total, y
 
 
@@ -165,7 +165,7 @@ def backward(
     sums = torch.empty(grid, 3, C, dtype=torch.float32, device=total.device)
     sizes = dict(C=C, EPS=eps, ROWS=rows, COLUMNS=columns, STAGES=stages, num_warps=warps)
     place = M, M // len(total)
-    launch(_backward, (grid,), dy, dsum, total, scale, gamma, dx, dbranch, sums, *place, **sizes)
+    launch(_norm_backward, (grid,), dy, dsum, total, scale, gamma, dx, dbranch, sums, *place, **sizes)
     return dx, dbranch, sums.sum(0)
 
 
@@ -229,10 +229,10 @@ def cases() -> list[dict]:
         signature = tensors | numbers | dict.fromkeys(sizes, "constexpr")
         options = dict(num_warps=4, num_stages=3)
         name = f"residual and norm forward, {channels} channels"
-        found.append(dict(name=name, fn=_forward, signature=signature, constexprs=sizes, **options))
+        found.append(dict(name=name, fn=_norm_forward, signature=signature, constexprs=sizes, **options))
         tensors = dict.fromkeys(("dy_ptr", "dsum_ptr", "sum_ptr", "gamma_ptr", "dx_ptr", "dbranch_ptr"), "*bf16")
         sizes = sizes | dict(STAGES=3)
         signature = tensors | dict(sums_ptr="*fp32") | numbers | dict.fromkeys(sizes, "constexpr")
         name = f"residual and norm backward, {channels} channels"
-        found.append(dict(name=name, fn=_backward, signature=signature, constexprs=sizes, **options))
+        found.append(dict(name=name, fn=_norm_backward, signature=signature, constexprs=sizes, **options))
     return found
