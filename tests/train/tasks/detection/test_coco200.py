@@ -55,6 +55,7 @@ def test_it_takes_steps(folder):
         assert line["grad_norm"] > 0
 
 
+@pytest.mark.timeout(3600)  # 17 minutes of a core
 def test_evaluation_of_random_weights_equals_pycocotools(folder):
     """Every score of the 100 images, to the last bit. The threshold is just above the initial scores of 0.01."""
     found = json.loads(
