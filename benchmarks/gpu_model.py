@@ -1,4 +1,4 @@
-"""Speed of whole steps: parts `model`, `inference`, `layout` and `profile` of `make gpu`.
+"""Speed of whole steps: parts `model`, `inference` and `layout` of `make gpu`.
 
 Ours is CAT-B as configs/cat_b.yaml trains it, beside timm's Swin-S of the same size (2 % fewer FLOPs). All ways of one
 job run one after the other in one process and free their memory in between; images lie on the device.
@@ -24,11 +24,13 @@ from benchmarks.graphs import record as record_graph
 from train.config import Config, load_config
 from train.engine.deepspeed_engine import Engine, compile_settings
 from train.engine.ema import Ema
+from train.engine.flops import finish
 from train.engine.runtime import Runtime, start_runtime, stop_runtime
 from train.tasks.base import build_task
 
 CLASSES = 1000
-AIM = 5200  # images/s of ours at batch 256
+AT, AIM = 256, 5200  # a batch size, and the images/s of ours that are asked for
+COMPILED = ("graphs", "compiled", "plain graphs")  # ways of `training`
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Bench:
     batch: int
     kept: Callable[[], object] | None = None  # the last way's step, before it was recorded
     engine: Engine | None = None  # the last way's
+    step: Callable[[], object] | None = None  # its step
 
     def __post_init__(self):
         self.batch = self.session.size(self.batch, 2)
@@ -74,29 +77,26 @@ class Bench:
         return torch.compile(network, **compile_settings())
 
     def way(self, name: str, prepare: Callable[[], Callable[[], object]], keep: bool = False, **about: object) -> None:
-        """Measure the step that `prepare` returns, or, when warming, take one. keep: what the last way compiled."""
+        """Measure the step that `prepare` returns, in this job's turn. keep: what the last way compiled."""
         if not keep:
             if self.engine:
                 self.engine.destroy()
-            self.kept = self.engine = None
+            self.kept = self.engine = self.step = None
             release(self.device)
         before = memory(self.device).get("reserved_gb")
 
         def measure() -> dict:
             step = prepare()
             step()
-            if self.session.warming:
-                return {}
+            finish(self.device)
+            self.session.turn()
             seconds = rounds_of(step, self.device, *self.session.size((10, 7), (1, 1)))
             rates = sorted(self.batch / one for one in seconds)
             speed = {"images_per_second": median(rates), "min": rates[0], "max": rates[-1]}
             times = {"ms": 1000 * median(seconds), "host_ms": 1000 * host_seconds(step, self.device)}
             return {**speed, **times, **memory(self.device), "before_gb": before}
 
-        if self.session.warming:
-            measure()
-        else:
-            self.record.measure(f"{name}, batch {self.batch}", measure, batch=self.batch, **about)
+        self.record.measure(f"{name}, batch {self.batch}", measure, batch=self.batch, **about)
 
 
 def release(device: torch.device) -> None:
@@ -124,15 +124,15 @@ def training(
     session: Session, record: Record, model: str, batch: int, ways: tuple[str, ...] = ("graphs", "compiled")
 ) -> None:
     """The job of a model and batch. ways: engine, graphs, compiled (without graphs), eager, plain (eager, without the
-    kernels), plain graphs."""
+    kernels), plain graphs (compiled), eager graphs (not compiled). The engine's at AT comes with its kernels."""
     runtime = start_runtime()
     bench = Bench(session, record, runtime, batch)
     for way, last in zip(ways, (None, *ways), strict=False):
         about = {"model": model, "way": way, "mode": "training"}
-        if session.warming and way in ("eager", "plain", "compiled"):
-            continue  # eager needs no compiler, and "graphs" has compiled for "compiled"
         if way == "engine":
             bench.way(f"{model}, engine", lambda: engine_step(bench), **about)
+            if batch == AT and bench.step:
+                profile(bench)
         else:
             keep = (last, way) == ("graphs", "compiled")
             bench.way(f"{model}, {way}", lambda way=way: bare_step(bench, model, way), keep, **about)
@@ -156,6 +156,7 @@ def engine_step(bench: Bench) -> Callable[[], object]:
         ema.update(number, engine.step(1e-5).skipped)
 
     step()
+    bench.step = step
     return step
 
 
@@ -164,7 +165,7 @@ def bare_step(bench: Bench, model: str, way: str) -> Callable[[], object]:
     if bench.kept:
         return bench.kept
     network = bench.build(model, plain="plain" in way).train()
-    call = bench.compiled(network) if way in ("graphs", "compiled", "plain graphs") else network
+    call = bench.compiled(network) if way in COMPILED else network
     cuda = bench.device.type == "cuda"
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True, capturable=cuda)
     parameters, images = list(network.parameters()), bench.images.to(bench.dtype)
@@ -186,10 +187,12 @@ def inference(session: Session, record: Record, model: str, batch: int) -> None:
     runtime = start_runtime()
     bench = Bench(session, record, runtime, batch)
 
+    network = bench.build(model).eval()
+    images = bench.images.to(bench.dtype)
+    calls = {"compiled": bench.compiled(network), "eager": network}
+
     def prepare(way: str) -> Callable[[], object]:
-        network = bench.build(model).eval()
-        call = network if way == "eager" else bench.compiled(network)
-        images = bench.images.to(bench.dtype)
+        call = calls.get(way, calls["compiled"])
 
         def step() -> Tensor:
             with torch.no_grad():
@@ -197,20 +200,20 @@ def inference(session: Session, record: Record, model: str, batch: int) -> None:
 
         return record_graph(step, bench.device)[1] if way == "graphs" else step
 
-    for way in ("graphs",) if session.warming else ("graphs", "compiled", "eager"):
-        bench.way(f"{model}, {way}", lambda way=way: prepare(way), model=model, way=way, mode="inference")
+    for way in ("graphs", "compiled", "eager"):
+        bench.way(f"{model}, {way}", lambda way=way: prepare(way), keep=True, model=model, way=way, mode="inference")
     stop_runtime()
 
 
-def layout(session: Session, record: Record) -> None:
-    """CoTNet-50 as graphs, with contiguous and with channels-last tensors."""
+def layout(session: Session, record: Record, layout: str) -> None:
+    """CoTNet-50 as a graph, with contiguous or with channels-last tensors."""
     import catmodel
 
     runtime = start_runtime()
     bench = Bench(session, record, runtime, 128)
-    formats = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+    memory_format = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}[layout]
 
-    def prepare(memory_format: torch.memory_format) -> Callable[[], object]:
+    def prepare() -> Callable[[], object]:
         network = catmodel.create_model("cotnet50", img_size=session.size(224, 64))
         network = network.to(bench.device, bench.dtype, memory_format=memory_format).train()
         call, parameters = bench.compiled(network), list(network.parameters())
@@ -221,28 +224,22 @@ def layout(session: Session, record: Record) -> None:
 
         return record_graph(step, bench.device)[1]
 
-    for name, memory_format in formats.items():
-        bench.way(f"cotnet50, {name}", lambda chosen=memory_format: prepare(chosen), layout=name)
+    bench.way(f"cotnet50, {layout}", prepare, layout=layout)
     stop_runtime()
 
 
-def profile(session: Session, record: Record, steps: int = 5, most: int = 40) -> None:
-    """Where a step's time on the device goes: a row per kernel of ours at batch 256, through the engine as graphs."""
+def profile(bench: Bench, steps: int = 5, most: int = 60) -> None:
+    """Where a step's time on the device goes: gpu-profile.json, a row per kernel of the engine's step."""
     from torch.profiler import ProfilerActivity
 
-    runtime = start_runtime()
-    bench = Bench(session, record, runtime, 256)
-    step = engine_step(bench)
-    step()
-    if session.warming:
-        return stop_runtime()
-    cuda = runtime.device.type == "cuda"
-    wall = median(rounds_of(step, runtime.device, *session.size((5, 3), (1, 1))))
+    record = Record(bench.session.output / "gpu-profile.json", judge_profile, bench.record.command)
+    record.begin([])
+    cuda = bench.device.type == "cuda"
+    wall = median(rounds_of(bench.step, bench.device, *bench.session.size((5, 3), (1, 1))))
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         for _ in range(steps):
-            step()
-        if cuda:
-            torch.cuda.synchronize()
+            bench.step()
+        finish(bench.device)
     events = [
         (event.self_device_time_total if cuda else event.self_cpu_time_total, event)
         for event in profiler.key_averages()
@@ -256,7 +253,6 @@ def profile(session: Session, record: Record, steps: int = 5, most: int = 40) ->
     record.add(name="all kernels", **total, step_ms=1000 * wall)
     for time, event in events[:most]:
         record.add(name=event.key[:150], ms=round(time / 1000 / steps, 4), calls=event.count / steps)
-    stop_runtime()
 
 
 def judge(rows: list[dict]) -> tuple[bool, str]:

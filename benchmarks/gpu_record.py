@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,6 @@ class Session:
 
     work: folder for temporary files. cache: folder of compilers' results and of datasets, which later calls on the same
     machine use again. images: folder of photographs; drawn ones if None. rehearsal: on the CPU, with small sizes.
-    warming: compile what a job needs, and measure nothing.
     """
 
     work: Path
@@ -34,7 +34,6 @@ class Session:
     cache: Path
     images: Path | None = None
     rehearsal: bool = False
-    warming: bool = False
 
     def size(self, on_gpu: T, rehearsed: T) -> T:
         return rehearsed if self.rehearsal else on_gpu
@@ -48,6 +47,16 @@ class Session:
     def no_dataset(self) -> Path:
         """A file with the reason, if the dataset could not be prepared."""
         return self.work / "no-dataset"
+
+    def waiting(self, pid: int) -> Path:
+        """The file that says that the job in process `pid` waits for its turn."""
+        return self.work / f"waits-{pid}"
+
+    def turn(self) -> None:
+        """Of a job that is timed, when all is compiled: wait until the other jobs are paused. At once the next time."""
+        if not self.waiting(os.getpid()).exists():
+            self.waiting(os.getpid()).touch()
+            sys.stdin.readline()
 
     def wait_for_dataset(self) -> Path:
         while not (self.dataset / "ready").exists():
@@ -77,8 +86,8 @@ class Part:
     """A part of `make gpu`, which leaves gpu-<name>.json.
 
     jobs: by name, each run in a process of its own. judge: from the rows, whether all is well and a sentence; it is
-    asked after each row. limit: seconds of all jobs together. alone: its jobs run one after the other with nothing
-    beside them, because they are timed.
+    asked after each row. limit: seconds of one job, or until it is ready to be timed. alone: its jobs are timed, with
+    nothing beside them, after they have called `Session.turn`.
     """
 
     name: str

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -91,21 +92,29 @@ def first_difference(one: Sequence[float], other: Sequence[float]) -> int | None
 
 
 def whole(session: Session, record: Record) -> None:
-    """CAT-B's recipe from full-size JPEGs: images/s, the share of the model's own speed, and the wait for data."""
-    steps, batch = session.size((90, 256), (6, 4))
+    """CAT-B's recipe from full-size JPEGs: images/s, the share of the model's own speed, and the wait for data.
+
+    When the run is compiled it is stopped until this job's turn.
+    """
+    steps, batch = session.size((120, 256), (40, 4))
     settings = [
         *(f"train.global_batch={batch}", f"train.micro_batch={batch}", "train.epochs=300", "train.log_every=5"),
         *session.size((), ("model.name=cat_nano", "data.image_size=32", "train.precision=fp32", "train.compile=false")),
     ]
-    config, output = "configs/cat_b.yaml", session.work / ("whole-warm" if session.warming else "whole")
-    if session.warming:
-        run(session, config, output, [*settings, "train.max_steps=2"])
-        return
+    output = session.work / "whole"
 
     def measure() -> dict:
-        run(session, config, output, [*settings, f"train.max_steps={steps}"])
+        process = start(session, "configs/cat_b.yaml", output, [*settings, f"train.max_steps={steps}"])
+        while process.poll() is None and last_step(output) < session.size(WARM_UP, 1):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGSTOP)
+        session.turn()
+        paused = last_step(output)
+        process.send_signal(signal.SIGCONT)
+        if process.wait():
+            raise RuntimeError(f"the run ended with {process.returncode}")
         shutil.copy(output / "metrics.jsonl", session.output / f"train-cat_b-batch{batch}-default-metrics.jsonl")
-        row = speeds(lines_of(output), session.size(WARM_UP, 1))
+        row = speeds(lines_of(output), paused + session.size(2 * 5, 5))  # two lines of log: the pause is in the first
         return row | {"share": share(session.output, row["images_per_second"], batch)}
 
     record.measure("cat_b", measure, batch=batch, steps=steps, cores=cores())
@@ -148,19 +157,28 @@ def judge_whole(rows: list[dict]) -> tuple[bool, str]:
     return True, said
 
 
-def run(session: Session, config: str, output: Path, settings: Sequence[str], kill: bool = False) -> int | None:
-    """Run launch/train.py. kill: end it with kill -9 when it has written a checkpoint, and return its last step."""
+def start(session: Session, config: str, output: Path, settings: Sequence[str]) -> subprocess.Popen:
+    """Start launch/train.py."""
     dataset = session.wait_for_dataset()
     common = [f"data.path={dataset}", f"data.workers={min(16, cores())}", "train.evaluate_every=0", "monitor.images=0"]
     command = [sys.executable, "launch/train.py", "--config", config, "--output", str(output), *common, *settings]
-    process = subprocess.Popen(command, cwd=ROOT)
+    return subprocess.Popen(command, cwd=ROOT)
+
+
+def run(session: Session, config: str, output: Path, settings: Sequence[str], kill: bool = False) -> int | None:
+    """Run launch/train.py. kill: end it with kill -9 when it has written a checkpoint, and return its last step."""
+    process = start(session, config, output, settings)
     while kill and process.poll() is None:
         if any(line.get("event") == "checkpoint" for line in lines_of(output)):
             process.kill()
         time.sleep(0.005)
     if process.wait() != (-9 if kill else 0):
         raise RuntimeError(f"{output.name} ended with {process.returncode}")
-    return max(line["step"] for line in lines_of(output) if line["kind"] == "train") if kill else None
+    return last_step(output) if kill else None
+
+
+def last_step(output: Path) -> int:
+    return max((line["step"] for line in lines_of(output) if line["kind"] == "train"), default=0)
 
 
 def lines_of(output: Path) -> list[dict]:

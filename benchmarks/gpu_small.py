@@ -51,6 +51,7 @@ def kernels(session: Session, record: Record) -> None:
     from benchmarks.roofline import measure_roofline
 
     device, dtype = torch.device(session.size("cuda", "cpu")), session.size(torch.bfloat16, torch.float32)
+    session.turn()
     roofline = measure_roofline(device, dtype, 1)
     stages = session.size(STAGES, ((14, 32, 1, False),))
     for row in bench_kernels(device, dtype, session.size(128, 1), roofline, compiled=False, stages=stages):
@@ -75,6 +76,7 @@ def recipe(session: Session, record: Record) -> None:
     if session.rehearsal:
         record.add(kind="not rehearsed: it needs a GPU")
         return
+    session.turn()
     for row in gpu_recipe(torch.device("cuda")):
         record.add(**row)
 
@@ -95,6 +97,7 @@ def judge_recipe(rows: list[dict]) -> tuple[bool, str]:
 def loader(session: Session, record: Record) -> None:
     """The loader alone on 1, 2, 4, … cores: each in a process that may use no others."""
     session.wait_for_dataset()
+    session.turn()
     mine = sorted(os.sched_getaffinity(0))
     for count in itertools.takewhile(lambda count: count <= min(len(mine), 16), (2**power for power in range(5))):
 

@@ -42,14 +42,14 @@ def work(arguments: argparse.Namespace, folder: Path) -> None:
 def session_of(arguments: argparse.Namespace, folder: Path) -> Session:
     images = Path(arguments.images).resolve() if arguments.images else None
     output, cache = Path(arguments.output).resolve(), Path(arguments.cache).resolve()
-    return Session(folder, output, cache, images, arguments.rehearse, arguments.warm)
+    return Session(folder, output, cache, images, arguments.rehearse)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="Check the kernels, and measure kernels, models and training on a GPU; one JSON file per part.",
         epilog="parts, the most important first: "
-        + ", ".join(f"{part.name} ({part.limit:g} s)" for part in PARTS.values())
+        + ", ".join(PARTS)
         + ". Exit codes: 0 all parts passed, 70 a part failed, 78 bad arguments or no GPU. A part passes if it ran "
         "to its end and its results are correct; speeds are reported beside the project's aims.",
     )
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rehearse", action="store_true", help="run on the CPU, with small sizes: to find mistakes, not to measure"
     )
-    for hidden in ("--work", "--draw", "--job", "--warm"):
+    for hidden in ("--work", "--draw", "--job"):
         kind = {"--work": {}, "--job": {"nargs": 2}}.get(hidden, {"action": "store_true"})
         parser.add_argument(hidden, help=argparse.SUPPRESS, **kind)
     return parser.parse_args()
