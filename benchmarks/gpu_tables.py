@@ -9,6 +9,7 @@ from statistics import median
 from benchmarks.markdown import find, load, markdown, number, source
 
 UNMEASURED = "Not measured yet."
+LISTED = 0.2
 WARM_UP = 10  # steps of a training run that are left out: compilation, and the capture of CUDA graphs
 
 
@@ -107,11 +108,13 @@ def steps(name: str) -> str:
 
 
 def profile() -> str:
-    """Of `gpu-profile.json`: the kernels that take longest in a step."""
+    """Of `gpu-profile.json`: the kernels that take at least LISTED ms of a step."""
     return rows_table("gpu-profile", ["kernel", "ms a step", "calls"], profile_cells)
 
 
-def profile_cells(row: dict) -> list[str]:
+def profile_cells(row: dict) -> list[str] | None:
+    if row["ms"] < LISTED:
+        return None
     return [f"`{row['name'][:90]}`".replace("|", "\\|"), f"{row['ms']:.2f}", number(row["calls"])]
 
 
