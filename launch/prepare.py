@@ -6,8 +6,8 @@
     python launch/prepare.py verify DEST
     python launch/prepare.py index DEST [--split NAME] [--label-key KEY]
 
-Exit codes: 0 finished, 65 bad data, 70 failed otherwise (a full disk, no memory, a killed worker), 74 files could not
-be read for now, 78 bad arguments, 130 interrupted.
+Exit codes: 0 finished, 65 bad data, 70 no memory, or a worker was killed, 74 files cannot be read or written (a full
+disk), 78 bad arguments, 130 interrupted.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
             "a worker process was killed (out of memory?): start the same command again, finished shards are kept.",
         )
     except OSError as error:
-        return fail(exit_codes.FAILED, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+        return fail(exit_codes.IO_ERROR, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
     except KeyboardInterrupt:
         return fail(exit_codes.INTERRUPTED, "interrupted; the same command goes on from here.")
 

@@ -80,6 +80,8 @@ class RunParts:
         if config.train.compile and shapes > 1:
             notes.append(f"the network is compiled for each shape of training inputs: there may be up to {shapes}")
         notes += [engine.about_graphs] if engine.about_graphs else []
+        if "val" not in manifest.splits:
+            notes.append("the dataset has no val split, so the run is not evaluated")
         for sentence in notes + restored.notes:
             monitor.say(sentence)
         fields = {

@@ -189,7 +189,7 @@ def test_bad_data(tmp_path):
 def test_a_full_disk_is_one_sentence(source, tmp_path):
     """A limit on the size of files makes a write fail in a worker, as on a full disk."""
     limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 100; exec "$@"', "-", *command(source, tmp_path / "set", *SIZE)]
-    fails_with(70, subprocess.run(limited, capture_output=True, text=True, timeout=100), "File too large")
+    fails_with(74, subprocess.run(limited, capture_output=True, text=True, timeout=100), "File too large")
 
 
 def source_of(dest: Path) -> str:

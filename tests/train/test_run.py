@@ -1,11 +1,13 @@
 """The door for Python: `from train import run`."""
 
+import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from tests.runs import ROOT, events, losses
+from tests.runs import ROOT, events, losses, metrics, run
 
 SCRIPT = """
 import os, signal, sys, threading
@@ -37,3 +39,14 @@ def test_runs_follow_each_other_in_one_process(tiny_config, tmp_path):
     assert done.returncode == 0, done.stderr
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4] and len(events(tmp_path / "run", "resume")) == 1
     assert "stopped: stopped after step" in done.stdout and "rank 0 got SIGINT" in done.stdout
+
+
+def test_a_run_on_a_dataset_without_val_says_that_it_is_not_evaluated(tiny_dataset, tiny_config, tmp_path):
+    dataset = tmp_path / "dataset"
+    shutil.copytree(tiny_dataset, dataset)
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    del manifest["splits"]["val"]
+    (dataset / "manifest.json").write_text(json.dumps(manifest))
+    job = run(tiny_config, tmp_path / "run", f"data.path={dataset}", "train.max_steps=2")
+    assert "the dataset has no val split, so the run is not evaluated" in job.text()
+    assert metrics(tmp_path / "run", "eval", missing_ok=True) == []
