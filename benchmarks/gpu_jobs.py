@@ -139,5 +139,6 @@ def take_turns(ready: Sequence[Job], others: Sequence[Job], end: float) -> None:
 def options(session: Session) -> list[str]:
     """The session as arguments of another process."""
     given = ["--output", str(session.output), "--cache", str(session.cache)]
-    given += ["--images", str(session.images)] if session.images else []
+    for name in ("images", "cifar"):
+        given += [f"--{name}", str(path)] if (path := getattr(session, name)) else []
     return [*given, *(["--rehearse"] if session.rehearsal else [])]

@@ -13,6 +13,7 @@ def _training(model: str, batch: int, *ways: str) -> Later:
 PARTS: dict[str, Part] = {
     part.name: part
     for part in (
+        Part("cifar", {"cifar": Later("gpu_cifar.whole")}, Later("gpu_cifar.judge"), limit=600, alone=False),
         Part(
             "model",  # with the row of kernels of gpu-profile.json
             {
@@ -64,3 +65,4 @@ PARTS: dict[str, Part] = {
     )
 }
 NEED_IMAGES = ("train", "whole", "loader")
+USUAL = [name for name in PARTS if name != "cifar"]  # which needs --cifar

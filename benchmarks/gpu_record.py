@@ -26,13 +26,15 @@ class Session:
     """One call of launch/gpu.py.
 
     work: folder for temporary files. cache: folder of compilers' results and of datasets, which later calls on the same
-    machine use again. images: folder of photographs; drawn ones if None. rehearsal: on the CPU, with small sizes.
+    machine use again. images: folder of photographs; drawn ones if None. cifar: CIFAR-10, prepared. rehearsal: on the
+    CPU, with small sizes.
     """
 
     work: Path
     output: Path
     cache: Path
     images: Path | None = None
+    cifar: Path | None = None
     rehearsal: bool = False
 
     def size(self, on_gpu: T, rehearsed: T) -> T:

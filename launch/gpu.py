@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import gpu
-from benchmarks.gpu_parts import PARTS
+from benchmarks.gpu_parts import USUAL
 from benchmarks.gpu_record import Session
 from launch.cli import Parser, leave, run
 from train import exit_codes
@@ -20,8 +20,9 @@ def main(arguments: argparse.Namespace) -> None:
         work(arguments, Path(arguments.work))
         return
     names = arguments.parts.split(",")
-    if unknown := set(names) - set(PARTS):
-        raise gpu.CannotMeasure(f"--parts {','.join(sorted(unknown))}: known are {', '.join(PARTS)}")
+    if unknown := set(names) - set(USUAL):
+        raise gpu.CannotMeasure(f"--parts {','.join(sorted(unknown))}: known are {', '.join(USUAL)}")
+    names = ["cifar"] * bool(arguments.cifar) + names
     wheels = Path(arguments.wheels) if arguments.wheels else None
     with tempfile.TemporaryDirectory() as folder:
         passed = gpu.run(session_of(arguments, Path(folder)), names, arguments.seconds, wheels)
@@ -40,26 +41,31 @@ def work(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def session_of(arguments: argparse.Namespace, folder: Path) -> Session:
-    images = Path(arguments.images).resolve() if arguments.images else None
+    images, cifar = (Path(path).resolve() if path else None for path in (arguments.images, arguments.cifar))
     output, cache = Path(arguments.output).resolve(), Path(arguments.cache).resolve()
-    return Session(folder, output, cache, images, arguments.rehearse)
+    return Session(folder, output, cache, images, cifar, arguments.rehearse)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="Check the kernels, and measure kernels, models and training on a GPU; one JSON file per part.",
         epilog="parts, the most important first: "
-        + ", ".join(PARTS)
+        + ", ".join(USUAL)
         + ". Exit codes: 0 all parts passed, 70 a part failed, 78 bad arguments or no GPU. A part passes if it ran "
         "to its end and its results are correct; speeds are reported beside the project's aims.",
     )
     parser.add_argument(
         "--output", default="docs/results", metavar="DIR", help="folder of the gpu-<part>.json (default: %(default)s)"
     )
-    parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help="only these (default: all)")
+    parser.add_argument("--parts", default=",".join(USUAL), metavar="A,B", help="only these (default: all)")
     parser.add_argument("--seconds", type=float, default=420, help="time limit for all parts (default: %(default)s)")
     parser.add_argument(
         "--images", metavar="FOLDER", help="photographs to train on, *.jpg in folders of classes (default: drawn ones)"
+    )
+    parser.add_argument(
+        "--cifar",
+        metavar="DATASET",
+        help="also train configs/cifar10_300.yaml, beside the other parts, on CIFAR-10 prepared by launch/prepare.py",
     )
     parser.add_argument(
         "--cache",
