@@ -1,6 +1,8 @@
 """Running the parts of launch/gpu.py: the environment of their jobs (gpu_jobs.py), and what is said at the end."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.gpu_jobs import options, record, run_jobs
 from benchmarks.gpu_parts import NEED_IMAGES, PARTS
-from benchmarks.gpu_record import ROOT, Session, installed
+from benchmarks.gpu_record import ROOT, Session, cores, installed
 from train import exit_codes
 from train.telemetry.formatting import table
 
@@ -52,10 +54,18 @@ def run(session: Session, names: Sequence[str], seconds: float, wheels: Path | N
     parts = [PARTS[name] for name in names]
     drawing = draw(session, environment) if set(names) & set(NEED_IMAGES) else None
     try:
-        run_jobs(session, environment, parts, began + (1e6 if session.rehearsal else seconds))
+        run_jobs(
+            session,
+            environment,
+            parts,
+            began + (1e6 if session.rehearsal else seconds),
+            places=1 if session.rehearsal else places(torch.cuda.mem_get_info()[1]),
+            preparing=lambda: drawing is not None and drawing.poll() is None,
+        )
     finally:
         if drawing:
-            drawing.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(drawing.pid, signal.SIGKILL)
             drawing.wait()
     results = {part.name: record(session, part).read() for part in parts}
     print(f"\n{time.monotonic() - began:.0f} s in all; results: gpu-*.json")
@@ -91,7 +101,12 @@ def draw(session: Session, environment: dict[str, str]) -> subprocess.Popen:
     """Begin to prepare the dataset; jobs that need it wait for it."""
     command = [sys.executable, "launch/gpu.py", "--draw", "--work", str(session.work), *options(session)]
     with open(session.work / "draw.log", "w") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def places(memory: int) -> int:
+    """How many jobs may run side by side: three cores and 27 GB of the device's `memory` (in bytes) for each."""
+    return max(1, min(cores() // 3, int(memory / 27e9)))
 
 
 def run_job(part: str, name: str, session: Session) -> None:

@@ -6,18 +6,19 @@ time that is measured.
 """
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.gpu_record import ROOT, Part, Record, Session, cores
+from benchmarks.gpu_record import ROOT, Part, Record, Session, cores, locked
 
-TURN = 60  # seconds that a job may take for what is timed
+TURN = 90  # seconds that a job may take for what is timed
 LAST = 60  # seconds before the end at which jobs that still compile are no longer waited for
 TAIL = 2500  # characters of a failed job's output that are printed
 
@@ -36,6 +37,7 @@ class Job:
     log: Path = field(init=False)
     until: float = field(init=False)  # it is ended at this time; pauses do not count
     paused: float | None = None  # since when
+    cut_off: bool = False
 
     def start(self, session: Session, environment: dict[str, str]) -> None:
         self.log = session.work / f"{self.part.name}-{self.name}.log".replace(" ", "_")
@@ -55,11 +57,14 @@ class Job:
         self.until = time.monotonic() + (1e6 if session.rehearsal else self.part.limit)
 
     def waits(self, session: Session) -> bool:
-        """Whether it has compiled what it needs, and waits for its turn."""
-        return session.waiting(self.process.pid).exists()
+        """Whether it has compiled what it needs, and waits for its turn; its time stands still meanwhile."""
+        if not (self.part.alone and session.waiting(self.process.pid).exists()):
+            return False
+        self.until = math.inf
+        return True
 
-    def take_turn(self) -> None:
-        self.until = time.monotonic() + TURN
+    def take_turn(self, session: Session) -> None:
+        self.until = time.monotonic() + (1e6 if session.rehearsal else TURN)
         with contextlib.suppress(BrokenPipeError):  # it has failed already
             self.process.stdin.write(b"go\n")
             self.process.stdin.close()
@@ -75,15 +80,17 @@ class Job:
 
     def ended(self, end: float) -> bool:
         """Whether its process has ended; it is ended here when its time, or that of all jobs, is over."""
-        if self.process.poll() is None and time.monotonic() < min(self.until, end):
-            return False
+        if self.process.poll() is None:
+            if time.monotonic() < min(self.until, end):
+                return False
+            self.cut_off = True
         self._send(signal.SIGKILL)  # what it has started, too
         return True
 
     def report(self, session: Session) -> None:
         """After its end: note in the part's record that it has finished, or what went wrong."""
         code = self.process.wait()
-        why = "" if code == 0 else "not done in time" if code == -9 else f"ended with {code}"
+        why = "not done in time" if self.cut_off else f"ended with {code}" if code else ""
         print(f"  {self.part.name} / {self.name}{f': {why}' if why else ''}", flush=True)
         text = self.log.read_text(errors="replace")
         if why or '"failed"' in text:
@@ -102,34 +109,48 @@ def in_order(parts: Sequence[Part]) -> list[Job]:
     return [Job(part, list(part.jobs)[number]) for number in range(most) for part in parts if number < len(part.jobs)]
 
 
-def run_jobs(session: Session, environment: dict[str, str], parts: Sequence[Part], end: float) -> None:
-    """Run all jobs of the parts until the time `end`, as many side by side as there are three cores for each."""
+def run_jobs(
+    session: Session,
+    environment: dict[str, str],
+    parts: Sequence[Part],
+    end: float,
+    places: int = 1,
+    preparing: Callable[[], bool] = lambda: False,
+) -> None:
+    """Run all jobs of the parts until the time `end`, at most `places` of them side by side.
+
+    preparing: whether something else still uses the machine, so that nothing may be timed.
+    """
     for part in parts:
         record(session, part).begin(list(part.jobs))
-    places = 1 if session.rehearsal else max(2, cores() // 3)
     # Each job compiles in threads of its own; not all of them do so all the time.
     environment = environment | {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, min(cores(), 2 * cores() // places)))}
     waiting, active = in_order(parts), []
-    while (waiting and time.monotonic() < end) or active:
-        while waiting and len(active) < places:
-            active.append(waiting.pop(0))
-            active[-1].start(session, environment)
-        ready = [job for job in active if job.part.alone and job.waits(session)]
-        compiling = any(job.part.alone and job not in ready for job in active)
-        if ready and (not compiling or time.monotonic() > end - LAST):
-            take_turns(ready, [job for job in active if job not in ready], end)
-        for job in [job for job in active if job.ended(end)]:
-            active.remove(job)
-            job.report(session)
-        time.sleep(0.02)
+    try:
+        while (waiting and time.monotonic() < end) or active:
+            while waiting and len(active) < places:
+                active.append(waiting.pop(0))
+                active[-1].start(session, environment)
+            ready = [job for job in active if job.waits(session)]
+            busy = preparing() or any(job.part.alone and job not in ready for job in active)
+            if ready and (not busy or time.monotonic() > end - LAST):
+                take_turns(session, ready, [job for job in active if job not in ready], end)
+            for job in [job for job in active if job.ended(end)]:
+                active.remove(job)
+                job.report(session)
+            time.sleep(0.02)
+    finally:
+        for job in active:  # this process was interrupted
+            job.ended(0)
 
 
-def take_turns(ready: Sequence[Job], others: Sequence[Job], end: float) -> None:
+def take_turns(session: Session, ready: Sequence[Job], others: Sequence[Job], end: float) -> None:
     """Let each of `ready` measure what it has compiled, one after the other, while `others` are paused."""
-    for job in others:
-        job.pause()
+    with locked(session.output):  # no job may be paused while it changes a record: it would keep the others waiting
+        for job in others:
+            job.pause()
     for job in ready:
-        job.take_turn()
+        job.take_turn(session)
         while not job.ended(end):
             time.sleep(0.02)
     for job in others:

@@ -42,8 +42,7 @@ class Bench:
     runtime: Runtime
     batch: int
     kept: Callable[[], object] | None = None  # the last way's step, before it was recorded
-    engine: Engine | None = None  # the last way's
-    step: Callable[[], object] | None = None  # its step
+    step: Callable[[], object] | None = None  # the engine's
 
     def __post_init__(self):
         self.batch = self.session.size(self.batch, 2)
@@ -79,10 +78,9 @@ class Bench:
     def way(self, name: str, prepare: Callable[[], Callable[[], object]], keep: bool = False, **about: object) -> None:
         """Measure the step that `prepare` returns, in this job's turn. keep: what the last way compiled."""
         if not keep:
-            if self.engine:
-                self.engine.destroy()
-            self.kept = self.engine = self.step = None
-            release(self.device)
+            self.kept = None
+            torch.compiler.reset()
+        release(self.device)
         before = memory(self.device).get("reserved_gb")
 
         def measure() -> dict:
@@ -100,8 +98,7 @@ class Bench:
 
 
 def release(device: torch.device) -> None:
-    """Give back what the last way held, and forget its peak."""
-    torch.compiler.reset()
+    """Give back what nobody holds, and forget the peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -120,19 +117,21 @@ def memory(device: torch.device) -> dict[str, float]:
     }
 
 
-def training(
-    session: Session, record: Record, model: str, batch: int, ways: tuple[str, ...] = ("graphs", "compiled")
-) -> None:
+def training(session: Session, record: Record, model: str, batch: int, ways: tuple[str, ...]) -> None:
     """The job of a model and batch. ways: engine, graphs, compiled (without graphs), eager, plain (eager, without the
     kernels), plain graphs (compiled), eager graphs (not compiled). The engine's at AT comes with its kernels."""
     runtime = start_runtime()
     bench = Bench(session, record, runtime, batch)
+    if profiled := "engine" in ways and batch == AT:
+        kernels = Record(session.output / "gpu-profile.json", judge_profile, record.command)
+        kernels.begin(["engine"])
     for way, last in zip(ways, (None, *ways), strict=False):
         about = {"model": model, "way": way, "mode": "training"}
         if way == "engine":
             bench.way(f"{model}, engine", lambda: engine_step(bench), **about)
-            if batch == AT and bench.step:
-                profile(bench)
+            if profiled and bench.step:
+                profile(bench, kernels)
+                kernels.finish("engine")
         else:
             keep = (last, way) == ("graphs", "compiled")
             bench.way(f"{model}, {way}", lambda way=way: bare_step(bench, model, way), keep, **about)
@@ -143,9 +142,7 @@ def engine_step(bench: Bench) -> Callable[[], object]:
     """A step of train/engine/, without data. Its own second call records the graph."""
     config = bench.config()
     task = build_task(config, [str(number) for number in range(CLASSES)])
-    bench.engine = engine = Engine(
-        task.initial_model(), task.losses_to_train, config, accumulation=1, device=bench.device
-    )
+    engine = Engine(task.initial_model(), task.losses_to_train, config, accumulation=1, device=bench.device)
     ema = Ema(engine, config.ema.decay)
     numbers = itertools.count()
 
@@ -228,12 +225,10 @@ def layout(session: Session, record: Record, layout: str) -> None:
     stop_runtime()
 
 
-def profile(bench: Bench, steps: int = 5, most: int = 60) -> None:
+def profile(bench: Bench, record: Record, steps: int = 5, most: int = 60) -> None:
     """Where a step's time on the device goes: gpu-profile.json, a row per kernel of the engine's step."""
     from torch.profiler import ProfilerActivity
 
-    record = Record(bench.session.output / "gpu-profile.json", judge_profile, bench.record.command)
-    record.begin([])
     cuda = bench.device.type == "cuda"
     wall = median(rounds_of(bench.step, bench.device, *bench.session.size((5, 3), (1, 1))))
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:

@@ -58,7 +58,8 @@ class Session:
         """Of a job that is timed, when all is compiled: wait until the other jobs are paused. At once the next time."""
         if not self.waiting(os.getpid()).exists():
             self.waiting(os.getpid()).touch()
-            sys.stdin.readline()
+            if not sys.stdin.readline():
+                raise SystemExit("launch/gpu.py has ended")
 
     def wait_for_dataset(self) -> Path:
         while not (self.dataset / "ready").exists():
@@ -143,18 +144,26 @@ class Record:
 
     @contextmanager
     def _changing(self) -> Iterator[dict]:
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed
+        where = about(self.command)  # imports torch at first
+        with locked(self.path.parent):
             result = self.read() if self.path.exists() else {}
             yield result
             _judge(result, self.judge)
-            result |= {**about(self.command), "seconds": round(time.time() - result["began"], 1)}
+            result |= {**where, "seconds": round(time.time() - result["began"], 1)}
             new = self.path.with_suffix(".new")
             new.write_text(json.dumps(result, indent=1) + "\n")
             new.replace(self.path)
-        finally:
-            os.close(folder)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """While no other process changes a record in the folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # until it is closed
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _judge(result: dict, judge: Judge) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -96,7 +95,7 @@ def whole(session: Session, record: Record) -> None:
 
     When the run is compiled it is stopped until this job's turn.
     """
-    steps, batch = session.size((120, 256), (40, 4))
+    steps, batch = session.size((120, 256), (20, 4))
     settings = [
         *(f"train.global_batch={batch}", f"train.micro_batch={batch}", "train.epochs=300", "train.log_every=5"),
         *session.size((), ("model.name=cat_nano", "data.image_size=32", "train.precision=fp32", "train.compile=false")),
@@ -113,8 +112,11 @@ def whole(session: Session, record: Record) -> None:
         process.send_signal(signal.SIGCONT)
         if process.wait():
             raise RuntimeError(f"the run ended with {process.returncode}")
-        shutil.copy(output / "metrics.jsonl", session.output / f"train-cat_b-batch{batch}-default-metrics.jsonl")
-        row = speeds(lines_of(output), paused + session.size(2 * 5, 5))  # two lines of log: the pause is in the first
+        lines, warm_up = lines_of(output), paused + session.size(2 * 5, 5)  # two lines of log: the pause is in one
+        row = speeds(lines, warm_up)
+        lines = [line for line in lines if line["kind"] != "train" or line["step"] == 1 or line["step"] > warm_up]
+        path = session.output / f"train-cat_b-batch{batch}-default-metrics.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return row | {"share": share(session.output, row["images_per_second"], batch)}
 
     record.measure("cat_b", measure, batch=batch, steps=steps, cores=cores())

@@ -51,9 +51,12 @@ def kernels(session: Session, record: Record) -> None:
     from benchmarks.roofline import measure_roofline
 
     device, dtype = torch.device(session.size("cuda", "cpu")), session.size(torch.bfloat16, torch.float32)
-    session.turn()
     roofline = measure_roofline(device, dtype, 1)
     stages = session.size(STAGES, ((14, 32, 1, False),))
+    for _ in bench_kernels(device, dtype, 1, roofline, compiled=False, stages=stages):
+        pass  # compiles the kernels
+    session.turn()
+    roofline = measure_roofline(device, dtype, 1)
     for row in bench_kernels(device, dtype, session.size(128, 1), roofline, compiled=False, stages=stages):
         record.add(batch=session.size(128, 1), precision=session.size("bf16", "fp32"), **row)
 
@@ -71,13 +74,15 @@ def recipe(session: Session, record: Record) -> None:
     """The augmentation of a micro-batch on the device: launches, kernels' and host's time, equality (recipe_gpu.py)."""
     import torch
 
-    from benchmarks.recipe_gpu import gpu_recipe
+    from benchmarks.recipe_gpu import RECIPE, batch_of, gpu_recipe, kernels
 
     if session.rehearsal:
         record.add(kind="not rehearsed: it needs a GPU")
         return
+    device = torch.device("cuda")
+    kernels(*batch_of(128, 224, 1000, device), 1000, RECIPE)(0)  # compiles them
     session.turn()
-    for row in gpu_recipe(torch.device("cuda")):
+    for row in gpu_recipe(device):
         record.add(**row)
 
 

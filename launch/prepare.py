@@ -11,6 +11,7 @@ disk), 78 bad arguments, 130 interrupted.
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -74,7 +75,8 @@ def main(arguments: list[str]) -> int:
             "a worker process was killed (out of memory?): start the same command again, finished shards are kept.",
         )
     except OSError as error:
-        return fail(exit_codes.IO_ERROR, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+        code = exit_codes.FAILED if error.errno == errno.ENOMEM else exit_codes.IO_ERROR
+        return fail(code, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
     except KeyboardInterrupt:
         return fail(exit_codes.INTERRUPTED, "interrupted; the same command goes on from here.")
 

@@ -157,15 +157,7 @@ def test_parts_that_need_images_do_not_wait_for_what_cannot_be_prepared(tmp_path
 
 @pytest.mark.slow
 def test_two_parts_rehearsed(tmp_path):
-    command = [
-        sys.executable,
-        "launch/gpu.py",
-        "--rehearse",
-        "--parts",
-        "loader,whole,layout",
-        "--output",
-        str(tmp_path),
-    ]
+    command = [sys.executable, "launch/gpu.py", "--rehearse", "--parts", "loader,whole", "--output", str(tmp_path)]
     done = subprocess.run([*command, "--cache", str(tmp_path / "cache")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {name: json.loads((tmp_path / f"gpu-{name}.json").read_text()) for name in ("loader", "whole")}
@@ -188,7 +180,8 @@ def test_all_parts_rehearsed(tmp_path):
 @pytest.mark.long
 def test_cifar_rehearsed(tiny_dataset, tmp_path):
     command = [sys.executable, "launch/gpu.py", "--rehearse", "--parts", "recipe", "--output", str(tmp_path)]
-    done = subprocess.run([*command, "--cifar", str(tiny_dataset)], cwd=ROOT, capture_output=True, text=True)
+    command += ["--cifar", str(tiny_dataset), "--cache", str(tmp_path / "cache")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu-cifar.json").read_text())
     assert found["passed"] and [row["step"] for row in found["rows"]] == [13, 13]

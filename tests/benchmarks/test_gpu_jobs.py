@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_jobs
-from benchmarks.gpu_jobs import Job, in_order, run_jobs
+from benchmarks.gpu_jobs import Job, in_order, run_jobs, take_turns
 from benchmarks.gpu_record import Later, Part, Session
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,6 @@ def started(tmp_path, monkeypatch):
         job.until = time.monotonic() + job.part.limit
 
     monkeypatch.setattr(Job, "start", start)
-    monkeypatch.setattr(gpu_jobs, "cores", lambda: 12)  # four jobs side by side
     return session, moments
 
 
@@ -65,7 +64,7 @@ def test_jobs_that_are_timed_have_the_machine_to_themselves(started):
     session, moments = started
     moments["other0"] = 400  # goes on before, between and after the turns
     parts = [part("timed", 2, alone=True), part("other", 1, alone=False)]
-    run_jobs(session, {}, parts, time.monotonic() + 300)
+    run_jobs(session, {}, parts, time.monotonic() + 300, places=4)
     found = lines(session)
     for name in ("timed0", "timed1"):
         first = found.index([name, "is timed"])
@@ -79,7 +78,7 @@ def test_jobs_that_are_timed_have_the_machine_to_themselves(started):
 
 def test_more_jobs_than_places_wait_for_one(started):
     session, _ = started
-    run_jobs(session, {}, [part("timed", 6, alone=True)], time.monotonic() + 300)
+    run_jobs(session, {}, [part("timed", 6, alone=True)], time.monotonic() + 300, places=4)
     found = lines(session)
     assert found.index(["timed4", "compiles"]) > found.index(["timed3", "is timed"])
     assert sum(what == "is timed" for _, what in found) == 60
@@ -88,7 +87,13 @@ def test_more_jobs_than_places_wait_for_one(started):
 def test_a_job_is_ended_at_its_limit_and_the_others_go_on(started):
     session, moments = started
     moments["slow0"] = 10**6
-    run_jobs(session, {}, [part("slow", 1, alone=True, limit=1), part("timed", 1, alone=True)], time.monotonic() + 300)
+    run_jobs(
+        session,
+        {},
+        [part("slow", 1, alone=True, limit=1), part("timed", 1, alone=True)],
+        time.monotonic() + 300,
+        places=4,
+    )
     slow, timed = (json.loads((session.output / f"gpu-{name}.json").read_text()) for name in ("slow", "timed"))
     assert not slow["passed"] and slow["says"] == "fine; slow0: not done in time"
     assert timed["passed"] and lines(session).count(["timed0", "is timed"]) == 10
@@ -98,7 +103,7 @@ def test_at_the_end_of_the_time_those_that_are_ready_are_timed(started, monkeypa
     session, moments = started
     moments["slow0"] = 10**6
     monkeypatch.setattr(gpu_jobs, "LAST", 5)
-    run_jobs(session, {}, [part("slow", 1, alone=True), part("timed", 1, alone=True)], time.monotonic() + 6)
+    run_jobs(session, {}, [part("slow", 1, alone=True), part("timed", 1, alone=True)], time.monotonic() + 6, places=4)
     assert lines(session).count(["timed0", "is timed"]) == 10
     assert "slow0: not done in time" in json.loads((session.output / "gpu-slow.json").read_text())["says"]
 
@@ -106,3 +111,49 @@ def test_at_the_end_of_the_time_those_that_are_ready_are_timed(started, monkeypa
 def test_every_part_has_something_early():
     found = [job.name for job in in_order([part("a", 3, alone=True), part("b", 1, alone=False)])]
     assert found == ["a0", "b0", "a1", "a2"]
+
+
+def test_time_stands_still_for_a_job_that_waits_for_its_turn(started):
+    session, moments = started
+    moments["slow0"] = 150  # of 20 ms each
+    parts = [part("quick", 1, alone=True, limit=2), part("slow", 1, alone=True)]
+    run_jobs(session, {}, parts, time.monotonic() + 300, places=4)
+    assert lines(session).count(["quick0", "is timed"]) == 10
+
+
+def test_no_job_is_paused_while_it_changes_a_record(started):
+    session, moments = started
+    moments["other0"] = 100
+    holder = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path;"
+        "from benchmarks.gpu_record import locked\n"
+        "with locked(Path(sys.argv[2])): Path(sys.argv[2], 'holds').touch(); time.sleep(1)\n"
+        "Path(sys.argv[2], 'held').touch()"
+    )
+    holding = subprocess.Popen([sys.executable, "-c", holder, str(ROOT), str(session.output)])
+    while not (session.output / "holds").exists():
+        time.sleep(0.01)
+    seen = []
+    other = Job(part("other", 1, alone=False), "other0")
+    other.start(session, {})
+    other.pause = lambda: seen.append((session.output / "held").exists())
+    other.resume = lambda: None
+    take_turns(session, [], [other], time.monotonic() + 60)
+    other.ended(0)
+    assert holding.wait() == 0 and seen == [True]
+
+
+def test_jobs_end_with_the_process_that_runs_them(started):
+    session, moments = started
+    moments["slow0"] = 10**6
+
+    def interrupt() -> bool:
+        if (session.work / "lines").exists():
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(session, {}, [part("slow", 1, alone=True)], time.monotonic() + 300, places=4, preparing=interrupt)
+    count = len(lines(session))
+    time.sleep(0.2)
+    assert len(lines(session)) == count

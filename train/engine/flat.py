@@ -45,7 +45,10 @@ class FlatGroup:
 
 @torch.no_grad()
 def flattened(groups: Sequence[FlatGroup], tensors: Sequence[Tensor]) -> Tensor:
-    """`tensors`, one for each parameter of the groups and of its shape, as one flat tensor, group after group."""
+    """`tensors`, one for each parameter of the groups and of its shape, as one flat tensor, group after group.
+
+    All have one dtype.
+    """
     sizes = [group.size for group in groups]
     flat = tensors[0].new_empty(sum(sizes))
     parts = list(zip(groups, flat.split(sizes), strict=True))
@@ -53,5 +56,8 @@ def flattened(groups: Sequence[FlatGroup], tensors: Sequence[Tensor]) -> Tensor:
     # needs 0.05.
     if gaps := [gap for group, part in parts for gap in group.gaps(part)]:
         torch._foreach_zero_(gaps)
-    torch._foreach_copy_([view for group, part in parts for view in group.views(part)], tensors)
+    torch._foreach_copy_(
+        [view for group, part in parts for view in group.views(part)],
+        [tensor.contiguous() for tensor in tensors],  # another layout would make a copy of each tensor by itself
+    )
     return flat

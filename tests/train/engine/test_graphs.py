@@ -157,14 +157,17 @@ def test_graphs_that_are_demanded_where_they_cannot_be_are_refused(tiny_config, 
 def test_parameters_lie_aligned_in_a_flat_tensor_and_keep_their_values():
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 5), (64,), (), (7, 100), (1,))]
     group = FlatGroup.aligned(parameters)
+    # Values of the second group lie in memory in other ways: transposed, and one value for all.
+    others = [torch.randn(5, 3).T, *(parameter.detach() for parameter in parameters[1:3])]
+    others += [torch.tensor(2.0).expand(7, 100), torch.tensor(3.0).expand(1)]
     torch.use_deterministic_algorithms(True)  # new memory is NaN
     try:
-        flat = flattened([group, group], [*parameters, *parameters])
+        flat = flattened([group, group], [*parameters, *others])
     finally:
         torch.use_deterministic_algorithms(False)
     assert flat.shape == (2 * group.size,) and group.size % ALIGNMENT == 0
     assert all(offset % ALIGNMENT == 0 for offset in group.offsets)
-    for part in flat.split(group.size):
-        for view, parameter in zip(group.views(part), parameters, strict=True):
-            assert torch.equal(view, parameter)
-        assert torch.count_nonzero(part) == sum(torch.count_nonzero(parameter) for parameter in parameters)
+    for part, values in zip(flat.split(group.size), (parameters, others), strict=True):
+        for view, value in zip(group.views(part), values, strict=True):
+            assert torch.equal(view, value)
+        assert torch.count_nonzero(part) == sum(torch.count_nonzero(value) for value in values)
