@@ -29,7 +29,7 @@ HOMELESS = {"create_segmenter": "segmentation", "create_detector": "detection"} 
 # (height, width) of images of any size: of the traced example, whose map needs padding to whole patches; and, for
 # the comparison, odd sides, the smallest sides, and whole patches.
 EXAMPLE = (240, 264)
-SIZES = ((97, 131), (SMALLEST, SMALLEST), (224, 224))
+SIZES = (EXAMPLE, (97, 131), (SMALLEST, SMALLEST), (224, 224))
 BATCHES = (1, 2, 5)
 
 
@@ -114,7 +114,7 @@ def _largest_difference(model: "nn.Module", run: Callable[["Tensor"], Sequence["
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    sizes = [EXAMPLE, *SIZES] if _form(model).any_size else [_image_size(settings)] * len(BATCHES)
+    sizes = SIZES if _form(model).any_size else [_image_size(settings)] * len(BATCHES)
     largest = 0.0
     for number, size in enumerate(sizes):
         images = torch.randn(BATCHES[number % len(BATCHES)], settings.get("in_chans", 3), *size, generator=generator)
@@ -143,7 +143,9 @@ def _export_detector(model: "nn.Module", path: Path, about: dict[str, Any]) -> f
 
     generator = torch.Generator().manual_seed(0)
     channels = about["model"].get("in_chans", 3)
-    images = [torch.randn(1, channels, *size, generator=generator) for size in (EXAMPLE, *SIZES)]
+    smallest = _form(model).smallest
+    sizes = [[max(side, smallest) for side in size] for size in SIZES]
+    images = [torch.randn(1, channels, *size, generator=generator) for size in sizes]
     whole = OneImage(model, **about["detect"]).eval()
     run = _WRITERS[path.suffix](whole, path, about)
     threshold = telling_threshold(model, images)
@@ -154,13 +156,15 @@ def _export_detector(model: "nn.Module", path: Path, about: dict[str, Any]) -> f
 @dataclass(frozen=True)
 class _Form:
     """What a kind of network takes and gives. create: the function of catmodel that builds it again. outputs: their
-    names in a graph. any_size: height and width of images stay free; one_image: the batch size does not.
+    names in a graph. any_size: height and width of images stay free, from `smallest` pixels on; one_image: the batch
+    size does not.
     """
 
     create: str
     outputs: tuple[str, ...]
     any_size: bool = True
     one_image: bool = False
+    smallest: int = SMALLEST
 
 
 def _form(model: "nn.Module") -> _Form:
@@ -171,7 +175,10 @@ def _form(model: "nn.Module") -> _Form:
     if isinstance(model, SemanticFPN):
         return _Form("create_segmenter", ("logits",))
     if isinstance(model, Detector | OneImage):
-        return _Form("create_detector", ("boxes", "scores", "classes"), one_image=True)
+        # A map of one place has memory in another order, which torch.export would make a condition of the graph.
+        last = (model.detector if isinstance(model, OneImage) else model).strides[-1]
+        outputs = ("boxes", "scores", "classes")
+        return _Form("create_detector", outputs, one_image=True, smallest=max(SMALLEST, last + 1))
     if model.features_only:
         return _Form("create_model", tuple(f"map{i}" for i in model.out_indices))
     return _Form("create_model", ("logits",), any_size=False)
@@ -282,7 +289,7 @@ def _program(model: "nn.Module", about: dict) -> "ExportedProgram":
         )
     dims = {} if form.one_image else {0: Dim("batch")}
     if any_size:
-        dims |= {2: Dim("height", min=SMALLEST), 3: Dim("width", min=SMALLEST)}
+        dims |= {2: Dim("height", min=form.smallest), 3: Dim("width", min=form.smallest)}
     size = EXAMPLE if any_size else _image_size(settings)
     images = torch.randn(1 if form.one_image else 2, settings.get("in_chans", 3), *size)
     program = torch.export.export(

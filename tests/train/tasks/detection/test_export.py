@@ -16,8 +16,12 @@ from train.tasks.base import build_task
 CLASSES = ("disk", "square", "triangle", "ring", "cross")
 
 
-def task_of(box_config, detector: str):
-    return build_task(load_config(box_config, [f"task.detector={detector}", "task.before_nms=200"]), CLASSES)
+FOUR_STAGES = ("model.depths=[1,1,1,1]", "model.num_heads=[2,4,4,4]")  # strides as published: 8 to 128
+
+
+def task_of(box_config, detector: str, *settings: str):
+    settings = [f"task.detector={detector}", "task.before_nms=200", *settings]
+    return build_task(load_config(box_config, settings), CLASSES)
 
 
 def state_of(task) -> dict[str, torch.Tensor]:
@@ -72,16 +76,17 @@ def test_objects_are_those_of_an_evaluation(box_config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("detector", "suffix"),
+    ("detector", "suffix", "settings", "sizes"),
     [
-        ("fcos", "pt2"),
-        ("retinanet", "onnx"),
-        *(pytest.param("atss", end, marks=pytest.mark.long) for end in ("pt2", "onnx")),
+        ("fcos", "pt2", FOUR_STAGES, ((129, 203), (300, 140))),
+        ("retinanet", "onnx", (), ((66, 203), (300, 64))),
+        *(pytest.param("atss", end, (), ((66, 203), (300, 64)), marks=pytest.mark.long) for end in ("pt2", "onnx")),
+        pytest.param("retinanet", "onnx", FOUR_STAGES, ((129, 203), (300, 140)), marks=pytest.mark.long),
     ],
 )
-def test_graphs_of_any_size_find_the_same_objects(box_config, tmp_path, detector, suffix):
+def test_graphs_of_any_size_find_the_same_objects(box_config, tmp_path, detector, suffix, settings, sizes):
     """Suppression included. The file's own threshold holds, too."""
-    task = task_of(box_config, detector)
+    task = task_of(box_config, detector, *settings)
     model, description = task.export(state_of(task), False)
     description["detect"]["score_threshold"] = 0.02
     path = tmp_path / f"m.{suffix}"
@@ -99,7 +104,7 @@ def test_graphs_of_any_size_find_the_same_objects(box_config, tmp_path, detector
 
     whole = OneImage(model, **description["detect"])
     with torch.no_grad():
-        for size in ((66, 203), (300, 64)):
+        for size in sizes:
             image = torch.randn(1, 3, *size)
             expected = whole(image)
             assert len(expected[1]) == 100 and largest_difference(expected, run(image)) < 1e-4
