@@ -119,4 +119,4 @@ def draw_curves(axes: "Axes", result: dict, names: dict[str, str], score: str, l
             label=names[run["model"]] if is_best else None,
         )
     axes.set(xlabel="thousand images seen", ylabel=label, ylim=(0, None))
-    axes.legend(loc="best", frameon=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False)  # above, where no curve is
