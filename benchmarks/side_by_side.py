@@ -56,7 +56,8 @@ def compare(
         from benchmarks.environment import machine, versions
         from train.config import load_config
 
-        run_on_cores(command(run, options) for run in runs)
+        finished = {run for run in runs if (options.output / run.name / "model.safetensors").exists()}
+        run_on_cores(command(run, options) for run in runs if run not in finished)
         result = {
             "command": f"benchmarks/{program}.py",
             "date": date.today().isoformat(),
