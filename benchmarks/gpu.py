@@ -105,7 +105,10 @@ def draw(session: Session, environment: dict[str, str]) -> subprocess.Popen:
 
 
 def places(memory: int) -> int:
-    """How many jobs may run side by side: three cores and 27 GB of the device's `memory` (in bytes) for each."""
+    """How many jobs may run side by side: three cores and 27 GB of the device's `memory` (in bytes) for each.
+
+    A step of CAT-B at batch 256 reserves 27 GB, also while its job waits for its turn.
+    """
     return max(1, min(cores() // 3, int(memory / 27e9)))
 
 

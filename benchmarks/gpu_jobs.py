@@ -1,8 +1,8 @@
 """The jobs of `make gpu`: some at a time compile side by side, and those that are timed then take turns, alone.
 
-A job that is timed compiles all that it needs, says so (`Session.turn`), and waits. When none of them compiles any
-more, the other jobs are paused, and each has its turn. So nothing is compiled twice, and no process starts in the
-time that is measured.
+A job that is timed first compiles all that it needs, and then waits for its turn (`Session.turn`). When all such jobs
+wait, the scheduler pauses the other jobs and lets the waiting ones measure, one after the other. So nothing is compiled
+twice, and no process starts while something is measured.
 """
 
 import contextlib
@@ -57,11 +57,8 @@ class Job:
         self.until = time.monotonic() + (1e6 if session.rehearsal else self.part.limit)
 
     def waits(self, session: Session) -> bool:
-        """Whether it has compiled what it needs, and waits for its turn; its time stands still meanwhile."""
-        if not (self.part.alone and session.waiting(self.process.pid).exists()):
-            return False
-        self.until = math.inf
-        return True
+        """Whether it has compiled what it needs, and waits for its turn."""
+        return self.part.alone and session.waiting(self.process.pid).exists()
 
     def take_turn(self, session: Session) -> None:
         self.until = time.monotonic() + (1e6 if session.rehearsal else TURN)
@@ -132,6 +129,8 @@ def run_jobs(
                 active.append(waiting.pop(0))
                 active[-1].start(session, environment)
             ready = [job for job in active if job.waits(session)]
+            for job in ready:
+                job.until = math.inf  # waiting does not count
             busy = preparing() or any(job.part.alone and job not in ready for job in active)
             if ready and (not busy or time.monotonic() > end - LAST):
                 take_turns(session, ready, [job for job in active if job not in ready], end)

@@ -98,7 +98,7 @@ class Bench:
 
 
 def release(device: torch.device) -> None:
-    """Give back what nobody holds, and forget the peak."""
+    """Return unused memory to the device, and begin to measure the peak anew."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -15,7 +15,7 @@ PARTS: dict[str, Part] = {
     for part in (
         Part("cifar", {"cifar": Later("gpu_cifar.whole")}, Later("gpu_cifar.judge"), limit=600, alone=False),
         Part(
-            "model",  # with the row of kernels of gpu-profile.json
+            "model",  # also writes gpu-profile.json, the kernels of a step
             {
                 "ours 256": _training(OURS, 256, "engine"),
                 "swin 256": _training(SWIN, 256, "graphs", "compiled"),

@@ -106,12 +106,15 @@ def whole(session: Session, record: Record) -> None:
         process = start(session, "configs/cat_b.yaml", output, [*settings, f"train.max_steps={steps}"])
         while process.poll() is None and last_step(output) < session.size(WARM_UP, 1):
             time.sleep(0.005)
-        process.send_signal(signal.SIGSTOP)
-        session.turn()
-        paused = last_step(output)
-        process.send_signal(signal.SIGCONT)
-        if process.wait():
-            raise RuntimeError(f"the run ended with {process.returncode}")
+        try:
+            process.send_signal(signal.SIGSTOP)
+            session.turn()
+            paused = last_step(output)
+            process.send_signal(signal.SIGCONT)
+            if process.wait():
+                raise RuntimeError(f"the run ended with {process.returncode}")
+        finally:
+            process.kill()  # if there was no turn
         lines, warm_up = lines_of(output), paused + session.size(2 * 5, 5)  # two lines of log: the pause is in one
         row = speeds(lines, warm_up)
         lines = [line for line in lines if line["kind"] != "train" or line["step"] == 1 or line["step"] > warm_up]

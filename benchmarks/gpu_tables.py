@@ -9,7 +9,7 @@ from statistics import median
 from benchmarks.markdown import find, load, markdown, number, source
 
 UNMEASURED = "Not measured yet."
-LISTED = 0.2
+LISTED = 0.2  # ms of a step
 WARM_UP = 10  # steps of a training run that are left out: compilation, and the capture of CUDA graphs
 
 

@@ -68,7 +68,7 @@ def test_jobs_that_are_timed_have_the_machine_to_themselves(started):
     found = lines(session)
     for name in ("timed0", "timed1"):
         first = found.index([name, "is timed"])
-        assert found[first : first + 10] == [[name, "is timed"]] * 10  # nobody else did anything
+        assert found[first : first + 10] == [[name, "is timed"]] * 10  # no line of another job
     assert found.index(["timed1", "is timed"]) > found.index(["timed0", "is timed"])
     assert found.count(["other0", "compiles"]) == 400
     # Both had compiled before the first was timed.
@@ -102,8 +102,8 @@ def test_a_job_is_ended_at_its_limit_and_the_others_go_on(started):
 def test_at_the_end_of_the_time_those_that_are_ready_are_timed(started, monkeypatch):
     session, moments = started
     moments["slow0"] = 10**6
-    monkeypatch.setattr(gpu_jobs, "LAST", 5)
-    run_jobs(session, {}, [part("slow", 1, alone=True), part("timed", 1, alone=True)], time.monotonic() + 6, places=4)
+    monkeypatch.setattr(gpu_jobs, "LAST", 11)
+    run_jobs(session, {}, [part("slow", 1, alone=True), part("timed", 1, alone=True)], time.monotonic() + 12, places=4)
     assert lines(session).count(["timed0", "is timed"]) == 10
     assert "slow0: not done in time" in json.loads((session.output / "gpu-slow.json").read_text())["says"]
 
@@ -115,8 +115,8 @@ def test_every_part_has_something_early():
 
 def test_time_stands_still_for_a_job_that_waits_for_its_turn(started):
     session, moments = started
-    moments["slow0"] = 150  # of 20 ms each
-    parts = [part("quick", 1, alone=True, limit=2), part("slow", 1, alone=True)]
+    moments["slow0"] = 450  # of 20 ms each: longer than the other's limit
+    parts = [part("quick", 1, alone=True, limit=8), part("slow", 1, alone=True)]
     run_jobs(session, {}, parts, time.monotonic() + 300, places=4)
     assert lines(session).count(["quick0", "is timed"]) == 10
 
@@ -127,8 +127,8 @@ def test_no_job_is_paused_while_it_changes_a_record(started):
     holder = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path;"
         "from benchmarks.gpu_record import locked\n"
-        "with locked(Path(sys.argv[2])): Path(sys.argv[2], 'holds').touch(); time.sleep(1)\n"
-        "Path(sys.argv[2], 'held').touch()"
+        "with locked(Path(sys.argv[2])): Path(sys.argv[2], 'holds').touch(); time.sleep(1);"
+        "    Path(sys.argv[2], 'held').touch()"
     )
     holding = subprocess.Popen([sys.executable, "-c", holder, str(ROOT), str(session.output)])
     while not (session.output / "holds").exists():
