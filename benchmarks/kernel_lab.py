@@ -149,7 +149,8 @@ def _backward_kernel(plan: tuple | None) -> Callable:
     def run(dy, w2, slope):
         from catmodel.kernels import mlp
 
-        return mlp.hidden_gradient(_flat(dy), w2, _flat(slope), plan)
+        out, sums = mlp.hidden_gradient(_flat(dy), w2, _flat(slope), plan)
+        return out, sums.sum(0)
 
     return run
 

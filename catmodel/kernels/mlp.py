@@ -19,8 +19,6 @@ docs/results/h200-2026-11-27/kernel-lab.json), and those of cuBLAS with the pass
     backward     440 / 973    291 / 507    175 / 297    122 / 190
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -104,7 +102,6 @@ def _mlp_backward(
 Plan = tuple[dict[str, int], dict[str, int]]  # sizes of tiles, and launch options
 
 
-@functools.cache
 def _plan(channels: int, backward: bool, dtype: torch.dtype) -> Plan:
     """Sizes of tiles, and launch options: the fastest of those that were timed on an H200 (docs/performance.md)."""
     if dtype == torch.float32:  # without tensor cores
@@ -135,7 +132,10 @@ def hidden(
 
 
 def hidden_gradient(dy_MC: Tensor, w2: Tensor, slope_MN: Tensor, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
-    """(dy w2) * slope, and its sum over rows in float32. plan: other tiles than `_plan`'s."""
+    """(dy w2) * slope, and its sums over the rows of each tile [tiles, N] in float32.
+
+    plan: other tiles than `_plan`'s.
+    """
     (M, C), N = dy_MC.shape, w2.shape[1]
     sizes, options = plan or _plan(C, True, dy_MC.dtype)
     rows, columns, inner = sizes.values()
@@ -143,7 +143,7 @@ def hidden_gradient(dy_MC: Tensor, w2: Tensor, slope_MN: Tensor, plan: Plan | No
     x, w = _tiles(dy_MC, rows, inner), _tiles(w2, inner, columns)
     slope, out = _tiles(slope_MN, rows, columns), _tiles(out_MN, rows, columns)
     _mlp_backward[(len(sums) * blocks(N, columns),)](x, w, slope, out, sums, N, C, **sizes, **options)
-    return out_MN, sums.sum(0)
+    return out_MN, sums
 
 
 @operator("mlp")
@@ -175,16 +175,21 @@ def _(x, w1, b1, w2, b2, train=True):
 def mlp_backward(
     dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, a: Tensor, slope: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, b1 and w2."""
+    """Gradients of x, w1, b1 and w2; that of b1 as sums over some rows each, [any, hidden] float32.
+
+    They are added outside the operator, where torch.compile makes a faster reduction than PyTorch's.
+    """
     x_MC, dy_MC = (z.reshape(-1, x.shape[-1]).contiguous() for z in (x, dy))
-    dh_MN, db1 = hidden_gradient(dy_MC, w2.contiguous(), slope.view(-1, len(w1)))
+    dh_MN, sums = hidden_gradient(dy_MC, w2.contiguous(), slope.view(-1, len(w1)))
     dw2 = dy_MC.T @ a.view(dh_MN.shape)
-    return (dh_MN @ w1).view(x.shape), dh_MN.T @ x_MC, db1.to(x.dtype), dw2
+    return (dh_MN @ w1).view(x.shape), dh_MN.T @ x_MC, sums, dw2
 
 
 @mlp_backward.register_fake
 def _(dy, x, w1, w2, a, slope):
-    return x.new_empty(x.shape), w1.new_empty(w1.shape), w1.new_empty(len(w1)), w2.new_empty(w2.shape)
+    sizes, _ = _plan(x.shape[-1], True, dy.dtype)
+    sums = x.new_empty(blocks(x.numel() // x.shape[-1], sizes["ROWS"]), len(w1), dtype=torch.float32)
+    return x.new_empty(x.shape), w1.new_empty(w1.shape), sums, w2.new_empty(w2.shape)
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -198,7 +203,9 @@ def _keep(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dy, da, dslope):
     dy = dy.contiguous()
-    dx, dw1, db1, dw2 = mlp_backward(dy, *ctx.saved_tensors)
+    x, w1, w2, a, slope = ctx.saved_tensors
+    dx, dw1, sums, dw2 = mlp_backward(dy, x, w1, w2, a, slope)
+    db1 = sums.sum(0).to(w1.dtype)
     return dx, dw1, db1, dw2, dy.flatten(0, -2).sum(0) if ctx.biased else None, None
 
 
