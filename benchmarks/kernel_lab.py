@@ -164,8 +164,11 @@ def _norm_kernel(backward: bool, **sizes: int) -> Callable:
     return run
 
 
-# Rows, columns and inner columns of a tile, warps, stages.
-FORWARD = [(128, 128, 64, 8, 2), (128, 128, 32, 8, 4), (128, 128, 64, 4, 2), (128, 64, 64, 4, 3)]
+# Rows, columns and inner columns of a tile, warps, stages; and the kernel's DELAY, if any.
+FORWARD = [
+    *((128, 128, 64, 8, 3, delay) for delay in (250, 500, 1000)),
+    *((128, 128, 64, 8, 2), (128, 128, 32, 8, 4), (128, 128, 64, 4, 2), (128, 64, 64, 4, 3)),
+]
 BACKWARD = [(128, 128, 64, 8, 3), (128, 128, 64, 4, 2), (128, 128, 32, 4, 4), (64, 128, 64, 4, 3)]
 
 
@@ -194,14 +197,17 @@ def _mlp_cases(stage: int) -> Iterator[Case]:
 
 
 def _words(plan: tuple | None) -> str:
-    return "kernel" if plan is None else "{}x{}x{} w{} s{}".format(*plan)
+    if plan is None:
+        return "kernel"
+    return "{}x{}x{} w{} s{}".format(*plan[:5]) + "".join(f" delay {delay}" for delay in plan[5:])
 
 
 def _plan(plan: tuple | None) -> tuple[dict, dict] | None:
     if plan is None:
         return None
-    rows, columns, inner, warps, stages = plan
-    return dict(ROWS=rows, COLUMNS=columns, INNER=inner), dict(num_warps=warps, num_stages=stages)
+    rows, columns, inner, warps, stages, *delay = plan
+    options = dict(num_warps=warps, num_stages=stages) | (dict(DELAY=delay[0]) if delay else {})
+    return dict(ROWS=rows, COLUMNS=columns, INNER=inner), options
 
 
 def _norm_cases(stage: int) -> Iterator[Case]:

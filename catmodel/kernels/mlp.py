@@ -43,11 +43,21 @@ def _mlp_forward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    DELAY: tl.constexpr = 0,
 ):
-    """Some of the tiles, in turn: the next one is loaded while the last one is finished."""
+    """Some of the tiles, in turn: the next one is loaded while the last one is finished.
+
+    DELAY: steps that the second half of the programs waits at first, some nanoseconds each. The two programs of a
+    multiprocessor may then take turns: one multiplies while the other computes the GELU.
+    """
     across: tl.constexpr = tl.cdiv(N, COLUMNS)
     HALF: tl.constexpr = COLUMNS // 2
     exact: tl.constexpr = out.dtype == tl.float32
+    if DELAY > 0 and tl.program_id(0) * 2 >= tl.num_programs(0):
+        count = tl.full((), 0.0, tl.float32) + M
+        for _ in range(DELAY):
+            count = count * 0.5 + 1.0
+        M += (count < 0.0).to(tl.int32)  # 0, which the compiler does not know
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, tl.num_programs(0), flatten=True):
         # Consecutive tiles share rows: x stays in the L2.
         row, start = tile // across * ROWS, tile % across * COLUMNS
@@ -223,6 +233,7 @@ def cases() -> list[dict]:
             rows, columns, inner = sizes.values()
             constants = dict(N=4 * channels, K=channels, **sizes)
             constants |= dict(slope=None) if what == "inference" else {}
+            constants |= {} if backward else dict(DELAY=0)
             tiles = dict(x=(rows, inner), w=(inner, columns) if backward else (columns, inner))
             tiles |= dict.fromkeys(("slope", "out"), (rows, columns if backward else columns // 2))
             signature = {name: f"tensordesc<{dtype}[{a}, {b}]>" for name, (a, b) in tiles.items()}
