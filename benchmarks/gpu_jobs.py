@@ -42,7 +42,7 @@ class Job:
     def start(self, session: Session, environment: dict[str, str]) -> None:
         self.log = session.work / f"{self.part.name}-{self.name}.log".replace(" ", "_")
         command = [sys.executable, "launch/gpu.py", "--job", self.part.name, self.name, "--work", str(session.work)]
-        if session.rehearsal and self.part.name in ("check", "kernels"):
+        if session.rehearsal and self.part.name in ("host", "check", "kernels"):
             environment = {**environment, "TRITON_INTERPRET": "1"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(

@@ -227,27 +227,36 @@ def layout(session: Session, record: Record, layout: str) -> None:
 
 def profile(bench: Bench, record: Record, steps: int = 5, most: int = 60) -> None:
     """Where a step's time on the device goes: gpu-profile.json, a row per kernel of the engine's step."""
+    wall = median(rounds_of(bench.step, bench.device, *bench.session.size((5, 3), (1, 1))))
+    total, events = kernels_of(bench.step, bench.device, steps)
+    record.add(name="all kernels", **total, step_ms=1000 * wall)
+    for event in events[:most]:
+        record.add(**event)
+
+
+def kernels_of(step: Callable[[], object], device: torch.device, steps: int) -> tuple[dict, list[dict]]:
+    """The kernels of a step, as profiled: of all and of each, by time, "ms" on the device and "calls" per step.
+
+    Without a GPU, PyTorch's operators instead.
+    """
     from torch.profiler import ProfilerActivity
 
-    cuda = bench.device.type == "cuda"
-    wall = median(rounds_of(bench.step, bench.device, *bench.session.size((5, 3), (1, 1))))
+    cuda = device.type == "cuda"
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         for _ in range(steps):
-            bench.step()
-        finish(bench.device)
+            step()
+        finish(device)
     events = [
-        (event.self_device_time_total if cuda else event.self_cpu_time_total, event)
+        {
+            "name": event.key[:150],
+            "ms": (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000 / steps,
+            "calls": event.count / steps,
+        }
         for event in profiler.key_averages()
         if not cuda or event.device_type == torch.autograd.DeviceType.CUDA
     ]
-    events.sort(key=lambda pair: -pair[0])
-    total = {
-        "ms": sum(time for time, _ in events) / 1000 / steps,
-        "calls": sum(event.count for _, event in events) / steps,
-    }
-    record.add(name="all kernels", **total, step_ms=1000 * wall)
-    for time, event in events[:most]:
-        record.add(name=event.key[:150], ms=round(time / 1000 / steps, 4), calls=event.count / steps)
+    events.sort(key=lambda event: -event["ms"])
+    return {key: sum(event[key] for event in events) for key in ("ms", "calls")}, events
 
 
 def judge(rows: list[dict]) -> tuple[bool, str]:

@@ -43,6 +43,7 @@ PARTS: dict[str, Part] = {
             limit=300,
             alone=False,
         ),
+        Part("host", {"host": Later("gpu_host.host")}, Later("gpu_host.judge"), limit=90),
         Part("recipe", {"recipe": Later("gpu_small.recipe")}, Later("gpu_small.judge_recipe"), limit=60),
         Part("check", {"check": Later("gpu_small.check")}, Later("gpu_small.judge_check"), limit=150, alone=False),
         Part("kernels", {"kernels": Later("gpu_small.kernels")}, Later("gpu_small.judge_kernels"), limit=60),

@@ -118,6 +118,19 @@ def profile_cells(row: dict) -> list[str] | None:
     return [f"`{row['name'][:90]}`".replace("|", "\\|"), f"{row['ms']:.2f}", number(row["calls"])]
 
 
+def host() -> str:
+    """Of `gpu-host.json`: what calls and passes cost the host."""
+
+    def cells(row: dict) -> list[str] | None:
+        if row["kind"] == "step":
+            passes = f"forward {number(row['forward_ms'])} ms, backward {number(row['backward_ms'])} ms"
+            device = f"{number(row['device_ms'])} ms in {number(row['launches'])} launches"
+            return [row["name"], passes, device]
+        return [f"`{row['name']}`", f"{number(row['us'])} µs"] if row["kind"] == "call" else None
+
+    return rows_table("gpu-host", ["", "the host's time", "the device's"], cells)
+
+
 def loader() -> str:
     """Of `gpu-loader.json`: the loader alone on some cores."""
     titles = [
@@ -225,6 +238,7 @@ GPU_TABLES: dict[str, Callable[[], str]] = {
     "gpu-inference": lambda: steps("gpu-inference"),
     "gpu-layout": lambda: steps("gpu-layout"),
     "gpu-profile": profile,
+    "gpu-host": host,
     "gpu-loader": loader,
     "gpu-recipe": recipe,
     "gpu-runs": training_runs,

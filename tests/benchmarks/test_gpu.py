@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_cifar, gpu_exact, gpu_model, gpu_runs, gpu_small
+from benchmarks import gpu_cifar, gpu_exact, gpu_host, gpu_model, gpu_runs, gpu_small
 from benchmarks.gpu_parts import NEED_IMAGES, OURS, PARTS, SWIN, USUAL
 from benchmarks.gpu_record import Record, Session
 from benchmarks.graphs import device_seconds
@@ -186,3 +186,13 @@ def test_cifar_rehearsed(tiny_dataset, tmp_path):
     found = json.loads((tmp_path / "gpu-cifar.json").read_text())
     assert found["passed"] and [row["step"] for row in found["rows"]] == [13, 13]
     assert (tmp_path / "train-cifar10_300-metrics.jsonl").exists()
+
+
+def test_functions_of_a_forward_pass_by_their_own_time():
+    def inner() -> int:
+        return sum(range(200_000))
+
+    found = gpu_host.functions(lambda: [inner() for _ in range(3)], repeats=2)
+    assert found[0]["name"].endswith("<built-in method builtins.sum>") and found[0]["calls"] == 3
+    own = next(row for row in found if row["name"].endswith(" inner"))
+    assert own["name"].startswith("tests/benchmarks/test_gpu.py:") and own["with_callees_us"] > own["us"]

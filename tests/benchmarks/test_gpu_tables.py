@@ -90,3 +90,13 @@ def test_prose_is_wrapped_and_tables_are_not():
     wrapped = markdown.wrapped(f"- {'word ' * 50}\n{table}").splitlines()
     assert wrapped[-1] == table and len(wrapped) == 4
     assert all(len(line) <= 120 for line in wrapped[:-1]) and wrapped[1].startswith("  word")
+
+
+def test_the_hosts_time_of_calls_and_passes(results):
+    step = {"forward_ms": 40.0, "backward_ms": 60.0, "device_ms": 35.0, "launches": 1200.0}
+    rows = [{"kind": "call", "name": "pack", "us": 20.0}, {"kind": "step", "name": "cat_base", **step}]
+    results("gpu-host.json", rows=[*rows, {"kind": "function", "name": "a.py:1 f", "us": 1.0}], **ABOUT)
+    assert gpu_tables.host().splitlines()[-2:] == [
+        "| `pack` | 20 µs |  |",
+        "| cat_base | forward 40 ms, backward 60 ms | 35 ms in 1,200 launches |",
+    ]
