@@ -5,6 +5,8 @@ estimate of the optimum checkpoint interval for restart dumps". Bougeret, Casano
 "Checkpointing strategies for parallel jobs".
 """
 
+from collections import Counter
+from itertools import pairwise
 from math import exp, expm1, sqrt
 
 from operate.plan.timeline import Outcome, Timeline
@@ -24,12 +26,16 @@ def daly(stall: float, mtbf: float) -> float:
 
 
 def best_every(timeline: Timeline) -> int:
-    """Steps between checkpoints by Daly's interval, at least the time to write one, because the next waits for it."""
+    """Steps between checkpoints by Daly's interval, at least the time to write one, because the next waits for it.
+
+    At most the steps between evaluations: these save anyway, and a longer interval would only add saves between them.
+    """
+    longest = min(timeline.steps, timeline.evaluate_every or timeline.steps)
     if not timeline.failure_rate:
-        return timeline.steps
+        return longest
     work = per_step(timeline)
     interval = max(daly(timeline.stall, 1 / timeline.failure_rate), timeline.write - timeline.stall)
-    return max(1, min(timeline.steps, round(interval / work)))
+    return max(1, min(longest, round(interval / work)))
 
 
 def slowdown(timeline: Timeline) -> float:
@@ -60,9 +66,8 @@ def expected(timeline: Timeline) -> Outcome:
     rate, stall, startup = timeline.failure_rate, timeline.stall, timeline.startup
     work = per_step(timeline)
     lag = max(0.0, timeline.write - stall)
-    full, rest = divmod(timeline.steps, timeline.every)
-    counts = ((full, timeline.every), (1, rest))
-    segments = [(count, max(steps * work, lag) + stall) for count, steps in counts if count and steps]
+    counts = Counter(after - before for before, after in pairwise([0, *timeline.saves()]))
+    segments = [(count, max(steps * work, lag) + stall) for steps, count in counts.items()]  # the run's first one first
     unbroken = sum(count * length for count, length in segments)
     if rate:
         # Seconds between failures, with the wait after one; then the start-up, which may fail (Bougeret's equation 1).

@@ -70,8 +70,7 @@ class _Simulation:
             self.position = due
             if timeline.evaluate_every and due % timeline.evaluate_every == 0:
                 self.work(timeline.evaluation, "evaluation")
-            if due % timeline.every == 0 or due == timeline.steps:
-                self.save()
+            self.save()
         self.wait_for_write()
 
     def following(self, every: int) -> int:

@@ -11,6 +11,7 @@ ASSUMPTIONS = (
     "and goes on from the newest checkpoint that was whole when it failed.",
     "A checkpoint stops training while it is copied to host memory; a thread writes it while training goes on, and "
     "until it is written a failure goes back to the one before. The next save waits for it.",
+    "Every evaluation is better than all before it, so its step is saved too, as that of the best weights so far.",
     "Stragglers: every node has slow episodes, a Poisson process, each equally long; while any node is in one, every "
     "step and evaluation takes longer by the factor given.",
     "Steps, evaluations, stalls and writes otherwise take equally long each. Evaluation comes before the save of the "
@@ -24,7 +25,7 @@ class Timeline:
 
     steps: int
     step: float  # one optimizer step without stragglers
-    every: int  # steps between checkpoints; the last step has one, too
+    every: int  # steps between checkpoints, besides those of evaluations and of the last step
     evaluate_every: int = 0  # steps; 0: never
     evaluation: float = 0.0
     startup: float = 0.0  # from a process's start until its first step begins
@@ -35,6 +36,11 @@ class Timeline:
     straggler_rate: float = 0.0
     straggler_lasts: float = 0.0
     straggler_factor: float = 1.0  # a step's time while a node is slow / a usual step's
+
+    def saves(self) -> list[int]:
+        """The steps after which there is a checkpoint, in rising order."""
+        evaluated = range(self.evaluate_every, self.steps, self.evaluate_every) if self.evaluate_every else ()
+        return sorted({*range(self.every, self.steps, self.every), *evaluated, self.steps})
 
 
 @dataclass(frozen=True)

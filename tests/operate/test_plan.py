@@ -93,7 +93,7 @@ def test_closed_form_and_simulation_agree_within_2_percent(changes):
     "changes", [{"stall": 60}, {"stall": 20, "failure_rate": 1 / 2000}, {"stall": 300, "failure_rate": 1 / 5000}]
 )
 def test_the_best_interval_beats_its_half_and_its_double_in_simulation(changes):
-    timeline = replace(DAYS, write=0, straggler_rate=0, **changes)
+    timeline = replace(DAYS, write=0, straggler_rate=0, evaluate_every=0, **changes)
     best = best_every(timeline)
     half, at_best, double = (
         simulate_mean(replace(timeline, every=every), 1, 100)[0].wall for every in (best // 2, best, 2 * best)
@@ -104,6 +104,14 @@ def test_the_best_interval_beats_its_half_and_its_double_in_simulation(changes):
 def test_no_checkpoint_is_planned_while_the_last_is_being_written():
     slowly_written = replace(DAYS, stall=0.01, write=900)
     assert best_every(slowly_written) * per_step(slowly_written) == pytest.approx(900, abs=1)
+
+
+def test_the_best_interval_is_at_most_that_of_evaluations():
+    """Daly's would be 1,500 steps; evaluations save after 1,251 anyway, and what is saved between them only costs."""
+    timeline = replace(DAYS, write=0, straggler_rate=0, stall=60)
+    assert best_every(timeline) == best_every(replace(timeline, failure_rate=0)) == timeline.evaluate_every
+    at_best, longer = (simulate_mean(replace(timeline, every=every), 1, 100)[0].wall for every in (1251, 1500))
+    assert at_best < longer
 
 
 def test_a_run_by_hand():
@@ -117,6 +125,15 @@ def test_a_run_by_hand():
     # The second failure would strike while the job waits, the third strikes in its start-up.
     thrice = simulate(timeline, 0, [36, 40, 45])
     assert (thrice.failures, thrice.startup, thrice.waiting) == (2, 10 + 2 + 10, 14)
+
+
+def test_an_evaluation_is_saved_by_hand():
+    """A better evaluation's step is saved between the regular ones, after the evaluation."""
+    timeline = Timeline(steps=50, step=1, every=20, evaluate_every=25, evaluation=3, startup=10, stall=2, write=5)
+    assert timeline.saves() == [20, 25, 40, 50]
+    assert simulate(timeline, 0).wall == 10 + 50 + 2 * 3 + 4 * 2 + 3
+    # Step 25's checkpoint, begun at 40 s, is whole at 45 s.
+    assert simulate(timeline, 0, [44]).lost == 7 and simulate(timeline, 0, [46]).lost == 4
 
 
 def test_a_run_of_a_year_ends():
