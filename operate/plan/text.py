@@ -12,11 +12,11 @@ CATEGORIES = ("productive", "stragglers", "startup", "checkpoint_stall", "evalua
 
 def three_digits(seconds: float) -> str:
     """Such as "3.21 h" or "64.2 ms": up to three digits in one unit, unlike train.telemetry.formatting.duration."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.3g} {unit}"
-    if not seconds:
-        return "0 s"
+    if seconds == 0 or seconds >= 0.9995:  # which would be "1e+03 ms"
+        return f"{seconds:.3g} s"
     return f"{1000 * seconds:.3g} ms"
 
 

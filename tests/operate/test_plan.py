@@ -13,6 +13,7 @@ from operate.plan.cluster import Cluster
 from operate.plan.plan import scale
 from operate.plan.simulate import simulate, simulate_mean
 from operate.plan.step_time import STAGES, all_gather, all_reduce, step_time
+from operate.plan.text import three_digits
 from operate.plan.timeline import Timeline
 from operate.plan.workload import Workload, count_workload, memory_by_stage
 from operate.task_model import task_of
@@ -308,3 +309,10 @@ def test_a_run_that_is_counted_in_steps(tiny_config):
     workload = count_workload(task_of(load_config(tiny_config, [*keys, "schedule.warmup_steps=2"])), 260, 101)
     assert (workload.steps, workload.evaluation_interval, workload.checkpoint_interval) == (20, 3, 7)
     assert workload.fitted(64).steps == 20  # whatever the global batch
+
+
+def test_times_have_three_digits_of_the_unit_that_fits():
+    seconds = (0, 0.000_12, 0.0642, 0.9994, 0.9996, 1.18, 89, 90, 11_556)
+    assert [three_digits(each) for each in seconds] == [
+        *("0 s", "0.12 ms", "64.2 ms", "999 ms", "1 s", "1.18 s", "89 s", "1.5 min", "3.21 h"),
+    ]
