@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.config_reference import reference
-from benchmarks.gpu_tables import GPU_TABLES, UNMEASURED
+from benchmarks.gpu.tables import GPU_TABLES, UNMEASURED
 from benchmarks.markdown import load, markdown, number, source
 
 

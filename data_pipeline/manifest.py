@@ -3,9 +3,9 @@
 `manifest.json` names the classes and, for each split, its shards and its index. The index is a flat table of `RECORD`s,
 one per sample, in the order of the sample ids 0 … N-1; it is memory-mapped, so its size costs a rank nothing.
 
-A split may also be stored as one FFCV file (beton.py), with an index of its own. Its shards may then be absent
-(`shards` is empty); `<split>.index` stays, because it identifies the samples; its hash is the split's fingerprint
-whatever file holds the images.
+A split may also be stored as one FFCV file (preparation/beton.py), with an index of its own. Its shards may then be
+absent (`shards` is empty); `<split>.index` stays, because it identifies the samples; its hash is the split's
+fingerprint whatever file holds the images.
 
 A record has one integer label. Further labels of the samples are *annotations* (annotations.py): named arrays, mostly
 with one row per sample.

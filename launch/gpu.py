@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import gpu
-from benchmarks.gpu_parts import USUAL
-from benchmarks.gpu_record import Session
+from benchmarks.gpu.parts import USUAL
+from benchmarks.gpu.record import Session
+from benchmarks.gpu.run import CannotMeasure, run_job, run_parts
 from launch.cli import Parser, leave, run
 from train import exit_codes
 
@@ -21,11 +21,11 @@ def main(arguments: argparse.Namespace) -> None:
         return
     names = arguments.parts.split(",")
     if unknown := set(names) - set(USUAL):
-        raise gpu.CannotMeasure(f"--parts {','.join(sorted(unknown))}: known are {', '.join(USUAL)}")
+        raise CannotMeasure(f"--parts {','.join(sorted(unknown))}: known are {', '.join(USUAL)}")
     names = ["cifar"] * bool(arguments.cifar) + names
     wheels = Path(arguments.wheels) if arguments.wheels else None
     with tempfile.TemporaryDirectory() as folder:
-        passed = gpu.run(session_of(arguments, Path(folder)), names, arguments.seconds, wheels)
+        passed = run_parts(session_of(arguments, Path(folder)), names, arguments.seconds, wheels)
     if not passed:
         sys.exit(exit_codes.FAILED)
 
@@ -33,11 +33,11 @@ def main(arguments: argparse.Namespace) -> None:
 def work(arguments: argparse.Namespace, folder: Path) -> None:
     session = session_of(arguments, folder)
     if arguments.draw:
-        from benchmarks.gpu_small import draw
+        from benchmarks.gpu.small import draw
 
         draw(session)
     else:
-        gpu.run_job(*arguments.job, session)
+        run_job(*arguments.job, session)
 
 
 def session_of(arguments: argparse.Namespace, folder: Path) -> Session:

@@ -21,7 +21,7 @@ class Unreadable(Exception):
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from data_pipeline.listing import find_images
+    from data_pipeline.preparation.listing import find_images
     from train.checkpoint.trained_model import check_target, read_trained
     from train.config import ConfigError
 

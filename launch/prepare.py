@@ -82,9 +82,9 @@ def main(arguments: list[str]) -> int:
 
 
 def run_prepare(options: argparse.Namespace) -> int:
-    from data_pipeline.label_listing import LabelOptions
-    from data_pipeline.object_listing import ObjectOptions
-    from data_pipeline.prepare import prepare
+    from data_pipeline.preparation.label_listing import LabelOptions
+    from data_pipeline.preparation.object_listing import ObjectOptions
+    from data_pipeline.preparation.prepare import prepare
     from data_pipeline.split import UsageError
     from data_pipeline.validate import Encoding
 
@@ -112,7 +112,7 @@ def run_prepare(options: argparse.Namespace) -> int:
 
 
 def run_index(options: argparse.Namespace) -> int:
-    from data_pipeline.foreign import index
+    from data_pipeline.preparation.foreign import index
 
     index(options.dest, workers=options.workers, split=options.split, label_key=options.label_key)
     print(f"{options.dest} is indexed:")
@@ -128,8 +128,8 @@ def _first_five(names: Sequence[str]) -> str:
 def _print_report(dest: Path) -> None:
     import json
 
-    from data_pipeline.finish import LIST_NAME, REPORT_NAME
     from data_pipeline.manifest import read_manifest
+    from data_pipeline.preparation.finish import LIST_NAME, REPORT_NAME
 
     report = json.loads((dest / REPORT_NAME).read_text())
     names = {
@@ -184,7 +184,7 @@ def _print_report(dest: Path) -> None:
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    from data_pipeline.verify import verify
+    from data_pipeline.preparation.verify import verify
 
     faults = verify(options.dest, options.workers)
     for fault in faults:

@@ -93,7 +93,7 @@ def tiny_images(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_dataset(tiny_images, tmp_path_factory):
     """`tiny_images`, prepared."""
-    from data_pipeline.prepare import prepare
+    from data_pipeline.preparation.prepare import prepare
 
     folder = tmp_path_factory.mktemp("prepared") / "dataset"
     prepare(str(tiny_images), folder, workers=1, shard_bytes=100_000, val_fraction=0.0, seed=0)

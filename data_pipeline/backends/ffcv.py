@@ -1,6 +1,6 @@
 """Backend for FFCV files, with random access through their index, decoded by the project's decoder.
 
-FFCV itself is not needed; see beton.py.
+FFCV itself is not needed; see preparation/beton.py.
 """
 
 import numpy as np

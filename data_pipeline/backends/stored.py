@@ -42,7 +42,7 @@ class StoredSamples:
         self._open: dict[int, _File] = {}  # in order of use, the least recently used first
         self._faults: Counter[tuple[str, str]] = Counter()
         if annotation:
-            self.records = split.annotation(annotation)  # now: CPython 3.11 cannot do it in many threads (verify.py)
+            self.records = split.annotation(annotation)  # now: CPython 3.11 cannot do it in many threads
 
     @cached_property
     def records(self) -> np.ndarray:

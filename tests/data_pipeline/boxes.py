@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.listing import list_source, open_source
-from data_pipeline.object_listing import ObjectOptions
+from data_pipeline.preparation.listing import list_source, open_source
+from data_pipeline.preparation.object_listing import ObjectOptions
 from tests.data_pipeline.images import encoded, picture
 from tests.data_pipeline.label_maps import write
 

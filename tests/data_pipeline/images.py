@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.manifest import open_manifest
-from data_pipeline.prepare import prepare
+from data_pipeline.preparation.prepare import prepare
 
 CLASSES = ("bird", "cat", "dog")
 SAMPLE = Path(__file__).resolve().parents[3] / "shared/data/imagenet_sample.tar"  # 800 photographs; may be missing

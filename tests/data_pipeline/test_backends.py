@@ -14,13 +14,13 @@ from PIL import Image
 
 from data_pipeline import manifest
 from data_pipeline.backends import open_backend
-from data_pipeline.beton import require_ffcv
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.decode import decode_batch
 from data_pipeline.faults import StorageError
 from data_pipeline.loader import MicroBatch, build_loader
 from data_pipeline.manifest import open_manifest, read_manifest
 from data_pipeline.order import Order
+from data_pipeline.preparation.beton import require_ffcv
 from data_pipeline.split import DataError, Split, UsageError
 from data_pipeline.views import Crops
 from tests.data_pipeline.shards import add_beton, jpeg, picture, write_split

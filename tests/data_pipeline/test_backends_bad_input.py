@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from data_pipeline.backends import open_backend
-from data_pipeline.beton import _Samples, _Task
 from data_pipeline.decode import DECODER
+from data_pipeline.preparation.beton import _Samples, _Task
 from data_pipeline.split import DataError, Split
 from tests.data_pipeline.shards import add_beton, jpeg, picture, write_split
 

@@ -13,13 +13,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data_pipeline.annotations import add_annotation
-from data_pipeline.foreign import index
 from data_pipeline.manifest import open_manifest
 from data_pipeline.object_json import read_objects, write_objects
 from data_pipeline.objects import ObjectTable, coco_json
+from data_pipeline.preparation.foreign import index
+from data_pipeline.preparation.verify import verify
 from data_pipeline.split import CATEGORY_IDS, DETECTION, IMAGE, IMAGES, OBJECT, OBJECT_JSON, OBJECTS, DataError
 from data_pipeline.validate import BadImage
-from data_pipeline.verify import verify
 from tests.data_pipeline.boxes import CLASSES, document_of, make_coco
 from tests.data_pipeline.images import contents, encoded, listed, make_tar, picture, run
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from data_pipeline.backends import open_backend
 from data_pipeline.manifest import open_manifest
+from data_pipeline.preparation.verify import verify
 from data_pipeline.validate import AS_IT_IS, BadImage, Encoding, check_image
-from data_pipeline.verify import verify
 from tests.data_pipeline.images import SAMPLE, encoded, listed, picture, run, stored
 
 

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from data_pipeline.listing import list_source, open_source
 from data_pipeline.object_json import read_objects
-from data_pipeline.object_listing import ObjectOptions
+from data_pipeline.preparation.listing import list_source, open_source
+from data_pipeline.preparation.object_listing import ObjectOptions
 from data_pipeline.split import DataError
 from data_pipeline.validate import BadImage
 from tests.data_pipeline.boxes import change, document_of, make_coco, make_voc, voc_xml

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import tars
-from data_pipeline.foreign import index
-from data_pipeline.image_source import Source
-from data_pipeline.labels import read_labels
-from data_pipeline.listing import list_source, open_source
 from data_pipeline.manifest import open_manifest
+from data_pipeline.preparation import tars
+from data_pipeline.preparation.foreign import index
+from data_pipeline.preparation.image_source import Source
+from data_pipeline.preparation.labels import read_labels
+from data_pipeline.preparation.listing import list_source, open_source
+from data_pipeline.preparation.tars import tar_files
 from data_pipeline.split import DataError, UsageError
-from data_pipeline.tars import tar_files
 from tests.data_pipeline.images import encoded, listed, picture, run, stored
 from tests.data_pipeline.jpegs import corpus
 
@@ -306,7 +306,7 @@ def test_a_file_with_a_stale_handle_is_opened_again(tmp_path):
     path.write_bytes(IMAGE + END)
     program = """
 import sys
-from data_pipeline.listing import Path, Source, read_image
+from data_pipeline.preparation.listing import Path, Source, read_image
 print(len(read_image(Source("tar", Path(sys.argv[1])), "a/1.jpg", 512, 400)))
 """
     log = tmp_path / "log"

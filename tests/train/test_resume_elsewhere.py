@@ -104,7 +104,7 @@ def test_where_a_step_would_mean_another_epoch_it_is_refused(tiny_config, origin
 
 @pytest.mark.slow
 def test_a_dataset_of_another_size_is_another_number_of_steps(tiny_config, tiny_images, origin, tmp_path):
-    from data_pipeline.prepare import prepare
+    from data_pipeline.preparation.prepare import prepare
 
     for image in sorted((tiny_images / "train").rglob("*.jpg"))[::2]:
         copy = tmp_path / "images/train" / image.parent.name / image.name

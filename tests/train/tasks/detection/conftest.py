@@ -21,7 +21,7 @@ def box_scenes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def boxes(box_scenes, tmp_path_factory):
     """`box_scenes`, prepared."""
-    from data_pipeline.prepare import prepare
+    from data_pipeline.preparation.prepare import prepare
 
     folder = tmp_path_factory.mktemp("boxes") / "dataset"
     prepare(str(box_scenes), folder, workers=1, shard_bytes=200_000, val_fraction=0.0, seed=0)

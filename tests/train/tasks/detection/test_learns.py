@@ -16,7 +16,7 @@ def eight(tmp_path_factory):
     sys.path.insert(0, str(ROOT / "examples"))
     from draw_boxes import draw_dataset
 
-    from data_pipeline.prepare import prepare
+    from data_pipeline.preparation.prepare import prepare
 
     folder = tmp_path_factory.mktemp("eight")
     scenes, annotations = folder / "scenes", folder / "scenes/annotations"

@@ -21,7 +21,7 @@ def scenes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def segments(scenes, tmp_path_factory):
     """`scenes`, prepared."""
-    from data_pipeline.prepare import prepare
+    from data_pipeline.preparation.prepare import prepare
 
     folder = tmp_path_factory.mktemp("segments") / "dataset"
     prepare(str(scenes), folder, workers=1, shard_bytes=200_000, val_fraction=0.0, seed=0)

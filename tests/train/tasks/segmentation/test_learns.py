@@ -13,7 +13,7 @@ def test_the_quickstart_learns_the_shapes(tmp_path):
     sys.path.insert(0, str(ROOT / "examples"))
     from draw_segments import draw_dataset
 
-    from data_pipeline.prepare import prepare
+    from data_pipeline.preparation.prepare import prepare
 
     draw_dataset(tmp_path / "scenes", train=1000, val=40, seed=0)
     prepare(str(tmp_path / "scenes"), tmp_path / "data", workers=2, shard_bytes=10**8, val_fraction=0.0, seed=0)

@@ -1,0 +1,1 @@
+"""What `make gpu` measures on a GPU, and the laboratories of its kernels."""

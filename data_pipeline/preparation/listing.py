@@ -1,0 +1,368 @@
+"""List and read the images of a source: a folder, a tar, a tar of tars, or a torchvision dataset.
+
+Classes are taken from the folders here; sources with label maps are recognised by label_listing.py, those with boxes by
+object_listing.py.
+
+A source is listed once (`list_source`) and then read image by image, in any order and from any process (`read_image`).
+A listing is sorted by name, so the same images in a folder and in a tar give the same dataset. Only the listing grows
+with the source: about 130 bytes per image, and half as much again while it is sorted.
+"""
+
+import array
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.faults import retried
+from data_pipeline.preparation import torchvision_source
+from data_pipeline.preparation.image_source import SPLITS, Files, Items, Listing, Source
+from data_pipeline.preparation.label_listing import (
+    CLASS_FILES,
+    LONGEST_TEXT,
+    NO_LABEL_OPTIONS,
+    LabelOptions,
+    check_no_label_maps,
+    find_label_maps,
+    label_map_in,
+)
+from data_pipeline.preparation.labels import check_names, read_labels
+from data_pipeline.preparation.object_listing import (
+    BOX_FILE,
+    COCO_FILE,
+    NO_OBJECT_OPTIONS,
+    ObjectOptions,
+    find_objects,
+    misnamed,
+)
+from data_pipeline.preparation.ownership import DOWNLOAD
+from data_pipeline.preparation.progress import Progress
+from data_pipeline.preparation.tars import IMAGE_SUFFIXES, check_name, plain_tar, tar_files
+from data_pipeline.preparation.voc_listing import VOC_FILE
+from data_pipeline.split import DataError, UsageError
+from data_pipeline.validate import check_size
+
+FEW_CLASSES = 8  # up to which their folders are compared; a layout that is not understood gives few
+
+
+def open_source(text: str, work: Path) -> Source:
+    """The source that `text` names: a path, or `NAME` or `NAME:ROOT` of a torchvision dataset.
+
+    A compressed tar is first decompressed into `work`. Raises UsageError if there is no such source, DataError if it
+    cannot be read.
+    """
+    path = Path(text)
+    if path.is_dir():
+        return Source("folder", path.resolve())
+    if path.is_file():
+        return Source("tar", plain_tar(path.resolve(), work))
+    name, _, root = text.partition(":")
+    if name.lower() == "imagefolder":
+        # Read as a folder, because torchvision's ImageFolder does not keep the original bytes and knows no train/ and
+        # val/.
+        if not Path(root).is_dir():
+            raise UsageError(f"{text}: there is no folder {root!r}.")
+        return Source("folder", Path(root).resolve())
+    if "/" not in name:
+        if dataset := torchvision_source.class_named(name):
+            return Source("torchvision", Path(root).resolve() if root else work / DOWNLOAD, dataset)
+    raise UsageError(f"{text} is neither a folder, nor a tar file, nor the name of a torchvision dataset.")
+
+
+def list_source(
+    source: Source, options: LabelOptions = NO_LABEL_OPTIONS, object_options: ObjectOptions = NO_OBJECT_OPTIONS
+) -> Listing:
+    """List every image with its split and its label, label map or objects.
+
+    options: for sources with label maps. object_options: for those with boxes. Raises DataError if there are no images
+    or the layout or an annotation is not understood, UsageError if the options do not fit the source.
+    """
+    if source.kind == "torchvision":
+        listing = torchvision_source.list_images(source)
+    else:
+        files = _list_files(source)
+        listing = find_objects(files, object_options)
+        if listing and (label_map := label_map_in(files)):
+            raise DataError(f"{source.path} has boxes and label maps, as {label_map}: take one of the two away.")
+        listing = listing or find_label_maps(files, options) or _sort_into_splits(files)
+    if listing.coding is None and options != NO_LABEL_OPTIONS:
+        raise UsageError(
+            f"{source.path} has no label maps in a known layout: "
+            f"leave {options.flags()} out, or arrange it as images/<split>/ and annotations/<split>/."
+        )
+    if listing.category_ids is None and (given := object_options.given()):
+        raise UsageError(
+            f"{source.path} has no boxes in a known layout: leave --{next(iter(given)).replace('_', '-')} out, or "
+            "arrange it as COCO, with annotations/instances_<split>.json."
+        )
+    return listing
+
+
+def add_val(listing: Listing, source: Source, labels: Path | None) -> Listing:
+    """`listing` with the images of `source` as its val split.
+
+    labels: a label file for images in arbitrary folders; None if they lie in class folders. Raises UsageError if
+    `listing` has a val split already, DataError if the classes differ or a label is missing.
+    """
+    if "val" in listing.splits:
+        raise UsageError("the source has a val split of its own: leave --val out.")
+    if listing.coding or listing.category_ids:
+        beside = "label maps" if listing.coding else "annotations"
+        raise UsageError(f"--val is for classification: put these images and their {beside} into the val folders.")
+    if source.kind == "torchvision":
+        raise UsageError("--val takes a folder or a tar; a torchvision dataset has its own val split.")
+    if labels is None:
+        other = _sort_into_splits(_list_files(source))
+        if len(other.splits) > 1:
+            raise UsageError(f"{source.path} has the splits {', '.join(other.splits)}: give one of them to --val.")
+        _check_same_classes(source.path, listing.classes, other.classes)
+        [val], ignored = other.splits.values(), other.ignored
+    else:
+        files = _list_files(source)
+        ignored = files.others
+        val = Items(source, files.names, read_labels(labels, files.names, listing.classes), files.offsets, files.sizes)
+    return Listing(listing.classes, {**listing.splits, "val": val}, listing.ignored + ignored)
+
+
+def read_image(source: Source, name: str, offset: int, size: int) -> bytes:
+    """The encoded bytes of one image: those in the source or, from torchvision, a JPEG.
+
+    Raises DataError if it cannot be read, StorageError if a later attempt may succeed, BadImage if it is too large.
+    """
+    if source.kind == "torchvision":
+        return torchvision_source.read_image(source, name)
+    check_size(size)
+    return _read(source, name, offset, size)
+
+
+def _read(source: Source, name: str, offset: int, size: int) -> bytes:
+    """The bytes of a file of a folder or tar."""
+    try:
+        data = retried(lambda: _read_once(source, name, offset, size), f"{name} in {source.path}")
+    except OSError as error:
+        raise DataError(f"cannot read {name} from {source.path}: {error.strerror}.") from error
+    if len(data) != size:
+        raise DataError(
+            f"{name} in {source.path} has {len(data)} bytes, not {size} as when it was listed: the source has changed."
+        )
+    return data
+
+
+def _read_once(source: Source, name: str, offset: int, size: int) -> bytes:
+    """The `size` bytes at `offset` of the tar, or a file of a folder, with one byte more if the file has grown."""
+    if source.kind == "folder":
+        with open(source.path / name, "rb") as file:
+            return file.read(size + 1)
+    try:
+        return os.pread(_descriptor(source.path), size, offset)
+    except OSError:
+        _descriptor.cache_clear()  # the next attempt opens the file again
+        raise
+
+
+def find_images(names: Sequence[str]) -> list[Path]:
+    """The files in `names`, and for each folder all images below it, sorted by name, without hidden files.
+
+    Raises UsageError for missing files and folders without images, DataError for folders that cannot be read.
+    """
+    found = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(file for file, _, _ in _walk(path) if file.lower().endswith(IMAGE_SUFFIXES))
+            if not inside:
+                raise UsageError(f"{path} contains no images; their names end in {', '.join(IMAGE_SUFFIXES)}")
+            found += [path / file for file in inside]
+        elif path.exists():
+            found.append(path)
+        else:
+            raise UsageError(f"there is no image or folder {path}")
+    return found
+
+
+# --- folders and tars ------------------------------------------------------------------------------------------------
+
+
+def _list_files(source: Source) -> Files:
+    """The files of the source. If a tar has a name twice, the last member counts."""
+    names, offsets, sizes, others, texts, unread = [], array.array("q"), array.array("q"), 0, {}, []
+    with Progress("files", "listing") as progress:
+        for name, offset, size in _walk(source.path) if source.kind == "folder" else _tar_members(source.path):
+            if name.lower().endswith(IMAGE_SUFFIXES):
+                check_name(source.path, name)
+                names.append(name)
+                offsets.append(offset)
+                sizes.append(size)
+            else:
+                others += 1
+                if _may_be_read(name, size):
+                    texts[name] = (offset, size)
+                elif BOX_FILE.fullmatch(name):
+                    unread.append(name)
+            progress.show(len(names))
+    if not names:
+        raise DataError(f"{source.path} contains no images ({others} other files).")
+    order = np.argsort(np.array(names, dtype=object), kind="stable")
+    names = [names[i] for i in order]
+    keep = np.array([*(name != following for name, following in itertools.pairwise(names)), True])
+    if not keep.all():
+        names, order = list(itertools.compress(names, keep)), order[keep]
+    return Files(
+        source,
+        names,
+        np.array(offsets)[order],
+        np.array(sizes)[order],
+        others,
+        _Texts(source, texts),
+        tuple(sorted(unread)),
+    )
+
+
+def _may_be_read(name: str, size: int) -> bool:
+    """Whether a file that is no image may name classes or hold annotations."""
+    if name.endswith(".json"):
+        return bool(COCO_FILE.fullmatch(name))
+    return (name.rpartition("/")[2] in CLASS_FILES or bool(VOC_FILE.fullmatch(name))) and size <= LONGEST_TEXT
+
+
+class _Texts(Mapping):
+    """The contents of files by name. places: name → (offset, size)."""
+
+    def __init__(self, source: Source, places: dict[str, tuple[int, int]]):
+        self._source, self._places = source, places
+
+    def __getitem__(self, name: str) -> bytes:
+        return _read(self._source, name, *self._places[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._places))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _walk(root: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int, int]]:
+    """(name relative to the root, 0, size) of every file below `root`. Follows links, ignores hidden files.
+
+    above: the (device, inode) of the enclosing folders; a link to one of them would make the recursion endless.
+    """
+    try:
+        here = os.stat(root / prefix)
+        if (here.st_dev, here.st_ino) in above:
+            raise DataError(f"{root / prefix} is a link to a folder that contains it: remove it.")
+        above = (*above, (here.st_dev, here.st_ino))
+        for entry in os.scandir(root / prefix):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(root, f"{prefix}{entry.name}/", above)
+                continue
+            size = entry.stat().st_size
+            if not entry.is_file() and entry.name.lower().endswith(IMAGE_SUFFIXES):
+                raise DataError(f"{root / prefix / entry.name} is not a regular file: remove it.")
+            yield prefix + entry.name, 0, size
+    except OSError as error:  # a dangling link, a folder without permission
+        raise DataError(f"cannot read {error.filename}: {error.strerror}.") from error
+
+
+def _tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of every regular file in a plain tar.
+
+    A tar inside it (ImageNet's n01440764.tar) is a folder.
+    """
+    with open(path, "rb") as file:
+        for name, offset, size in tar_files(path, file, 0, path.stat().st_size):
+            if name.lower().endswith(".tar"):
+                for inner, *place in tar_files(f"{name} in {path}", file, offset, offset + size):
+                    yield f"{name[:-4]}/{inner}", *place
+            else:
+                yield name, offset, size
+
+
+def _sort_into_splits(files: Files) -> Listing:
+    """Take split and class of every image from its path: [one folder/][train|val/]class/…/image."""
+    if files.unread:
+        raise misnamed(files, files.unread[0])
+    root, names, skip = files.source.path, files.names, 0
+    tops = _top_folders(names, skip)
+    if len(tops) == 1 and min(tops.values()) > 1 and not set(tops) & set(SPLITS):
+        skip = len(next(iter(tops))) + 1
+        tops = _top_folders(names, skip)
+    if tops.get("train", 0) > 1 and tops.get("val") == 1:
+        raise DataError(
+            f"the images of {root}/val do not lie in class folders: "
+            f"give {root}/train as the source, with --val {root}/val and --val-labels FILE."
+        )
+    if set(tops) <= {*SPLITS, "valid", "validation", "test"} and set(tops.values()) == {1}:
+        raise DataError(
+            f"the images of {root} lie in {_first_few(tops)}, without class folders: put them into train/<class>/ and "
+            "val/<class>/ or, for detection, add annotations/instances_train.json and annotations/instances_val.json."
+        )
+    # A class may also be named "train". A folder is that of a split only if all its images lie in subfolders.
+    has_splits = bool(tops.keys() & set(SPLITS)) and all(tops[split] > 1 for split in SPLITS if split in tops)
+    if has_splits and len(tops) > 1 and not set(SPLITS) <= tops.keys():
+        raise DataError(f"{root} has the folders {_first_few(tops)}; expected train and val, or class folders only.")
+
+    labels, split_of = np.zeros(len(names), np.int32), np.full(len(names), -1, np.int8)
+    found = {split: {} for split in SPLITS}  # class name → its number, in the order of appearance
+    for i, name in enumerate(names):
+        split, _, rest = name[skip:].partition("/") if has_splits else ("train", "", name[skip:])
+        if split not in SPLITS:
+            continue
+        class_name, slash, _ = rest.partition("/")
+        if not slash:
+            raise DataError(
+                f"{name} in {root} is not in a class folder; expected train/<class>/<image> or <class>/<image>."
+            )
+        labels[i] = found[split].setdefault(class_name, len(found[split]))
+        split_of[i] = SPLITS.index(split)
+    if found["train"] and found["val"]:
+        _check_same_classes(root, found["train"], found["val"])
+    classes = tuple(sorted(found["train"] or found["val"]))
+    check_names(root, classes)
+    if len(classes) <= FEW_CLASSES:
+        used = (names[i][skip:].split("/", 1 + has_splits)[-2:] for i in np.flatnonzero(split_of >= 0))
+        check_no_label_maps(root, used)
+    everything = Items(files.source, names, labels, files.offsets, files.sizes)
+    splits = {}
+    for number, split in enumerate(SPLITS):
+        if found[split]:
+            chosen = everything.take(np.flatnonzero(split_of == number))
+            rank = np.argsort(np.argsort(list(found[split])))
+            splits[split] = dataclasses.replace(chosen, labels=rank[chosen.labels].astype(np.int32))
+    return Listing(classes, splits, files.others + int(np.sum(split_of < 0)))
+
+
+def _top_folders(names: list[str], skip: int) -> dict[str, int]:
+    """The first folder of each name after `skip` characters ("" if none), with the depth of its shallowest name."""
+    tops = {}
+    for name in names:
+        top, slash, _ = name[skip:].partition("/")
+        depth = name.count("/", skip)
+        top = top if slash else ""
+        tops[top] = min(depth, tops.get(top, depth))
+    return tops
+
+
+def _check_same_classes(what: str | Path, train: Iterable[str], val: Iterable[str]) -> None:
+    only = {"train": set(train) - set(val), "val": set(val) - set(train)}
+    if any(only.values()):
+        odd = " and ".join(f"only {split} has {_first_few(names)}" for split, names in only.items() if names)
+        raise DataError(f"{what}: train and val must have the same classes, but {odd}.")
+
+
+def _first_few(names) -> str:
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+@functools.lru_cache(maxsize=1)
+def _descriptor(path: Path) -> int:
+    return os.open(path, os.O_RDONLY)
