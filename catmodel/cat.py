@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from catmodel import kernels
 from catmodel.attention import CrossPatchAttention, InnerPatchAttention, seed_for
 from catmodel.fixed_order import resize
-from catmodel.layers import Block, PatchConv, Pending
+from catmodel.layers import Block, PatchConv, Pending, draw_block_scales
 from catmodel.patches import Patches, may_be_nonzero, padding_to
 from catmodel.variants import Staged, build, select_stages
 
@@ -131,10 +131,11 @@ class Stage(nn.Module):
         patches = self.patches(x_BHWC)
         tokens, fused = Pending(patches.tokens_from_map(x_BHWC)), patches.kernels
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
-        for cab in zip(self.pre_ipsa_blocks, self.cpsa_blocks, self.post_ipsa_blocks, strict=True):
-            for block in cab:
-                seed = seed_for(block.attn, x_BHWC.device)
-                tokens = block.chain(tokens, patches, seed, fused=fused, recompute=recompute)
+        cabs = zip(self.pre_ipsa_blocks, self.cpsa_blocks, self.post_ipsa_blocks, strict=True)
+        blocks = list(itertools.chain.from_iterable(cabs))
+        for block, scales in zip(blocks, draw_block_scales(blocks, x_BHWC), strict=True):
+            seed = seed_for(block.attn, x_BHWC.device)
+            tokens = block.chain(tokens, scales, patches, seed, fused=fused, recompute=recompute)
         return patches.map_from_tokens(tokens.total())
 
 

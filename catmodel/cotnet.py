@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from catmodel.aggregation import aggregate
 from catmodel.fixed_order import MaxPool, pad_border
-from catmodel.layers import DropPathAdd, recomputed
+from catmodel.layers import DropPathAdd, draw_scales, recomputed
 from catmodel.variants import Staged, build, select_stages
 
 SHARE = 8  # channels that share their aggregation weights
@@ -279,9 +279,9 @@ class CoTNet(Staged):
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         maps = []
         for i in range(self.stages):
-            for block in getattr(self, f"layer{i + 1}"):
-                inputs = x_BCHW, block.add.draw(x_BCHW)
-                x_BCHW = recomputed(block, *inputs) if recompute else block(*inputs)
+            blocks = getattr(self, f"layer{i + 1}")
+            for block, scale in zip(blocks, draw_scales([block.add for block in blocks], x_BCHW), strict=True):
+                x_BCHW = recomputed(block, x_BCHW, scale) if recompute else block(x_BCHW, scale)
             maps.append(x_BCHW)
         return maps
 

@@ -1,6 +1,7 @@
 """Layers that several model families share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -57,21 +58,28 @@ class DropPathAdd(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
-        """x, branch [B, ...] -> [B, ...]. scale: what `draw` returned."""
+        """x, branch [B, ...] -> [B, ...]. scale: the factor of each sample's branch [B]; None: all are 1."""
         return Pending(x, branch, None, scale).total()
-
-    def draw(self, x: Tensor) -> Tensor | None:
-        """The factor of each sample's branch, for x [B, ...]: [B] of its dtype; None: all are 1.
-
-        Draws from torch's default generator of the device.
-        """
-        if not self.training or self.rate == 0.0:
-            return None
-        keep = 1.0 - self.rate
-        return x.new_empty(len(x)).bernoulli_(keep).div_(keep)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"
+
+
+def draw_scales(sums: Sequence[DropPathAdd], x: Tensor) -> list[Tensor | None]:
+    """The factors of the samples' branches for each of `sums`, for x [B, ...]: [B] of its dtype; None: all are 1.
+
+    They take one draw from torch's default generator of the device, because on a GPU a draw for each sum would be a
+    tenth of a step's launches.
+    """
+    rates = [add.rate if add.training else 0.0 for add in sums]
+    dropping = [rate for rate in rates if rate]
+    if not dropping:
+        return [None] * len(rates)
+    runs = ((1 - rate, len(list(same))) for rate, same in groupby(dropping))
+    keep = torch.cat([x.new_full((count, 1), chance, dtype=torch.float32) for chance, count in runs])
+    kept = torch.rand(len(dropping), len(x), device=x.device) < keep
+    factors = iter((kept / keep).to(x.dtype))
+    return [next(factors) if rate else None for rate in rates]
 
 
 class Pending(NamedTuple):
@@ -109,7 +117,7 @@ Scales = tuple[Tensor | None, Tensor | None]  # drop-path's factors of a block's
 class Block(nn.Module):
     """Attention (`attn`), then an MLP, each with a norm before it and a residual around it.
 
-    It is a function of its inputs: whatever is random is drawn before it.
+    It is a function of its inputs: whatever is random is drawn before it, drop-path by `draw_block_scales`.
     """
 
     def __init__(self, channels: int, attn: nn.Module, mlp_ratio: float, drop_path: float, eps: float = 1e-5):
@@ -120,25 +128,22 @@ class Block(nn.Module):
         self.mlp = Mlp(channels, int(channels * mlp_ratio))
         self.add = DropPathAdd(drop_path)
 
-    def draw(self, x_BNC: Tensor) -> Scales:
-        """Drop-path's factors for tokens [B, N, C]."""
-        return self.add.draw(x_BNC), self.add.draw(x_BNC)
-
     def forward(self, x_BNC: Tensor, scales: Scales, *place: object, fused: bool = False) -> Tensor:
         """Tokens [B, N, C] -> [B, N, C].
 
-        scales: what `draw` returned. place: further inputs of the attention. fused: use the MLP's kernels.
+        scales: drop-path's. place: further inputs of the attention. fused: use the MLP's kernels.
         """
         x_BNC = self.add(x_BNC, self.attn(self.norm1(x_BNC), *place), scales[0])
         return self.add(x_BNC, self.mlp(self.norm2(x_BNC), fused), scales[1])
 
-    def chain(self, pending: Pending, *place: object, fused: bool = False, recompute: bool = False) -> Pending:
+    def chain(
+        self, pending: Pending, scales: Scales, *place: object, fused: bool = False, recompute: bool = False
+    ) -> Pending:
         """The same, for blocks in a row: with kernels, the last sum of one is made by the first norm of the next.
 
         recompute: compute the block's activations again in the backward pass instead of keeping them.
         """
         run = recomputed if recompute else _called
-        scales = self.draw(pending.x)
         if not fused or not _one_dtype(pending.x, self.norm1.weight):
             return Pending(run(self, pending.total(), scales, *place, fused=fused))
         x, branch = run(self._chained, pending, scales[0], *place)
@@ -151,6 +156,12 @@ class Block(nn.Module):
         branch = self.attn(y, *place) if bias is None else self.attn(y, *place, last_bias=False)
         x, y = Pending(x, branch, bias, scale).normed(self.norm2)
         return x, self.mlp(y, fused=True, last_bias=False)
+
+
+def draw_block_scales(blocks: Sequence[Block], x: Tensor) -> list[Scales]:
+    """Drop-path's factors for the two branches of each block, for tokens x [B, ...], by one draw."""
+    drawn = iter(draw_scales([block.add for block in blocks for _ in range(2)], x))
+    return list(zip(drawn, drawn, strict=True))
 
 
 def recomputed(function: Callable, *inputs: object, **named: object) -> Any:

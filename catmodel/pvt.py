@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from catmodel import kernels
 from catmodel.fixed_order import resize
-from catmodel.layers import Block, PatchConv, Pending
+from catmodel.layers import Block, PatchConv, Pending, draw_block_scales
 from catmodel.patches import may_be_nonzero, padding_to
 from catmodel.variants import Staged, build, select_stages
 
@@ -226,8 +226,9 @@ class PVT(Staged):
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         fused = self.kernels and kernels.usable(x_BNC.device, x_BNC.dtype)
         tokens = Pending(x_BNC)
-        for block in getattr(self, f"block{index + 1}"):
-            tokens = block.chain(tokens, height, width, fused, fused=fused, recompute=recompute)
+        blocks = getattr(self, f"block{index + 1}")
+        for block, scales in zip(blocks, draw_block_scales(blocks, x_BNC), strict=True):
+            tokens = block.chain(tokens, scales, height, width, fused, fused=fused, recompute=recompute)
         return tokens.total(), height, width
 
     def forward_features(self, image: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import catmodel
-from catmodel.layers import DropPathAdd
+from catmodel.layers import DropPathAdd, draw_block_scales, draw_scales
 
 
 def count(model: nn.Module) -> int:
@@ -83,12 +83,12 @@ def test_drop_path_is_drawn_per_sample_and_keeps_the_mean():
     add = DropPathAdd(0.25).train()
     x, branch = torch.zeros(4000, 3, 2), torch.ones(4000, 3, 2)
     torch.manual_seed(0)
-    out = add(x, branch, add.draw(x))
+    out = add(x, branch, *draw_scales([add], x))
     assert torch.equal(out, out[:, :1, :1].expand_as(out)), "a sample's branch is kept or dropped as a whole"
     values = out[:, 0, 0]
     assert torch.all((values == 0) | (values == 1 / 0.75))
     assert abs((values == 0).float().mean().item() - 0.25) < 0.03
-    assert add.eval().draw(x) is None and torch.equal(add(x, branch, None), branch)
+    assert draw_scales([add.eval()], x) == [None] and torch.equal(add(x, branch, None), branch)
 
 
 def test_drop_path_draws_attention_and_mlp_independently():
@@ -98,7 +98,7 @@ def test_drop_path_draws_attention_and_mlp_independently():
     block.attn.forward = lambda x: torch.ones_like(x)
     block.mlp.forward = lambda x, fused: torch.full_like(x, 10.0)
     x = torch.zeros(400, 16, 32)
-    out = block(x, block.draw(x))[:, 0, 0]
+    out = block(x, *draw_block_scales([block], x))[:, 0, 0]
     assert set(out.tolist()) == {0.0, 2.0, 20.0, 22.0}
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from catmodel import kernels
-from catmodel.layers import Block, DropPathAdd, Pending
+from catmodel.layers import Block, DropPathAdd, Pending, draw_block_scales, draw_scales
 
 
 class Scale(nn.Module):
@@ -40,8 +41,8 @@ def run(made: nn.ModuleList, x: Tensor, **options: bool) -> list[Tensor]:
     torch.manual_seed(1)
     x = x.clone().requires_grad_()
     pending = Pending(x)
-    for block in made:
-        pending = block.chain(pending, 1.0, **options)
+    for block, scales in zip(made, draw_block_scales(made, x), strict=True):
+        pending = block.chain(pending, scales, 1.0, **options)
     y = pending.total()
     inputs = [x, *made.parameters()]
     return [y.detach(), *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), inputs)]
@@ -65,8 +66,8 @@ def test_without_kernels_a_row_is_the_blocks_one_after_the_other():
     made, x = blocks(), torch.randn(6, 5, 16)
     torch.manual_seed(1)
     y = x
-    for block in made:
-        y = block(y, block.draw(y), 1.0)
+    for block, scales in zip(made, draw_block_scales(made, x), strict=True):
+        y = block(y, scales, 1.0)
     assert torch.equal(run(made, x)[0], y.detach())
 
 
@@ -83,7 +84,32 @@ def test_autocast_leaves_sums_and_norms_to_pytorch(interpreted):
 def test_a_sample_is_kept_and_scaled_or_dropped():
     torch.manual_seed(2)
     add, x, branch = DropPathAdd(0.25).train(), torch.ones(400, 3), torch.full((400, 3), 3.0)
-    found = add(x, branch, add.draw(x))
+    found = add(x, branch, *draw_scales([add], x))
     assert set(found.flatten().tolist()) == {1.0, 5.0} and (found == found[:, :1]).all()
     assert 0.65 < (found[:, 0] == 5).float().mean() < 0.85
-    assert add.eval().draw(x) is None and torch.equal(add(x, branch, None), x + branch)
+    assert draw_scales([add.eval()], x) == [None] and torch.equal(add(x, branch, None), x + branch)
+
+
+def test_one_draw_serves_many_sums():
+    """Each sum has its own rate and draws, and those that drop nothing have none."""
+    torch.manual_seed(3)
+    sums, x = [DropPathAdd(rate).train() for rate in (0.0, 0.5, 0.5, 0.1)], torch.ones(4000, 2)
+    with CountCalls("aten::rand") as counted:
+        nothing, one, other, rare = draw_scales(sums, x)
+    assert counted.calls == 1 and nothing is None
+    for scale, rate in ((one, 0.5), (other, 0.5), (rare, 0.1)):
+        assert set(scale.tolist()) == {0.0, (1 / torch.tensor(1 - rate)).item()}
+        assert abs((scale == 0).float().mean().item() - rate) < 0.03
+    assert 0.4 < (one == other).float().mean() < 0.6
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts the calls of an operator."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name, self.calls = name, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.calls += function.name() == self.name
+        return function(*arguments, **(named or {}))
