@@ -4,7 +4,7 @@ import pytest
 
 from tests.runs import ROOT, metrics, run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def test_the_quickstart_learns_the_shapes(tmp_path):
