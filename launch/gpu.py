@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.gpu.parts import USUAL
+from benchmarks.gpu.parts import KNOWN, USUAL
 from benchmarks.gpu.record import Session
 from benchmarks.gpu.run import CannotMeasure, run_job, run_parts
 from launch.cli import Parser, leave, run
@@ -20,8 +20,8 @@ def main(arguments: argparse.Namespace) -> None:
         work(arguments, Path(arguments.work))
         return
     names = arguments.parts.split(",")
-    if unknown := set(names) - set(USUAL):
-        raise CannotMeasure(f"--parts {','.join(sorted(unknown))}: known are {', '.join(USUAL)}")
+    if unknown := set(names) - set(KNOWN):
+        raise CannotMeasure(f"--parts {','.join(sorted(unknown))}: known are {', '.join(KNOWN)}")
     names = ["cifar"] * bool(arguments.cifar) + names
     wheels = Path(arguments.wheels) if arguments.wheels else None
     with tempfile.TemporaryDirectory() as folder:
@@ -51,13 +51,14 @@ def parse_arguments() -> argparse.Namespace:
         description="Check the kernels, and measure kernels, models and training on a GPU; one JSON file per part.",
         epilog="parts, the most important first: "
         + ", ".join(USUAL)
-        + ". Exit codes: 0 all parts passed, 70 a part failed, 78 bad arguments or no GPU. A part passes if it ran "
-        "to its end and its results are correct; speeds are reported beside the project's aims.",
+        + "; and lab, which times candidates for kernels. Exit codes: 0 all parts passed, 70 a part failed, 78 bad "
+        "arguments or no GPU. A part passes if it ran to its end and its results are correct; speeds are "
+        "reported beside the project's aims.",
     )
     parser.add_argument(
         "--output", default="docs/results", metavar="DIR", help="folder of the gpu-<part>.json (default: %(default)s)"
     )
-    parser.add_argument("--parts", default=",".join(USUAL), metavar="A,B", help="only these (default: all)")
+    parser.add_argument("--parts", default=",".join(USUAL), metavar="A,B", help="only these (default: all but lab)")
     parser.add_argument("--seconds", type=float, default=420, help="time limit for all parts (default: %(default)s)")
     parser.add_argument(
         "--images", metavar="FOLDER", help="photographs to train on, *.jpg in folders of classes (default: drawn ones)"

@@ -1,16 +1,10 @@
-"""Times tiles of the MLP's and the norm's kernels beside cuBLAS and what Inductor makes, on CAT-B's shapes, on one GPU.
-
-    python -m benchmarks.gpu.kernel_lab --json lab.json [--seconds 100] [--batch 256] [--only "mlp forward"]
-    python -m benchmarks.gpu.kernel_lab --rehearse          # without a GPU: every way once, tiny, in the interpreter
+"""Tiles of the MLP's and the norm's kernels beside cuBLAS and what Inductor makes, on CAT-B's shapes: part `lab`.
 
 The tables in `mlp._plan` and `norm` were filled from its results (docs/results/h200-2026-11-27/kernel-lab.json, where
 more candidates were compared, which lost). Workers compile every way first and compare it with PyTorch in float32; then
-one process times them as CUDA graphs of many launches, so that the host's time is not in a figure. Each row is written
-as soon as it is measured.
+one process times them as CUDA graphs of many launches, so that the host's time is not in a figure.
 """
 
-import argparse
-import json
 import multiprocessing
 import os
 import queue
@@ -18,7 +12,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+
+from benchmarks.gpu.record import Record, Session
 
 # Tokens of an image, and channels, in each stage of CAT-B at 224 x 224.
 STAGES = {1: (3136, 96), 2: (784, 192), 3: (196, 384), 4: (49, 768)}
@@ -297,9 +292,9 @@ def row(case: Case, batch: int, time_us: float, distance: float | None) -> dict:
     """What is written of a case; floor: microseconds in which the memory moves the bytes."""
     tokens, C = STAGES[case.stage]
     moved, flops = 2 * batch * tokens * C * case.units, batch * tokens * C * 4 * C * case.flops
-    place = dict(group=case.group, stage=case.stage, way=case.way, microseconds=round(time_us, 1))
+    times = dict(microseconds=round(time_us, 1), floor=round(1e6 * moved / BANDWIDTH, 1))
     rates = dict(gb_per_s=round(moved / time_us / 1e3), tflop_per_s=round(flops / time_us / 1e6))
-    return dict(**place, floor=round(1e6 * moved / BANDWIDTH, 1), **rates, error=distance)
+    return dict(**times, **rates, error=distance)
 
 
 def _checked(numbers: list[int], count: int, batch: int, rehearsal: bool, limit: float) -> dict[int, tuple]:
@@ -325,52 +320,33 @@ def _checked(numbers: list[int], count: int, batch: int, rehearsal: bool, limit:
     return found
 
 
-def measure(batch: int, limit: float, path: Path | None, only: str) -> None:
-    """Check and time all cases within `limit` seconds."""
-    start, everything, lines = time.monotonic(), list(cases()), []
-    numbers = [number for number, case in enumerate(everything) if only in f"{case.group} {case.stage}"]
-    found = _checked(numbers, max(1, min(os.cpu_count() - 1, 15)), batch, False, 0.7 * limit)
-    print(f"{len(found)} of {len(numbers)} cases compiled in {time.monotonic() - start:.0f} s", flush=True)
+def lab(session: Session, record: Record) -> None:
+    """The job of part `lab`: every way is compiled and checked beside other jobs, and then timed in this job's turn."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the workers are many already
+    everything, batch = list(cases()), session.size(256, 2)
+    numbers = [n for n, c in enumerate(everything) if not session.rehearsal or (c.stage == 1 and c.way not in PLAIN)]
+    found = _checked(numbers, session.size(6, 1), batch, session.rehearsal, session.size(150, 600))
+    session.turn()
     for number in numbers:
         case, (distance, problem) = everything[number], found.get(number, (None, "not compiled in time"))
-        if time.monotonic() - start > limit:
-            problem = "no time left"
-        try:
-            line = None if problem else row(case, batch, microseconds(case, batch), distance)
-        except Exception as failure:
-            problem = f"{type(failure).__name__}: {failure}"[:300]
-        lines.append(line if not problem else dict(group=case.group, stage=case.stage, way=case.way, problem=problem))
-        print(json.dumps(lines[-1]), flush=True)
-        if path:
-            path.write_text(json.dumps(lines, indent=0) + "\n")
+
+        def measure(case: Case = case, distance: float | None = distance, problem: str | None = problem) -> dict:
+            if problem:
+                raise RuntimeError(problem)
+            return {"error": distance} if session.rehearsal else row(case, batch, microseconds(case, batch), distance)
+
+        name = f"{case.group} {case.stage}, {case.way}"
+        record.measure(name, measure, group=case.group, stage=case.stage, way=case.way)
 
 
-def rehearse(only: str) -> None:
-    """Every way but PyTorch's once in Triton's interpreter, with 2 images of few tokens, in a worker as on a GPU."""
-    everything = list(cases())
-    numbers = [n for n, c in enumerate(everything) if c.way not in PLAIN and only in f"{c.group} {c.stage}"]
-    found = _checked(numbers, 1, 2, True, 600)
-    for number in numbers:
-        case, (distance, problem) = everything[number], found.get(number, (None, "no result"))
-        print(f"{case.group} {case.stage} {case.way}: {problem or f'{distance:.1e}'}", flush=True)
-        if problem or distance > 0.01:
-            raise SystemExit(f"{case.group} {case.stage} {case.way} is wrong")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, each as it is measured")
-    parser.add_argument("--seconds", type=float, default=100, help="the most that it takes (default: 100)")
-    parser.add_argument("--batch", type=int, default=256, help="images (default: 256)")
-    parser.add_argument("--only", default="", metavar="TEXT", help='cases whose "group stage" contains this')
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU, in the interpreter")
-    arguments = parser.parse_args()
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read at torch's import; the workers are many already
-    if arguments.rehearse:
-        rehearse(arguments.only)
-    else:
-        measure(arguments.batch, arguments.seconds, arguments.json, arguments.only)
-
-
-if __name__ == "__main__":
-    main()
+def judge(rows: list[dict]) -> tuple[bool, str]:
+    """Where another way than the kernel's own is the fastest, by how much."""
+    said, wrong = [], [row["name"] for row in rows if row["error"] is not None and row["error"] > 0.01]
+    timed = [row for row in rows if "microseconds" in row]
+    for group, stage in dict.fromkeys((row["group"], row["stage"]) for row in timed):
+        times = {row["way"]: row["microseconds"] for row in timed if (row["group"], row["stage"]) == (group, stage)}
+        ours, (way, best) = times.get("kernel"), min(times.items(), key=lambda item: item[1])
+        if ours and best < 0.97 * ours and way != "cuBLAS alone":
+            said.append(f"{group} {stage}: {way} {best:.0f} µs, the kernel {ours:.0f}")
+    said += [f"WRONG: {', '.join(wrong)}"] * bool(wrong)
+    return bool(rows) and not wrong, "; ".join(said) or f"{len(rows)} ways, none faster than the kernels"

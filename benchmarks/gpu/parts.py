@@ -63,7 +63,9 @@ PARTS: dict[str, Part] = {
             Later("model.judge_inference"),
             limit=200,
         ),
+        Part("lab", {"lab": Later("kernel_lab.lab")}, Later("kernel_lab.judge"), limit=200),
     )
 }
 NEED_IMAGES = ("train", "whole", "loader")
-USUAL = [name for name in PARTS if name != "cifar"]  # which needs --cifar
+KNOWN = [name for name in PARTS if name != "cifar"]  # which needs --cifar
+USUAL = [name for name in KNOWN if name != "lab"]
