@@ -43,7 +43,7 @@ PARTS: dict[str, Part] = {
             limit=300,
             alone=False,
         ),
-        Part("host", {"host": Later("host.host")}, Later("host.judge"), limit=90),
+        Part("host", {"host": Later("host.host")}, Later("host.judge"), limit=150),
         Part("recipe", {"recipe": Later("small.recipe")}, Later("small.judge_recipe"), limit=60),
         Part("check", {"check": Later("small.check")}, Later("small.judge_check"), limit=150, alone=False),
         Part("kernels", {"kernels": Later("small.kernels")}, Later("small.judge_kernels"), limit=60),

@@ -47,8 +47,8 @@ def _mlp_forward(
 ):
     """Some of the tiles, in turn: the next one is loaded while the last one is finished.
 
-    DELAY: steps that the second half of the programs waits at first, some nanoseconds each. The two programs of a
-    multiprocessor may then take turns: one multiplies while the other computes the GELU.
+    DELAY: the second half of the programs first waits for so many steps of some nanoseconds. The two programs of a
+    multiprocessor may then take turns: one multiplies while the other computes the GELU. Only benchmarks/gpu/ sets it.
     """
     across: tl.constexpr = tl.cdiv(N, COLUMNS)
     HALF: tl.constexpr = COLUMNS // 2

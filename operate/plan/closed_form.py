@@ -6,8 +6,9 @@ estimate of the optimum checkpoint interval for restart dumps". Bougeret, Casano
 """
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
-from math import exp, expm1, sqrt
+from math import ceil, exp, expm1, sqrt
 
 from operate.plan.timeline import Outcome, Timeline
 
@@ -28,14 +29,19 @@ def daly(stall: float, mtbf: float) -> float:
 def best_every(timeline: Timeline) -> int:
     """Steps between checkpoints by Daly's interval, at least the time to write one, because the next waits for it.
 
-    At most the steps between evaluations: these save anyway, and a longer interval would only add saves between them.
+    Evaluations save, too. So the best interval is at most theirs, and may be one that divides theirs evenly: otherwise
+    some saves of both kinds would come soon after each other. The fastest of these by `expected`.
     """
     longest = min(timeline.steps, timeline.evaluate_every or timeline.steps)
     if not timeline.failure_rate:
         return longest
     work = per_step(timeline)
-    interval = max(daly(timeline.stall, 1 / timeline.failure_rate), timeline.write - timeline.stall)
-    return max(1, min(longest, round(interval / work)))
+    lag = timeline.write - timeline.stall
+    by_daly = max(1, min(longest, round(max(daly(timeline.stall, 1 / timeline.failure_rate), lag) / work)))
+    parts = longest // by_daly
+    even = [ceil(longest / count) for count in (parts, parts + 1)] if timeline.evaluate_every else []
+    choices = [by_daly, *(every for every in even if every * work >= lag)]
+    return min(choices, key=lambda every: expected(replace(timeline, every=every)).wall)
 
 
 def slowdown(timeline: Timeline) -> float:

@@ -79,8 +79,8 @@ def choice(own: Plan, best: Plan) -> str:
     return (
         f"{table(rows, widths=(24, 26))}\n"
         f"Young {three_digits(found['young'])}, Daly {three_digits(found['daly'])} of work between checkpoints; a "
-        f"checkpoint is whole after {three_digits(own.timeline.write)}, and the next cannot begin before; evaluations "
-        "bring one, too"
+        f"checkpoint is whole after {three_digits(own.timeline.write)}, and the next cannot begin before. A better "
+        "evaluation is saved as well"
     )
 
 

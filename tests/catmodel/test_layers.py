@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from catmodel import kernels
+from catmodel import create_model, kernels
 from catmodel.layers import Block, DropPathAdd, Pending, draw_block_scales, draw_scales
 
 
@@ -101,6 +101,15 @@ def test_one_draw_serves_many_sums():
         assert set(scale.tolist()) == {0.0, (1 / torch.tensor(1 - rate)).item()}
         assert abs((scale == 0).float().mean().item() - rate) < 0.03
     assert 0.4 < (one == other).float().mean() < 0.6
+
+
+@pytest.mark.parametrize(("name", "side", "stages"), [("cat_nano", 32, 2), ("pvt_tiny", 64, 4), ("cotnet50", 64, 4)])
+def test_a_stage_draws_once(name, side, stages):
+    """The first stage of cat_nano, a single block, drops nothing."""
+    model = create_model(name, img_size=side, num_classes=3, drop_path_rate=0.3).train()
+    with CountCalls("aten::rand") as counted:
+        model(torch.randn(2, 3, side, side))
+    assert counted.calls == stages
 
 
 class CountCalls(TorchDispatchMode):

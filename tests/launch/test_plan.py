@@ -159,7 +159,7 @@ def run_with_kills(config, output, kills, *settings, before):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2, 3, 4, 5])
 def test_a_calibrated_plan_predicts_the_wall_time_of_a_run_that_is_killed(
     tiny_config, slow_network, tmp_path, seed, record_property
 ):

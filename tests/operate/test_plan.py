@@ -103,8 +103,21 @@ def test_the_best_interval_beats_its_half_and_its_double_in_simulation(changes):
 
 
 def test_no_checkpoint_is_planned_while_the_last_is_being_written():
-    slowly_written = replace(DAYS, stall=0.01, write=900)
+    slowly_written = replace(DAYS, stall=0.01, write=900, evaluate_every=0)
     assert best_every(slowly_written) * per_step(slowly_written) == pytest.approx(900, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("stall", "evaluate_every", "best"), [(20, 1251, 1251), (40, 1251, 1251), (10, 700, 700), (5, 1251, 417)]
+)
+def test_checkpoints_divide_the_interval_of_evaluations(stall, evaluate_every, best):
+    """Daly's intervals would be 861, 1,209, 600 and 433 steps."""
+    timeline = replace(DAYS, write=0, straggler_rate=0, stall=stall, evaluate_every=evaluate_every)
+    assert best_every(timeline) == best
+    half, at_best, double = (
+        simulate_mean(replace(timeline, every=every), 1, 100)[0].wall for every in (best // 2, best, 2 * best)
+    )
+    assert at_best < half and at_best <= double
 
 
 def test_the_best_interval_is_at_most_that_of_evaluations():

@@ -108,7 +108,10 @@ class Saver:
         if not self._idle.is_set():
             self._idle.wait()
             waited = time.monotonic() - began
-            text = f"training waited {waited:.1f} s for the last checkpoint to be written: raise checkpoint.every_steps"
+            text = (
+                f"training waited {waited:.1f} s for the last checkpoint to be written: raise checkpoint.every_steps, "
+                "or train.evaluate_every, because a better evaluation is saved"
+            )
             monitor.event("save_slow", step, text, seconds=waited)
             began = time.monotonic()
         self._count += 1
