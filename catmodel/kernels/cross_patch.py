@@ -15,7 +15,7 @@ channels, which attend to each other under a block-diagonal mask. Features are p
 column of ones there is one for the bias of the projection.
 
 Programs loop over the tiles with a fixed stride. Backward, they sum the gradients of A and M in fp32. PyTorch then adds
-the programs' sums in a fixed order and applies the product rule to obtain the gradients of the parameters.
+the programs' sums in a fixed order, and a third kernel obtains the gradients of the parameters by the product rule.
 """
 
 import functools
@@ -187,6 +187,49 @@ def _cross_patch_backward(
     tl.store(sums_ptr + FEATURES * FEATURES + place, d_m)
 
 
+@triton.jit
+def _cross_patch_unfold(
+    sums_ptr,  # float32 [2, FEATURES, FEATURES]: gradients of A / sqrt(P) and M
+    qkv_weight_ptr,
+    qkv_bias_ptr,
+    proj_weight_ptr,
+    d_qkv_weight_ptr,
+    d_qkv_bias_ptr,
+    d_proj_weight_ptr,
+    d_proj_bias_ptr,
+    P: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """Gradients of the parameters by the product rule. Grid (4): of W_q, W_k, W_v, W_proj, and their biases."""
+    part = tl.program_id(0)
+    row, column = tl.arange(0, FEATURES)[:, None], tl.arange(0, FEATURES)[None, :]
+    square = (row < P) & (column < P)
+    d_a = tl.load(sums_ptr + row * FEATURES + column, (row <= P) & (column <= P), 0.0) * P**-0.5
+    d_m = tl.load(sums_ptr + FEATURES * FEATURES + row * FEATURES + column, (row < P) & (column <= P), 0.0)
+    # For W_q and W_k the other one of them, for W_proj W_v.
+    other = tl.where(part == 3, 2, 1 - part)
+    w = _load_linear(qkv_weight_ptr + other * P * P, qkv_bias_ptr + other * P, P, P, FEATURES).to(tl.float32)
+    if part == 0:
+        result = _dot(w, tl.trans(d_a))
+    elif part == 1:
+        result = _dot(w, d_a)
+    elif part == 2:
+        w_proj = tl.load(proj_weight_ptr + row * P + column, square, 0.0).to(tl.float32)
+        result = _dot(tl.trans(w_proj), d_m)
+    else:
+        result = _dot(d_m, tl.trans(w))
+    if part < 3:
+        weight_ptr, bias_ptr = d_qkv_weight_ptr + part * P * P, d_qkv_bias_ptr + part * P
+        bias = tl.sum(tl.where(column == P, result, 0.0), 1)
+    else:
+        weight_ptr, bias_ptr = d_proj_weight_ptr, d_proj_bias_ptr
+        i = tl.arange(0, FEATURES)
+        bias = tl.load(sums_ptr + FEATURES * FEATURES + i * FEATURES + P + 1, i < P, 0.0)
+    tl.store(weight_ptr + row * P + column, result.to(weight_ptr.dtype.element_ty), square)
+    i = tl.arange(0, FEATURES)
+    tl.store(bias_ptr + i, bias.to(bias_ptr.dtype.element_ty), i < P)
+
+
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
@@ -244,19 +287,10 @@ def cross_patch_attention_backward(
     launch(
         _cross_patch_backward, grid, dy_BCnP, x_BCnP, *parameters, seed, dx_BCnP, sums, B * C, **constants, **options
     )
-    return dx_BCnP, *_unfold(sums.sum(0), *parameters)
-
-
-def _unfold(
-    sums: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor
-) -> tuple[Tensor, ...]:
-    """Gradients of the parameters from those of A / sqrt(P) and M."""
-    P = len(proj_weight)
-    d_a, d_m = sums[0, : P + 1, : P + 1] * P**-0.5, sums[1, :P, : P + 1]
-    w_q, w_k, w_v = torch.cat((qkv_weight, qkv_bias[:, None]), dim=1).float().unflatten(0, (3, P))
-    d_qkv = torch.cat((w_k @ d_a.T, w_q @ d_a, proj_weight.float().T @ d_m)).to(qkv_weight.dtype)
-    d_proj = (d_m @ w_v.T).to(proj_weight.dtype)
-    return d_qkv[:, :P].contiguous(), d_qkv[:, P].contiguous(), d_proj, sums[1, :P, P + 1].to(proj_bias.dtype)
+    gradients = tuple(torch.empty_like(parameter) for parameter in parameters)
+    sizes = dict(P=P, FEATURES=constants["FEATURES"])
+    launch(_cross_patch_unfold, (4,), sums.sum(0), *parameters[:3], *gradients, **sizes, **UNFOLD_OPTIONS)
+    return dx_BCnP, *gradients
 
 
 @cross_patch_attention_backward.register_fake
@@ -286,6 +320,7 @@ FORWARD_WARPS, BACKWARD_WARPS = 4, 4
 # all registers and spills up to 72 bytes per thread (sm_90, P = 49, bfloat16). Separate kernels for the two sums would
 # not spill, but would read x and dy again and repeat 6 of the 11 products; a spilled register costs two instructions
 # per tile.
+UNFOLD_OPTIONS = dict(num_warps=8, num_stages=1)
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 3, 2  # per multiprocessor: about as many as are resident at once
 
 
@@ -316,4 +351,10 @@ def cases() -> list[dict]:
             signature |= dict(seed_ptr="*i32", channels="i32") | dict.fromkeys(constants, "constexpr")
             case = dict(name=f"cross-patch {name}, {n} patches", fn=kernel, signature=signature, constexprs=constants)
             found.append(case | options)
-    return found
+    constants = dict(P=49, FEATURES=64)
+    parameters = "qkv_weight_ptr", "qkv_bias_ptr", "proj_weight_ptr"
+    written = "d_qkv_weight_ptr", "d_qkv_bias_ptr", "d_proj_weight_ptr", "d_proj_bias_ptr"
+    signature = dict(sums_ptr="*fp32") | dict.fromkeys((*parameters, *written), "*bf16")
+    signature |= dict.fromkeys(constants, "constexpr")
+    case = dict(name="cross-patch parameters", fn=_cross_patch_unfold, signature=signature, constexprs=constants)
+    return [*found, case | UNFOLD_OPTIONS]

@@ -16,6 +16,7 @@ OPTIONS = {
         "inner_patch_backward": (4, 2),
         "cross_patch_forward": (4, 1),
         "cross_patch_backward": (4, 1),
+        "cross_patch_unfold": (8, 1),
         "norm_forward": (4, 3),
         "norm_backward": (4, 3),
         "transpose": (4, 1),
@@ -29,7 +30,7 @@ OPTIONS = {
         "norm_backward": (4, 3),
     },
 }
-LAUNCHES = {"CAT": [20, 20], "CoTNeXt": [1, 1], "PVT": [4, 6]}
+LAUNCHES = {"CAT": [20, 22], "CoTNeXt": [1, 1], "PVT": [4, 6]}
 
 
 @pytest.mark.parametrize(
