@@ -206,8 +206,8 @@ def _cross_patch_unfold(
     square = (row < P) & (column < P)
     d_a = tl.load(sums_ptr + row * FEATURES + column, (row <= P) & (column <= P), 0.0) * P**-0.5
     d_m = tl.load(sums_ptr + FEATURES * FEATURES + row * FEATURES + column, (row < P) & (column <= P), 0.0)
-    # For W_q and W_k the other one of them, for W_proj W_v.
-    other = tl.where(part == 3, 2, 1 - part)
+    # For W_q and W_k the other one of them, for W_proj W_v, for W_v none of them.
+    other = tl.where(part < 2, 1 - part, 2)
     w = _load_linear(qkv_weight_ptr + other * P * P, qkv_bias_ptr + other * P, P, P, FEATURES).to(tl.float32)
     if part == 0:
         result = _dot(w, tl.trans(d_a))
