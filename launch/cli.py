@@ -15,9 +15,7 @@ from train.exit_codes import FINAL, exit_code_of
 from train.guard.signals import stop_signals
 
 SAME_ON_ALL_RANKS = (exit_codes.FAILED, exit_codes.STOPPED)  # the ranks agreed on it, so rank 0 alone prints it
-# Within this time rank 0 has failed, too, and the launcher has ended the other ranks: agreed errors come at the same
-# time everywhere, but ranks may start some seconds apart.
-YIELD_SECONDS = {exit_codes.FAILED: 2.0, exit_codes.STOPPED: 2.0, exit_codes.BAD_CONFIG: 10.0}
+YIELD_SECONDS = 2.0  # within this time the launcher ends ranks whose error is the same as rank 0's
 TRANSIENT_ERRNOS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EROFS}  # the file may work later
 
 
@@ -80,8 +78,8 @@ def fail(code: int, error: Exception | str | None, *, everywhere: bool = False) 
 
     if rank != "0":
         prefix += f"rank {rank}: "
-        if code in YIELD_SECONDS:
-            deadline = time.monotonic() + YIELD_SECONDS[code]
+        if code in (*SAME_ON_ALL_RANKS, exit_codes.BAD_CONFIG):
+            deadline = time.monotonic() + YIELD_SECONDS
             while time.monotonic() < deadline and not ended():
                 time.sleep(0.05)
             error = None if code in SAME_ON_ALL_RANKS or ended() else error
