@@ -202,7 +202,8 @@ def _cross_patch_unfold(
 ):
     """Gradients of the parameters by the product rule. Grid (4): of W_q, W_k, W_v, W_proj, and their biases."""
     part = tl.program_id(0)
-    row, column = tl.arange(0, FEATURES)[:, None], tl.arange(0, FEATURES)[None, :]
+    i = tl.arange(0, FEATURES)
+    row, column = i[:, None], i[None, :]
     square = (row < P) & (column < P)
     d_a = tl.load(sums_ptr + row * FEATURES + column, (row <= P) & (column <= P), 0.0) * P**-0.5
     d_m = tl.load(sums_ptr + FEATURES * FEATURES + row * FEATURES + column, (row < P) & (column <= P), 0.0)
@@ -223,10 +224,8 @@ def _cross_patch_unfold(
         bias = tl.sum(tl.where(column == P, result, 0.0), 1)
     else:
         weight_ptr, bias_ptr = d_proj_weight_ptr, d_proj_bias_ptr
-        i = tl.arange(0, FEATURES)
         bias = tl.load(sums_ptr + FEATURES * FEATURES + i * FEATURES + P + 1, i < P, 0.0)
     tl.store(weight_ptr + row * P + column, result.to(weight_ptr.dtype.element_ty), square)
-    i = tl.arange(0, FEATURES)
     tl.store(bias_ptr + i, bias.to(bias_ptr.dtype.element_ty), i < P)
 
 

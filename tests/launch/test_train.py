@@ -182,7 +182,9 @@ def test_the_deepspeed_launcher_hands_the_exit_code_on(tiny_config, tmp_path):
         [*DEEPSPEED, "launch/train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 78
-    assert result.stderr.count("error: ") == 1 and "did you mean train.epochs?" in result.stderr
+    # On a busy machine rank 1 may fail some seconds before rank 0, and then says it, too, as rank 1.
+    errors = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert 1 <= len(errors) == len(set(errors)) and all("did you mean train.epochs?" in line for line in errors)
 
 
 @pytest.mark.slow
