@@ -41,6 +41,31 @@ class SignalIn:
 
 
 @dataclass(frozen=True)
+class LoseDisk:
+    """On rank `rank` the `count`-th batch of the run's evaluations cannot be read: its disk is lost for good."""
+
+    rank: int
+    count: int
+
+    def __call__(self, rank: int) -> None:
+        if rank != self.rank:
+            return
+        from data_pipeline.faults import StorageError
+        from train.guard.bad_samples import BadSamples
+
+        meet, left = BadSamples.meet, self.count
+
+        def failing(samples: BadSamples, split: str, step: int, batch: object) -> None:
+            nonlocal left
+            left -= split == "val"
+            if left == 0:
+                raise StorageError("val-000.tar cannot be read after 9 attempts: Input/output error")
+            meet(samples, split, step, batch)
+
+        BadSamples.meet = failing
+
+
+@dataclass(frozen=True)
 class NanLoss:
     """On rank `rank` the loss of `steps` (counted from 1) is NaN, the first `times` times that a step is computed."""
 

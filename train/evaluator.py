@@ -15,7 +15,7 @@ from train.telemetry.monitor import Monitor, write_details
 
 
 class AskedToStop(Exception):
-    """Leaves an evaluation. When it is caught, the model has its own weights again."""
+    """Leaves an evaluation, on all ranks. When it is caught, the model has its own weights again."""
 
     def __init__(self, request: StopRequest):
         self.request = request
@@ -42,7 +42,7 @@ class Evaluator:
         """Score the weights after `done` steps, and their EMA if there is one. Raises AskedToStop."""
         scores = {"model": self._score(done, epoch, "model")}
         if self._ema:
-            with self._ema.swapped_in():
+            with self._ema.swapped_in(AskedToStop):
                 scores["ema"] = self._score(done, epoch, "ema")
         return Evaluation(done, scores)
 

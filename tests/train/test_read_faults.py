@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.manifest import open_manifest
-from tests.faults import ShortPauses, system_calls
+from tests.faults import LoseDisk, ShortPauses, system_calls
 from tests.oracle import assert_same_state, ids_by_step, state
 from tests.runs import RunningJob, events, losses, metrics, run, start
 
@@ -84,3 +84,11 @@ def test_reads_that_fail_for_good_end_the_run_for_now(tiny_config, tiny_dataset,
     assert_same_state(state(tmp_path, LAST), state(undisturbed, LAST))
     assert events(tmp_path, "bad_sample") == []
     assert set(losses(tmp_path)) == set(range(1, LAST + 1))
+
+
+def test_an_error_of_one_rank_while_the_ema_is_evaluated_is_no_hang(tiny_config, tmp_path):
+    """The rank ends with its error at once, although the others cannot restore the weights with it."""
+    job = start(tiny_config, tmp_path, "guard.timeout.evaluation=20", world=2, before=LoseDisk(1, 12))  # model: 1 to 7
+    assert job.wait_for_death(1) == 74, job.text(1)
+    assert "rank 1: val-000.tar cannot be read after 9 attempts" in job.text(1) and "Traceback" not in job.text(1)
+    assert [line["weights"] for line in metrics(tmp_path, "eval")] == ["model"]

@@ -51,16 +51,19 @@ class Ema:
         self._sgd.step()
 
     @contextlib.contextmanager
-    def swapped_in(self) -> Iterator[None]:
+    def swapped_in(self, agreed: type[Exception]) -> Iterator[None]:
         """Context manager: the model has the averaged weights on all ranks.
 
-        Its own weights are restored bitwise afterwards.
+        Its own weights are restored bitwise afterwards, also if the block raises `agreed`, which all ranks raise
+        together. After any other error they are not: this rank would wait for ranks that have met none.
         """
         self._swap()
         try:
             yield
-        finally:
+        except agreed:
             self._swap()
+            raise
+        self._swap()
 
     def _swap(self) -> None:
         for master, average in zip(self._masters, self._averages, strict=True):
