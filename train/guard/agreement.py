@@ -56,6 +56,7 @@ class Agreement:
         )  # signals, own time, time per call; each rank fills its column
         self._pending: dist.Work | None = None
         self._local: list = []
+        self._waited = 0.0
         self._calls, self._pass_over, self._since = 0, 0, time.perf_counter()
         self._late = [0] * self.world
 
@@ -66,6 +67,10 @@ class Agreement:
         yield
         if enabled:
             self._local.append((began, self._now()))
+
+    def waited(self, seconds: float) -> None:
+        """This rank has waited for its loader: that counts as its own time."""
+        self._waited += seconds
 
     def round(self, received: signal.Signals | None) -> Agreed:
         """A step, or a batch of an evaluation, is over. received: the signal by which this rank was asked to stop, if
@@ -79,10 +84,10 @@ class Agreement:
         now = time.perf_counter()
         mine = [
             received or 0,
-            sum(self._seconds(*pair) for pair in self._local) / self._calls,
+            (self._waited + sum(self._seconds(*pair) for pair in self._local)) / self._calls,
             (now - self._since) / self._calls,
         ]
-        self._local, self._calls, self._since = [], 0, now
+        self._local, self._waited, self._calls, self._since = [], 0.0, 0, now
         self._values.zero_()
         self._values[:, self.rank] = torch.tensor(mine, dtype=torch.float64)
         self._pending = dist.all_reduce(self._values, group=self._group, async_op=True)
