@@ -43,6 +43,7 @@ CODES = {
     "died": DIED,
 }
 FINAL = ("finished", "failed")  # states that another start would not change
+AGAIN = "failed for now"
 ENDED = {"finished": "finished", "preempted": "stopped", "failed": "failed"}
 
 
@@ -234,7 +235,7 @@ class Watched:
         ago = max(0.0, beat - progress.time) if alive and progress.start else None
         state, why = self._state(alive)
         alarms = self._alarms(state, ago)
-        if state == "failed":
+        if state in ("failed", AGAIN):
             code = progress.end["code"]
         else:
             code = ALARMED if CODES[state] == RUNNING and alarms else CODES[state]
@@ -252,7 +253,9 @@ class Watched:
             start = f"the start of {clock(record['started'])}"
             return "died", f"{start} ended before its first step: {self._output()} shows why"
         if progress.end:
-            return ENDED[progress.end["event"]], self._last_words()
+            state = ENDED[progress.end["event"]]
+            again = state == "failed" and progress.end["code"] not in exit_codes.FINAL
+            return AGAIN if again else state, self._last_words()
         if alive:
             return "running", ""
         hang = self._hang()

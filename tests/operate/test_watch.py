@@ -225,6 +225,7 @@ def test_states_of_a_run_without_a_lock(folder):
         ("preempted", {}, "stopped", 75),
         ("failed", {"code": 65}, "failed", 65),
         ("failed", {"code": 70}, "failed", 70),
+        ("failed", {"code": 74}, "failed for now", 74),
         ("finished", {}, "finished", 0),
     ):
         folder.start("resume")
