@@ -59,7 +59,7 @@ def read_run(run: str) -> Measured:
         run=run,
         config=load_config(folder / "config.yaml"),
         world=starts[-1].world_size,
-        steps=starts[-1].last_step,
+        steps=starts[-1].last_step - starts[0].step,  # the first start may have begun at another run's checkpoint
         seconds=ledger.split(last_beat(folder)),
         starts=len(starts),
         stops=sum(start.end == "preempted" for start in starts[:-1]),

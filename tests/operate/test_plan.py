@@ -3,6 +3,7 @@
 import json
 from dataclasses import astuple, replace
 from math import exp
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -263,6 +264,13 @@ def test_what_a_run_measured_replaces_the_guesses(killed_once):
         cluster.origin("startup") == f"measured: {killed_once}"
         and cluster.origin("link_between") == "GUESSED (200 Gb/s a node)"
     )
+
+
+def test_steps_of_the_run_that_it_began_from_are_not_its_own(killed_once):
+    path = Path(killed_once) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**line, "step": line["step"] + 100}) + "\n" for line in lines))
+    assert read_run(killed_once).steps == 20
 
 
 def test_on_more_gpus_a_calibrated_step_has_more_communication(killed_once):
