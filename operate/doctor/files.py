@@ -29,13 +29,14 @@ def disk(output: Path, amount: int, mark: str) -> dict:
     """Write about `amount` bytes where `output`'s checkpoints go, all ranks at the same time, as in a save.
 
     Nothing is left behind. mark: a file that rank 0 has made there, or "" if it could not; "same" is whether this node
-    sees it. Returns bytes under "free" and "held" (by the run's checkpoints), and "bytes_per_second" or "error".
+    sees it. Returns bytes under "free" and "held" (by checkpoints that the run will remove), and "bytes_per_second" or
+    "error".
     """
     folder = checkpoint_folder(output)
     found = {
         "folder": str(folder),
         "free": _free(folder),
-        "held": _size_of(output / "checkpoints"),
+        "held": sum(_size_of(checkpoint) for checkpoint in output.glob("checkpoints/step_*")),
         "same": not mark or os.path.exists(mark),
     }
     try:
