@@ -13,7 +13,7 @@ from train.checkpoint.resume_point import Resume
 from train.config import Config, ConfigError, parse_config
 from train.engine.deepspeed_engine import DTYPES
 from train.engine.estimate import optimizer_bytes
-from train.engine.memory import at_most, free_memory
+from train.engine.memory import at_most, free_memory, out_of_memory
 from train.engine.runtime import Runtime
 from train.tasks.base import Task, build_task
 
@@ -109,10 +109,8 @@ def _fits(model: nn.Module, task: Task, size: int) -> bool:
     try:
         weight = next(model.parameters())
         task.example_loss(model(task.example(size, weight.device, weight.dtype))).backward()
-    except (torch.OutOfMemoryError, MemoryError):
-        return False
-    except RuntimeError as error:
-        if "memory" not in str(error):  # a CPU's allocator has no error type of its own
+    except Exception as error:
+        if not out_of_memory(error):
             raise
         return False
     finally:

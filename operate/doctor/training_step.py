@@ -13,7 +13,7 @@ from train.engine.deepspeed_engine import DTYPES, Engine
 from train.engine.ema import Ema
 from train.engine.estimate import activation_bytes, resident_bytes
 from train.engine.flops import finish
-from train.engine.memory import at_most, free_memory
+from train.engine.memory import at_most, free_memory, out_of_memory
 from train.engine.runtime import Runtime
 from train.tasks.base import Task, example_losses
 
@@ -49,10 +49,8 @@ def measure_step(task: Task, runtime: Runtime) -> dict:
     try:
         with at_most(free, runtime.device):  # Linux overcommits memory and would kill a process
             return {**found, "taken": True, **_measure(task, runtime.device)}
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return {**found, "taken": True, "failed": str(error).splitlines()[0]}
-    except RuntimeError as error:
-        if "memory" not in str(error):  # a CPU's allocator has no error type of its own
+    except Exception as error:
+        if not out_of_memory(error):
             raise
         return {**found, "taken": True, "failed": str(error).splitlines()[0]}
 

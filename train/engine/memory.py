@@ -10,6 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+# What a CPU's allocator says where there is no memory, and oneDNN, whose kernels need some of their own. Their errors
+# have no type of their own.
+NO_MEMORY = ("memory", "could not create a primitive")
+
 THREADS = 2**30  # bytes of address space reserved for threads that start later: their stacks and malloc's arenas
 
 
@@ -66,6 +70,13 @@ def _reclaimable(folder: Path) -> int:
 
 def _address_space() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error of a step under a limit of memory (`at_most`) is due to it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
 
 
 @contextmanager
