@@ -45,7 +45,7 @@ def _run(
     from train.checkpoint.init_from import check_source
     from train.checkpoint.resume_point import Resume
     from train.config import ConfigError, load_config
-    from train.guard.run_lock import RunLock
+    from train.guard.run_lock import RunLock, cannot_write
 
     settings = load_config(config, list(overrides))
     manifest = open_dataset(settings.data)
@@ -61,7 +61,10 @@ def _run(
     folder = Path(output or Path("runs") / Path(config).stem)
     start = Resume.decide(folder, resume, resume_with_changes)
     check_source(settings, start)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     lock = RunLock(folder) if os.environ.get("RANK", "0") == "0" else None
     if lock:
         lock.acquire()

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from data_pipeline.faults import LASTING, StorageError
 from train.config import ConfigError
 from train.telemetry.formatting import clock
 
@@ -59,7 +60,8 @@ class RunLock:
         self._thread = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
 
     def acquire(self) -> None:
-        """Take the lock. Raises FolderInUse if a live run has it, ConfigError if the file cannot be written.
+        """Take the lock. Raises FolderInUse if a live run has it, ConfigError or StorageError if the file cannot be
+        written.
 
         Returns at once, except if a run on another machine did not end cleanly: its record is watched for WATCH
         seconds.
@@ -74,7 +76,7 @@ class RunLock:
                 self._refuse()
             self._write(ended=False)
         except OSError as error:
-            raise ConfigError(f"{self._path} cannot be written ({error.strerror}); choose another --output") from error
+            raise cannot_write(self._path, error) from error
         os.register_at_fork(after_in_child=self._let_go)
         self._thread.start()
 
@@ -161,6 +163,13 @@ class RunLock:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def cannot_write(path: Path, error: OSError) -> ConfigError | StorageError:
+    """The error to raise if a run's folder, or its lock, cannot be made: a later start may find a disk with room."""
+    if isinstance(error, (*LASTING, FileExistsError)) or error.errno == errno.EROFS:
+        return ConfigError(f"{path} cannot be written ({error.strerror}); choose another --output")
+    return StorageError(f"{path} cannot be written ({error.strerror}); mend that, and start again")
 
 
 def _parse(content: bytes) -> dict | None:

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from data_pipeline.faults import StorageError
 from tests.runs import ROOT
 from train.config import ConfigError
 from train.guard.run_lock import BEAT, SIZE, WATCH, RunLock
@@ -222,3 +223,6 @@ def test_a_write_that_fails_ends_nothing(tmp_path):
 def test_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere/.lock cannot be written \(No such file"):
         RunLock(tmp_path / "nowhere").acquire()
+    (tmp_path / ".lock").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r".lock cannot be written \(No space left on device\); mend that"):
+        RunLock(tmp_path).acquire()
