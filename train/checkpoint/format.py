@@ -36,14 +36,14 @@ from train.checkpoint.pieces import CheckpointError, Wanted, fill, pieces_of
 from train.config import Config
 from train.engine.deepspeed_engine import Engine
 from train.engine.ema import Ema
-from train.telemetry.metrics import Metric
+from train.telemetry.metrics import LARGEST, Metric
 from train.telemetry.start_message import program_versions
 
 MANIFEST = "manifest.json"
 VERSION = 2  # 1 had "top1" in place of "score", and classification alone
 LARGEST_MANIFEST = 256 << 20  # bytes
 
-Score = Annotated[float, Field(gt=-1e15, lt=1e15)]
+Score = Annotated[float, Field(gt=-LARGEST, lt=LARGEST)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 ShardName = Annotated[str, Field(pattern=r"^shard_[0-9]{5,}\.safetensors$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

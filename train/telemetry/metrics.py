@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+LARGEST = 1e15  # magnitude of a score that counts: above it, and if it is no number, a network has diverged
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -17,9 +19,7 @@ class Metric:
 
     def improves(self, value: float, best: float | None) -> bool:
         """Whether `value` is better than the best one so far (None: there is none)."""
-        if best is None:
-            return value == value  # a NaN is no result
-        return value > best if self.better == "higher" else value < best
+        return best is None or (value > best if self.better == "higher" else value < best)
 
     def text(self, value: float) -> str:
         """Such as "top-1 70.12 %" or "loss 1.2345". A percentage of nothing is NaN, "AP small –"."""
@@ -55,6 +55,9 @@ class Evaluation:
     def score(self, step: int, metric: Metric) -> float | None:
         """The value of `metric` after `step` steps: the EMA's if there is one.
 
-        None if this evaluation is of another step.
+        None if this evaluation is of another step, or the value is not a number of at most LARGEST.
         """
-        return (self.scores.get("ema") or self.scores["model"]).values[metric.name] if self.step == step else None
+        if self.step != step:
+            return None
+        value = (self.scores.get("ema") or self.scores["model"]).values[metric.name]
+        return value if abs(value) < LARGEST else None
