@@ -95,6 +95,12 @@ class RunParts:
         where = f"{runtime.describe()}, ZeRO {engine.stage}{alone}, {config.train.precision}"
         announce_start(monitor, task.metrics, restored.path, self.start, self.last, lost, where, fields)
 
+    def close(self) -> None:
+        """End this rank's threads, and close its files."""
+        self.saver.close()
+        self.monitor.close()
+        self.samples.close()
+
     def batches(self, start: int) -> Loader:
         """This rank's micro-batches from step `start` on, without end."""
         return training_batches(

@@ -46,10 +46,11 @@ def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: 
             run.monitor.event("failed", run.saver.begun, str(error), code=error.exit_code)
             raise
         finally:
-            run.monitor.close()
-            run.samples.close()
-    except Exception as error:
+            run.close()
+    except BaseException as error:
         guard.close(error)
+        if dist.is_initialized() and dist.get_world_size() == 1:  # no other rank waits; this process may run again
+            stop_runtime()
         raise
     run.engine.destroy()
     stop_runtime()
@@ -77,10 +78,14 @@ class Run(RunParts):
         """The whole run: until the last step, or until a stop is requested."""
         self.guard.agree(self.start)
         self.stop_if_asked(self.guard.collect_pending(self.start), self.start)
-        info = self.restored.info
+        path, info = self.restored.path, self.restored.info
+        # From another folder: from here on, this one has all that a later start, or going back, needs.
+        elsewhere = path is not None and not self.resume.is_own(path)
         # A run that was stopped after this step, before its evaluation.
-        if info and info.score is None and self.evaluation_due(self.start):
+        unscored = info is not None and (info.score is None or elsewhere) and self.evaluation_due(self.start)
+        if unscored:
             self.evaluate(self.start)
+        if unscored or elsewhere:
             self.save(self.start)
         step = self.start
         while step < self.last:
@@ -93,7 +98,12 @@ class Run(RunParts):
         Returns the step that comes next: `last`, or a checkpoint's, to go back to.
         """
         clock = Clock()
-        with Prefetcher(self.batches(start), self.inputs, self.runtime.device, clock.waited) as batches:
+
+        def waited(seconds: float) -> None:
+            clock.waited(seconds)
+            self.guard.waited(seconds)
+
+        with Prefetcher(self.batches(start), self.inputs, self.runtime.device, waited) as batches:
             for step in range(start, self.last):
                 self.guard.enter("first_step" if step == start else "step", step + 1)
                 outcome = self.train_step(step, batches)
@@ -123,8 +133,7 @@ class Run(RunParts):
         losses, ids = self.task.new_losses(order.micro_batches, self.runtime.device), []
         self.statistics.begin()
         for index in self.share:
-            with guard.local_work():
-                batch, inputs = next(batches)
+            batch, inputs = next(batches)
             guard.bad_samples.meet("train", step + 1, batch)
             if step % order.steps_per_epoch == 0 and index == 0:
                 self.monitor.images(step, functools.partial(self.task.preview, inputs))
@@ -186,6 +195,7 @@ class Run(RunParts):
 
     def evaluate(self, done: int) -> bool:
         """Score the weights and their EMA; returns whether they are better than those of every checkpoint."""
+        self.stop_if_asked(self.guard.collect_pending(done), done)
         try:
             self.evaluation = self.evaluator.evaluate(done, self.epoch(done))
         except AskedToStop as asked:

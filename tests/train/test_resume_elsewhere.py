@@ -5,6 +5,7 @@ import json
 import pytest
 
 from data_pipeline.storage import open_dataset
+from tests.faults import NanLoss
 from tests.runs import events, losses, metrics, run, start
 from train.checkpoint.format import checkpoint_path, list_checkpoints, read_info, step_of
 from train.config import load_config
@@ -79,7 +80,7 @@ def test_another_global_batch_goes_on_at_the_same_epoch(tiny_config, origin, tmp
     info = read_info(checkpoint_path(tmp_path / "new/checkpoints", 8))
     assert (info.steps_per_epoch, info.optimizer_step) == (4, 12)
     run(tiny_config, tmp_path / "new", "train.global_batch=64", "train.evaluate_every=0")  # finished already
-    assert [step_of(path) for path in list_checkpoints(tmp_path / "new/checkpoints")] == [8]
+    assert [step_of(path) for path in list_checkpoints(tmp_path / "new/checkpoints")] == [8, 4]
 
 
 @pytest.mark.slow
@@ -122,3 +123,15 @@ def test_a_dataset_of_another_size_is_another_number_of_steps(tiny_config, tiny_
     job = run(tiny_config, tmp_path / "run", *command, "--resume-with-changes")
     assert "step 8, the end of epoch 1, is step 4 from here on" in job.text()
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [1.25, 1.5, 1.75, 2.0]
+
+
+@pytest.mark.slow
+def test_the_new_folder_has_a_checkpoint_from_the_start(tiny_config, origin, tmp_path):
+    """The run ends there if nothing is left to train, and can go back before its first save of its own."""
+    command = [*SETTINGS, "--resume", str(checkpoint_path(origin / "checkpoints", 8))]
+    run(tiny_config, tmp_path / "done", *command, "train.max_steps=8")
+    assert names(tmp_path / "done") == ["step_00000008"] and (tmp_path / "done/model.safetensors").exists()
+    settings = ["train.max_steps=12", "guard.max_skipped=2"]
+    run(tiny_config, tmp_path / "back", *command, *settings, before=NanLoss(0, (9, 10)))
+    assert [event["to"] for event in events(tmp_path / "back", "rollback")] == [8]
+    assert losses(tmp_path / "back")[12] == losses(origin)[12]

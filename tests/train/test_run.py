@@ -7,14 +7,17 @@ import sys
 
 import pytest
 
+import train
 from tests.runs import ROOT, events, losses, metrics, run
+from train.config import ConfigError
 
 SCRIPT = """
-import os, signal, sys, threading
+import os, signal, sys, threading, time
 sys.path.insert(0, {root!r})
 import train
 from train.guard.errors import Stopped
 from train.guard.signals import stop_signals
+from tests.faults import SignalIn
 
 assert "torch" not in sys.modules
 before = signal.getsignal(signal.SIGINT)
@@ -29,6 +32,24 @@ try:
 except Stopped as stopped:
     print("stopped:", stopped)
 assert signal.getsignal(signal.SIGINT) == before
+
+# An impatient user: the second ctrl-C, while the run saves for the first one, is a KeyboardInterrupt.
+SignalIn(0, signal.SIGINT, "step", 2)(0)
+SignalIn(0, signal.SIGINT, "save", 1)(0)
+try:
+    train.run({config!r}, [*settings, "train.max_steps=90", "guard.grace=1"], output={output!r} + "-interrupted")
+except KeyboardInterrupt:
+    print("interrupted")
+    time.sleep(3)  # longer than the grace that the first one had
+
+import gc
+import torch
+from train.engine.deepspeed_engine import Engine
+
+gc.collect()
+assert not torch.distributed.is_initialized() and "saver" not in [thread.name for thread in threading.enumerate()]
+assert not [thing for thing in gc.get_objects() if isinstance(thing, Engine)], "the networks of former runs"
+print("nothing is left")
 """
 
 
@@ -39,6 +60,14 @@ def test_runs_follow_each_other_in_one_process(tiny_config, tmp_path):
     assert done.returncode == 0, done.stderr
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4] and len(events(tmp_path / "run", "resume")) == 1
     assert "stopped: stopped after step" in done.stdout and "rank 0 got SIGINT" in done.stdout
+    assert done.stdout.endswith("interrupted\nnothing is left\n"), done.stdout
+
+
+def test_a_folder_that_cannot_be_made_is_named(tiny_config, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/run"):
+        with pytest.raises(ConfigError, match=f"{folder} cannot be written .*choose another --output"):
+            train.run(tiny_config, output=tmp_path / folder)
 
 
 def test_a_run_on_a_dataset_without_val_says_that_it_is_not_evaluated(tiny_dataset, tiny_config, tmp_path):

@@ -50,19 +50,20 @@ def test_in_start_up(tiny_config, whole, tmp_path, rank, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "steps"),
+    ("fault", "settings", "steps"),
     [
-        (SignalIn(1, signal.SIGTERM, "first_step", 1), {1, 2, 3}),
-        (SignalIn(0, signal.SIGUSR1, "step", 4), {5, 6, 7}),
-        (SignalIn(1, signal.SIGINT, "evaluation", 1), {8}),
-        (SignalIn(1, signal.SIGTERM, "evaluation", 12), {8}),
-        (SignalIn(0, signal.SIGTERM, "save", 1), {8, 9, 10, 11}),
+        (SignalIn(1, signal.SIGTERM, "first_step", 1), [], {1, 2, 3}),
+        (SignalIn(0, signal.SIGUSR1, "step", 4), [], {5, 6, 7}),
+        # At the steps' pace the ranks agree again in hours, but an evaluation has a pace of its own.
+        (SignalIn(1, signal.SIGINT, "step", 7), ["guard.agree_every=3600"], {8}),
+        (SignalIn(1, signal.SIGTERM, "evaluation", 12), [], {8}),
+        (SignalIn(0, signal.SIGTERM, "save", 1), [], {8, 9, 10, 11}),
     ],
     ids=lambda value: f"{value.section}-{value.number.name}" if isinstance(value, SignalIn) else None,
 )
-def test_while_it_runs(tiny_config, whole, tmp_path, fault, steps):
+def test_while_it_runs(tiny_config, whole, tmp_path, fault, settings, steps):
     """steps: after which the run may stop. The ranks agree one round after the signal, and its handling takes time."""
-    job = start(tiny_config, tmp_path, world=2, before=fault)
+    job = start(tiny_config, tmp_path, *settings, world=2, before=fault)
     assert job.wait() == [75, 75]
     (stop,) = events(tmp_path, "preempted")
     assert stop["signal"] == fault.number.name and stop["rank"] == fault.rank and stop["step"] in steps

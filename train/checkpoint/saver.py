@@ -80,7 +80,8 @@ class Saver:
         self._work: queue.SimpleQueue = queue.SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
-        threading.Thread(target=self._run_all, name="saver", daemon=True).start()
+        self._thread = threading.Thread(target=self._run_all, name="saver", daemon=True)
+        self._thread.start()
 
     def go_back(self, step: int, best: float | None) -> None:
         """Training continues from the checkpoint of `step`; `best` is the best score up to it.
@@ -90,12 +91,13 @@ class Saver:
         self.begun = self.saved = step
         self.best = best
 
-    def improves(self, score: float) -> bool:
-        """Whether `score` is better than the scores of all checkpoints. All ranks call this.
+    def improves(self, score: float | None) -> bool:
+        """Whether there is a score, and it is better than those of all checkpoints. All ranks call this.
 
         They get rank 0's answer, because `best` may differ between ranks while a save is failing.
         """
-        answer = torch.tensor(self.metric.improves(score, self.best), dtype=torch.uint8, device=self.engine.device)
+        better = score is not None and self.metric.improves(score, self.best)
+        answer = torch.tensor(better, dtype=torch.uint8, device=self.engine.device)
         dist.broadcast(answer, 0)
         return bool(answer)
 
@@ -142,6 +144,12 @@ class Saver:
         self._idle.wait()
         self.report(monitor)
 
+    def close(self) -> None:
+        """End the saving thread, after the save in progress, if any. Waits for it if there is no other rank."""
+        self._work.put(None)
+        if self.engine.world == 1:  # this process may run again, in the same folder
+            self._thread.join()
+
     def report(self, monitor: Monitor, waited: float = 0.0) -> None:
         """Log the saves that have ended since the last call. waited: seconds that training waited for them."""
         saves, self._results = self._results, []
@@ -167,9 +175,9 @@ class Saver:
 
     def _run_all(self) -> None:
         """The saving thread."""
-        while True:
+        while work := self._work.get():
             try:
-                self._run(*self._work.get())
+                self._run(*work)
             finally:
                 self._idle.set()  # even if rank 0 is gone, which the main thread will notice, too
 

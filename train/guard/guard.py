@@ -56,6 +56,10 @@ class Guard:
         """A block that needs no other rank: its time counts as this rank's own. Not if `enabled` is false."""
         return self._agreement.local_work(enabled)
 
+    def waited(self, seconds: float) -> None:
+        """This rank has waited for its loader: that counts as its own time."""
+        self._agreement.waited(seconds)
+
     def agree(self, step: int) -> StopRequest | None:
         """A step, or a batch of an evaluation, is over.
 
@@ -99,12 +103,13 @@ class Guard:
         """
         return self._skips.in_a_row, self._skips.go_back()
 
-    def close(self, error: Exception | None = None) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """The run has ended.
 
-        error: why. One without an exit code of its own may be due to a hang; this process ends then.
+        error: why. One without an exit code of its own may be due to a hang; this process ends then. An interrupt is no
+        such error: whoever calls the run from Python may go on.
         """
-        if error is None or exit_code_of(error) is not None:
-            self.watchdog.close()
-        else:
+        if isinstance(error, Exception) and exit_code_of(error) is None:
             self.watchdog.settle()
+        else:
+            self.watchdog.close()
