@@ -24,11 +24,12 @@ quick: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long"
 
-# All tests but the long ones. Those of train and operate start ranks with time limits, so they run one after another.
+# All tests but the long ones. The second half starts ranks with short time limits, so its tests run one after another.
 test: .venv/backends .venv/slurm
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile tests --ignore tests/train --ignore tests/operate
-	$(BIN)/python -m pytest tests/train tests/operate
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile tests --ignore tests/operate \
+	  --ignore-glob 'tests/train/test_*' $(addprefix --ignore tests/train/,checkpoint guard telemetry)
+	$(BIN)/python -m pytest tests/operate tests/train $(addprefix --ignore tests/train/,engine tasks)
 
 # The long form of the fault injections; docs/reliability.md quotes its results.
 faults: .venv/backends .venv/slurm
