@@ -49,7 +49,8 @@ def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: 
             run.close()
     except BaseException as error:
         guard.close(error)
-        if dist.is_initialized() and dist.get_world_size() == 1:  # no other rank waits; this process may run again
+        # Without other ranks, this process may run again. After an error of a GPU it cannot, and leaving may hang.
+        if dist.is_initialized() and dist.get_world_size() == 1 and not isinstance(error, torch.AcceleratorError):
             stop_runtime()
         raise
     run.engine.destroy()
