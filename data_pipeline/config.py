@@ -13,9 +13,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """Base of all config sections: immutable, with an error for unknown keys."""
+    """Base of all config sections: immutable, with an error for unknown keys and for numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 # A password before the host (after a colon that is not followed by a port), a token before the host of a web address, a

@@ -147,7 +147,7 @@ def bar_and_pace(progress: Progress, status: Status, width: int, paint) -> list[
 def facts(progress: Progress, status: Status, guard: dict) -> list[tuple[str, str]]:
     rows, train = [], progress.train
     if train:
-        learning = f"loss {number(train['loss'])}   lr {train['lr']:.2e}   |gradient| {number(train['grad_norm'])}"
+        learning = f"loss {number(train['loss'])}   lr {number(train['lr'])}   |gradient| {number(train['grad_norm'])}"
         rows.append(("learning", learning))
         mfu = "" if train["mfu"] is None else f"   MFU {train['mfu']:.1%}"
         speed = f"{train['images_per_second']:,.0f} {progress.log.speed_unit}   {train['step_ms']:,.0f} ms a step"

@@ -13,6 +13,7 @@ from data_pipeline.config import Fraction, Section
 
 Positive = Annotated[int, Field(ge=1)]
 Ratio = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TaskConfig(Section):
@@ -193,7 +194,7 @@ class OptimizerConfig(Section):
     no_decay: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
         None, description="instead, weight_decay is not applied to parameters whose names contain one of these"
     )
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW: decay of the two moments")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW: decay of the two moments")
     eps: float = Field(1e-8, gt=0, description="AdamW: added to the root of the second moment")
     momentum: Fraction = Field(0.9, description="sgd and muon")
     nesterov: bool = Field(False, description="sgd: Nesterov's momentum")
@@ -203,6 +204,13 @@ class OptimizerConfig(Section):
     clip_grad: float | None = Field(
         5.0, gt=0, description="largest norm of the whole gradient; null turns clipping off"
     )
+
+    @model_validator(mode="after")
+    def _nesterov(self) -> "OptimizerConfig":
+        """optimizer.nesterov of sgd needs optimizer.momentum above 0."""
+        if self.name == "sgd" and self.nesterov and not self.momentum:
+            raise ValueError("optimizer.nesterov needs optimizer.momentum above 0: give one, or leave nesterov out")
+        return self
 
 
 class ScheduleConfig(Section):

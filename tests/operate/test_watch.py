@@ -37,13 +37,13 @@ class Folder:
     def start(self, name="start"):
         self.event(name, world_size=2, last=1000, steps_per_epoch=10, startup_seconds=1.0)
 
-    def train(self, count, loss=1.0, speed=100.0, seconds=1.0):
+    def train(self, count, loss=1.0, speed=100.0, seconds=1.0, lr=0.1):
         for _ in range(count):
             self.step += 1
             pace = {"images_per_second": speed, "data_wait": 0.1, "step_ms": 1000 * seconds, "mfu": None}
             noise = 0.01 * (self.step % 5)
             loss_now = None if loss is None else loss + noise
-            fields = {"loss": loss_now, "lr": 0.1, "grad_norm": 1.0, **pace}
+            fields = {"loss": loss_now, "lr": lr, "grad_norm": 1.0, **pace}
             self.write(kind="train", step=self.step, epoch=self.step / 10, after=seconds, **fields)
 
     def finish(self, name, text, **fields):
@@ -85,6 +85,16 @@ def test_progress_pace_and_scores(alive):
     status = watched.look()
     assert watched.progress.step == 20 and status.restarts == 2 and status.lost_steps == 20
     assert watched.progress.scores() == {"ema": (70.0, 70.0)}, "step 30 is still to be taken again"
+
+
+def test_numbers_that_are_not_finite_are_shown_as_that(alive):
+    from launch.watch import page
+
+    alive.start()
+    alive.train(2, loss=None, lr=None)
+    watched = Watched(alive.path)
+    status = watched.look()
+    assert "loss not finite   lr not finite   |gradient| 1" in "\n".join(page(watched, status, colours=False))
 
 
 def test_another_tasks_metric_is_shown_by_its_own_name(alive, monkeypatch):
