@@ -149,7 +149,7 @@ class AugmentConfig(Section):
     def _is_range(cls, value: tuple[float, float]) -> tuple[float, float]:
         """augment.crop_scale and augment.crop_ratio are two numbers above 0, the smaller one first."""
         if not 0 < value[0] <= value[1]:
-            raise ValueError("must be a range: two numbers above 0, the smaller one first")
+            raise ValueError(f"must be a range, two numbers above 0 and the smaller one first, not {list(value)}")
         return value
 
     @field_validator("std")
@@ -157,5 +157,5 @@ class AugmentConfig(Section):
     def _is_positive(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
         """augment.std is above 0 in every channel."""
         if min(value) <= 0:
-            raise ValueError("must be above 0 in every channel")
+            raise ValueError(f"must be above 0 in every channel, not {list(value)}")
         return value

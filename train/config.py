@@ -61,13 +61,13 @@ class Config(Section):
         if not isinstance(value, dict):
             return value
         try:
-            return find(value.get("name", "classification")).Settings.model_validate(value)
+            settings = find(value.get("name", "classification")).Settings
         except UnknownTask as error:
             raise ValueError(f"task.name: {error}") from error
+        try:
+            return settings.model_validate(value)
         except ValidationError as error:
-            raise ValueError(
-                "; ".join(_explain({**item, "loc": ("task", *item["loc"])}) for item in error.errors())
-            ) from error
+            raise ValueError(_explain(error, ("task",), settings)) from error
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> "Config":
@@ -243,7 +243,7 @@ def parse_config(tree: dict, source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from error
+        raise ConfigError(f"{source}: {_explain(error)}") from error
 
 
 def dump_config(config: Config) -> str:
@@ -270,15 +270,31 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict:
     if path.resolve() in seen:
         raise ConfigError(f"{path} is its own base; remove the circle")
     try:
-        tree = yaml.safe_load(path.read_text())
+        with path.open("rb") as file:
+            tree = yaml.load(file, _Loader)
     except OSError as error:
         raise ConfigError(f"config {path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {_first_line(error)}") from error
+        raise ConfigError(f"{path} is not YAML in UTF-8: {_first_line(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must be a mapping of sections ({', '.join(Config.model_fields)})")
     base = tree.pop("base", None)
+    if not isinstance(base, str | None):
+        raise ConfigError(f"{path}: base is the name of one file, not {base!r}")
     return tree if base is None else _merge(_read(path.parent / base, (*seen, path.resolve())), tree)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(f"{self.name}: {name} is given twice, in lines {lines[name]} and {line}: remove one")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
 
 
 def _merge(below: dict, above: dict) -> dict:
@@ -289,27 +305,53 @@ def _merge(below: dict, above: dict) -> dict:
     return merged
 
 
-def _explain(error: dict) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {key}; {_suggestion(key)}"
-    if error["type"] == "missing":
+def _explain(error: ValidationError, place: tuple[str, ...] = (), task: type[TaskConfig] = TaskConfig) -> str:
+    """pydantic's errors in a sentence. place: of what was validated in the config; task: the class of its section task.
+
+    A value that is of none of several types has an error for each, which are named together.
+    """
+    sections = _sections(task)
+    found: dict[str, list[dict]] = {}
+    for item in error.errors():
+        key = ""
+        for part in (*place, *item["loc"]):
+            if not isinstance(part, str) or key in sections:  # else it is the name of one of several types
+                key = f"{key}.{part}" if key else str(part)
+        found.setdefault(key, []).append(item)
+    return "; ".join(_sentence(key, items, sections) for key, items in found.items())
+
+
+def _sentence(key: str, items: list[dict], sections: dict[str, list[str]]) -> str:
+    kind, text = items[0]["type"], items[0]["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return f"unknown key {key}; {_suggestion(key, sections)}"
+    if kind == "missing":
         return f"{key} is missing"
-    if error["type"] == "value_error":
-        return error["msg"].removeprefix("Value error, ")
-    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
+    if kind == "value_error":
+        return text if key in text else f"{key}: {text}"
+    others = "".join(f", or {item['msg'].removeprefix('Input should be ')}" for item in items[1:])
+    return f"{key}: {text[0].lower()}{text[1:]}{others}, not {items[0]['input']!r}"
 
 
-def _suggestion(key: str) -> str:
-    sections = {name: list(section.annotation.model_fields) for name, section in Config.model_fields.items()}
-    section, _, leaf = key.rpartition(".")
-    siblings = sections.get(section, list(sections))
-    prefix = f"{section}." if section in sections else ""
-    close = [prefix + match for match in difflib.get_close_matches(leaf, siblings, 1)]
-    close += [f"{name}.{leaf}" for name, keys in sections.items() if leaf in keys]
-    return (
-        f"did you mean {close[0]}?" if close else f"known here: {', '.join(prefix + sibling for sibling in siblings)}"
-    )
+def _sections(task: type[TaskConfig]) -> dict[str, list[str]]:
+    """The keys of every section by its name, also of those inside others; under "" the names of the sections."""
+    found: dict[str, list[str]] = {}
+    waiting: list[tuple[str, type[Section]]] = [("", Config)]
+    for name, section in waiting:  # which grows
+        found[name] = list(section.model_fields)
+        for key, field in section.model_fields.items():
+            inner = task if (name, key) == ("", "task") else field.annotation
+            if isinstance(inner, type) and issubclass(inner, Section):
+                waiting.append((f"{name}.{key}" if name else key, inner))
+    return found
+
+
+def _suggestion(key: str, sections: dict[str, list[str]]) -> str:
+    section, dot, leaf = key.rpartition(".")
+    close = [section + dot + match for match in difflib.get_close_matches(leaf, sections[section], 1)]
+    close += [f"{name}.{leaf}" for name, keys in sections.items() if name and leaf in keys]
+    known = ", ".join(section + dot + sibling for sibling in sections[section])
+    return f"did you mean {close[0]}?" if close else f"known here: {known}"
 
 
 def _first_line(error: Exception) -> str:

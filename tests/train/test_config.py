@@ -49,6 +49,15 @@ def test_resolved_config_reads_back_the_same(write):
         ("optimizer.learning_rate=3", "unknown key optimizer.learning_rate; known here: optimizer.name"),
         ("train.epochs=many", "train.epochs: input should be a valid integer"),
         ("train.precision=fp8", "train.precision: input should be 'bf16', 'fp16' or 'fp32', not 'fp8'"),
+        ("train.micro_batch=0", "train.micro_batch: input should be greater than or equal to 1, or 'auto', not 0"),
+        ("train.cuda_graphs=maybe", "train.cuda_graphs: input should be a valid boolean, unable to interpret"),
+        ("augment.crop_scale=[0.5, 0.1]", "augment.crop_scale: must be a range, two numbers above 0 and the smaller"),
+        ("augment.std=[1, 0, 1]", "augment.std: must be above 0 in every channel, not [1.0, 0.0, 1.0]"),
+        ("guard.timeout.stp=3", "unknown key guard.timeout.stp; did you mean guard.timeout.step?"),
+        ("guard.timeout.hours=3", "unknown key guard.timeout.hours; known here: guard.timeout.startup"),
+        ("task={name: detection, detectr: fcos}", "unknown key task.detectr; did you mean task.detector?"),
+        ("task={name: segmentation, xyz: 3}", "unknown key task.xyz; known here: task.name, task.crop, task.scale,"),
+        ("task.neck=3", "unknown key task.neck; known here: task.name"),
         ("zero.stage=4", "zero.stage: input should be 0, 1, 2 or 3"),
         ("train.global_batch=100", "train.global_batch 100 is not a multiple of train.micro_batch 128"),
         ("schedule.warmup_epochs=300", "schedule.warmup_epochs 300 leaves nothing of train.epochs 300"),
@@ -92,12 +101,23 @@ def test_offload_needs_a_partitioned_optimizer(write):
         ("model: {name: [\n", "is not YAML"),
         ("base: config.yaml\n", "is its own base"),
         ("base: nowhere.yaml\n", "nowhere.yaml cannot be read"),
+        ("base: [a, b]\n", r"config.yaml: base is the name of one file, not \['a', 'b'\]"),
+        ("base: 3\n", "base is the name of one file, not 3"),
+        ("? [a, b]\n: 3\n", "found unhashable key"),
+        (f"{SMALL}train: {{seed: 1}}\ntrain: {{seed: 2}}\n", "config.yaml: train is given twice, in lines 3 and 4"),
+        ("train:\n  seed: 1\n  epochs: 2\n  seed: 3\n", "config.yaml: seed is given twice, in lines 2 and 4"),
         ("!!python/object/apply:os.system ['true']\n", "is not YAML"),
     ],
 )
 def test_bad_files(write, text, sentence):
     with pytest.raises(ConfigError, match=sentence):
         load_config(write(text))
+
+
+def test_a_file_that_is_not_utf8(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"# caf\xe9\n" + SMALL.encode())
+    with pytest.raises(ConfigError, match="latin.yaml is not YAML in UTF-8"):
+        load_config(tmp_path / "latin.yaml")
 
 
 def test_differences_tell_identity_from_free_keys(write):
