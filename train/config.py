@@ -134,10 +134,8 @@ class Config(Section):
         """Raise ConfigError if the warm-up is not shorter than the run; either may be given in epochs or in steps."""
         warmup, total = self.warmup_steps(steps_per_epoch), self.total_steps(steps_per_epoch)
         if warmup >= total:
-            raise ConfigError(
-                f"the warm-up takes {warmup:g} of the run's {total} steps: lower schedule.warmup_epochs, or give "
-                "schedule.warmup_steps"
-            )
+            key = "schedule.warmup_epochs" if self.schedule.warmup_steps is None else "schedule.warmup_steps"
+            raise ConfigError(f"the warm-up takes {warmup:g} of the run's {total} steps: lower {key}")
 
     def warmup_steps(self, steps_per_epoch: int) -> float:
         """Length of the learning rate's warm-up in steps, not rounded."""
@@ -146,6 +144,8 @@ class Config(Section):
 
     def evaluation_interval(self, steps_per_epoch: int) -> int:
         """Steps between two evaluations; 0: none."""
+        if not self.train.evaluate_every:
+            return 0
         return self.train.evaluate_every_steps or self.train.evaluate_every * steps_per_epoch
 
     def checkpoint_interval(self, steps_per_epoch: int) -> int:
@@ -191,6 +191,13 @@ class Config(Section):
         return self
 
 
+# Keys in epochs, and those in steps that take their place.
+IN_STEPS = {
+    "train.evaluate_every": "train.evaluate_every_steps",
+    "schedule.warmup_epochs": "schedule.warmup_steps",
+    "checkpoint.every_epochs": "checkpoint.every_steps",
+}
+
 # Keys that do not change what a step computes: a resumed run may change them. All others are the run's identity.
 FREE_KEYS = (
     "zero.",
@@ -219,7 +226,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises ConfigError with one sentence.
     """
-    return parse_config(override(_read(Path(path), seen=()), overrides), source=str(path))
+    tree = override(_read(Path(path), seen=()), overrides)
+    _check_overrides(flatten(override({}, overrides)), flatten(tree))
+    return parse_config(tree, source=str(path))
 
 
 def override(tree: dict, settings: Sequence[str]) -> dict:
@@ -236,6 +245,15 @@ def override(tree: dict, settings: Sequence[str]) -> dict:
             value = {part: value}
         tree = _merge(tree, value)
     return tree
+
+
+def _check_overrides(given: dict, values: dict) -> None:
+    """Raise ConfigError if a key of the command line, one of `given`, does nothing beside the file's `values`."""
+    for epochs, steps in IN_STEPS.items():
+        off = (epochs, values.get(epochs)) == ("train.evaluate_every", 0)  # which turns off those in steps, too
+        idle, other, remedy = (steps, epochs, "1") if off else (epochs, steps, "null")
+        if idle in given and values.get(steps) is not None:
+            raise ConfigError(f"{idle} does nothing beside {other}={values[other]}: set {other}={remedy} too")
 
 
 def parse_config(tree: dict, source: str) -> Config:

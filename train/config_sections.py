@@ -144,7 +144,9 @@ class TrainConfig(Section):
     max_steps: Positive | None = Field(
         None, description="end early after so many steps; the schedule still spans the whole run"
     )
-    evaluate_every: int = Field(1, ge=0, description="epochs between evaluations; 0 turns them off")
+    evaluate_every: int = Field(
+        1, ge=0, description="epochs between evaluations; 0 turns them off, those of evaluate_every_steps too"
+    )
     evaluate_every_steps: Positive | None = Field(
         None, description="steps between evaluations, in place of train.evaluate_every"
     )

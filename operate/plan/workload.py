@@ -25,7 +25,7 @@ class Workload:
     max_steps: int | None
     zero_stage: int
     checkpoint_every: int | None  # steps; None: see checkpoint_every_epochs
-    evaluate_every: int  # epochs; 0: never
+    evaluate_every: int  # epochs; 0: never, whatever evaluate_every_steps is
     evaluated_weights: int  # 2 with EMA
     total_steps: int | None = None  # of a run whose length is not given in epochs
     checkpoint_every_epochs: int = 1
@@ -55,7 +55,7 @@ class Workload:
     @property
     def evaluation_interval(self) -> int:
         """Steps between evaluations; 0: none."""
-        if not self.validation_images:
+        if not (self.validation_images and self.evaluate_every):
             return 0
         return self.evaluate_every_steps or self.evaluate_every * self.steps_per_epoch
 
@@ -116,7 +116,7 @@ def count_workload(task: Task, images: int, validation_images: int, groups: tupl
         max_steps=sizes.max_steps,
         zero_stage=config.zero.stage,
         checkpoint_every=config.checkpoint.every_steps,
-        evaluate_every=sizes.evaluate_every if validation_images else 0,
+        evaluate_every=sizes.evaluate_every,
         evaluated_weights=2 if config.ema.decay else 1,
         total_steps=sizes.steps,
         checkpoint_every_epochs=config.checkpoint.every_epochs,

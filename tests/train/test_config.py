@@ -80,6 +80,32 @@ def test_mistakes_are_named_with_the_remedy(write, override, sentence):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["schedule.warmup_epochs=3"], "schedule.warmup_epochs does nothing beside schedule.warmup_steps=5: set sche"),
+        (
+            ["schedule={warmup_epochs: 3}"],
+            "schedule.warmup_epochs does nothing beside schedule.warmup_steps=5: set sche",
+        ),
+        (["checkpoint.every_epochs=2"], "beside checkpoint.every_steps=7: set checkpoint.every_steps=null too"),
+        (["train.evaluate_every=2"], "beside train.evaluate_every_steps=9: set train.evaluate_every_steps=null too"),
+        (
+            ["train.evaluate_every_steps=2", "train.evaluate_every=0"],
+            "train.evaluate_every=0: set train.evaluate_every=1",
+        ),
+    ],
+)
+def test_an_override_that_would_do_nothing_is_refused(write, overrides, sentence):
+    keys = "schedule: {warmup_epochs: 1, warmup_steps: 5}\ncheckpoint: {every_epochs: 1, every_steps: 7}\n"
+    config = write(SMALL + keys + "train: {evaluate_every: 1, evaluate_every_steps: 9}\n")
+    load_config(config, ["train.evaluate_every=0"])
+    load_config(config, ["checkpoint.every_steps=null", "checkpoint.every_epochs=2", "schedule.warmup_steps=6"])
+    with pytest.raises(ConfigError) as raised:
+        load_config(config, overrides)
+    assert sentence in str(raised.value)
+
+
 def test_batch_norm_of_pooled_images_needs_two(write):
     small = SMALL.replace("cat_nano", "cotnet50")
     with pytest.raises(ConfigError, match="train.micro_batch 1 is too small for cotnet50: its batch norms need 2"):

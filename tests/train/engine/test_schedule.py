@@ -66,6 +66,8 @@ def test_evaluation_and_checkpoints_in_steps_or_epochs():
     assert [done for done in range(101) if evaluation_due(steps, done, 7)] == [30, 60, 90, 100]
     epochs = with_schedule({"epochs": 5, "evaluate_every": 2})
     assert [done for done in range(51) if evaluation_due(epochs, done, 10)] == [20, 40, 50]
+    off = with_schedule({"steps": 100, "evaluate_every_steps": 30, "evaluate_every": 0}, warmup_steps=5)
+    assert not any(evaluation_due(off, done, 7) for done in range(101))
     assert (steps.checkpoint_interval(7), epochs.checkpoint_interval(10)) == (7, 10)
 
 
@@ -86,7 +88,7 @@ def test_what_does_not_fit_together_is_refused(train, schedule, sentence):
 
 def test_a_warm_up_that_fills_the_run_is_refused_in_whatever_unit():
     with_schedule({"steps": 201}, warmup_epochs=2).check_warmup(100)
-    with pytest.raises(ConfigError, match="the warm-up takes 200 of the run's 200 steps"):
+    with pytest.raises(ConfigError, match="the warm-up takes 200 of the run's 200 steps: lower schedule.warmup_epochs"):
         with_schedule({"steps": 200}, warmup_epochs=2).check_warmup(100)
-    with pytest.raises(ConfigError, match="the warm-up takes 300 of the run's 200 steps"):
+    with pytest.raises(ConfigError, match="the warm-up takes 300 of the run's 200 steps: lower schedule.warmup_steps"):
         with_schedule({"epochs": 2}, warmup_steps=300).check_warmup(100)
