@@ -51,7 +51,8 @@ class Order:
             raise ValueError(f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}")
         if self.samples < self.global_batch:
             raise ValueError(
-                f"the dataset has {self.samples} samples, fewer than one global_batch of {self.global_batch}"
+                f"the dataset has {self.samples} samples, fewer than one global_batch of {self.global_batch}: set a "
+                "smaller train.global_batch"
             )
 
     @property

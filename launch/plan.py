@@ -51,13 +51,14 @@ def main(arguments: argparse.Namespace) -> None:
         )
 
     from operate.plan.workload import check_sizes, count_workload, memory_by_stage
+    from train.checks import checked_order
 
     check_sizes(config, images, cluster.world)
     from operate.plan.plan import make_plan, scale
     from operate.task_model import task_of
 
     task = task_of(config, manifest)
-    groups = groups_of(config, manifest) if manifest and not arguments.images else None
+    groups = checked_order(config, manifest).groups if manifest and not arguments.images else None
     workload = count_workload(task, images, validation_images, groups)
     if measured:
         from operate.plan.calibrate import calibrate
@@ -105,29 +106,17 @@ def assume(arguments: argparse.Namespace, config: "Config", calibrated: "Cluster
 
 def find_dataset(arguments: argparse.Namespace, config: "Config") -> "tuple[int, int, Manifest | None, str]":
     """Numbers of training and validation images, the manifest (None without a dataset), and the numbers' origin."""
-    from data_pipeline.manifest import FILE_NAME, open_manifest
+    from train.checks import visible_dataset
 
-    (images, validation_images), manifest = IMAGENET, None
+    (images, validation_images), manifest = IMAGENET, visible_dataset(config)
     where = "GUESSED to be ImageNet's, as there is no dataset at data.path"
-    if (Path(config.data.path) / FILE_NAME).is_file():
-        manifest = open_manifest(config.data.path)
-        config.check_dataset(manifest)
+    if manifest:
         images = manifest.split("train").samples
         validation_images = manifest.splits["val"].samples if "val" in manifest.splits else 0
         where = f"counted in {config.data.path}"
     if arguments.images:
         images, where = arguments.images, "given"
     return images, validation_images, manifest, where
-
-
-def groups_of(config: "Config", manifest: "Manifest") -> tuple[int, ...]:
-    """The numbers of images of which the run makes micro-batches apart. Raises ConfigError if they fill no step."""
-    from train.config import ConfigError
-
-    try:
-        return config.order(manifest.split("train")).groups
-    except ValueError as error:
-        raise ConfigError(f"{config.data.path}: {error}") from error
 
 
 def reality(arguments: argparse.Namespace, own: "Plan") -> str:

@@ -91,7 +91,6 @@ def main(arguments: argparse.Namespace) -> None:
 
 def make_job(arguments: argparse.Namespace, config, stamp: str) -> BatchJob:
     """Check the arguments and convert them to the values of the template. Raises ConfigError."""
-    from data_pipeline.order import Order
     from train.config import ConfigError
 
     tasks = arguments.gpus_per_node or arguments.tasks_per_node
@@ -99,13 +98,6 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> BatchJob:
         raise ConfigError("--gpus-per-node 0 trains on CPUs: say how many ranks a node gets with --tasks-per-node")
     if arguments.gpus_per_node and arguments.tasks_per_node:
         raise ConfigError("--tasks-per-node is for --gpus-per-node 0: every GPU gets one rank")
-    sizes = config.train
-    try:
-        Order(sizes.seed, sizes.global_batch, sizes.global_batch, config.smallest_micro_batch).share(
-            0, arguments.nodes * tasks
-        )
-    except ValueError as error:
-        raise ConfigError(f"{arguments.config}: {error}") from error
     folder = os.path.abspath(arguments.output or os.path.join("runs", Path(arguments.config).stem))
     folder = _printable("--output", folder)
     if "\\" in folder or "%" in folder:
@@ -152,7 +144,7 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> BatchJob:
     srun_options = [f"--cpus-per-task={cores}"]  # since 22.05 srun does not inherit it from sbatch
     if arguments.cpu_bind:
         srun_options.append(f"--cpu-bind={arguments.cpu_bind}")
-    return BatchJob(
+    job = BatchJob(
         run=folder,
         config=f"{folder}/submitted/{stamp}.yaml",
         name=_printable("--job-name", arguments.job_name or Path(folder).name),
@@ -166,6 +158,19 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> BatchJob:
         doctor=arguments.doctor,
         max_restarts=arguments.max_restarts,
     )
+    check_run(config, arguments.nodes * tasks, job)
+    return job
+
+
+def check_run(config, world: int, job: BatchJob) -> None:
+    """Raise ConfigError if the job's first start would be refused, as far as this machine can tell."""
+    from train.checkpoint.resume_point import Resume
+    from train.checks import check_start, checked_order, visible_dataset
+
+    for folder in job.folders():
+        check_start(config, world, Resume.decide(Path(folder), job.resume or "auto", job.with_changes))
+    if manifest := visible_dataset(config):
+        checked_order(config, manifest)
 
 
 def sbatch_command(job: BatchJob, script: Path) -> list[str]:

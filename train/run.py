@@ -42,9 +42,9 @@ def _run(
 ) -> Path:
     from data_pipeline.backends import open_backend
     from data_pipeline.storage import open_dataset
-    from train.checkpoint.init_from import check_source
     from train.checkpoint.resume_point import Resume
-    from train.config import ConfigError, load_config
+    from train.checks import check_start, checked_order
+    from train.config import load_config
     from train.guard.run_lock import RunLock, cannot_write
 
     settings = load_config(config, list(overrides))
@@ -52,15 +52,10 @@ def _run(
     settings.check_dataset(manifest)
     for split in manifest.splits.values():
         open_backend(settings.data.backend, split)  # for its errors: a library or files that are missing
-    try:
-        order = settings.order(manifest.split("train"))
-        order.share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    except ValueError as error:
-        raise ConfigError(f"{config}: {error}") from error
-    settings.check_warmup(order.steps_per_epoch)
+    order = checked_order(settings, manifest)
     folder = Path(output or Path("runs") / Path(config).stem)
     start = Resume.decide(folder, resume, resume_with_changes)
-    check_source(settings, start)
+    check_start(settings, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), start)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -85,7 +85,9 @@ def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
 
 
 def check_sizes(config: Config, images: int, world: int) -> None:
-    """Raise ConfigError if nothing can be planned with these sizes; before torch is imported."""
+    """Raise ConfigError if nothing can be planned with these sizes, or the run would refuse them; before torch is
+    imported.
+    """
     sizes = config.train
     if sizes.micro_batch == "auto":
         raise ConfigError(
@@ -97,6 +99,7 @@ def check_sizes(config: Config, images: int, world: int) -> None:
             f"{sizes.global_batch}"
         )
     accumulation(sizes.global_batch, sizes.micro_batch, world)
+    config.check_warmup(images // sizes.global_batch)
 
 
 def count_workload(task: Task, images: int, validation_images: int, groups: tuple[int, ...] | None = None) -> Workload:

@@ -99,6 +99,7 @@ def test_mistakes_get_one_sentence(tiny_config, tmp_path):
     for arguments, sentence in (
         ([*where, 2], "the speed of a GPU is not known: give --images-per-second"),
         ([*where, 3, "--images-per-second", 9], "3 ranks cannot share the 4 micro-batches"),
+        ([*where, 2, "--images-per-second", 9, "schedule.warmup_steps=500"], "takes 500 of the run's 16 steps: lower"),
         ([*where, 2, "--bench", tmp_path / "no.json"], "measures neither the training of cat_nano, nor decoding"),
         ([*where, 2, "--calibrate", tmp_path / "nowhere"], "is not a run's folder"),
         ([*where, 2, "--images-per-second", 9, "train.micro_batch=auto"], "give train.micro_batch=N"),

@@ -66,6 +66,12 @@ def test_the_options_of_a_job(tiny_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dataset_that_only_the_nodes_see_is_not_checked(tiny_config, tmp_path):
+    """And first weights are not needed by a run that has a checkpoint."""
+    (tmp_path / "run" / "checkpoints" / "step_00000005").mkdir(parents=True)
+    script(tiny_config, f"--output={tmp_path}/run", f"data.path={tmp_path}/gone", "model.init_from=gone")
+
+
 def test_a_rank_gets_the_cores_that_its_config_needs(tiny_config, tmp_path):
     """One for each decoding thread and two more, in the job and in its steps."""
     text = script(tiny_config, "--output", str(tmp_path / "run"), "data.workers=7")
@@ -98,6 +104,9 @@ def test_the_command_in_the_script_is_the_one_that_submits_it(tiny_config, tmp_p
     [
         (["train.epoch=3"], "unknown key train.epoch; did you mean train.epochs?"),
         (["--nodes=3"], "6 ranks cannot share the 4 micro-batches"),
+        (["train.global_batch=512"], "has 260 samples, fewer than one global_batch of 512: set a smaller train.global"),
+        (["schedule.warmup_steps=500"], "the warm-up takes 500 of the run's 16 steps: lower schedule.warmup_steps"),
+        (["model.init_from=missing"], "model.init_from: there is no missing; name a file of weights"),
         (["--nodes=0"], "'0' is not a whole number of at least 1"),
         (["--time=1"], "--time 1 leaves no time to train: ranks are asked to stop 90 s before its end"),
         (["--time=tomorrow"], "--time tomorrow is not a time"),

@@ -302,27 +302,29 @@ def test_steps_of_an_epoch_are_those_of_the_task_s_order(tiny_config, tiny_datas
     """A task may make micro-batches of groups of images, each with a rest of its own."""
     from data_pipeline.grouped_order import GroupedOrder
     from data_pipeline.manifest import open_manifest
-    from launch.plan import groups_of
+    from train.checks import checked_order
     from train.config import ConfigError
 
     config, manifest = (
         load_config(tiny_config, ["train.global_batch=40", "train.micro_batch=10"]),
         open_manifest(tiny_dataset),
     )
-    assert groups_of(config, manifest) == (260,) and config.order(manifest.split("train")).steps_per_epoch == 6
+    assert (
+        checked_order(config, manifest).groups == (260,) and config.order(manifest.split("train")).steps_per_epoch == 6
+    )
 
     def order(config, split, *sizes):
         return GroupedOrder(sizes[0], split.samples, *sizes[1:], portrait=np.arange(split.samples) < 109)
 
     monkeypatch.setattr("train.tasks.classification.order", order, raising=False)
-    groups, grouped = groups_of(config, manifest), config.order(manifest.split("train"))
+    groups, grouped = checked_order(config, manifest).groups, config.order(manifest.split("train"))
     workload = count_workload(task_of(config), 260, 101, groups)
     assert groups == (151, 109) and workload.steps_per_epoch == grouped.steps_per_epoch == 6
     other = replace(workload, micro_batch=40, global_batch=40)
     assert other.steps_per_epoch == config.order(manifest.split("train"), micro_batch=40).steps_per_epoch == 5
     config = load_config(tiny_config, ["train.global_batch=260", "train.micro_batch=20"])
     with pytest.raises(ConfigError, match="151 landscape and 109 portrait images fill 12 micro-batches of 20"):
-        groups_of(config, manifest)
+        checked_order(config, manifest)
 
 
 def test_a_run_that_is_counted_in_steps(tiny_config):
