@@ -44,6 +44,7 @@ def main(arguments: argparse.Namespace) -> None:
     from operate.doctor.meeting import MeetingFailed, meet
     from operate.doctor.page import document, page, verdict
     from operate.task_model import meta_model, task_of
+    from train.checkpoint.resume_point import Resume
     from train.engine.estimate import checkpoint_bytes
 
     try:
@@ -52,7 +53,8 @@ def main(arguments: argparse.Namespace) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise
     try:
-        facts = run_checks(config, output, meeting)
+        resume = Resume.decide(output, arguments.resume, arguments.resume_with_changes)
+        facts = run_checks(config, output, resume, meeting)
     except DistError as error:
         print(f"error: rank {meeting.rank} has lost rank 0, which is dead: see its output", file=sys.stderr, flush=True)
         raise NotFit("rank 0 has gone") from error
@@ -130,7 +132,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--wait", type=_rate, default=120, metavar="SECONDS", help="for nodes that start slowly (default: 120)"
     )
-    parser.add_argument("--resume", help=argparse.SUPPRESS)  # the arguments of launch/train.py can be given as they are
+    parser.add_argument(
+        "--resume", default="auto", help=argparse.SUPPRESS
+    )  # the arguments of launch/train.py can be given as they are
     parser.add_argument("--resume-with-changes", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")

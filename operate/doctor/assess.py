@@ -12,6 +12,7 @@ ASSESSORS = {
     "machine": (assess_node.devices, assess_node.versions, assess_node.limits),
     "disk": (assess_node.disk,),
     "dataset": (assess_node.dataset,),
+    "config": (assess_job.config,),
     "decoding": (assess_node.decoding,),
     "network": (assess_job.clocks, assess_job.all_reduce),
     "links": (assess_job.links,),
@@ -20,6 +21,7 @@ ASSESSORS = {
 
 ERROR_REMEDIES = {
     "dataset": "copy the dataset there, or mount it on all nodes under the same path",
+    "config": "correct it: with these settings training ends at its start, with the same sentence",
     "decoding": "mend the dataset first",
     "network": "the address must be reachable from all nodes: --interface, GLOO_SOCKET_IFNAME, MASTER_ADDR, a firewall "
     "between the nodes",
@@ -28,7 +30,7 @@ ERROR_REMEDIES = {
 TIMEOUT_REMEDIES = {
     "disk": "the file system hangs there: look at its server and at dmesg, or give another --output",
     **dict.fromkeys(
-        ("dataset", "decoding"),
+        ("dataset", "config", "decoding"),
         "the file system of the dataset hangs or crawls there: look at its server, or stage the files (data.cache_dir)",
     ),
     **dict.fromkeys(

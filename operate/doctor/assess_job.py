@@ -25,6 +25,15 @@ PARTS = {
 }
 
 
+def config(findings: Findings, values: dict[int, dict]) -> list[Line]:
+    """What a start would refuse is an error of the check, so nothing of that is here."""
+    counts = [value for value in values.values() if value]
+    if not counts:
+        return [Line("config", YELLOW, "train.global_batch and the warm-up were not checked: there is no dataset")]
+    warmup, batch = counts[0]["warmup"], findings.config.train.global_batch
+    return [Line("config", GREEN, f"{counts[0]['steps']} steps of {batch} samples, {warmup:g} of them of the warm-up")]
+
+
 def clocks(findings: Findings, values: dict[int, dict]) -> list[Line]:
     moments = [
         statistics.median(stamps) for stamps in zip(*(value["clocks"] for value in values.values()), strict=True)

@@ -24,6 +24,8 @@ from operate.doctor.meeting import Meeting
 from operate.doctor.training_step import measure_step
 from operate.task_model import agreed_task, meta_model, task_of
 from train import exit_codes
+from train.checkpoint.resume_point import Resume
+from train.checks import check_start, checked_order
 from train.config import Config
 from train.engine.estimate import checkpoint_bytes
 from train.engine.network_interface import choose_interface
@@ -32,12 +34,21 @@ from train.exit_codes import exit_code_of
 from train.tasks.base import build_task
 
 # Seconds that a check may take: about ten times its time on a healthy cluster.
-LIMITS = {"machine": 60, "disk": 40, "dataset": 60, "decoding": 40, "network": 60, "links": 90, "step": 120}
+LIMITS = {
+    "machine": 60,
+    "disk": 40,
+    "dataset": 60,
+    "config": 40,
+    "decoding": 40,
+    "network": 60,
+    "links": 90,
+    "step": 120,
+}
 COLLECTIVE = ("network", "links", "step")  # these need all ranks at the same time
 TOTAL_LIMIT = 600  # seconds for everything, enforced even if the store no longer answers
 
 
-def run_checks(config: Config, output: Path, meeting: Meeting) -> dict[int, dict]:
+def run_checks(config: Config, output: Path, resume: Resume, meeting: Meeting) -> dict[int, dict]:
     """Run all checks; every rank calls this. Returns all ranks' results by rank and check on rank 0, {} elsewhere.
 
     A result is {"value": …}, {"error": sentence}, {"hung": seconds} or {"skipped": reason}, each with its "seconds".
@@ -46,7 +57,7 @@ def run_checks(config: Config, output: Path, meeting: Meeting) -> dict[int, dict
     last_resort = threading.Timer(TOTAL_LIMIT, _exit, [meeting.rank])
     last_resort.daemon = True
     last_resort.start()
-    checks = Checks(config, output, meeting)
+    checks = Checks(config, output, resume, meeting)
     found: dict[str, dict] = {}
     for name in LIMITS:
         check = getattr(checks, name)
@@ -65,8 +76,9 @@ def run_checks(config: Config, output: Path, meeting: Meeting) -> dict[int, dict
 class Checks:
     """The checks, one method each, in the order of LIMITS; each returns a dictionary that can be written as JSON."""
 
-    def __init__(self, config: Config, output: Path, meeting: Meeting):
-        self.config, self.output, self.meeting = one_micro_batch(config), output, meeting
+    def __init__(self, config: Config, output: Path, resume: Resume, meeting: Meeting):
+        self.settings, self.output, self.meeting = one_micro_batch(config), output, meeting
+        self.resume = resume
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.runtime: Runtime | None = None
         self.manifest: Manifest | None = None
@@ -81,21 +93,30 @@ class Checks:
             self.mark = files.leave_mark(self.output)
             store.set("mark", self.mark)
         store.wait(["mark"], timedelta(seconds=LIMITS["disk"] / 2))
-        share = checkpoint_bytes(meta_model(task_of(self.config)), self.config) // self.meeting.world
+        share = checkpoint_bytes(meta_model(task_of(self.settings)), self.settings) // self.meeting.world
         return files.disk(self.output, share, store.get("mark").decode())
 
     def dataset(self) -> dict:
-        manifest = open_dataset(self.config.data)
-        self.config.check_dataset(manifest)
+        manifest = open_dataset(self.settings.data)
+        self.settings.check_dataset(manifest)
         self.manifest = manifest
-        return files.dataset(self.config.data, self.manifest, self.meeting.rank)
+        return files.dataset(self.settings.data, self.manifest, self.meeting.rank)
+
+    def config(self) -> dict:
+        """What training itself checks at its start; without a dataset a part of it, and the result is empty."""
+        settings = self.settings
+        check_start(settings, self.meeting.world, self.resume)
+        if self.manifest is None:
+            return {}
+        steps_per_epoch = checked_order(settings, self.manifest).steps_per_epoch
+        return {"steps": settings.total_steps(steps_per_epoch), "warmup": settings.warmup_steps(steps_per_epoch)}
 
     def decoding(self) -> dict:
         # A single process on a node decodes for all ranks that the run will have there, one per GPU.
         ranks = self.meeting.hosts.count(self.meeting.hosts[self.meeting.rank])
         devices = max(1, torch.cuda.device_count() // ranks)
-        data = self.config.data.model_copy(update={"workers": devices * self.config.data.workers})
-        task = build_task(self.config, self.manifest.classes)
+        data = self.settings.data.model_copy(update={"workers": devices * self.settings.data.workers})
+        task = build_task(self.settings, self.manifest.classes)
         return {
             **files.decoding(data, task, self.manifest.split("train"), self.meeting.rank),
             "devices": devices,
@@ -123,7 +144,7 @@ class Checks:
 
     def step(self) -> dict:
         torch.set_num_threads(self.threads)  # the number is per thread
-        return measure_step(agreed_task(self.config, self.manifest, self.runtime.device), self.runtime)
+        return measure_step(agreed_task(self.settings, self.manifest, self.runtime.device), self.runtime)
 
 
 def _exit(rank: int) -> None:

@@ -89,6 +89,7 @@ def test_healthy_nodes_are_green_and_the_job_goes_on(cluster, tiny_config, tmp_p
         "disk",
         "space",
         "dataset",
+        "config",
         "decoding",
         "clocks",
         "all-reduce",
@@ -96,7 +97,7 @@ def test_healthy_nodes_are_green_and_the_job_goes_on(cluster, tiny_config, tmp_p
     ]
     assert [line["check"] for line in found["lines"]] == [*checks, "memory", "step"]
     assert [rank["host"] for rank in found["ranks"]] == ["n1", "n2"]
-    assert "GREEN: 13 green" in log(output)
+    assert "GREEN: 14 green" in log(output)
     assert not list(output.glob("**/.doctor*"))
 
 

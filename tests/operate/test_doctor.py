@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import pytest
 
+from data_pipeline.manifest import open_manifest
 from operate.doctor.assess import assess
-from operate.doctor.findings import RED, Findings
+from operate.doctor.findings import GREEN, RED, YELLOW, Findings, Line
 from operate.doctor.meeting import Meeting
 from operate.doctor.network import schedule
 from tests.runs import start_command
-from train.config import load_config
+from train.checkpoint.resume_point import Resume
+from train.config import ConfigError, load_config
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,47 @@ def red_lines(found: Findings) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def config(tiny_config):
     return load_config(tiny_config)
+
+
+def config_check(config, folder, hosts: list[str], manifest) -> dict:
+    """The result of the check "config" on the first rank."""
+    from operate.doctor.checks import Checks
+
+    checks = Checks(
+        config, folder, Resume.decide(folder, "auto", False), Meeting(0, len(hosts), None, tuple(hosts), ())
+    )
+    checks.manifest = manifest
+    return checks.config()
+
+
+@pytest.mark.parametrize(
+    ("override", "ranks", "sentence"),
+    [
+        ("train.global_batch=512", 2, "260 samples, fewer than one global_batch of 512: set a smaller train.global_ba"),
+        ("schedule.warmup_steps=500", 2, "the warm-up takes 500 of the run's 16 steps: lower schedule.warmup_steps"),
+        ("model.init_from=missing", 2, "model.init_from: there is no missing"),
+        ("train.seed=1", 3, "3 ranks cannot share the 4 micro-batches"),
+    ],
+)
+def test_what_a_start_would_refuse_is_red(tiny_config, tiny_dataset, tmp_path, monkeypatch, override, ranks, sentence):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    config, hosts = load_config(tiny_config, [override]), ["n1", "n2", "n3"][:ranks]
+    with pytest.raises(ConfigError, match=sentence) as raised:
+        config_check(config, tmp_path, hosts, open_manifest(tiny_dataset))
+    found = findings(config, hosts, {rank: {} for rank in range(ranks)})
+    found.facts[1]["config"] = {"error": str(raised.value)}
+    (line,) = (line for line in assess(found) if line.status == RED)
+    assert line.check == "config" and line.says == f"n2: {raised.value}" and line.remedy
+
+
+def test_what_a_start_would_accept_is_green(config, tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    line = Line("config", GREEN, "16 steps of 32 samples, 4 of them of the warm-up")
+    value = config_check(config, tmp_path, ["n1", "n2"], open_manifest(tiny_dataset))
+    missing = config_check(config, tmp_path, ["n1", "n2"], None)
+    assert line in assess(findings(config, ["n1", "n2"], {0: {"config": missing}, 1: {"config": value}}))
+    alone = assess(findings(config, ["n1"], {0: {"config": missing}}))
+    assert [found.status for found in alone if found.check == "config"] == [YELLOW]
 
 
 def rates(hosts: list[str], slow: dict[tuple[int, int], float]) -> dict[int, dict]:
