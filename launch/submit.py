@@ -168,7 +168,7 @@ def check_run(config, world: int, job: BatchJob) -> None:
     from train.checks import check_start, checked_order, visible_dataset
 
     for folder in job.folders():
-        check_start(config, world, Resume.decide(Path(folder), job.resume or "auto", job.with_changes))
+        check_start(config, 0, world, Resume.decide(Path(folder), job.resume or "auto", job.with_changes))
     if manifest := visible_dataset(config):
         checked_order(config, manifest)
 

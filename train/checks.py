@@ -12,12 +12,12 @@ from train.checkpoint.resume_point import Resume
 from train.config import Config, ConfigError
 
 
-def check_start(config: Config, world: int, resume: Resume) -> None:
+def check_start(config: Config, rank: int, world: int, resume: Resume) -> None:
     """Raise ConfigError if `world` ranks cannot share a step, or the first weights are missing: needs no dataset."""
     sizes = config.train
     order = Order(sizes.seed, sizes.global_batch, sizes.global_batch, config.smallest_micro_batch)
     try:
-        order.share(0, world)
+        order.share(rank, world)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     check_source(config, resume)

@@ -105,7 +105,7 @@ class Checks:
     def config(self) -> dict:
         """What training itself checks at its start; without a dataset a part of it, and the result is empty."""
         settings = self.settings
-        check_start(settings, self.meeting.world, self.resume)
+        check_start(settings, self.meeting.rank, self.meeting.world, self.resume)
         if self.manifest is None:
             return {}
         steps_per_epoch = checked_order(settings, self.manifest).steps_per_epoch
