@@ -19,7 +19,7 @@ from train.checkpoint.resume import restore
 from train.checkpoint.resume_point import Resume
 from train.config import Config
 from train.engine.prefetch import Prefetcher
-from train.engine.runtime import stop_runtime
+from train.engine.runtime import leave_after, stop_runtime
 from train.engine.schedule import learning_rate
 from train.evaluator import AskedToStop
 from train.guard.errors import REMEDY, NotSaved, Stopped, TrainingFailed
@@ -49,9 +49,7 @@ def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: 
             run.close()
     except BaseException as error:
         guard.close(error)
-        # Without other ranks, this process may run again. After an error of a GPU it cannot, and leaving may hang.
-        if dist.is_initialized() and dist.get_world_size() == 1 and not isinstance(error, torch.AcceleratorError):
-            stop_runtime()
+        leave_after(error)
         raise
     run.engine.destroy()
     stop_runtime()
@@ -79,12 +77,10 @@ class Run(RunParts):
         """The whole run: until the last step, or until a stop is requested."""
         self.guard.agree(self.start)
         self.stop_if_asked(self.guard.collect_pending(self.start), self.start)
-        path, info = self.restored.path, self.restored.info
-        # From another folder: from here on, this one has all that a later start, or going back, needs.
-        elsewhere = path is not None and not self.resume.is_own(path)
-        # A run that was stopped after this step, before its evaluation.
-        unscored = info is not None and (info.score is None or elsewhere) and self.evaluation_due(self.start)
-        if unscored:
+        # The run was stopped after this step, before its evaluation; or it begins with a checkpoint of another folder,
+        # and its own shall have what a later start, or going back, needs.
+        info, elsewhere = self.restored.info, self.restored.elsewhere
+        if unscored := info and (info.score is None or elsewhere) and self.evaluation_due(self.start):
             self.evaluate(self.start)
         if unscored or elsewhere:
             self.save(self.start)
@@ -98,13 +94,8 @@ class Run(RunParts):
 
         Returns the step that comes next: `last`, or a checkpoint's, to go back to.
         """
-        clock = Clock()
-
-        def waited(seconds: float) -> None:
-            clock.waited(seconds)
-            self.guard.waited(seconds)
-
-        with Prefetcher(self.batches(start), self.inputs, self.runtime.device, waited) as batches:
+        clock, guard, device = Clock(), self.guard, self.runtime.device
+        with Prefetcher(self.batches(start), self.inputs, device, clock.waited, guard.waited) as batches:
             for step in range(start, self.last):
                 self.guard.enter("first_step" if step == start else "step", step + 1)
                 outcome = self.train_step(step, batches)

@@ -31,7 +31,8 @@ from train.engine.ema import Ema
 class Restored:
     """What a start goes on from.
 
-    step: 0 without a checkpoint. path, info: the checkpoint and its manifest. notes: sentences for the log.
+    step: 0 without a checkpoint. path, info: the checkpoint and its manifest. elsewhere: whether it lies in another
+    folder than the run's own. notes: sentences for the log.
     best: score of the best checkpoint in the run's folder up to that step. began: see CheckpointInfo; for the
     checkpoints that this start will save.
     """
@@ -42,6 +43,7 @@ class Restored:
     notes: list[str] = field(default_factory=list)
     best: float | None = None
     began: str | None = None
+    elsewhere: bool = False
 
 
 def restore(
@@ -115,7 +117,7 @@ def _choose(resume: Resume, config: Config, manifest: Manifest, order: Order) ->
             "another --output"
         )
     best = next((score for _, score in evaluated(checkpoints, until=step)), None)
-    return Restored(step, path, info, notes, best, began)
+    return Restored(step, path, info, notes, best, began, elsewhere=not resume.is_own(path))
 
 
 def _config_of(path: Path, info: CheckpointInfo) -> Config:

@@ -18,7 +18,7 @@ class Prefetcher(AbstractContextManager):
 
     On a GPU `prepare` starts the copy and augmentation of the next micro-batch on a side stream. Call it after the
     current micro-batch's work has been queued on the device, and before the host waits for any of it. On the CPU it
-    does nothing. `waited` is called with the seconds spent waiting for the loader.
+    does nothing. Each of `waited` is called with the seconds spent waiting for the loader.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Prefetcher(AbstractContextManager):
         batches: Loader,
         inputs: Callable[[MicroBatch], Any],
         device: torch.device,
-        waited: Callable[[float], None],
+        *waited: Callable[[float], None],
     ):
         self._batches, self._inputs, self._waited = batches, inputs, waited
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -59,5 +59,7 @@ class Prefetcher(AbstractContextManager):
     def _take(self) -> MicroBatch:
         began = time.perf_counter()
         batch = next(self._batches)
-        self._waited(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        for waited in self._waited:
+            waited(seconds)
         return batch

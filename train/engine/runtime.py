@@ -139,6 +139,15 @@ def _cores_of_this_rank() -> int:
     return max(1, len(mine[1]) // sharing)
 
 
+def leave_after(error: BaseException) -> None:
+    """Leave the process group after an error if there are no other ranks, so that this process can start a next run.
+
+    After an error of its GPU it cannot, and leaving may hang.
+    """
+    if dist.is_initialized() and dist.get_world_size() == 1 and not isinstance(error, torch.AcceleratorError):
+        stop_runtime()
+
+
 def stop_runtime() -> None:
     """Leave the process group."""
     destroy_process_group()
