@@ -15,6 +15,12 @@ from launch.ranks import adopt_slurm_ranks
 if TYPE_CHECKING:
     from train.config import Config
 
+# What an evaluation may change, whatever the task; for more, see Task.evaluation_settings.
+SETTINGS = (
+    *("data.path", "data.backend", "data.device", "data.interpolation", "data.workers", "data.prefetch"),
+    "train.micro_batch",
+)
+
 
 def main(arguments: argparse.Namespace) -> None:
     adopt_slurm_ranks()
@@ -36,7 +42,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     trained = read_trained(target, arguments.weights, best=arguments.best)
     config, checkpoint, weights = trained.config, trained.checkpoint, trained.weights
-    config = _place(_changed(config, arguments.overrides), arguments.data, arguments.cache_dir)
+    config = for_evaluation(config, arguments.overrides, arguments.data, arguments.cache_dir)
     manifest = open_dataset(config.data, training=False)
     config.check_dataset(manifest)
     if list(manifest.classes) != trained.classes:
@@ -72,35 +78,42 @@ def main(arguments: argparse.Namespace) -> None:
     stop_runtime()
 
 
-def _changed(config: "Config", settings: Sequence[str]) -> "Config":
-    """`config` with other settings of the evaluation. Raises ConfigError for those that play no part in it."""
-    from train.config import ConfigError, override, parse_config
+def for_evaluation(
+    config: "Config", settings: Sequence[str], path: str | None = None, cache_dir: str | None = None
+) -> "Config":
+    """`config` with other settings, another dataset (a folder or URL) and a folder for copies of its files.
 
-    for setting in settings:
-        if not setting.startswith(("task.", "data.", "train.micro_batch=")):
-            raise ConfigError(
-                f"{setting} plays no part in an evaluation: settings of task and data, and train.micro_batch, can be "
-                "given"
-            )
-    return parse_config(override(config.model_dump(mode="json"), settings), source="evaluate.py")
-
-
-def _place(config: "Config", path: str | None, cache_dir: str | None) -> "Config":
-    """`config` with another dataset folder or URL and cache folder.
+    The weights fix the network and what their numbers mean, so a task names what an evaluation may change. ZeRO and the
+    global batch play no part, and are set such that they are in nobody's way.
 
     The checkpoint's config may be from a stranger. So its dataset is used only if it is a local folder; a URL to fetch
-    from and a folder to write to must be given by the user.
+    from and a folder to write to must be given by the user. Raises ConfigError.
     """
-    from train.config import ConfigError, parse_config
+    from train.config import ConfigError, override, parse_config
+    from train.task_registry import find
 
-    if path is None and "://" in config.data.path:
+    known = (*SETTINGS, *find(config.task.name).load().evaluation_settings)
+    given = [setting.partition("=")[0] for setting in settings]
+    for setting, key in zip(settings, given, strict=True):
+        if key == "data.cache_dir":
+            raise ConfigError(f"{setting}: give --cache-dir FOLDER in its place")
+        if key not in known:
+            raise ConfigError(
+                f"{setting} cannot be set in an evaluation of task.name={config.task.name}; it takes {', '.join(known)}"
+            )
+    tree = override(config.model_dump(mode="json"), settings)
+    if path is None and "data.path" not in given and "://" in config.data.path:
         raise ConfigError("the run's dataset is behind a URL; name it: --data URL --cache-dir FOLDER")
-    path = path or config.data.path
+    path = path or str(tree["data"]["path"])
     if "://" in path and cache_dir is None:
-        raise ConfigError("--data is a URL: give --cache-dir, a folder for its files")
-    tree = config.model_dump(mode="json")
+        raise ConfigError("the dataset is behind a URL: give --cache-dir, a folder for its files")
+    size = tree["train"]["micro_batch"]
+    if not isinstance(size, int) or size < 1:
+        raise ConfigError(f"train.micro_batch={size}: an evaluation needs a number of images per forward pass")
+    tree["train"]["global_batch"] = size
+    tree["zero"] = {"stage": 0, "offload": False}
     tree["data"] |= {"path": path, "cache_dir": cache_dir, "cache_gb": None}
-    return parse_config(tree, source="--data")
+    return parse_config(tree, source="evaluate.py")
 
 
 def parse_arguments() -> argparse.Namespace:

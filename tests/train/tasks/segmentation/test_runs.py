@@ -105,7 +105,7 @@ def test_all_labelled_pixels_are_counted_once(whole, scenes):
 
 
 def test_an_evaluation_takes_other_settings(whole, tmp_path):
-    """Several scales, mirrored, in windows: the same numbers on two and four ranks; what plays no part is named."""
+    """Several scales, mirrored, in windows: the same numbers on two and four ranks; what cannot be set is named."""
     more = ["task.test_ratios=[0.5,1.0]", "task.test_flip=true", "task.test=slide", "task.window=[64,64]"]
     kept = [tmp_path / "2.json", tmp_path / "4.json"]
     found = [
@@ -116,7 +116,7 @@ def test_an_evaluation_takes_other_settings(whole, tmp_path):
     plain = [line for line in metrics(whole, "eval") if (line["step"], line["weights"]) == (20, "ema")]
     assert found[0]["miou"] != plain[0]["miou"]
     text = evaluate(tmp_path / "wrong", whole, "model.name=cat_tiny", code=78)
-    assert "model.name=cat_tiny plays no part in an evaluation" in text and "Traceback" not in text
+    assert "model.name=cat_tiny cannot be set in an evaluation" in text and "Traceback" not in text
 
 
 def test_it_predicts_image_files(whole, scenes, tmp_path):
