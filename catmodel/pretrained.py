@@ -138,8 +138,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def about(path: Path) -> dict[str, Any]:
     """The description that `catmodel.export` or a finished run stored in a .safetensors file; {} if there is none.
 
-    It is {"model": {"name": ..., "img_size": ..., ...}, "classes": names, ...}, of which both keys are optional. Raises
-    ValueError for metadata of another form.
+    It is {"model": {"name": ..., "img_size": ..., ...}, "classes": names, ...}, of which all keys are optional; of a
+    run also "task": the section of its config. Raises ValueError for metadata of another form.
     """
     from safetensors import safe_open
 
@@ -147,8 +147,9 @@ def about(path: Path) -> dict[str, Any]:
         text = (file.metadata() or {}).get("catmodel", "{}")
     try:
         found = json.loads(text)
-        model, classes = found.get("model", {}), found.get("classes", [])
-        sound = isinstance(model, dict) and isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+        sections, classes = (found.get("model", {}), found.get("task", {})), found.get("classes", [])
+        sound = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+        sound = sound and all(isinstance(section, dict) for section in sections)
     except (ValueError, AttributeError, RecursionError):
         sound = False
     if not sound:

@@ -362,7 +362,7 @@ def test_invalid_safetensors_headers_are_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "about", ["", "{", "[]", "3", '{"classes": 3}', '{"classes": [3]}', '{"model": []}', "[" * 10**5]
+    "about", ["", "{", "[]", "3", '{"classes": 3}', '{"classes": [3]}', '{"model": []}', '{"task": 3}', "[" * 10**5]
 )
 def test_invalid_metadata_is_refused(tmp_path, weights, about):
     file = tmp_path / "evil.safetensors"

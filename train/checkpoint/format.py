@@ -337,7 +337,8 @@ def write_final_weights(output: Path, path: Path, kind: str) -> None:
     One rank calls this. Raises StorageError if the checkpoint cannot be read or the file not be written.
     """
     info = read_info(path)
-    about = {"model": info.config["model"], "classes": info.classes, "step": info.step}
+    sections = {key: info.config.get(key, {}) for key in ("model", "task")}  # the oldest checkpoints have no task
+    about = {**sections, "classes": info.classes, "step": info.step}
     state, final = read_weights(path, kind), output / "model.safetensors"
     temporary = final.with_name(f"{final.name}.tmp")
 

@@ -4,7 +4,7 @@ A run that has a checkpoint goes on from that and does not read them again.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from train.checkpoint.resume_point import Resume
 from train.config import Config, ConfigError
@@ -52,36 +52,29 @@ def load_first_weights(model: "nn.Module", task: "Task", runtime: "Runtime", res
 
 def _load(model: "nn.Module", task: "Task") -> list[str]:
     source = Path(task.config.model.init_from)
-    weights, classes = read_source(source)
-    sentences = task.load_weights(model, weights, classes, str(source))
+    weights, about = read_source(source)
+    sentences = task.load_weights(model, weights, about, str(source))
     return [
         f"first weights from {source}; once the run has a checkpoint of its own, they are not read again",
         *sentences,
     ]
 
 
-def read_source(source: Path) -> tuple[dict[str, "Tensor"], list[str] | None]:
-    """The state dict in `source`, and the names of its classes if it has them. Raises ConfigError.
+def read_source(source: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+    """The state dict in `source`, and what it says of itself, as catmodel.pretrained.about. Raises ConfigError.
 
     source: a published file; a .safetensors file; a run's folder (its model.safetensors or, before the end of the run,
     its newest sound checkpoint); or a checkpoint's folder. From checkpoints the EMA is taken, if there is one.
     """
-    from catmodel.pretrained import published_weights
+    from catmodel.pretrained import about, published_weights
     from train.checkpoint.trained_model import read_trained
 
     if (source / "model.safetensors").is_file():
         source = source / "model.safetensors"
     try:
         if not source.is_dir():
-            return published_weights(source), _classes_in(source)
+            return published_weights(source), about(source) if source.suffix == ".safetensors" else {}
         trained = read_trained(source)
-        return trained.state, trained.classes
+        return trained.state, {"classes": trained.classes, "task": trained.config.task.model_dump(mode="json")}
     except (ValueError, ConfigError) as error:
         raise ConfigError(f"model.init_from: {error}") from error
-
-
-def _classes_in(file: Path) -> list[str] | None:
-    """The classes that a run has written into its model.safetensors."""
-    from catmodel.pretrained import about
-
-    return about(file).get("classes") if file.suffix == ".safetensors" else None

@@ -95,13 +95,13 @@ class Task(ABC):
         """A scalar whose gradient takes the memory of a training step's. output: of the network, for `example`."""
 
     def load_weights(
-        self, model: nn.Module, weights: dict[str, Tensor], classes: Sequence[str] | None, source: str
+        self, model: nn.Module, weights: dict[str, Tensor], about: dict[str, Any], source: str
     ) -> list[str]:
         """Fill `model` with first weights from the file or folder `source` (model.init_from); returns sentences for the
         log.
 
-        classes: the names of the classes that the weights were trained on, if known. Raises ConfigError if they do not
-        fit.
+        about: what is known of the weights, such as the names of the "classes" that they were trained on and the
+        settings of their "task"; see catmodel.pretrained.about. Raises ConfigError if they do not fit.
         """
         model.load_state_dict(weights)
         return []

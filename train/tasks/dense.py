@@ -56,9 +56,9 @@ def is_classifier(weights: dict[str, Tensor]) -> bool:
     return not any(name.startswith("backbone.") for name in weights)
 
 
-def other_classes(count: int, own: Sequence[str], classes: Sequence[str] | None) -> bool:
-    """Whether weights for `count` classes, which are named `classes` if that is known, are of others than `own`."""
-    return count != len(own) or (classes is not None and tuple(classes) != tuple(own))
+def other_classes(count: int, own: Sequence[str], about: dict[str, Any]) -> bool:
+    """Whether weights for `count` classes, which `about` names if they are known, are of others than `own`."""
+    return count != len(own) or tuple(about.get("classes", own)) != tuple(own)
 
 
 def backbone_of(

@@ -185,9 +185,9 @@ def test_our_own_weights_are_averages_wherever_they_lie(trained, tmp_path):
     checkpoint = checkpoint_path(trained / "checkpoints", 2)
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")  # a run that has not finished yet
     for source in (trained, trained / "model.safetensors", checkpoint, tmp_path):
-        weights, classes = read_source(source)
+        weights, about = read_source(source)
         assert_same_state(weights, read_weights(checkpoint, "ema"))
-        assert classes == [f"class_{i}" for i in range(10)]
+        assert about["classes"] == [f"class_{i}" for i in range(10)] and about["task"] == {"name": "classification"}
 
 
 @pytest.mark.slow

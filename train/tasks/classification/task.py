@@ -48,7 +48,7 @@ class Classification(Task):
         return F.cross_entropy(output.float(), torch.zeros(len(output), dtype=torch.int64, device=output.device))
 
     def load_weights(
-        self, model: nn.Module, weights: dict[str, Tensor], classes: Sequence[str] | None, source: str
+        self, model: nn.Module, weights: dict[str, Tensor], about: dict[str, Any], source: str
     ) -> list[str]:
         """Position tables are interpolated to the model's image size.
 
@@ -59,7 +59,7 @@ class Classification(Task):
         count = next(
             (len(head) for head in map(weights.get, ("head.weight", "fc.weight")) if getattr(head, "ndim", 0)), 0
         )
-        others = count != len(self.classes) or (classes is not None and tuple(classes) != self.classes)
+        others = count != len(self.classes) or tuple(about.get("classes", self.classes)) != self.classes
         try:
             report = load_published(model, weights, resize_positions=True, fresh_head=others)
         except DoesNotFit as error:

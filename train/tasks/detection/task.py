@@ -108,7 +108,7 @@ class Detection(Task):
         return sum(self._losses(output, {"classes": classes, **targets}).values())
 
     def load_weights(
-        self, model: nn.Module, weights: dict[str, Tensor], classes: Sequence[str] | None, source: str
+        self, model: nn.Module, weights: dict[str, Tensor], about: dict[str, Any], source: str
     ) -> list[str]:
         """A classifier's weights fill the backbone; position tables are interpolated to the network's grid.
 
@@ -117,12 +117,37 @@ class Detection(Task):
         """
         if is_classifier(weights):
             return load_classifier(model, weights, self.config, source)
+        notes = self._differences(about, source)
         per_class = len(model.state_dict()[f"{CLASS_LAYER}bias"]) // len(self.classes)
         count = len(weights.get(f"{CLASS_LAYER}bias", ())) // per_class
-        others = other_classes(count, self.classes, classes)
+        others = other_classes(count, self.classes, about)
         network = f"{self.config.task.detector} on {self.config.model.name}"
         load_whole(model, weights, source, network=network, last=CLASS_LAYER, others=others)
-        return [f"the layer that classifies: {count} -> {len(self.classes)} classes, fresh"] if others else []
+        fresh = [f"the layer that classifies: {count} -> {len(self.classes)} classes, fresh"] if others else []
+        return notes + fresh
+
+    def _differences(self, about: dict[str, Any], source: str) -> list[str]:
+        """Sentences on settings of the detector that `about` describes by which its outputs mean something else.
+
+        Raises ConfigError if it is of another kind; the names and shapes of the weights do not tell all kinds apart.
+        """
+        own, model = self.config.task, about.get("model", {})
+        exported = {"detector": model.get("kind"), "anchor_scale": model.get("anchor_scale"), "bgr": about.get("bgr")}
+        theirs = about.get("task") or exported
+        kind = theirs.get("detector")
+        if kind is None:  # the file does not say it
+            return []
+        if kind != own.detector:
+            raise ConfigError(
+                f"model.init_from: {source} was trained with task.detector={kind!r}, whose outputs mean other boxes "
+                f"than those of {own.detector}: give a detector of the same kind, or a classifier"
+            )
+        published = self._kind.anchor_scale
+        pairs = (
+            ("anchor_scale", theirs.get("anchor_scale") or published, own.anchor_scale or published),
+            ("bgr", bool(theirs.get("bgr")), own.bgr),
+        )
+        return [f"task.{key} was {old!r} for {source}, and is {new} here" for key, old, new in pairs if old != new]
 
     # --- training ---
 

@@ -67,7 +67,7 @@ class Segmentation(Task):
         return pixel_loss(output, labels, ignored_value(len(self.classes)))
 
     def load_weights(
-        self, model: nn.Module, weights: dict[str, Tensor], classes: Sequence[str] | None, source: str
+        self, model: nn.Module, weights: dict[str, Tensor], about: dict[str, Any], source: str
     ) -> list[str]:
         """A classifier's weights fill the backbone; position tables are interpolated to the network's grid.
 
@@ -77,7 +77,7 @@ class Segmentation(Task):
             return load_classifier(model, weights, self.config, source)
         last, network = "head.conv_seg.", f"{self.config.model.name} with its neck and head"
         count = len(weights.get(f"{last}bias", ()))
-        others = other_classes(count, self.classes, classes)
+        others = other_classes(count, self.classes, about)
         load_whole(model, weights, source, network=network, last=last, others=others)
         return [f"last convolution: {count} -> {len(self.classes)} classes, fresh"] if others else []
 

@@ -268,7 +268,7 @@ def test_a_classifier_fills_the_backbone(box_config):
     weights = catmodel.create_model("cat_tiny", img_size=56, num_classes=10, **SMALL).state_dict()
     model = task.initial_model()
     head = model.head.conv_cls.weight.clone()
-    sentences = task.load_weights(model, weights, None, "somewhere")
+    sentences = task.load_weights(model, weights, {}, "somewhere")
     assert sentences == ["position tables interpolated: ape 14 x 14 -> 56 x 56", "fresh: norm0, norm1, neck, head"]
     same = [name for name in weights if name.startswith("layers.")]
     assert same and all(torch.equal(model.backbone.state_dict()[name], weights[name]) for name in same)
@@ -281,12 +281,12 @@ def test_a_detector_fills_everything_but_the_classes(box_config, detector):
     torch.manual_seed(1)
     weights = catmodel.create_detector(detector, "cat_tiny", 5, **HEAD, **SMALL).state_dict()
     model = task.initial_model()
-    assert task.load_weights(model, weights, list(task.classes), "a run") == []
+    assert task.load_weights(model, weights, {"classes": list(task.classes)}, "a run") == []
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     others = catmodel.create_detector(detector, "cat_tiny", 19, **HEAD, **SMALL).state_dict()
     model = task.initial_model()
     own = model.head.conv_cls.weight.clone()
-    assert task.load_weights(model, others, None, "a run") == ["the layer that classifies: 19 -> 5 classes, fresh"]
+    assert task.load_weights(model, others, {}, "a run") == ["the layer that classifies: 19 -> 5 classes, fresh"]
     assert torch.equal(model.head.conv_cls.weight, own)
     assert torch.equal(model.head.conv_reg.weight, others["head.conv_reg.weight"])
 
@@ -295,10 +295,26 @@ def test_weights_that_do_not_fit_are_named(box_config):
     task = task_of(box_config)
     classifier = catmodel.create_model("cat_tiny", num_classes=10, embed_dim=32).state_dict()
     with pytest.raises(ConfigError, match=r"model.init_from: a file does not fit this cat_tiny: "):
-        task.load_weights(task.initial_model(), classifier, None, "a file")
+        task.load_weights(task.initial_model(), classifier, {}, "a file")
     other = catmodel.create_detector("fcos", "cat_tiny", 5, **HEAD, **SMALL).state_dict()
     with pytest.raises(ConfigError, match=r"other weights than this retinanet on cat_tiny: head"):
-        task.load_weights(task.initial_model(), other, None, "a file")
+        task.load_weights(task.initial_model(), other, {}, "a file")
+
+
+def test_a_detector_of_another_kind_is_refused_though_its_weights_have_the_same_names(box_config):
+    """As a run or an export describes it; other anchors and another order of colours are said."""
+    task = task_of(box_config, "task.detector=fcos")
+    weights = catmodel.create_detector("atss", "cat_tiny", 5, **HEAD, **SMALL).state_dict()
+    for about in ({"task": {"name": "detection", "detector": "atss"}}, {"model": {"kind": "atss"}, "bgr": False}):
+        with pytest.raises(ConfigError, match=r"a run was trained with task.detector='atss', whose .* those of fcos: "):
+            task.load_weights(task.initial_model(), weights, about, "a run")
+    task = task_of(box_config, "task.detector=atss", "task.bgr=true")
+    model = task.initial_model()
+    assert task.load_weights(model, weights, {"task": {"detector": "atss", "anchor_scale": 4.0, "bgr": True}}, "x") == [
+        "task.anchor_scale was 4.0 for x, and is 8.0 here"
+    ]
+    exported = {"model": {"kind": "atss", "anchor_scale": None}, "bgr": False}
+    assert task.load_weights(model, weights, exported, "x") == ["task.bgr was False for x, and is True here"]
 
 
 def test_frozen_stages_are_not_trained(box_config):

@@ -128,7 +128,7 @@ def test_a_classifier_fills_the_backbone(segment_config):
     classifier = catmodel.create_model("cat_tiny", img_size=56, num_classes=10, **SMALL)
     model = task.initial_model()
     head = model.head.conv_seg.weight.clone()
-    sentences = task.load_weights(model, classifier.state_dict(), None, "somewhere")
+    sentences = task.load_weights(model, classifier.state_dict(), {}, "somewhere")
     assert sentences == ["position tables interpolated: ape 14 x 14 -> 56 x 56", "fresh: norm0, norm1, neck, head"]
     weights = classifier.state_dict()
     same = [name for name in weights if name.startswith("layers.")]
@@ -142,12 +142,12 @@ def test_a_segmenter_fills_everything_but_the_classes(segment_config):
     size = dict(**HEAD, **SMALL)
     weights = catmodel.create_segmenter("cat_tiny", 6, **size).state_dict()
     model = task.initial_model()
-    assert task.load_weights(model, weights, list(CLASSES), "a run") == []
+    assert task.load_weights(model, weights, {"classes": list(CLASSES)}, "a run") == []
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     others = catmodel.create_segmenter("cat_tiny", 19, **size).state_dict()
     model = task.initial_model()
     own = model.head.conv_seg.weight.clone()
-    assert task.load_weights(model, others, None, "a run") == ["last convolution: 19 -> 6 classes, fresh"]
+    assert task.load_weights(model, others, {}, "a run") == ["last convolution: 19 -> 6 classes, fresh"]
     assert torch.equal(model.head.conv_seg.weight, own)
     assert torch.equal(model.neck.state_dict()[name := next(iter(model.neck.state_dict()))], others[f"neck.{name}"])
 
@@ -156,7 +156,7 @@ def test_weights_that_do_not_fit_are_named(segment_config):
     task = task_of(segment_config)
     classifier = catmodel.create_model("cat_tiny", num_classes=10, embed_dim=32).state_dict()
     with pytest.raises(ConfigError, match=r"model.init_from: a file does not fit this cat_tiny: "):
-        task.load_weights(task.initial_model(), classifier, None, "a file")
+        task.load_weights(task.initial_model(), classifier, {}, "a file")
     larger = catmodel.create_segmenter("cat_tiny", 6, **{**HEAD, "neck_channels": 64}, **SMALL).state_dict()
     with pytest.raises(ConfigError, match=r"other weights than this cat_tiny with its neck and head: head.scale"):
-        task.load_weights(task.initial_model(), larger, None, "a file")
+        task.load_weights(task.initial_model(), larger, {}, "a file")
