@@ -256,6 +256,19 @@ def test_control_characters_in_class_names_are_escaped(tiny_config, tiny_images,
     assert r"\x1b[2J\u202e" in done.stdout
 
 
+def test_what_is_not_there_is_said(forged, tmp_path):
+    """Averages of a run without any, and a run's folder before its first checkpoint."""
+    with pytest.raises(ConfigError, match=r"has no EMA, because its run had ema.decay=0: give --weights model$"):
+        read_trained(forged.path, "ema")
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(ConfigError, match=r"run is not a checkpoint: manifest.json: No such file"):
+        read_trained(run)
+    (run / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=r"run is a run that has no checkpoint yet$"):
+        read_trained(run)
+
+
 def test_reading_returns_the_written_tensors(forged):
     state = read_trained(forged.path).state
     assert all(torch.equal(tensor.flatten(), forged.tensors[f"model/{name}"]) for name, tensor in state.items())

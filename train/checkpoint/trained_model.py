@@ -85,6 +85,8 @@ def read_trained(target: Path, weights: str | None = None, *, best: bool = False
     from train.checkpoint.pieces import CheckpointError
 
     folder = target / "checkpoints"
+    if (target / "config.yaml").is_file() and not list_checkpoints(folder):
+        raise ConfigError(f"{target} is a run that has no checkpoint yet")
     if folder.is_dir():
         candidates = [path for path, _ in evaluated(folder)] if best else list_checkpoints(folder)
         checkpoint, info, notes = first_sound(candidates)
@@ -97,6 +99,8 @@ def read_trained(target: Path, weights: str | None = None, *, best: bool = False
         config = parse_config(info.config, source=str(checkpoint))
     except ConfigError as error:
         raise CheckpointError(str(error)) from error  # its text quotes values of an untrusted file
+    if weights == "ema" and not config.ema.decay:
+        raise ConfigError(f"{checkpoint} has no EMA, because its run had ema.decay=0: give --weights model")
     weights = weights or ("ema" if config.ema.decay else "model")
     return Trained(
         checkpoint,
