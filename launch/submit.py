@@ -106,8 +106,10 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> BatchJob:
     resume = _printable("--resume", os.path.abspath(arguments.resume)) if arguments.resume else None
     if resume and seeds:
         raise ConfigError("--resume continues one run: leave out --seeds")
-    if resume and not os.path.isdir(resume):
-        raise ConfigError(f"--resume {arguments.resume} is not a checkpoint's folder")
+    if resume and not os.path.isfile(f"{resume}/manifest.json"):
+        raise ConfigError(
+            f"--resume {arguments.resume} is not a checkpoint's folder: name a run's …/checkpoints/step_N"
+        )
     if resume and list(Path(folder, "checkpoints").glob("step_*")):
         raise ConfigError(
             f"{folder} has checkpoints of its own, from which it continues: give --resume with another --output"

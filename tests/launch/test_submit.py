@@ -125,6 +125,7 @@ def test_the_command_in_the_script_is_the_one_that_submits_it(tiny_config, tmp_p
         (["--env=A"], "--env A is not of the form KEY=VALUE"),
         (["--setup=nowhere.sh"], "--setup nowhere.sh cannot be read: No such file or directory"),
         (["--resume=nowhere"], "--resume nowhere is not a checkpoint's folder"),
+        (["--resume=."], "--resume . is not a checkpoint's folder: name a run's …/checkpoints/step_N"),
         (["--resume=.", "--seeds=0-1"], "leave out --seeds"),
         (["--tasks-per-node=2"], "--tasks-per-node is for --gpus-per-node 0"),
     ],
@@ -154,6 +155,7 @@ def test_resume_waits_for_the_run_to_have_a_checkpoint(tiny_config, tmp_path):
     """Run the lines of the script that choose the checkpoint; a run with checkpoints of its own is refused."""
     given, run = tmp_path / "given $(touch pwned)", tmp_path / "[r]un $(touch pwned)"
     given.mkdir()
+    (given / "manifest.json").touch()
     text = script(tiny_config, "--output", str(run), "--resume", str(given))
     lines = text.splitlines()
     chosen = [line for line in lines if line.startswith(("run=", "arguments=", "own=", "[ -d"))] + [
