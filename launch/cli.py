@@ -15,6 +15,7 @@ from train.exit_codes import FINAL, exit_code_of
 from train.guard.signals import stop_signals
 
 SAME_ON_ALL_RANKS = (exit_codes.FAILED, exit_codes.STOPPED)  # the ranks agreed on it, so rank 0 alone prints it
+OFTEN_THE_SAME = (exit_codes.BAD_CONFIG, exit_codes.BAD_DATA)  # or one rank's alone, such as a folder of its node
 YIELD_SECONDS = 2.0  # within this time the launcher ends ranks whose error is the same as rank 0's
 TRANSIENT_ERRNOS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EROFS}  # the file may work later
 
@@ -78,7 +79,7 @@ def fail(code: int, error: Exception | str | None, *, everywhere: bool = False) 
 
     if rank != "0":
         prefix += f"rank {rank}: "
-        if code in (*SAME_ON_ALL_RANKS, exit_codes.BAD_CONFIG):
+        if code in (*SAME_ON_ALL_RANKS, *OFTEN_THE_SAME):
             deadline = time.monotonic() + YIELD_SECONDS
             while time.monotonic() < deadline and not ended():
                 time.sleep(0.05)

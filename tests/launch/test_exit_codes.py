@@ -1,6 +1,7 @@
 """Messages and exit codes of failing ranks: the table in docs/failures.md. Under SLURM: test_slurm.py."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import cli
 from tests.runs import ROOT, start
 
 
@@ -48,6 +50,19 @@ leave(run(fail, None))
             [sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=full, env=buffered, timeout=60
         )
     assert done.returncode == 69
+
+
+@pytest.mark.parametrize("code", [65, 78])
+def test_an_error_that_rank_0_has_too_is_said_once(code, monkeypatch, capsys):
+    """The launcher ends rank 1 if rank 0 has ended; what rank 1 alone has is said by it, a moment later."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli, "YIELD_SECONDS", 0.2)
+    monkeypatch.setattr(cli.stop_signals, "received", None)
+    assert cli.fail(code, "no dataset at nowhere") == code
+    assert capsys.readouterr().err == "error: rank 1: no dataset at nowhere\n"
+    threading.Timer(0.05, lambda: setattr(cli.stop_signals, "received", signal.SIGTERM)).start()
+    assert cli.fail(code, "no dataset at nowhere") == code
+    assert capsys.readouterr().err == ""
 
 
 @dataclass(frozen=True)
