@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, leave, run
+from launch.cli import Parser, check_output, leave, run
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 def main(arguments: argparse.Namespace) -> None:
     from benchmarks.environment import machine, versions
 
+    if arguments.json:
+        check_output("--json", arguments.json, parents=True)
     benchmarks = {
         "data": bench_data,
         "train": bench_train,

@@ -5,8 +5,10 @@ import contextlib
 import errno
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from launch.ranks import report_verdict, wait_for_verdicts
@@ -37,6 +39,26 @@ def add_choice_of_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=["ema", "model"], help="which weights (default: ema if the run has an EMA)"
     )
+
+
+def check_output(option: str, path: str | Path, *, parents: bool = False) -> None:
+    """Raise ConfigError, before any work, if nothing can be written to `path`, which `option` has named.
+
+    A path that ends in "/" is a folder, which is made with those above it. parents: those above a file are made, too.
+    """
+    from train.config import ConfigError
+
+    path = str(path)
+    folder = os.path.dirname(path) or "."
+    while (parents or path.endswith("/")) and not os.path.exists(folder):
+        folder = os.path.dirname(folder) or "."
+    try:  # os.access would ask by the permissions alone, which is not enough on NFS or for root
+        if path.endswith("/") or not os.path.exists(path):
+            tempfile.TemporaryFile(dir=folder).close()
+        elif os.path.isfile(path) or os.path.isdir(path):  # and not a pipe, whose reader this would wait for
+            open(path, "ab").close()
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be written ({error.strerror}): name another") from error
 
 
 def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:

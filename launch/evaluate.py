@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, add_choice_of_weights, leave, run
+from launch.cli import Parser, add_choice_of_weights, check_output, leave, run
 from launch.ranks import adopt_slurm_ranks
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ def main(arguments: argparse.Namespace) -> None:
     from train.config import ConfigError
 
     target = check_target(arguments.target, arguments.best)
-    for path in filter(None, (arguments.details, arguments.results)):
-        if not path.parent.is_dir():
-            raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}")
+    for option in ("details", "results"):
+        if path := getattr(arguments, option):
+            check_output(f"--{option}", path)
 
     import torch
 
@@ -65,16 +65,16 @@ def main(arguments: argparse.Namespace) -> None:
         scores, details = evaluate(task, model, split, runtime.device, report, runtime.rank, runtime.world, tally)
     for note in trained.notes if runtime.is_main else ():
         print(note, file=sys.stderr)
-    if runtime.is_main and arguments.details:
-        arguments.details.write_text(json.dumps({"checkpoint": str(checkpoint), "weights": weights, **details}))
-    if runtime.is_main and arguments.results:
-        tally.write_results(arguments.results)
     if runtime.is_main and arguments.json:
         numbers = {**finite(scores.values), "count": scores.count}
         print(json.dumps({"checkpoint": str(checkpoint), "weights": weights, "data": config.data.path, **numbers}))
     elif runtime.is_main:
         text = "  ".join(metric.text(scores.values[metric.name]) for metric in task.metrics)
         print(f"{checkpoint} ({weights}) on {config.data.path}: {text}  ({scores.count} {task.samples})")
+    if runtime.is_main and arguments.details:
+        arguments.details.write_text(json.dumps({"checkpoint": str(checkpoint), "weights": weights, **details}))
+    if runtime.is_main and arguments.results:
+        tally.write_results(arguments.results)
     stop_runtime()
 
 

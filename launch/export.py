@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, add_choice_of_weights, fail, run
+from launch.cli import Parser, add_choice_of_weights, check_output, fail, run
 from train import exit_codes
 
 
@@ -18,6 +18,7 @@ def main(arguments: argparse.Namespace) -> None:
         export.check_target(arguments.to, arguments.features)
     except export.CannotExport as error:
         sys.exit(fail(exit_codes.BAD_CONFIG, f"--to {error}"))
+    check_output("--to", arguments.to, parents=True)
     target = check_target(arguments.target, arguments.best)
     trained = read_trained(target, arguments.weights, best=arguments.best)
     for note in trained.notes:

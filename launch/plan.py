@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, run
+from launch.cli import Parser, check_output, run
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Manifest
@@ -36,6 +36,9 @@ def main(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             "plan.py needs --config, --nodes and --gpus-per-node; or --compare and plans that --json has written"
         )
+    for option in ("plot", "json"):
+        if path := getattr(arguments, option):
+            check_output(f"--{option}", path)
     config = load_config(arguments.config, arguments.overrides)
     images, validation_images, manifest, where = find_dataset(arguments, config)
     cluster = assume(arguments, config)

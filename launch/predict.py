@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, add_choice_of_weights, run
+from launch.cli import Parser, add_choice_of_weights, check_output, run
 from train import exit_codes
 
 OPTIONS = ("top", "output", "min_score")  # of some tasks only: arguments of their `predict`
@@ -26,6 +26,8 @@ def main(arguments: argparse.Namespace) -> None:
     from train.config import ConfigError
 
     target, paths = check_target(arguments.run, arguments.best), find_images(arguments.images)
+    if arguments.output:
+        check_output("--output", f"{arguments.output}/")
 
     import torch
 

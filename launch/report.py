@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, run
+from launch.cli import Parser, check_output, run
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -15,8 +15,7 @@ def main(arguments: argparse.Namespace) -> None:
     from train.config import ConfigError
 
     output = Path(arguments.output)
-    if not output.parent.is_dir():
-        raise ConfigError(f"{output.parent} is no folder: choose another --output")
+    check_output("--output", output)
     runs = [read_reported_run(Path(folder)) for folder in arguments.runs]
 
     from operate.report.figures import figures

@@ -14,6 +14,7 @@ import pytest
 
 from launch import cli
 from tests.runs import ROOT, start
+from train.config import ConfigError
 
 
 def errors(text: str) -> list[str]:
@@ -63,6 +64,28 @@ def test_an_error_that_rank_0_has_too_is_said_once(code, monkeypatch, capsys):
     threading.Timer(0.05, lambda: setattr(cli.stop_signals, "received", signal.SIGTERM)).start()
     assert cli.fail(code, "no dataset at nowhere") == code
     assert capsys.readouterr().err == ""
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
+    """Of a file, of a folder that is made, and of a file whose folders are made. Nothing is left or changed."""
+    file, new = tmp_path / "file", tmp_path / "new"
+    file.write_text("an earlier one")
+    refused = [
+        (tmp_path, {}, "Is a directory"),
+        (new / "x.json", {}, "No such file or directory"),
+        (file / "x.json", {"parents": True}, "Not a directory"),
+        (f"{file}/", {}, "Not a directory"),
+    ]
+    for path, options, reason in refused:
+        with pytest.raises(ConfigError) as caught:
+            cli.check_output("--to", path, **options)
+        assert str(caught.value) == f"--to {path} cannot be written ({reason}): name another"
+    with pytest.raises(ConfigError):
+        cli.check_output("--to", "/proc/new/x/")  # where not even root may write
+    monkeypatch.chdir(tmp_path)
+    for path, options in [(file, {}), ("x", {}), (new / "x", {"parents": True}), (f"{new}/x/", {}), ("/dev/null", {})]:
+        cli.check_output("--to", path, **options)
+    assert list(tmp_path.iterdir()) == [file] and file.read_text() == "an earlier one"
 
 
 @dataclass(frozen=True)

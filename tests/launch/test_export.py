@@ -56,6 +56,7 @@ def tiny_run(tiny_config, tmp_path_factory):
         (["nowhere", "--to", "m.pt2"], "nowhere is neither a run's folder nor a checkpoint"),
         ([".", "--to", "m.pth"], "--to m.pth: must end in .safetensors, .onnx, .pt2, or in /"),
         ([".", "--to", "m/", "--features"], "--to m/: a folder for timm holds the classifier"),
+        ([".", "--to", "LICENSE/m.pt2"], "--to LICENSE/m.pt2 cannot be written (Not a directory)"),
     ],
 )
 def test_a_mistake(arguments, sentence):

@@ -72,6 +72,10 @@ def test_broken_images_are_named_and_others_predicted_in_order(tiny_run, tiny_im
         (["nothing.jpg", "--run", "."], "there is no image or folder nothing.jpg"),
         (["configs", "--run", "."], "configs contains no images"),
         (["a.jpg", "--run", ".", "--top", "0"], "invalid"),
+        (
+            ["LICENSE", "--run", ".", "--output", "LICENSE"],
+            "--output LICENSE/ cannot be written (Not a directory)",
+        ),
     ],
 )
 def test_a_mistake(arguments, sentence):

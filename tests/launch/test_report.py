@@ -160,7 +160,7 @@ def test_mistakes_get_one_sentence(tmp_path):
     for arguments, code, sentence in (
         ([tmp_path / "empty"], 78, "empty is no run's folder: it has no metrics.jsonl"),
         ([tmp_path / "begins"], 65, "has no start with a time: the run has not begun yet"),
-        ([tmp_path / "begins", "--output", tmp_path / "nowhere" / "report.html"], 78, "nowhere is no folder"),
+        ([tmp_path / "begins", "--output", tmp_path / "nowhere" / "report.html"], 78, "report.html cannot be written"),
         ([], 78, "the following arguments are required: RUN"),
     ):
         result = command(*arguments)
