@@ -1,7 +1,7 @@
 """List and read the images of a source: a folder, a tar, a tar of tars, or a torchvision dataset.
 
-Classes are taken from the folders here; sources with label maps are recognised by label_listing.py, those with boxes by
-object_listing.py.
+Classes are taken from the folders by class_listing.py; sources with label maps are recognised by label_listing.py,
+those with boxes by object_listing.py.
 
 A source is listed once (`list_source`) and then read image by image, in any order and from any process (`read_image`).
 A listing is sorted by name, so the same images in a folder and in a tar give the same dataset. Only the listing grows
@@ -9,35 +9,33 @@ with the source: about 130 bytes per image, and half as much again while it is s
 """
 
 import array
-import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.faults import retried
 from data_pipeline.preparation import torchvision_source
-from data_pipeline.preparation.image_source import SPLITS, Files, Items, Listing, Source
+from data_pipeline.preparation.class_listing import check_same_classes, sort_into_splits
+from data_pipeline.preparation.image_source import Files, Items, Listing, Source
 from data_pipeline.preparation.label_listing import (
     CLASS_FILES,
     LONGEST_TEXT,
     NO_LABEL_OPTIONS,
     LabelOptions,
-    check_no_label_maps,
     find_label_maps,
     label_map_in,
 )
-from data_pipeline.preparation.labels import check_names, read_labels
+from data_pipeline.preparation.labels import read_labels
 from data_pipeline.preparation.object_listing import (
     BOX_FILE,
     COCO_FILE,
     NO_OBJECT_OPTIONS,
     ObjectOptions,
     find_objects,
-    misnamed,
 )
 from data_pipeline.preparation.ownership import DOWNLOAD
 from data_pipeline.preparation.progress import Progress
@@ -45,8 +43,6 @@ from data_pipeline.preparation.tars import IMAGE_SUFFIXES, check_name, plain_tar
 from data_pipeline.preparation.voc_listing import VOC_FILE
 from data_pipeline.split import DataError, UsageError
 from data_pipeline.validate import check_size
-
-FEW_CLASSES = 8  # up to which their folders are compared; a layout that is not understood gives few
 
 
 def open_source(text: str, work: Path) -> Source:
@@ -88,7 +84,7 @@ def list_source(
         listing = find_objects(files, object_options)
         if listing and (label_map := label_map_in(files)):
             raise DataError(f"{source.path} has boxes and label maps, as {label_map}: take one of the two away.")
-        listing = listing or find_label_maps(files, options) or _sort_into_splits(files)
+        listing = listing or find_label_maps(files, options) or sort_into_splits(files)
     if listing.coding is None and options != NO_LABEL_OPTIONS:
         raise UsageError(
             f"{source.path} has no label maps in a known layout: "
@@ -116,10 +112,10 @@ def add_val(listing: Listing, source: Source, labels: Path | None) -> Listing:
     if source.kind == "torchvision":
         raise UsageError("--val takes a folder or a tar; a torchvision dataset has its own val split.")
     if labels is None:
-        other = _sort_into_splits(_list_files(source))
+        other = sort_into_splits(_list_files(source))
         if len(other.splits) > 1:
             raise UsageError(f"{source.path} has the splits {', '.join(other.splits)}: give one of them to --val.")
-        _check_same_classes(source.path, listing.classes, other.classes)
+        check_same_classes(source.path, listing.classes, other.classes)
         [val], ignored = other.splits.values(), other.ignored
     else:
         files = _list_files(source)
@@ -284,83 +280,6 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
                     yield f"{name[:-4]}/{inner}", *place
             else:
                 yield name, offset, size
-
-
-def _sort_into_splits(files: Files) -> Listing:
-    """Take split and class of every image from its path: [one folder/][train|val/]class/…/image."""
-    if files.unread:
-        raise misnamed(files, files.unread[0])
-    root, names, skip = files.source.path, files.names, 0
-    tops = _top_folders(names, skip)
-    if len(tops) == 1 and min(tops.values()) > 1 and not set(tops) & set(SPLITS):
-        skip = len(next(iter(tops))) + 1
-        tops = _top_folders(names, skip)
-    if tops.get("train", 0) > 1 and tops.get("val") == 1:
-        raise DataError(
-            f"the images of {root}/val do not lie in class folders: "
-            f"give {root}/train as the source, with --val {root}/val and --val-labels FILE."
-        )
-    if set(tops) <= {*SPLITS, "valid", "validation", "test"} and set(tops.values()) == {1}:
-        raise DataError(
-            f"the images of {root} lie in {_first_few(tops)}, without class folders: put them into train/<class>/ and "
-            "val/<class>/ or, for detection, add annotations/instances_train.json and annotations/instances_val.json."
-        )
-    # A class may also be named "train". A folder is that of a split only if all its images lie in subfolders.
-    has_splits = bool(tops.keys() & set(SPLITS)) and all(tops[split] > 1 for split in SPLITS if split in tops)
-    if has_splits and len(tops) > 1 and not set(SPLITS) <= tops.keys():
-        raise DataError(f"{root} has the folders {_first_few(tops)}; expected train and val, or class folders only.")
-
-    labels, split_of = np.zeros(len(names), np.int32), np.full(len(names), -1, np.int8)
-    found = {split: {} for split in SPLITS}  # class name → its number, in the order of appearance
-    for i, name in enumerate(names):
-        split, _, rest = name[skip:].partition("/") if has_splits else ("train", "", name[skip:])
-        if split not in SPLITS:
-            continue
-        class_name, slash, _ = rest.partition("/")
-        if not slash:
-            raise DataError(
-                f"{name} in {root} is not in a class folder; expected train/<class>/<image> or <class>/<image>."
-            )
-        labels[i] = found[split].setdefault(class_name, len(found[split]))
-        split_of[i] = SPLITS.index(split)
-    if found["train"] and found["val"]:
-        _check_same_classes(root, found["train"], found["val"])
-    classes = tuple(sorted(found["train"] or found["val"]))
-    check_names(root, classes)
-    if len(classes) <= FEW_CLASSES:
-        used = (names[i][skip:].split("/", 1 + has_splits)[-2:] for i in np.flatnonzero(split_of >= 0))
-        check_no_label_maps(root, used)
-    everything = Items(files.source, names, labels, files.offsets, files.sizes)
-    splits = {}
-    for number, split in enumerate(SPLITS):
-        if found[split]:
-            chosen = everything.take(np.flatnonzero(split_of == number))
-            rank = np.argsort(np.argsort(list(found[split])))
-            splits[split] = dataclasses.replace(chosen, labels=rank[chosen.labels].astype(np.int32))
-    return Listing(classes, splits, files.others + int(np.sum(split_of < 0)))
-
-
-def _top_folders(names: list[str], skip: int) -> dict[str, int]:
-    """The first folder of each name after `skip` characters ("" if none), with the depth of its shallowest name."""
-    tops = {}
-    for name in names:
-        top, slash, _ = name[skip:].partition("/")
-        depth = name.count("/", skip)
-        top = top if slash else ""
-        tops[top] = min(depth, tops.get(top, depth))
-    return tops
-
-
-def _check_same_classes(what: str | Path, train: Iterable[str], val: Iterable[str]) -> None:
-    only = {"train": set(train) - set(val), "val": set(val) - set(train)}
-    if any(only.values()):
-        odd = " and ".join(f"only {split} has {_first_few(names)}" for split, names in only.items() if names)
-        raise DataError(f"{what}: train and val must have the same classes, but {odd}.")
-
-
-def _first_few(names) -> str:
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @functools.lru_cache(maxsize=1)

@@ -181,6 +181,42 @@ def test_splits_without_class_folders_are_no_classes(tmp_path, names):
         run(tmp_path / "photographs", tmp_path / "set")
 
 
+@pytest.mark.parametrize(
+    ("stray", "others"),
+    [
+        ("train/1.jpg", ("train/cat/1.jpg", "val/cat/1.jpg")),
+        ("val/1.jpg", ("train/cat/1.jpg", "val/cat/1.jpg")),
+        ("train/1.jpg", ("train/cat/1.jpg", "val/cat/1.jpg", "docs/1.jpg")),
+        ("Train/1.jpg", ("Train/cat/1.jpg", "test/1.jpg")),
+        ("train/1.jpg", ("train/cat/1.jpg",)),
+        ("train/1.jpg", ("val/cat/1.jpg",)),
+    ],
+)
+def test_one_stray_image_does_not_make_splits_classes(tmp_path, stray, others):
+    for name in (stray, *others):
+        write(tmp_path / "photographs" / name, encoded(picture(1)))
+    with pytest.raises(DataError, match=f"photographs/{stray} lies in no class folder, as others do: move it away"):
+        run(tmp_path / "photographs", tmp_path / "set")
+
+
+@pytest.mark.parametrize("folders", [("Train", "Val"), ("training", "validation")])
+def test_other_names_of_the_splits(tmp_path, folders):
+    for folder in folders:
+        for name in ("bee/1.jpg", "cat/1.jpg"):
+            write(tmp_path / "photographs" / folder / name, encoded(picture(1)))
+    listing = list_source(Source("folder", tmp_path / "photographs"))
+    assert listing.classes == ("bee", "cat") and list(listing.splits) == ["train", "val"]
+    write(tmp_path / "photographs/train/ant/1.jpg", encoded(picture(1)))
+    with pytest.raises(DataError, match=f"several folders of one split, .*{folders[0]}.*: rename all but one"):
+        list_source(Source("folder", tmp_path / "photographs"))
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("bus/1.jpg", "train/1.jpg", "train/express/2.jpg"):
+        write(tmp_path / "photographs" / name, encoded(picture(1)))
+    assert list_source(Source("folder", tmp_path / "photographs")).classes == ("bus", "train")
+
+
 @pytest.mark.parametrize("length", [1300, 1700, 3072])
 def test_a_tar_in_the_tar_that_is_cut_off(imagenet, tmp_path, length):
     """Within an image, within a header, and between two files."""

@@ -1,0 +1,122 @@
+"""Sources of classification: take split and class of every image from the folders that it lies in."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.preparation.image_source import SPLITS, Files, Items, Listing
+from data_pipeline.preparation.label_listing import OTHER_FOLDERS, SPLIT_FOLDERS, check_no_label_maps
+from data_pipeline.preparation.labels import check_names
+from data_pipeline.preparation.object_listing import misnamed
+from data_pipeline.split import DataError
+
+FEW_CLASSES = 8  # up to which their folders are compared; a layout that is not understood gives few
+SPLIT_WORDS = {*SPLIT_FOLDERS, *OTHER_FOLDERS, "valid"}
+
+
+def sort_into_splits(files: Files) -> Listing:
+    """Take split and class of every image from its path: [one folder/][train|val/]class/…/image."""
+    if files.unread:
+        raise misnamed(files, files.unread[0])
+    root, names, skip = files.source.path, files.names, 0
+    tops = _top_folders(names, skip)
+    if len(tops) == 1:
+        [(top, (shallowest, _))] = tops.items()
+        if shallowest > 1 and top.lower() not in SPLIT_FOLDERS:
+            skip = len(top) + 1
+            tops = _top_folders(names, skip)
+    split_of_folder = _split_folders(files, skip, tops)
+
+    labels, split_of = np.zeros(len(names), np.int32), np.full(len(names), -1, np.int8)
+    found = {split: {} for split in SPLITS}  # class name → its number, in the order of appearance
+    for i, name in enumerate(names):
+        split, rest = "train", name[skip:]
+        if split_of_folder:
+            folder, _, rest = rest.partition("/")
+            split = split_of_folder.get(folder)
+            if split is None:
+                continue
+        class_name, slash, _ = rest.partition("/")
+        if not slash:
+            raise DataError(
+                f"{name} in {root} is not in a class folder; expected train/<class>/<image> or <class>/<image>."
+            )
+        labels[i] = found[split].setdefault(class_name, len(found[split]))
+        split_of[i] = SPLITS.index(split)
+    if found["train"] and found["val"]:
+        check_same_classes(root, found["train"], found["val"])
+    classes = tuple(sorted(found["train"] or found["val"]))
+    check_names(root, classes)
+    if len(classes) <= FEW_CLASSES:
+        depth = 1 + bool(split_of_folder)
+        check_no_label_maps(root, (names[i][skip:].split("/", depth)[-2:] for i in np.flatnonzero(split_of >= 0)))
+    everything = Items(files.source, names, labels, files.offsets, files.sizes)
+    splits = {}
+    for number, split in enumerate(SPLITS):
+        if found[split]:
+            chosen = everything.take(np.flatnonzero(split_of == number))
+            rank = np.argsort(np.argsort(list(found[split])))
+            splits[split] = dataclasses.replace(chosen, labels=rank[chosen.labels].astype(np.int32))
+    return Listing(classes, splits, files.others + int(np.sum(split_of < 0)))
+
+
+def check_same_classes(what: str | Path, train: Iterable[str], val: Iterable[str]) -> None:
+    only = {"train": set(train) - set(val), "val": set(val) - set(train)}
+    if any(only.values()):
+        odd = " and ".join(f"only {split} has {_first_few(names)}" for split, names in only.items() if names)
+        raise DataError(f"{what}: train and val must have the same classes, but {odd}.")
+
+
+def _top_folders(names: list[str], skip: int) -> dict[str, tuple[int, int]]:
+    """The first folder of each name after `skip` characters ("" if none), with the least and the greatest depth of its
+    names.
+    """
+    tops = {}
+    for name in names:
+        top, slash, _ = name[skip:].partition("/")
+        depth = name.count("/", skip)
+        top = top if slash else ""
+        least, greatest = tops.get(top, (depth, depth))
+        tops[top] = min(depth, least), max(depth, greatest)
+    return tops
+
+
+def _split_folders(files: Files, skip: int, tops: dict[str, tuple[int, int]]) -> dict[str, str]:
+    """The split of each top folder that is a split's; {} if the top folders are classes.
+
+    A class may also be named "train": beside other names, a folder is that of a split only if all its images lie in
+    subfolders. Raises DataError where one image or name would turn splits into classes.
+    """
+    root = f"{files.source.path}/{files.names[0][:skip]}".rstrip("/")
+    folders = {top: SPLIT_FOLDERS[top.lower()] for top in sorted(tops) if top.lower() in SPLIT_FOLDERS}
+    by_split = {split: folder for folder, split in folders.items()}
+    only_words, has_both = {top.lower() for top in tops} <= SPLIT_WORDS, len(by_split) == len(SPLITS)
+    if only_words and all(greatest == 1 for _, greatest in tops.values()):
+        raise DataError(
+            f"the images of {root} lie in {_first_few(tops)}, without class folders: put them into train/<class>/ and "
+            "val/<class>/ or, for detection, add annotations/instances_train.json and annotations/instances_val.json."
+        )
+    if has_both and tops[by_split["train"]][0] > 1 and tops[by_split["val"]][1] == 1:
+        train, val = (f"{root}/{by_split[split]}" for split in SPLITS)
+        raise DataError(
+            f"the images of {val} do not lie in class folders: "
+            f"give {train} as the source, with --val {val} and --val-labels FILE."
+        )
+    if strays := [folder for folder in folders if tops[folder][0] == 1]:
+        if only_words or (has_both and any(tops[folder][1] > 1 for folder in folders)):
+            start = f"{strays[0]}/"
+            stray = next(name for name in files.names if name.startswith(start, skip) and name.count("/", skip) == 1)
+            raise DataError(f"{files.source.path}/{stray} lies in no class folder, as others do: move it away.")
+        return {}
+    if len(by_split) < len(folders):
+        raise DataError(f"{root} has several folders of one split, {_first_few(folders)}: rename all but one.")
+    if len(tops) > 1 and folders and not has_both:
+        raise DataError(f"{root} has the folders {_first_few(tops)}; expected train and val, or class folders only.")
+    return folders
+
+
+def _first_few(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
