@@ -217,6 +217,8 @@ def _main() -> None:
     index["offset"], index["size"], index["shard"] = table["ptr"], table["size"], 0
     index["checksum"] = samples.checksums
     index.tofile(task.index)
+    # Everything is written. The interpreter's own end would wait for numba's threads, with one CPU for ever.
+    os._exit(0)
 
 
 def _watch() -> None:

@@ -99,6 +99,16 @@ def test_the_same_bits_as_webdataset(as_jpeg):
     assert np.array_equal(pixels["webdataset"], pixels["ffcv"])
 
 
+@pytest.fixture
+def one_cpu():
+    """With one CPU, an interpreter that has imported FFCV waits for ever for numba's threads at its end."""
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cpus)})
+    yield
+    os.sched_setaffinity(0, cpus)
+
+
+@pytest.mark.usefixtures("one_cpu")
 def test_raw_pixels_and_a_sample_larger_than_a_page(tmp_path):
     # 2400 x 1200 x 3 bytes are more than a page of 8 MiB.
     pictures = [jpeg(0, 40, 30), jpeg(1, 2400, 1200), images()[2], jpeg(3, 33, 77)]
