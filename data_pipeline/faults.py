@@ -32,6 +32,17 @@ class PassingFault:
     count: int
 
 
+def read_fully(descriptor: int, size: int, offset: int) -> bytes:
+    """`size` bytes at `offset` of an open file, fewer only where the file ends.
+
+    One read also returns fewer where an I/O error follows, which the next read raises.
+    """
+    data = b""
+    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
 def retried(
     action: Callable[[], T],
     what: str,

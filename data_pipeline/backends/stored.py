@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 
 from .. import native
-from ..faults import LASTING, PassingFault, StorageError, retried
+from ..faults import LASTING, PassingFault, StorageError, read_fully, retried
 from ..split import DataError, Split
 
 # Files that one call of the library reads from. A thread keeps so many open beside those in the table.
@@ -169,7 +169,7 @@ class StoredSamples:
 
         def attempt() -> bytes:
             file = self._file(shard)  # this reference keeps the file open if another thread drops it from the table
-            return os.pread(file.descriptor, length, offset)
+            return read_fully(file.descriptor, length, offset)
 
         try:
             return retried(attempt, str(path), note=lambda error: self._note_fault(shard, error), closing=self.closing)

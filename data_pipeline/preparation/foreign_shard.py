@@ -1,5 +1,6 @@
 """The work of a worker process of index (foreign.py): check the samples of one shard that another program made."""
 
+import errno
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data_pipeline.durable import sha256_of
-from data_pipeline.faults import retried
+from data_pipeline.faults import read_fully, retried
 from data_pipeline.label_png import check_label, stored_coding
 from data_pipeline.object_json import read_objects
 from data_pipeline.preparation.labels import LONGEST_NAME, fault_of_name
@@ -150,7 +151,15 @@ def _read_one(descriptor: int, members: list[tuple[str, int, int]], ending: str,
         raise BadImage(f"more than one {what} (.{ending})" if found else f"no {what} (.{ending})")
     [(offset, size)] = found
     check_size(size)
-    return os.pread(descriptor, size, offset), offset
+    return _read(descriptor, offset, size), offset
+
+
+def _read(descriptor: int, offset: int, size: int) -> bytes:
+    """Raises OSError if the shard has become shorter, so that it is read again, which then names what is cut off."""
+    data = read_fully(descriptor, size, offset)
+    if len(data) < size:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    return data
 
 
 def _record(data: bytes, offset: int, size: tuple[int, int]) -> tuple:
@@ -169,7 +178,7 @@ def _image_of(members: list[tuple[str, int, int]]) -> tuple[str, int, int]:
 def _check_image(descriptor: int, member: tuple[str, int, int]) -> tuple:
     """The RECORD of an image, without label. Raises BadImage."""
     _, offset, size = member
-    data = os.pread(descriptor, size, offset)
+    data = _read(descriptor, offset, size)
     image = check_image(data)
     if image.outcome != "kept":
         raise _Convertible(f"{image.why}: not done here, because the shard is not changed")
@@ -184,7 +193,7 @@ def _read_label(descriptor: int, members: list[tuple[str, int, int]], label_key:
                 raise BadImage(f"more than one .{ending}")
             if size > MAX_LABEL_BYTES:
                 raise BadImage(f"no label: its .{ending} has {size} bytes, more than {MAX_LABEL_BYTES}")
-            texts[ending] = os.pread(descriptor, size, offset)
+            texts[ending] = _read(descriptor, offset, size)
     with errors_as_bad_image("its label cannot be read: "):  # not JSON, not text, JSON that is not an object
         if "cls" in texts and label_key is None:
             label = texts["cls"].decode().strip()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.faults import retried
+from data_pipeline.faults import read_fully, retried
 from data_pipeline.preparation import torchvision_source
 from data_pipeline.preparation.class_listing import check_same_classes, sort_into_splits
 from data_pipeline.preparation.image_source import Files, Items, Listing, Source
@@ -154,7 +154,7 @@ def _read_once(source: Source, name: str, offset: int, size: int) -> bytes:
         with open(source.path / name, "rb") as file:
             return file.read(size + 1)
     try:
-        return os.pread(_descriptor(source.path), size, offset)
+        return read_fully(_descriptor(source.path), size, offset)
     except OSError:
         _descriptor.cache_clear()  # the next attempt opens the file again
         raise

@@ -1,13 +1,23 @@
 """Transient I/O faults: which errors are retried and which are not."""
 
 import errno
+import os
 import threading
 from concurrent.futures import CancelledError
 
+import numpy as np
 import pytest
 
 from data_pipeline import faults
-from data_pipeline.faults import StorageError, retried
+from data_pipeline.backends.stored import StoredSamples, stored_in_shards
+from data_pipeline.faults import PassingFault, StorageError, retried
+from data_pipeline.preparation import workers
+from data_pipeline.preparation.foreign_shard import IndexTask, index_shard
+from data_pipeline.preparation.image_source import Source
+from data_pipeline.preparation.listing import read_image
+from data_pipeline.preparation.pack import done_path, read_done
+from data_pipeline.split import DataError, Split
+from tests.data_pipeline.shards import jpeg, write_split
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +66,61 @@ def test_closing_ends_the_waiting(monkeypatch):
     with pytest.raises(CancelledError):
         retried(disk.read, "shard", closing=closing)
     assert disk.calls == 1
+
+
+# --- an error in the middle of a sample: the kernel returns the bytes before it, and fails at the next call ----------
+
+
+@pytest.fixture
+def split(tmp_path) -> Split:
+    return write_split(tmp_path, [jpeg(number, 40, 30) for number in range(3)])
+
+
+@pytest.fixture
+def disk_error(split, monkeypatch):
+    """Makes one read in sample 1 fail. Returns the errors that were raised."""
+    bad, read, raised = int(split.records["offset"][1]) + 100, os.pread, []
+
+    def pread(descriptor: int, size: int, offset: int) -> bytes:
+        if offset == bad and not raised:
+            raised.append(OSError(errno.EIO, "Input/output error"))
+            raise raised[0]
+        return read(descriptor, bad - offset if offset < bad < offset + size and not raised else size, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    return raised
+
+
+def test_it_does_not_count_as_damage_in_training(split, disk_error, monkeypatch):
+    monkeypatch.setattr(StoredSamples, "_read_together", lambda self, chunk, _: dict.fromkeys(range(len(chunk)), -1))
+    stored = stored_in_shards(split)
+    assert stored.read(np.arange(3)) == ([jpeg(number, 40, 30) for number in range(3)], {})
+    path = str(split.folder / split.shards[0].file)
+    assert disk_error and stored.take_faults() == (PassingFault(path, "Input/output error", 1),)
+
+
+def test_it_does_not_count_as_damage_in_a_tar(split, disk_error):
+    offset, size = (int(split.records[name][1]) for name in ("offset", "size"))
+    source = Source("tar", split.folder / split.shards[0].file)
+    assert read_image(source, "1.jpg", offset, size) == jpeg(1, 40, 30) and disk_error
+
+
+def test_it_does_not_count_as_damage_in_index(split, disk_error, monkeypatch):
+    monkeypatch.setattr(workers, "_counts", [0])
+    file = split.shards[0].file
+    index_shard(IndexTask(split.folder, file, None, "cls", 0, 0))
+    header, _ = read_done(done_path(split.folder, file))
+    assert header["shard"]["samples"] == 3 and not header["listed"] and disk_error
+
+
+def test_a_shard_that_has_become_shorter_is_read_again(split, monkeypatch):
+    monkeypatch.setattr(workers, "_counts", [0])
+    path, read = split.folder / split.shards[0].file, os.pread
+
+    def pread(descriptor: int, size: int, offset: int) -> bytes:
+        os.truncate(path, int(split.records["offset"][1]) + 100)
+        return read(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    with pytest.raises(DataError, match=f"{path} is cut off: '00000001.jpg' does not end inside it"):
+        index_shard(IndexTask(split.folder, path.name, None, "cls", 0, 0))
