@@ -210,6 +210,9 @@ class Loader(AbstractContextManager):
         self._stream = torch.cuda.Stream() if data.device == "gpu" else None
         self._executor, self._threads = _start_threads(data.workers)
         self._ahead = Ahead(self._stored, needs, ahead) if isinstance(split, StagedSplit) else None
+        # One thread of its own: the training thread must not wait for files that are opened, and in a decoding thread
+        # it would come too late.
+        self._adviser = ThreadPoolExecutor(1, thread_name_prefix="advise")
         self._pending: deque[tuple[MicroBatch, list[Future]]] = deque()
         for _ in range(data.prefetch):
             self._submit()
@@ -243,6 +246,7 @@ class Loader(AbstractContextManager):
         for stored in self._stored:
             stored.closing.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
+        self._adviser.shutdown(wait=True, cancel_futures=True)
         if self._ahead:
             self._ahead.close()
         for stored in self._stored:
@@ -258,9 +262,6 @@ class Loader(AbstractContextManager):
             return
         if self._ahead:
             self._ahead.advance()
-        else:
-            for stored in self._stored:
-                stored.will_need(job.draws % self._samples)
         total, (height, width) = len(job.draws), job.shape
         ids = torch.empty(total, dtype=torch.int64, pin_memory=self._pin)
         counted = torch.ones(total, dtype=torch.bool, pin_memory=self._pin)
@@ -279,6 +280,14 @@ class Loader(AbstractContextManager):
             for start in range(0, total, length)
         ]
         self._pending.append((batch, chunks))
+        if not self._ahead:
+            self._adviser.submit(self._will_need, job.draws % self._samples, chunks[-1])
+
+    def _will_need(self, ids: np.ndarray, last: Future) -> None:
+        """Let the system read the samples of a micro-batch ahead, unless its last chunk is being decoded already."""
+        for stored in self._stored:
+            if not (last.running() or last.done()):
+                stored.will_need(ids)
 
     def _fill(
         self, job: _Job, batch: MicroBatch, part: slice, pixels: "np.ndarray | torch.Tensor"

@@ -95,6 +95,8 @@ class StoredSamples:
         with suppress(OSError):  # `read` gets the same error and reports it
             for rows, descriptors in self._by_files(records["shard"]):
                 native.will_need(descriptors, records["offset"][rows], records["size"][rows])
+                if self.closing.is_set():
+                    break
 
     def close(self) -> None:
         """Close all files. Do not read after this."""

@@ -9,7 +9,8 @@ from collections import Counter
 from operate.doctor.findings import GREEN, RED, YELLOW, Findings, Line, one_micro_batch
 from train.telemetry.formatting import counted, size
 
-# Files that a rank opens: 256 in each of two splits, and as many for libraries and logs. Connections are added.
+# Files that a rank needs: some hundred for its data, of which it keeps open as many as its limit allows, and for
+# libraries and logs. Connections are added.
 OPEN_FILES = 768
 STORE_CONNECTIONS = 4  # that rank 0 keeps for every rank: see train/guard/rank_store.py
 # Bytes of /dev/shm that NCCL may need for each GPU of a node; a container's default of 64 MB is too little for eight.

@@ -2,15 +2,24 @@
 
 import errno
 import os
+import resource
+import threading
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_pipeline import native
 from data_pipeline.backends.stored import FILES_AT_ONCE, stored_in_shards
+from data_pipeline.config import AugmentConfig
+from data_pipeline.loader import build_loader
 from data_pipeline.manifest import open_manifest
+from data_pipeline.order import Order
+from data_pipeline.split import Split
+from data_pipeline.views import Crops
 from tests.data_pipeline.shards import jpeg, write_split
+from tests.data_pipeline.staging import config
 
 pytestmark = pytest.mark.skipif(native.LIBRARY is None, reason="the compiled library is not built")
 
@@ -80,6 +89,26 @@ def test_a_chunk_of_many_files_is_the_same_as_without_the_library(tmp_path, monk
     assert [data for data in found if data] == [images[number] for number in ids.tolist() if number != 20]
     monkeypatch.setattr(native, "LIBRARY", None)
     assert stored.read(ids) == (found, failures)
+
+
+def test_the_training_thread_opens_no_shard_and_each_is_opened_once(tmp_path, monkeypatch):
+    """Twice as many shards as were kept open before November 2026, in a full shuffle, for three epochs."""
+    split = write_split(tmp_path, [jpeg(number % 8, 16, 16) for number in range(512)], per_shard=1)
+    opened, open_file = [], Split.open_file
+
+    def noted(self: Split, path: Path, *arguments) -> int:
+        opened.append((threading.current_thread() is threading.main_thread(), path))
+        return open_file(self, path, *arguments)
+
+    monkeypatch.setattr(Split, "open_file", noted)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (8 * 512, 8 * 512))
+    data = config(tmp_path)
+    with build_loader(data, Crops(data, AugmentConfig()), split, Order(0, 512, 64, 64)) as loader:
+        for _ in range(3 * 8):
+            next(loader)
+        assert len(loader._stored[0]._open) == 512
+    assert not any(in_main for in_main, _ in opened)
+    assert len(opened) < 2 * 512  # two threads may open one shard at the same time
 
 
 def test_a_file_that_cannot_be_opened_is_reported_by_its_name(tmp_path):
