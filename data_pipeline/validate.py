@@ -1,8 +1,8 @@
 """Check an image completely before it is packed, and return a JPEG that every decoder of training reads.
 
 A sound RGB or gray JPEG keeps its bytes. Other images are repaired, transcoded, or refused with a reason; docs/data.md
-has the table. EXIF orientation and colour profiles are ignored, as is usual for ImageNet, because no decoder of
-training applies them.
+has the table. EXIF orientation, TIFF's too, and colour profiles are ignored, as is usual for ImageNet, because no
+decoder of training applies them, and label maps and boxes belong to the pixels as they are stored.
 """
 
 import contextlib
@@ -26,6 +26,8 @@ LONGEST_REASON = 300  # characters
 
 # The formats that Pillow may open. It knows more, but some of them run other programs on the file (EPS).
 FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG", "JPEG2000", "AVIF")
+
+ORIENTATION = 0x0112  # EXIF's tag
 
 # Frame markers (ITU T.81, table B.1) that every decoder reads: baseline, extended sequential, progressive. The others
 # are lossless, hierarchical, or arithmetic-coded.
@@ -178,7 +180,11 @@ def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, str]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(*image.size)
-            return to_pixels(image), f"{image.format} to JPEG"
+            kind = f"{image.format} to JPEG"
+            if image.format == "TIFF":
+                image.getexif()[ORIENTATION] = 1  # else Pillow turns the pixels when it loads them
+                image = image.copy()  # its size is that of the pixels, where Pillow has swapped the first one's
+            return to_pixels(image), kind
     except Image.UnidentifiedImageError as error:
         raise BadImage("not an image") from error
 

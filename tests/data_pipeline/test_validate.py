@@ -183,6 +183,20 @@ def test_orientation_is_not_applied(packed):
     assert again.size == (20, 15) and not again.getexif()
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("pixels", [np.asarray(picture(9)), np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_orientation_of_a_tiff_is_not_applied(orientation, pixels, compression):
+    """Pillow turns a TIFF by itself when it loads it."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(pixels), "TIFF", exif=exif, compression=compression)
+    image = check_image(data)
+    assert image.full_size == (image.width, image.height) == (40, 30)
+    expected = pixels if pixels.dtype == np.uint8 else pixels >> 8
+    assert np.abs(np.asarray(Image.open(io.BytesIO(image.data))).astype(int) - expected).mean() < 5
+
+
 @pytest.mark.parametrize(
     ("options", "size", "expected"),
     [
