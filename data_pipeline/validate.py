@@ -180,6 +180,8 @@ def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, str]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(*image.size)
+            image.verify()  # the checksums of a PNG, which decoding does not check; it cannot be decoded afterwards
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             kind = f"{image.format} to JPEG"
             if image.format == "TIFF":
                 image.getexif()[ORIENTATION] = 1  # else Pillow turns the pixels when it loads them

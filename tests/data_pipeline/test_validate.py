@@ -125,7 +125,10 @@ TABLE = {  # file: (its bytes, outcome, part of the reason, mode of the stored J
     "a PostScript.jpg": (encoded(picture(7), "EPS"), EXCLUDED, "not an image", None),
     "empty.jpg": (b"", EXCLUDED, "an empty file", None),
     "garbage.jpg": (b"no image at all", EXCLUDED, "not an image", None),
-    "truncated.png": (PNG[: len(PNG) // 2], EXCLUDED, "truncated", None),
+    "truncated.png": (PNG[: len(PNG) // 2], EXCLUDED, "Truncated", None),
+    "zero tail.png": (cut(PNG, len(PNG) - 40, len(PNG), bytes(40)), EXCLUDED, "broken PNG file", None),
+    "zeros inside.png": (cut(PNG, len(PNG) // 2, len(PNG) // 2 + 9, bytes(9)), EXCLUDED, "broken PNG file", None),
+    "another checksum.png": (cut(PNG, len(PNG) - 16, len(PNG) - 15, b"?"), EXCLUDED, "bad header checksum", None),
     "32-bit.tiff": (encoded(Image.fromarray(np.full((3, 4), 7, np.int32)), "TIFF"), EXCLUDED, "32-bit pixels", None),
     "66000 wide.png": (encoded(Image.new("L", (66_000, 2)), "PNG"), EXCLUDED, "a side has more than 65500", None),
     "90 megapixels.png": (
