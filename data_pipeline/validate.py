@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_pipeline import native
 from data_pipeline.jpeg import MOST_SCANS, UnusualSampling, has_too_many_scans, is_complete, read_header
 
 if TYPE_CHECKING:
@@ -219,8 +220,10 @@ def _decode_strictly(data: bytes) -> tuple[np.ndarray, str]:
 
     try:
         width, height, colorspace = read_header(data)
-    except UnusualSampling:  # Pillow's libjpeg reads these
-        return _decode_with_pillow(data)[0], "JPEG with unusual chroma sampling"
+    except UnusualSampling:  # Pillow's libjpeg reads these, and so does ours, which also stops at warnings
+        pixels = _decode_with_pillow(data)[0]
+        _refuse_warnings(data, *pixels.shape[1::-1])
+        return pixels, "JPEG with unusual chroma sampling"
     _check_pixels(width, height)
     if colorspace in ("CMYK", "YCCK"):
         simplejpeg.decode_jpeg(data, "CMYK")
@@ -228,6 +231,18 @@ def _decode_strictly(data: bytes) -> tuple[np.ndarray, str]:
     if colorspace == "Gray":
         return simplejpeg.decode_jpeg(data, "GRAY")[..., 0], ""
     return simplejpeg.decode_jpeg(data, "RGB"), ""
+
+
+def _refuse_warnings(data: bytes, width: int, height: int) -> None:
+    """Raise ValueError if the end marker is missing, or if the compiled decoder, where there is one, does not decode
+    the whole image. It stops at the last row, so image data that is left over is not found.
+    """
+    if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        raise ValueError("Premature end of JPEG file")
+    if native.LIBRARY is not None:
+        window, out = np.array([[0, 0, width, height, 0]]), np.empty((1, 1, 1, 3), np.uint8)
+        if failures := native.decode_batch([data], np.array([[width, height]]), window, (1, 1), "bilinear", out):
+            raise ValueError(failures[0])
 
 
 def _repair_header(data: bytes) -> tuple[bytes, int]:

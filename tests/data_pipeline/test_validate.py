@@ -10,11 +10,13 @@ import pytest
 import simplejpeg
 from PIL import Image
 
+from data_pipeline import native
 from data_pipeline.backends import open_backend
 from data_pipeline.manifest import open_manifest
 from data_pipeline.preparation.verify import verify
 from data_pipeline.validate import AS_IT_IS, BadImage, Encoding, check_image
 from tests.data_pipeline.images import SAMPLE, encoded, listed, picture, run, stored
+from tests.data_pipeline.jpegs import with_sampling
 
 
 def decodes(data: bytes) -> bool:
@@ -138,6 +140,18 @@ TABLE = {  # file: (its bytes, outcome, part of the reason, mode of the stored J
         None,
     ),
 }
+
+
+@pytest.mark.skipif(native.LIBRARY is None, reason="the compiled library is not built")
+@pytest.mark.parametrize("factors", [[(1, 4), (1, 1), (1, 1)], [(4, 2), (1, 1), (1, 1)]])
+def test_damage_is_found_where_only_pillow_gives_the_pixels(factors):
+    data = with_sampling(factors, 64, 48)
+    assert check_image(data).outcome == TRANSCODED
+    middle = (data.index(b"\xff\xda") + len(data)) // 2
+    zero_tail, cut_and_ended = cut(data, middle, len(data), bytes(len(data) - middle)), data[:middle] + b"\xff\xd9"
+    for bad in (zero_tail, cut_and_ended, cut(data, middle, middle + 20, b"\xff\0" * 10)):
+        with pytest.raises(BadImage, match="Premature end of JPEG file|Corrupt JPEG data"):
+            check_image(bad)
 
 
 @pytest.fixture(scope="module")
