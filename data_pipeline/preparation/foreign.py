@@ -22,6 +22,7 @@ import numpy as np
 
 from data_pipeline.manifest import FILE_NAME, parse_manifest
 from data_pipeline.preparation.finish import REPORT_NAME, files_beside, finish
+from data_pipeline.preparation.folders import walk
 from data_pipeline.preparation.foreign_shard import (
     CLASSES_NAME,
     LABEL_KEYS,
@@ -32,7 +33,7 @@ from data_pipeline.preparation.foreign_shard import (
     samples_of,
 )
 from data_pipeline.preparation.labels import class_names, read_lines
-from data_pipeline.preparation.ownership import WORK, claim, remove_work_folder, work_folder
+from data_pipeline.preparation.ownership import claim, remove_work_folder, work_folder
 from data_pipeline.preparation.pack import INDEX, done_path, read_done
 from data_pipeline.preparation.prepare import read_arguments
 from data_pipeline.preparation.progress import Progress
@@ -40,6 +41,7 @@ from data_pipeline.preparation.workers import run_tasks
 from data_pipeline.split import DETECTION, LABEL_MAP, TABLES, DataError, UsageError
 
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+COMPRESSED = tuple(f".{ending}" for ending in ("tar.gz", "tgz", "tar.xz", "txz", "tar.bz2", "tbz2", "tar.zst", "tzst"))
 MAX_CLASSES = 1_000_000
 
 
@@ -107,15 +109,22 @@ def _earlier_index(dest: Path) -> list[str]:
 
 
 def _find_shards(dest: Path) -> list[str]:
-    """The names of all tars below `dest`, sorted."""
-    paths = [path for path in dest.rglob("*.tar") if path.parent != dest / WORK and not path.is_dir()]
-    if odd := next((path for path in paths if not path.is_file()), None):
-        raise DataError(f"{odd} is not a regular file: move it away.")
-    if not paths:
+    """The names of all tars below `dest`, sorted. The walk ignores hidden files, and so WORK."""
+    names = sorted(name for name, *_ in walk(dest, (".tar",)))
+    if packed := [name for name in names if name.lower().endswith(COMPRESSED)]:
         raise DataError(
-            f"there is no *.tar in {dest}. (Compressed shards have no random access: decompress them first.)"
+            f"{len(packed)} tars in {dest} are compressed, the first is {packed[0]}: decompress them, because "
+            "compressed shards have no random access, or move them away."
         )
-    return sorted(str(path.relative_to(dest)) for path in paths)
+    shards = [name for name in names if name.lower().endswith(".tar")]
+    if not shards:
+        raise DataError(f"there is no *.tar in {dest}.")
+    places = {}
+    for name in shards:
+        found = (dest / name).stat()
+        if (other := places.setdefault((found.st_dev, found.st_ino), name)) != name:
+            raise DataError(f"{other} and {name} in {dest} are one file: remove the link.")
+    return shards
 
 
 def _split_of(file: str) -> str:

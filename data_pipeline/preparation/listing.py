@@ -20,6 +20,7 @@ import numpy as np
 from data_pipeline.faults import read_fully, retried
 from data_pipeline.preparation import torchvision_source
 from data_pipeline.preparation.class_listing import check_same_classes, sort_into_splits
+from data_pipeline.preparation.folders import walk
 from data_pipeline.preparation.image_source import Files, Items, Listing, Source
 from data_pipeline.preparation.label_listing import (
     CLASS_FILES,
@@ -169,7 +170,7 @@ def find_images(names: Sequence[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(file for file, _, _ in _walk(path) if file.lower().endswith(IMAGE_SUFFIXES))
+            inside = sorted(file for file, _, _ in walk(path) if file.lower().endswith(IMAGE_SUFFIXES))
             if not inside:
                 raise UsageError(f"{path} contains no images; their names end in {', '.join(IMAGE_SUFFIXES)}")
             found += [path / file for file in inside]
@@ -187,7 +188,7 @@ def _list_files(source: Source) -> Files:
     """The files of the source. If a tar has a name twice, the last member counts."""
     names, offsets, sizes, others, texts, unread = [], array.array("q"), array.array("q"), 0, {}, []
     with Progress("files", "listing") as progress:
-        for name, offset, size in _walk(source.path) if source.kind == "folder" else _tar_members(source.path):
+        for name, offset, size in walk(source.path) if source.kind == "folder" else _tar_members(source.path):
             if name.lower().endswith(IMAGE_SUFFIXES):
                 check_name(source.path, name)
                 names.append(name)
@@ -242,30 +243,6 @@ class _Texts(Mapping):
 
     def __len__(self) -> int:
         return len(self._places)
-
-
-def _walk(root: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int, int]]:
-    """(name relative to the root, 0, size) of every file below `root`. Follows links, ignores hidden files.
-
-    above: the (device, inode) of the enclosing folders; a link to one of them would make the recursion endless.
-    """
-    try:
-        here = os.stat(root / prefix)
-        if (here.st_dev, here.st_ino) in above:
-            raise DataError(f"{root / prefix} is a link to a folder that contains it: remove it.")
-        above = (*above, (here.st_dev, here.st_ino))
-        for entry in os.scandir(root / prefix):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _walk(root, f"{prefix}{entry.name}/", above)
-                continue
-            size = entry.stat().st_size
-            if not entry.is_file() and entry.name.lower().endswith(IMAGE_SUFFIXES):
-                raise DataError(f"{root / prefix / entry.name} is not a regular file: remove it.")
-            yield prefix + entry.name, 0, size
-    except OSError as error:  # a dangling link, a folder without permission
-        raise DataError(f"cannot read {error.filename}: {error.strerror}.") from error
 
 
 def _tar_members(path: Path) -> Iterator[tuple[str, int, int]]:

@@ -12,6 +12,7 @@ from data_pipeline import faults
 from data_pipeline.backends.stored import StoredSamples, stored_in_shards
 from data_pipeline.faults import PassingFault, StorageError, retried
 from data_pipeline.preparation import workers
+from data_pipeline.preparation.folders import walk
 from data_pipeline.preparation.foreign_shard import IndexTask, index_shard
 from data_pipeline.preparation.image_source import Source
 from data_pipeline.preparation.listing import read_image
@@ -66,6 +67,21 @@ def test_closing_ends_the_waiting(monkeypatch):
     with pytest.raises(CancelledError):
         retried(disk.read, "shard", closing=closing)
     assert disk.calls == 1
+
+
+def test_a_folder_that_cannot_be_listed_for_a_while(tmp_path, monkeypatch):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat/1.jpg").write_bytes(b"image")
+    disk, stat = Disk(OSError(errno.ESTALE, "Stale file handle"), 3), os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **options: (disk.read(), stat(path, **options))[1])
+    assert list(walk(tmp_path)) == [("cat/1.jpg", 0, 5)]
+    disk.failures = 99
+    with pytest.raises(StorageError, match=f"{tmp_path}/ cannot be read after 4 attempts: Stale file handle"):
+        list(walk(tmp_path))
+    monkeypatch.undo()
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(DataError, match="cannot read .*/circle: Too many levels of symbolic links"):
+        list(walk(tmp_path))
 
 
 # --- an error in the middle of a sample: the kernel returns the bytes before it, and fails at the next call ----------

@@ -1,6 +1,7 @@
 """Shards of other programs: written by webdataset's writer or by tar, indexed, and read in place."""
 
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -149,6 +150,42 @@ def test_splits(tmp_path):
     with pytest.raises(UsageError, match="the name 00000.tar does not contain its split"):
         index(tmp_path, workers=1)
     assert len(indexed(tmp_path, split="train")["train"]) == 4
+
+
+def test_shards_in_linked_folders_and_in_capitals_are_indexed(tmp_path):
+    write(tmp_path / "set/train-0.TAR", [sample(0, cls=0)])
+    write(tmp_path / "elsewhere/train-1.tar", [sample(1, cls=1)])
+    (tmp_path / "set/more").symlink_to(tmp_path / "elsewhere")
+    index(tmp_path / "set", workers=1)
+    assert verify(tmp_path / "set") == []
+    assert sorted(stored(tmp_path / "set", "train"), key=lambda each: each[1]) == [(GOOD[0], 0), (GOOD[1], 1)]
+    (tmp_path / "set/again").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="again/train-1.tar and more/train-1.tar in .*set are one file: remove the lin"):
+        index(tmp_path / "set", workers=1)
+
+
+@pytest.mark.parametrize("ending", [".tar.gz", ".TGZ", ".tar.zst"])
+def test_a_compressed_shard_is_not_passed_over(tmp_path, ending):
+    write(tmp_path / "train-0.tar", [sample(0, cls=0)])
+    (tmp_path / f"train-1{ending}").write_bytes(b"compressed")
+    with pytest.raises(DataError, match=f"1 tars in .* are compressed, the first is train-1{ending}: decompress them"):
+        index(tmp_path, workers=1)
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    """The tests may run as root, who reads every folder."""
+    write(tmp_path / "train-0.tar", [sample(0, cls=0)])
+    write(tmp_path / "more/train-1.tar", [sample(1, cls=0)])
+    listdir = os.listdir
+
+    def refused(folder: str) -> list[str]:
+        if folder.rstrip("/").endswith("more"):
+            raise PermissionError(13, "Permission denied")
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", refused)
+    with pytest.raises(DataError, match="cannot read .*more/: Permission denied"):
+        index(tmp_path, workers=1)
 
 
 def test_indexing_again_includes_changed_shards(tmp_path):
