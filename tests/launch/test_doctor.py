@@ -142,7 +142,7 @@ def test_too_little_memory_and_too_few_cores(cluster, tiny_config, tmp_path):
     )
     assert code == 78, text
     red = reds(found)
-    assert set(red) == {"devices", "memory", "decoding"}, text
+    assert set(red) == {"devices", "config", "memory", "decoding"}, text  # the batch is larger than the dataset
     assert "n1 has 2 cores" in red["devices"] and "n2 has 1 core" in red["devices"]
     assert red["memory"].startswith("n2: ") and "The step was not tried" in red["memory"]
     assert "--cpus-per-task=" in text and "--gpu-rate" in red["decoding"]
