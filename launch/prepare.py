@@ -158,7 +158,7 @@ def _print_report(dest: Path) -> None:
             *(f"{split[outcome]} {words}" for outcome, words in names.items() if outcome in split),
         ]
         if absent := report.get("absent", {}).get(name):
-            parts.append(f"no pixel of {_first_five(absent)}")
+            parts.append(f"no {'pixel' if segmentation else 'image'} of {_first_five(absent)}")
         print(f"  {name}: {'; '.join(parts)}")
         listed = listed or bool(split.keys() & {"transcoded", "repaired", "excluded", "empty"})
         boxes = boxes or bool(split.keys() & {"dropped", "partly_outside", "not_learnt"})

@@ -45,6 +45,7 @@ def sort_into_splits(files: Files) -> Listing:
             )
         labels[i] = found[split].setdefault(class_name, len(found[split]))
         split_of[i] = SPLITS.index(split)
+    _check_folders_have_images(files, skip, split_of_folder, found)
     if found["train"] and found["val"]:
         check_same_classes(root, found["train"], found["val"])
     classes = tuple(sorted(found["train"] or found["val"]))
@@ -60,6 +61,24 @@ def sort_into_splits(files: Files) -> Listing:
             rank = np.argsort(np.argsort(list(found[split])))
             splits[split] = dataclasses.replace(chosen, labels=rank[chosen.labels].astype(np.int32))
     return Listing(classes, splits, files.others + int(np.sum(split_of < 0)))
+
+
+def _check_folders_have_images(
+    files: Files, skip: int, split_of_folder: dict[str, str], found: dict[str, dict[str, int]]
+) -> None:
+    """Raise DataError for a class folder without images: without its class, those behind it would get other labels."""
+    around = files.names[0][:skip]
+    for folder in files.folders:
+        split, rest = "train", folder[skip:]
+        if split_of_folder:
+            top, _, rest = rest.partition("/")
+            split = split_of_folder.get(top)
+        class_name, slash, _ = rest.partition("/")
+        if folder.startswith(around) and split and slash and class_name not in found[split]:
+            raise DataError(
+                f"{files.source.path}/{folder.rstrip('/')} has no images, but lies where a class does: "
+                "add some, or move it away."
+            )
 
 
 def check_same_classes(what: str | Path, train: Iterable[str], val: Iterable[str]) -> None:

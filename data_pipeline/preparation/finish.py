@@ -58,7 +58,7 @@ def finish(
             list_it(split, name, outcome, why)
         for split, names in files.items():
             shards, outcomes, first_excluded, tables = [], counts[split], None, defaultdict(list)
-            pixels, counted = Counter(), True
+            pixels, counted, has_image = Counter(), True, np.zeros(len(classes), bool)
             index_path = temporary(f"{split}.index")
             with open(index_path, "wb") as index:
                 for number, file in enumerate(names):
@@ -66,6 +66,7 @@ def finish(
                     for table in found.values():
                         if table.dtype == RECORD:
                             table["shard"] = number
+                    has_image[found[INDEX]["label"]] = True
                     index.write(found.pop(INDEX).tobytes())
                     for name, table in found.items():
                         tables[name].append(table)
@@ -87,6 +88,8 @@ def finish(
             if LABEL_MAP in arrays and counted:
                 _check_pixels(split, classes, pixels)
                 absent[split] = [name for label, name in enumerate(classes) if not pixels[label]]
+            elif not arrays:
+                absent[split] = [classes[label] for label in np.flatnonzero(~has_image)]
             if category_ids:
                 _join_objects(split, arrays)
                 arrays[CATEGORY_IDS] = np.array(category_ids, TABLES[CATEGORY_IDS])

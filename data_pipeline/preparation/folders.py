@@ -17,7 +17,8 @@ T = TypeVar("T")
 def walk(
     root: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES, prefix: str = "", above: tuple[tuple[int, int], ...] = ()
 ) -> Iterator[tuple[str, int, int]]:
-    """(name relative to the root, 0, size) of every file below `root`. Follows links, ignores hidden files.
+    """(name relative to the root, 0, size) of every file below `root`, and of every folder, whose name ends in a slash.
+    Follows links, ignores hidden files.
 
     suffixes: of files that must be regular. above: the (device, inode) of the enclosing folders; a link to one of them
     would make the recursion endless. Raises DataError for what cannot be read, StorageError if it may be later.
@@ -28,10 +29,11 @@ def walk(
         raise DataError(f"{folder.rstrip('/')} is a link to a folder that contains it: remove it.")
     above = (*above, (here.st_dev, here.st_ino))
     for name in _attempt(os.listdir, folder):
-        if name.startswith("."):
+        if name.startswith(".") or name == "__MACOSX":
             continue
         found = _attempt(os.stat, folder + name)
         if stat.S_ISDIR(found.st_mode):
+            yield f"{prefix}{name}/", 0, 0
             yield from walk(root, suffixes, f"{prefix}{name}/", above)
             continue
         if not stat.S_ISREG(found.st_mode) and name.lower().endswith(suffixes):

@@ -102,6 +102,8 @@ def samples_of(path: Path, file: BinaryIO) -> dict[str, list[tuple[str, int, int
     samples = {}
     for name, offset, size in tar_files(path, file, 0, path.stat().st_size):
         folder, slash, base = name.rpartition("/")
+        if not base:
+            continue
         key, _, ending = base.partition(".")
         samples.setdefault(folder + slash + key, []).append((ending.lower(), offset, size))
     return samples

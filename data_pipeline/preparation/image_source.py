@@ -35,7 +35,8 @@ class Files:
     """The images of a folder or tar as parallel columns, [n], sorted by name. others: the number of other files.
 
     texts: the contents of the files that may name classes or hold boxes, by name; each is read when it is asked for.
-    unread: files that look as if they held boxes, and whose names are in no known layout.
+    unread: files that look as if they held boxes, and whose names are in no known layout. folders: names of folders,
+    with a slash at the end; all that have no images are among them.
     """
 
     source: Source
@@ -45,6 +46,7 @@ class Files:
     others: int
     texts: Mapping[str, bytes]
     unread: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
 
 
 class Annotations(NamedTuple):

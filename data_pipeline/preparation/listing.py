@@ -186,7 +186,8 @@ def find_images(names: Sequence[str]) -> list[Path]:
 
 def _list_files(source: Source) -> Files:
     """The files of the source. If a tar has a name twice, the last member counts."""
-    names, offsets, sizes, others, texts, unread = [], array.array("q"), array.array("q"), 0, {}, []
+    names, offsets, sizes, folders = [], array.array("q"), array.array("q"), set()
+    others, texts, unread = 0, {}, []
     with Progress("files", "listing") as progress:
         for name, offset, size in walk(source.path) if source.kind == "folder" else _tar_members(source.path):
             if name.lower().endswith(IMAGE_SUFFIXES):
@@ -194,13 +195,15 @@ def _list_files(source: Source) -> Files:
                 names.append(name)
                 offsets.append(offset)
                 sizes.append(size)
-            else:
+                progress.show(len(names))
+                continue
+            folders.add(name[: name.rfind("/") + 1])
+            if not name.endswith("/"):
                 others += 1
                 if _may_be_read(name, size):
                     texts[name] = (offset, size)
                 elif BOX_FILE.fullmatch(name):
                     unread.append(name)
-            progress.show(len(names))
     if not names:
         raise DataError(f"{source.path} contains no images ({others} other files).")
     order = np.argsort(np.array(names, dtype=object), kind="stable")
@@ -216,6 +219,7 @@ def _list_files(source: Source) -> Files:
         others,
         _Texts(source, texts),
         tuple(sorted(unread)),
+        tuple(sorted(folders)),
     )
 
 
@@ -246,13 +250,14 @@ class _Texts(Mapping):
 
 
 def _tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of every regular file in a plain tar.
+    """(name, offset, size) of every regular file in a plain tar, and of every folder, whose name ends in a slash.
 
     A tar inside it (ImageNet's n01440764.tar) is a folder.
     """
     with open(path, "rb") as file:
         for name, offset, size in tar_files(path, file, 0, path.stat().st_size):
             if name.lower().endswith(".tar"):
+                yield f"{name[:-4]}/", offset, 0
                 for inner, *place in tar_files(f"{name} in {path}", file, offset, offset + size):
                     yield f"{name[:-4]}/{inner}", *place
             else:

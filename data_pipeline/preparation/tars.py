@@ -47,7 +47,8 @@ class _Header(tarfile.TarInfo):
 
 
 def tar_files(what: str | Path, file: BinaryIO, start: int, end: int) -> Iterator[tuple[str, int, int]]:
-    """(name, offset in `file`, size) of every regular file of the tar in the bytes start … end of `file`.
+    """(name, offset in `file`, size) of every regular file of the tar in the bytes start … end of `file`, and of every
+    folder, whose name ends in a slash.
 
     Raises DataError if the tar is damaged, if members overlap, or if an image is not a regular file (a link, a device,
     a sparse file).
@@ -86,6 +87,8 @@ def tar_files(what: str | Path, file: BinaryIO, start: int, end: int) -> Iterato
                     if is_image:
                         check_name(what, name)
                     yield name, member.offset_data, member.size
+                elif member.isdir() and name:
+                    yield f"{name}/", member.offset_data, 0
             # tarfile also stops at a damaged header and at the end of the file. The real end is a block of zeros.
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE) or file.tell() > end:

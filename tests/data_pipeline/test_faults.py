@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_listed_for_a_while(tmp_path, monkeypatch):
     (tmp_path / "cat/1.jpg").write_bytes(b"image")
     disk, stat = Disk(OSError(errno.ESTALE, "Stale file handle"), 3), os.stat
     monkeypatch.setattr(os, "stat", lambda path, **options: (disk.read(), stat(path, **options))[1])
-    assert list(walk(tmp_path)) == [("cat/1.jpg", 0, 5)]
+    assert list(walk(tmp_path)) == [("cat/", 0, 0), ("cat/1.jpg", 0, 5)]
     disk.failures = 99
     with pytest.raises(StorageError, match=f"{tmp_path}/ cannot be read after 4 attempts: Stale file handle"):
         list(walk(tmp_path))

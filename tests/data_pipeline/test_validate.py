@@ -3,6 +3,7 @@
 import base64
 import io
 import itertools
+import json
 import tarfile
 
 import numpy as np
@@ -190,6 +191,11 @@ def test_outcome(packed, name):
         original = Image.open(io.BytesIO(data))
         pixels = np.asarray(original) >> 8 if original.mode.startswith("I;16") else np.asarray(original.convert(mode))
         assert np.abs(np.asarray(image).astype(int) - pixels).mean() < 5
+
+
+def test_classes_without_an_image_that_can_be_used_are_named(packed):
+    excluded = [f"{number:02d}" for number, row in enumerate(TABLE.values()) if row[1] == EXCLUDED]
+    assert json.loads((packed[0] / "report.json").read_text())["absent"] == {"train": excluded}
 
 
 def test_orientation_is_not_applied(packed):

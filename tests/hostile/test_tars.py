@@ -116,7 +116,7 @@ def test_only_one_level_of_nested_tars_is_read(tmp_path):
     nested = inner
     for _ in range(50):
         nested = member("deeper.tar", nested) + END
-    (tmp_path / "a.tar").write_bytes(member("cat.tar", inner) + member("bomb.tar", nested) + END)
+    (tmp_path / "a.tar").write_bytes(member("cat.tar", member("bomb.tar", nested) + inner) + END)
     listing = list_source(open_source(str(tmp_path / "a.tar"), tmp_path))
     assert listing.splits["train"].names == ["cat/1.jpg"] and listing.ignored == 1
 

@@ -211,6 +211,34 @@ def test_other_names_of_the_splits(tmp_path, folders):
         list_source(Source("folder", tmp_path / "photographs"))
 
 
+@pytest.mark.parametrize("in_tar", [False, True])
+@pytest.mark.parametrize("empty", ["train/bird/", "val/bird/", "train/bird/notes.txt", "val/bird/more/notes.txt"])
+def test_a_class_folder_without_images_is_an_error(tmp_path, empty, in_tar):
+    """Else the classes behind it would get other labels."""
+    source = tmp_path / "photographs"
+    for name in ("train/ant/1.jpg", "train/cat/1.jpg", "val/ant/1.jpg", "val/cat/1.jpg", "docs/notes.txt"):
+        write(source / name, encoded(picture(1)))
+    (source / "train/__MACOSX").mkdir()  # of an archive that was made by macOS
+    if empty.endswith("/"):
+        (source / empty).mkdir()
+    else:
+        write(source / empty, b"notes")
+    if in_tar:
+        source = make_tar(source, tmp_path / "photographs.tar")
+    with pytest.raises(DataError, match=f"/{'/'.join(empty.split('/')[:2])}.* has no images, but lies where a class"):
+        run(source, tmp_path / "set")
+
+
+def test_a_class_tar_without_images_is_an_error(imagenet, tmp_path):
+    path = imagenet.root / "ILSVRC2012_img_train.tar"
+    with tarfile.open(path) as whole, tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for member in whole:
+            data = whole.extractfile(member).read()
+            add(tar, member.name, bytes(1024) if member.name.startswith("n01443") else data)
+    with pytest.raises(DataError, match="a.tar/n01443537 has no images"):
+        run(tmp_path / "a.tar", tmp_path / "set")
+
+
 def test_a_class_may_be_called_train(tmp_path):
     for name in ("bus/1.jpg", "train/1.jpg", "train/express/2.jpg"):
         write(tmp_path / "photographs" / name, encoded(picture(1)))

@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline.manifest import open_manifest
 from data_pipeline.preparation.foreign import index
-from data_pipeline.preparation.ownership import MARK
+from data_pipeline.preparation.ownership import MARK, claim, work_folder
 from data_pipeline.preparation.verify import verify
 from data_pipeline.split import DataError, UsageError
 from tests.data_pipeline.images import contents, make_folder, run
@@ -83,12 +83,13 @@ def test_prepare_is_refused_if_another_program_has_written_a_manifest(pictures, 
     assert contents(tmp_path) == before
 
 
-def test_a_dangling_link_is_refused(shards, tmp_path):
-    """It may lead to a folder of shards, and a name of index's own is in use."""
+def test_a_dangling_link_is_a_name_in_use(shards, tmp_path):
     (shards / "report.json").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=r"cannot read .*report\.json: No such file"):
+    with work_folder(shards), pytest.raises(UsageError, match=r"report\.json is in the way"):
+        claim(shards, ["report.json"])
+    with pytest.raises(DataError, match=r"cannot read .*report\.json: No such file"):  # it may stand for shards
         index(shards, workers=1)
-    assert (shards / "report.json").is_symlink()
+    assert theirs_are_intact(shards)
 
 
 def test_index_removes_the_index_of_a_split_that_no_longer_exists(shards):
