@@ -119,10 +119,17 @@ def _refuse_other(dest: Path, arguments: dict, path: Path) -> None:
         changed = [
             f"{key} {earlier.get(key)} and not {arguments.get(key)}"
             for key in dict.fromkeys((*arguments, *LABEL_OPTIONS, *OBJECT_OPTIONS))
-            if earlier.get(key) != arguments.get(key)
+            if not _is_same(earlier.get(key), arguments.get(key))
         ]
         if changed:
             raise UsageError(f"{dest} was prepared with {', '.join(changed)}: give another folder, or delete it.")
+
+
+def _is_same(earlier: object, now: object) -> bool:
+    """Whether two arguments are equal, or name one path: that of a source is relative again once the source is gone."""
+    if isinstance(earlier, str) and isinstance(now, str):
+        return earlier == now or earlier == str(Path(now).resolve())
+    return earlier == now
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------

@@ -190,6 +190,17 @@ def test_a_damaged_archive_is_one_sentence(folder, tmp_path):
         run(tmp_path / "note.tar", tmp_path / "other")
 
 
+def test_a_finished_dataset_knows_a_relative_source_that_is_gone(tmp_path, monkeypatch):
+    """So FFCV files can still be added."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "pictures", train=1, val=1)
+    assert run("pictures", tmp_path / "set", workers=1)
+    shutil.rmtree(tmp_path / "pictures")
+    assert not run("pictures", tmp_path / "set") and not run("../" + tmp_path.name + "/pictures", tmp_path / "set")
+    with pytest.raises(UsageError, match="was prepared with source .*/pictures and not others"):
+        run("others", tmp_path / "set")
+
+
 def test_other_arguments_or_another_source_are_refused(folder, tmp_path):
     source = shutil.copytree(folder, tmp_path / "source")
     run(source, tmp_path / "set")
