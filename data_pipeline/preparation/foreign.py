@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from data_pipeline.faults import retried
 from data_pipeline.manifest import FILE_NAME, parse_manifest
 from data_pipeline.preparation.finish import REPORT_NAME, files_beside, finish
 from data_pipeline.preparation.folders import walk
@@ -61,7 +62,7 @@ def index(dest: Path, *, workers: int, split: str | None = None, label_key: str 
     for file in files:
         splits.setdefault(split or _split_of(file), []).append(file)
     classes = _read_classes(dest / CLASSES_NAME)
-    beside = _beside(dest, files[0], classes, label_key)
+    beside = retried(lambda: _beside(dest, files[0], classes, label_key), str(dest / files[0]))
     annotations = {"cls": (), "png": (LABEL_MAP,), "json": DETECTION}[beside]
     with work_folder(dest) as work:
         if (work / "plan.json").exists():

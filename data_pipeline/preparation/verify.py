@@ -4,11 +4,13 @@ import hashlib
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.durable import sha256_of
+from data_pipeline.faults import retried
 from data_pipeline.label_png import check_label, stored_coding
 from data_pipeline.manifest import check_sizes, read_manifest
 from data_pipeline.object_json import read_objects
@@ -24,7 +26,8 @@ LABEL, OBJECTS_OF = "label map", "JSON"  # of a sample, in sentences
 def verify(folder: Path, workers: int | None = None) -> list[str]:
     """Read every shard, FFCV file and index, and return one sentence per fault (an empty list if the dataset is sound).
 
-    workers: threads; hashing releases the GIL. Raises DataError if the manifest or a file that it names is missing.
+    workers: threads; hashing releases the GIL. Raises DataError if the manifest or a file that it names is missing,
+    StorageError if one cannot be read at present.
     """
     manifest = read_manifest(folder)
     check_sizes(manifest)
@@ -34,7 +37,9 @@ def verify(folder: Path, workers: int | None = None) -> list[str]:
         for split in splits:
             tables = {split.index_path: split.fingerprint}
             tables |= {split.folder / each.file: each.sha256 for each in split.annotations.values()}
-            damaged = [path for path, sha256 in tables.items() if sha256_of(path) != sha256]
+            damaged = [
+                path for path, sha256 in tables.items() if retried(partial(sha256_of, path), str(path)) != sha256
+            ]
             for path in damaged:
                 sentence = f"{path} is damaged: its SHA-256 is not the manifest's."
                 checks.append(pool.submit(lambda sentence=sentence: [sentence]))
@@ -44,10 +49,11 @@ def verify(folder: Path, workers: int | None = None) -> list[str]:
             samples = None if damaged else _tables(split)
             objects = ObjectTable(split) if samples and OBJECTS in split.annotations else None
             for number, shard in enumerate(split.shards):
-                checks.append(pool.submit(_check_shard, split, number, len(manifest.classes), samples, objects))
+                check = partial(_check_shard, split, number, len(manifest.classes), samples, objects)
+                checks.append(pool.submit(retried, check, str(split.folder / shard.file)))
                 sizes[checks[-1]] = shard.bytes
             if split.beton:
-                checks.append(pool.submit(check_beton, split))
+                checks.append(pool.submit(retried, partial(check_beton, split), str(split.folder / split.beton.file)))
                 sizes[checks[-1]] = split.beton.bytes
         with Progress("bytes", "verifying", sum(sizes.values())) as progress:
             done = 0

@@ -11,6 +11,7 @@ import pytest
 from data_pipeline import faults
 from data_pipeline.backends.stored import StoredSamples, stored_in_shards
 from data_pipeline.faults import PassingFault, StorageError, retried
+from data_pipeline.preparation import verify as verify_module
 from data_pipeline.preparation import workers
 from data_pipeline.preparation.folders import walk
 from data_pipeline.preparation.foreign_shard import IndexTask, index_shard
@@ -82,6 +83,15 @@ def test_a_folder_that_cannot_be_listed_for_a_while(tmp_path, monkeypatch):
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     with pytest.raises(DataError, match="cannot read .*/circle: Too many levels of symbolic links"):
         list(walk(tmp_path))
+
+
+def test_verify_reads_again_what_failed(split, monkeypatch):
+    disk, check = Disk(OSError(errno.EIO, "Input/output error"), 3), verify_module._check_shard
+    monkeypatch.setattr(verify_module, "_check_shard", lambda *arguments: (disk.read(), check(*arguments))[1])
+    assert verify_module.verify(split.folder) == [] and disk.calls == 4
+    disk.failures = 99
+    with pytest.raises(StorageError, match=f"{split.shards[0].file} cannot be read after 4 attempts"):
+        verify_module.verify(split.folder)
 
 
 # --- an error in the middle of a sample: the kernel returns the bytes before it, and fails at the next call ----------
