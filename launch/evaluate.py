@@ -83,8 +83,8 @@ def for_evaluation(
 ) -> "Config":
     """`config` with other settings, another dataset (a folder or URL) and a folder for copies of its files.
 
-    The weights fix the network and what their numbers mean, so a task names what an evaluation may change. ZeRO and the
-    global batch play no part, and are set such that they are in nobody's way.
+    The weights fix the network and what their numbers mean, so a task names what an evaluation may change. Neither ZeRO
+    nor the global batch is used in an evaluation: both get values that no check refuses.
 
     The checkpoint's config may be from a stranger. So its dataset is used only if it is a local folder; a URL to fetch
     from and a folder to write to must be given by the user. Raises ConfigError.

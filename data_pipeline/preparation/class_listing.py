@@ -13,7 +13,7 @@ from data_pipeline.preparation.object_listing import misnamed
 from data_pipeline.split import DataError
 
 FEW_CLASSES = 8  # up to which their folders are compared; a layout that is not understood gives few
-SPLIT_WORDS = {*SPLIT_FOLDERS, *OTHER_FOLDERS, "valid"}
+NAMES_OF_SPLITS = {*SPLIT_FOLDERS, *OTHER_FOLDERS, "valid"}
 
 
 def sort_into_splits(files: Files) -> Listing:
@@ -111,7 +111,7 @@ def _split_folders(files: Files, skip: int, tops: dict[str, tuple[int, int]]) ->
     root = f"{files.source.path}/{files.names[0][:skip]}".rstrip("/")
     folders = {top: SPLIT_FOLDERS[top.lower()] for top in sorted(tops) if top.lower() in SPLIT_FOLDERS}
     by_split = {split: folder for folder, split in folders.items()}
-    only_words, has_both = {top.lower() for top in tops} <= SPLIT_WORDS, len(by_split) == len(SPLITS)
+    only_words, has_both = {top.lower() for top in tops} <= NAMES_OF_SPLITS, len(by_split) == len(SPLITS)
     if only_words and all(greatest == 1 for _, greatest in tops.values()):
         raise DataError(
             f"the images of {root} lie in {_first_few(tops)}, without class folders: put them into train/<class>/ and "

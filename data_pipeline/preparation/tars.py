@@ -47,8 +47,9 @@ class _Header(tarfile.TarInfo):
 
 
 def tar_files(what: str | Path, file: BinaryIO, start: int, end: int) -> Iterator[tuple[str, int, int]]:
-    """(name, offset in `file`, size) of every regular file of the tar in the bytes start … end of `file`, and of every
-    folder, whose name ends in a slash.
+    """(name, offset in `file`, size) of every regular file of the tar in the bytes start … end of `file`.
+
+    Folders are among them; their names end in a slash, and their size is 0.
 
     Raises DataError if the tar is damaged, if members overlap, or if an image is not a regular file (a link, a device,
     a sparse file).

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from data_pipeline.manifest import open_manifest
+from operate.doctor import files
 from operate.doctor.assess import assess
 from operate.doctor.findings import GREEN, RED, YELLOW, Findings, Line
 from operate.doctor.meeting import Meeting
@@ -234,3 +235,11 @@ def test_every_pair_is_measured_once_and_no_rank_twice_in_a_round(nodes):
     for start in range(0, len(pairs), max(1, nodes // 2)):
         ranks = [rank for pair in pairs[start : start + nodes // 2] for rank in pair]
         assert len(ranks) == len(set(ranks))
+
+
+def test_checkpoints_that_were_set_aside_give_no_room(tmp_path):
+    """The run never removes them."""
+    for name in ("step_00000008", "superseded_step_00000004"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "shard_00000.safetensors").write_bytes(bytes(1000))
+    assert files.disk(tmp_path, 1, "")["held"] == 1000

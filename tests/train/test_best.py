@@ -12,6 +12,7 @@ from tests.faults import SignalIn
 from tests.oracle import scores
 from tests.runs import ROOT, events, metrics, run, start, start_command
 from train.checkpoint.format import checkpoint_path, evaluated, list_checkpoints, read_info, step_of, validate
+from train.telemetry.metrics import Evaluation, Metric, Scores
 
 # Saves do not coincide with ends of epochs, as with 1,251 steps an epoch and a checkpoint every 500.
 SETTINGS = ["train.epochs=4", "checkpoint.every_steps=5", "checkpoint.keep=1"]
@@ -129,3 +130,11 @@ def test_what_best_cannot_mean_is_said(finished, tmp_path, name):
             said(copy)
             == f"error: {copy / 'checkpoints'} has no sound checkpoint that was evaluated; leave out --best\n"
         )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e16])
+def test_a_value_that_is_no_score_is_not_saved_as_one(value):
+    """A manifest with such a score could not be read again."""
+    metric = Metric("error", "error", "", "lower")
+    assert Evaluation(8, {"model": Scores({"error": value}, 1)}).score(8, metric) is None
+    assert Evaluation(8, {"model": Scores({"error": 0.5}, 1)}).score(8, metric) == 0.5

@@ -106,8 +106,8 @@ class Guard:
     def close(self, error: BaseException | None = None) -> None:
         """The run has ended.
 
-        error: why. One without an exit code of its own may be due to a hang; this process ends then. An interrupt is no
-        such error: whoever calls the run from Python may go on.
+        error: why. One without an exit code of its own may be due to a hang; this process ends then. After a
+        KeyboardInterrupt the process is left alone, because a Python program that called the run may continue.
         """
         if isinstance(error, Exception) and exit_code_of(error) is None:
             self.watchdog.settle()
