@@ -28,7 +28,10 @@ enum { PADDING = 2 };
 /* Rows that are decoded before they are resampled. With one at a time, decoding and resampling would evict each other's
  * code and data from the caches. */
 enum { ROWS = 8 };
-enum { LARGEST_WINDOW = 1 << 16 };
+/* Of windows that reach far outside their images: a crop of an image that is 100 times as wide as high can be 100,000
+ * pixels. Sums of 4 * LARGEST_WINDOW weights times 255 fit into 32 bits: 2^22 * 255 * 1.09 for a bicubic kernel, and half
+ * of 255 for each weight that is rounded. */
+enum { LARGEST_WINDOW = 1 << 20 };
 /* Limit of the coefficients of a progressive image, which libjpeg holds in memory: 1 GiB. */
 #define LARGEST_COEFFICIENTS ((uint64_t)1 << 30)
 /* Outcomes of an attempt to decode an image. GAVE_UP: huffman.c met data that it does not handle. */

@@ -148,9 +148,28 @@ def test_extreme_windows():
     assert not failures and not out.any()
     out, failures = decode(data, (40, 30), [(-30_000, -5, 65536, 40), (-5, -30_000, 50, 65536)], 1)
     assert not failures and not out.any()  # the image is so small a part of the window that all pixels round to 0
-    wrong = [(0, 0, 0, 5), (0, 0, 5, -1), (0, 0, 65537, 5), (0, 0, limit, limit), (0, 0, -limit - 1, 5)]
+    for window, shape in (((-150_000, 0, 150_040, 30), (4, 3_751)), ((0, -9, 9, 150_000), (3_750, 4))):
+        out, failures = decode(data, (40, 30), [window], shape)
+        expected = np.zeros_like(out)
+        decode_batch([data], np.array([[40, 30]]), np.array([[*window, 0]]), shape, "bicubic", expected, "simplejpeg")
+        assert not failures and out.any() and np.array_equal(out, expected)
+    wrong = [(0, 0, 0, 5), (0, 0, 5, -1), (0, 0, 2**20 + 1, 5), (0, 0, limit, limit), (0, 0, -limit - 1, 5)]
     _, failures = decode(data, (40, 30), wrong, 8)
     assert all("window" in failures[row] for row in range(len(wrong)))
+
+
+@pytest.mark.parametrize("width", [1, 224])
+@pytest.mark.parametrize("features", [FEATURES[0], FEATURES[-1]])
+def test_the_largest_window_does_not_overflow(width, features):
+    """Bicubic weights below 0 let the positive ones sum to more than 1."""
+    for shape in ((2, 2**20), (2**20, 2)):
+        white = np.full((*shape, 3), 255, np.uint8).tobytes()
+        size, window = np.array([shape[::-1]]), np.array([[0, 0, *shape[::-1], 1]])
+        out_shape = (2, width) if shape[0] == 2 else (width, 2)
+        out = np.zeros((1, *out_shape, 3), np.uint8)
+        arguments = ([white], size, window, out_shape, "bicubic", out)
+        assert native.decode_batch(*arguments, encoding="raw", features=features) == {}
+        assert (out == 255).all()
 
 
 def test_libjpeg_decides_about_huffman_damage():
