@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.preparation.image_source import SPLITS, Files, Items, Listing
-from data_pipeline.preparation.label_listing import OTHER_FOLDERS, SPLIT_FOLDERS, check_no_label_maps
+from data_pipeline.preparation.image_source import SPLIT_NAMES, SPLITS, Files, Items, Listing
+from data_pipeline.preparation.label_listing import OTHER_FOLDERS, check_no_label_maps
 from data_pipeline.preparation.labels import check_names
 from data_pipeline.preparation.object_listing import misnamed
 from data_pipeline.split import DataError
 
 FEW_CLASSES = 8  # up to which their folders are compared; a layout that is not understood gives few
-NAMES_OF_SPLITS = {*SPLIT_FOLDERS, *OTHER_FOLDERS, "valid"}
+NAMES_OF_SPLITS = {*SPLIT_NAMES, *OTHER_FOLDERS}
 
 
 def sort_into_splits(files: Files) -> Listing:
@@ -24,7 +24,7 @@ def sort_into_splits(files: Files) -> Listing:
     tops = _top_folders(names, skip)
     if len(tops) == 1:
         [(top, (shallowest, _))] = tops.items()
-        if shallowest > 1 and top.lower() not in SPLIT_FOLDERS:
+        if shallowest > 1 and top.lower() not in SPLIT_NAMES:
             skip = len(top) + 1
             tops = _top_folders(names, skip)
     split_of_folder = _split_folders(files, skip, tops)
@@ -109,7 +109,7 @@ def _split_folders(files: Files, skip: int, tops: dict[str, tuple[int, int]]) ->
     subfolders. Raises DataError where one image or name would turn splits into classes.
     """
     root = f"{files.source.path}/{files.names[0][:skip]}".rstrip("/")
-    folders = {top: SPLIT_FOLDERS[top.lower()] for top in sorted(tops) if top.lower() in SPLIT_FOLDERS}
+    folders = {top: SPLIT_NAMES[top.lower()] for top in sorted(tops) if top.lower() in SPLIT_NAMES}
     by_split = {split: folder for folder, split in folders.items()}
     only_words, has_both = {top.lower() for top in tops} <= NAMES_OF_SPLITS, len(by_split) == len(SPLITS)
     if only_words and all(greatest == 1 for _, greatest in tops.values()):

@@ -33,6 +33,7 @@ from data_pipeline.preparation.foreign_shard import (
     is_done,
     samples_of,
 )
+from data_pipeline.preparation.image_source import SPLIT_NAMES
 from data_pipeline.preparation.labels import class_names, read_lines
 from data_pipeline.preparation.ownership import claim, remove_work_folder, work_folder
 from data_pipeline.preparation.pack import INDEX, done_path, read_done
@@ -41,7 +42,7 @@ from data_pipeline.preparation.progress import Progress
 from data_pipeline.preparation.workers import run_tasks
 from data_pipeline.split import DETECTION, LABEL_MAP, TABLES, DataError, UsageError
 
-SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_WORDS = {**SPLIT_NAMES, "test": "test"}
 COMPRESSED = tuple(f".{ending}" for ending in ("tar.gz", "tgz", "tar.xz", "txz", "tar.bz2", "tbz2", "tar.zst", "tzst"))
 MAX_CLASSES = 1_000_000
 

@@ -16,6 +16,8 @@ from data_pipeline.label_png import LabelCoding
 from data_pipeline.split import LABEL_MAP, OBJECTS
 
 SPLITS = ("train", "val")
+# Names of folders and shards, in lower case, and their split.
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 
 
 @dataclass(frozen=True)

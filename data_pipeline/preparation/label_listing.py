@@ -16,13 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.label_png import MAX_CLASSES, LabelCoding, ignored_value, stored_coding
-from data_pipeline.preparation.image_source import SPLITS, Files, Items, Listing
+from data_pipeline.preparation.image_source import SPLIT_NAMES, SPLITS, Files, Items, Listing
 from data_pipeline.preparation.labels import class_names, lines_of, read_lines
 from data_pipeline.split import DataError, UsageError
 
 CLASSES_NAME, ADE20K_NAME = CLASS_FILES = ("classes.txt", "objectInfo150.txt")
 LONGEST_TEXT = 1 << 24  # bytes of such a file
-SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "validation": "val"}
 LABEL_OPTIONS = ("classes", "ignore_value", "reduce_zero_label")
 # Folders in other layouts.
 IMAGE_FOLDER = re.compile(r"(?i)(images?|imgs?|img_dir|jpegimages|leftimg8bit.*|train)")
@@ -129,7 +128,7 @@ def find_label_maps(files: Files, options: LabelOptions) -> Listing | None:
         elif match := re.fullmatch(layout.image, name[len(prefix) :]):
             images.append((*match.groups(), position))
     _check_folders(root, layout, {folder for folder, *_ in images})
-    images = [image for image in images if image[0] in SPLIT_FOLDERS]
+    images = [image for image in images if image[0] in SPLIT_NAMES]
     places = {}
     for folder, key, position in images:
         if (other := places.setdefault((folder, key), position)) != position:
@@ -145,11 +144,11 @@ def find_label_maps(files: Files, options: LabelOptions) -> Listing | None:
     everything = Items(files.source, files.names, np.zeros(len(files.names), np.int32), files.offsets, files.sizes)
     splits = {}
     for split in SPLITS:
-        pairs = [(image[2], maps[image[:2]]) for image in images if SPLIT_FOLDERS[image[0]] == split]
+        pairs = [(image[2], maps[image[:2]]) for image in images if SPLIT_NAMES[image[0]] == split]
         if pairs:
             positions, positions_of_maps = np.array(pairs).T
             splits[split] = replace(everything.take(positions), maps=everything.take(positions_of_maps))
-    lone = len({key for key in maps if key[0] in SPLIT_FOLDERS} - {image[:2] for image in images})
+    lone = len({key for key in maps if key[0] in SPLIT_NAMES} - {image[:2] for image in images})
     others = files.others - sum(f"{prefix}{name}" in files.texts for name in CLASS_FILES)
     ignored = others + len(files.names) - len(images) - len({image[:2] for image in images}) - lone
     return Listing(classes, splits, ignored, coding, lone)
@@ -158,7 +157,7 @@ def find_label_maps(files: Files, options: LabelOptions) -> Listing | None:
 def label_map_in(files: Files) -> str | None:
     """The name of a label map in the usual layout, if there is one."""
     prefix = _folder_around(files.names)
-    pattern = USUAL.label.replace("([^/]+)", f"({'|'.join(SPLIT_FOLDERS)})", 1)
+    pattern = USUAL.label.replace("([^/]+)", f"({'|'.join(SPLIT_NAMES)})", 1)
     return next((name for name in files.names if re.fullmatch(pattern, name[len(prefix) :])), None)
 
 
@@ -205,16 +204,16 @@ def _layout_of(files: Files, prefix: str) -> _Layout | None:
     has_names = any(f"{prefix}{name}" in files.texts for name in CLASS_FILES)
     has_both = {"images", "annotations"} <= tops
     return (
-        USUAL if has_both or (has_names and any_name(rf"(images|annotations)/({'|'.join(SPLIT_FOLDERS)})/")) else None
+        USUAL if has_both or (has_names and any_name(rf"(images|annotations)/({'|'.join(SPLIT_NAMES)})/")) else None
     )
 
 
 def _check_folders(root: str, layout: _Layout, folders: set[str]) -> None:
     """folders: those that have images."""
     top = layout.image.partition("/")[0]
-    if odd := sorted(folders - SPLIT_FOLDERS.keys() - set(OTHER_FOLDERS)):
+    if odd := sorted(folders - SPLIT_NAMES.keys() - set(OTHER_FOLDERS)):
         raise DataError(f"{root} has images in {top}/{odd[0]}; expected {top}/train and {top}/val.")
-    if not folders & SPLIT_FOLDERS.keys():
+    if not folders & SPLIT_NAMES.keys():
         names = "" if layout is USUAL else ", named …_leftImg8bit.png"
         raise DataError(f"{root} has no images in {top}/train or {top}/val{names}.")
 
