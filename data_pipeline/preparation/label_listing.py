@@ -203,9 +203,7 @@ def _layout_of(files: Files, prefix: str) -> _Layout | None:
     # A folder that is misspelt must not make another one a class, so one of the two and the names are enough.
     has_names = any(f"{prefix}{name}" in files.texts for name in CLASS_FILES)
     has_both = {"images", "annotations"} <= tops
-    return (
-        USUAL if has_both or (has_names and any_name(rf"(images|annotations)/({'|'.join(SPLIT_NAMES)})/")) else None
-    )
+    return USUAL if has_both or (has_names and any_name(rf"(images|annotations)/({'|'.join(SPLIT_NAMES)})/")) else None
 
 
 def _check_folders(root: str, layout: _Layout, folders: set[str]) -> None:
