@@ -106,7 +106,7 @@ def tensors_of(checkpoint: Path) -> dict:
     """The whole weights, averages and moments in a checkpoint, whichever ranks wrote their pieces."""
     import torch
 
-    from train.checkpoint.format import read_info
+    from train.checkpoint.info import read_info
     from train.checkpoint.pieces import Wanted, fill, pieces_of
 
     info = read_info(checkpoint)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from tests.runs import metrics
-from train.checkpoint.format import checkpoint_path, read_info
+from train.checkpoint.info import checkpoint_path, read_info
 from train.checkpoint.pieces import Wanted, fill, pieces_of
 
 

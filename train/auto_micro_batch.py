@@ -8,9 +8,9 @@ from torch import nn
 
 from data_pipeline.faults import StorageError
 from data_pipeline.order import Order
-from train.checkpoint.format import read_info
-from train.checkpoint.resume_point import Resume
-from train.config import Config, ConfigError, parse_config
+from train.checkpoint.info import read_info
+from train.checkpoint.resume_point import Resume, settings_of
+from train.config import Config, ConfigError
 from train.engine.deepspeed_engine import DTYPES
 from train.engine.estimate import optimizer_bytes
 from train.engine.memory import at_most, free_memory, out_of_memory
@@ -65,7 +65,7 @@ def _before(resume: Resume) -> int | None:
     damaged = None
     for path in resume.candidates():
         try:
-            return parse_config(read_info(path).config, source=str(path)).train.micro_batch
+            return settings_of(path, read_info(path)).train.micro_batch
         except ConfigError as error:
             damaged = damaged or error
     if damaged:

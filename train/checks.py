@@ -3,17 +3,21 @@
 Light: without torch.
 """
 
+import contextlib
 import os
 
 from data_pipeline.manifest import FILE_NAME, Manifest, open_manifest
 from data_pipeline.order import Order
+from train.checkpoint.info import CheckpointError, list_checkpoints, read_info
 from train.checkpoint.init_from import check_source
 from train.checkpoint.resume_point import Resume
 from train.config import Config, ConfigError
 
 
 def check_start(config: Config, rank: int, world: int, resume: Resume) -> None:
-    """Raise ConfigError if `world` ranks cannot share a step, or the first weights are missing: needs no dataset."""
+    """Raise ConfigError if `world` ranks cannot share a step, the first weights are missing, or the run's
+    checkpoint is of other settings: needs no dataset.
+    """
     sizes = config.train
     order = Order(sizes.seed, sizes.global_batch, sizes.global_batch, config.smallest_micro_batch)
     try:
@@ -21,6 +25,24 @@ def check_start(config: Config, rank: int, world: int, resume: Resume) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     check_source(config, resume)
+    check_resume(config, resume)
+
+
+def check_resume(config: Config, resume: Resume) -> None:
+    """Raise ConfigError if the run may not go on from its newest checkpoint, or has one although it must not.
+
+    The dataset is not compared, and no shard is read: `restore` does so.
+    """
+    if resume.never:
+        if list_checkpoints(resume.checkpoints):
+            raise ConfigError(
+                f"{resume.checkpoints} already has checkpoints; resume them (--resume auto) or choose another --output"
+            )
+        return
+    for path in resume.candidates():
+        with contextlib.suppress(CheckpointError):
+            resume.check_settings(path, read_info(path), config)
+            return
 
 
 def checked_order(config: Config, manifest: Manifest) -> Order:

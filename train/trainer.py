@@ -14,7 +14,8 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, make_key
 from data_pipeline.split import DataError
-from train.checkpoint.format import checkpoint_path, write_final_weights
+from train.checkpoint.format import write_final_weights
+from train.checkpoint.info import checkpoint_path
 from train.checkpoint.resume import restore
 from train.checkpoint.resume_point import Resume
 from train.config import Config

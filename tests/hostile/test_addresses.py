@@ -160,7 +160,7 @@ def test_fsspec_takes_credentials_from_its_own_file(dataset, tmp_path, serve):
 
 
 def test_the_secret_in_an_old_checkpoint_is_not_read(tmp_path):
-    from train.checkpoint.format import CheckpointInfo, read_info, write_manifest
+    from train.checkpoint.info import CheckpointInfo, read_info, write_manifest
 
     config = {"data": {"path": "s3://key:SECRET@bucket/dataset"}}
     write_manifest(tmp_path, CheckpointInfo(0, None, "", [], config, 0, {}, {}, {}, world_size=1))

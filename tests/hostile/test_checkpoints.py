@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.runs import ROOT
-from train.checkpoint.format import CheckpointInfo, write_manifest
-from train.checkpoint.pieces import CheckpointError
+from train.checkpoint.info import CheckpointError, CheckpointInfo, write_manifest
 from train.checkpoint.trained_model import read_trained
 from train.config import ConfigError, load_config
 from train.tasks.base import build_task

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import ROOT, metrics
-from train.checkpoint.format import list_checkpoints, step_of
+from train.checkpoint.info import list_checkpoints, step_of
 
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
 

@@ -11,7 +11,7 @@ import pytest
 from tests.faults import SignalIn
 from tests.oracle import scores
 from tests.runs import ROOT, events, metrics, run, start, start_command
-from train.checkpoint.format import checkpoint_path, evaluated, list_checkpoints, read_info, step_of, validate
+from train.checkpoint.info import checkpoint_path, evaluated, list_checkpoints, read_info, step_of, validate
 from train.telemetry.metrics import Evaluation, Metric, Scores
 
 # Saves do not coincide with ends of epochs, as with 1,251 steps an epoch and a checkpoint every 500.

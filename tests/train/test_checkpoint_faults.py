@@ -10,7 +10,7 @@ import pytest
 
 from tests.runs import ROOT, run
 from tests.train.test_save_faults import needs_strace
-from train.checkpoint.format import checkpoint_path
+from train.checkpoint.info import checkpoint_path
 
 pytestmark = [pytest.mark.slow, needs_strace]
 
@@ -19,7 +19,8 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from data_pipeline import faults
-from train.checkpoint.format import first_sound, list_checkpoints, read_weights, write_final_weights
+from train.checkpoint.format import read_weights, write_final_weights
+from train.checkpoint.info import first_sound, list_checkpoints
 faults.PAUSES = (0.01, 0.01, 0.01, 0.01)
 run = Path(sys.argv[1])
 checkpoints = list_checkpoints(run / "checkpoints")

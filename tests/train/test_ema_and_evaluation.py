@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.runs import losses, metrics, run, start_command
-from train.checkpoint.format import checkpoint_path, read_weights
+from train.checkpoint.format import read_weights
+from train.checkpoint.info import checkpoint_path
 from train.config import load_config
 from train.tasks.base import build_task
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.oracle import assert_same_state, ids_by_step, scores, state
 from tests.runs import events, losses, metrics, run, start
-from train.checkpoint.format import checkpoint_path, read_info
+from train.checkpoint.info import checkpoint_path, read_info
 
 
 @pytest.mark.slow

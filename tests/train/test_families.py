@@ -8,7 +8,8 @@ import torch
 import catmodel
 from tests.oracle import assert_same_state, state
 from tests.runs import losses, run
-from train.checkpoint.format import checkpoint_path, read_weights
+from train.checkpoint.format import read_weights
+from train.checkpoint.info import checkpoint_path
 
 SGD = "optimizer: {name: sgd, lr: 0.05, nesterov: true, weight_decay: 4.0e-5, clip_grad: null}\n"
 TINY = {

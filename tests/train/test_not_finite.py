@@ -6,7 +6,7 @@ import torch
 from tests.faults import FlipBits, NanLoss
 from tests.oracle import assert_same_state, ids_by_step, state
 from tests.runs import events, losses, run, start
-from train.checkpoint.format import checkpoint_path, read_info
+from train.checkpoint.info import checkpoint_path, read_info
 
 LONG = [
     (0, "bf16", False),

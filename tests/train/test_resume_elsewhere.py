@@ -7,7 +7,7 @@ import pytest
 from data_pipeline.storage import open_dataset
 from tests.faults import NanLoss
 from tests.runs import events, losses, metrics, run, start
-from train.checkpoint.format import checkpoint_path, list_checkpoints, read_info, step_of
+from train.checkpoint.info import checkpoint_path, list_checkpoints, read_info, step_of
 from train.config import load_config
 from train.engine.schedule import learning_rate
 

@@ -14,7 +14,7 @@ import pytest
 from tests.faults import KillAtWrite, system_calls
 from tests.oracle import assert_same_state, state
 from tests.runs import RunningJob, events, losses, run, start
-from train.checkpoint.format import checkpoint_path, first_sound, list_checkpoints, step_of, validate
+from train.checkpoint.info import checkpoint_path, first_sound, list_checkpoints, step_of, validate
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="making system calls fail needs strace")

@@ -9,7 +9,7 @@ import pytest
 from tests.faults import SignalIn
 from tests.oracle import assert_same_state, ids_by_step, scores, state
 from tests.runs import events, handles, losses, metrics, run, start
-from train.checkpoint.format import list_checkpoints, step_of
+from train.checkpoint.info import list_checkpoints, step_of
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.faults import LASTING, retried
-from train.config import ConfigError
-from train.telemetry.formatting import printable
+from train.checkpoint.info import CheckpointError
 
 AT_ONCE = 1024  # buffers filled by one system call, at most (IOV_MAX)
 HEADER = 100_000_000  # maximum size of a header in bytes, as in safetensors
@@ -27,13 +26,6 @@ DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
 }
-
-
-class CheckpointError(ConfigError):
-    """A checkpoint cannot be used. The message has its path and the reason."""
-
-    def __init__(self, text: str):
-        super().__init__(printable(text))
 
 
 @dataclass

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data_pipeline.faults import retried
-from train.checkpoint.format import MANIFEST, CheckpointError, list_checkpoints, read_info_once
+from train.checkpoint.info import MANIFEST, CheckpointError, list_checkpoints, read_info_once
 
 # Files of a checkpoint: shards, also while safetensors writes them (.tmp…), the manifest, and removed files that NFS
 # keeps while they are open (.nfs…).

@@ -12,17 +12,10 @@ import torch.distributed as dist
 from data_pipeline.faults import StorageError, retried
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
-from train.checkpoint.format import (
-    CheckpointError,
-    CheckpointInfo,
-    evaluated,
-    first_sound,
-    list_checkpoints,
-    load_checkpoint,
-    step_of,
-)
-from train.checkpoint.resume_point import Resume
-from train.config import Config, ConfigError, differences, parse_config
+from train.checkpoint.format import load_checkpoint
+from train.checkpoint.info import CheckpointInfo, evaluated, first_sound, list_checkpoints, step_of
+from train.checkpoint.resume_point import Resume, settings_of
+from train.config import Config, ConfigError
 from train.engine.deepspeed_engine import Engine
 from train.engine.ema import Ema
 
@@ -73,10 +66,6 @@ def restore(
 def _choose(resume: Resume, config: Config, manifest: Manifest, order: Order) -> Restored:
     checkpoints = resume.checkpoints
     if resume.never:
-        if list_checkpoints(checkpoints):
-            raise ConfigError(
-                f"{checkpoints} already has checkpoints; resume them (--resume auto) or choose another --output"
-            )
         return Restored()
     possible = resume.candidates()
     path, info, skipped = first_sound(possible)
@@ -90,19 +79,13 @@ def _choose(resume: Resume, config: Config, manifest: Manifest, order: Order) ->
     if skipped:
         notes = [f"skipped a damaged checkpoint: {sentence}" for sentence in skipped]
         notes.append(f"going back to {path} instead costs {step_of(possible[0]) - info.step} steps")
-    new = config.model_dump(mode="json")
-    old = _config_of(path, info).model_dump(mode="json")  # with the defaults of keys that it does not have
-    changed = differences(old, new, free=False)
+    others = []
     if info.dataset != manifest.split("train").identity:
-        changed.append(f"data.path ({info.config['data']['path']} → {config.data.path}: other images or labels)")
-    if changed and not resume.with_changes:
-        raise ConfigError(
-            f"{path} was trained with other settings: {', '.join(changed)}; set them back, choose another --output, "
-            "or give --resume-with-changes to go on all the same"
-        )
-    notes += [f"changed since the checkpoint: {item}" for item in changed + differences(old, new, free=True)]
+        others = [f"data.path ({info.config['data']['path']} → {config.data.path}: other images or labels)"]
+    changes = resume.check_settings(path, info, config, *others)
+    notes += [f"changed since the checkpoint: {item}" for item in changes]
     begins = resume.checkpoint is not None and path == possible[-1]  # not at a later one of this run
-    step = _converted(path, info, old, manifest, order, elsewhere=begins and not resume.is_own(path))
+    step = _converted(path, info, manifest, order, elsewhere=begins and not resume.is_own(path))
     if step != info.step:
         notes.append(f"step {info.step}, the end of epoch {step // order.steps_per_epoch}, is step {step} from here on")
     began = info.began
@@ -120,16 +103,7 @@ def _choose(resume: Resume, config: Config, manifest: Manifest, order: Order) ->
     return Restored(step, path, info, notes, best, began, elsewhere=not resume.is_own(path))
 
 
-def _config_of(path: Path, info: CheckpointInfo) -> Config:
-    try:
-        return parse_config(info.config, source=str(path))
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error  # its text quotes values of an untrusted file
-
-
-def _converted(
-    path: Path, info: CheckpointInfo, old: dict, manifest: Manifest, order: Order, *, elsewhere: bool
-) -> int:
+def _converted(path: Path, info: CheckpointInfo, manifest: Manifest, order: Order, *, elsewhere: bool) -> int:
     """The step to go on from: the checkpoint's, or, if an epoch now has another number of steps, the same epoch's end.
 
     elsewhere: the run begins with a checkpoint of another folder, so that no checkpoint in its own folder counts the
@@ -137,7 +111,7 @@ def _converted(
     """
     before = info.steps_per_epoch
     if not before and info.dataset == manifest.split("train").identity:
-        before = order.samples // old["train"]["global_batch"]
+        before = order.samples // settings_of(path, info).train.global_batch
     if before == order.steps_per_epoch:
         return info.step
     if not before:

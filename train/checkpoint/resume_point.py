@@ -4,6 +4,9 @@ import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from train.checkpoint.info import CheckpointError, CheckpointInfo, list_checkpoints, read_info
+from train.config import Config, ConfigError, differences, parse_config
+
 
 @dataclass(frozen=True)
 class Resume:
@@ -38,8 +41,6 @@ class Resume:
         Started again with the same named checkpoint, a run goes on from the newest that it has saved since it began
         there.
         """
-        from train.checkpoint.format import CheckpointError, list_checkpoints, read_info
-
         own = list_checkpoints(self.checkpoints)
         if self.checkpoint is None:
             return own
@@ -57,3 +58,25 @@ class Resume:
     def is_own(self, checkpoint: Path) -> bool:
         """Whether the checkpoint is in the run's own folder."""
         return checkpoint.resolve().parent == self.checkpoints.resolve()
+
+    def check_settings(self, path: Path, info: CheckpointInfo, config: Config, *others: str) -> list[str]:
+        """What changed since the checkpoint `path`, as sentences. others: changes that the settings do not show.
+
+        Raises ConfigError if some of it alters what a step computes, unless the run is to resume with changes.
+        """
+        old, new = settings_of(path, info).model_dump(mode="json"), config.model_dump(mode="json")
+        changed = [*differences(old, new, free=False), *others]
+        if changed and not self.with_changes:
+            raise ConfigError(
+                f"{path} was trained with other settings: {', '.join(changed)}; set them back, choose another "
+                "--output, or give --resume-with-changes to go on all the same"
+            )
+        return changed + differences(old, new, free=True)
+
+
+def settings_of(path: Path, info: CheckpointInfo) -> Config:
+    """The settings of a checkpoint's run, with the defaults of keys that it does not have. Raises CheckpointError."""
+    try:
+        return parse_config(info.config, source=str(path))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error  # its text quotes values of an untrusted file

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.checkpoint.format import CheckpointInfo, checkpoint_path, commit, write_manifest, write_shard
+from train.checkpoint.format import commit, write_shard
+from train.checkpoint.info import CheckpointInfo, checkpoint_path, write_manifest
 from train.checkpoint.prune import prune
 from train.config import Config
 from train.engine.deepspeed_engine import Engine

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.config import Config, ConfigError, parse_config
+from train.config import Config, ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,7 +46,7 @@ class Trained:
         """
         import torch
 
-        from train.checkpoint.pieces import CheckpointError
+        from train.checkpoint.info import CheckpointError
 
         if sum(self.config.model.depths or ()) > len(self.state):
             raise CheckpointError(f"{self.checkpoint} has more model.depths than weights")
@@ -81,8 +81,9 @@ def read_trained(target: Path, weights: str | None = None, *, best: bool = False
     or with `best` the one with the best score (the EMA's if there is one). Raises ConfigError, or StorageError if the
     disk does not answer.
     """
-    from train.checkpoint.format import evaluated, first_sound, list_checkpoints, read_weights, validate
-    from train.checkpoint.pieces import CheckpointError
+    from train.checkpoint.format import read_weights
+    from train.checkpoint.info import evaluated, first_sound, list_checkpoints, validate
+    from train.checkpoint.resume_point import settings_of
 
     folder = target / "checkpoints"
     if (target / "config.yaml").is_file() and not list_checkpoints(folder):
@@ -95,10 +96,7 @@ def read_trained(target: Path, weights: str | None = None, *, best: bool = False
             raise ConfigError(f"{folder} has {kind}")
     else:
         checkpoint, info, notes = target, validate(target), []
-    try:
-        config = parse_config(info.config, source=str(checkpoint))
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error  # its text quotes values of an untrusted file
+    config = settings_of(checkpoint, info)
     if weights == "ema" and not config.ema.decay:
         raise ConfigError(f"{checkpoint} has no EMA, because its run had ema.decay=0: give --weights model")
     weights = weights or ("ema" if config.ema.decay else "model")

@@ -10,7 +10,7 @@ import torch
 import catmodel
 from tests.catmodel.golden import filled, golden_images, load
 from tests.runs import losses, run
-from train.checkpoint.format import checkpoint_path
+from train.checkpoint.info import checkpoint_path
 
 
 def cat(**settings):

@@ -10,7 +10,8 @@ import pytest
 from safetensors import safe_open
 
 from tests.runs import metrics, run, start
-from train.checkpoint.format import CheckpointError, first_sound, list_checkpoints, read_info, read_weights, validate
+from train.checkpoint.format import read_weights
+from train.checkpoint.info import CheckpointError, first_sound, list_checkpoints, read_info, validate
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from data_pipeline.storage import open_dataset
 from tests.interpolation import resized
 from tests.oracle import assert_same_state, state
 from tests.runs import losses, run, start
-from train.checkpoint.format import checkpoint_path, read_weights
+from train.checkpoint.format import read_weights
+from train.checkpoint.info import checkpoint_path
 from train.checkpoint.init_from import read_source
 from train.config import load_config
 from train.config_sections import OptimizerConfig

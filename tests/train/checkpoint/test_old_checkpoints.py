@@ -6,7 +6,7 @@ import pytest
 
 from tests.oracle import assert_same_state, state
 from tests.runs import events, losses, run
-from train.checkpoint.format import checkpoint_path, evaluated, read_info
+from train.checkpoint.info import checkpoint_path, evaluated, read_info
 
 SETTINGS = ["train.epochs=2", "checkpoint.every_steps=8", "zero.stage=1"]
 NEWER = {

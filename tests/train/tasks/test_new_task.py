@@ -83,7 +83,7 @@ def test_its_evaluation_is_exact_on_any_number_of_ranks(whole, tmp_path):
 
 @pytest.mark.slow
 def test_the_smaller_error_is_the_better_checkpoint(whole):
-    from train.checkpoint.format import evaluated
+    from train.checkpoint.info import evaluated
 
     errors = {line["step"]: line["rmse"] for line in metrics(whole, "eval") if line["weights"] == "ema"}
     found = evaluated(whole / "checkpoints")

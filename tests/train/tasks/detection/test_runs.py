@@ -8,7 +8,7 @@ import torch
 import catmodel
 from tests.oracle import assert_same_state, ids_by_step, sorted_ids_by_step, state
 from tests.runs import events, losses, metrics, run, start, start_command
-from train.checkpoint.format import checkpoint_path
+from train.checkpoint.info import checkpoint_path
 from train.checkpoint.trained_model import read_trained
 
 pytestmark = pytest.mark.slow

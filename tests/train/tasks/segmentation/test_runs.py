@@ -11,7 +11,7 @@ from PIL import Image
 from tests.oracle import assert_same_state, ids_by_step, sorted_ids_by_step, state
 from tests.runs import events, losses, metrics, run, start, start_command
 from tests.train.test_random_kills import run_with_kills
-from train.checkpoint.format import checkpoint_path
+from train.checkpoint.info import checkpoint_path
 from train.tasks.drawing import from_base64
 
 pytestmark = pytest.mark.slow
