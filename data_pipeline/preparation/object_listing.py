@@ -157,6 +157,7 @@ class _Annotated:
             for category in document["categories"]:
                 name = category["name"]
                 self._add("category", self.categories, category["id"], name, isinstance(name, str))
+            self._check_names()
             for image in document["images"]:
                 size = image["width"], image["height"]
                 sound = isinstance(image["file_name"], str) and all(is_whole(side) and side > 0 for side in size)
@@ -182,6 +183,15 @@ class _Annotated:
             documents.append(write_objects(image, found))
             counts.append(sum(not each["iscrowd"] for each in found))
         return Objects(documents, np.array(counts, np.int64))
+
+    def _check_names(self) -> None:
+        named: dict[str, int] = {}
+        for number, name in self.categories.items():
+            if (other := named.setdefault(name, number)) != number:
+                raise DataError(
+                    f"{self.where} names {name!r:.100} twice, as the categories {other} and {number}: rename one, or "
+                    "take it out if it has no boxes."
+                )
 
     def _add(self, what: str, table: dict, number: object, value: object, sound: bool) -> None:
         if not sound or not is_whole(number):

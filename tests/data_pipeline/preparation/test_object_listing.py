@@ -242,6 +242,10 @@ FAULTS = {
         "has two images with the file_name 000.jpg: leave one of them",
     ),
     "two categories": (lambda d: twice(d, "categories"), "has two category entries with the id 7"),
+    "two categories of a name": (
+        lambda d: d["categories"][2].update(name="wolf"),
+        r"instances_train.json names 'wolf' twice, as the categories 7 and 90: rename one, or take it out",
+    ),
     "two annotations": (lambda d: twice(d, "annotations"), r"the annotation id \d+ is no whole number, or another"),
     "words for ids": (lambda d: d["images"][0].update(id="000"), "has a faulty image: .*'id': '000'"),
     "size of 0": (lambda d: d["images"][0].update(height=0), "has a faulty image: .*'height': 0"),

@@ -124,19 +124,28 @@ def side_by_side(details: dict) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """A class's AP and AP50 in percent, None if it has no objects; and the number of its objects."""
+    """A class's AP and AP50 in percent, None if it has no objects; and the number of its objects.
 
-    name: str
+    key: its name, and how many classes of this name have smaller labels: datasets that were prepared by earlier
+    versions may have several.
+    """
+
+    key: tuple[str, int]
     ap: float | None
     ap50: float | None
     objects: int
 
+    @property
+    def name(self) -> str:
+        return self.key[0]
+
 
 def class_scores(details: dict) -> list[ClassScore]:
     """Of an evaluation's details, the lowest AP first, classes without objects last."""
-    columns = (details[key] for key in ("classes", "ap", "ap50", "objects"))
-    scores = [ClassScore(*row) for row in zip(*columns, strict=True)]
-    return sorted(scores, key=lambda score: (101.0 if score.ap is None else score.ap, score.name))
+    names = details["classes"]
+    keys = [(name, names[:label].count(name)) for label, name in enumerate(names)]
+    scores = [ClassScore(*row) for row in zip(keys, *(details[key] for key in ("ap", "ap50", "objects")), strict=True)]
+    return sorted(scores, key=lambda score: (101.0 if score.ap is None else score.ap, score.key))
 
 
 def size_rows(details: dict) -> list[list[str]]:

@@ -49,14 +49,14 @@ def _classes(runs: Sequence[EvaluatedRun]) -> dict | None:
     shown = evaluations(runs)
     if not shown:
         return None
-    tables = [{score.name: score for score in class_scores(details)} for _, _, details in shown]
+    tables = [{score.key: score for score in class_scores(details)} for _, _, details in shown]
     chosen, which = extremes([*tables[0].values()], SHOWN_CLASSES, LOWEST, HIGHEST)
     rows = []
     for score in chosen:
         if score is None:
             rows.append(["…", "", *("" for _ in shown), ""])
             continue
-        cells = [bar(table[score.name].ap if score.name in table else None) for table in tables]
+        cells = [bar(table[score.key].ap if score.key in table else None) for table in tables]
         rows.append([score.name, f"{score.objects:,}", *cells, percent(score.ap50)])
     labels = [label for label, _, _ in shown]
     columns = [*long("class"), *numbers("objects"), *text(*(f"AP, {label}" for label in labels))]

@@ -133,6 +133,18 @@ def test_sections_of_a_report(details):
     assert "wrong class (bird, IoU 0.91)" in found["mistakes"] and "nothing there" in found["mistakes"]
 
 
+def test_classes_of_one_name_have_a_row_each(details):
+    """Earlier versions prepared such datasets. Runs are compared by the name and its place among equal ones."""
+    names = ["cell", "cell", "ring"]
+    first = {**details, "classes": names, "ap": [90.0, 10.0, 50.0], "objects": [7, 400, 3]}
+    second = {**details, "classes": [*names, "cell"], "ap": [91.0, 11.0, 51.0, 1.0], "ap50": [0.0] * 4}
+    second["objects"] = [7, 400, 3, 1]
+    runs = [EvaluatedRun(name, {}, {"ema": found}, 4, True) for name, found in (("a", first), ("b", second))]
+    rows = re.sub(r"<[^>]*>", " ", str(sections(runs)[0].html).replace("</tr>", ";")).split(";")
+    found = [" ".join(row.split()) for row in rows if "%" in row]
+    assert found == ["cell 400 10.0 % 11.0 % 33.0 %", "ring 3 50.0 % 51.0 % –", "cell 7 90.0 % 91.0 % 80.0 %"]
+
+
 def test_sections_of_runs_of_which_one_was_not_evaluated(details):
     other = {**details, "classes": ["bird", "bee"], "ap": [9.9, 8.8], "ap50": [1.0, 1.0], "objects": [1, 1]}
     runs = [
