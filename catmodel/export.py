@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -231,7 +232,7 @@ def _to_onnx(model: "nn.Module", path: Path, about: dict) -> Callable:
     import onnxruntime
     import torch
     from onnx import numpy_helper
-    from onnxscript import FLOAT, INT64, opset18
+    from onnxscript import DOUBLE, FLOAT, INT64, opset18
 
     def floor_divide(dividend: INT64, divisor: INT64) -> INT64:
         """Round down, as Python does. ONNX's Div, which torch uses for //, truncates; padding uses -(-a // b)."""
@@ -244,13 +245,27 @@ def _to_onnx(model: "nn.Module", path: Path, about: dict) -> Callable:
         size = opset18.Gather(opset18.Shape(values), opset18.Constant(value_ints=[dim]), axis=0)
         return opset18.TopK(values, size, axis=dim, largest=int(descending), sorted=1)
 
+    def suppress(boxes: DOUBLE, scores: DOUBLE, iou_threshold: float) -> INT64:
+        """torchvision's nms. ONNX's operator takes float32, which rounds the boxes of high classes."""
+        boxes = opset18.Unsqueeze(opset18.Cast(boxes, to=FLOAT.dtype), opset18.Constant(value_ints=[0]))
+        scores = opset18.Unsqueeze(opset18.Cast(scores, to=FLOAT.dtype), opset18.Constant(value_ints=[0, 1]))
+        most = opset18.Constant(value_ints=[sys.maxsize])
+        threshold = opset18.Constant(value_floats=[iou_threshold])
+        kept = opset18.NonMaxSuppression(boxes, scores, most, threshold)  # rows of (image, class, box)
+        return opset18.Gather(kept, opset18.Constant(value_int=2), axis=1)
+
+    translations = {operator.floordiv: floor_divide, torch.ops.aten.sort.stable: stable_sort}
+    if _form(model).one_image:
+        import torchvision  # noqa: F401 - which defines the operator
+
+        translations[torch.ops.torchvision.nms.default] = suppress
     written = torch.onnx.export(
         _program(model, about),
         input_names=["images"],
         output_names=list(_form(model).outputs),
         external_data=False,
         verbose=False,
-        custom_translation_table={operator.floordiv: floor_divide, torch.ops.aten.sort.stable: stable_sort},
+        custom_translation_table=translations,
     )
     written.model.metadata_props[METADATA] = json.dumps(about)
     written.save(path)

@@ -72,7 +72,8 @@ def detect_one(
     scores = scores if factors is None else scores * factors[kept][place]
     low, high = inside.split(2)
     boxes = torch.minimum(torch.maximum(boxes, low.repeat(2)), high.repeat(2))[place]
-    # Boxes of different classes are moved apart, so that they do not overlap.
-    apart = label.to(boxes)[:, None] * (inside.max() + 1)
-    order = suppress(boxes + apart, scores, nms)[:detections]
+    # Boxes of different classes are moved apart, so that they do not overlap. In float64, where the coordinates of the
+    # thousandth class are as exact as those of the first. ONNX's operator takes float32: see export.py.
+    apart = label.double()[:, None] * (inside.max().double() + 1)
+    order = suppress(boxes.double() + apart, scores.double(), nms)[:detections]
     return boxes[order], scores[order], label[order]

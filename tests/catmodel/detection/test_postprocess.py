@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from catmodel.detection import detect
+from catmodel.detection import detect, detect_one
 from catmodel.detection.kinds import KINDS
 from tests.catmodel.detection.small_detector import small_detector
 
@@ -116,6 +116,23 @@ def test_an_image_does_not_depend_on_the_others(kind):
     for i in range(2):
         (alone,) = detect(model, [output[i : i + 1] for output in found], grid, INSIDE[i : i + 1], **SETTINGS)
         assert all(map(torch.equal, alone, together[i]))
+
+
+def test_suppression_is_as_exact_for_the_last_of_many_classes():
+    """Of small boxes at the far corner of a large image, in float32 beside an offset of a thousand images."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 1000 + 300 * torch.rand(200, 2, generator=generator).repeat_interleave(10, dim=0)
+    centres += 1.5 * torch.randn(2000, 2, generator=generator)
+    half = 3 + 2 * torch.rand(2000, 2, generator=generator)
+    boxes, scores = torch.cat([centres - half, centres + half], dim=1), torch.randn(2000, generator=generator)
+    found = []
+    for label in (0, 1202):
+        logits = torch.full((2000, 1203), -9.0)
+        logits[:, label] = scores
+        kept = detect_one(logits, boxes, None, (0, 2000), torch.tensor([0, 0, 1333, 1333]), 0.05, 2000, 0.5, 2000)
+        assert set(kept[2].tolist()) == {label} and 200 < len(kept[1]) < 2000
+        found.append(kept)
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 def test_nothing_above_the_threshold():
