@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from data_pipeline.config import Section
 from train import task_registry
-from train.config import FREE_KEYS, Config
+from train.config import Config, is_free
 from train.config_sections import TaskConfig
 
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -34,6 +34,7 @@ def section(name: str, kind: type[Section], title: str = "", known: Collection[s
     if kind.__doc__:
         yield inspect.cleandoc(kind.__doc__)
     rows, inner = [], []
+    task = kind if issubclass(kind, TaskConfig) else TaskConfig
     for key, field in kind.model_fields.items():
         path = f"{name}.{key}"
         if key in known:
@@ -41,7 +42,7 @@ def section(name: str, kind: type[Section], title: str = "", known: Collection[s
         if is_section(field.annotation):
             inner += section(path, field.annotation)
         else:
-            cells = [f"`{path}`", type_of(field), default(field), "free" if path.startswith(FREE_KEYS) else "fixed"]
+            cells = [f"`{path}`", type_of(field), default(field), "free" if is_free(path, task) else "fixed"]
             rows.append([*cells, (field.description or "").replace("|", "\\|")])
     lines = [["key", "type", "default", "at a resume", "what it does"], ["---"] * 5, *rows]
     yield "\n".join(f"| {' | '.join(line)} |" for line in lines)

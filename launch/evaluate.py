@@ -15,7 +15,7 @@ from launch.ranks import adopt_slurm_ranks
 if TYPE_CHECKING:
     from train.config import Config
 
-# What an evaluation may change, whatever the task; for more, see Task.evaluation_settings.
+# What an evaluation may change, whatever the task; for more, see TaskConfig.evaluation_keys, Task.evaluation_settings.
 SETTINGS = (
     *("data.path", "data.backend", "data.device", "data.interpolation", "data.workers", "data.prefetch"),
     "train.micro_batch",
@@ -92,7 +92,7 @@ def for_evaluation(
     from train.config import ConfigError, override, parse_config
     from train.task_registry import find
 
-    known = (*SETTINGS, *find(config.task.name).load().evaluation_settings)
+    known = (*SETTINGS, *config.task.evaluation_keys, *find(config.task.name).load().evaluation_settings)
     given = [setting.partition("=")[0] for setting in settings]
     for setting, key in zip(settings, given, strict=True):
         if key == "data.cache_dir":

@@ -198,7 +198,8 @@ IN_STEPS = {
     "checkpoint.every_epochs": "checkpoint.every_steps",
 }
 
-# Keys that do not change what a step computes: a resumed run may change them. All others are the run's identity.
+# Keys that do not change what a step computes, beside those of TaskConfig.evaluation_keys: a resumed run may change
+# them. All others are the run's identity.
 FREE_KEYS = (
     "zero.",
     "checkpoint.",
@@ -277,11 +278,17 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def is_free(key: str, task: type[TaskConfig]) -> bool:
+    """Whether a resumed run may change a key. task: the class of the section task."""
+    return key.startswith(FREE_KEYS) or key in task.evaluation_keys
+
+
 def differences(old: dict, new: dict, *, free: bool) -> list[str]:
     """Keys whose values differ between two dumped configs: the `free` ones, or those that are a run's identity."""
+    task = find(new["task"]["name"]).Settings
     old, new = flatten(old), flatten(new)
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    return [f"{key} ({old.get(key)} → {new.get(key)})" for key in changed if key.startswith(FREE_KEYS) == free]
+    return [f"{key} ({old.get(key)} → {new.get(key)})" for key in changed if is_free(key, task) == free]
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict:

@@ -4,7 +4,7 @@ Light: imports neither torch nor anything else that is slow.
 """
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,6 +18,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 class TaskConfig(Section):
     """What is trained. A task with settings of its own derives its `Settings` from this class (train/tasks/)."""
+
+    # Keys that play a part in evaluation and use alone: a resume and launch/evaluate.py may change them.
+    evaluation_keys: ClassVar[tuple[str, ...]] = ()
 
     name: str = Field(
         "classification", description="a folder of train/tasks/, or a name that train.tasks.register has added"

@@ -3,10 +3,27 @@
 import pytest
 
 from tests.launch.test_submit import submit
-from train.checkpoint.info import CheckpointInfo, write_manifest
+from train.checkpoint.info import CheckpointInfo, read_info, write_manifest
 from train.checkpoint.resume_point import Resume
 from train.checks import check_start
 from train.config import ConfigError, load_config
+
+DETECTION = {
+    "task.test_scale": "[640,640]",
+    "task.score_threshold": 0.01,
+    "task.before_nms": 2000,
+    "task.nms": 0.4,
+    "task.detections": 300,
+}
+SEGMENTATION = {
+    "task.test_scale": "[640,640]",
+    "task.divisor": 32,
+    "task.test": "slide",
+    "task.window": "[256,256]",
+    "task.stride": "[128,128]",
+    "task.test_ratios": "[0.5,1.0]",
+    "task.test_flip": True,
+}
 
 
 def write_checkpoint(folder, config, step: int) -> None:
@@ -35,6 +52,29 @@ def test_a_checkpoint_of_other_settings_is_refused_before_the_start(tiny_config,
     (tmp_path / "checkpoints/step_00000008/manifest.json").write_text("{")  # damaged: the older one counts
     with pytest.raises(ConfigError, match="step_00000004 was trained with other settings"):
         check(changed)
+
+
+@pytest.mark.parametrize(
+    ("task", "free", "fixed"),
+    [
+        ("detection", DETECTION, "task.divisor=64"),
+        ("segmentation", SEGMENTATION, "task.dropout=0.2"),
+        ("classification", {}, "data.eval_crop=0.5"),  # augment.crop=none cuts training's images by it
+    ],
+)
+def test_settings_of_an_evaluation_alone_may_change(tmp_path, task, free, fixed):
+    """Each is a change that the log will name."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{{task: {{name: {task}}}, model: {{name: cat_nano}}, data: {{path: nowhere}}}}")
+    old = load_config(path)
+    write_checkpoint(tmp_path, old, 4)
+    checkpoint = tmp_path / "checkpoints/step_00000004"
+    resume, info = Resume.decide(tmp_path, "auto", False), read_info(checkpoint)
+    changed = load_config(path, [f"{key}={value}" for key, value in free.items()])
+    found = resume.check_settings(checkpoint, info, changed)
+    assert [sentence.partition(" (")[0] for sentence in found] == sorted(free) == sorted(changed.task.evaluation_keys)
+    with pytest.raises(ConfigError, match=f"trained with other settings: {fixed.partition('=')[0]} "):
+        resume.check_settings(checkpoint, info, load_config(path, [fixed]))
 
 
 def test_submit_refuses_it_before_the_job_waits_in_a_queue(tiny_config, tmp_path):

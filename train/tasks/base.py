@@ -64,7 +64,8 @@ class Task(ABC):
     samples: ClassVar[str] = "images"  # what is counted
     one_shape: ClassVar[bool] = True  # an evaluation's images all have the shape of training inputs
     has_results: ClassVar[bool] = False  # the tally has write_results(path), for launch/evaluate.py --results
-    # Keys of the config that launch/evaluate.py may change, beside those of any task. The default is that of `views`.
+    # Keys of the config that launch/evaluate.py may change although training uses them, too; see also
+    # TaskConfig.evaluation_keys. The default is that of `views`.
     evaluation_settings: ClassVar[tuple[str, ...]] = ("data.eval_crop",)
 
     def __init__(self, config: Config, classes: Sequence[str]):

@@ -29,6 +29,8 @@ UNUSED = {
 class Settings(TaskConfig):
     """A scale is (long side, short side): an image is resized, its aspect kept, to fit into it."""
 
+    evaluation_keys = ("task.test_scale", "task.score_threshold", "task.before_nms", "task.nms", "task.detections")
+
     detector: Literal["retinanet", "fcos", "atss"] = Field("retinanet", description="the head, its targets and losses")
     scales: tuple[Sides, ...] = Field(
         ((1333, 800),), min_length=1, description="(long, short) sides of training images; one is drawn for each image"

@@ -47,10 +47,7 @@ class Detection(Task):
     )
     one_shape = False
     has_results = True
-    evaluation_settings = (
-        *("task.test_scale", "task.divisor"),
-        *("task.score_threshold", "task.before_nms", "task.nms", "task.detections"),
-    )
+    evaluation_settings = ("task.divisor",)
 
     def __init__(self, config: Config, classes: Sequence[str]):
         super().__init__(config, classes)

@@ -25,6 +25,11 @@ UNUSED = {
 class Settings(TaskConfig):
     """Sizes of two numbers are (height, width), but `scale` and `test_scale` are (long side, short side)."""
 
+    evaluation_keys = (
+        *("task.test_scale", "task.divisor", "task.test", "task.window", "task.stride"),
+        *("task.test_ratios", "task.test_flip"),
+    )
+
     crop: tuple[CropSide, CropSide] = Field(
         (512, 512), description="height and width of training inputs, in pixels: multiples of 32"
     )

@@ -35,10 +35,7 @@ class Segmentation(Task):
         Metric("aacc", "pixel accuracy", "%", "higher"),
     )
     one_shape = False
-    evaluation_settings = (
-        *("task.test_scale", "task.divisor", "task.test", "task.window", "task.stride"),
-        *("task.test_ratios", "task.test_flip"),
-    )
+    evaluation_settings = ()
 
     def build_model(self) -> nn.Module:
         return build_network(self.config, catmodel.create_segmenter, self._model_settings())
