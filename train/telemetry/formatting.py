@@ -1,11 +1,13 @@
 """Times, sizes, counts and untrusted text, formatted for people."""
 
+import html
+import re
 import time
 from collections.abc import Sequence
 
 from data_pipeline.formatting import duration
 
-__all__ = ["clock", "counted", "duration", "printable", "size", "table"]
+__all__ = ["clock", "counted", "duration", "markdown_table", "printable", "size", "table"]
 
 
 def clock(when: float) -> str:
@@ -45,3 +47,10 @@ def table(rows: Sequence[Sequence[str]], align: str = "<>", widths: Sequence[int
     wide = [max(least[column], *(len(row[column]) for row in rows if column < len(row))) for column in range(count)]
     lines = ([f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, wide, strict=False)] for row in rows)
     return "\n".join(gap.join(line).rstrip() for line in lines)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, whose columns but the first are right-aligned. Nothing in a cell counts as markup."""
+    cells = [[re.sub(r"([\\`*_{}\[\]|])", r"\\\1", html.escape(cell, quote=False)) for cell in row] for row in rows]
+    rules = ["---", *("---:" for _ in columns[1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rules, *cells))

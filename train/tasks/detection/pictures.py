@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from train.tasks.drawing import from_base64, palette
-from train.telemetry.formatting import printable
+from train.telemetry.formatting import markdown_table, printable
 
 GAP = 4  # pixels between pictures
 DARK = 140  # luminance below which text on a colour is white
@@ -166,16 +166,11 @@ def evaluation_tables(details: dict) -> str:
     ]
     return "\n\n".join(
         [
-            _markdown(["class", "AP", "AP50", "objects"], classes),
-            _markdown(["size of the object", "objects", "AP", "recall"], size_rows(details)),
-            _markdown(["error", "detections or objects", "AP50 without it"], error_rows(details)),
+            markdown_table(["class", "AP", "AP50", "objects"], classes),
+            markdown_table(["size of the object", "objects", "AP", "recall"], size_rows(details)),
+            markdown_table(["error", "detections or objects", "AP50 without it"], error_rows(details)),
         ]
     )
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rules = ["---", *("---:" for _ in columns[1:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rules, *rows))
 
 
 def percent(value: float | None) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from train.tasks.drawing import from_base64
+from train.telemetry.formatting import markdown_table
 
 GAP = 4  # pixels between pictures
 
@@ -35,10 +36,11 @@ def class_scores(details: dict) -> list[ClassScore]:
 
 def iou_table(details: dict) -> str:
     """The scores of all classes in Markdown, the lowest IoU first."""
-    lines = ["| class | IoU | accuracy | pixels |", "|---|---:|---:|---:|"]
-    for score in by_iou(class_scores(details)):
-        lines.append(f"| {score.name} | {percent(score.iou)} | {percent(score.accuracy)} | {score.pixels:,} |")
-    return "\n".join(lines)
+    rows = [
+        [score.name, percent(score.iou), percent(score.accuracy), f"{score.pixels:,}"]
+        for score in by_iou(class_scores(details))
+    ]
+    return markdown_table(["class", "IoU", "accuracy", "pixels"], rows)
 
 
 def by_iou(scores: Sequence[ClassScore]) -> list[ClassScore]:

@@ -98,10 +98,17 @@ def details() -> dict:
 def test_tables_in_markdown(details):
     text = evaluation_tables(details)
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert rows.index("| bird | 12.5 % | 33.0 % | 1,234 |") < rows.index("| cat & dog | 61.2 % | 80.0 % | 5 |")
-    assert rows.index("| cat & dog | 61.2 % | 80.0 % | 5 |") < rows.index("| fish | – | – | 0 |")
+    assert rows.index("| bird | 12.5 % | 33.0 % | 1,234 |") < rows.index("| cat &amp; dog | 61.2 % | 80.0 % | 5 |")
+    assert rows.index("| cat &amp; dog | 61.2 % | 80.0 % | 5 |") < rows.index("| fish | – | – | 0 |")
     assert "| small, to 32 x 32 pixels | 0 | – | – |" in rows and "| large | 1,139 | 25.0 % | 25.0 % |" in rows
     assert "| wrong place | 11 | +0.5 |" in rows and "| missed | 15 | +2.5 |" in rows
+
+
+def test_names_do_not_change_a_tables_columns(details):
+    text = evaluation_tables({**details, "classes": ["a|b <i>", "bird", "fish"]})
+    assert r"| a\|b &lt;i&gt; | 61.2 % | 80.0 % | 5 |" in text
+    lines = text.partition("\n\n")[0].splitlines()
+    assert len(lines) == 5 and {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {5}
 
 
 def test_truth_and_detections_side_by_side(details):
