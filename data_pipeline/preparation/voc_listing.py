@@ -7,11 +7,13 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from data_pipeline.preparation.image_source import Annotations, Files
+from data_pipeline.preparation.labels import lines_of
 from data_pipeline.preparation.tars import check_name
 from data_pipeline.split import DataError
 from data_pipeline.validate import shortened
 
 VOC_FILE = re.compile(r"(.*/)?(?:ImageSets/Main/(train|val|trainval|test)\.txt|Annotations/[^/]+\.xml)")
+WITH_FLAG = re.compile(r"(.*\S)\s+(-1|0|1)")
 
 
 class _Image(NamedTuple):
@@ -38,7 +40,7 @@ def find_voc(files: Files) -> list[Annotations] | None:
     if len(found) > 1:
         raise DataError(f"{files.source.path} has several sets of Pascal VOC ({', '.join(sorted(found))}): give one.")
     [(prefix, lists)] = found.items()
-    wanted = {name: _read_list(files, path) for name, path in lists.items()}
+    wanted = {name: _read_list(files, prefix, path) for name, path in lists.items()}
     if "trainval" in wanted and any(_xml(prefix, stem) in files.texts for stem in wanted.get("test", ())):
         chosen = {"train": "trainval", "val": "test"}
     else:
@@ -66,13 +68,19 @@ def _xml(prefix: str, stem: str) -> str:
     return f"{prefix}Annotations/{stem}.xml"
 
 
-def _read_list(files: Files, name: str) -> list[str]:
-    """The names of a list, one a line, without suffix; sorted."""
-    lines = files.texts[name].decode("utf-8", "replace").splitlines()
-    stems = sorted({line.split()[0] for line in lines if line.strip()})
+def _read_list(files: Files, prefix: str, name: str) -> list[str]:
+    """The names of a list, one a line, without suffix; sorted. A name that is there twice counts once."""
+    lines = lines_of(files.texts[name].decode("utf-8-sig", "replace"))
+    stems = sorted({_stem(files, prefix, line) for line in lines if line})
     for stem in stems:
         check_name(name, stem)
     return stems
+
+
+def _stem(files: Files, prefix: str, line: str) -> str:
+    """The name in a line of a list, which may have spaces. -1, 0 or 1 may follow it, as in the lists of a class."""
+    found = WITH_FLAG.fullmatch(line)
+    return line if found is None or _xml(prefix, line) in files.texts else found[1]
 
 
 def _read_xml(files: Files, name: str, file_name: str) -> _Image:

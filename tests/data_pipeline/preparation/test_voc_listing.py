@@ -54,6 +54,19 @@ def test_the_lists_of_pascal_voc(tmp_path, lists, train, val):
     assert {split: items.names for split, items in listing.splits.items()} == {k: v for k, v in expected.items() if v}
 
 
+def test_names_with_spaces_and_lists_with_flags(tmp_path):
+    """Lines that name one image count once."""
+    objects = dict.fromkeys(["IMG 1", "IMG 2", "IMG", "x"], VOC["a"])
+    lists = {"train": ["\ufeffIMG 1\r", "", " IMG 2  1", "x -1", "x\t 0", "IMG 1"], "val": ["IMG"]}
+    root = make_voc(tmp_path / "VOC", lists, objects)
+    listing = listing_of(root)
+    assert listing.splits["train"].names == [f"JPEGImages/{name}.jpg" for name in ("IMG 1", "IMG 2", "x")]
+    assert listing.splits["val"].names == ["JPEGImages/IMG.jpg"]
+    (root / "Annotations/IMG 2.xml").unlink()
+    with pytest.raises(DataError, match=r"VOC has no Annotations/IMG 2.xml, though a list in ImageSets/Main names it"):
+        listing_of(root)
+
+
 def test_faults_of_pascal_voc(tmp_path):
     root = make_voc(tmp_path / "VOC", {"train": "ab", "val": "cd"}, VOC)
     write(root / "Annotations/a.xml", voc_xml((40, 30), [("wolf", 9, 1, 4, 5, 0), ("wolf", "x", 1, 4, 5, 0)]))
