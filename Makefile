@@ -50,9 +50,11 @@ bench: .venv/backends
 	$(BIN)/python launch/bench.py data
 	$(BIN)/python launch/bench.py train
 
-# Measurements on a GPU, in 7 minutes. Without .venv: make gpu PYTHON=python3 GPU_WHEELS=folder (docs/performance.md).
+# Measurements on a GPU, in 7 minutes: speed, or PARTS=bits. Without .venv: make gpu PYTHON=python3 GPU_WHEELS=folder
+# (docs/performance.md).
+PARTS ?= speed
 gpu: $(if $(filter $(BIN)/%,$(PYTHON)),setup)
-	$(PYTHON) launch/gpu.py
+	$(PYTHON) launch/gpu.py --parts $(PARTS)
 
 # 10^6 damaged JPEGs through the compiled decoder; needs clang.
 fuzz:

@@ -131,8 +131,8 @@ def _seconds(function: Callable[..., Tensor], workload: Workload, direction: str
     def forward() -> Tensor:
         return function(*workload.tensors)
 
-    result = forward()
-    gradient = torch.randn_like(result)
+    with torch.no_grad():  # a graph of autograd kept from here would tie the recording below to this stream
+        gradient = torch.randn_like(forward())
 
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(forward(), workload.trained, gradient)

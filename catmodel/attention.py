@@ -96,7 +96,10 @@ class _PositionBias(torch.autograd.Function):
 
     @staticmethod
     def forward(table_Th: Tensor, index_PP: Tensor, pairs_TP: Tensor) -> Tensor:
-        return table_Th[index_PP.flatten()].unflatten(0, index_PP.shape).permute(2, 0, 1).contiguous()
+        bias_PPh = table_Th[index_PP.flatten()].unflatten(0, index_PP.shape)
+        # A copy even with one head: contiguous() would return its input, and in PyTorch 2.11 a compiled Function loses
+        # the gradient of an output that is also one of its intermediate results.
+        return bias_PPh.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

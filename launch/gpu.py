@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.gpu.parts import KNOWN, USUAL
+from benchmarks.gpu.parts import CALLS, KNOWN
 from benchmarks.gpu.record import Session
 from benchmarks.gpu.run import CannotMeasure, run_job, run_parts
 from launch.cli import Parser, leave, run
@@ -19,7 +19,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.work:  # a process that another one of this command has started
         work(arguments, Path(arguments.work))
         return
-    names = arguments.parts.split(",")
+    names = CALLS.get(arguments.parts) or arguments.parts.split(",")
     if unknown := set(names) - set(KNOWN):
         raise CannotMeasure(f"--parts {','.join(sorted(unknown))}: known are {', '.join(KNOWN)}")
     names = ["cifar"] * bool(arguments.cifar) + names
@@ -49,16 +49,20 @@ def session_of(arguments: argparse.Namespace, folder: Path) -> Session:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="Check the kernels, and measure kernels, models and training on a GPU; one JSON file per part.",
-        epilog="parts, the most important first: "
-        + ", ".join(USUAL)
-        + "; and lab, which times candidates for kernels. Exit codes: 0 all parts passed, 70 a part failed, 78 bad "
+        epilog="parts: "
+        + "; ".join(f"{call}: {', '.join(names)}" for call, names in CALLS.items())
+        + "; and those given by name alone: "
+        + ", ".join(name for name in KNOWN if name not in sum(CALLS.values(), []))
+        + ". Exit codes: 0 all parts passed, 70 a part failed, 78 bad "
         "arguments or no GPU. A part passes if it ran to its end and its results are correct; speeds are "
         "reported beside the project's aims.",
     )
     parser.add_argument(
         "--output", default="docs/results", metavar="DIR", help="folder of the gpu-<part>.json (default: %(default)s)"
     )
-    parser.add_argument("--parts", default=",".join(USUAL), metavar="A,B", help="only these (default: all but lab)")
+    parser.add_argument(
+        "--parts", default="speed", metavar="A,B", help="speed, bits, or the names of parts (default: %(default)s)"
+    )
     parser.add_argument("--seconds", type=float, default=420, help="time limit for all parts (default: %(default)s)")
     parser.add_argument(
         "--images", metavar="FOLDER", help="photographs to train on, *.jpg in folders of classes (default: drawn ones)"

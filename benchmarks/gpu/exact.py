@@ -61,7 +61,8 @@ def compare(session: Session, record: Record, family: str) -> None:
 
         def measure(way: str = way, work: Callable = work) -> dict:
             found[way] = passes(model, work, device, graphs=way == "graphs")
-            return described(found[way], found.get("compiled") if way == "graphs" else None)
+            compared = described(found[way], found.get("compiled") if way == "graphs" else None)
+            return compared | ({"lost": lost(found[way][0], found["eager"][0])} if way != "eager" else {})
 
         record.measure(f"{family}, {way}", measure, family=family, way=way)
     stop_runtime()
@@ -108,6 +109,15 @@ def described(found: list[Pass], same: list[Pass] | None) -> dict:
     return row
 
 
+def lost(one: Pass, eager: Pass) -> list[str]:
+    """The names of the gradients that are zero here and not zero eager: they are equal to the bit in every pass."""
+    return [
+        name
+        for name, gradient in one.gradients.items()
+        if not gradient.count_nonzero() and eager.gradients[name].count_nonzero()
+    ]
+
+
 def differing(first: Pass, *others: Pass) -> list[str]:
     """The names of the gradients (and "loss") that are not equal to the bit in all passes."""
     names = ["loss"] if any(other.loss != first.loss for other in others) else []
@@ -119,15 +129,17 @@ def differing(first: Pass, *others: Pass) -> list[str]:
 
 
 def judge(rows: list[dict]) -> tuple[bool, str]:
-    """Passed if nothing differs anywhere and replays equal what they were recorded from."""
+    """Passed if nothing differs anywhere, replays equal what they were recorded from, and no gradient is lost."""
     said = []
     for row in rows:
-        for key, text in (("different", "between passes"), ("different_from_compiled", "from compiled")):
+        for key, text in (
+            ("different", "differ between passes"),
+            ("different_from_compiled", "differ from compiled"),
+            ("lost", "are zero, and not eager"),
+        ):
             if names := row.get(key):
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                said.append(
-                    f"{row['name']}: {len(names)} of {row['gradients']} differ {text}: {', '.join(names[:3])}{more}"
-                )
+                said.append(f"{row['name']}: {len(names)} of {row['gradients']} {text}: {', '.join(names[:3])}{more}")
     # What draws no random numbers is the same for every seed.
     still = [row["name"] for row in rows if row["family"] == "cat" and not row["other_seed_differs"]]
     said += [f"{name}: the masks do not follow the seed" for name in still]

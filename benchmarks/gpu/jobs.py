@@ -1,8 +1,8 @@
 """The jobs of `make gpu`: some at a time compile side by side, and those that are timed then take turns, alone.
 
-A job that is timed first compiles all that it needs, and then waits for its turn (`Session.turn`). When all such jobs
-wait, the scheduler pauses the other jobs and lets the waiting ones measure, one after the other. So nothing is compiled
-twice, and no process starts while something is measured.
+A job that is timed first compiles all that it needs, and then waits for its turn (`Session.turn`). The scheduler then
+pauses the other jobs and lets those that wait measure, one after the other. So nothing is compiled twice, and no
+process starts while something is measured.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ from pathlib import Path
 from benchmarks.gpu.record import ROOT, Part, Record, Session, cores, locked
 
 TURN = 90  # seconds that a job may take for what is timed
-LAST = 60  # seconds before the end at which jobs that still compile are no longer waited for
 TAIL = 2500  # characters of a failed job's output that are printed
 
 
@@ -131,8 +130,7 @@ def run_jobs(
             ready = [job for job in active if job.waits(session)]
             for job in ready:
                 job.until = math.inf  # waiting does not count
-            busy = preparing() or any(job.part.alone and job not in ready for job in active)
-            if ready and (not busy or time.monotonic() > end - LAST):
+            if not preparing() and ready:
                 take_turns(session, ready, [job for job in active if job not in ready], end)
             for job in [job for job in active if job.ended(end)]:
                 active.remove(job)

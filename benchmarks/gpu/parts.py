@@ -18,10 +18,10 @@ PARTS: dict[str, Part] = {
             "model",  # also writes gpu-profile.json, the kernels of a step
             {
                 "ours 256": _training(OURS, 256, "engine"),
+                "eager": _training(OURS, 128, "eager", "plain", "eager graphs"),
                 "swin 256": _training(SWIN, 256, "graphs", "compiled"),
                 "ours 128": _training(OURS, 128, "engine"),
                 "bare 256": _training(OURS, 256, "graphs", "compiled"),
-                "eager": _training(OURS, 128, "eager", "plain", "eager graphs"),
                 "swin eager": _training(SWIN, 128, "eager"),
                 "plain": _training(OURS, 256, "plain graphs"),
             },
@@ -30,7 +30,7 @@ PARTS: dict[str, Part] = {
         ),
         Part(
             "train",
-            {family: Later("runs.compare", family=family) for family in ("cat", "cotnet", "pvt")},
+            {family: Later("runs.compare", family=family) for family in ("cotnet", "cat", "pvt")},
             Later("runs.judge"),
             limit=400,
             alone=False,
@@ -38,7 +38,7 @@ PARTS: dict[str, Part] = {
         Part("whole", {"whole": Later("runs.whole")}, Later("runs.judge_whole"), limit=200),
         Part(
             "exact",
-            {family: Later("exact.compare", family=family) for family in ("cat", "cotnet", "pvt")},
+            {family: Later("exact.compare", family=family) for family in ("cotnet", "cat", "pvt")},
             Later("exact.judge"),
             limit=300,
             alone=False,
@@ -68,4 +68,8 @@ PARTS: dict[str, Part] = {
 }
 NEED_IMAGES = ("train", "whole", "loader")
 KNOWN = [name for name in PARTS if name != "cifar"]  # which needs --cifar
-USUAL = [name for name in KNOWN if name != "lab"]
+# What ends within a call of 7 minutes, by a simulation with measured and estimated durations.
+CALLS = {
+    "speed": ["model", "whole", "host", "loader"],
+    "bits": ["train", "exact", "check", "kernels", "inference"],
+}

@@ -94,6 +94,12 @@ def environment_of(session: Session, wheels: Path | None) -> dict[str, str]:
         raise CannotMeasure(
             f"{sys.executable} lacks {', '.join(missing)}: put their wheels into a folder, and give GPU_WHEELS=FOLDER"
         )
+    from data_pipeline.native import LIBRARY
+
+    if LIBRARY is None:  # the parts that read JPEGs would measure another decoder, at half its speed
+        raise CannotMeasure(
+            f"{sys.executable} finds no compiled decoder: run setup.py build_ext --inplace with this version of Python"
+        )
     return environment
 
 

@@ -1,6 +1,5 @@
 """Kernels, recipe and loader: parts `check`, `kernels`, `recipe` and `loader` of `make gpu`."""
 
-import itertools
 import multiprocessing
 import os
 import random
@@ -53,8 +52,8 @@ def kernels(session: Session, record: Record) -> None:
     device, dtype = torch.device(session.size("cuda", "cpu")), session.size(torch.bfloat16, torch.float32)
     roofline = measure_roofline(device, dtype, 1)
     stages = session.size(STAGES, ((14, 32, 1, False),))
-    for _ in bench_kernels(device, dtype, 1, roofline, compiled=False, stages=stages):
-        pass  # compiles the kernels
+    for _ in bench_kernels(device, dtype, session.size(16, 1), roofline, compiled=False, stages=stages):
+        pass  # compiles the kernels: sizes that 16 divides, as below, which Triton compiles apart from others
     session.turn()
     roofline = measure_roofline(device, dtype, 1)
     for row in bench_kernels(device, dtype, session.size(128, 1), roofline, compiled=False, stages=stages):
@@ -100,11 +99,11 @@ def judge_recipe(rows: list[dict]) -> tuple[bool, str]:
 
 
 def loader(session: Session, record: Record) -> None:
-    """The loader alone on 1, 2, 4, … cores: each in a process that may use no others."""
+    """The loader alone on 16, 8, 4, … cores: each in a process that may use no others. The aim is at 16."""
     session.wait_for_dataset()
     session.turn()
     mine = sorted(os.sched_getaffinity(0))
-    for count in itertools.takewhile(lambda count: count <= min(len(mine), 16), (2**power for power in range(5))):
+    for count in (count for count in (16, 8, 4, 2, 1) if count <= len(mine)):
 
         def measure(count: int = count) -> dict:
             os.sched_setaffinity(0, mine[:count])

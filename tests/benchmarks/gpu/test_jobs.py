@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import jobs
 from benchmarks.gpu.jobs import Job, in_order, run_jobs, take_turns
 from benchmarks.gpu.record import Later, Part, Session
 
@@ -69,10 +68,7 @@ def test_jobs_that_are_timed_have_the_machine_to_themselves(started):
     for name in ("timed0", "timed1"):
         first = found.index([name, "is timed"])
         assert found[first : first + 10] == [[name, "is timed"]] * 10  # no line of another job
-    assert found.index(["timed1", "is timed"]) > found.index(["timed0", "is timed"])
     assert found.count(["other0", "compiles"]) == 400
-    # Both had compiled before the first was timed.
-    assert found[: found.index(["timed0", "is timed"])].count(["timed1", "compiles"]) == 10
     assert all(json.loads((session.output / f"gpu-{name}.json").read_text())["passed"] for name in ("timed", "other"))
 
 
@@ -99,10 +95,9 @@ def test_a_job_is_ended_at_its_limit_and_the_others_go_on(started):
     assert timed["passed"] and lines(session).count(["timed0", "is timed"]) == 10
 
 
-def test_at_the_end_of_the_time_those_that_are_ready_are_timed(started, monkeypatch):
+def test_a_job_that_is_ready_does_not_wait_for_those_that_compile(started):
     session, moments = started
     moments["slow0"] = 10**6
-    monkeypatch.setattr(jobs, "LAST", 11)
     run_jobs(session, {}, [part("slow", 1, alone=True), part("timed", 1, alone=True)], time.monotonic() + 12, places=4)
     assert lines(session).count(["timed0", "is timed"]) == 10
     assert "slow0: not done in time" in json.loads((session.output / "gpu-slow.json").read_text())["says"]
@@ -115,9 +110,14 @@ def test_every_part_has_something_early():
 
 def test_time_stands_still_for_a_job_that_waits_for_its_turn(started):
     session, moments = started
-    moments["slow0"] = 450  # of 20 ms each: longer than the other's limit
-    parts = [part("quick", 1, alone=True, limit=8), part("slow", 1, alone=True)]
-    run_jobs(session, {}, parts, time.monotonic() + 300, places=4)
+    ready = []
+
+    def preparing() -> bool:  # until longer than the job's limit after it is ready
+        if (session.work / "lines").exists():
+            ready.append(time.monotonic())
+        return not ready or time.monotonic() < ready[0] + 10
+
+    run_jobs(session, {}, [part("quick", 1, alone=True, limit=8)], time.monotonic() + 300, 4, preparing)
     assert lines(session).count(["quick0", "is timed"]) == 10
 
 
