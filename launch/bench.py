@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, check_output, leave, run
+from launch.cli import Parser, add_local_rank, add_overrides, check_output, leave, run
 
 if TYPE_CHECKING:
     import torch
@@ -279,10 +279,8 @@ def parse_arguments() -> argparse.Namespace:
         "detectors: also compare a training step with a classifier's; on the CPU",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the recipe"
-    )
+    add_local_rank(parser)
+    add_overrides(parser)
     return parser.parse_intermixed_args()
 
 

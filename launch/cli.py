@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import math
 import os
 import sys
 import tempfile
@@ -27,6 +28,34 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         sys.exit(fail(exit_codes.BAD_CONFIG, f"{message} (see --help)"))
+
+
+def number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Callable[[str], float]:
+    """A type of argparse: a number from `least` to `most`."""
+    name = "whole number" if kind is int else "number"
+    bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} {bounds}")
+        return value
+
+    return parse
+
+
+def add_overrides(
+    parser: argparse.ArgumentParser, text: str = "settings that replace the recipe's, e.g. train.max_steps=10"
+) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=text)
+
+
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """Add --local_rank, which the deepspeed launcher passes, unused: the environment says the same."""
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
 
 
 def add_choice_of_weights(parser: argparse.ArgumentParser) -> None:

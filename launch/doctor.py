@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from launch.cli import Parser, leave, run
+from launch.cli import Parser, add_local_rank, add_overrides, leave, number, run
 from launch.ranks import adopt_slurm_ranks, tasks_per_node
 from train import exit_codes
 
@@ -125,30 +125,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
     parser.add_argument(
         "--gpu-rate",
-        type=_rate,
+        type=number(float, 0.001),
         metavar="N",
         help="images/s that a device takes (default: what make gpu or the step here measured)",
     )
     parser.add_argument(
-        "--wait", type=_rate, default=120, metavar="SECONDS", help="for nodes that start slowly (default: 120)"
+        "--wait",
+        type=number(float, 0.001),
+        default=120,
+        metavar="SECONDS",
+        help="for nodes that start slowly (default: 120)",
     )
     parser.add_argument(
         "--resume", default="auto", help=argparse.SUPPRESS
     )  # the arguments of launch/train.py can be given as they are
     parser.add_argument("--resume-with-changes", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+    add_local_rank(parser)
+    add_overrides(parser)
     return parser.parse_intermixed_args()
-
-
-def _rate(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
 
 
 if __name__ == "__main__":

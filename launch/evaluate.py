@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, add_choice_of_weights, check_output, leave, run
+from launch.cli import Parser, add_choice_of_weights, add_local_rank, add_overrides, check_output, leave, run
 from launch.ranks import adopt_slurm_ranks
 
 if TYPE_CHECKING:
@@ -144,13 +144,8 @@ def parse_arguments() -> argparse.Namespace:
         help="of a detection: write all detections as COCO's results file, with the source's ids of images and "
         "categories (JSON)",
     )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        help="settings of the evaluation that replace the run's, e.g. task.test_flip=true",
-    )
+    add_local_rank(parser)
+    add_overrides(parser, "settings of the evaluation that replace the run's, e.g. task.test_flip=true")
     return parser.parse_intermixed_args()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, check_output, run
+from launch.cli import Parser, add_overrides, check_output, number, run
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Manifest
@@ -145,8 +145,8 @@ def parse_arguments() -> argparse.Namespace:
         epilog="docs/plan.md says how to read it",
     )
     parser.add_argument("--config", metavar="FILE", help="recipe, e.g. configs/cat_b.yaml")
-    parser.add_argument("--nodes", type=positive, metavar="N")
-    parser.add_argument("--gpus-per-node", type=positive, metavar="G")
+    parser.add_argument("--nodes", type=number(int, 1), metavar="N")
+    parser.add_argument("--gpus-per-node", type=number(int, 1), metavar="G")
     parser.add_argument(
         "--bench",
         action="append",
@@ -161,10 +161,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--against", metavar="RUN", help="beside this run's reality instead of the calibrating one's")
     parser.add_argument(
-        "--images", type=positive, metavar="N", help="training images (default: those of data.path, or ImageNet's)"
+        "--images",
+        type=number(int, 1),
+        metavar="N",
+        help="training images (default: those of data.path, or ImageNet's)",
     )
     parser.add_argument(
-        "--runs", type=positive, default=20, metavar="N", help="simulated runs for each mean (default: %(default)s)"
+        "--runs",
+        type=number(int, 1),
+        default=20,
+        metavar="N",
+        help="simulated runs for each mean (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the simulation (default: %(default)s)")
     parser.add_argument("--plot", metavar="FILE.png")
@@ -175,26 +182,12 @@ def parse_arguments() -> argparse.Namespace:
         unit = entry.metadata["unit"].replace("%", "%%")
         guess = "" if entry.default is None else f" (guess: {entry.default:g})"
         text = f"{unit}: {entry.metadata['help']}{guess}"
-        numbers.add_argument(f"--{name.replace('_', '-')}", type=number, metavar="X", help=text)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+        numbers.add_argument(f"--{name.replace('_', '-')}", type=number(float, 0), metavar="X", help=text)
+    add_overrides(parser)
     arguments = parser.parse_intermixed_args()
     if arguments.against and not arguments.calibrate:
         parser.error("--against needs --calibrate: a plan of guesses is not compared with a run")
     return arguments
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def number(text: str) -> float:
-    value = float(text)
-    if not value >= 0:
-        raise ValueError
-    return value
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, add_choice_of_weights, check_output, run
+from launch.cli import Parser, add_choice_of_weights, check_output, number, run
 from train import exit_codes
 
 OPTIONS = ("top", "output", "min_score")  # of some tasks only: arguments of their `predict`
@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_choice_of_weights(parser)
     parser.add_argument(
-        "--top", type=_positive, metavar="N", help="of a classification: classes per image (default: 5)"
+        "--top", type=number(int, 1), metavar="N", help="of a classification: classes per image (default: 5)"
     )
     parser.add_argument(
         "--output",
@@ -80,27 +80,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--min-score",
-        type=_share,
+        type=number(float, 0, 1),
         metavar="SCORE",
         help="of a detection: leave out objects with a lower score, 0 to 1 (default: 0.3)",
     )
     parser.add_argument(
-        "--batch", type=_positive, default=64, metavar="N", help="images per forward pass (default: 64)"
+        "--batch", type=number(int, 1), default=64, metavar="N", help="images per forward pass (default: 64)"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON per image, unrounded")
     return parser.parse_args()
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def _share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise ValueError
-    return float(text)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.cli import Parser, fail
+from launch.cli import Parser, fail, number
 from train import exit_codes
 
 DESCRIPTION = """\
@@ -208,7 +208,7 @@ def _prepare_parser() -> Parser:
     source.add_argument("--val-labels", type=Path, metavar="FILE", help=LABELS_HELP)
     source.add_argument(
         "--val-fraction",
-        type=_fraction,
+        type=number(float, 0, 1),
         default=0.0,
         metavar="F",
         help="fraction of SOURCE to use as val (default: none)",
@@ -218,7 +218,7 @@ def _prepare_parser() -> Parser:
     labels.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line (default: classes.txt)")
     labels.add_argument(
         "--ignore-value",
-        type=_pixel,
+        type=number(int, 0, 65_535),
         metavar="N",
         help="value of ignored pixels in the label maps (default: 255; with more than 255 classes 65535)",
     )
@@ -242,14 +242,14 @@ def _prepare_parser() -> Parser:
 
     size = parser.add_argument_group("smaller images (without these options, the bytes of sound JPEGs are kept)")
     size.add_argument(
-        "--resize-short", type=_positive(int), metavar="N", help="shrink the short side to N pixels if it is longer"
+        "--resize-short", type=number(int, 1), metavar="N", help="shrink the short side to N pixels if it is longer"
     )
     size.add_argument(
-        "--max-side", type=_positive(int), metavar="N", help="shrink the long side to N pixels if it is longer"
+        "--max-side", type=number(int, 1), metavar="N", help="shrink the long side to N pixels if it is longer"
     )
     size.add_argument(
         "--quality",
-        type=_quality,
+        type=number(int, 1, 100),
         metavar="Q",
         help="encode again as JPEG of this quality, 4:2:0 (default with the above: 90)",
     )
@@ -269,14 +269,14 @@ def _prepare_parser() -> Parser:
     )
     output.add_argument(
         "--shard-size",
-        type=_positive(float),
+        type=number(float, 0.001, 1_000_000),
         default=128.0,
         metavar="MB",
         help="size of a shard (default: %(default)s)",
     )
     output.add_argument(
         "--seed",
-        type=_seed,
+        type=number(int, 0, 2**63 - 1),
         default=0,
         metavar="N",
         help="seed of the shuffle and of --val-fraction (default: %(default)s)",
@@ -313,28 +313,11 @@ def _index_parser() -> Parser:
 def _add_workers(parser: Parser) -> None:
     parser.add_argument(
         "--workers",
-        type=_positive(int),
-        default=_cpus(),
+        type=number(int, 1),
+        default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="worker processes (default: one per CPU, %(default)s)",
     )
-
-
-def _positive(kind: type):
-    def parse(text: str):
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-        return value
-
-    parse.__name__ = kind.__name__  # the name of the type in argparse's message
-    return parse
-
-
-def _quality(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is not an integer from 1 to 100")
-    return int(text)
 
 
 def _formats(text: str) -> tuple[str, ...]:
@@ -346,30 +329,6 @@ def _formats(text: str) -> tuple[str, ...]:
     if "webdataset" not in formats:
         raise argparse.ArgumentTypeError("FFCV files are made from the WebDataset shards: give webdataset,ffcv")
     return formats
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def _pixel(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65_535:
-        raise argparse.ArgumentTypeError(f"{text} is not an integer from 0 to 65535")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not an integer between 0 and 2^63")
-    return value
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from launch.cli import Parser, run
+from launch.cli import Parser, add_overrides, number, run
 
 TEMPLATE = ROOT / "launch" / "templates" / "job.sh"
 MARGIN = 30  # seconds between the end of guard.grace and the time limit, for ending the step and requeueing
@@ -293,7 +293,7 @@ def parse_arguments() -> argparse.Namespace:
         "preemption, a crash or a lost node, it is requeued and continues from its newest checkpoint. See "
         "docs/slurm.md.",
     )
-    count = _at_least(1)
+    count = number(int, 1)
     parser.add_argument("--config", required=True, metavar="FILE", help="recipe, e.g. configs/cat_b.yaml")
     parser.add_argument(
         "--output",
@@ -303,7 +303,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--nodes", type=count, default=1, metavar="N", help="number of nodes (default: 1)")
     parser.add_argument(
         "--gpus-per-node",
-        type=_at_least(0),
+        type=number(int, 0),
         required=True,
         metavar="G",
         help="GPUs per node, with one rank each; 0: train on CPUs",
@@ -362,7 +362,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resume-with-changes", action="store_true", help="as for launch/train.py")
     parser.add_argument(
         "--max-restarts",
-        type=_at_least(0),
+        type=number(int, 0),
         default=5,
         metavar="N",
         help="maximum of restarts in a row without a newer checkpoint (default: 5)",
@@ -370,19 +370,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the batch script, without writing or submitting anything"
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the recipe"
-    )
+    add_overrides(parser)
     return parser.parse_intermixed_args()
-
-
-def _at_least(smallest: int):
-    def number(text: str) -> int:
-        if not re.fullmatch(r"\d+", text, re.ASCII) or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {smallest}")
-        return int(text)
-
-    return number
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from launch.cli import Parser, leave, run
+from launch.cli import Parser, add_local_rank, add_overrides, leave, run
 from launch.ranks import adopt_slurm_ranks
 from train.guard.signals import stop_signals
 
@@ -46,15 +46,8 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="resume though settings changed that alter what a step computes",
     )
-    parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # the deepspeed launcher passes it; the environment says the same
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        help="settings that replace the recipe's, e.g. train.max_steps=10",
-    )
+    add_local_rank(parser)
+    add_overrides(parser)
     return parser.parse_intermixed_args()
 
 

@@ -71,7 +71,7 @@ def test_broken_images_are_named_and_others_predicted_in_order(tiny_run, tiny_im
         (["a.jpg", "--run", "nowhere"], "nowhere is neither a run's folder nor a checkpoint"),
         (["nothing.jpg", "--run", "."], "there is no image or folder nothing.jpg"),
         (["configs", "--run", "."], "configs contains no images"),
-        (["a.jpg", "--run", ".", "--top", "0"], "invalid"),
+        (["a.jpg", "--run", ".", "--top", "0"], "'0' is not a whole number of at least 1"),
         (
             ["LICENSE", "--run", ".", "--output", "LICENSE"],
             "--output LICENSE/ cannot be written (Not a directory)",
