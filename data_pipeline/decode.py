@@ -26,7 +26,6 @@ def _first_available() -> str:
     return "simplejpeg" if importlib.util.find_spec("simplejpeg") else "pillow"
 
 
-DECODERS = ("native", "simplejpeg", "pillow")
 DECODER = _first_available()
 
 if DECODER != "native":
@@ -73,16 +72,6 @@ def crop_and_resize_batch(
     if decoder == "native":
         return native.decode_batch(stored, dimensions, windows, shape, interpolation, out, encoding="raw")
     return _one_by_one(_as_pixels, _FALLBACKS[decoder][1], stored, dimensions, windows, shape, interpolation, out)
-
-
-def crop_and_resize(
-    image: np.ndarray, window: Sequence[int], shape: tuple[int, int], interpolation: str, out: np.ndarray
-) -> None:
-    """Resize window (x, y, width, height, flip) of `image`, uint8 [height, width, 3], into `out`, [*shape, 3]."""
-    dimensions = np.array([image.shape[1::-1]])
-    failures = crop_and_resize_batch([image.tobytes()], dimensions, np.array([window]), shape, interpolation, out[None])
-    if failures:
-        raise ValueError(failures[0])
 
 
 # --- without the compiled decoder ------------------------------------------------------------------------------------

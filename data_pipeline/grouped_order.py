@@ -76,7 +76,7 @@ class GroupedOrder(Order):
         return sum(self._counts) // self.micro_batches
 
     def draws(self, step: int, indices: Sequence[int]) -> np.ndarray:
-        rows, epoch = self._rows(step, indices), self.epoch_of(step)
+        rows, epoch = np.asarray(indices, np.int64), self.epoch_of(step)
         slots = (step % self.steps_per_epoch) * self.micro_batches + rows
         slots = permute(make_key(self.seed, Stream.ORDER, epoch, 0), sum(self._counts), slots)
         found = np.empty((len(slots), self.micro_batch), np.int64)

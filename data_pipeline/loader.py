@@ -110,10 +110,6 @@ def build_loader(
     `targets`, which the loader closes, defaults to the records' labels. Decoding starts at once. Close the loader when
     done (it is a context manager). Raises ValueError for sizes that do not fit together.
     """
-    if order.samples != split.samples:
-        raise ValueError(f"the order is of {order.samples} samples, split {split.name!r} has {split.samples}")
-    if start_step < 0:
-        raise ValueError(f"start_step {start_step} is negative")
     share = order.share(rank, world)
 
     def jobs() -> Iterator[_Job]:

@@ -45,8 +45,6 @@ class Order:
     repeats: int = 1
 
     def __post_init__(self) -> None:
-        if self.micro_batch < 1 or self.global_batch < 1:
-            raise ValueError(f"global_batch {self.global_batch} and micro_batch {self.micro_batch} must be at least 1")
         if self.global_batch % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}")
         if self.samples < self.global_batch:
@@ -77,30 +75,17 @@ class Order:
         """The sample ids of a step, int64 [global_batch]."""
         return self.draws(step, range(self.micro_batches)).ravel() % self.samples
 
-    def micro_batch_ids(self, step: int, index: int) -> np.ndarray:
-        """The sample ids of micro-batch `index` of a step, int64 [micro_batch]."""
-        return self.draws(step, [index])[0] % self.samples
-
     def draws(self, step: int, indices: Sequence[int]) -> np.ndarray:
         """The draws of some micro-batches of a step, int64 [len(indices), micro_batch].
 
         A draw is id + samples · copy, so it identifies the use of a sample if `repeats` is more than 1.
         """
-        row, column = self._rows(step, indices)[:, None], np.arange(self.micro_batch)
+        row, column = np.asarray(indices, np.int64)[:, None], np.arange(self.micro_batch)
         slots = row * self.micro_batch + column if self.repeats == 1 else column * self.micro_batches + row
         positions, copy = np.divmod((step % self.steps_per_epoch) * self.global_batch + slots.ravel(), self.repeats)
         key = make_key(self.seed, Stream.ORDER, self.epoch_of(step))
         shuffled = block_permute if self.shuffle == "block" else permute
         return (shuffled(key, self.samples, positions) + self.samples * copy).reshape(-1, self.micro_batch)
-
-    def _rows(self, step: int, indices: Sequence[int]) -> np.ndarray:
-        """`indices` as int64. Raises ValueError if there is no such step or micro-batch."""
-        if step < 0:
-            raise ValueError(f"step {step} is negative")
-        rows = np.asarray(indices, np.int64)
-        if rows.size and not 0 <= rows.min() <= rows.max() < self.micro_batches:
-            raise ValueError(f"micro-batches {list(indices)} of a step of {self.micro_batches}")
-        return rows
 
     def replacement(self, sample: int, attempt: int) -> int:
         """The id to use instead of an unreadable sample. attempt: from 0; the replacement may be unreadable too."""
@@ -112,15 +97,13 @@ class Order:
         Raises ValueError if `world` does not divide M.
         """
         total = self.micro_batches
-        if world < 1 or total % world:
+        if total % world:
             fitting = ", ".join(str(size) for size in range(1, total + 1) if total % size == 0)
             raise ValueError(
                 f"{world} ranks cannot share the {total} micro-batches of a step "
                 f"(global_batch {self.global_batch} / micro_batch {self.micro_batch}) evenly; "
                 f"world sizes that can: {fitting}"
             )
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} of {world}")
         return range(rank, total, world)
 
 

@@ -25,21 +25,8 @@ def gelu(h, EXACT: tl.constexpr):
 
 
 @triton.jit
-def gelu_slope(h, EXACT: tl.constexpr):
-    """The derivative of GELU at fp32 numbers: cdf(h) + h * density(h)."""
-    if EXACT:
-        density = 0.3989422804014327 * tl.exp(-0.5 * h * h)
-        result = 0.5 + 0.5 * tl.math.erf(h * 0.7071067811865476) + h * density
-    else:
-        tail, bell = _tail(h)
-        part = tl.abs(h) * (0.3989422804014327 * bell) - tail
-        result = tl.where(h >= 0.0, 1.0 + part, -part)
-    return result
-
-
-@triton.jit
 def gelu_and_slope(h, EXACT: tl.constexpr):
-    """Both."""
+    """GELU(h) of fp32 numbers and its derivative, cdf(h) + h * density(h)."""
     if EXACT:
         cdf = 0.5 + 0.5 * tl.math.erf(h * 0.7071067811865476)
         value = h * cdf

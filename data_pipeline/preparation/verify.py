@@ -1,7 +1,6 @@
 """Check every byte of a prepared dataset against its manifest."""
 
 import hashlib
-import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
@@ -33,7 +32,7 @@ def verify(folder: Path, workers: int | None = None) -> list[str]:
     check_sizes(manifest)
     splits = manifest.splits.values()
     checks, sizes = [], {}  # sizes: of each check's file, in bytes
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         for split in splits:
             tables = {split.index_path: split.fingerprint}
             tables |= {split.folder / each.file: each.sha256 for each in split.annotations.values()}

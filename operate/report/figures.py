@@ -231,10 +231,9 @@ def _curve(
     look: dict,
     *,
     label: str | None = None,
-    factor: float = 1,
 ) -> None:
     """One value of the train lines that count."""
-    _line(axis, run, [line for line in run.log.train if not line.again], x, key, factor, {**look, "label": label})
+    _line(axis, run, [line for line in run.log.train if not line.again], x, key, 1, {**look, "label": label})
 
 
 def _story(

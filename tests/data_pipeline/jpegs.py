@@ -7,7 +7,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from data_pipeline import native
 from tests.data_pipeline.shards import picture
+
+DECODERS = ["native"] * (native.LIBRARY is not None) + ["simplejpeg", "pillow"]  # those that are available here
 
 # A tiny file of every kind, each followed by 16 bytes of parameters for the fuzzer.
 CORPUS = Path(__file__).parents[2] / "data_pipeline/native/fuzz/corpus"

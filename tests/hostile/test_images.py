@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline import native
-from data_pipeline.decode import DECODERS, decode_batch
+from data_pipeline.decode import decode_batch
 from data_pipeline.jpeg import MOST_SCANS
 from data_pipeline.validate import BadImage, check_image, errors_as_bad_image
 from tests.data_pipeline.images import encoded, picture
-from tests.data_pipeline.jpegs import CORPUS, corpus, with_sampling
+from tests.data_pipeline.jpegs import CORPUS, DECODERS, corpus, with_sampling
 
 GOOD = encoded(picture(1), quality=90)
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +42,7 @@ def test_training_reads_images_that_prepare_accepts_with_every_sampling():
             continue
         outcomes[image.outcome] = outcomes.get(image.outcome, 0) + 1
         pixels = []
-        for decoder in (name for name in DECODERS if name != "native" or native.LIBRARY):
+        for decoder in DECODERS:
             out = np.zeros((1, 40, 40, 3), np.uint8)
             window = np.array([[-1, -2, 40, 40, 0]], np.int32)
             failures = decode_batch(
@@ -69,7 +68,7 @@ def test_the_limit_of_scans_is_the_same_everywhere():
     assert check_image(corpus("scans_500")).outcome == "kept"
     with pytest.raises(BadImage, match="more than 500 scans"):
         check_image(corpus("scans_501"))
-    for decoder in (name for name in DECODERS if name != "native" or native.LIBRARY):
+    for decoder in DECODERS:
         for name, reason in (("scans_500", {}), ("scans_501", {0: "it has more than 500 scans"})):
             out, window = np.zeros((1, 8, 8, 3), np.uint8), np.array([[0, 0, 24, 16, 0]], np.int32)
             failures = decode_batch(
