@@ -37,16 +37,10 @@ def open_backend(name: str, split: Split) -> Backend:
 
     UsageError where its library is not installed, DataError where the split has no files for it.
     """
-    if name == "webdataset":
-        from .webdataset import WebDatasetBackend
-
-        return WebDatasetBackend(split)
-    if name == "ffcv":
-        from .ffcv import FFCVBackend
-
-        return FFCVBackend(split)
     if name == "dali":
         from .dali import DALIBackend
 
         return DALIBackend(split)
-    raise ValueError(f"no data backend {name!r}")
+    from .decoded import DecodedBackend
+
+    return DecodedBackend(split, beton=name == "ffcv")

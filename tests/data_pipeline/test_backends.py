@@ -266,11 +266,6 @@ def test_many_threads_read_more_shards_than_may_be_open(split, monkeypatch):
 # --- missing files and libraries -------------------------------------------------------------------------------------
 
 
-def test_an_unknown_backend_is_refused(split):
-    with pytest.raises(ValueError, match="no data backend 'nfs'"):
-        open_backend("nfs", split)
-
-
 def test_a_split_without_a_beton(split):
     with pytest.raises(
         DataError, match=r"has no FFCV file of split 'train'.*prepare.py SOURCE .* --formats webdataset,ffcv"

@@ -231,7 +231,7 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess:
 def test_without_the_compiled_decoder_there_is_one_warning(tmp_path):
     without_library = shutil.ignore_patterns("library*", "__pycache__")
     shutil.copytree(PROJECT / "data_pipeline", tmp_path / "data_pipeline", ignore=without_library)
-    code = "import data_pipeline.decode as d, data_pipeline.backends.webdataset; print(d.DECODER)"
+    code = "import data_pipeline.decode as d, data_pipeline.backends.decoded; print(d.DECODER)"
     result = python(code, tmp_path)
     assert result.stdout == "simplejpeg\n"
     assert result.stderr.count("The compiled decoder is not built") == 1
