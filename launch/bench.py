@@ -134,10 +134,11 @@ def bench_dense(arguments: argparse.Namespace, count: Callable, table: Callable,
 
 def bench_kernels(arguments: argparse.Namespace) -> dict:
     if arguments.compile_only:
-        from catmodel.kernels.report import resources, table
+        from benchmarks.kernel_resources import resources
+        from train.telemetry.formatting import table
 
         rows = resources()
-        print(table(rows))
+        print(table([list(rows[0]), *(list(map(str, row.values())) for row in rows)]))
         return {"resources": rows}
     import torch
 

@@ -214,7 +214,7 @@ aggregate.register_autograd(_differentiate, setup_context=_save)
 
 
 def cases() -> list[dict]:
-    """Cases for `catmodel.kernels.report`: the first stage (in both layouts) and the last of CoTNet-50, in bfloat16."""
+    """Cases for `benchmarks.kernel_resources`: stage 1 of CoTNet-50, in both layouts, and its last; in bfloat16."""
     found = []
     for channels, side, last in ((64, 56, False), (64, 56, True), (512, 7, False)):
         constants, options = _plan(channels, channels // 8, last)

@@ -337,7 +337,7 @@ def _grid(channels: int, constants: dict, per_multiprocessor: int, device: torch
 
 
 def cases() -> list[dict]:
-    """Cases for `catmodel.kernels.report`: the four stages of CAT-B at 224 pixels, in bfloat16."""
+    """Cases for `benchmarks.kernel_resources`: the four stages of CAT-B at 224 pixels, in bfloat16."""
     parameters = "x_ptr", "qkv_weight_ptr", "qkv_bias_ptr", "proj_weight_ptr", "proj_bias_ptr"
     found = []
     for n in (64, 16, 4, 1):

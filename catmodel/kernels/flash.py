@@ -355,7 +355,7 @@ def _plan(h: int, d: int, packed: bool, rate: float, dtype: torch.dtype) -> tupl
 
 
 def cases() -> list[dict]:
-    """Cases for `catmodel.kernels.report`, in bfloat16: CPSA of a dense 800 x 1280 image, and stage 1 of PVT."""
+    """Cases for `benchmarks.kernel_resources`, in bfloat16: CPSA of a dense 800 x 1280 image, and stage 1 of PVT."""
     found, of_backward = [], ("lse_ptr", "delta_ptr")
     for what, h, d, rate in (("", 1, 49, 0.2), ("cross-", 1, 64, 0.0)):
         constants, options = _plan(h, d, not what, rate, torch.bfloat16)

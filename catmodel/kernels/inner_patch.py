@@ -346,7 +346,7 @@ def _slots(patches: int, programs_each: int, per_multiprocessor: int, device: to
 
 
 def cases() -> list[dict]:
-    """Cases for `catmodel.kernels.report`, in bfloat16: stage 1 of CAT-B, also with dropout, and patches of 12 x 12."""
+    """Cases for `benchmarks.kernel_resources`, in bfloat16: stage 1 of CAT-B, with dropout too; patches of 12 x 12."""
     found = []
     for what, size, rate in (("", 7, 0.0), (", dropout", 7, 0.1), (", 12 x 12", 12, 0.0)):
         constants, options = _plan(size, 32, 0, rate, torch.bfloat16)

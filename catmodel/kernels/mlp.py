@@ -223,7 +223,7 @@ mlp.register_autograd(_differentiate, setup_context=_keep)
 
 
 def cases() -> list[dict]:
-    """Cases for `catmodel.kernels.report`: the stages of CAT-B, in bfloat16, and the first in float32."""
+    """Cases for `benchmarks.kernel_resources`: the stages of CAT-B, in bfloat16, and the first in float32."""
     found = []
     for channels, dtype in ((96, "bf16"), (192, "bf16"), (384, "bf16"), (768, "bf16"), (96, "fp32")):
         for what in ("inference", "forward", "backward"):

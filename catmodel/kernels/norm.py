@@ -217,7 +217,7 @@ residual_norm.register_autograd(_differentiate, setup_context=_keep)
 
 
 def cases() -> list[dict]:
-    """Cases for `catmodel.kernels.report`: the stages of CAT-B, in bfloat16, with drop-path."""
+    """Cases for `benchmarks.kernel_resources`: the stages of CAT-B, in bfloat16, with drop-path."""
     found = []
     for channels in (96, 192, 384, 768):
         columns = padded(channels)

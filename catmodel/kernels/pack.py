@@ -111,7 +111,7 @@ unpack.register_autograd(lambda ctx, dx: (pack(dx, *ctx.map), None, None, None),
 
 
 def cases() -> list[dict]:
-    """Cases for `catmodel.kernels.report`: patches of CAT-B, in bfloat16."""
+    """Cases for `benchmarks.kernel_resources`: patches of CAT-B, in bfloat16."""
     found = []
     for name, to_x in (("pack", False), ("unpack", True)):
         constants, options = _plan(7, to_x)

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from catmodel.kernels.report import _usage, occupancy
+from benchmarks.kernel_resources import occupancy, usage
 from data_pipeline.recipe import launch
 
 POINTERS = {
@@ -48,7 +48,7 @@ def resources(name: str, layout: str, capability: int) -> dict:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Triton warns of settings that will change
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.OPTIONS)
-    used = _usage(triton.knobs.nvidia.cuobjdump.path, compiled.asm["cubin"])
+    used = usage(triton.knobs.nvidia.cuobjdump.path, compiled.asm["cubin"])
     blocks, _ = occupancy(used["registers"], compiled.metadata.shared, compiled.metadata.num_warps)
     resident = blocks * compiled.metadata.num_warps
     return dict(name=f"{name}, {layout}", capability=capability, **used, warps_per_sm=resident)

@@ -1,21 +1,15 @@
 """Resources of each kernel on the H100 and H200 (sm_90), from Triton's compiler. No GPU is needed.
 
-    python -m catmodel.kernels.report [--json FILE] [MODULE ...]
-
 Each module of kernels lists its cases in `cases()`: dicts with name, fn (the kernel), signature (argument -> type in
 Triton's notation; "i32:16" is a number divisible by 16), constexprs, num_warps and num_stages.
 """
 
-import argparse
 import importlib
-import json
-import os
 import re
 import subprocess
 import tempfile
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 MODULES = ("inner_patch", "cross_patch", "flash", "pack", "mlp", "norm", "aggregate")
 
@@ -59,13 +53,14 @@ def _resources(case: dict) -> dict:
             options={"num_warps": case["num_warps"], "num_stages": case["num_stages"]},
         )
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    used = _usage(triton.knobs.nvidia.cuobjdump.path, compiled.asm["cubin"])
+    used = usage(triton.knobs.nvidia.cuobjdump.path, compiled.asm["cubin"])
     blocks, limit = occupancy(used["registers"], shared, warps)
     resident = dict(blocks_per_sm=blocks, warps_per_sm=blocks * warps, limit=limit)
     return dict(name=case["name"], **used, shared=shared, warps=warps, **resident)
 
 
-def _usage(cuobjdump: str, cubin: bytes) -> dict[str, int]:
+def usage(cuobjdump: str, cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local memory per thread, as NVIDIA's `cuobjdump` reads them from a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -88,34 +83,3 @@ def occupancy(registers: int, shared: int, warps: int) -> tuple[int, str]:
     }
     limit = min(limits, key=limits.get)
     return limits[limit], limit
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as text with aligned columns."""
-    columns = list(rows[0])
-    cells = [columns] + [[str(row[column]) for column in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Registers, shared memory, spills and occupancy of each kernel on sm_90."
-    )
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"one of {', '.join(MODULES)} (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON, too")
-    arguments = parser.parse_args(argv)
-    if unknown := set(arguments.modules) - set(MODULES):
-        parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(MODULES)}")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("with TRITON_INTERPRET=1 Triton compiles nothing: unset it")
-    rows = resources(arguments.modules or MODULES)
-    print(table(rows))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
