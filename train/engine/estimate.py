@@ -41,30 +41,37 @@ def optimizer_bytes(model: nn.Module, config: Config, runtime: Runtime) -> int:
     CPU, a checkpoint's snapshot.
     """
     weights = sum(parameter.numel() for parameter in model.parameters())
-    element = next(model.parameters()).element_size()
+    half = next(model.parameters()).element_size() < 4
     stage, world = zero_stage(config, runtime.world), runtime.world
     moments, average = _moment_bytes(config), _average_bytes(config)
-    master = 0 if stage == 0 and config.train.precision == "fp32" else 4
-    partitions = world if stage else 1
     on_host = runtime.device.type == "cpu"
-    states = weights * (master + moments) // partitions + weights * average // world
-    sums = 4 * weights // partitions
-    buckets = 0
-    if updated_here(config, world):
+    snapshot = weights * (4 + moments + average) // world if on_host else 0
+    if config.zero.offload and not on_host:
+        sums = 4 * weights // world if half else 0
+        return sums + _bucket_bytes(stage, half) + snapshot
+    master = 4 if half or stage else 0
+    states = weights * (master + moments) // (world if stage else 1) + weights * average // world
+    return states + _sum_bytes(weights, half, stage, world, updated_here(config, world)) + snapshot
+
+
+def _sum_bytes(weights: int, half: bool, stage: int, world: int, here: bool) -> int:
+    """Bytes of the fp32 sums of gradients and of the buffers in which gradients are communicated.
+
+    here: whether Engine, and not DeepSpeed, sums (`updated_here`).
+    """
+    own = 4 * weights // (world if stage else 1)
+    if here:
         # ZeRO 1 holds the whole sum, and at the end of a step this rank's partition of it. ZeRO 2 converts each
         # micro-batch's gradient to fp32.
-        if stage == 1 or (stage == 2 and element < 4):
-            sums += 4 * weights
-    else:
-        # In half precision ZeRO 1 holds the whole fp32 sum beside its partition of it, ZeRO 3 a partition.
-        sums += (4 - element) * weights // (world if stage == 3 else 1) if stage in (1, 3) else 0
-        # Gradients being communicated: at ZeRO 2 a bucket in their own precision, and an fp32 copy of it.
-        buckets = BUCKET_ELEMENTS * (4 + element if stage == 2 and element < 4 else 4)
-    if config.zero.offload and not on_host:
-        states = 0
-        sums = 4 * weights // world if element < 4 else 0
-    snapshot = weights * (4 + moments + average) // world if on_host else 0
-    return states + sums + buckets + snapshot
+        return own + (4 * weights if stage == 1 or (stage == 2 and half) else 0)
+    # In half precision ZeRO 1 holds the whole sum beside its partition of it, ZeRO 3 a partition.
+    beside = 2 * weights // (world if stage == 3 else 1) if half and stage != 2 else 0
+    return own + beside + _bucket_bytes(stage, half)
+
+
+def _bucket_bytes(stage: int, half: bool) -> int:
+    """Bytes of gradients being communicated: at ZeRO 2 a bucket in their own precision, and an fp32 copy of it."""
+    return BUCKET_ELEMENTS * (6 if stage == 2 and half else 4)
 
 
 def activation_bytes(model: nn.Module, example: Any, loss: Callable[[Any], Any] = lambda output: output) -> int:
