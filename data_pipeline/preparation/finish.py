@@ -4,7 +4,9 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -32,7 +34,7 @@ def finish(
     read: Callable[[str], tuple[dict, dict[str, np.ndarray]]],
     stale: Iterable[str] = (),
     category_ids: Sequence[int] | None = None,
-    notes: Iterable[tuple[str, str, str, str]] = (),
+    notes: Sequence[tuple[str, str, str, str]] = (),
 ) -> None:
     """Join the tables of each split's shards into its index and its annotations; then write the reports, and last the
     manifest.
@@ -40,7 +42,8 @@ def finish(
     read: returns the header and tables of a shard (pack.read_done). stale: files of an earlier `index` to remove.
     category_ids: in detection, the source's number of each class. notes: see Listing.
     """
-    splits, made, counts, absent = {}, {}, {split: Counter() for split in files}, {}
+    made, splits, absent = {}, {}, {}
+    outcomes = {split: Counter(outcome for of, _, outcome, _ in notes if of == split) for split in files}
 
     def temporary(name: str) -> Path:
         """A temporary file that becomes `name`."""
@@ -49,69 +52,107 @@ def finish(
         return path
 
     with open(temporary(LIST_NAME), "w") as listed:
-
-        def list_it(split: str, name: str, outcome: str, why: str) -> None:
-            listed.write(json.dumps({"split": split, "image": name, "outcome": outcome, "why": why}) + "\n")
-
-        for split, name, outcome, why in notes:
-            counts[split][outcome] += 1
-            list_it(split, name, outcome, why)
+        for note in notes:
+            _list(listed, *note)
         for split, names in files.items():
-            shards, outcomes, first_excluded, tables = [], counts[split], None, defaultdict(list)
-            pixels, counted, has_image = Counter(), True, np.zeros(len(classes), bool)
-            index_path = temporary(f"{split}.index")
-            with open(index_path, "wb") as index:
-                for number, file in enumerate(names):
-                    header, found = read(file)
-                    for table in found.values():
-                        if table.dtype == RECORD:
-                            table["shard"] = number
-                    has_image[found[INDEX]["label"]] = True
-                    index.write(found.pop(INDEX).tobytes())
-                    for name, table in found.items():
-                        tables[name].append(table)
-                    shards.append(Shard(**header["shard"]))
-                    outcomes.update(header["outcomes"])
-                    counted = counted and "pixels" in header  # not by an earlier version
-                    pixels.update({int(label): count for label, count in header.get("pixels", {}).items()})
-                    for name, outcome, why in header["listed"]:
-                        outcomes["excluded"] += outcome == "excluded"
-                        if outcome == "excluded" and first_excluded is None:
-                            first_excluded = f"{name}: {why}"
-                        list_it(split, name, outcome, why)
-            samples = sum(shard.samples for shard in shards)
-            if not samples:
+            index = temporary(f"{split}.index")
+            joined = _join_shards(split, map(read, names), len(classes), index, listed)
+            outcomes[split] += joined.outcomes
+            if not joined.samples:
                 raise DataError(
-                    f"none of the {outcomes['excluded']} images of {split} can be used; the first is {first_excluded}."
+                    f"none of the {outcomes[split]['excluded']} images of {split} can be used; the first is "
+                    f"{joined.first_excluded}."
                 )
-            arrays = {name: np.concatenate(parts) for name, parts in tables.items()}
-            if LABEL_MAP in arrays and counted:
-                _check_pixels(split, classes, pixels)
-                absent[split] = [name for label, name in enumerate(classes) if not pixels[label]]
-            elif not arrays:
-                absent[split] = [classes[label] for label in np.flatnonzero(~has_image)]
+            absent[split] = _absent(split, joined, classes)
             if category_ids:
-                _join_objects(split, arrays)
-                arrays[CATEGORY_IDS] = np.array(category_ids, TABLES[CATEGORY_IDS])
-            annotations = {}
-            for name, array in arrays.items():
-                path = temporary(f"{split}.{name}.npy")
-                with open(path, "wb") as file:
-                    np.save(file, array, allow_pickle=False)
-                annotations[name] = Annotation(made[path].name, path.stat().st_size, sha256_of(path))
-            splits[split] = Split(dest, split, samples, sha256_of(index_path), tuple(shards), annotations=annotations)
-    of_splits = {
-        name: {"samples": split.samples, **{outcome: count for outcome, count in sorted(counts[name].items()) if count}}
-        for name, split in splits.items()
-    }
+                _join_objects(split, joined.arrays)
+                joined.arrays[CATEGORY_IDS] = np.array(category_ids, TABLES[CATEGORY_IDS])
+            annotations = _write_annotations(split, joined.arrays, temporary)
+            shards = tuple(joined.shards)
+            splits[split] = Split(dest, split, joined.samples, sha256_of(index), shards, annotations=annotations)
     if any(absent.values()):
         report = {**report, "absent": absent}
-    temporary(REPORT_NAME).write_text(json.dumps({**report, "splits": of_splits}, indent=1))
+    counts = {split: {"samples": splits[split].samples, **dict(sorted(outcomes[split].items()))} for split in splits}
+    temporary(REPORT_NAME).write_text(json.dumps({**report, "splits": counts}, indent=1))
     for name in (FILE_NAME, *stale):  # the manifest of an earlier `index` must never exist beside new files
         (dest / name).unlink(missing_ok=True)
     for path, final in made.items():
         publish(path, final)
     write_manifest(Manifest(dest, classes, splits))
+
+
+@dataclass
+class _Joined:
+    """What the shards of a split have together.
+
+    arrays: the annotations. pixels: of each class in the label maps, or None if an earlier version of this program
+    packed a shard without counting them. has_image: of each class, whether an image has it as its label.
+    """
+
+    shards: list[Shard]
+    outcomes: Counter[str]
+    first_excluded: str | None
+    arrays: dict[str, np.ndarray]
+    pixels: Counter[int] | None
+    has_image: np.ndarray
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+
+def _join_shards(
+    split: str, found: Iterable[tuple[dict, dict[str, np.ndarray]]], classes: int, index: Path, listed: TextIO
+) -> _Joined:
+    """Join the headers and tables of a split's shards. Writes the index, and lists images in `listed`."""
+    joined, tables = _Joined([], Counter(), None, {}, Counter(), np.zeros(classes, bool)), defaultdict(list)
+    with open(index, "wb") as file:
+        for number, (header, of_shard) in enumerate(found):
+            for table in of_shard.values():
+                if table.dtype == RECORD:
+                    table["shard"] = number
+            joined.has_image[of_shard[INDEX]["label"]] = True
+            file.write(of_shard.pop(INDEX).tobytes())
+            for annotation, table in of_shard.items():
+                tables[annotation].append(table)
+            joined.shards.append(Shard(**header["shard"]))
+            joined.outcomes.update(header["outcomes"])
+            if "pixels" not in header:
+                joined.pixels = None
+            elif joined.pixels is not None:
+                joined.pixels.update({int(label): count for label, count in header["pixels"].items()})
+            for image, outcome, why in header["listed"]:
+                if outcome == "excluded":
+                    joined.outcomes[outcome] += 1
+                    joined.first_excluded = joined.first_excluded or f"{image}: {why}"
+                _list(listed, split, image, outcome, why)
+    joined.arrays = {annotation: np.concatenate(parts) for annotation, parts in tables.items()}
+    return joined
+
+
+def _list(listed: TextIO, split: str, image: str, outcome: str, why: str) -> None:
+    listed.write(json.dumps({"split": split, "image": image, "outcome": outcome, "why": why}) + "\n")
+
+
+def _absent(split: str, joined: _Joined, classes: tuple[str, ...]) -> list[str]:
+    """The classes of which a split has no pixel, or no image. Raises DataError if it has hardly any class."""
+    if LABEL_MAP in joined.arrays and joined.pixels is not None:
+        _check_pixels(split, classes, joined.pixels)
+        return [name for label, name in enumerate(classes) if not joined.pixels[label]]
+    return [] if joined.arrays else [classes[label] for label in np.flatnonzero(~joined.has_image)]
+
+
+def _write_annotations(
+    split: str, arrays: dict[str, np.ndarray], temporary: Callable[[str], Path]
+) -> dict[str, Annotation]:
+    annotations = {}
+    for name, array in arrays.items():
+        final = f"{split}.{name}.npy"
+        path = temporary(final)
+        with open(path, "wb") as file:
+            np.save(file, array, allow_pickle=False)
+        annotations[name] = Annotation(final, path.stat().st_size, sha256_of(path))
+    return annotations
 
 
 def _check_pixels(split: str, classes: tuple[str, ...], pixels: Counter[int]) -> None:
