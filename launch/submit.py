@@ -91,20 +91,43 @@ def main(arguments: argparse.Namespace) -> None:
 
 def make_job(arguments: argparse.Namespace, config, stamp: str) -> BatchJob:
     """Check the arguments and convert them to the values of the template. Raises ConfigError."""
+    folder = _printable("--output", os.path.abspath(arguments.output or f"runs/{Path(arguments.config).stem}"))
+    seeds = parse_seeds(arguments.seeds) if arguments.seeds else []
+    resume = _printable("--resume", os.path.abspath(arguments.resume)) if arguments.resume else None
+    _check(arguments, folder, resume)
+    cores = arguments.cpus_per_task or config.data.workers + BESIDE_WORKERS  # SLURM's default is one
+    srun_options = [f"--cpus-per-task={cores}"]  # since 22.05 srun does not inherit it from sbatch
+    if arguments.cpu_bind:
+        srun_options.append(f"--cpu-bind={arguments.cpu_bind}")
+    job = BatchJob(
+        run=folder,
+        config=f"{folder}/submitted/{stamp}.yaml",
+        name=_printable("--job-name", arguments.job_name or Path(folder).name),
+        seeds=seeds,
+        options=_sbatch_options(arguments, config, cores),
+        srun_options=srun_options,
+        environment=_environment(arguments),
+        resume=resume,
+        with_changes=arguments.resume_with_changes,
+        stage_in=arguments.stage_in,
+        doctor=arguments.doctor,
+        max_restarts=arguments.max_restarts,
+    )
+    check_run(config, arguments.nodes * (arguments.gpus_per_node or arguments.tasks_per_node), job)
+    return job
+
+
+def _check(arguments: argparse.Namespace, folder: str, resume: str | None) -> None:
+    """Raise ConfigError if arguments do not go together."""
     from train.config import ConfigError
 
-    tasks = arguments.gpus_per_node or arguments.tasks_per_node
-    if not tasks:
+    if not arguments.gpus_per_node and not arguments.tasks_per_node:
         raise ConfigError("--gpus-per-node 0 trains on CPUs: say how many ranks a node gets with --tasks-per-node")
     if arguments.gpus_per_node and arguments.tasks_per_node:
         raise ConfigError("--tasks-per-node is for --gpus-per-node 0: every GPU gets one rank")
-    folder = os.path.abspath(arguments.output or os.path.join("runs", Path(arguments.config).stem))
-    folder = _printable("--output", folder)
     if "\\" in folder or "%" in folder:
         raise ConfigError(f"--output {folder}: SLURM interprets % and backslashes in a path; choose another folder")
-    seeds = parse_seeds(arguments.seeds) if arguments.seeds else []
-    resume = _printable("--resume", os.path.abspath(arguments.resume)) if arguments.resume else None
-    if resume and seeds:
+    if resume and arguments.seeds:
         raise ConfigError("--resume continues one run: leave out --seeds")
     if resume and not os.path.isfile(f"{resume}/manifest.json"):
         raise ConfigError(
@@ -115,6 +138,11 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> BatchJob:
             f"{folder} has checkpoints of its own, from which it continues: give --resume with another --output"
         )
 
+
+def _sbatch_options(arguments: argparse.Namespace, config, cores: int) -> list[str]:
+    """The options of sbatch, for the script's lines. Raises ConfigError."""
+    from train.config import ConfigError
+
     signal_before = math.ceil(config.guard.grace) + MARGIN
     limit = parse_minutes(arguments.time) if arguments.time else None
     if limit is not None and limit * 60 <= signal_before:
@@ -122,10 +150,9 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> BatchJob:
             f"--time {arguments.time} leaves no time to train: ranks are asked to stop {signal_before} s before its "
             f"end (guard.grace {config.guard.grace:g} s and {MARGIN} s)"
         )
-    cores = arguments.cpus_per_task or config.data.workers + BESIDE_WORKERS  # SLURM's default is one
     options = {
         "nodes": arguments.nodes,
-        "ntasks-per-node": tasks,
+        "ntasks-per-node": arguments.gpus_per_node or arguments.tasks_per_node,
         "gpus-per-node": arguments.gpus_per_node or None,
         "cpus-per-task": cores,
         "mem": arguments.mem,
@@ -143,25 +170,7 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> BatchJob:
                 f"--sbatch={option} is not an option of sbatch in its long form, such as --sbatch=--constraint=a100"
             )
         lines.append(_word("--sbatch", option))
-    srun_options = [f"--cpus-per-task={cores}"]  # since 22.05 srun does not inherit it from sbatch
-    if arguments.cpu_bind:
-        srun_options.append(f"--cpu-bind={arguments.cpu_bind}")
-    job = BatchJob(
-        run=folder,
-        config=f"{folder}/submitted/{stamp}.yaml",
-        name=_printable("--job-name", arguments.job_name or Path(folder).name),
-        seeds=seeds,
-        options=[*lines, "--requeue", "--open-mode=append"],
-        srun_options=srun_options,
-        environment=_environment(arguments),
-        resume=resume,
-        with_changes=arguments.resume_with_changes,
-        stage_in=arguments.stage_in,
-        doctor=arguments.doctor,
-        max_restarts=arguments.max_restarts,
-    )
-    check_run(config, arguments.nodes * tasks, job)
-    return job
+    return [*lines, "--requeue", "--open-mode=append"]
 
 
 def check_run(config, world: int, job: BatchJob) -> None:
