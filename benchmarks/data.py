@@ -4,7 +4,6 @@ All decoders run on one thread and produce the same: random resized crops of `si
 mirrored.
 """
 
-import importlib.util
 import io
 import os
 import time
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.augment import RECIPE, operation_costs
+from benchmarks.gpu.record import installed
 from benchmarks.measure import interleave, rates_table, summary
 from data_pipeline.augment import augment, sample_keys
 from data_pipeline.backends import open_backend
@@ -140,10 +140,10 @@ def decoding(images: Images) -> dict[str, Callable[[], None]]:
     ways = {"this decoder, bytes in memory": decoder, "webdataset backend": backend("webdataset")}
     if images.split.beton:
         ways["ffcv backend"] = backend("ffcv")
-    if _installed("nvidia.dali"):
+    if installed("nvidia.dali"):
         ways["dali backend (CPU)"] = backend("dali")
         ways["DALI's stock CPU pipeline"] = _dali_stock(images)
-    if _installed("ffcv") and images.split.beton:
+    if installed("ffcv") and images.split.beton:
         ways["FFCV's stock loader and decoder"] = _ffcv_stock(images)
     ways["torchvision transforms in a DataLoader"] = _torchvision(images)
     ways["timm create_transform, crop and flip"] = _timm(images, recipe=False)
@@ -154,19 +154,12 @@ def decoding(images: Images) -> dict[str, Callable[[], None]]:
 
 def absent(split: Split) -> list[str]:
     """One sentence for each way that cannot be measured on this machine or dataset."""
-    sentences = [f"{name} is not installed: not measured" for name in ("nvidia.dali", "ffcv") if not _installed(name)]
+    sentences = [f"{name} is not installed: not measured" for name in ("nvidia.dali", "ffcv") if not installed(name)]
     if not split.beton:
         sentences.append(
             "the dataset has no beton (launch/prepare.py --formats webdataset,ffcv): the ffcv backend is not measured"
         )
     return sentences
-
-
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def _pillow(images: Images, out: np.ndarray) -> None:

@@ -60,14 +60,15 @@ def rounds_of(step: Callable[[], object], device: torch.device, steps: int, roun
     return found[1:]
 
 
-def host_seconds(step: Callable[[], object], device: torch.device, steps: int = 5) -> float:
-    """Seconds that the host is busy with a step when it does not wait for the device: the median of `steps`."""
+def host_seconds(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Seconds that the host is busy with a call when it does not wait for the device: the median of 5 rounds."""
     found = []
-    for _ in range(steps):
+    for _ in range(5):
         finish(device)
         began = time.perf_counter()
-        step()
-        found.append(time.perf_counter() - began)
+        for _ in range(repeats):
+            call()
+        found.append((time.perf_counter() - began) / repeats)
     finish(device)
     return statistics.median(found)
 

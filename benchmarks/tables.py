@@ -126,10 +126,10 @@ def speed_table(speed: dict[str, dict[str, dict]]) -> str:
     return markdown(titles, lines, numbers=True)
 
 
-def segmenters() -> str:
-    """Results of `bench.py segmenters`: the networks and their papers' figures."""
-    result = load("segmenters")
-    return f"{source(result)}\n\n{segmenter_table(result['counts'])}"
+def dense_counts(name: str, table: Callable[[list[dict]], str]) -> str:
+    """Results of `bench.py segmenters` or `bench.py detectors`: the networks and their papers' figures."""
+    result = load(name)
+    return f"{source(result)}\n\n{table(result['counts'])}"
 
 
 def segmenter_table(rows: list[dict[str, Any]]) -> str:
@@ -142,12 +142,6 @@ def segmenter_table(rows: list[dict[str, Any]]) -> str:
         flops = [f"{row['gflops']:.1f}", *compare(row["gflops"], row["paper_gflops"], ""), f"{row['attention']:.1f}"]
         lines.append([row["model"], f"{row['parameters']:,}", *released, *flops, row["paper_miou"] or "–"])
     return markdown(["backbone", *counts, "papers' mIoU, % (not reproduced here)"], lines, numbers=True)
-
-
-def detectors() -> str:
-    """Results of `bench.py detectors`: the networks and their papers' figures."""
-    result = load("detectors")
-    return f"{source(result)}\n\n{detector_table(result['counts'])}"
 
 
 def detector_table(rows: list[dict[str, Any]]) -> str:
@@ -194,9 +188,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-model": lambda: model_speeds("gpu-model-training", UNMEASURED),
     "counts": lambda: f"{source(load('models'))}\n\n{count_table(load('models')['counts'])}",
     "speed": speed,
-    "segmenters": segmenters,
+    "segmenters": lambda: dense_counts("segmenters", segmenter_table),
     "segmenter-steps": lambda: dense_steps("segmenters"),
-    "detectors": detectors,
+    "detectors": lambda: dense_counts("detectors", detector_table),
     "detector-steps": lambda: dense_steps("detectors"),
     "config": reference,
 }

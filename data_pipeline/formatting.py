@@ -1,4 +1,6 @@
-"""Text for people. Here and not in `train`, so that the progress of a long preparation can use it too."""
+"""Text for people. Here and not in `train`, so that preparation can use it too."""
+
+from collections.abc import Sequence
 
 
 def duration(seconds: float) -> str:
@@ -14,3 +16,9 @@ def duration(seconds: float) -> str:
     if minutes < 48 * 60:
         return f"{minutes // 60} h {minutes % 60:02} min"
     return f"{minutes // 1440} d {minutes % 1440 // 60:02} h"
+
+
+def first_five(names: Sequence[str]) -> str:
+    """The names with commas, from the sixth on as their number."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

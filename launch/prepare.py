@@ -14,7 +14,6 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -120,14 +119,10 @@ def run_index(options: argparse.Namespace) -> int:
     return 0
 
 
-def _first_five(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
-
-
 def _print_report(dest: Path) -> None:
     import json
 
+    from data_pipeline.formatting import first_five
     from data_pipeline.manifest import read_manifest
     from data_pipeline.preparation.finish import LIST_NAME, REPORT_NAME
 
@@ -151,14 +146,14 @@ def _print_report(dest: Path) -> None:
         print(f"  detection: {detection['classes']} classes")
     if not segmentation and not detection:
         classes = read_manifest(dest).classes
-        print(f"  classification: {len(classes)} classes ({_first_five(classes)})")
+        print(f"  classification: {len(classes)} classes ({first_five(classes)})")
     for name, split in report["splits"].items():
         parts = [
             f"{split['samples']} images",
             *(f"{split[outcome]} {words}" for outcome, words in names.items() if outcome in split),
         ]
         if absent := report.get("absent", {}).get(name):
-            parts.append(f"no {'pixel' if segmentation else 'image'} of {_first_five(absent)}")
+            parts.append(f"no {'pixel' if segmentation else 'image'} of {first_five(absent)}")
         print(f"  {name}: {'; '.join(parts)}")
         listed = listed or bool(split.keys() & {"transcoded", "repaired", "excluded", "empty"})
         boxes = boxes or bool(split.keys() & {"dropped", "partly_outside", "not_learnt"})

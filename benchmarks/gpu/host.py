@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from benchmarks.gpu.model import Bench, kernels_of
 from benchmarks.gpu.parts import OURS
 from benchmarks.gpu.record import ROOT, Record, Session
+from benchmarks.graphs import host_seconds
 from train.engine.flops import finish
 from train.engine.runtime import start_runtime, stop_runtime
 
@@ -34,7 +35,7 @@ def host(session: Session, record: Record) -> None:
     ways = {way: Way(bench, plain=way == "plain") for way in ("kernels", "plain")}
     session.turn()
     for name, call in found.items():
-        record.add(kind="call", name=name, us=1e6 * seconds_of_a_call(call, bench.device, session.size(200, 2)))
+        record.add(kind="call", name=name, us=1e6 * host_seconds(call, bench.device, session.size(200, 2)))
     for name, way in ways.items():
         times = [way.host_seconds() for _ in range(session.size(9, 1))]
         forward, backward = (1e3 * median(column) for column in zip(*times, strict=True))
@@ -84,19 +85,6 @@ def calls(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], ob
         "hidden layer of the MLP, 1 launch with 4 descriptors": lambda: mlp.hidden(rows, w1, b1, slope, hidden),
         "its gradient, 1 launch with 4 descriptors": lambda: mlp.hidden_gradient(dy.flatten(0, 1), w2, slope),
     }
-
-
-def seconds_of_a_call(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The host's seconds for one call, without waiting for the device in between: the median of 5 rounds."""
-    found = []
-    for _ in range(5):
-        finish(device)
-        began = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        found.append((time.perf_counter() - began) / repeats)
-    finish(device)
-    return median(found)
 
 
 class Way:

@@ -16,6 +16,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_pipeline.durable import write_atomically
+
 ROOT = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
 Judge = Callable[[list[dict]], tuple[bool, str]]
@@ -150,9 +152,7 @@ class Record:
             yield result
             _judge(result, self.judge)
             result |= {**where, "seconds": round(time.time() - result["began"], 1)}
-            new = self.path.with_suffix(".new")
-            new.write_text(json.dumps(result, indent=1) + "\n")
-            new.replace(self.path)
+            write_atomically(self.path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 @contextmanager

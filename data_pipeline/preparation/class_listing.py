@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.formatting import first_five
 from data_pipeline.preparation.image_source import SPLIT_NAMES, SPLITS, Files, Items, Listing
 from data_pipeline.preparation.label_listing import OTHER_FOLDERS, check_no_label_maps
 from data_pipeline.preparation.labels import check_names
@@ -84,7 +85,7 @@ def _check_folders_have_images(
 def check_same_classes(what: str | Path, train: Iterable[str], val: Iterable[str]) -> None:
     only = {"train": set(train) - set(val), "val": set(val) - set(train)}
     if any(only.values()):
-        odd = " and ".join(f"only {split} has {_first_few(names)}" for split, names in only.items() if names)
+        odd = " and ".join(f"only {split} has {first_five(sorted(names))}" for split, names in only.items() if names)
         raise DataError(f"{what}: train and val must have the same classes, but {odd}.")
 
 
@@ -114,8 +115,9 @@ def _split_folders(files: Files, skip: int, tops: dict[str, tuple[int, int]]) ->
     only_words, has_both = {top.lower() for top in tops} <= NAMES_OF_SPLITS, len(by_split) == len(SPLITS)
     if only_words and all(greatest == 1 for _, greatest in tops.values()):
         raise DataError(
-            f"the images of {root} lie in {_first_few(tops)}, without class folders: put them into train/<class>/ and "
-            "val/<class>/ or, for detection, add annotations/instances_train.json and annotations/instances_val.json."
+            f"the images of {root} lie in {first_five(sorted(tops))}, without class folders: put them into "
+            "train/<class>/ and val/<class>/ or, for detection, add annotations/instances_train.json and "
+            "annotations/instances_val.json."
         )
     if has_both and tops[by_split["train"]][0] > 1 and tops[by_split["val"]][1] == 1:
         train, val = (f"{root}/{by_split[split]}" for split in SPLITS)
@@ -130,12 +132,9 @@ def _split_folders(files: Files, skip: int, tops: dict[str, tuple[int, int]]) ->
             raise DataError(f"{files.source.path}/{stray} lies in no class folder, as others do: move it away.")
         return {}
     if len(by_split) < len(folders):
-        raise DataError(f"{root} has several folders of one split, {_first_few(folders)}: rename all but one.")
+        raise DataError(f"{root} has several folders of one split, {first_five(sorted(folders))}: rename all but one.")
     if len(tops) > 1 and folders and not has_both:
-        raise DataError(f"{root} has the folders {_first_few(tops)}; expected train and val, or class folders only.")
+        raise DataError(
+            f"{root} has the folders {first_five(sorted(tops))}; expected train and val, or class folders only."
+        )
     return folders
-
-
-def _first_few(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
