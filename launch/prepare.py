@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run_prepare(options: argparse.Namespace) -> int:
-    from data_pipeline.preparation.label_listing import LabelOptions
+    from data_pipeline.preparation.label_map_listing import LabelOptions
     from data_pipeline.preparation.object_listing import ObjectOptions
     from data_pipeline.preparation.prepare import prepare
     from data_pipeline.split import UsageError

@@ -131,7 +131,7 @@ class Run(RunParts):
             if step % order.steps_per_epoch == 0 and index == 0:
                 self.monitor.images(step, functools.partial(self.task.preview, inputs))
             torch.manual_seed(make_key(config.train.seed, Stream.MODEL, step, index))  # for the model's dropout
-            with guard.local_work(engine.updated_here):  # DeepSpeed's own backward pass needs the other ranks
+            with guard.local_work(engine.gradients_here):  # DeepSpeed's own backward pass needs the other ranks
                 losses[:, index] = engine.accumulate(inputs)
             self.statistics.add()
             batches.prepare()

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipeline.formatting import first_five
 from data_pipeline.preparation.image_source import SPLIT_NAMES, SPLITS, Files, Items, Listing
-from data_pipeline.preparation.label_listing import OTHER_FOLDERS, check_no_label_maps
+from data_pipeline.preparation.label_map_listing import OTHER_FOLDERS, check_no_label_maps
 from data_pipeline.preparation.labels import check_names
 from data_pipeline.preparation.object_listing import misnamed
 from data_pipeline.split import DataError

@@ -1,5 +1,4 @@
-"""The data types of a source of labelled images and of its listing. listing.py, label_listing.py, object_listing.py and
-torchvision_source.py use them.
+"""The data types of a source of labelled images and of its listing.
 
 In classification every image has one class, in segmentation it has a label map, in detection it has objects.
 """

@@ -1,6 +1,6 @@
 """List and read the images of a source: a folder, a tar, a tar of tars, or a torchvision dataset.
 
-Classes are taken from the folders by class_listing.py; sources with label maps are recognised by label_listing.py,
+Classes are taken from the folders by class_listing.py; sources with label maps are recognised by label_map_listing.py,
 those with boxes by object_listing.py.
 
 A source is listed once (`list_source`) and then read image by image, in any order and from any process (`read_image`).
@@ -22,7 +22,7 @@ from data_pipeline.preparation import torchvision_source
 from data_pipeline.preparation.class_listing import check_same_classes, sort_into_splits
 from data_pipeline.preparation.folders import walk
 from data_pipeline.preparation.image_source import Files, Items, Listing, Source
-from data_pipeline.preparation.label_listing import (
+from data_pipeline.preparation.label_map_listing import (
     CLASS_FILES,
     LONGEST_TEXT,
     NO_LABEL_OPTIONS,

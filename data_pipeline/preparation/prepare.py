@@ -21,7 +21,7 @@ from data_pipeline.durable import write_atomically
 from data_pipeline.manifest import FILE_NAME, Manifest, open_manifest, write_manifest
 from data_pipeline.preparation.finish import REPORT_NAME, files_beside, finish
 from data_pipeline.preparation.image_source import SPLITS, Items, Listing
-from data_pipeline.preparation.label_listing import LABEL_OPTIONS, NO_LABEL_OPTIONS, LabelOptions
+from data_pipeline.preparation.label_map_listing import LABEL_OPTIONS, NO_LABEL_OPTIONS, LabelOptions
 from data_pipeline.preparation.listing import add_val, list_source, open_source, read_image
 from data_pipeline.preparation.object_listing import NO_OBJECT_OPTIONS, OBJECT_OPTIONS, ObjectOptions, without_empty
 from data_pipeline.preparation.ownership import WORK, claim, remove_work_folder, work_folder

@@ -19,8 +19,9 @@ def zero_stage(config: Config, world: int) -> int:
     return 0 if world == 1 and config.zero.stage < 3 and not config.zero.offload else config.zero.stage
 
 
-def updated_here(config: Config, world: int) -> bool:
-    """Whether Engine rather than DeepSpeed checks that gradients are finite, clips them and adapts fp16's loss scale.
+def gradients_here(config: Config, world: int) -> bool:
+    """Whether Engine rather than DeepSpeed differentiates, sums the gradients in fp32, checks that the sum is finite,
+    clips it and adapts fp16's loss scale. Only then can a micro-batch be replayed as a CUDA graph.
 
     Engine does this on the device. DeepSpeed synchronises the host with the device for it, up to four times a step at
     ZeRO 1 and 2. At ZeRO 3 (one synchronisation a step) and with offloading there is no way to replace DeepSpeed's
@@ -34,12 +35,12 @@ def deepspeed_config(config: Config, accumulation: int, device: torch.device) ->
 
     accumulation: micro-batches per rank and step.
 
-    If `updated_here`, the configuration declares fp32 although the weights are bf16 or fp16. DeepSpeed then sums
+    If `gradients_here`, the configuration declares fp32 although the weights are bf16 or fp16. DeepSpeed then sums
     gradients in fp32 and does not scale the loss. Declaring bf16 would select BF16_Optimizer at ZeRO 1, which checks
     gradients on the host.
     """
     stage = zero_stage(config, dist.get_world_size())
-    ours = updated_here(config, dist.get_world_size())
+    ours = gradients_here(config, dist.get_world_size())
     precision = config.train.precision
     zero = {
         "stage": stage,

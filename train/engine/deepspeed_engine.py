@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from train.config import Config, ConfigError
 from train.engine import deepspeed_internals as internals
 from train.engine.batch_norm import accept_low_precision
-from train.engine.deepspeed_config import deepspeed_config, updated_here, zero_stage
+from train.engine.deepspeed_config import deepspeed_config, gradients_here, zero_stage
 from train.engine.deepspeed_start import import_deepspeed
 from train.engine.flat_masters import FlatMasters
 from train.engine.gradients import Gradients
@@ -94,7 +94,7 @@ class Engine:
         self.stage, self.offload = zero_stage(config, self.world), config.zero.offload
         self.dtype = DTYPES[config.train.precision]
         self.device, self.clip_grad = device, config.optimizer.clip_grad
-        self.updated_here = updated_here(config, self.world)
+        self.gradients_here = gradients_here(config, self.world)
         self._losses, self._accumulation, self._accumulated = losses, accumulation, 0
         # Divide losses by the number of micro-batches of all ranks before anything is rounded, so that the result does
         # not depend on the number of ranks. ZeRO 3 divides by the number of ranks itself.
@@ -111,15 +111,15 @@ class Engine:
         self._optimizer = self._engine.optimizer
         if self.stage == 0:
             self._masters = FlatMasters(base, self.rank, self.world)
-        if self.updated_here:
+        if self.gradients_here:
             flat = internals.flat_groups(self._optimizer) if self.stage else self._masters.groups
             self._gradients = Gradients(flat, self.stage, self.world)
             self._weights = [parameter for group in flat for parameter in group.parameters]
         # A GPU adds a long sum as a tree. A CPU adds one element after the other, which loses digits in fp32.
         self._norm_at_once = device.type == "cuda"
         fp16 = self.dtype == torch.float16
-        self._loss_scale = LossScale(device) if fp16 and self.updated_here else None
-        if fp16 and not self.updated_here:
+        self._loss_scale = LossScale(device) if fp16 and self.gradients_here else None
+        if fp16 and not self.gradients_here:
             internals.keep_minimum_loss_scale(self._optimizer)
         # Batch size that the network is compiled for (another one would be compiled anew); 0 without compilation.
         self._compiled_for = config.train.micro_batch if config.train.compile else 0
@@ -127,7 +127,7 @@ class Engine:
         if config.train.compile:
             allow_shapes(shapes)
             self.module.compile(**compile_settings())  # at its first call; results differ by rounding only
-        self.graphs, self.about_graphs = graphs_wanted(config, device, self.updated_here, shapes)
+        self.graphs, self.about_graphs = graphs_wanted(config, device, self.gradients_here, shapes)
         self._differentiate, self._evaluate = self._differentiated, self._network
         if self.graphs:
             self._differentiate, self._evaluate = Replayed(self._differentiated), Replayed(self._network)
@@ -176,7 +176,7 @@ class Engine:
         return tree_map_only(Tensor, lambda output: output[:count], network(inputs))
 
     def _network(self, inputs: Tensor) -> Any:
-        return (self.module if self.updated_here else self._engine)(inputs.to(self.dtype))
+        return (self.module if self.gradients_here else self._engine)(inputs.to(self.dtype))
 
     def accumulate(self, inputs: Any) -> Tensor:
         """Add the gradient of one micro-batch's mean loss to the step's gradient, in fp32; returns all its losses.
@@ -186,7 +186,7 @@ class Engine:
         A loss that is not finite makes the gradient NaN, and thereby the norm on all ranks: the ranks agree to skip the
         step without a message or a synchronisation.
         """
-        if self.updated_here:
+        if self.gradients_here:
             losses, self._newest = self._differentiate(inputs)
             return losses
         losses = self._losses(self, inputs)
@@ -211,7 +211,7 @@ class Engine:
         self._accumulated = (self._accumulated + 1) % self._accumulation
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        if not self.updated_here:
+        if not self.gradients_here:
             return self._deepspeed_step()
         self._gradients.add(self._newest)
         self._newest = None

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from train.config import Config
-from train.engine.deepspeed_config import BUCKET_ELEMENTS, updated_here, zero_stage
+from train.engine.deepspeed_config import BUCKET_ELEMENTS, gradients_here, zero_stage
 from train.engine.graphs import graphs_wanted
 from train.engine.runtime import Runtime
 
@@ -26,7 +26,7 @@ def resident_bytes(model: nn.Module, config: Config, runtime: Runtime) -> dict[s
 def _gradient_bytes(model: nn.Module, config: Config, runtime: Runtime) -> int:
     """Bytes of a micro-batch's gradients, in the precision of the weights."""
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    here = updated_here(config, runtime.world)
+    here = gradients_here(config, runtime.world)
     if not here:
         return weights // (runtime.world if zero_stage(config, runtime.world) >= 2 else 1)
     # Each parameter's, and all of them in flat tensors, which in fp32 are the sums. A graph's results are copied.
@@ -51,13 +51,13 @@ def optimizer_bytes(model: nn.Module, config: Config, runtime: Runtime) -> int:
         return sums + _bucket_bytes(stage, half) + snapshot
     master = 4 if half or stage else 0
     states = weights * (master + moments) // (world if stage else 1) + weights * average // world
-    return states + _sum_bytes(weights, half, stage, world, updated_here(config, world)) + snapshot
+    return states + _sum_bytes(weights, half, stage, world, gradients_here(config, world)) + snapshot
 
 
 def _sum_bytes(weights: int, half: bool, stage: int, world: int, here: bool) -> int:
     """Bytes of the fp32 sums of gradients and of the buffers in which gradients are communicated.
 
-    here: whether Engine, and not DeepSpeed, sums (`updated_here`).
+    here: whether Engine, and not DeepSpeed, sums (`gradients_here`).
     """
     own = 4 * weights // (world if stage else 1)
     if here:

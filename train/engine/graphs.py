@@ -67,7 +67,9 @@ class Replayed:
         return outputs, graph.replay
 
 
-def graphs_wanted(config: Config, device: torch.device, updated_here: bool, shapes: int = 1) -> tuple[bool, str | None]:
+def graphs_wanted(
+    config: Config, device: torch.device, gradients_here: bool, shapes: int = 1
+) -> tuple[bool, str | None]:
     """Whether steps are replayed as CUDA graphs (train.cuda_graphs), and a sentence about it for the log.
 
     shapes: how many shapes the inputs may have. Each would be a graph of its own, which keeps a gradient in memory.
@@ -80,7 +82,7 @@ def graphs_wanted(config: Config, device: torch.device, updated_here: bool, shap
         return False, None
     if wanted is False or (wanted == "auto" and not config.train.compile):
         return False, None
-    if not updated_here:
+    if not gradients_here:
         why = "zero.offload" if config.zero.offload else f"zero.stage={config.zero.stage}"
         if wanted is True:
             raise ConfigError(f"train.cuda_graphs=true does not work with {why}; auto leaves them out")

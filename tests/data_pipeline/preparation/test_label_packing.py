@@ -11,7 +11,7 @@ from PIL import Image
 from data_pipeline.annotations import add_annotation
 from data_pipeline.manifest import open_manifest
 from data_pipeline.preparation.foreign import index
-from data_pipeline.preparation.label_listing import LabelOptions
+from data_pipeline.preparation.label_map_listing import LabelOptions
 from data_pipeline.preparation.pack import INDEX, read_done
 from data_pipeline.preparation.verify import verify
 from data_pipeline.split import LABEL_MAP, RECORD, DataError, UsageError

@@ -10,7 +10,7 @@ import pytest
 from data_pipeline.manifest import open_manifest
 from data_pipeline.object_targets import ObjectTargets
 from data_pipeline.objects import ObjectTable
-from data_pipeline.preparation.label_listing import LabelOptions
+from data_pipeline.preparation.label_map_listing import LabelOptions
 from data_pipeline.preparation.listing import add_val, list_source, open_source
 from data_pipeline.preparation.object_listing import ObjectOptions
 from data_pipeline.split import IMAGES, DataError, UsageError

@@ -15,7 +15,7 @@ from tests.oracle import assert_same_state, ids_by_step, scores, state
 from tests.runs import events, losses, run, start
 from tests.train.test_families import TINY, with_model
 from train.config import ConfigError, load_config
-from train.engine.deepspeed_config import updated_here
+from train.engine.deepspeed_config import gradients_here
 from train.engine.flat import ALIGNMENT, FlatGroup, flattened
 from train.engine.graphs import graphs_wanted
 
@@ -53,7 +53,7 @@ class Replay:
             return outputs, replay
 
         Replayed.record = record
-        engine.graphs_wanted = lambda config, device, updated_here, shapes: (updated_here, "replayed")
+        engine.graphs_wanted = lambda config, device, gradients_here, shapes: (gradients_here, "replayed")
         if self.also:
             self.also(rank)
 
@@ -133,7 +133,7 @@ def test_without_a_gpu_graphs_are_refused(tiny_config, tmp_path):
 )
 def test_where_steps_are_replayed_on_a_gpu(tiny_config, settings, wanted, word):
     config = load_config(tiny_config, settings)
-    found, sentence = graphs_wanted(config, torch.device("cuda"), updated_here(config, world=2))
+    found, sentence = graphs_wanted(config, torch.device("cuda"), gradients_here(config, world=2))
     assert found == wanted
     assert (word in sentence) if word else sentence is None
 
@@ -151,7 +151,7 @@ def test_graphs_of_inputs_of_many_shapes_must_be_demanded(tiny_config):
 def test_graphs_that_are_demanded_where_they_cannot_be_are_refused(tiny_config, settings, word):
     config = load_config(tiny_config, ["train.cuda_graphs=true", *settings])
     with pytest.raises(ConfigError, match=word):
-        graphs_wanted(config, torch.device("cuda"), updated_here(config, world=2))
+        graphs_wanted(config, torch.device("cuda"), gradients_here(config, world=2))
 
 
 def test_parameters_lie_aligned_in_a_flat_tensor_and_keep_their_values():

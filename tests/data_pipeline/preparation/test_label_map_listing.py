@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.manifest import open_manifest
-from data_pipeline.preparation.label_listing import NO_LABEL_OPTIONS, LabelOptions
+from data_pipeline.preparation.label_map_listing import NO_LABEL_OPTIONS, LabelOptions
 from data_pipeline.preparation.listing import add_val, list_source, open_source
 from data_pipeline.split import DataError, UsageError
 from tests.data_pipeline import images
