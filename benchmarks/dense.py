@@ -40,12 +40,12 @@ def compare_with_classifier(ways: dict[str, Callable[[], None]], batch: int, rou
     return {way: {**row, "megabytes": kept[way]} for way, row in rates.items()}
 
 
-def training_step(model: nn.Module, batch: int, loss: Callable[[Any], Tensor]) -> Callable[[], None]:
-    """A function that runs one training step on random images of 224 x 224 pixels, on the CPU in fp32: forward,
+def training_step(model: nn.Module, batch: int, loss: Callable[[Any], Tensor], size: int = 224) -> Callable[[], None]:
+    """A function that runs one training step on random images of `size` x `size` pixels, on the CPU in fp32: forward,
     backward and SGD. loss: of what the model gives.
     """
     model.train()
-    images = torch.randn(batch, 3, 224, 224)
+    images = torch.randn(batch, 3, size, size)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, fused=True)
 
     def run() -> None:

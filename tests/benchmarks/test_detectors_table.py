@@ -37,6 +37,6 @@ def test_a_step_trains_the_network():
     torch.manual_seed(0)
     model = catmodel.create_detector("atss", "cat_nano", 3, neck_channels=8, head_channels=32, head_convs=1)
     before = {name: value.clone() for name, value in model.named_parameters()}
-    training_step(model, 1, loss)()
+    training_step(model, 1, loss, 64)()
     same = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}
     assert same == {"backbone.norm0.weight", "backbone.norm0.bias"}, "no map uses them"

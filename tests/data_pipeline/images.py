@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import shutil
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +57,16 @@ def contents(dest: Path, leave_out: tuple[str, ...] = ()) -> dict[str, str]:
     """SHA-256 of every file of a dataset."""
     paths = (path for path in dest.rglob("*") if path.is_file() and path.name not in leave_out)
     return {str(path.relative_to(dest)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def without_manifest(dataset: Path, dest: Path, classes: Sequence[str] = ()) -> Path:
+    """A copy of a dataset's shards, with a file of its classes if they are given, but without manifest and tables."""
+    dest.mkdir()
+    for path in dataset.glob("*.tar"):
+        shutil.copy(path, dest)
+    if classes:
+        (dest / "classes.txt").write_text("\n".join(classes))
+    return dest
 
 
 def stored(dest: Path, split: str) -> list[tuple[bytes, int]]:

@@ -1,4 +1,3 @@
-import io
 import itertools
 import os
 import sys
@@ -23,6 +22,7 @@ from data_pipeline.order import Order
 from data_pipeline.preparation.beton import require_ffcv
 from data_pipeline.split import DataError, Split, UsageError
 from data_pipeline.views import Crops
+from tests.data_pipeline.images import encoded
 from tests.data_pipeline.shards import add_beton, jpeg, picture, write_split
 
 WITHOUT_DALI = "nvidia-dali is not installed (the optional extra `dali`)"
@@ -66,12 +66,6 @@ def test_any_samples_in_any_order(split, images):
 
 
 # --- all backends give the same pixels -------------------------------------------------------------------------------
-
-
-def encoded(image: Image.Image, format: str = "JPEG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,10 @@ from data_pipeline.backends import open_backend
 from data_pipeline.decode import DECODER
 from data_pipeline.preparation.beton import _Samples, _Task
 from data_pipeline.split import DataError, Split
+from tests.data_pipeline.images import encoded
 from tests.data_pipeline.shards import add_beton, jpeg, picture, write_split
 
 SIZE = 32
-
-
-def encoded(image: Image.Image, format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def rotated_by_exif(image: Image.Image) -> bytes:

@@ -1,42 +1,24 @@
 """The drawn scenes are reproducible, and their boxes and outlines are the shapes that one sees."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.data_pipeline.drawing import check_drawing, draw
+
+PROGRAM = "draw_boxes.py"
 CLASSES = ("cross", "disk", "ring", "square", "triangle")
 
 
-def call(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "examples/draw_boxes.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_scenes_are_reproducible_and_not_drawn_twice(tmp_path):
-    small = ("--train", 12, "--val", 4)
-    for dest in ("one", "two"):
-        assert call(tmp_path / dest, *small).returncode == 0
-    drawn = files(tmp_path / "one")
-    assert drawn == files(tmp_path / "two")
+    drawn = check_drawing(PROGRAM, tmp_path, "--train", 12, "--val", 4)
     assert len(drawn) == 12 + 4 + 2 + 1
-    again = call(tmp_path / "one", *small)
-    assert again.returncode == 0 and "already drawn" in again.stdout
-    other = call(tmp_path / "one", *small, "--seed", 1)
-    assert other.returncode == 78 and "drawn with other arguments" in other.stderr
 
 
 def test_boxes_and_outlines_fit_their_shapes(tmp_path):
     """Inside an outline it is brighter than around it; its extremes are the box; its pixels are the area."""
-    assert call(tmp_path, "--train", 60, "--val", 1).returncode == 0
+    assert draw(PROGRAM, tmp_path, "--train", 60, "--val", 1).returncode == 0
     document = json.loads((tmp_path / "annotations/instances_train.json").read_text())
     assert [each["name"] for each in document["categories"]] == list(CLASSES)
     sizes, brighter = set(), []

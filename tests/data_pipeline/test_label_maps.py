@@ -1,6 +1,5 @@
 """Label maps: decoded, checked, cut like their images, chosen by their classes, on their way through the loader."""
 
-import io
 from dataclasses import replace
 from itertools import islice
 
@@ -15,7 +14,7 @@ from data_pipeline.manifest import open_manifest
 from data_pipeline.order import Order
 from data_pipeline.split import DataError, Split
 from data_pipeline.views import ScaledCrops
-from tests.data_pipeline.images import run
+from tests.data_pipeline.images import encoded, run
 from tests.data_pipeline.label_maps import make_folder, pixels, stored_pairs
 from tests.data_pipeline.labelled_splits import (
     CLASSES,
@@ -58,12 +57,6 @@ def test_cut_is_the_nearest_pixel(seed):
         assert inside[i, j] == there and cut[i, j] == (labels[row, column] if there else 255)
 
 
-def encoded(image: Image.Image, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", **options)
-    return buffer.getvalue()
-
-
 def test_labels_of_8_and_of_16_bits():
     labels = label_map(0, 20, 10)
     found = decode_labels(png(labels), (20, 10), CLASSES)
@@ -77,8 +70,11 @@ GRAY = label_map(0, 20, 10)
 BAD = {
     "another_size": (png(label_map(0, 21, 10)), "it is 21x10 pixels where its image has 20x10"),
     "value": (png(np.full((10, 20), 5, np.uint8)), r"it has the value 5, and the classes are 0 to 4 \(255: ignored\)"),
-    "palette": (encoded(Image.fromarray(GRAY).convert("P")), "it is not gray of 8 bits, as label maps of 5 classes"),
-    "rgb": (encoded(Image.fromarray(GRAY).convert("RGB")), "it is not gray of 8 bits"),
+    "palette": (
+        encoded(Image.fromarray(GRAY).convert("P"), "PNG"),
+        "it is not gray of 8 bits, as label maps of 5 classes",
+    ),
+    "rgb": (encoded(Image.fromarray(GRAY).convert("RGB"), "PNG"), "it is not gray of 8 bits"),
     "16_bits": (png(GRAY.astype(np.uint16)), "it is not gray of 8 bits"),
     "jpeg": (jpeg(0, 20, 10), "cannot identify image file"),
     "cut": (png(np.random.default_rng(0).integers(0, 5, (10, 20), dtype=np.uint8))[:-60], "truncated"),

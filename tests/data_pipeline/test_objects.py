@@ -21,7 +21,7 @@ from data_pipeline.preparation.verify import verify
 from data_pipeline.split import CATEGORY_IDS, DETECTION, IMAGE, IMAGES, OBJECT, OBJECT_JSON, OBJECTS, DataError
 from data_pipeline.validate import BadImage
 from tests.data_pipeline.boxes import CLASSES, document_of, make_coco
-from tests.data_pipeline.images import contents, encoded, listed, make_tar, picture, run
+from tests.data_pipeline.images import contents, encoded, listed, make_tar, picture, run, without_manifest
 
 SIZE = (40, 30)
 
@@ -185,12 +185,7 @@ def test_a_split_without_a_table_is_refused(dataset, tmp_path):
 
 @pytest.fixture
 def foreign(dataset, tmp_path):
-    """The shards of `dataset` with the names of the classes, without manifest, index and reports."""
-    (tmp_path / "foreign").mkdir()
-    for path in dataset.glob("*.tar"):
-        shutil.copy(path, tmp_path / "foreign")
-    (tmp_path / "foreign/classes.txt").write_text("\n".join(CLASSES))
-    return tmp_path / "foreign"
+    return without_manifest(dataset, tmp_path / "foreign", CLASSES)
 
 
 def test_our_own_shards_get_the_same_tables(dataset, foreign):

@@ -1,6 +1,5 @@
 """Starting, awaiting and observing `launch/prepare.py` as a process."""
 
-import hashlib
 import os
 import signal
 import subprocess
@@ -18,15 +17,6 @@ def command(*arguments) -> list[str]:
 
 def call(*arguments, cwd=None) -> subprocess.CompletedProcess:
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=100, cwd=cwd)
-
-
-def contents(dest: Path) -> dict[str, str]:
-    """SHA-256 of every file of a dataset."""
-    return {
-        str(path.relative_to(dest)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in dest.rglob("*")
-        if path.is_file()
-    }
 
 
 def fails_with(code: int, result: subprocess.CompletedProcess, *words: str) -> None:

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data_pipeline.images import contents, without_manifest
 from tests.launch.prepare_process import (
     SIZE,
     call,
     command,
-    contents,
     fails_with,
     finished_shards,
     kill,
@@ -262,11 +262,7 @@ def test_smaller_images(source, tmp_path):
 
 @pytest.fixture
 def foreign(dataset, tmp_path):
-    """The shards of `dataset`, without manifest, index and reports."""
-    (tmp_path / "foreign").mkdir()
-    for path in dataset.glob("*.tar"):
-        shutil.copy(path, tmp_path / "foreign")
-    return tmp_path / "foreign"
+    return without_manifest(dataset, tmp_path / "foreign")
 
 
 def test_index(foreign, dataset):

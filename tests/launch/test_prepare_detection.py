@@ -11,9 +11,9 @@ from PIL import Image
 from data_pipeline.manifest import open_manifest
 from data_pipeline.objects import ObjectTable
 from tests.data_pipeline.boxes import change, document_of, make_coco
+from tests.data_pipeline.images import contents
 from tests.launch.prepare_process import (
     call,
-    contents,
     fails_with,
     finished_shards,
     kill,

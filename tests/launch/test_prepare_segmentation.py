@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from data_pipeline.manifest import open_manifest
+from tests.data_pipeline.images import contents
 from tests.launch.prepare_process import (
     call,
-    contents,
     fails_with,
     finished_shards,
     kill,

@@ -16,7 +16,7 @@ from data_pipeline.preparation.pack import INDEX, read_done
 from data_pipeline.preparation.verify import verify
 from data_pipeline.split import LABEL_MAP, RECORD, DataError, UsageError
 from data_pipeline.validate import Encoding
-from tests.data_pipeline.images import contents, encoded, listed, make_tar, picture, run
+from tests.data_pipeline.images import contents, encoded, listed, make_tar, picture, run, without_manifest
 from tests.data_pipeline.label_maps import (
     CLASSES,
     SIZE,
@@ -255,12 +255,7 @@ def test_what_an_earlier_version_left_unfinished_is_read(tmp_path):
 
 @pytest.fixture
 def foreign(dataset, tmp_path):
-    """The shards of `dataset` with the names of the classes, without manifest, index and reports."""
-    (tmp_path / "foreign").mkdir()
-    for path in dataset.glob("*.tar"):
-        shutil.copy(path, tmp_path / "foreign")
-    (tmp_path / "foreign/classes.txt").write_text("\n".join(CLASSES))
-    return tmp_path / "foreign"
+    return without_manifest(dataset, tmp_path / "foreign", CLASSES)
 
 
 def test_our_own_shards_get_the_same_tables(dataset, foreign):
