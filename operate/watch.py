@@ -301,7 +301,9 @@ class Watched:
             limit = f"{self.guard['max_skipped']} in a row make the run go back to a checkpoint (guard.max_skipped)"
             alarms.append(f"{skipped} of the last {AMONG} steps were skipped, their gradients not finite; {limit}")
         if progress.rollback and (back := progress.rollback["to"]) > epoch_ago:
-            alarms.append(f"went back from step {progress.rollback['step']} to {back}: gradients were not finite")
+            alarms.append(
+                f"went back from step {progress.rollback['step']} to {back}: gradients or the state were not finite"
+            )
         if progress.bad_samples > budget / 2:
             alarms.append(
                 f"{progress.bad_samples} samples cannot be read; more than {budget} end the run (guard.bad_samples)"

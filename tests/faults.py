@@ -96,10 +96,17 @@ class NanLoss:
 
 @dataclass(frozen=True)
 class FlipBits:
-    """After step `step`, once, all exponent bits of one fp32 weight of rank `rank` are set, as by a memory fault."""
+    """After step `step`, the first `times` times, all exponent bits of one fp32 number of rank `rank` are set, as by a
+    memory fault.
+
+    what: the number's kind, as in a checkpoint: "model", "ema", a moment, or "buffer" and "ema_buffer" (a running
+    variance).
+    """
 
     rank: int
     step: int
+    what: str = "model"
+    times: int = 1
 
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
@@ -108,16 +115,23 @@ class FlipBits:
 
         from train.engine.ema import Ema
 
-        update, flipped = Ema.update, False
+        update, left = Ema.update, self.times
 
         def corrupting(ema: Ema, step: int, skipped: torch.Tensor) -> None:
-            nonlocal flipped
+            nonlocal left
             update(ema, step, skipped)
-            if step + 1 == self.step and not flipped:
-                ema.fragments[0].master.view(dtype=torch.int32)[0] |= 0x7F800000
-                flipped = True
+            if step + 1 == self.step and left:
+                self._victim(ema).view(-1).view(dtype=torch.int32)[0] |= 0x7F800000
+                left -= 1
 
         Ema.update = corrupting
+
+    def _victim(self, ema):
+        if self.what in ("buffer", "ema_buffer"):
+            buffers = ema.buffers if self.what == "ema_buffer" else ema.engine.buffers()
+            return next(buffer for name, buffer in buffers.items() if name.endswith("running_var"))
+        fragment = ema.engine.fragments()[0]
+        return {"model": fragment.master, "ema": ema.averages[0], **fragment.moments}[self.what]
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,11 @@ class RunParts:
         """A micro-batch on the device, as the task takes it."""
         return self.task.inputs(batch, self.order.epoch_of(batch.step), self.runtime.device)
 
+    @property
+    def must_go_back(self) -> bool:
+        """Whether too many steps in a row were skipped, or the state is not finite. The same on all ranks."""
+        return self.guard.skipped_too_often or self.saver.broken
+
     def epoch(self, done: int) -> float:
         return done / self.order.steps_per_epoch
 

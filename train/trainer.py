@@ -86,15 +86,12 @@ class Run(RunParts):
         if unscored or elsewhere:
             self.save(self.start)
         step = self.start
-        while step < self.last:
-            step = self.train_from(step)
+        while self.must_go_back or step < self.last:
+            step = self.go_back(step) if self.must_go_back else self.train_from(step)
         self.finish()
 
     def train_from(self, start: int) -> int:
-        """The loop: step after step from `start`.
-
-        Returns the step that comes next: `last`, or a checkpoint's, to go back to.
-        """
+        """The loop: steps from `start` to `last`, or until the run must go back. Returns the step that it reached."""
         clock, guard, device = Clock(), self.guard, self.runtime.device
         with Prefetcher(self.batches(start), self.inputs, device, clock.waited, guard.waited) as batches:
             for step in range(start, self.last):
@@ -105,8 +102,8 @@ class Run(RunParts):
                 # Synchronise with this step only if it logs, evaluates or saves; otherwise with the previous one.
                 due = log or self.evaluation_due(done) or self.checkpoint_due(done)
                 self.guard.wait_for(done if due else step)
-                if self.guard.skipped_too_often:
-                    return self.go_back()
+                if self.must_go_back:
+                    return step
                 clock.finish_step()
                 self.monitor.advance()
                 self.samples.write(done, outcome.ids)
@@ -156,17 +153,18 @@ class Run(RunParts):
         if bad:
             bad_samples.agree(self.monitor)
 
-    def go_back(self) -> int:
-        """Load the newest checkpoint because too many steps in a row were skipped; returns its step."""
-        steps, why = self.guard.go_back()
-        self.guard.enter("save", steps[-1])
+    def go_back(self, reached: int) -> int:
+        """Load the newest checkpoint; returns its step."""
+        steps, why = self.guard.go_back(self.saver.begun if self.saver.broken else None)
+        reached = max(reached, steps[-1])
+        self.guard.enter("save", reached)
         self.saver.finish(self.monitor)
         restored = restore(self.resume.of_own(), self.config, self.manifest, self.order, self.engine, self.ema)
         if restored.path is None:
             raise TrainingFailed(f"{why}, and there is no checkpoint to go back to; {REMEDY}")
         self.saver.go_back(restored.step, restored.best)
         self.evaluation = Evaluation()
-        self.monitor.event("rollback", steps[-1], f"{why}: back to {restored.path}", steps=steps, to=restored.step)
+        self.monitor.event("rollback", reached, f"{why}: back to {restored.path}", steps=steps, to=restored.step)
         return restored.step
 
     def stop_if_asked(self, request: StopRequest | None, done: int) -> None:
@@ -205,7 +203,7 @@ class Run(RunParts):
         self.saver.save(done, self.evaluation.score(done, self.task.metrics[0]), self.monitor)
         if done == self.last:
             self.saver.finish(self.monitor)
-            if self.saver.saved != done:
+            if self.saver.saved != done and not self.saver.broken:
                 raise NotSaved(done, self.saver.failure)
 
     def finish(self) -> None:

@@ -169,7 +169,7 @@ def _incident(line: dict) -> tuple[str, str]:
             instead = f"sample {line['replaced_by']} is used instead"
         return "bad sample", f"{line['split']} {line['id']}: {line['reason']} ({instead})"
     if event == "rollback":
-        return "went back", f"to step {line['to']}: too many steps in a row were skipped"
+        return "went back", f"to step {line['to']}: too many steps in a row were skipped, or the state was not finite"
     if event == "save_failed":
         return "save failed", str(line["reason"])
     if event == "save_slow":

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.faults import FlipBits, NanLoss
 from tests.oracle import assert_same_state, ids_by_step, state
 from tests.runs import events, losses, run, start
-from train.checkpoint.info import checkpoint_path, read_info
+from tests.train.test_families import TINY, with_model
+from train.checkpoint.info import checkpoint_path, list_checkpoints, read_info
 
 LONG = [
     (0, "bf16", False),
@@ -145,8 +147,62 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_config, tmp_path):
     run(tiny_config, tmp_path / "whole", *settings, world=2)
     job = run(tiny_config, tmp_path / "run", *settings, world=2, before=FlipBits(1, step=7))
     (failed,) = events(tmp_path / "run", "save_failed")
-    assert failed["step"] == 10 and "is not finite: such weights are not saved" in failed["reason"]
+    assert failed["step"] == 10 and "is not finite: such a state is not saved" in failed["reason"]
     assert "checkpoint of step 10 NOT saved: rank 1: " in job.text()
     assert [line["to"] for line in events(tmp_path / "run", "rollback")] == [5]
     assert_same_state(state(tmp_path / "run", 16), state(tmp_path / "whole", 16))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+BROKEN = ["checkpoint.every_steps=2", "checkpoint.keep=9", "train.evaluate_every=0", "train.max_steps=7"]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_config, tmp_path_factory):
+    """By family, a config, and the folder of a run of 7 steps that was not disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    configs = {"cat": tiny_config, "cotnet": with_model(tiny_config, folder, TINY["cotnet"])}
+    for family, config in configs.items():
+        run(config, folder / family, *BROKEN)
+    return {family: (config, folder / family) for family, config in configs.items()}
+
+
+def shards(output) -> dict[str, torch.Tensor]:
+    """All tensors of all checkpoints of a run on one rank, and of its final weights."""
+    files = [path / "shard_00000.safetensors" for path in list_checkpoints(output / "checkpoints")]
+    files.append(output / "model.safetensors")
+    return {f"{file.relative_to(output)}/{key}": value for file in files for key, value in load_file(file).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "what", "step"),
+    [
+        *(("cat", what, 4) for what in ("ema", "exp_avg", "exp_avg_sq")),
+        *(("cotnet", what, 4) for what in ("buffer", "ema_buffer")),
+        ("cat", "ema", 7),  # found by the save that the run waits for
+    ],
+)
+def test_no_number_that_is_not_finite_is_saved(whole, tmp_path, family, what, step):
+    """No step need be skipped for it: the save at `step` refuses it, the run goes back and ends as without it."""
+    config, undisturbed = whole[family]
+    run(config, tmp_path, *BROKEN, before=FlipBits(0, step, what))
+    (failed,) = events(tmp_path, "save_failed")
+    assert failed["step"] == step and failed["reason"].startswith(f"rank 0: {what}/")
+    (back,) = events(tmp_path, "rollback")
+    assert back["steps"] == [step] and back["to"] == {4: 2, 7: 6}[step]
+    found = shards(tmp_path)
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert_same_state(found, shards(undisturbed))
+
+
+@pytest.mark.slow
+def test_all_ranks_go_back_from_what_one_found(tiny_config, tmp_path):
+    """Once: the second time, the run ends."""
+    job = start(tiny_config, tmp_path, *BROKEN, world=2, before=FlipBits(1, 4, "ema", times=2))
+    assert job.wait() == [70, 70]
+    assert [line["to"] for line in events(tmp_path, "rollback")] == [2]
+    assert (
+        "error: the state after step 4 was not finite, again after going back to a checkpoint"
+        in job.text().splitlines()[-1]
+    )

@@ -11,6 +11,8 @@ A save goes through these stages:
    checkpoints, or, after an error, the temporary folder.
 
 So a rank that cannot write does not stop training, and earlier checkpoints stay until a save has succeeded.
+
+A share with a number that is not finite is refused. No step mends such a state, so training has to go back (`broken`).
 """
 
 import queue
@@ -21,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -34,6 +37,8 @@ from train.engine.ema import Ema
 from train.guard.rank_store import Store
 from train.telemetry.metrics import Metric
 from train.telemetry.monitor import Monitor
+
+NOT_FINITE = "is not finite: such a state is not saved"
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,9 @@ class Saver:
     """This rank's part of writing the checkpoints `folder/step_%08d`, one save at a time.
 
     begun: step of the last save that was started. saved: step of the newest complete checkpoint. best: score of the
-    best checkpoint that is complete or being written. failure: error of the newest save that failed.
+    best checkpoint that is complete or being written. failure: error of the newest save that failed. broken: whether
+    the save of step `begun` was refused, because a number is not finite; all ranks learn of it at the next save, or in
+    `finish`.
     """
 
     def __init__(
@@ -91,21 +98,20 @@ class Saver:
         """
         self.begun = self.saved = step
         self.best = best
+        self.broken = self._refused = False
 
     def improves(self, score: float | None) -> bool:
         """Whether there is a score, and it is better than those of all checkpoints. All ranks call this.
 
         They get rank 0's answer, because `best` may differ between ranks while a save is failing.
         """
-        better = score is not None and self.metric.improves(score, self.best)
-        answer = torch.tensor(better, dtype=torch.uint8, device=self.engine.device)
-        dist.broadcast(answer, 0)
-        return bool(answer)
+        return self._as_rank_0(score is not None and self.metric.improves(score, self.best))
 
     def save(self, step: int, score: float | None, monitor: Monitor) -> None:
         """Take a snapshot of the state after `step` steps, and start writing it. All ranks call this at the same step.
 
-        Waits for the save before, if it is in progress. score: of this state, None if it was not evaluated.
+        Waits for the save before, if it is in progress; does nothing if that was refused. score: of this state, None if
+        it was not evaluated.
         """
         began = time.monotonic()
         if not self._idle.is_set():
@@ -117,6 +123,9 @@ class Saver:
             )
             monitor.event("save_slow", step, text, seconds=waited)
             began = time.monotonic()
+        self.broken = self._as_rank_0(self._refused)
+        if self.broken:
+            return
         self._count += 1
         counts = {"optimizer_step": self.engine.optimizer_step_count(), "loss_scale": self.engine.loss_scale_state()}
         info = replace(self.about, step=step, score=score, **counts)
@@ -135,6 +144,7 @@ class Saver:
         began = time.monotonic()
         self._idle.wait()
         dist.barrier()
+        self.broken = self._as_rank_0(self._refused)
         self.report(monitor, waited=time.monotonic() - began)
 
     def wait_and_report(self, monitor: Monitor) -> None:
@@ -174,6 +184,12 @@ class Saver:
                     reason=sentence,
                 )
 
+    def _as_rank_0(self, answer: bool) -> bool:
+        """Rank 0's answer, on all ranks."""
+        answer = torch.tensor(answer, dtype=torch.uint8, device=self.engine.device)
+        dist.broadcast(answer, 0)
+        return bool(answer)
+
     def _run_all(self) -> None:
         """The saving thread."""
         while work := self._work.get():
@@ -202,7 +218,7 @@ class Saver:
         answer = self.store.wait_for(f"{key}/end", self.timeout + 60) or "rank 0 does not answer"
         error, left = None if answer == "ok" else answer, []
         if error:
-            self.best = best
+            self.best, self._refused = best, NOT_FINITE in error
         if self.engine.rank == 0:
             if error:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -225,10 +241,10 @@ class Saver:
         self.store.set(key, answer)
 
     def _write(self, folder: Path, tensors: dict[str, Tensor], starts: dict[str, int]) -> str:
-        """Write this rank's shard; returns "ok", its name and its hash. Raises ValueError if a weight is not finite."""
-        broken = [key for key, tensor in tensors.items() if key.startswith("model/") and not tensor.isfinite().all()]
-        if broken:
-            raise ValueError(f"{broken[0].removeprefix('model/')} is not finite: such weights are not saved")
+        """Write this rank's shard; returns "ok", its name and its hash. Raises ValueError if a number is not finite."""
+        for key, tensor in tensors.items():
+            if not np.isfinite(tensor.float().numpy()).all():  # much faster than torch's isfinite
+                raise ValueError(f"{key} {NOT_FINITE}")
         folder.mkdir(parents=True, exist_ok=True)
         name = f"shard_{self.engine.rank:05d}.safetensors"
         return f"ok {name} {write_shard(folder / name, tensors, starts)}"
@@ -252,7 +268,7 @@ class Saver:
         for old in (f"save/{self._count - 1}/end", *(f"{key}/{rank}" for rank in range(self.engine.world))):
             self.store.delete(old)
         if failures:  # raise only after all ranks have reported, when none of them writes into the folder any more
-            raise OSError(failures[0])
+            raise OSError(min(failures, key=lambda failure: NOT_FINITE not in failure))  # training must learn of that
         write_manifest(temporary, replace(info, shards=shards))
         commit(temporary, final)
         return "ok"

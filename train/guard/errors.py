@@ -6,7 +6,7 @@ REMEDY = "lower optimizer.lr or optimizer.clip_grad, or use train.precision=bf16
 
 
 class TrainingFailed(Exception):
-    """Training cannot continue, because the gradients are repeatedly not finite."""
+    """Training cannot continue, because gradients, or the state, are repeatedly not finite."""
 
     exit_code = exit_codes.FAILED
 

@@ -96,12 +96,9 @@ class Guard:
         """Whether so many steps in a row were skipped that the run must go back to a checkpoint."""
         return self._skips.too_many
 
-    def go_back(self) -> tuple[list[int], str]:
-        """Forget the steps that were skipped; returns them and why the run goes back.
-
-        Raises TrainingFailed if it has before for these.
-        """
-        return self._skips.in_a_row, self._skips.go_back()
+    def go_back(self, refused: int | None) -> tuple[list[int], str]:
+        """Forget the steps that were skipped; returns for which steps the run goes back, and why: see Skips.go_back."""
+        return self._skips.go_back(refused)
 
     def close(self, error: BaseException | None = None) -> None:
         """The run has ended.

@@ -43,15 +43,19 @@ class Skips:
             self.in_a_row = [*self.in_a_row, step] if flag.numpy() else []
         return skipped
 
-    def go_back(self) -> str:
-        """The run goes back to an earlier step; returns why.
+    def go_back(self, refused: int | None) -> tuple[list[int], str]:
+        """The run goes back to an earlier step; returns for which steps, and why.
 
-        Raises TrainingFailed if it has gone back for these steps before.
+        refused: the step whose state was not saved because it was not finite; None: steps in a row were skipped. Raises
+        TrainingFailed if the run has gone back for these steps before.
         """
         self._pending.clear()
         steps, self.in_a_row = self.in_a_row, []
-        sentence = f"steps {steps[0]} to {steps[-1]} had no finite gradient"
+        if refused is None:
+            sentence = f"steps {steps[0]} to {steps[-1]} had no finite gradient"
+        else:
+            steps, sentence = [refused], f"the state after step {refused} was not finite"
         if self._gone_back_for.intersection(steps):
             raise TrainingFailed(f"{sentence}, again after going back to a checkpoint; {REMEDY}")
         self._gone_back_for.update(steps)
-        return sentence
+        return steps, sentence
