@@ -119,6 +119,7 @@ def make_job(arguments: argparse.Namespace, config, stamp: str) -> BatchJob:
 
 def _check(arguments: argparse.Namespace, folder: str, resume: str | None) -> None:
     """Raise ConfigError if arguments do not go together."""
+    from train.checkpoint.info import list_checkpoints
     from train.config import ConfigError
 
     if not arguments.gpus_per_node and not arguments.tasks_per_node:
@@ -133,7 +134,7 @@ def _check(arguments: argparse.Namespace, folder: str, resume: str | None) -> No
         raise ConfigError(
             f"--resume {arguments.resume} is not a checkpoint's folder: name a run's …/checkpoints/step_N"
         )
-    if resume and list(Path(folder, "checkpoints").glob("step_*")):
+    if resume and list_checkpoints(Path(folder, "checkpoints")):
         raise ConfigError(
             f"{folder} has checkpoints of its own, from which it continues: give --resume with another --output"
         )
@@ -205,8 +206,8 @@ def render(job: BatchJob, command: list[str]) -> str:
     if job.resume:
         environment += [
             "# Start from this checkpoint until the run has one of its own.",
-            'own=("$run"/checkpoints/step_*)',
-            f'[ -d "${{own[0]}}" ] || arguments+=(--resume {quote(job.resume)})',
+            'ls "$run/checkpoints" 2> /dev/null | grep -qxE "step_[0-9]{8,}" ||',
+            f"  arguments+=(--resume {quote(job.resume)})",
         ]
     values = {
         "command": shlex.join(command),

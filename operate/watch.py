@@ -14,6 +14,7 @@ from pathlib import Path
 
 from operate.run_folder import STARTS, MetricsTail, RunLog, hangs, read_config
 from train import exit_codes
+from train.checkpoint.info import list_checkpoints
 from train.guard.run_lock import WATCH
 from train.telemetry.formatting import clock, duration
 from train.telemetry.goodput import goodput
@@ -328,8 +329,7 @@ class Watched:
 
     def _checkpoint_size(self) -> int:
         """Bytes of the newest checkpoint, counted once for each."""
-        folder = self.run / "checkpoints"
-        newest = max(folder.glob("step_*"), default=None, key=lambda path: path.name)
+        newest = next(iter(list_checkpoints(self.run / "checkpoints")), None)
         if newest != self._size[0]:
             self._size = newest, sum(path.stat().st_size for path in newest.iterdir()) if newest else 0
         return self._size[1]

@@ -17,6 +17,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader import build_loader
 from data_pipeline.manifest import FILE_NAME, Manifest
 from data_pipeline.split import Split
+from train.checkpoint.info import list_checkpoints
 from train.tasks.base import Task
 
 CHUNK = 8 * 2**20  # bytes between two fsyncs
@@ -36,7 +37,7 @@ def disk(output: Path, amount: int, mark: str) -> dict:
     found = {
         "folder": str(folder),
         "free": _free(folder),
-        "held": sum(_size_of(checkpoint) for checkpoint in output.glob("checkpoints/step_*")),
+        "held": sum(_size_of(checkpoint) for checkpoint in list_checkpoints(output / "checkpoints")),
         "same": not mark or os.path.exists(mark),
     }
     try:

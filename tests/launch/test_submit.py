@@ -158,7 +158,7 @@ def test_resume_waits_for_the_run_to_have_a_checkpoint(tiny_config, tmp_path):
     (given / "manifest.json").touch()
     text = script(tiny_config, "--output", str(run), "--resume", str(given))
     lines = text.splitlines()
-    chosen = [line for line in lines if line.startswith(("run=", "arguments=", "own=", "[ -d"))] + [
+    chosen = [line for line in lines if line.startswith(("run=", "arguments=", "ls ", "  arguments+="))] + [
         'printf "%s\\n" "${arguments[@]}"'
     ]
 
@@ -169,7 +169,10 @@ def test_resume_waits_for_the_run_to_have_a_checkpoint(tiny_config, tmp_path):
         return result.stdout.splitlines()
 
     assert arguments()[-2:] == ["--resume", str(given)]
-    (run / "checkpoints" / "step_00000005").mkdir(parents=True)
+    (run / "checkpoints" / "step_00000002.bad").mkdir(parents=True)  # set aside by the user
+    assert arguments()[-2:] == ["--resume", str(given)]
+    script(tiny_config, "--output", str(run), "--resume", str(given))
+    (run / "checkpoints" / "step_00000005").mkdir()
     assert "--resume" not in arguments()
     assert not list(tmp_path.rglob("pwned"))
     result = submit("--config", str(tiny_config), "--gpus-per-node=2", "--output", str(run), "--resume", str(given))

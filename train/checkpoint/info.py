@@ -84,8 +84,15 @@ def write_manifest(folder: Path, info: CheckpointInfo) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints in `folder`, newest first, without validation."""
-    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    """Committed checkpoints in `folder`, newest first, without validation.
+
+    Other names, such as step_00000002.bad, are no checkpoints. Raises OSError if the folder cannot be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [folder / name for name in names if re.fullmatch(r"step_[0-9]{8,}", name)]
     return sorted(found, key=step_of, reverse=True)
 
 

@@ -28,7 +28,7 @@ class Resume:
         """resume: "auto", "never" or a checkpoint's path, of a run in the folder `output`."""
         checkpoints = output / "checkpoints"
         checkpoint = None if resume in ("auto", "never") else Path(resume)
-        begins = checkpoint is None and not any(checkpoints.glob("step_*"))
+        begins = checkpoint is None and not list_checkpoints(checkpoints)
         return Resume(checkpoints, checkpoint, resume == "never", begins, with_changes)
 
     def of_own(self) -> "Resume":

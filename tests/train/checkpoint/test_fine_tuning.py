@@ -229,3 +229,18 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(tiny_config, trained, tm
         assert len(lines) == 1 and re.search(sentence, lines[0]), job.text()
         assert "Traceback" not in job.text()
         assert not (tmp_path / str(number) / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_was_set_aside_is_none(trained, tiny_config, tmp_path):
+    """The run begins with its first weights, as if that folder were not there."""
+    settings = ["train.max_steps=2", "train.evaluate_every=0"]
+    for name in ("plain", "aside"):
+        if name == "aside":
+            shutil.copytree(
+                checkpoint_path(tmp_path / "plain/checkpoints", 2), tmp_path / "aside/checkpoints/step_00000002.bad"
+            )
+        job = start(tiny_config, tmp_path / name, *settings, "model.init_from=missing")
+        assert job.wait() == [78] and "model.init_from: there is no missing" in job.text()
+        run(tiny_config, tmp_path / name, *settings, f"model.init_from={trained}")
+    assert losses(tmp_path / "aside") == losses(tmp_path / "plain")
