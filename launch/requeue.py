@@ -6,6 +6,7 @@ count is kept in logs/restarts_<job>.json in the run's folder. Standard library 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -13,10 +14,11 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data_pipeline.faults import LASTING, StorageError, retried
 from launch.ranks import VERDICT_FILE, verdicts
 from train import exit_codes
 from train.exit_codes import FINAL
@@ -123,18 +125,15 @@ def newest_step(run: Path) -> int:
 
 def begin(run: Path, max_restarts: int) -> int:
     """Count this start. Return the job's exit code if there have been too many, else 0."""
-    path = Path(os.environ[VERDICT_FILE])
-    for report in path.parent.glob(f"{path.name}.*"):
-        report.unlink(missing_ok=True)
-    starts, step = _read_starts(run), newest_step(run)
-    starts = starts.next(step) if starts else Starts(step, 0)
+    with contextlib.suppress(StorageError, *LASTING):
+        retried(_forget_verdicts, os.environ[VERDICT_FILE])
+    starts = _next_starts(run)
     try:
-        _write_starts(run, starts)
-    except OSError as error:
-        say(
-            f"{_file(run)} cannot be written ({error.strerror}): every restart counts as one without a newer checkpoint"
-        )
-        starts = Starts(step, _restarts())
+        retried(lambda: _write_starts(run, starts), str(_file(run)))
+    except (StorageError, *LASTING) as error:
+        reason = (error.__cause__ or error).strerror
+        say(f"{_file(run)} cannot be written ({reason}): every restart counts as one without a newer checkpoint")
+        starts = replace(starts, idle=_restarts())
     say(f"start {_restarts()} of job {_job()} on {os.environ['SLURM_JOB_NODELIST']}, from {_name(starts.step)}")
     if starts.idle > max_restarts:
         why = f"no newer checkpoint than {_name(starts.step)} after {max_restarts} restarts"
@@ -149,7 +148,7 @@ def end(run: Path, max_restarts: int, code: int) -> int:
     if final(ended, _restarts()):
         say(f"{ended}: {FINAL[ended.code]}")
         return ended.code
-    after, deadline = (_read_starts(run) or Starts(-1, 0)).next(newest_step(run)), time.monotonic() + CONTROLLER_TIMEOUT
+    after, deadline = _next_starts(run), time.monotonic() + CONTROLLER_TIMEOUT
     while True:
         error = None
         try:
@@ -158,6 +157,8 @@ def end(run: Path, max_restarts: int, code: int) -> int:
                 subprocess.run(["scontrol", "requeue", _job()], check=True, capture_output=True, text=True)
         except subprocess.CalledProcessError as failed:
             error = " ".join(failed.stderr.split())
+        except (OSError, ValueError) as failed:
+            error = str(failed)
         if error is None:
             say(f"{ended}, {_name(after.step)}: {reason}")
             return ended.code
@@ -178,8 +179,10 @@ def _ask() -> JobState:
         name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")
     }  # a user's own filters
     answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    restarts, state, reason = answer.stdout.strip().split("|")[:3]
-    return JobState(int(restarts), state, reason)
+    fields = answer.stdout.strip().split("|")
+    if len(fields) < 3:
+        raise ValueError(f"squeue answered {answer.stdout!r}")
+    return JobState(int(fields[0]), fields[1], fields[2])
 
 
 def _job() -> str:
@@ -200,11 +203,31 @@ def _file(run: Path) -> Path:
     return run / "logs" / f"restarts_{os.environ['SLURM_JOB_ID']}.json"
 
 
+def _next_starts(run: Path) -> Starts:
+    """The state after one more start. If the disk does not answer, every restart counts as one without progress."""
+    try:
+        before = retried(lambda: _read_starts(run), str(_file(run)))
+        step = retried(lambda: newest_step(run), str(run / "checkpoints"))
+    except (StorageError, *LASTING) as error:
+        reason = (error.__cause__ or error).strerror
+        say(f"{run}'s restarts cannot be counted ({reason}): every one counts as one without a newer checkpoint")
+        return Starts(-1, _restarts())
+    return before.next(step) if before else Starts(step, 0)
+
+
 def _read_starts(run: Path) -> Starts | None:
+    """The state at the last start; None if there is none, or its file was not written whole."""
     try:
         return Starts(**json.loads(_file(run).read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
+
+
+def _forget_verdicts() -> None:
+    """Remove the reports of the start before."""
+    path = Path(os.environ[VERDICT_FILE])
+    for report in path.parent.glob(f"{path.name}.*"):
+        report.unlink(missing_ok=True)
 
 
 def _write_starts(run: Path, starts: Starts) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -304,24 +305,37 @@ def test_newest_step_counts_whole_checkpoints(tmp_path):
     assert newest_step(tmp_path) == 14
 
 
-def begin(run: Path, restart: int, max_restarts: int) -> subprocess.CompletedProcess:
-    """The command that the batch script runs at each start of job 7."""
+def requeue(run: Path, restart: int, max_restarts: int, *moment: str, fault: Path | None = None):
+    """The command that the batch script runs when job 7 starts, and when srun has ended with an exit code.
+
+    SLURM answers that the job is running, but the first answer is empty. fault: opening this fails, once.
+    """
     (run / "logs").mkdir(exist_ok=True)
+    commands = {
+        "squeue": f"[ -e {run}/asked ] && echo '{restart}|RUNNING|None'; touch {run}/asked",
+        "scontrol": f'echo "$@" >> {run}/requeued',
+    }
+    for name, command in commands.items():
+        (run / name).write_text(f"#!/bin/sh\n{command}\n")
+        (run / name).chmod(0o755)
     environment = {
+        "PATH": f"{run}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "n1",
+        "SLURM_JOB_NUM_NODES": "1",
         "SLURM_RESTART_COUNT": str(restart),
         VERDICT_FILE: str(run / "logs" / "verdict"),
     }
-    command = [
-        sys.executable,
-        str(ROOT / "launch" / "requeue.py"),
-        "begin",
-        str(run),
-        "--max-restarts",
-        str(max_restarts),
-    ]
+    program, count = str(ROOT / "launch" / "requeue.py"), ["--max-restarts", str(max_restarts)]
+    command = [sys.executable, program, moment[0], str(run), *count, *moment[1:]]
+    if fault:
+        inject = "inject=openat:error=ESTALE:when=1"
+        command = ["strace", "-qq", "-o", "/dev/null", "-e", "trace=openat", "-e", inject, "-P", str(fault), *command]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def begin(run: Path, restart: int, max_restarts: int, fault: Path | None = None) -> subprocess.CompletedProcess:
+    return requeue(run, restart, max_restarts, "begin", fault=fault)
 
 
 def test_starts_are_counted(tmp_path):
@@ -334,6 +348,29 @@ def test_where_the_counter_cannot_be_written_every_restart_counts(tmp_path):
     assert begin(tmp_path, 3, 3).returncode == 0
     result = begin(tmp_path, 3, 2)
     assert result.returncode == 1 and "cannot be written" in result.stdout and "not started" in result.stdout
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="making system calls fail needs strace")
+@pytest.mark.parametrize("name", ["logs/restarts_7.json", "checkpoints"])
+def test_a_fault_of_the_file_system_that_passes_ends_no_job(tmp_path, name):
+    """At the start, and when the job is to be requeued; nor does an empty answer of squeue's."""
+    (tmp_path / "checkpoints" / "step_00000004").mkdir(parents=True)
+    assert begin(tmp_path, 0, 1).returncode == 0
+    result = begin(tmp_path, 1, 1, fault=tmp_path / name)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "logs" / "restarts_7.json").read_text())["idle"] == 1
+    (tmp_path / "checkpoints" / "step_00000008").mkdir()
+    result = requeue(tmp_path, 1, 1, "end", "--code=137", fault=tmp_path / name)
+    assert result.returncode == 137 and "squeue answered ''" in result.stdout, result.stderr
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize("text", ["", None])
+def test_a_count_that_cannot_be_read_ends_no_job(tmp_path, text):
+    """An empty file, as a node that lost its power may leave it; and a folder in the file's place."""
+    path = tmp_path / "logs" / "restarts_7.json"
+    path.mkdir(parents=True) if text is None else (path.parent.mkdir(), path.write_text(text))
+    assert begin(tmp_path, 1, 1).returncode == 0
 
 
 def test_forms_of_seeds_and_times():
