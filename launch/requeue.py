@@ -1,15 +1,14 @@
 #!/usr/bin/env python
 """Decide for the batch script of launch/submit.py whether a run may start, and whether to requeue it when it has ended.
 
-A run that stopped or crashed is requeued, until --max-restarts restarts in a row have brought no newer checkpoint. The
-count is kept in logs/restarts_<job>.json in the run's folder. Standard library only.
+A run that stopped or crashed is requeued, until --max-restarts restarts in a row have brought no new checkpoint. The
+count is kept in logs/restarts_<job>.json in the run's folder. Light: without torch.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_pipeline.faults import LASTING, StorageError, retried
 from launch.ranks import VERDICT_FILE, verdicts
 from train import exit_codes
+from train.checkpoint.info import list_checkpoints, step_of
 from train.exit_codes import FINAL
 from train.telemetry.formatting import clock
 
@@ -39,16 +39,23 @@ CAUSES = (
 class Starts:
     """Progress over a job's starts.
 
-    step: of the newest checkpoint at the last start, -1 for none. idle: restarts in a row, the last one included, that
-    found no newer checkpoint.
+    checkpoints: those that the last start found, as from find_checkpoints. idle: restarts in a row, the last one
+    included, that found no new one. A new one may have a smaller step than an old one that is damaged.
     """
 
-    step: int
+    checkpoints: dict[str, int]
     idle: int
 
-    def next(self, step: int) -> "Starts":
-        """The state after one more start, which finds `step`."""
-        return Starts(step, 0 if step > self.step else self.idle + 1)
+    def next(self, checkpoints: dict[str, int]) -> "Starts":
+        """The state after one more start, which finds `checkpoints`."""
+        return Starts(checkpoints, 0 if checkpoints.items() - self.checkpoints.items() else self.idle + 1)
+
+    @property
+    def newest(self) -> str:
+        """The checkpoint that was written last, for messages."""
+        if not self.checkpoints:
+            return "the beginning"
+        return f"step {step_of(Path(max(self.checkpoints, key=self.checkpoints.get)))}"
 
 
 @dataclass(frozen=True)
@@ -113,14 +120,13 @@ def decide(verdict: Verdict, after: Starts, max_restarts: int, restarts: int, jo
     if not (job.state == "RUNNING" or (job.state == "COMPLETING" and job.reason == "TimeLimit")):
         return False, f"SLURM has decided already (the job is {job.state}): it was cancelled, or will be started again"
     if after.idle > max_restarts:
-        return False, f"no newer checkpoint than {_name(after.step)} after {max_restarts} restarts; see the ranks' logs"
+        return False, f"no newer checkpoint than {after.newest} after {max_restarts} restarts; see the ranks' logs"
     return True, "put back into the queue"
 
 
-def newest_step(run: Path) -> int:
-    """The step of the newest committed checkpoint, -1 if there is none."""
-    names = os.listdir(run / "checkpoints") if (run / "checkpoints").is_dir() else []
-    return max((int(name[5:]) for name in names if re.fullmatch(r"step_\d{8,}", name)), default=-1)
+def find_checkpoints(run: Path) -> dict[str, int]:
+    """Name and time (ns) of each committed checkpoint: one whose step was taken again has another time."""
+    return {path.name: path.stat().st_mtime_ns for path in list_checkpoints(run / "checkpoints")}
 
 
 def begin(run: Path, max_restarts: int) -> int:
@@ -134,9 +140,9 @@ def begin(run: Path, max_restarts: int) -> int:
         reason = (error.__cause__ or error).strerror
         say(f"{_file(run)} cannot be written ({reason}): every restart counts as one without a newer checkpoint")
         starts = replace(starts, idle=_restarts())
-    say(f"start {_restarts()} of job {_job()} on {os.environ['SLURM_JOB_NODELIST']}, from {_name(starts.step)}")
+    say(f"start {_restarts()} of job {_job()} on {os.environ['SLURM_JOB_NODELIST']}, from {starts.newest}")
     if starts.idle > max_restarts:
-        why = f"no newer checkpoint than {_name(starts.step)} after {max_restarts} restarts"
+        why = f"no newer checkpoint than {starts.newest} after {max_restarts} restarts"
         say(f"not started: {why}; see the ranks' logs")
         return 1
     return 0
@@ -160,10 +166,10 @@ def end(run: Path, max_restarts: int, code: int) -> int:
         except (OSError, ValueError) as failed:
             error = str(failed)
         if error is None:
-            say(f"{ended}, {_name(after.step)}: {reason}")
+            say(f"{ended}, {after.newest}: {reason}")
             return ended.code
         if time.monotonic() > deadline:
-            say(f"{ended}, {_name(after.step)}: cannot be put back into the queue ({error}); submit it again")
+            say(f"{ended}, {after.newest}: cannot be put back into the queue ({error}); submit it again")
             return ended.code
         say(f"slurmctld does not answer, trying again ({error})")
         time.sleep(5)
@@ -195,10 +201,6 @@ def _restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
-def _name(step: int) -> str:
-    return f"step {step}" if step >= 0 else "the beginning"
-
-
 def _file(run: Path) -> Path:
     return run / "logs" / f"restarts_{os.environ['SLURM_JOB_ID']}.json"
 
@@ -207,19 +209,19 @@ def _next_starts(run: Path) -> Starts:
     """The state after one more start. If the disk does not answer, every restart counts as one without progress."""
     try:
         before = retried(lambda: _read_starts(run), str(_file(run)))
-        step = retried(lambda: newest_step(run), str(run / "checkpoints"))
+        checkpoints = retried(lambda: find_checkpoints(run), str(run / "checkpoints"))
     except (StorageError, *LASTING) as error:
         reason = (error.__cause__ or error).strerror
         say(f"{run}'s restarts cannot be counted ({reason}): every one counts as one without a newer checkpoint")
-        return Starts(-1, _restarts())
-    return before.next(step) if before else Starts(step, 0)
+        return Starts({}, _restarts())
+    return before.next(checkpoints) if before else Starts(checkpoints, 0)
 
 
 def _read_starts(run: Path) -> Starts | None:
-    """The state at the last start; None if there is none, or its file was not written whole."""
+    """The state at the last start; None if there is none, or its file is not whole or of an older program."""
     try:
         return Starts(**json.loads(_file(run).read_text()))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, TypeError):
         return None
 
 

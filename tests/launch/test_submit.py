@@ -1,23 +1,15 @@
-"""launch/submit.py and launch/requeue.py without a cluster; on a real one: test_slurm.py."""
+"""launch/submit.py without a cluster; on a real one: test_slurm.py."""
 
-import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from launch.ranks import VERDICT_FILE, verdicts
-from launch.requeue import JobState, Starts, Verdict, conclude, decide, newest_step
 from launch.submit import parse_minutes, parse_seeds
 from tests.runs import ROOT
-from train.exit_codes import FAILURES, FINAL
-
-RUNNING = JobState(0, "RUNNING", "None")
-FIRST = Starts(100, 0)
 
 
 def submit(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -178,199 +170,6 @@ def test_resume_waits_for_the_run_to_have_a_checkpoint(tiny_config, tmp_path):
     assert not list(tmp_path.rglob("pwned"))
     result = submit("--config", str(tiny_config), "--gpus-per-node=2", "--output", str(run), "--resume", str(given))
     assert result.returncode == 78 and "has checkpoints of its own" in result.stderr
-
-
-def of_all(code: int) -> Verdict:
-    return Verdict(code, 1, 1)
-
-
-@pytest.mark.parametrize("code", [1, 69, 71, 74, 75, 134, 137, 143])
-def test_what_stopped_or_crashed_comes_back(code):
-    assert decide(of_all(code), FIRST, 5, 0, RUNNING)[0]
-
-
-@pytest.mark.parametrize("code", FINAL)
-def test_what_is_over_does_not(code):
-    assert decide(of_all(code), FIRST, 5, 0, RUNNING) == (False, FINAL[code])
-
-
-def test_a_good_configuration_does_not_become_bad():
-    """At a restart, 78 means that the folder is still in use by ranks on a lost node."""
-    assert decide(of_all(78), FIRST, 5, 1, JobState(1, "RUNNING", "None"))[0]
-    assert not decide(of_all(65), FIRST, 5, 1, JobState(1, "RUNNING", "None"))[0]
-
-
-@pytest.mark.parametrize(
-    ("words", "srun", "verdict", "again"),
-    [
-        ({78: {0, 1}}, 78, Verdict(78, 2, 2), False),
-        ({78: {1}}, 78, Verdict(78, 1, 2), True),
-        ({78: {1}, 75: {0}}, 143, Verdict(78, 1, 2), True),  # rank 0 was told to stop when rank 1 had left
-        ({78: {1}, 1: {0}}, 78, Verdict(78, 1, 2), True),  # it has lost its neighbour
-        ({65: {0, 1}, 1: {1}}, 65, Verdict(65, 2, 2), False),
-        ({65: {0}, 78: {1}}, 78, Verdict(65, 1, 2), True),
-        ({65: {0}, 74: {1}}, 74, Verdict(65, 1, 2), True),
-        ({70: {0, 1}}, 143, Verdict(70, 2, 2), False),
-        ({69: {0}}, 143, Verdict(69, 1, 2), True),
-        ({74: {0, 1}}, 74, Verdict(74, 2, 2), True),
-        ({0: {0}, 1: {1}}, 1, Verdict(0, 2, 2), False),
-        ({}, 0, Verdict(1, 2, 2), True),  # srun could not start the ranks
-        ({}, 78, Verdict(1, 2, 2), True),
-        ({}, 137, Verdict(137, 2, 2), True),
-        ({75: {0, 1}}, 75, Verdict(75, 2, 2), True),
-    ],
-)
-def test_a_final_code_is_one_that_every_node_says(words, srun, verdict, again):
-    assert conclude(words, 2, srun) == verdict
-    assert decide(verdict, FIRST, 5, 0, RUNNING)[0] == again
-
-
-def test_what_one_node_says_is_named():
-    assert str(Verdict(78, 1, 2)) == "exit code 78, on 1 of 2 nodes alone" and str(Verdict(74, 1, 2)) == "exit code 74"
-
-
-def test_the_words_of_two_nodes(tmp_path):
-    """Reports are written by ranks and read; those of the previous start are removed."""
-    program = (
-        "import sys; from launch.ranks import report_verdict, wait_for_verdicts; "
-        "report_verdict(int(sys.argv[1]), everywhere=len(sys.argv) > 2); wait_for_verdicts(bool)"
-    )
-    path = tmp_path / "logs" / "verdict"
-
-    def word(node: int, *arguments: str) -> None:
-        environment = {
-            "SLURM_NODEID": str(node),
-            "SLURM_STEP_NUM_NODES": "2",
-            "RANK": str(node),
-            VERDICT_FILE: str(path),
-        }
-        subprocess.run(
-            [sys.executable, "-c", program, *arguments], cwd=ROOT, env={**os.environ, **environment}, check=True
-        )
-
-    path.parent.mkdir()
-    word(0, "78", "for all nodes")
-    assert verdicts(str(path)) == {78: {0, 1}}
-    word(1, "65")
-    assert verdicts(str(path)) == {65: {1}, 78: {0, 1}}
-    assert begin(tmp_path, 0, 1).returncode == 0
-    assert verdicts(str(path)) == {}
-
-
-def test_the_table_of_the_docs_is_that_of_the_code():
-    rows = [
-        [re.sub(r"\[(.*?)\]\(.*?\)", r"\1", cell).strip() for cell in line.strip("|\n").split("|")]
-        for line in table_of_failures()
-    ]
-    codes = lambda failure: ", ".join(map(str, failure.codes)) or "any other, such as 137, 247, -9"  # noqa: E731
-    expected = [[codes(failure), failure.what, failure.who, "yes" if failure.again else "no"] for failure in FAILURES]
-    assert [row[:4] for row in rows] == expected
-
-
-def table_of_failures() -> list[str]:
-    lines = (ROOT / "docs" / "failures.md").read_text().splitlines()
-    first = next(number for number, line in enumerate(lines) if line.startswith("| exit code "))
-    return [line for line in lines[first + 2 : lines.index("", first)]]
-
-
-@pytest.mark.parametrize(
-    ("job", "requeue"),
-    [
-        (JobState(0, "COMPLETING", "TimeLimit"), True),
-        (JobState(0, "COMPLETING", "None"), False),  # cancelled; or preempted or requeued, which SLURM does itself
-        (JobState(1, "COMPLETING", "None"), False),
-        (JobState(1, "PENDING", "BeginTime"), False),
-        (JobState(1, "RUNNING", "None"), False),  # runs elsewhere, while this node was lost
-        (JobState(0, "CANCELLED", "None"), False),
-    ],
-)
-def test_only_what_slurm_would_end_is_requeued(job, requeue):
-    assert decide(of_all(75), FIRST, 5, 0, job)[0] == requeue
-
-
-def test_restarts_without_a_newer_checkpoint_are_bounded():
-    starts = Starts(-1, 0)
-    for _ in range(3):
-        starts = starts.next(-1)
-    assert starts.idle == 3
-    assert decide(of_all(1), starts, 3, 0, RUNNING)[0]
-    assert not decide(of_all(1), starts.next(-1), 3, 0, RUNNING)[0]
-    assert starts.next(10) == Starts(10, 0)
-
-
-def test_newest_step_counts_whole_checkpoints(tmp_path):
-    assert newest_step(tmp_path) == -1
-    for name in ("step_00000007", "step_00000014", ".step_00000021.tmp", "step_x"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert newest_step(tmp_path) == 14
-
-
-def requeue(run: Path, restart: int, max_restarts: int, *moment: str, fault: Path | None = None):
-    """The command that the batch script runs when job 7 starts, and when srun has ended with an exit code.
-
-    SLURM answers that the job is running, but the first answer is empty. fault: opening this fails, once.
-    """
-    (run / "logs").mkdir(exist_ok=True)
-    commands = {
-        "squeue": f"[ -e {run}/asked ] && echo '{restart}|RUNNING|None'; touch {run}/asked",
-        "scontrol": f'echo "$@" >> {run}/requeued',
-    }
-    for name, command in commands.items():
-        (run / name).write_text(f"#!/bin/sh\n{command}\n")
-        (run / name).chmod(0o755)
-    environment = {
-        "PATH": f"{run}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "n1",
-        "SLURM_JOB_NUM_NODES": "1",
-        "SLURM_RESTART_COUNT": str(restart),
-        VERDICT_FILE: str(run / "logs" / "verdict"),
-    }
-    program, count = str(ROOT / "launch" / "requeue.py"), ["--max-restarts", str(max_restarts)]
-    command = [sys.executable, program, moment[0], str(run), *count, *moment[1:]]
-    if fault:
-        inject = "inject=openat:error=ESTALE:when=1"
-        command = ["strace", "-qq", "-o", "/dev/null", "-e", "trace=openat", "-e", inject, "-P", str(fault), *command]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-
-
-def begin(run: Path, restart: int, max_restarts: int, fault: Path | None = None) -> subprocess.CompletedProcess:
-    return requeue(run, restart, max_restarts, "begin", fault=fault)
-
-
-def test_starts_are_counted(tmp_path):
-    assert [begin(tmp_path, restart, 1).returncode for restart in range(3)] == [0, 0, 1]
-    assert json.loads((tmp_path / "logs" / "restarts_7.json").read_text()) == {"step": -1, "idle": 2}
-
-
-def test_where_the_counter_cannot_be_written_every_restart_counts(tmp_path):
-    (tmp_path / "logs" / "restarts_7.tmp").mkdir(parents=True)
-    assert begin(tmp_path, 3, 3).returncode == 0
-    result = begin(tmp_path, 3, 2)
-    assert result.returncode == 1 and "cannot be written" in result.stdout and "not started" in result.stdout
-
-
-@pytest.mark.skipif(shutil.which("strace") is None, reason="making system calls fail needs strace")
-@pytest.mark.parametrize("name", ["logs/restarts_7.json", "checkpoints"])
-def test_a_fault_of_the_file_system_that_passes_ends_no_job(tmp_path, name):
-    """At the start, and when the job is to be requeued; nor does an empty answer of squeue's."""
-    (tmp_path / "checkpoints" / "step_00000004").mkdir(parents=True)
-    assert begin(tmp_path, 0, 1).returncode == 0
-    result = begin(tmp_path, 1, 1, fault=tmp_path / name)
-    assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "logs" / "restarts_7.json").read_text())["idle"] == 1
-    (tmp_path / "checkpoints" / "step_00000008").mkdir()
-    result = requeue(tmp_path, 1, 1, "end", "--code=137", fault=tmp_path / name)
-    assert result.returncode == 137 and "squeue answered ''" in result.stdout, result.stderr
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-
-
-@pytest.mark.parametrize("text", ["", None])
-def test_a_count_that_cannot_be_read_ends_no_job(tmp_path, text):
-    """An empty file, as a node that lost its power may leave it; and a folder in the file's place."""
-    path = tmp_path / "logs" / "restarts_7.json"
-    path.mkdir(parents=True) if text is None else (path.parent.mkdir(), path.write_text(text))
-    assert begin(tmp_path, 1, 1).returncode == 0
 
 
 def test_forms_of_seeds_and_times():
