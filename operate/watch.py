@@ -331,15 +331,18 @@ class Watched:
         """Bytes of the newest checkpoint, counted once for each."""
         newest = next(iter(list_checkpoints(self.run / "checkpoints")), None)
         if newest != self._size[0]:
-            self._size = newest, sum(path.stat().st_size for path in newest.iterdir()) if newest else 0
+            self._size = newest, sum(path.stat().st_size for path in newest.glob("*")) if newest else 0
         return self._size[1]
 
     def _last_words(self) -> str:
-        """The last line of train.log, without its time."""
-        with open(self.run / "train.log", "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 4096))
-            line = file.read().decode(errors="replace").splitlines()[-1]
-        return line.split(" ", 2)[-1]
+        """The last line of train.log, without its time; "" if there is none."""
+        try:
+            with open(self.run / "train.log", "rb") as file:
+                file.seek(max(0, file.seek(0, 2) - 4096))
+                lines = file.read().decode(errors="replace").splitlines()
+        except FileNotFoundError:
+            return ""
+        return lines[-1].split(" ", 2)[-1] if lines else ""
 
     def _output(self) -> str:
         log = self.run / "logs" / "rank_0.log"

@@ -299,3 +299,22 @@ def test_another_run_in_the_same_folder_is_begun_anew(alive):
     alive.train(2)
     watched.look()
     assert watched.progress.step == 2
+
+
+@pytest.mark.parametrize("name", ["step_00000002.tar", "step_00000002"])
+def test_a_file_among_the_checkpoints_is_none(alive, name):
+    alive.start()
+    alive.train(2)
+    (alive.path / "checkpoints").mkdir()
+    (alive.path / "checkpoints" / name).write_bytes(b"packed")
+    assert Watched(alive.path).look().state == "running"
+
+
+@pytest.mark.parametrize("text", ["", None])
+def test_a_log_that_is_empty_or_missing_says_nothing(folder, text):
+    folder.start()
+    folder.finish("finished", "done")
+    log = folder.path / "train.log"
+    log.unlink() if text is None else log.write_text(text)
+    status = Watched(folder.path).look(patient=True)
+    assert (status.state, status.why) == ("finished", "")
