@@ -115,6 +115,8 @@ class Monitor:
     def event(self, name: str, step: int, text: str, **fields: object) -> None:
         """Something that happened: a line of metrics, and `text` for people."""
         self._write({"kind": "event", "event": name, "step": step, **fields})
+        if self.active and name == "rollback":
+            self._board.replace_from(fields["to"] + 1)
         self.say(text)
 
     def train(

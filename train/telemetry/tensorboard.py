@@ -47,6 +47,10 @@ class Board:
         self._records = RecordWriter(self._file)
         self._add(file_version="brain.Event:2")
         self._add(summary=summary.custom_scalars(_layout(metrics[0])))
+        self.replace_from(first)
+
+    def replace_from(self, first: int) -> None:
+        """What follows replaces the curves from step `first` on."""
         self._add(step=first, session_log=SessionLog(status=SessionLog.START))
 
     def scalar(self, tag: str, value: float, step: int) -> None:

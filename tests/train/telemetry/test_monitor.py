@@ -129,6 +129,17 @@ def test_every_line_ends_with_its_time_and_what_is_not_finite_is_null(tiny_confi
         assert before - 0.001 <= line["time"] <= after + 0.001 and line["time"] == round(line["time"], 3)
 
 
+def test_after_a_rollback_a_curve_has_every_step_once(tiny_config, tmp_path):
+    monitor = open_monitor(tmp_path, tiny_config)
+    for step in (1, 2, 3, 4, 5):
+        train_line(monitor, step)
+    monitor.event("rollback", 5, "back", steps=[4, 5], to=2)
+    for step in (3, 4):
+        train_line(monitor, step)
+    monitor.close()
+    assert curve(tmp_path) == [1, 2, 3, 4]
+
+
 def test_every_chart_of_the_layout_has_its_curves(tiny_config, tmp_path):
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
