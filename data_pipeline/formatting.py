@@ -22,3 +22,9 @@ def first_five(names: Sequence[str]) -> str:
     """The names with commas, from the sixth on as their number."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
+
+
+def counted(number: int, name: str) -> str:
+    """A number with a noun, such as "1 step", "2 classes" or "1,200 steps"."""
+    ending = "" if number == 1 else "es" if name.endswith(("s", "x")) else "s"
+    return f"{number:,} {name}{ending}"

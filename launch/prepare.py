@@ -122,35 +122,38 @@ def run_index(options: argparse.Namespace) -> int:
 def _print_report(dest: Path) -> None:
     import json
 
-    from data_pipeline.formatting import first_five
+    from data_pipeline.formatting import counted, first_five
     from data_pipeline.manifest import read_manifest
     from data_pipeline.preparation.finish import LIST_NAME, REPORT_NAME
 
     report = json.loads((dest / REPORT_NAME).read_text())
-    names = {
+    of_images = {
         "reencoded": "encoded again",
         "transcoded": "transcoded to JPEG",
         "repaired": "with a repaired header",
         "labels_rewritten": "with a label map that was encoded anew",
-        "excluded": "left out, as they cannot be used",
-        "empty": "left out, as they have no object but crowds",
-        "objects": "objects",
-        "dropped": "boxes left out, as they cannot be right",
-        "partly_outside": "boxes partly outside of their images",
-        "not_learnt": "boxes without area or a whole pixel, which training leaves out",
+        "excluded": "left out, which cannot be used",
+        "empty": "left out, without an object but crowds",
+    }
+    of_objects = {
+        "objects": ("object", ""),
+        "dropped": ("box", " left out, which cannot be right"),
+        "partly_outside": ("box", " partly outside of the image"),
+        "not_learnt": ("box", " without area or a whole pixel, which training leaves out"),
     }
     listed = boxes = False
     if segmentation := report.get("segmentation"):
-        print(f"  segmentation: {segmentation['classes']} classes, a label map beside every image")
+        print(f"  segmentation: {counted(segmentation['classes'], 'class')}, a label map beside every image")
     if detection := report.get("detection"):
-        print(f"  detection: {detection['classes']} classes")
+        print(f"  detection: {counted(detection['classes'], 'class')}")
     if not segmentation and not detection:
         classes = read_manifest(dest).classes
-        print(f"  classification: {len(classes)} classes ({first_five(classes)})")
+        print(f"  classification: {counted(len(classes), 'class')} ({first_five(classes)})")
     for name, split in report["splits"].items():
         parts = [
-            f"{split['samples']} images",
-            *(f"{split[outcome]} {words}" for outcome, words in names.items() if outcome in split),
+            counted(split["samples"], "image"),
+            *(f"{split[outcome]:,} {words}" for outcome, words in of_images.items() if outcome in split),
+            *(counted(split[what], noun) + words for what, (noun, words) in of_objects.items() if what in split),
         ]
         if absent := report.get("absent", {}).get(name):
             parts.append(f"no {'pixel' if segmentation else 'image'} of {first_five(absent)}")
@@ -169,13 +172,13 @@ def _print_report(dest: Path) -> None:
         if segmentation:
             kinds, folders = "JPEGs with gray PNGs", "images/<split>/ and annotations/<split>/"
         print(
-            f"  {convertible} of those left out are sound, but not {kinds} that training can read. Existing shards are"
+            f"  sound, but not {kinds} that training can read: {convertible:,} of those left out. Existing shards are"
         )
         print(f"  not rewritten: to keep these images, unpack the shards into {folders} and prepare those")
-    if segmentation and segmentation.get("labels_without_image"):
-        print(f"  {segmentation['labels_without_image']} label maps without an image were ignored")
-    if report.get("ignored_files"):
-        print(f"  {report['ignored_files']} files that are not images of these splits were ignored")
+    if segmentation and (lone := segmentation.get("labels_without_image")):
+        print(f"  ignored: {counted(lone, 'label map')} without an image")
+    if ignored := report.get("ignored_files"):
+        print(f"  ignored: {counted(ignored, 'file')} besides the images of these splits")
 
 
 def run_verify(options: argparse.Namespace) -> int:

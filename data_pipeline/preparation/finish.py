@@ -60,7 +60,7 @@ def finish(
             outcomes[split] += joined.outcomes
             if not joined.samples:
                 raise DataError(
-                    f"none of the {outcomes[split]['excluded']} images of {split} can be used; the first is "
+                    f"no image of {split} can be used: the first of {outcomes[split]['excluded']:,} is "
                     f"{joined.first_excluded}."
                 )
             absent[split] = _absent(split, joined, classes)

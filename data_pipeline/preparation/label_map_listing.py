@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.formatting import counted
 from data_pipeline.label_png import MAX_CLASSES, LabelCoding, ignored_value, stored_coding
 from data_pipeline.preparation.image_source import SPLIT_NAMES, SPLITS, Files, Items, Listing
 from data_pipeline.preparation.labels import class_names, lines_of, read_lines
@@ -234,7 +235,7 @@ def _usual_coding(files: Files, prefix: str, root: str, options: LabelOptions) -
         )
     classes = class_names(where, lines)
     if not 1 < len(classes) <= MAX_CLASSES:
-        raise DataError(f"{where} names {len(classes)} classes; a label map has 2 to {MAX_CLASSES}.")
+        raise DataError(f"{where} names {counted(len(classes), 'class')}; a label map has 2 to {MAX_CLASSES}.")
     if twice := [name for name, count in Counter(classes).items() if count > 1]:
         raise DataError(f"{where} names {twice[0]!r} twice: give each class a name of its own.")
     ignored = ignored_value(len(classes)) if options.ignore_value is None else options.ignore_value

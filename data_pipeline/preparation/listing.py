@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.faults import read_fully, retried
+from data_pipeline.formatting import counted
 from data_pipeline.preparation import torchvision_source
 from data_pipeline.preparation.class_listing import check_same_classes, sort_into_splits
 from data_pipeline.preparation.folders import walk
@@ -205,7 +206,7 @@ def _list_files(source: Source) -> Files:
                 elif BOX_FILE.fullmatch(name):
                     unread.append(name)
     if not names:
-        raise DataError(f"{source.path} contains no images ({others} other files).")
+        raise DataError(f"{source.path} contains no images ({counted(others, 'other file')}).")
     order = np.argsort(np.array(names, dtype=object), kind="stable")
     names = [names[i] for i in order]
     keep = np.array([*(name != following for name, following in itertools.pairwise(names)), True])

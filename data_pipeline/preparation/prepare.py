@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.durable import write_atomically
+from data_pipeline.formatting import counted
 from data_pipeline.manifest import FILE_NAME, Manifest, open_manifest, write_manifest
 from data_pipeline.preparation.finish import REPORT_NAME, files_beside, finish
 from data_pipeline.preparation.image_source import SPLITS, Items, Listing
@@ -144,7 +145,7 @@ def _draw_val(listing: Listing, fraction: float, seed: int) -> Listing:
     train = listing.splits["train"]
     count = round(len(train.names) * fraction)
     if not 0 < count < len(train.names):
-        raise UsageError(f"--val-fraction {fraction} of {len(train.names)} images leaves a split empty.")
+        raise UsageError(f"--val-fraction {fraction} of {counted(len(train.names), 'image')} leaves a split empty.")
     order = _permutation(len(train.names), seed, stream=len(SPLITS))
     return replace(
         listing, splits={"train": train.take(np.sort(order[count:])), "val": train.take(np.sort(order[:count]))}

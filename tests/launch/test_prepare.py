@@ -302,8 +302,8 @@ def test_index_says_what_it_left_out(foreign):
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
     output = call("index", foreign).stdout
-    assert "train: 200 images; 1 left out, as they cannot be used" in output
-    assert "1 of those left out are sound, but not JPEGs" in output
+    assert "train: 200 images; 1 left out, which cannot be used" in output
+    assert "sound, but not JPEGs that training can read: 1 of those left out" in output
     assert "unpack the shards into class folders" in output
 
 

@@ -53,7 +53,7 @@ def test_detection_killed_and_resumed(zoo, tmp_path):
         assert result.returncode == 0, result.stderr
         assert result.stdout.splitlines()[1:] == [
             "  detection: 3 classes",
-            "  train: 72 images; 18 left out, as they have no object but crowds; 216 objects",
+            "  train: 72 images; 18 left out, without an object but crowds; 216 objects",
             "  val: 10 images; 24 objects",
             f"  {tmp_path / dest}/report.jsonl names the images that were transcoded, repaired or left out, with the "
             "reason",
@@ -92,8 +92,7 @@ def test_bad_boxes_are_named(zoo, tmp_path):
     assert result.returncode == 0
     assert result.stdout.splitlines()[2:] == [
         "  train: 90 images; 216 objects",
-        "  val: 10 images; 25 objects; 2 boxes left out, as they cannot be right; "
-        "1 boxes partly outside of their images",
+        "  val: 10 images; 25 objects; 2 boxes left out, which cannot be right; 1 box partly outside of the image",
         f"  {tmp_path / 'set'}/report.jsonl names the boxes left out or reaching outside, with the reason",
     ]
     lines = [json.loads(line) for line in (tmp_path / "set/report.jsonl").read_text().splitlines()]

@@ -67,8 +67,8 @@ def test_bad_labels_are_named(streets, tmp_path):
     (source / "classes.txt").write_text("sky\nroad\ntree\nmoon\n")
     output = call(source, tmp_path / "set").stdout
     assert (
-        "train: 78 images; 2 left out, as they cannot be used; no pixel of moon\n" in output
-        and "1 label maps without an image were ignored" in output
+        "train: 78 images; 2 left out, which cannot be used; no pixel of moon\n" in output
+        and "ignored: 1 label map without an image\n" in output
     )
     report = (tmp_path / "set/report.jsonl").read_text()
     assert "its label annotations/train/7.png: not a PNG" in report and "its label annotations/train/8.png" in report

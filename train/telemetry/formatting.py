@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Sequence
 
-from data_pipeline.formatting import duration
+from data_pipeline.formatting import counted, duration
 
 __all__ = ["clock", "counted", "duration", "markdown_table", "printable", "size", "table"]
 
@@ -21,11 +21,6 @@ def size(number: float) -> str:
         if number < 999.5 or unit == "TB":
             return f"{number:.0f} {unit}" if unit == "B" or number >= 99.5 else f"{number:.3g} {unit}"
         number /= 1000
-
-
-def counted(number: int, name: str) -> str:
-    """A number with a noun, such as "1 step" or "1,200 steps"."""
-    return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
 def printable(text: str) -> str:

@@ -228,7 +228,7 @@ def test_a_bit_flipped_after_indexing_is_found(tmp_path):
             [{"json": {"id": 1}}],
             {},
             None,
-            "none of the 1 images of train .* first is train-0.tar/some/folder/0000: no label",
+            "no image of train can be used: the first of 1 is train-0.tar/some/folder/0000: no label",
         ),
     ],
 )

@@ -138,7 +138,7 @@ def test_what_is_missing_is_named_before_packing(folder, remove, add, message):
         (b"sky\n\ntree\n", "classes.txt, line 2 is empty"),
         (b"sky\x07\n", "has control characters"),
         (b"", "names 0 classes; a label map has 2 to 65535"),
-        (b"sky", "names 1 classes; a label map has 2 to 65535"),
+        (b"sky", "names 1 class; a label map has 2 to 65535"),
         (b"sky\nroad\nsky", "names 'sky' twice: give each class a name of its own"),
         ("ätsch".encode("latin-1"), "cannot read classes.txt in"),
     ],

@@ -158,9 +158,7 @@ def test_bad_labels_are_left_out_and_named(folder, tmp_path):
 def test_a_split_without_a_good_label_is_an_error(folder, tmp_path):
     source = shutil.copytree(folder, tmp_path / "source")
     (source / "classes.txt").write_text("sky\nroad\n")
-    with pytest.raises(
-        DataError, match=r"none of the 6 images of train can be used; the first is images/train/.*label"
-    ):
+    with pytest.raises(DataError, match=r"no image of train can be used: the first of 6 is images/train/.*label"):
         run(source, tmp_path / "set")
 
 
