@@ -134,7 +134,14 @@ def _split_folders(files: Files, skip: int, tops: dict[str, tuple[int, int]]) ->
     if len(by_split) < len(folders):
         raise DataError(f"{root} has several folders of one split, {first_five(sorted(folders))}: rename all but one.")
     if len(tops) > 1 and folders and not has_both:
+        advice = ""
+        if others := sorted(tops.keys() - folders.keys() - {""}):
+            train, val = (by_split.get(split, others[0]) for split in SPLITS)
+            advice = (
+                f"; if {train} is for training and {val} for validation, give {root}/{train} as the source, with "
+                f"--val {root}/{val}"
+            )
         raise DataError(
-            f"{root} has the folders {first_five(sorted(tops))}; expected train and val, or class folders only."
+            f"{root} has the folders {first_five(sorted(tops))}; expected train and val, or class folders only{advice}."
         )
     return folders

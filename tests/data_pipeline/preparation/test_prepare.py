@@ -155,7 +155,12 @@ def test_val_fraction_is_reproducible(folder, tmp_path):
     ("names", "message"),
     [
         (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/c/1.jpg"], "only train has b and only val has c"),
-        (["train/a/1.jpg", "test/a/1.jpg"], "folders test, train; expected train and val, or class folders only"),
+        (
+            ["train/a/1.jpg", "test/a/1.jpg"],
+            "folders test, train; expected train and val, or class folders only; if train is for training and test for "
+            "validation, give .*/source/train as the source, with --val .*/source/test",
+        ),
+        (["val/a/1.jpg", "test/a/1.jpg"], "give .*/source/test as the source, with --val .*/source/val"),
         (["a/1.jpg", "2.jpg"], "2.jpg in .* is not in a class folder"),
         (["readme.txt"], "contains no images"),
     ],
