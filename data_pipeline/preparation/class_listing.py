@@ -51,6 +51,13 @@ def sort_into_splits(files: Files) -> Listing:
         check_same_classes(root, found["train"], found["val"])
     classes = tuple(sorted(found["train"] or found["val"]))
     check_names(root, classes)
+    if len(classes) == 1:
+        unread = f"; {files.beside} is not read" if files.beside else ""
+        raise DataError(
+            f"all images of {root} are of one class, the folder {classes[0]!r}: for a classification, put the images "
+            f"of each class into a folder of their own{unread}; for a detection, the boxes must be in "
+            "annotations/instances_train.json, and the images in train/."
+        )
     if len(classes) <= FEW_CLASSES:
         depth = 1 + bool(split_of_folder)
         check_no_label_maps(root, (names[i][skip:].split("/", depth)[-2:] for i in np.flatnonzero(split_of >= 0)))

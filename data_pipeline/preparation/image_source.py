@@ -37,7 +37,8 @@ class Files:
 
     texts: the contents of the files that may name classes or hold boxes, by name; each is read when it is asked for.
     unread: files that look as if they held boxes, and whose names are in no known layout. folders: names of folders,
-    with a slash at the end; all that have no images are among them.
+    with a slash at the end; all that have no images are among them. beside: the first other file whose name ends as
+    those of annotations do, or "".
     """
 
     source: Source
@@ -48,6 +49,7 @@ class Files:
     texts: Mapping[str, bytes]
     unread: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
+    beside: str = ""
 
 
 class Annotations(NamedTuple):

@@ -46,6 +46,8 @@ from data_pipeline.preparation.voc_listing import VOC_FILE
 from data_pipeline.split import DataError, UsageError
 from data_pipeline.validate import check_size
 
+ANNOTATION_SUFFIXES = (".csv", ".json", ".txt", ".xml")
+
 
 def open_source(text: str, work: Path) -> Source:
     """The source that `text` names: a path, or `NAME` or `NAME:ROOT` of a torchvision dataset.
@@ -188,7 +190,7 @@ def find_images(names: Sequence[str]) -> list[Path]:
 def _list_files(source: Source) -> Files:
     """The files of the source. If a tar has a name twice, the last member counts."""
     names, offsets, sizes, folders = [], array.array("q"), array.array("q"), set()
-    others, texts, unread = 0, {}, []
+    others, texts, unread, beside = 0, {}, [], ""
     with Progress("files", "listing") as progress:
         for name, offset, size in walk(source.path) if source.kind == "folder" else _tar_members(source.path):
             if name.lower().endswith(IMAGE_SUFFIXES):
@@ -205,6 +207,8 @@ def _list_files(source: Source) -> Files:
                     texts[name] = (offset, size)
                 elif BOX_FILE.fullmatch(name):
                     unread.append(name)
+                if name.lower().endswith(ANNOTATION_SUFFIXES):
+                    beside = min(beside or name, name)
     if not names:
         raise DataError(f"{source.path} contains no images ({counted(others, 'other file')}).")
     order = np.argsort(np.array(names, dtype=object), kind="stable")
@@ -221,6 +225,7 @@ def _list_files(source: Source) -> Files:
         _Texts(source, texts),
         tuple(sorted(unread)),
         tuple(sorted(folders)),
+        beside,
     )
 
 

@@ -1,7 +1,11 @@
 """What is checked before torch is imported, by a run, the doctor and submit."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from data_pipeline.manifest import open_manifest
 from tests.launch.test_submit import submit
 from train.checkpoint.info import CheckpointInfo, read_info, write_manifest
 from train.checkpoint.resume_point import Resume
@@ -85,3 +89,12 @@ def test_submit_refuses_it_before_the_job_waits_in_a_queue(tiny_config, tmp_path
     assert result.returncode == 78, result.stderr
     assert "was trained with other settings: train.seed (0 → 1)" in result.stderr and result.stderr.count("\n") == 1
     assert submit(*arguments, "--resume-with-changes", "train.seed=1").returncode == 0
+
+
+def test_a_classification_of_one_class_is_refused(tiny_config):
+    """Of datasets that an earlier version prepared, or of shards that were indexed."""
+    config = load_config(tiny_config)
+    manifest = open_manifest(Path(config.data.path))
+    config.check_dataset(manifest)
+    with pytest.raises(ConfigError, match="does not fit: it has one class, so there is nothing to tell apart"):
+        config.check_dataset(replace(manifest, classes=("images",)))

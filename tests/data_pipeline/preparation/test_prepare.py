@@ -135,10 +135,29 @@ def test_the_error_for_an_unavailable_torchvision_dataset_is_one_sentence(tmp_pa
 
 
 def test_a_split_without_a_good_image_is_an_error(tmp_path):
-    (tmp_path / "source/thing").mkdir(parents=True)
-    (tmp_path / "source/thing/a.jpg").write_bytes(b"no")
-    with pytest.raises(DataError, match=r"no image of train can be used: the first of 1 is thing/a.jpg: not an image"):
+    for name in ("cat", "dog"):
+        (tmp_path / "source" / name).mkdir(parents=True)
+        (tmp_path / "source" / name / "a.jpg").write_bytes(b"no")
+    with pytest.raises(DataError, match=r"no image of train can be used: the first of 2 is .*/a.jpg: not an image"):
         run(tmp_path / "source", tmp_path / "set")
+
+
+@pytest.mark.parametrize("beside", ["annotations.json", "labels.csv", None])
+@pytest.mark.parametrize("folders", [["images"], ["train/images", "val/images"]])
+def test_one_class_is_refused(tmp_path, folders, beside):
+    for name in (f"{folder}/1.jpg" for folder in folders):
+        (tmp_path / "source" / name).parent.mkdir(parents=True)
+        (tmp_path / "source" / name).write_bytes(encoded(picture(1)))
+    if beside:
+        (tmp_path / "source" / beside).write_text("{}")
+        (tmp_path / "source/notes.txt").write_text("behind both by name")
+    unread = f"; {beside} is not read; " if beside else "; "
+    message = (
+        f"one class, the folder 'images': for a .* of their own{unread}for a detection, the boxes must be in annotat"
+    )
+    with pytest.raises(DataError, match=message):
+        run(tmp_path / "source", tmp_path / "set")
+    assert not (tmp_path / "set/manifest.json").exists()
 
 
 def test_val_fraction_is_reproducible(folder, tmp_path):

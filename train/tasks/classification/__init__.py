@@ -18,13 +18,15 @@ def load() -> type:
 
 
 def check_dataset(manifest: "Manifest") -> None:
-    """Raise ValueError if the dataset's images have classes for their pixels or boxes, not for themselves."""
+    """Raise ValueError if the dataset's images have classes for their pixels or boxes, not for themselves, or one."""
     from data_pipeline.split import LABEL_MAP, OBJECTS
 
     if any(LABEL_MAP in split.annotations for split in manifest.splits.values()):
         raise ValueError("its images have label maps in place of classes: give task.name=segmentation")
     if any(OBJECTS in split.annotations for split in manifest.splits.values()):
         raise ValueError("its images have boxes in place of classes: give task.name=detection")
+    if len(manifest.classes) < 2:
+        raise ValueError("it has one class, so there is nothing to tell apart: prepare it with two classes or more")
 
 
 def report_sections(runs: Sequence) -> list:
