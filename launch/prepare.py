@@ -105,7 +105,8 @@ def run_prepare(options: argparse.Namespace) -> int:
         object_options=ObjectOptions(options.bad_boxes, options.empty_images),
         beton_mode=(options.ffcv_mode or "jpeg") if "ffcv" in options.formats else None,
     )
-    print(f"{options.dest} {'is prepared' if fresh else 'is already prepared'}:")
+    again = "already prepared; the source is not read again (if it has changed, give another DEST)"
+    print(f"{options.dest} is {'prepared' if fresh else again}:")
     _print_report(options.dest)
     return 0
 

@@ -141,7 +141,8 @@ def test_two_runs_at_a_time_are_refused(source, tmp_path):
 def test_a_finished_dataset_is_left_as_it_is(source, dataset):
     before = contents(dataset)
     result = call(source, dataset, *SIZE)
-    assert result.returncode == 0 and "is already prepared" in result.stdout
+    assert result.returncode == 0
+    assert "is already prepared; the source is not read again (if it has changed, give another DEST)" in result.stdout
     assert contents(dataset) == before
     fails_with(78, call(source, dataset, *SIZE, "--val-fraction", 0.5), "val_fraction 0.0 and not 0.5")
 
