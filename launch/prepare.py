@@ -159,6 +159,11 @@ def _print_report(dest: Path) -> None:
         if absent := report.get("absent", {}).get(name):
             parts.append(f"no {'pixel' if segmentation else 'image'} of {first_five(absent)}")
         print(f"  {name}: {'; '.join(parts)}")
+        if excluded := split.get("excluded", 0):
+            print(f"    the first of those that cannot be used: {_first_excluded(dest / LIST_NAME, name)}", flush=True)
+        if excluded > split["samples"]:
+            total = excluded + split["samples"]
+            print(f"warning: {excluded:,} of the {total:,} images of {name} cannot be used", file=sys.stderr)
         listed = listed or bool(split.keys() & {"transcoded", "repaired", "excluded", "empty"})
         boxes = boxes or bool(split.keys() & {"dropped", "partly_outside", "not_learnt"})
     if listed or boxes:
@@ -180,6 +185,15 @@ def _print_report(dest: Path) -> None:
         print(f"  ignored: {counted(lone, 'label map')} without an image")
     if ignored := report.get("ignored_files"):
         print(f"  ignored: {counted(ignored, 'file')} besides the images of these splits")
+
+
+def _first_excluded(path: Path, split: str) -> str:
+    """The first image in the list `path` that was left out of `split` as it cannot be used, and the reason."""
+    import json
+
+    with open(path) as lines:
+        excluded = (line for line in map(json.loads, lines) if (line["split"], line["outcome"]) == (split, "excluded"))
+        return "{image}: {why}".format_map(next(excluded))
 
 
 def run_verify(options: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """launch/prepare.py for segmentation, as a process: what it says, kill -9, and FFCV files beside label maps."""
 
 import importlib.util
+import re
 import shutil
 
 import numpy as np
@@ -65,15 +66,30 @@ def test_bad_labels_are_named(streets, tmp_path):
     Image.new("RGB", (300, 200)).save(source / "annotations/train/8.png")
     (source / "images/val/9.jpg").unlink()
     (source / "classes.txt").write_text("sky\nroad\ntree\nmoon\n")
-    output = call(source, tmp_path / "set").stdout
-    assert (
-        "train: 78 images; 2 left out, which cannot be used; no pixel of moon\n" in output
-        and "ignored: 1 label map without an image\n" in output
-    )
+    result = call(source, tmp_path / "set")
+    assert "train: 78 images; 2 left out, which cannot be used; no pixel of moon\n" in result.stdout
+    assert "    the first of those that cannot be used: images/train/" in result.stdout
+    assert "ignored: 1 label map without an image\n" in result.stdout and "warning" not in result.stderr
     report = (tmp_path / "set/report.jsonl").read_text()
     assert "its label annotations/train/7.png: not a PNG" in report and "its label annotations/train/8.png" in report
     (source / "annotations/train/5.png").unlink()
     fails_with(65, call(source, tmp_path / "other"), "1 of 89 images", "images/train/5.jpg", "annotations/train/5.png")
+
+
+def test_the_reason_is_said_if_the_classes_do_not_fit(streets, tmp_path):
+    """The third class lacks its name, so that only the two label maps without it can be used."""
+    source = shutil.copytree(streets, tmp_path / "streets")
+    (source / "classes.txt").write_text("sky\nroad\n")
+    for number in (7, 8):
+        pixels = np.kron(np.eye(10, dtype=np.uint8), np.ones((20, 30), np.uint8))
+        Image.fromarray(pixels).save(source / f"annotations/train/{number}.png")
+    for name in ("images", "annotations"):
+        shutil.rmtree(source / name / "val")
+    result = call(source, tmp_path / "set")
+    assert result.returncode == 0 and "train: 2 images; 78 left out, which cannot be used\n" in result.stdout
+    reason = r"first of those that cannot be used: images/train/.*: its label .* has the value 2; the 2 classes are 0"
+    assert re.search(reason, result.stdout)
+    assert "warning: 78 of the 80 images of train cannot be used\n" in result.stderr
 
 
 @pytest.mark.slow
