@@ -52,11 +52,11 @@ def sort_into_splits(files: Files) -> Listing:
     classes = tuple(sorted(found["train"] or found["val"]))
     check_names(root, classes)
     if len(classes) == 1:
-        unread = f"; {files.beside} is not read" if files.beside else ""
+        unread = f" ({files.beside} is not read)" if files.beside else ""
         raise DataError(
             f"all images of {root} are of one class, the folder {classes[0]!r}: for a classification, put the images "
-            f"of each class into a folder of their own{unread}; for a detection, the boxes must be in "
-            "annotations/instances_train.json, and the images in train/."
+            f"of each class into a folder of their own; for a detection, the boxes must be in "
+            f"annotations/instances_train.json{unread}, and the images in train/."
         )
     if len(classes) <= FEW_CLASSES:
         depth = 1 + bool(split_of_folder)

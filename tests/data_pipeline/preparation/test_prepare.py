@@ -151,10 +151,8 @@ def test_one_class_is_refused(tmp_path, folders, beside):
     if beside:
         (tmp_path / "source" / beside).write_text("{}")
         (tmp_path / "source/notes.txt").write_text("behind both by name")
-    unread = f"; {beside} is not read; " if beside else "; "
-    message = (
-        f"one class, the folder 'images': for a .* of their own{unread}for a detection, the boxes must be in annotat"
-    )
+    unread = rf" \({beside} is not read\)" if beside else ""
+    message = f"one class, the folder 'images': .* the boxes must be in annotations/instances_train.json{unread}, and"
     with pytest.raises(DataError, match=message):
         run(tmp_path / "source", tmp_path / "set")
     assert not (tmp_path / "set/manifest.json").exists()
