@@ -39,6 +39,8 @@ def main(arguments: argparse.Namespace) -> None:
     for option in ("plot", "json"):
         if path := getattr(arguments, option):
             check_output(f"--{option}", path)
+    if arguments.plot and not arguments.plot.endswith(".png"):
+        raise ConfigError(f"--plot {arguments.plot} is written as PNG: give it a name that ends in .png")
     config = load_config(arguments.config, arguments.overrides)
     images, validation_images, manifest, where = find_dataset(arguments, config)
     cluster = assume(arguments, config)

@@ -11,7 +11,7 @@ BLUE, ORANGE, GREY = "#1f5f9f", "#c8591a", "#777777"
 
 
 def plot(path: Path, title: str, own: Plan, best: Plan, plans: list[Plan], runs: int, seed: int) -> None:
-    """Write a PNG, or another format by the file's ending: closed form as lines, simulation as points."""
+    """Write a PNG: closed form as lines, simulation as points."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

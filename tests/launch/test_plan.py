@@ -105,6 +105,7 @@ def test_mistakes_get_one_sentence(tiny_config, tmp_path):
         ([*where, 2, "--images-per-second", 9, "train.micro_batch=auto"], "give train.micro_batch=N"),
         ([*where, 2, "--images-per-second", -9], "argument --images-per-second"),
         ([*where, 2, "--json", tmp_path / "no/plan.json"], "no/plan.json cannot be written (No such file"),
+        ([*where, 2, "--images-per-second", 9, "--plot", tmp_path / "plan.txt"], "give it a name that ends in .png"),
         (["--nodes", 2], "needs --config"),
         (["--compare", tmp_path / "no.json"], "is not a plan"),
     ):
