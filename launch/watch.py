@@ -11,13 +11,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.cli import Parser, run
-from operate.run_folder import amount, quantity
+from operate.run_folder import NO_RUN, amount, quantity
 from operate.watch import FINAL, Progress, Status, Watched
 from train.config import ConfigError
 from train.telemetry.formatting import clock, counted, duration
 
 TURN = 2.0  # seconds between two looks
 LINE_EVERY = 60.0  # seconds between two lines if the output is not a terminal
+SIGNS = (".lock", "config.yaml", "metrics.jsonl", "logs")  # of a run; launch/submit.py makes logs/, training the others
 NARROWEST, WIDEST = 80, 120
 NAMES = {"model": "model", "ema": "EMA"}
 RED, GREEN, YELLOW, BOLD = "31", "32", "33", "1"
@@ -29,6 +30,8 @@ def main(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.run)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a run's folder")
+    if any(folder.iterdir()) and not any((folder / name).exists() for name in SIGNS):
+        raise ConfigError(f"{folder} {NO_RUN}")
     watched, terminal = Watched(folder), sys.stdout.isatty()
     try:
         if arguments.once:

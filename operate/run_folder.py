@@ -14,6 +14,7 @@ from train.telemetry.goodput import Ledger, Start, parse_lines, read_lines
 from train.telemetry.metrics import Metric
 
 STARTS = ("start", "resume")
+NO_RUN = "is no run's folder: it has no metrics.jsonl. Give what launch/train.py got as --output"
 # The metrics of runs whose start lines have no field `metrics`: they are older than it, and all are classification.
 CLASSIFICATION = (
     Metric("top1", "top-1", "%", "higher"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from data_pipeline.split import DataError
-from operate.run_folder import Line, RunLog, last_beat, read_config, read_lock, read_log
+from operate.run_folder import NO_RUN, Line, RunLog, last_beat, read_config, read_lock, read_log
 from train.config import ConfigError
 from train.telemetry.goodput import Start, goodput
 
@@ -109,9 +109,7 @@ def read_reported_run(folder: Path) -> ReportedRun:
     """Read a run's folder. Raises ConfigError if it is none, DataError if the run has not begun."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise ConfigError(
-            f"{folder} is no run's folder: it has no metrics.jsonl. Give what launch/train.py got as --output"
-        )
+        raise ConfigError(f"{folder} {NO_RUN}")
     log = read_log(folder)
     ledger = log.ledger
     if not log.starts:

@@ -102,6 +102,21 @@ def test_mistakes_get_one_sentence(tmp_path):
     assert result.returncode == 78 and result.stderr == f"error: {tmp_path / 'nowhere'} is not a run's folder\n"
 
 
+@pytest.mark.parametrize("inside", ["c3/metrics.jsonl", "step_8/manifest.json", "submitted/job.sh"])
+def test_another_folder_is_not_a_run_that_has_not_started(tmp_path, inside):
+    """One of runs, of checkpoints, or of a job array's runs: --once would say "not started", and others would wait."""
+    (tmp_path / inside).parent.mkdir()
+    (tmp_path / inside).touch()
+    result = watch(tmp_path, "--once")
+    assert result.returncode == 78 and result.stderr.startswith(f"error: {tmp_path} is no run's folder"), result.stdout
+
+
+def test_a_submitted_run_has_not_started(tmp_path):
+    (tmp_path / "logs").mkdir()
+    result = watch(tmp_path, "--once")
+    assert result.returncode == 12 and "not started" in result.stdout, result.stderr
+
+
 @pytest.mark.slow
 def test_torch_is_not_imported(finished):
     code = (
