@@ -21,7 +21,8 @@ def check_source(config: Config, resume: Resume) -> None:
     source = config.model.init_from
     if source and resume.begins and not Path(source).exists():
         raise ConfigError(
-            f"model.init_from: there is no {source}; name a file of weights, a run's folder or a checkpoint's"
+            f"model.init_from: there is no {source}; name a file of weights, a run's folder or a checkpoint's, or set "
+            "model.init_from=null for fresh weights"
         )
 
 
