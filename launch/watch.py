@@ -14,7 +14,7 @@ from launch.cli import Parser, run
 from operate.run_folder import NO_RUN, amount, quantity
 from operate.watch import FINAL, Progress, Status, Watched
 from train.config import ConfigError
-from train.telemetry.formatting import clock, counted, duration
+from train.telemetry.formatting import clock, counted, duration, rate
 
 TURN = 2.0  # seconds between two looks
 LINE_EVERY = 60.0  # seconds between two lines if the output is not a terminal
@@ -92,7 +92,7 @@ def summary(progress: Progress) -> str:
     train, last = progress.train, total(progress)
     if train is None:
         return f"step {progress.step}/{last}" if progress.start else ""
-    speed = f"{train['images_per_second']:,.0f} {progress.log.speed_unit}"
+    speed = f"{rate(train['images_per_second'])} {progress.log.speed_unit}"
     text = f"step {progress.step}/{last}  epoch {train['epoch']:.2f}  loss {number(train['loss'])}  {speed}"
     metric = progress.log.metrics[0]
     scores = "".join(
@@ -153,7 +153,7 @@ def facts(progress: Progress, status: Status, guard: dict) -> list[tuple[str, st
         learning = f"loss {number(train['loss'])}   lr {number(train['lr'])}   |gradient| {number(train['grad_norm'])}"
         rows.append(("learning", learning))
         mfu = "" if train["mfu"] is None else f"   MFU {train['mfu']:.1%}"
-        speed = f"{train['images_per_second']:,.0f} {progress.log.speed_unit}   {train['step_ms']:,.0f} ms a step"
+        speed = f"{rate(train['images_per_second'])} {progress.log.speed_unit}   {train['step_ms']:,.0f} ms a step"
         speed += f"   data wait {train['data_wait']:.1%}{mfu}"
         rows.append(("speed", f"{speed}   {counted(progress.start['world_size'], 'rank')}"))
     metric = progress.log.metrics[0]

@@ -16,7 +16,7 @@ from operate.run_folder import STARTS, MetricsTail, RunLog, hangs, read_config
 from train import exit_codes
 from train.checkpoint.info import list_checkpoints
 from train.guard.run_lock import WATCH
-from train.telemetry.formatting import clock, duration
+from train.telemetry.formatting import clock, duration, rate
 from train.telemetry.goodput import goodput
 
 WINDOW = 20  # lines whose median is compared with the best median of as many lines before
@@ -316,7 +316,7 @@ class Watched:
                 alarms.append(f"loss rising: {loss:.4g}, it was {best:.4g} {medians}")
         if (speed := progress.speeds.newest) is not None and speed < FALLEN * progress.speeds.best[0]:
             unit, best = progress.log.speed_unit, progress.speeds.best[0]
-            alarms.append(f"throughput fallen: {speed:,.0f} {unit}, it was {best:,.0f} {medians}")
+            alarms.append(f"throughput fallen: {rate(speed)} {unit}, it was {rate(best)} {medians}")
         if progress.slow and progress.slow["step"] > epoch_ago:
             rank, own, median = (progress.slow[key] for key in ("rank", "seconds", "median"))
             where = f"rank {rank} is slow (step {progress.slow['step']})"

@@ -5,7 +5,7 @@ from operate.plan.cluster import NUMBERS, Cluster
 from operate.plan.plan import Plan, intervals
 from operate.plan.step_time import STAGES, step_time
 from operate.plan.timeline import ASSUMPTIONS, Outcome
-from train.telemetry.formatting import table
+from train.telemetry.formatting import rate, table
 
 CATEGORIES = ("productive", "stragglers", "startup", "checkpoint_stall", "evaluation", "lost", "waiting")
 
@@ -28,7 +28,7 @@ def headline(plan: Plan) -> dict[str, str]:
         "global batch": f"{workload.global_batch:,}",
         "ZeRO stage": str(workload.zero_stage),
         "step": three_digits(plan.step.seconds),
-        "images per second": f"{workload.global_batch / plan.step.seconds:,.0f}",
+        "images per second": rate(workload.global_batch / plan.step.seconds),
         "cores per GPU to decode": f"{cluster.images_per_second / cluster.decode_rate:.2g}",
         "MTBF of the job": three_digits(1 / timeline.failure_rate),
         "checkpoint every": f"{timeline.every:,} steps, {three_digits(timeline.every * timeline.step)}",

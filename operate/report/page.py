@@ -16,7 +16,7 @@ from operate.report.run import Launch, ReportedRun
 from operate.run_folder import quantity
 from train.tasks import UnknownTask, find
 from train.tasks.report import Column, EvaluatedRun, Section, Table, long, numbers, templates, text, weights_name
-from train.telemetry.formatting import clock, duration
+from train.telemetry.formatting import clock, duration, rate
 from train.telemetry.goodput import CATEGORIES
 
 # The categories of train/telemetry/goodput.py in short.
@@ -87,7 +87,7 @@ def _summary(run: ReportedRun, name: str) -> list[str]:
         f"{weights_name(best.values['weights'])}, epoch {epochs(best.values['step'], run)}" if best else "",
         quantity(metric, newest[-1].values[metric.name]) if newest else "–",
         duration(run.total),
-        "–" if run.speed is None else f"{run.speed:,.0f}",
+        "–" if run.speed is None else rate(run.speed),
         percent(run.goodput),
         *(f"{count:,}" for count in (run.restarts, run.log.ledger.lost_steps)),
         *(f"{count:,}" for count in (run.count("skipped_step"), len(run.bad_samples()))),

@@ -125,6 +125,17 @@ def test_another_tasks_metric_is_shown_by_its_own_name(alive, monkeypatch):
     assert not any(word in "\n".join(lines) for word in ("top-1", "img/s", "bias"))
 
 
+def test_slow_training_is_not_shown_as_none(alive, monkeypatch):
+    from launch.watch import page, summary
+
+    alive.start()
+    alive.train(3, speed=0.2401)
+    watched = Watched(alive.path)
+    speed = next(line for line in page(watched, watched.look(), colours=False) if line.startswith("speed "))
+    assert speed.split()[1:3] == ["0.24", "img/s"]
+    assert "  0.24 img/s  " in summary(watched.progress)
+
+
 def alarms(folder):
     return [alarm for alarm in Watched(folder.path).look().alarms if "no line for" not in alarm]
 
@@ -146,6 +157,11 @@ def rising(folder):
 def fallen(folder):
     folder.train(60)
     folder.train(20, speed=60.0, seconds=1.7)
+
+
+def slower_than_one(folder):
+    folder.train(60, speed=0.9)
+    folder.train(20, speed=0.24)
 
 
 def skipped(folder):
@@ -194,6 +210,7 @@ def hung(folder):
     [
         (rising, "loss rising: 2.52, it was 2.02"),
         (fallen, "throughput fallen: 60 img/s, it was 100"),
+        (slower_than_one, "throughput fallen: 0.24 img/s, it was 0.9 (medians"),
         (skipped, "3 of the last 100 steps were skipped"),
         (not_finite, "the loss of step 6 is not finite"),
         (bad, "6 samples cannot be read; more than 10 end the run"),

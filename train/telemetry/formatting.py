@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from data_pipeline.formatting import counted, duration
 
-__all__ = ["clock", "counted", "duration", "markdown_table", "printable", "size", "table"]
+__all__ = ["clock", "counted", "duration", "markdown_table", "printable", "rate", "size", "table"]
 
 
 def clock(when: float) -> str:
@@ -21,6 +21,11 @@ def size(number: float) -> str:
         if number < 999.5 or unit == "TB":
             return f"{number:.0f} {unit}" if unit == "B" or number >= 99.5 else f"{number:.3g} {unit}"
         number /= 1000
+
+
+def rate(value: float) -> str:
+    """A speed, such as "1,234" or "10", and below that three digits, such as "0.24"."""
+    return f"{value:,.0f}" if value >= 9.995 else f"{value:.3g}"
 
 
 def printable(text: str) -> str:

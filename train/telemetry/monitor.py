@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data_pipeline.durable import write_atomically
 from train.config import Config, dump_config, flatten
 from train.telemetry.appender import Alarm, Appender
-from train.telemetry.formatting import clock
+from train.telemetry.formatting import clock, rate
 from train.telemetry.goodput import CATEGORIES, ENDS, Ledger, read_lines
 from train.telemetry.metrics import Metric, Scores
 
@@ -149,7 +149,7 @@ class Monitor:
             for key, value in values.items():
                 if value is not None:
                     self._board.scalar(f"{group}/{key}", value, step)
-        pace_text = f"{speed:.0f} {'img' if self.samples == 'images' else self.samples}/s"
+        pace_text = f"{rate(speed)} {'img' if self.samples == 'images' else self.samples}/s"
         self._bar.set_postfix_str(f"loss={loss:.3f}, lr={lr:.1e}, {pace_text}", refresh=False)
         if self._bar.disable:
             self.say(

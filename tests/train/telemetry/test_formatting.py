@@ -5,7 +5,11 @@ import re
 
 from tensorboard.plugin_util import markdown_to_safe_html
 
-from train.telemetry.formatting import markdown_table, table
+from train.telemetry.formatting import markdown_table, rate, table
+
+
+def test_slow_training_is_not_shown_as_none():
+    assert [rate(speed) for speed in (0.2401, 1.5, 9.994, 9.996, 1234.4)] == ["0.24", "1.5", "9.99", "10", "1,234"]
 
 
 def test_columns_are_as_wide_as_their_longest_cell():

@@ -140,6 +140,13 @@ def test_after_a_rollback_a_curve_has_every_step_once(tiny_config, tmp_path):
     assert curve(tmp_path) == [1, 2, 3, 4]
 
 
+def test_slow_training_is_not_shown_as_none(tiny_config, tmp_path, capsys):
+    monitor = open_monitor(tmp_path, tiny_config)
+    monitor.train(1, 0.1, {"loss": 1.0}, 1e-3, 0.5, monitor.config.train.global_batch / 0.24, 0.1)
+    monitor.close()
+    assert "  0.24 img/s  " in capsys.readouterr().out and "  0.24 img/s  " in (tmp_path / "train.log").read_text()
+
+
 def test_every_chart_of_the_layout_has_its_curves(tiny_config, tmp_path):
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
