@@ -183,6 +183,8 @@ def check_run(config, world: int, job: BatchJob) -> None:
         check_start(config, 0, world, Resume.decide(Path(folder), job.resume or "auto", job.with_changes))
     if manifest := visible_dataset(config):
         checked_order(config, manifest)
+    else:
+        print(f"data.path {config.data.path} is not on this machine: not checked here", file=sys.stderr)
 
 
 def sbatch_command(job: BatchJob, script: Path) -> list[str]:
@@ -234,9 +236,12 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     for part in text.partition("%")[0].split(","):
         first, _, last = part.partition("-")
-        if int(last or first) - int(first) >= MAX_SEEDS:
+        several = range(int(first), int(last or first) + 1)
+        if not several:
+            raise ConfigError(f"--seeds {text}: {part} is empty, write {last}-{first}")
+        if len(several) > MAX_SEEDS:
             raise ConfigError(f"--seeds {text} are more than {MAX_SEEDS}")
-        seeds += range(int(first), int(last or first) + 1)
+        seeds += several
     return seeds
 
 

@@ -62,7 +62,10 @@ def test_the_options_of_a_job(tiny_config, tmp_path):
 def test_a_dataset_that_only_the_nodes_see_is_not_checked(tiny_config, tmp_path):
     """And first weights are not needed by a run that has a checkpoint."""
     (tmp_path / "run" / "checkpoints" / "step_00000005").mkdir(parents=True)
-    script(tiny_config, f"--output={tmp_path}/run", f"data.path={tmp_path}/gone", "model.init_from=gone")
+    arguments = [f"--output={tmp_path}/run", f"data.path={tmp_path}/gone", "model.init_from=gone"]
+    result = submit("--config", str(tiny_config), "--dry-run", "--gpus-per-node=2", *arguments)
+    assert result.returncode == 0
+    assert result.stderr == f"data.path {tmp_path}/gone is not on this machine: not checked here\n"
 
 
 def test_a_rank_gets_the_cores_that_its_config_needs(tiny_config, tmp_path):
@@ -114,6 +117,7 @@ def test_the_command_in_the_script_is_the_one_that_submits_it(tiny_config, tmp_p
         (["--job-name=a\nb"], "control characters"),
         (["--seeds=0-4;x"], "--seeds 0-4;x is not of the form 0-4"),
         (["--seeds=0-5000"], "more than 1000"),
+        (["--seeds=1,5-3"], "--seeds 1,5-3: 5-3 is empty, write 3-5"),
         (["--env=A-B=1"], "--env A-B=1 is not of the form KEY=VALUE"),
         (["--env=A"], "--env A is not of the form KEY=VALUE"),
         (["--setup=nowhere.sh"], "--setup nowhere.sh cannot be read: No such file or directory"),
