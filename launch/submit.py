@@ -2,6 +2,7 @@
 """Train on SLURM: python launch/submit.py --config configs/cat_b.yaml --nodes 4 --gpus-per-node 8 --time 1-00:00:00"""
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -16,10 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from launch.cli import Parser, add_overrides, number, run
+from launch.sbatch_forms import parse_minutes, parse_seeds
 
 TEMPLATE = ROOT / "launch" / "templates" / "job.sh"
 MARGIN = 30  # seconds between the end of guard.grace and the time limit, for ending the step and requeueing
-MAX_SEEDS = 1000
 BESIDE_WORKERS = 2  # cores of a rank in addition to its decoding threads'
 
 
@@ -77,16 +78,25 @@ def main(arguments: argparse.Namespace) -> None:
     }
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
-        hint = ""
-        if not arguments.cpus_per_task:
-            cores = config.data.workers + BESIDE_WORKERS
-            asked = f"{cores} cores a rank (data.workers + {BESIDE_WORKERS})"
-            hint = f". It was asked for {asked}: --cpus-per-task asks for another number"
-        raise ConfigError(f"sbatch refused the job: {' '.join(result.stderr.split())}{hint}")
+        remove_submission(job, script_path)
+        reason = " ".join(result.stderr.split())
+        if not arguments.cpus_per_task and re.search(r"\bCPUs?\b|node configuration", reason, re.IGNORECASE):
+            asked = f"{config.data.workers + BESIDE_WORKERS} cores a rank (data.workers + {BESIDE_WORKERS})"
+            reason += f". It was asked for {asked}: --cpus-per-task asks for another number"
+        raise ConfigError(f"sbatch refused the job: {reason}")
     number = result.stdout.strip().split(";")[0]
     print(f"job {number}")
     for folder in job.folders():
         print(f"logs: {folder}/logs")
+
+
+def remove_submission(job: BatchJob, script: Path) -> None:
+    """Remove the files of a job that sbatch has refused, and the folders that are empty without them."""
+    os.remove(script)
+    os.remove(job.config)
+    for folder in (script.parent, *(f"{path}/logs" for path in job.folders()), *job.folders(), job.run):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
 
 
 def make_job(arguments: argparse.Namespace, config, stamp: str) -> BatchJob:
@@ -225,39 +235,6 @@ def render(job: BatchJob, command: list[str]) -> str:
         "srun_options": "".join(f" {quote(option)}" for option in job.srun_options),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text())
-
-
-def parse_seeds(text: str) -> list[int]:
-    """sbatch's form of an array: "0-4", "1,3,7", "0-9%2" (two at a time). Raises ConfigError."""
-    from train.config import ConfigError
-
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*(%\d+)?", text, re.ASCII):
-        raise ConfigError(f"--seeds {text} is not of the form 0-4 or 1,3,7 or, two at a time, 0-9%2")
-    seeds: list[int] = []
-    for part in text.partition("%")[0].split(","):
-        first, _, last = part.partition("-")
-        several = range(int(first), int(last or first) + 1)
-        if not several:
-            raise ConfigError(f"--seeds {text}: {part} is empty, write {last}-{first}")
-        if len(several) > MAX_SEEDS:
-            raise ConfigError(f"--seeds {text} are more than {MAX_SEEDS}")
-        seeds += several
-    return seeds
-
-
-def parse_minutes(text: str) -> float | None:
-    """sbatch's forms of a time: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; None: no limit. Raises ConfigError."""
-    from train.config import ConfigError
-
-    if text.lower() in ("unlimited", "infinite"):
-        return None
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
-    if not match:
-        raise ConfigError(f"--time {text} is not a time: minutes, hours:minutes:seconds or days-hours:minutes:seconds")
-    days, a, b, c = (int(group) if group else 0 for group in match.groups())
-    if match[1]:
-        return (days * 24 + a) * 60 + b + c / 60
-    return a * 60 + b + c / 60 if match[4] else a + b / 60
 
 
 def _environment(arguments: argparse.Namespace) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.submit import parse_minutes, parse_seeds
+from launch.sbatch_forms import parse_minutes, parse_seeds
 from tests.runs import ROOT
 
 
@@ -74,16 +74,33 @@ def test_a_rank_gets_the_cores_that_its_config_needs(tiny_config, tmp_path):
     assert "#SBATCH --cpus-per-task=9\n" in text and re.search(r"srun --kill-on-bad-exit=1 .* --cpus-per-task=9 ", text)
 
 
-def test_where_sbatch_refuses_the_default_is_said(tiny_config, tmp_path):
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: Requested node configuration is not available' >&2\nexit 1\n")
+HINT = "3 cores a rank (data.workers + 2): --cpus-per-task asks for another number"
+
+
+@pytest.mark.parametrize(
+    ("reason", "hint"),
+    [
+        ("Requested node configuration is not available", True),
+        ("CPU count per node can not be satisfied", True),
+        ("invalid partition specified: gpu", False),
+    ],
+)
+def test_a_job_that_sbatch_refuses_leaves_nothing_behind(tiny_config, tmp_path, reason, hint):
+    """And where cores may be the reason, their default number is named."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f"#!/bin/sh\necho 'sbatch: error: {reason}' >&2\nexit 1\n")
     sbatch.chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    result = submit("--config", str(tiny_config), "--gpus-per-node=2", "--output", str(tmp_path / "run"), PATH=path)
-    assert (
-        result.returncode == 78
-        and "3 cores a rank (data.workers + 2): --cpus-per-task asks for another" in result.stderr
-    )
+    path = f"{sbatch.parent}:{os.environ['PATH']}"
+    (tmp_path / "begun" / "logs").mkdir(parents=True)
+    (tmp_path / "begun" / "logs" / "job_1.log").touch()
+    for arguments in (["--output", f"{tmp_path}/run"], ["--output", f"{tmp_path}/run", "--seeds=0-1"]):
+        result = submit("--config", str(tiny_config), "--gpus-per-node=2", *arguments, PATH=path)
+        assert result.returncode == 78 and f"sbatch refused the job: sbatch: error: {reason}" in result.stderr
+        assert (HINT in result.stderr) == hint
+        assert not (tmp_path / "run").exists()
+    submit("--config", str(tiny_config), "--gpus-per-node=2", "--output", f"{tmp_path}/begun", PATH=path)
+    assert [path.name for path in (tmp_path / "begun").rglob("*")] == ["logs", "job_1.log"]
 
 
 def test_the_command_in_the_script_is_the_one_that_submits_it(tiny_config, tmp_path):
