@@ -284,11 +284,21 @@ def is_free(key: str, task: type[TaskConfig]) -> bool:
 
 
 def differences(old: dict, new: dict, *, free: bool) -> list[str]:
-    """Keys whose values differ between two dumped configs: the `free` ones, or those that are a run's identity."""
+    """Keys whose values differ between two dumped configs: the `free` ones, or those that are a run's identity.
+
+    Values are in the form in which an override takes them.
+    """
     task = find(new["task"]["name"]).Settings
     old, new = flatten(old), flatten(new)
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    return [f"{key} ({old.get(key)} → {new.get(key)})" for key in changed if is_free(key, task) == free]
+    return [
+        f"{key} ({_as_yaml(old.get(key))} → {_as_yaml(new.get(key))})" for key in changed if is_free(key, task) == free
+    ]
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as YAML in one line, without the "..." that ends a document of one scalar."""
+    return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=float("inf")).strip()[1:-1]
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict:

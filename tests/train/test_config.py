@@ -1,5 +1,6 @@
 """The config tree, and the messages about mistakes in it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,17 @@ def test_differences_tell_identity_from_free_keys(write):
     old, new = config.model_dump(mode="json"), other.model_dump(mode="json")
     assert differences(old, new, free=False) == ["augment.mixup (0.0 → 0.5)", "train.seed (0 → 1)"]
     assert differences(old, new, free=True) == ["data.workers (4 → 9)", "zero.stage (1 → 3)"]
+
+
+def test_differences_are_in_the_form_that_an_override_takes(write):
+    settings = ["train.max_steps=146", "train.compile=true", "data.path='a: [b, é'", "optimizer.lr=1.0e-5"]
+    config, other = load_config(write(SMALL)), load_config(write(SMALL), settings)
+    old, new = config.model_dump(mode="json"), other.model_dump(mode="json")
+    sentences = differences(old, new, free=True) + differences(old, new, free=False)
+    assert "train.max_steps (null → 146)" in sentences and "train.compile (false → true)" in sentences
+    parts = [re.fullmatch(r"(\S+) \((.*) → (.*)\)", sentence).groups() for sentence in sentences]
+    assert load_config(write(SMALL), [f"{key}={value}" for key, _, value in parts]) == other
+    assert load_config(write(SMALL), [*settings, *(f"{key}={value}" for key, value, _ in parts)]) == config
 
 
 def test_a_dumped_config_has_the_same_values_for_any_yaml_reader():
