@@ -81,6 +81,28 @@ def test_settings_of_an_evaluation_alone_may_change(tmp_path, task, free, fixed)
         resume.check_settings(checkpoint, info, load_config(path, [fixed]))
 
 
+def test_a_checkpoint_of_another_model_or_task_names_both(tiny_config, tmp_path):
+    """And not their many settings; of one model at most eight."""
+    config, own, other = load_config(tiny_config), tmp_path / "own", tmp_path / "other"
+    for folder in (own, other):
+        write_checkpoint(folder, config, 4)
+
+    def sentence(output, resume, *settings: str) -> str:
+        with pytest.raises(ConfigError) as raised:
+            check_start(load_config(tiny_config, settings), 0, 1, Resume.decide(output, str(resume), False))
+        return str(raised.value).removeprefix(f"{own}/checkpoints/step_00000004 ")
+
+    path = own / "checkpoints/step_00000004"
+    another = "is of a run of cat_nano, classification; this is one of cat_tiny, classification"
+    assert sentence(own, "auto", "model.name=cat_tiny") == f"{another}: choose another --output"
+    assert sentence(other, path, "model.name=cat_tiny") == f"{another}: take it as model.init_from"
+    settings = [f"augment.{key}=0.9" for key in ("mixup", "cutmix", "erasing", "flip", "color_jitter")]
+    settings += ["optimizer.lr=9", "optimizer.weight_decay=0.9", "optimizer.clip_grad=9", "model.cpsa_drop=0.9"]
+    text = sentence(own, "auto", *settings, "train.seed=9")
+    assert text.startswith("was trained with other settings: augment.") and text.count(" → ") == 8
+    assert ") and 2 more; set them back" in text
+
+
 def test_submit_refuses_it_before_the_job_waits_in_a_queue(tiny_config, tmp_path):
     write_checkpoint(tmp_path, load_config(tiny_config), 4)
     arguments = ["--config", str(tiny_config), "--dry-run", "--gpus-per-node=2", "--output", str(tmp_path)]

@@ -7,6 +7,8 @@ from pathlib import Path
 from train.checkpoint.info import CheckpointError, CheckpointInfo, list_checkpoints, read_info
 from train.config import Config, ConfigError, differences, parse_config
 
+NAMED = 8  # changed settings in an error
+
 
 @dataclass(frozen=True)
 class Resume:
@@ -64,12 +66,18 @@ class Resume:
 
         Raises ConfigError if some of it alters what a step computes, unless the run is to resume with changes.
         """
-        old, new = settings_of(path, info).model_dump(mode="json"), config.model_dump(mode="json")
+        before = settings_of(path, info)
+        old, new = before.model_dump(mode="json"), config.model_dump(mode="json")
         changed = [*differences(old, new, free=False), *others]
         if changed and not self.with_changes:
+            kind, own = (f"{each.model.name}, {each.task.name}" for each in (before, config))
+            if kind != own:
+                remedy = "choose another --output" if self.is_own(path) else "take it as model.init_from"
+                raise ConfigError(f"{path} is of a run of {kind}; this is one of {own}: {remedy}")
+            more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
             raise ConfigError(
-                f"{path} was trained with other settings: {', '.join(changed)}; set them back, choose another "
-                "--output, or give --resume-with-changes to go on all the same"
+                f"{path} was trained with other settings: {', '.join(changed[:NAMED])}{more}; set them back, choose "
+                "another --output, or give --resume-with-changes to go on all the same"
             )
         return changed + differences(old, new, free=True)
 
