@@ -76,10 +76,11 @@ def main(arguments: argparse.Namespace) -> None:
     memory = memory_by_stage(task, cluster.world)
 
     from operate.plan import text
+    from train.telemetry.formatting import page_width, wrapped
 
     title = f"{config.model.name}, {Path(arguments.config).stem}"
     dataset = f"dataset: {images:,} images, {where}; simulated: {runs} runs, seed {seed}"
-    print(f"{title}: {text.page(own, best, memory, plans)}\n\n{dataset}")
+    print(f"{text.page(title, own, best, memory, plans)}\n\n{wrapped(dataset, page_width())}")
     if measured:
         print(f"\nprediction and reality\n{reality(arguments, own)}")
     if arguments.plot:

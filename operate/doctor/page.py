@@ -1,13 +1,12 @@
 """The doctor's page, as text and as JSON."""
 
 import json
-import shutil
-import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict
 
 from operate.doctor.findings import GREEN, RED, YELLOW, Line
+from train.telemetry.formatting import page_width, wrapped
 
 COLOURS = {GREEN: "\033[32m", YELLOW: "\033[33m", RED: "\033[1;31m"}
 INDENT = 24
@@ -20,7 +19,7 @@ def verdict(lines: list[Line]) -> str:
 
 def page(lines: list[Line], about: str, seconds: float, *, colour: bool) -> str:
     """One page of text; colour: with a terminal's colour codes."""
-    width = min(max(shutil.get_terminal_size((120, 40)).columns, 60), 150)
+    width = page_width()
 
     def painted(text: str, status: str) -> str:
         return f"{COLOURS[status]}{text}\033[0m" if colour else text
@@ -28,9 +27,9 @@ def page(lines: list[Line], about: str, seconds: float, *, colour: bool) -> str:
     text = [f"doctor: {about}", ""]
     for line in lines:
         head = f"  {painted(f'{line.status:<8}', line.status)}{line.check:<{INDENT - 10}}"
-        text.append(head + _wrapped(line.says, width, " " * INDENT).lstrip())
+        text.append(head + wrapped(line.says, width, " " * INDENT).lstrip())
         if line.remedy:
-            text.append(_wrapped(f"remedy: {line.remedy}", width, " " * INDENT))
+            text.append(wrapped(f"remedy: {line.remedy}", width, " " * INDENT))
     counts = Counter(line.status for line in lines)
     summary = ", ".join(f"{counts[status]} {status}" for status in (RED, YELLOW, GREEN) if counts[status])
     result = verdict(lines)
@@ -43,9 +42,3 @@ def document(lines: list[Line], about: dict, seconds: float, facts: dict[int, di
     when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     head = {"verdict": verdict(lines), "time": when, "seconds": round(seconds, 1), **about}
     return json.dumps({**head, "lines": [asdict(line) for line in lines], "ranks": measured}, indent=1) + "\n"
-
-
-def _wrapped(text: str, width: int, indent: str) -> str:
-    return textwrap.fill(
-        text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )

@@ -1,13 +1,14 @@
-"""Print a plan as a page of text."""
+"""Print a plan as a page of text. Tables fit in 80 columns; sentences are as wide as the terminal."""
 
 from operate.plan.calibrate import Measured
 from operate.plan.cluster import NUMBERS, Cluster
 from operate.plan.plan import Plan, intervals
 from operate.plan.step_time import STAGES, step_time
 from operate.plan.timeline import ASSUMPTIONS, Outcome
-from train.telemetry.formatting import rate, table
+from train.telemetry.formatting import page_width, rate, table, wrapped
 
 CATEGORIES = ("productive", "stragglers", "startup", "checkpoint_stall", "evaluation", "lost", "waiting")
+ASSUMED = (17, 11, 12)  # least widths of the columns before an assumption's origin
 
 
 def three_digits(seconds: float) -> str:
@@ -49,22 +50,25 @@ def assumptions(cluster: Cluster, evaluation: float) -> str:
     for name, entry in NUMBERS.items():
         value = getattr(cluster, name)
         if value is not None:
-            rows.append([name.replace("_", " "), f"{value:,.6g}", entry.metadata["unit"], cluster.origin(name)])
-    return table(rows, align="<><", widths=(24, 11, 14, 0))
+            origin, *more = wrapped(cluster.origin(name), page_width() - sum(ASSUMED) - 6).splitlines()
+            rows.append([name.replace("_", " "), f"{value:,.6g}", entry.metadata["unit"], origin])
+            rows += [["", "", "", line] for line in more]
+    return table(rows, align="<><", widths=(*ASSUMED, 0))
 
 
 def step_table(plan: Plan, memory: dict[int, dict[str, int]]) -> str:
-    """Time and memory of a step at every ZeRO stage; the config's stage is marked with *."""
+    """Time, then memory of a rank, of a step at every ZeRO stage; the config's stage is marked with *."""
     own = plan.workload.zero_stage
-    heads = ["ZeRO", "sent/rank", "collectives", "not hidden", "data wait", "step", "memory/rank"]
-    rows = [[*heads, f" = {' + '.join(memory[own])}"]]
+    times = [["ZeRO", "sent/rank", "collectives", "not hidden", "data wait", "step"]]
+    first, *others = memory[own]
+    sizes = [["ZeRO", "memory/rank", f"= {first}", *(f"+ {part}" for part in others)]]
     for stage in STAGES:
         step, parts = step_time(plan.workload, plan.cluster, stage), memory[stage].values()
-        times = map(three_digits, (step.communication, step.exposed, step.data_wait, step.seconds))
-        total, sizes = f"{sum(parts) / 1e9:.2f} GB", " + ".join(f"{value / 1e9:.2f}" for value in parts)
-        mark = " *" if stage == own else ""
-        rows.append([f"{stage}{mark}", f"{step.sent / 1e6:,.1f} MB", *times, total, f" = {sizes}"])
-    return table(rows, align="<>>>>>><", widths=(4, 12, 11, 11, 11, 11, 13, 0))
+        name = f"{stage} *" if stage == own else f"{stage}"
+        seconds = map(three_digits, (step.communication, step.exposed, step.data_wait, step.seconds))
+        times.append([name, f"{step.sent / 1e6:,.1f} MB", *seconds])
+        sizes.append([name, *(f"{value / 1e9:.2f} GB" for value in (sum(parts), *parts))])
+    return "\n\n".join(table(rows, align="<>", widths=(4, 11)) for rows in (times, sizes))
 
 
 def choice(own: Plan, best: Plan) -> str:
@@ -76,45 +80,47 @@ def choice(own: Plan, best: Plan) -> str:
     differences = (100 * (plan.expected.wall / plan.simulated.wall - 1) for plan in (own, best))
     rows.append(["closed form - simulated", *(f"{difference:+.1f} %" for difference in differences)])
     found = intervals(own)
-    return (
-        f"{table(rows, widths=(24, 26))}\n"
+    about = (
         f"Young {three_digits(found['young'])}, Daly {three_digits(found['daly'])} of work between checkpoints; a "
         f"checkpoint is whole after {three_digits(own.timeline.write)}, and the next cannot begin before. A better "
         "evaluation is saved as well"
     )
+    return f"{table(rows, widths=(23, 24))}\n{wrapped(about, page_width())}"
 
 
 def split(outcome: Outcome) -> str:
     shares = (f"{name.replace('_', ' ')} {100 * getattr(outcome, name) / outcome.wall:.1f} %" for name in CATEGORIES)
-    return "where the time goes: " + ", ".join(shares)
+    return wrapped("where the time goes: " + ", ".join(shares), page_width())
 
 
 def scale_table(plans: list[Plan], own: int) -> str:
-    """A line for each number of GPUs. own: the config's global batch."""
-    rows = []
+    """Two tables with a line for each number of GPUs. own: the config's global batch."""
+    steps, totals = [], []
     for plan in plans:
-        head = headline(plan)
-        cells = {
-            "GPUs": f"{plan.cluster.world:,}",
+        head, gpus = headline(plan), {"GPUs": f"{plan.cluster.world:,}"}
+        step = gpus | {
             "global batch": head["global batch"] + ("*" if plan.workload.global_batch != own else " "),
             "step": head["step"],
             "job's MTBF": head["MTBF of the job"],
             "interval": three_digits(plan.timeline.every * plan.timeline.step),
             "goodput": head["goodput expected"],
+        }
+        total = gpus | {
             "closed form": head["time, closed form"],
             "simulated": three_digits(plan.simulated.wall),
             "GPU-hours": head["GPU-hours"],
         }
-        cells |= {"price": head["price"]} if "price" in head else {}
-        rows = rows or [list(cells)]
-        rows.append(list(cells.values()))
-    text = table(rows, align=">", widths=(11, 9))
+        total |= {"price": head["price"]} if "price" in head else {}
+        for rows, cells in ((steps, step), (totals, total)):
+            rows += [list(cells.values())] if rows else [list(cells), list(cells.values())]
+    text = [table(rows, align=">", widths=(9,)) for rows in (steps, totals)]
     if any(plan.workload.global_batch != own for plan in plans):
-        text += (
-            "\n* so many GPUs cannot share the config's global batch: a larger one, which is another recipe and may "
+        larger = (
+            "* so many GPUs cannot share the config's global batch: a larger one, which is another recipe and may "
             "learn otherwise"
         )
-    return text
+        text.insert(1, wrapped(larger, page_width()))
+    return "\n".join([*text[:-1], "", text[-1]])
 
 
 def beside(measured: Measured, closed: Outcome, replayed: Outcome, wait: float) -> str:
@@ -141,7 +147,7 @@ def beside(measured: Measured, closed: Outcome, replayed: Outcome, wait: float) 
     return text
 
 
-def page(own: Plan, best: Plan, memory: dict[int, dict[str, int]], plans: list[Plan]) -> str:
+def page(title: str, own: Plan, best: Plan, memory: dict[int, dict[str, int]], plans: list[Plan]) -> str:
     """The page. own, best: with the config's and the best checkpoint interval. plans: on other numbers of GPUs."""
     workload, cluster = own.workload, own.cluster
     share = workload.accumulation(cluster.world)
@@ -156,13 +162,16 @@ def page(own: Plan, best: Plan, memory: dict[int, dict[str, int]], plans: list[P
     cores = cluster.images_per_second / cluster.decode_rate
     return "\n\n".join(
         [
-            f"{gpus}, {model}; a step: {workload.global_batch:,} images, {batches}; {steps}",
+            wrapped(
+                f"{title}: {gpus}, {model}; a step: {workload.global_batch:,} images, {batches}; {steps}", page_width()
+            ),
             assumptions(cluster, own.timeline.evaluation),
             step_table(own, memory),
             f"decoding: {cores:.2g} cores per GPU, {cores * cluster.gpus_per_node:.2g} per node",
             choice(own, best),
             split(best.expected),
             "from 1 to 10,000 GPUs, the best interval each\n" + scale_table(plans, workload.global_batch),
-            "what closed form and simulation assume\n" + "\n".join(f"- {sentence}" for sentence in ASSUMPTIONS),
+            "what closed form and simulation assume\n"
+            + "\n".join(f"- {wrapped(sentence, page_width(), '  ').lstrip()}" for sentence in ASSUMPTIONS),
         ]
     )

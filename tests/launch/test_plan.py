@@ -19,7 +19,8 @@ from tests.runs import ROOT, metrics, run, start
 
 def command(*arguments):
     line = [sys.executable, str(ROOT / "launch" / "plan.py"), *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "COLUMNS": "80"}
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,17 @@ def test_guessed_and_given_numbers_are_marked(planned):
     lines = [line.split() for line in text.splitlines()]
     assert ["node", "mtbf", "0.4", "h", "given"] in lines and ["latency", "within", "5", "µs", "GUESSED"] in lines
     assert "Failures are a Poisson process" in text
+
+
+def test_a_plan_fits_a_terminal_of_80_columns(planned):
+    lines = planned[0].splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    (table,) = (number for number, line in enumerate(lines) if line.startswith("ZeRO  memory/rank "))
+    rows = [line.split() for line in lines[table : table + 5]]
+    assert rows[0] == "ZeRO memory/rank = weights + gradients + optimizer + activations".split()
+    for row in rows[1:]:
+        numbers = [float(cell) for cell in row if "." in cell]
+        assert len(numbers) == 5 and numbers[0] == pytest.approx(sum(numbers[1:]), abs=0.03)
 
 
 def test_the_numbers_of_a_plan(planned):

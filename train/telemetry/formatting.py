@@ -2,12 +2,25 @@
 
 import html
 import re
+import shutil
+import textwrap
 import time
 from collections.abc import Sequence
 
 from data_pipeline.formatting import counted, duration
 
-__all__ = ["clock", "counted", "duration", "markdown_table", "printable", "rate", "size", "table"]
+__all__ = [
+    "clock",
+    "counted",
+    "duration",
+    "markdown_table",
+    "page_width",
+    "printable",
+    "rate",
+    "size",
+    "table",
+    "wrapped",
+]
 
 
 def clock(when: float) -> str:
@@ -26,6 +39,18 @@ def size(number: float) -> str:
 def rate(value: float) -> str:
     """A speed, such as "1,234" or "10", and below that three digits, such as "0.24"."""
     return f"{value:,.0f}" if value >= 9.995 else f"{value:.3g}"
+
+
+def page_width() -> int:
+    """Columns of a page of text: the terminal's, but 60 to 150; 120 where there is no terminal."""
+    return min(max(shutil.get_terminal_size((120, 40)).columns, 60), 150)
+
+
+def wrapped(text: str, width: int, indent: str = "") -> str:
+    """`text` in lines that begin with `indent` and are at most `width` long; words, such as paths, stay whole."""
+    return textwrap.fill(
+        text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def printable(text: str) -> str:
