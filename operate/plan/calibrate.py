@@ -22,7 +22,8 @@ class Measured:
     steps: int  # repeated ones counted once
     seconds: dict[str, float]
     starts: int
-    stops: int  # starts that were asked to stop
+    stops: int  # starts that were asked to stop and followed by another one
+    after_stops: tuple[float, float]  # see Ledger
     failures: tuple[float, ...]  # moments, in seconds from its first start
     checkpoints: int
     writing: float  # mean seconds of a checkpoint
@@ -63,6 +64,7 @@ def read_run(run: str) -> Measured:
         seconds=ledger.split(last_beat(folder)),
         starts=len(starts),
         stops=sum(start.end == "preempted" for start in starts[:-1]),
+        after_stops=ledger.after_stops(),
         failures=tuple(start.ended - starts[0].began for start in starts[:-1] if start.end not in ENDS),
         checkpoints=len(saves),
         writing=sum(saves) / len(saves) if saves else 0.0,

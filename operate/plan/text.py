@@ -5,7 +5,7 @@ from operate.plan.cluster import NUMBERS, Cluster
 from operate.plan.plan import Plan, intervals
 from operate.plan.step_time import STAGES, step_time
 from operate.plan.timeline import ASSUMPTIONS, Outcome
-from train.telemetry.formatting import page_width, rate, table, wrapped
+from train.telemetry.formatting import counted, page_width, rate, table, wrapped
 
 CATEGORIES = ("productive", "stragglers", "startup", "checkpoint_stall", "evaluation", "lost", "waiting")
 ASSUMED = (17, 11, 12)  # least widths of the columns before an assumption's origin
@@ -125,7 +125,10 @@ def scale_table(plans: list[Plan], own: int) -> str:
 
 def beside(measured: Measured, closed: Outcome, replayed: Outcome, wait: float) -> str:
     """Prediction and reality of one run. wait: the planned share of a step that is spent waiting for data."""
-    real, predictions = measured.seconds, (closed, replayed)
+    real, predictions = dict(measured.seconds), (closed, replayed)
+    waiting, startup = measured.after_stops
+    real["waiting"] -= waiting
+    real["startup"] -= startup
     seconds = {
         "steps": [*(outcome.productive * (1 - wait) for outcome in predictions), real["productive"] + real["other"]],
         "data wait": [*(outcome.productive * wait for outcome in predictions), real["data_wait"]],
@@ -133,18 +136,23 @@ def beside(measured: Measured, closed: Outcome, replayed: Outcome, wait: float) 
     }
     for name in CATEGORIES[3:]:
         seconds[name.replace("_", " ")] = [*(getattr(outcome, name) for outcome in predictions), real[name]]
-    seconds["wall time"] = [closed.wall, replayed.wall, measured.wall]
-    about = f" of {measured.run}, {measured.steps:,} steps"
-    rows = [["", "closed form", "its failures", "reality", about]]
+    wall = measured.wall - waiting - startup
+    seconds["wall time"] = [closed.wall, replayed.wall, wall]
+    rows = [["", "closed form", "its failures", "reality"]]
     rows += [[name, *(f"{value:,.1f} s" for value in values)] for name, values in seconds.items()]
     rows.append(["failures", f"{closed.failures:.1f}", f"{replayed.failures:.0f}", f"{len(measured.failures)}"])
-    rows.append(["off by", *(f"{100 * (outcome.wall / measured.wall - 1):+.1f} %" for outcome in predictions)])
-    text = table(rows, align="<>>><", widths=(20, 12, 12, 10, 0))
-    text += "\nits failures: the simulation, told when the run failed and nothing else of it"
+    rows.append(["off by", *(f"{100 * (outcome.wall / wall - 1):+.1f} %" for outcome in predictions)])
+    notes = [
+        f"reality: {measured.run}, {counted(measured.steps, 'step')}",
+        "its failures: the simulation, told when the run failed and nothing else of it",
+    ]
     if measured.stops:
-        stops = f"{measured.stops} starts were asked to stop, which is no failure"
-        text += f"\n{stops}: these starts and waits are not predicted"
-    return text
+        notes.append(
+            f"{counted(measured.stops, 'start')} {'was' if measured.stops == 1 else 'were'} asked to stop, which is no "
+            f"failure: the {three_digits(waiting + startup)} of waiting and start-up after that are not predicted, and "
+            "left out here"
+        )
+    return "\n".join([table(rows, align="<>", widths=(20, 12)), *(wrapped(note, page_width()) for note in notes)])
 
 
 def page(title: str, own: Plan, best: Plan, memory: dict[int, dict[str, int]], plans: list[Plan]) -> str:

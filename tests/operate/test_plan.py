@@ -14,7 +14,7 @@ from operate.plan.cluster import Cluster
 from operate.plan.plan import scale
 from operate.plan.simulate import simulate, simulate_mean
 from operate.plan.step_time import STAGES, all_gather, all_reduce, step_time
-from operate.plan.text import three_digits
+from operate.plan.text import beside, three_digits
 from operate.plan.timeline import Timeline
 from operate.plan.workload import Workload, count_workload, memory_by_stage
 from operate.task_model import task_of
@@ -264,6 +264,29 @@ def test_what_a_run_measured_replaces_the_guesses(killed_once):
         cluster.origin("startup") == f"measured: {killed_once}"
         and cluster.origin("link_between") == "GUESSED (200 Gb/s a node)"
     )
+
+
+def beside_reality(run):
+    """The table of a plan that waits a tenth of a step, and takes 60 s: by row, its last cell."""
+    measured = read_run(run)
+    outcome = expected(Timeline(20, 3.0, 20, 20, 0, 0, 0, 0, 1e-9, 0, 1e-9, 1, 1))
+    text = beside(measured, outcome, outcome, 0.1)
+    assert max(map(len, text.splitlines())) <= 80
+    return text, {line[:20].strip(): line.split()[-2] for line in text.splitlines() if line.endswith((" s", " %"))}
+
+
+def test_starts_after_a_stop_are_not_predicted_and_not_compared(killed_once, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    killed, rows = beside_reality(killed_once)
+    assert (rows["waiting"], rows["startup"], rows["wall time"], rows["off by"]) == ("6.0", "18.0", "63.0", "-4.8")
+    path = Path(killed_once) / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines.insert(5, json.dumps(event(1034, "preempted", 20)))
+    path.write_text("\n".join(lines) + "\n")
+    stopped, rows = beside_reality(killed_once)
+    assert (rows["waiting"], rows["startup"], rows["wall time"], rows["off by"]) == ("0.0", "9.0", "48.0", "+25.0")
+    assert "1 start was asked to stop, which is no failure: the 15 s of waiting" in " ".join(stopped.split())
+    assert "asked to stop" not in killed
 
 
 def test_steps_of_the_run_that_it_began_from_are_not_its_own(killed_once):

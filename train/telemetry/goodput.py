@@ -26,6 +26,7 @@ time, all are scaled down to it; a start that began before the previous one's la
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 CATEGORIES = (
@@ -142,6 +143,18 @@ class Ledger:
                 total[category] += seconds * scale
             total["other"] += max(0.0, wall - known_seconds)
         return total
+
+    def after_stops(self) -> tuple[float, float]:
+        """Seconds between the starts that were asked to stop and those after them, and of the latter's start-up with
+        compilation.
+        """
+        waiting = startup = 0.0
+        for index, (before, start) in enumerate(pairwise(self.starts), 1):
+            if before.end == "preempted":
+                known = self._known(index)
+                waiting += start.began - before.ended
+                startup += known["startup"] + known["compilation"]
+        return waiting, startup
 
     def line(self) -> dict:
         """The goodput line of metrics.jsonl: the share of productive time, 0..1, and the seconds by category."""
