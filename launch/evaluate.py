@@ -38,7 +38,7 @@ def main(arguments: argparse.Namespace) -> None:
     from data_pipeline.loader import MicroBatch
     from train.engine.runtime import start_runtime, stop_runtime
     from train.tasks.base import build_task, evaluate
-    from train.telemetry.monitor import finite
+    from train.telemetry.monitor import finite, progress_bar
 
     trained = read_trained(target, arguments.weights, best=arguments.best)
     config, checkpoint, weights = trained.config, trained.checkpoint, trained.weights
@@ -51,17 +51,20 @@ def main(arguments: argparse.Namespace) -> None:
     runtime = start_runtime()
     model, task = trained.model().to(runtime.device), build_task(config, manifest.classes)
 
+    split = manifest.split("val")
+    bar = progress_bar(split.samples, f" {task.samples}", shown=runtime.is_main)
+
     def report(batch: MicroBatch) -> None:
         for fault in batch.faults:
-            print(f"rank {runtime.rank} reads {fault.file} again: {fault.count} x {fault.error}", file=sys.stderr)
+            bar.write(f"rank {runtime.rank} reads {fault.file} again: {fault.count} x {fault.error}", file=sys.stderr)
         for sample in batch.bad:
-            print(f"left out: {sample.sentence}", file=sys.stderr)
+            bar.write(f"left out: {sample.sentence}", file=sys.stderr)
+        bar.update(min(len(batch.ids) * runtime.world, split.samples - bar.n))  # the other ranks have as many
 
-    split = manifest.split("val")
     tally = task.tally(runtime.device, split)
     if arguments.results and not task.has_results:
         raise ConfigError(f"--results is no option of the task {config.task.name}")
-    with torch.no_grad():
+    with bar, torch.no_grad():
         scores, details = evaluate(task, model, split, runtime.device, report, runtime.rank, runtime.world, tally)
     for note in trained.notes if runtime.is_main else ():
         print(note, file=sys.stderr)

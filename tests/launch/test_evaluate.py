@@ -1,8 +1,16 @@
 """What launch/evaluate.py takes and refuses, without ranks; its scores: tests of the tasks and test_best.py."""
 
+import os
+import pty
+import subprocess
+import sys
+import termios
+
 import pytest
 
 from launch.evaluate import for_evaluation
+from tests.launch.test_watch import read
+from tests.runs import ROOT, run
 from train.config import ConfigError, parse_config
 
 TASKS = {
@@ -59,3 +67,21 @@ def test_what_concerns_training_alone_is_in_nobodys_way():
     sharded = config("segmentation", zero={"stage": 3, "offload": True})
     changed = for_evaluation(sharded, ["task.test=slide", "task.window=[64,64]"])
     assert (changed.task.test, changed.zero.stage, changed.zero.offload) == ("slide", 0, False)
+
+
+@pytest.mark.slow
+def test_progress_is_shown_on_a_terminal_alone(tiny_config, tmp_path):
+    output = run(tiny_config, tmp_path / "run", "train.max_steps=1", "train.evaluate_every=0").output
+    command = [sys.executable, str(ROOT / "launch" / "evaluate.py"), str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert result.stderr == "" and "(101 images)" in result.stdout
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 80))
+    again = subprocess.run(command, stdout=subprocess.PIPE, stderr=follower, text=True, timeout=120, check=True)
+    os.close(follower)
+    shown = b""
+    while chunk := read(leader):
+        shown += chunk
+    os.close(leader)
+    assert again.stdout == result.stdout
+    assert b"101/101" in shown and b" images/s]" in shown, shown

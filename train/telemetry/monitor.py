@@ -99,10 +99,7 @@ class Monitor:
         self._log = Appender(output / "train.log", alarm)
         self._board = Board(output / "tensorboard", alarm, first + 1, metrics)
         self._board.text("config", "```yaml\n" + dump_config(config) + "```", first)
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=last, initial=first, unit="step", disable=not terminal, dynamic_ncols=True, smoothing=0.05
-        )
+        self._bar = progress_bar(last, "step", first)
         self._flops = flops
 
     def say(self, text: str) -> None:
@@ -246,6 +243,12 @@ class Monitor:
         total = sum(line[category] for category in CATEGORIES) or 1.0  # in the first millisecond
         for category in CATEGORIES:
             self._board.scalar(f"goodput/{category}", line[category] / total, line["step"])
+
+
+def progress_bar(total: int, unit: str, first: int = 0, *, shown: bool = True) -> tqdm:
+    """On stderr if it is a terminal; else, or if not `shown`, it is silent."""
+    hidden = not (shown and sys.stderr.isatty())
+    return tqdm(total=total, initial=first, unit=unit, disable=hidden, dynamic_ncols=True, smoothing=0.05)
 
 
 class SampleRecord:
