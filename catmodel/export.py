@@ -255,21 +255,25 @@ def _to_onnx(model: "nn.Module", path: Path, about: dict) -> Callable:
         return opset18.Gather(kept, opset18.Constant(value_int=2), axis=1)
 
     translations = {operator.floordiv: floor_divide, torch.ops.aten.sort.stable: stable_sort}
-    if _form(model).one_image:
+    form = _form(model)
+    if form.one_image:
         import torchvision  # noqa: F401 - which defines the operator
 
         translations[torch.ops.torchvision.nms.default] = suppress
+    names = {} if form.one_image else {0: "batch"}
+    names |= {2: "height", 3: "width"} if form.any_size else {}
     written = torch.onnx.export(
         _program(model, about),
+        dynamic_shapes=(names,),  # else they are called s40 and the like
         input_names=["images"],
-        output_names=list(_form(model).outputs),
+        output_names=list(form.outputs),
         external_data=False,
         verbose=False,
         custom_translation_table=translations,
     )
     written.model.metadata_props[METADATA] = json.dumps(about)
     written.save(path)
-    if _form(model).one_image:
+    if form.one_image:
         # The sizes of intermediate results are those of the example where the graph keeps the best of a level; ONNX
         # Runtime would take them as promises.
         graph = onnx.load(path)

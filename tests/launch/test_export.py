@@ -75,6 +75,7 @@ def test_a_run_as_onnx(tiny_run, tmp_path):
     assert job.wait() == [0], job.text()
     assert "(ema), within " in job.text()
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    assert session.get_inputs()[0].shape == ["batch", 3, 16, 16] and session.get_outputs()[0].shape == ["batch", 10]
     about = json.loads(session.get_modelmeta().custom_metadata_map["catmodel"])
     assert about["classes"] == [f"class_{i}" for i in range(10)] and about["std"] == [0.229, 0.224, 0.225]
     images = torch.randn(3, 3, 16, 16)
@@ -150,6 +151,7 @@ def test_onnx_maps_of_any_size(name, tmp_path):
     model, about = small_model(name, features_only=True)
     assert export(model, str(tmp_path / "m.onnx"), about) <= 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     for shape in ((1, 3, 64, 65), (2, 3, 113, 90), (1, 3, 112, 336)):
         images = torch.randn(shape)
         with torch.no_grad():
