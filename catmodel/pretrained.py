@@ -121,6 +121,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    if path.suffix in (".onnx", ".pt2"):
+        raise ValueError(
+            f"{path}: weights are not read from {path.suffix} files: give a .safetensors or .pth file, a run or a "
+            "checkpoint"
+        )
     if path.suffix != ".safetensors":
         return weight_file.read(path)
     from safetensors import SafetensorError

@@ -224,6 +224,13 @@ def test_other_classes(published):
     assert_loaded(model, {**published, "head.weight": own, "head.bias": torch.zeros(3)})
 
 
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_exported_graphs_are_not_said_to_be_damaged(tmp_path, suffix):
+    (tmp_path / f"m{suffix}").write_bytes(b"a graph")
+    with pytest.raises(ValueError, match=rf"m\{suffix}: weights are not read from \{suffix} files: give"):
+        catmodel.load_published(nano(), tmp_path / f"m{suffix}")
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None, suffix: str):
