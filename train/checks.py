@@ -39,6 +39,11 @@ def check_resume(config: Config, resume: Resume) -> None:
                 f"{resume.checkpoints} already has checkpoints; resume them (--resume auto) or choose another --output"
             )
         return
+    if resume.checkpoint and (resume.checkpoint / "checkpoints").is_dir():
+        raise ConfigError(
+            f"--resume {resume.checkpoint} is a run's folder: name one of its checkpoints: "
+            f"{resume.checkpoint}/checkpoints/step_N"
+        )
     for path in resume.candidates():
         with contextlib.suppress(CheckpointError):
             resume.check_settings(path, read_info(path), config)

@@ -51,6 +51,8 @@ def test_a_checkpoint_of_other_settings_is_refused_before_the_start(tiny_config,
         check(changed)
     with pytest.raises(ConfigError, match="already has checkpoints; resume them"):
         check(config, "never")
+    with pytest.raises(ConfigError, match="is a run's folder: name one of its checkpoints: /.*/checkpoints/step_N$"):
+        check(config, str(tmp_path))
     write_checkpoint(tmp_path, changed, 8)
     check(changed)
     (tmp_path / "checkpoints/step_00000008/manifest.json").write_text("{")  # damaged: the older one counts
