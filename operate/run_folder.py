@@ -208,11 +208,11 @@ def hangs(folder: Path) -> Iterator[tuple[float, str]]:
 
 
 def ending(start: Start, after: Start | None, hung: list[float]) -> str | None:
-    """How a start ended: "finished", "preempted", "failed", "hung", "killed", or None: it runs, or was killed.
+    """How a start ended: "finished", "stopped", "failed", "hung", "killed", or None: it runs, or was killed.
 
     after: the next start. hung: times of the run's hangs, in whole seconds.
     """
-    end = start.end or (after and "killed")
+    end = "stopped" if start.end == "preempted" else start.end or (after and "killed")
     if end != "finished" and any(start.last - 1 < hang and (after is None or hang <= after.began) for hang in hung):
         return "hung"
     return end

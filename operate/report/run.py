@@ -153,8 +153,8 @@ def names(runs: Iterable[ReportedRun]) -> list[str]:
 
 
 def _state(folder: Path, end: str | None) -> str:
-    """The run's state now: running, finished, stopped (preempted), failed, hung or killed."""
+    """The run's state now: running, finished, stopped, failed, hung or killed."""
     lock = read_lock(folder) or {}
     if not lock.get("ended", True) and time.time() - lock["beat"] < SILENT:
         return "running"
-    return {None: "killed", "preempted": "stopped"}.get(end, end)
+    return end or "killed"

@@ -55,6 +55,12 @@ def test_the_table(finished):
     assert rows[-1][:9] == ["3", "1970-01-01", "01:02:00", "2", "10", "to", "20", "none", "yet:"]
 
 
+def test_a_stop_has_the_name_that_watch_gives_it(finished):
+    with open(finished / "metrics.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"kind": "event", "event": "preempted", "step": 20, "time": 3790.0}) + "\n")
+    assert command(str(finished)).stdout.split()[-1] == "stopped"
+
+
 def test_json(finished):
     result = command(str(finished), "--json")
     assert result.returncode == 0, result.stderr

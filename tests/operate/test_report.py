@@ -176,7 +176,7 @@ def test_the_state_is_that_of_now(folder):
     assert read_reported_run(folder).launches[-1].ended == pytest.approx(200 / 3600)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write("\n" + json.dumps({"kind": "event", "event": "preempted", "step": 18, "time": 3717.0}) + "\n")
-    assert read_reported_run(folder).state == "stopped"
+    assert read_reported_run(folder).state == read_reported_run(folder).launches[-1].end == "stopped"
     assert len(list(read_lines(folder / "metrics.jsonl"))) == len(LINES) + 1
 
 
