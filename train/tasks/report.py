@@ -3,7 +3,8 @@
 If a task's package has `report_sections(runs: Sequence[EvaluatedRun]) -> list[Section]`, the report calls it.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -81,23 +82,91 @@ def weights_name(weights: str) -> str:
     return "EMA" if weights == "ema" else weights
 
 
-def evaluations(runs: Sequence[EvaluatedRun]) -> list[tuple[str, EvaluatedRun, dict]]:
-    """The columns of a table, (label, run, details): one run's EMA and model, or one column of each of several runs."""
+def newest(runs: Sequence[EvaluatedRun], describe: Callable[[EvaluatedRun, dict], dict]) -> list[dict]:
+    """For the macro `each`: of each run what `describe(run, details)` says of its newest evaluation, of its EMA if it
+    has one.
+    """
+    parts = []
+    for run in runs:
+        part = {"heading": run.name if run.one_of_several else None, "weights": None}
+        for weights, details in _evaluations(run)[:1]:
+            part |= {"weights": weights_name(weights), "epoch": run.epoch(details["step"]), **describe(run, details)}
+        parts.append(part)
+    return parts
+
+
+def _evaluations(run: EvaluatedRun) -> list[tuple[str, dict]]:
+    """(weights, details), the EMA's first."""
+    return [(weights, run.details[weights]) for weights in ("ema", "model") if weights in run.details]
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """A class in the table of classes. name: its first cell. score: in percent; None: it has none. more: last cells."""
+
+    name: str
+    count: int
+    score: float | None
+    more: Sequence[str] = ()
+
+
+def class_section(
+    runs: Sequence[EvaluatedRun],
+    rows: Callable[[dict], Sequence[ClassRow]],
+    counted: str,
+    title: str,
+    order: str,
+    more: Sequence[str] = (),
+    size: tuple[int, int, int] = (60, 30, 15),
+) -> Section:
+    """The section "classes", lowest score first, with a column for one run's EMA and model, or for each of several
+    runs.
+
+    rows: of an evaluation's details, in the order of labels. counted: what `ClassRow.count` counts. title: of a column
+    of scores, with {} for the evaluation. order: what the classes are ordered by. more: titles of the last columns.
+    size: up to the first number of classes are all shown; of more, so many lowest and highest.
+    """
     shown = []
     for run in runs:
-        found = [(weights, run.details[weights]) for weights in ("ema", "model") if weights in run.details]
+        found = _evaluations(run)
         for weights, details in found[:1] if run.one_of_several else found:
             name = weights_name(weights)
             shown.append((f"{run.name}, {name}" if run.one_of_several else name, run, details))
-    return shown
+    macro = templates(Path(__file__).parent).get_template("macros.html.j2").module.classes
+    if not shown:
+        return Section("classes", "Classes", macro(None))
+    labels = [label for label, _, _ in shown]
+    tables = [dict(zip(_keys(details["classes"]), rows(details), strict=True)) for _, _, details in shown]
+    first = tables[0]
+    keys = sorted(first, key=lambda key: (101.0 if first[key].score is None else first[key].score, key))
+    chosen, which = _extremes(keys, *size)
+    columns = [*long("class"), *numbers(counted), *text(*(title.format(label) for label in labels))]
+    columns += numbers(*(f"{title}, {labels[0]}" for title in more))
+    lines = []
+    for key in chosen:
+        if key is None:
+            lines.append(["…", *("" for _ in columns[1:])])
+        else:
+            bars = [_bar(table[key].score if key in table else None) for table in tables]
+            lines.append([first[key].name, f"{first[key].count:,}", *bars, *first[key].more])
+    when = "; ".join(f"{label}: epoch {run.epoch(details['step'])}" for label, run, details in shown)
+    it = {"which": which, "order": order, "when": when, "table": Table(columns, lines)}
+    return Section("classes", "Classes", macro(it))
 
 
-def epochs(shown: Sequence[tuple[str, EvaluatedRun, dict]]) -> str:
-    """When each of the `evaluations` took place."""
-    return "; ".join(f"{label}: epoch {run.epoch(details['step'])}" for label, run, details in shown)
+def _keys(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Of each class its name, and how many classes of this name have smaller labels: datasets that were prepared by
+    earlier versions may have several.
+    """
+    seen: Counter[str] = Counter()
+    keys = []
+    for name in names:
+        keys.append((name, seen[name]))
+        seen[name] += 1
+    return keys
 
 
-def extremes(classes: Sequence, most: int, lowest: int, highest: int) -> tuple[list, str]:
+def _extremes(classes: Sequence, most: int, lowest: int, highest: int) -> tuple[list, str]:
     """All of `classes` if they are at most `most`, else the first `lowest`, None, and the last `highest`; and which."""
     if len(classes) <= most:
         return list(classes), f"All {len(classes)} classes"
@@ -105,7 +174,7 @@ def extremes(classes: Sequence, most: int, lowest: int, highest: int) -> tuple[l
     return [*classes[:lowest], None, *classes[-highest:]], which
 
 
-def bar(percent: float | None) -> str:
+def _bar(percent: float | None) -> str:
     """A bar and a percentage; None: there is none."""
     if percent is None:
         return "–"

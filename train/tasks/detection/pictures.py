@@ -124,28 +124,18 @@ def side_by_side(details: dict) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """A class's AP and AP50 in percent, None if it has no objects; and the number of its objects.
+    """A class's AP and AP50 in percent, None if it has no objects; and the number of its objects."""
 
-    key: its name, and how many classes of this name have smaller labels: datasets that were prepared by earlier
-    versions may have several.
-    """
-
-    key: tuple[str, int]
+    name: str
     ap: float | None
     ap50: float | None
     objects: int
 
-    @property
-    def name(self) -> str:
-        return self.key[0]
-
 
 def class_scores(details: dict) -> list[ClassScore]:
-    """Of an evaluation's details, the lowest AP first, classes without objects last."""
-    names = details["classes"]
-    keys = [(name, names[:label].count(name)) for label, name in enumerate(names)]
-    scores = [ClassScore(*row) for row in zip(keys, *(details[key] for key in ("ap", "ap50", "objects")), strict=True)]
-    return sorted(scores, key=lambda score: (101.0 if score.ap is None else score.ap, score.key))
+    """The scores of all classes, from an evaluation's details, in the order of labels."""
+    columns = (details[key] for key in ("classes", "ap", "ap50", "objects"))
+    return [ClassScore(*row) for row in zip(*columns, strict=True)]
 
 
 def size_rows(details: dict) -> list[list[str]]:
@@ -160,10 +150,9 @@ def error_rows(details: dict) -> list[list[str]]:
 
 
 def evaluation_tables(details: dict) -> str:
-    """AP by class, by size, and the errors, in Markdown."""
-    classes = [
-        [score.name, percent(score.ap), percent(score.ap50), f"{score.objects:,}"] for score in class_scores(details)
-    ]
+    """AP by class, the lowest first, by size, and the errors, in Markdown."""
+    scores = sorted(class_scores(details), key=lambda score: (101.0 if score.ap is None else score.ap, score.name))
+    classes = [[score.name, percent(score.ap), percent(score.ap50), f"{score.objects:,}"] for score in scores]
     return "\n\n".join(
         [
             markdown_table(["class", "AP", "AP50", "objects"], classes),

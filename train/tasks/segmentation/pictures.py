@@ -36,16 +36,9 @@ def class_scores(details: dict) -> list[ClassScore]:
 
 def iou_table(details: dict) -> str:
     """The scores of all classes in Markdown, the lowest IoU first."""
-    rows = [
-        [score.name, percent(score.iou), percent(score.accuracy), f"{score.pixels:,}"]
-        for score in by_iou(class_scores(details))
-    ]
+    scores = sorted(class_scores(details), key=lambda score: (101.0 if score.iou is None else score.iou, score.name))
+    rows = [[score.name, percent(score.iou), percent(score.accuracy), f"{score.pixels:,}"] for score in scores]
     return markdown_table(["class", "IoU", "accuracy", "pixels"], rows)
-
-
-def by_iou(scores: Sequence[ClassScore]) -> list[ClassScore]:
-    """The lowest IoU first, classes without one last."""
-    return sorted(scores, key=lambda score: (101.0 if score.iou is None else score.iou, score.name))
 
 
 def percent(value: float | None) -> str:
