@@ -1,10 +1,40 @@
 """Image files outside of a dataset: given to the decoder as `launch/prepare.py` would have stored them."""
 
-from collections.abc import Callable
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from data_pipeline.jpeg import read_header
 from data_pipeline.validate import MAX_PIXELS, BadImage, check_image
+from train.config import ConfigError
+
+Item, Read = TypeVar("Item"), TypeVar("Read")
+
+
+def ahead(read: Callable[[Item], Read], items: Iterable[Item], count: int) -> Iterator[Read]:
+    """`read(item)` of each item, in order; threads, one for each core, read `count` items ahead of the one in use."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as threads:
+        items = iter(items)
+        pending = deque(threads.submit(read, item) for item in islice(items, count))
+        while pending:
+            found = pending.popleft().result()
+            pending.extend(threads.submit(read, item) for item in islice(items, 1))
+            yield found
+
+
+def check_names(paths: Sequence[Path], ending: str) -> None:
+    """Raise ConfigError if two images would have the same file `<name><ending>` in the folder of predictions."""
+    known: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in known:
+            raise ConfigError(
+                f"{known[path.stem]} and {path} would both become {path.stem}{ending}: predict them into two folders"
+            )
+        known[path.stem] = path
 
 
 def read_image(path: Path, decode: Callable[[bytes, tuple[int, int]], str | None]) -> str | None:

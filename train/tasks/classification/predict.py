@@ -1,10 +1,8 @@
 """The classes of image files outside of a dataset: decoded, cropped and normalised as in an evaluation."""
 
-import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from data_pipeline.augment import normalise
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.crop import evaluation_windows
 from data_pipeline.decode import decode_batch
-from train.tasks.image_files import read_image
+from train.tasks.image_files import ahead, read_image
 from train.telemetry.formatting import printable
 
 AHEAD = 3  # batches that are decoded while the model has one
@@ -62,35 +60,22 @@ def predict(
 
     `model`: in evaluation mode, on `device`.
 
-    Threads, one for each core, decode a few batches ahead of the model; results are returned while later images are
-    still read.
+    Threads decode a few batches ahead of the model; results are returned while later images are still read.
     """
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as threads:
-        starts = iter(range(0, len(paths), batch))
-        pending: deque[tuple[Sequence[Path], np.ndarray, list[Future]]] = deque()
 
-        def submit() -> None:
-            if (start := next(starts, None)) is not None:
-                chosen = paths[start : start + batch]
-                pixels = np.zeros((len(chosen), data.image_size, data.image_size, 3), np.uint8)
-                pending.append(
-                    (chosen, pixels, [threads.submit(_read, *pair, data) for pair in zip(chosen, pixels, strict=True)])
-                )
+    def read(path: Path) -> tuple[Path, np.ndarray, str | None]:
+        pixels = np.zeros((data.image_size, data.image_size, 3), np.uint8)
+        return path, pixels, read_image(path, lambda encoded, size: _decode(encoded, size, pixels, data))
 
-        for _ in range(AHEAD):
-            submit()
-        while pending:
-            chosen, pixels, jobs = pending.popleft()
-            problems = [job.result() for job in jobs]
-            submit()
-            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
-            probabilities, classes = _best(model(normalise(images, augment)), top)
-            for path, problem, *best in zip(chosen, problems, classes.tolist(), probabilities.tolist(), strict=True):
-                numbers, shares = best
-                if problem:
-                    yield ImageClasses(path, problem=problem)
-                else:
-                    yield ImageClasses(path, tuple(names[number] for number in numbers), tuple(shares))
+    found = ahead(read, paths, AHEAD * batch)
+    while images := list(islice(found, batch)):
+        pixels = torch.from_numpy(np.stack([pixels for _, pixels, _ in images])).permute(0, 3, 1, 2).to(device)
+        probabilities, classes = _best(model(normalise(pixels, augment)), top)
+        for (path, _, problem), numbers, shares in zip(images, classes.tolist(), probabilities.tolist(), strict=True):
+            if problem:
+                yield ImageClasses(path, problem=problem)
+            else:
+                yield ImageClasses(path, tuple(names[number] for number in numbers), tuple(shares))
 
 
 def _best(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
@@ -98,12 +83,8 @@ def _best(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
     return best.values.cpu(), best.indices.cpu()
 
 
-def _read(path: Path, pixels: np.ndarray, data: DataConfig) -> str | None:
-    """Decode one image into `pixels`, uint8 [S, S, 3]. Returns why it cannot be decoded, or None."""
-    return read_image(path, lambda encoded, size: _decode(encoded, size, pixels, data))
-
-
 def _decode(encoded: bytes, size: tuple[int, int], pixels: np.ndarray, data: DataConfig) -> str | None:
+    """Decode one image into `pixels`, uint8 [S, S, 3]. Returns why it cannot be decoded, or None."""
     dimensions = np.array([size])
     windows = evaluation_windows(*dimensions.T, data.eval_crop)
     return decode_batch([encoded], dimensions, windows, pixels.shape[:2], data.interpolation, pixels[None]).get(0)

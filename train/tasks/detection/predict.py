@@ -1,9 +1,6 @@
 """Objects in image files outside of a dataset, decoded, resized and normalised as in an evaluation."""
 
-import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +11,11 @@ from PIL import Image
 from torch import nn
 
 from data_pipeline.decode import decode_batch
-from train.config import ConfigError
 from train.tasks.detection.coco import BOX, FOUND, columns
 from train.tasks.detection.inference import Inference, evaluation_targets
 from train.tasks.detection.pictures import draw_boxes, found_name
 from train.tasks.drawing import palette, with_legend
-from train.tasks.image_files import read_image
+from train.tasks.image_files import ahead, check_names, read_image
 from train.telemetry.formatting import printable
 
 if TYPE_CHECKING:
@@ -27,6 +23,7 @@ if TYPE_CHECKING:
     from train.tasks.detection.task import Detection
 
 AHEAD = 3  # images that are decoded while the model has one
+ENDING = "_boxes.jpg"  # of the file that is written for an image
 LEAST = 0.3  # default of --min-score
 
 
@@ -108,49 +105,30 @@ def predict(
     legend. Raises ConfigError if two images would have the same file.
     """
     if output:
-        _check_names(paths)
+        check_names(paths, ENDING)
         output.mkdir(parents=True, exist_ok=True)
     inference = Inference(task, min(min_score, task.config.task.score_threshold))
     views, interpolation = task.views(), task.config.data.interpolation
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as threads:
-        waiting, pending = iter(paths), deque[Future[ReadImage]]()
 
-        def submit() -> None:
-            if (path := next(waiting, None)) is not None:
-                pending.append(threads.submit(ReadImage, path, views, interpolation, output is not None))
+    def read(path: Path) -> ReadImage:
+        return ReadImage(path, views, interpolation, output is not None)
 
-        for _ in range(AHEAD):
-            submit()
-        while pending:
-            image = pending.popleft().result()
-            submit()
-            if image.problem:
-                yield ImageObjects(image.path, problem=image.problem)
-                continue
-            pixels = torch.from_numpy(image.pixels).permute(2, 0, 1)[None].to(device)
-            found = inference(model, pixels, image.targets, [0])[0]
-            found = found[found["score"] >= min_score]
-            names = tuple(task.classes[label] for label in found["label"].tolist())
-            written = _write(output, image, found, task.classes) if output else None
-            yield ImageObjects(image.path, image.size, found, names, written)
-
-
-def _file_of(path: Path) -> str:
-    return f"{path.stem}_boxes.jpg"
-
-
-def _check_names(paths: Sequence[Path]) -> None:
-    known: dict[str, Path] = {}
-    for path in paths:
-        if (name := _file_of(path)) in known:
-            raise ConfigError(f"{known[name]} and {path} would both become {name}: predict them into two folders")
-        known[name] = path
+    for image in ahead(read, paths, AHEAD):
+        if image.problem:
+            yield ImageObjects(image.path, problem=image.problem)
+            continue
+        pixels = torch.from_numpy(image.pixels).permute(2, 0, 1)[None].to(device)
+        found = inference(model, pixels, image.targets, [0])[0]
+        found = found[found["score"] >= min_score]
+        names = tuple(task.classes[label] for label in found["label"].tolist())
+        written = _write(output, image, found, task.classes) if output else None
+        yield ImageObjects(image.path, image.size, found, names, written)
 
 
 def _write(output: Path, image: ReadImage, found: np.ndarray, classes: Sequence[str]) -> Path:
     labels, colours = found["label"].tolist(), palette(len(classes)).tolist()
     names = [found_name(classes[label], score) for label, score in zip(labels, found["score"].tolist(), strict=True)]
     picture = draw_boxes(image.photograph, columns(found, BOX), names, [colours[label] for label in labels])
-    path = output / _file_of(image.path)
+    path = output / f"{image.path.stem}{ENDING}"
     Image.fromarray(with_legend(picture, sorted(set(labels)), classes)).save(path, quality=92, subsampling=0)
     return path

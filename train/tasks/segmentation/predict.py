@@ -1,9 +1,6 @@
 """The class of every pixel of image files outside of a dataset: decoded, resized and normalised as in an evaluation."""
 
-import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +13,8 @@ from torch import nn
 from data_pipeline.decode import decode_batch
 from data_pipeline.label_maps import ignored_value
 from data_pipeline.views import ScaledCrops
-from train.config import ConfigError
 from train.tasks.drawing import with_legend
-from train.tasks.image_files import read_image
+from train.tasks.image_files import ahead, check_names, read_image
 from train.tasks.segmentation.colours import lay_over
 from train.tasks.segmentation.inference import Inference, views_of
 from train.telemetry.formatting import printable
@@ -88,39 +84,22 @@ def predict(
     two images would have the same files.
     """
     if output:
-        _check_names(paths)
+        check_names(paths, "_labels.png")
         output.mkdir(parents=True, exist_ok=True)
     views = views_of(config.task, config.augment, max(config.task.test_ratios))
     inference = Inference(config)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as threads:
-        waiting, pending = iter(paths), deque[Future[ReadImage]]()
 
-        def submit() -> None:
-            if (path := next(waiting, None)) is not None:
-                pending.append(threads.submit(ReadImage, path, views, config.data.interpolation, output is not None))
+    def read(path: Path) -> ReadImage:
+        return ReadImage(path, views, config.data.interpolation, output is not None)
 
-        for _ in range(AHEAD):
-            submit()
-        while pending:
-            image = pending.popleft().result()
-            submit()
-            if image.problem:
-                yield ImageMap(image.path, problem=image.problem)
-                continue
-            pixels = torch.from_numpy(image.pixels).permute(2, 0, 1)[None].to(device)
-            labels = inference(model, pixels, image.size)[0].cpu().numpy()
-            written = _write(output, image, labels, classes) if output else ()
-            yield ImageMap(image.path, _shares(labels, classes), written)
-
-
-def _check_names(paths: Sequence[Path]) -> None:
-    known: dict[str, Path] = {}
-    for path in paths:
-        if path.stem in known:
-            raise ConfigError(
-                f"{known[path.stem]} and {path} would both become {path.stem}_labels.png: predict them into two folders"
-            )
-        known[path.stem] = path
+    for image in ahead(read, paths, AHEAD):
+        if image.problem:
+            yield ImageMap(image.path, problem=image.problem)
+            continue
+        pixels = torch.from_numpy(image.pixels).permute(2, 0, 1)[None].to(device)
+        labels = inference(model, pixels, image.size)[0].cpu().numpy()
+        written = _write(output, image, labels, classes) if output else ()
+        yield ImageMap(image.path, _shares(labels, classes), written)
 
 
 def _shares(labels: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
