@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.annotations import Labels, Targets
+from data_pipeline.config import AugmentConfig
 from data_pipeline.loader import Loader, MicroBatch, build_loader, evaluation_batches
 from data_pipeline.order import Order
 from data_pipeline.randomness import Stream, make_key
@@ -259,3 +260,9 @@ def on_device(batch: MicroBatch, device: torch.device) -> Tensor:
     if batch.images.is_cuda:  # written there by the loader, on a stream of its own
         batch.images.record_stream(torch.cuda.current_stream())
     return batch.images.to(device, non_blocking=True)
+
+
+def unnormalised(images: Tensor, settings: AugmentConfig) -> Tensor:
+    """The network's input [n, 3, H, W], red, green, blue, as pixels in 0..1, float on the CPU."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
+    return (images.float().cpu() * std + mean).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""What tasks draw with: colours of classes, legends, pictures as text. Without torch.
+"""What tasks draw with: colours of classes, legends, pictures side by side and as text. Without torch.
 
 A picture is uint8 [height, width, 3], RGB.
 """
@@ -16,6 +16,7 @@ from train.telemetry.formatting import printable
 GOLDEN = 0.618033988749895  # steps of this length round a circle never come close to where they have been
 FIRST = 0.58  # hue of class 0, a blue: it is often the background
 TONES = ((0.45, 0.65), (0.85, 0.95), (0.55, 0.85), (0.95, 0.60))  # saturation and value, in turn
+GAP = 4  # pixels between pictures
 
 
 def palette(classes: int) -> np.ndarray:
@@ -57,3 +58,20 @@ def with_legend(picture: np.ndarray, found: Sequence[int], classes: Sequence[str
         draw.rectangle((x, y, x + size, y + size), fill=tuple(colours[number].tolist()))
         draw.text((x + size + gap, y + size / 2), name, fill="black", font=font, anchor="lm")
     return np.asarray(canvas)
+
+
+def side_by_side(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Rows of equally many pictures as one picture, on white. The pictures of a row are equally high."""
+    width = max(picture.shape[1] for row in rows for picture in row)
+    page = []
+    for row in rows:
+        line = np.full((row[0].shape[0] + GAP, len(row) * (width + GAP), 3), 255, np.uint8)
+        for column, picture in enumerate(row):
+            left = column * (width + GAP)
+            line[: picture.shape[0], left : left + picture.shape[1]] = picture
+        page.append(line)
+    return np.concatenate(page)[:-GAP, :-GAP]
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f} %"

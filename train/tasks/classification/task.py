@@ -15,7 +15,7 @@ from data_pipeline.randomness import Stream, make_key
 from data_pipeline.recipe import prepare
 from data_pipeline.split import Split
 from train.config import ConfigError
-from train.tasks.base import Model, Task, build_network, on_device
+from train.tasks.base import Model, Task, build_network, on_device, unnormalised
 from train.tasks.classification.predict import ImageClasses, predict
 from train.tasks.classification.scores import ClassificationTally
 from train.telemetry.metrics import Metric
@@ -85,9 +85,7 @@ class Classification(Task):
         return {"loss": F.cross_entropy(model(images).float(), targets)}
 
     def preview(self, inputs: tuple[Tensor, Tensor], count: int) -> Tensor:
-        settings = self.config.augment
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
-        return (inputs[0][:count].float().cpu() * std + mean).clamp(0, 1)
+        return unnormalised(inputs[0][:count], self.config.augment)
 
     def tally(self, device: torch.device, split: Split) -> ClassificationTally:
         return ClassificationTally(self.config.augment, self.classes, device)

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from train.tasks.drawing import from_base64, palette
+from train.tasks.drawing import from_base64, palette, percent, side_by_side
 from train.telemetry.formatting import markdown_table, printable
 
-GAP = 4  # pixels between pictures
 DARK = 140  # luminance below which text on a colour is white
 MISTAKEN = (230, 0, 0)  # colour of a mistake
 QUIET = (255, 255, 255)  # colour of the objects around it
@@ -104,19 +103,10 @@ def _object_name(name: str, crowd: int) -> str:
     return f"{name} (crowd)" if crowd else name
 
 
-def side_by_side(details: dict) -> np.ndarray:
+def evaluation_picture(details: dict) -> np.ndarray:
     """A row for each picture of an evaluation's details: its objects, and what was found."""
     classes = details["classes"]
-    rows = [[drawn(shown, part, classes) for part in ("truth", "found")] for shown in details["pictures"]]
-    width = max(picture.shape[1] for row in rows for picture in row)
-    page = []
-    for row in rows:
-        line = np.full((row[0].shape[0] + GAP, 2 * (width + GAP), 3), 255, np.uint8)
-        for column, picture in enumerate(row):
-            left = column * (width + GAP)
-            line[: picture.shape[0], left : left + picture.shape[1]] = picture
-        page.append(line)
-    return np.concatenate(page)[:-GAP, :-GAP]
+    return side_by_side([[drawn(shown, part, classes) for part in ("truth", "found")] for shown in details["pictures"]])
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -160,7 +150,3 @@ def evaluation_tables(details: dict) -> str:
             markdown_table(["error", "detections or objects", "AP50 without it"], error_rows(details)),
         ]
     )
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f} %"

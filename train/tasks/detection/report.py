@@ -9,10 +9,9 @@ from train.tasks.detection.pictures import (
     drawn,
     drawn_mistake,
     error_rows,
-    percent,
     size_rows,
 )
-from train.tasks.drawing import as_base64
+from train.tasks.drawing import as_base64, percent
 from train.tasks.report import (
     ClassRow,
     EvaluatedRun,

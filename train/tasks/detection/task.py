@@ -19,12 +19,12 @@ from data_pipeline.object_targets import ObjectTargets
 from data_pipeline.scaled_boxes import ScaledBoxes
 from data_pipeline.split import Split
 from train.config import Config, ConfigError
-from train.tasks.base import Model, Task, build_network, on_device
+from train.tasks.base import Model, Task, build_network, on_device, unnormalised
 from train.tasks.dense import is_classifier, load_classifier, load_whole, other_classes
 from train.tasks.detection.assign import by_overlap, by_range, by_statistics, learned
 from train.tasks.detection.export import exported
 from train.tasks.detection.losses import centerness, centerness_loss, focal_loss, giou_loss, iou_loss
-from train.tasks.detection.pictures import draw_boxes, evaluation_tables, side_by_side
+from train.tasks.detection.pictures import draw_boxes, evaluation_picture, evaluation_tables
 from train.tasks.detection.predict import LEAST, ImageObjects, predict
 from train.tasks.detection.scores import DetectionTally
 from train.tasks.drawing import palette
@@ -247,11 +247,10 @@ class Detection(Task):
 
     def preview(self, inputs: dict[str, Tensor], count: int) -> Tensor:
         """With the boxes that some place learns, in the colours of their classes."""
-        settings, colours = self.config.augment, palette(len(self.classes))
-        images = inputs["images"][:count].float().cpu()
-        images = images.flip(1) if self.config.task.bgr else images
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
-        pixels = (255 * (images * std + mean).clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()
+        colours = palette(len(self.classes))
+        images = inputs["images"][:count]
+        images = unnormalised(images.flip(1) if self.config.task.bgr else images, self.config.augment)
+        pixels = (255 * images).round().byte().permute(0, 2, 3, 1).numpy()
         drawn = []
         for picture, classes, boxes in zip(pixels, inputs["classes"].cpu(), inputs["boxes"].cpu(), strict=False):
             learns = self._learns(classes)
@@ -273,7 +272,7 @@ class Detection(Task):
 
     def evaluation_picture(self, details: dict) -> Tensor | None:
         """Photographs with their objects, beside them with what was found."""
-        return torch.from_numpy(side_by_side(details)).permute(2, 0, 1) / 255
+        return torch.from_numpy(evaluation_picture(details)).permute(2, 0, 1) / 255
 
     def evaluation_text(self, details: dict) -> str:
         """AP by class and by size, and the errors."""

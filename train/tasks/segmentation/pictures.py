@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.tasks.drawing import from_base64
+from train.tasks.drawing import from_base64, percent, side_by_side
 from train.telemetry.formatting import markdown_table
-
-GAP = 4  # pixels between pictures
 
 
 @dataclass(frozen=True)
@@ -41,19 +39,8 @@ def iou_table(details: dict) -> str:
     return markdown_table(["class", "IoU", "accuracy", "pixels"], rows)
 
 
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f} %"
-
-
-def side_by_side(pictures: Sequence[dict]) -> np.ndarray:
-    """A row for each picture of an evaluation's details, uint8 [height, width, 3]: image, labels, prediction."""
-    rows = [[from_base64(picture[part]) for part in ("image", "labels", "prediction")] for picture in pictures]
-    width = max(part.shape[1] for row in rows for part in row)
-    page = []
-    for row in rows:
-        line = np.full((row[0].shape[0] + GAP, 3 * (width + GAP), 3), 255, np.uint8)
-        for column, part in enumerate(row):
-            left = column * (width + GAP)
-            line[: part.shape[0], left : left + part.shape[1]] = part
-        page.append(line)
-    return np.concatenate(page)[:-GAP, :-GAP]
+def evaluation_picture(pictures: Sequence[dict]) -> np.ndarray:
+    """A row for each picture of an evaluation's details: image, labels, prediction."""
+    return side_by_side(
+        [[from_base64(picture[part]) for part in ("image", "labels", "prediction")] for picture in pictures]
+    )

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from train.tasks.drawing import palette
+from train.tasks.drawing import palette, percent
 from train.tasks.report import ClassRow, EvaluatedRun, Section, class_section, newest, templates
-from train.tasks.segmentation.pictures import class_scores, percent
+from train.tasks.segmentation.pictures import class_scores
 
 
 def sections(runs: Sequence[EvaluatedRun]) -> list[Section]:

@@ -16,11 +16,11 @@ from data_pipeline.label_maps import LabelMaps, ignored_value
 from data_pipeline.loader import MicroBatch
 from data_pipeline.split import Split
 from data_pipeline.views import ScaledCrops
-from train.tasks.base import Model, Task, build_network, on_device
+from train.tasks.base import Model, Task, build_network, on_device, unnormalised
 from train.tasks.dense import backbone_of, is_classifier, load_classifier, load_whole, other_classes
 from train.tasks.segmentation.colours import lay_over
 from train.tasks.segmentation.inference import views_of
-from train.tasks.segmentation.pictures import iou_table, side_by_side
+from train.tasks.segmentation.pictures import evaluation_picture, iou_table
 from train.tasks.segmentation.predict import ImageMap, predict
 from train.tasks.segmentation.scores import SegmentationTally
 from train.telemetry.metrics import Metric
@@ -103,9 +103,7 @@ class Segmentation(Task):
 
     def preview(self, inputs: dict[str, Tensor], count: int) -> Tensor:
         """The labels' colours lie over the images."""
-        settings = self.config.augment
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
-        images = (inputs["images"][:count].float().cpu() * std + mean).clamp(0, 1)
+        images = unnormalised(inputs["images"][:count], self.config.augment)
         pixels = (255 * images).round().byte().permute(0, 2, 3, 1).numpy()
         labels = inputs["labels"][:count].cpu().numpy()
         mixed = [lay_over(*pair, len(self.classes)) for pair in zip(pixels, labels, strict=True)]
@@ -116,7 +114,7 @@ class Segmentation(Task):
 
     def evaluation_picture(self, details: dict) -> Tensor | None:
         """Images, their labels and predictions, side by side."""
-        return torch.from_numpy(side_by_side(details["pictures"])).permute(2, 0, 1) / 255
+        return torch.from_numpy(evaluation_picture(details["pictures"])).permute(2, 0, 1) / 255
 
     def evaluation_text(self, details: dict) -> str:
         """IoU by class."""

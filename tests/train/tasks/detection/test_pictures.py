@@ -11,8 +11,8 @@ from train.tasks.detection.pictures import (
     draw_boxes,
     drawn,
     drawn_mistake,
+    evaluation_picture,
     evaluation_tables,
-    side_by_side,
 )
 from train.tasks.detection.report import sections
 from train.tasks.drawing import as_base64, palette
@@ -112,7 +112,7 @@ def test_names_do_not_change_a_tables_columns(details):
 
 
 def test_truth_and_detections_side_by_side(details):
-    page = side_by_side(details)
+    page = evaluation_picture(details)
     assert page.shape == (120 + 4 + 160, 2 * 160 + 4, 3)
     colours = palette(3).tolist()
     left, right = page[:120, :160], page[:120, 164:]
