@@ -4,12 +4,15 @@ Light: imports neither torch nor anything else that is slow.
 """
 
 import difflib
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 import catmodel
 from data_pipeline.config import Fraction, Section
+
+if TYPE_CHECKING:
+    from train.config import Config
 
 Positive = Annotated[int, Field(ge=1)]
 Ratio = Annotated[float, Field(gt=0)]
@@ -25,6 +28,28 @@ class TaskConfig(Section):
     name: str = Field(
         "classification", description="a folder of train/tasks/, or a name that train.tasks.register has added"
     )
+
+
+# Settings of other sections that describe how classification cuts and mixes images.
+OF_CLASSIFICATION = {
+    "data": ("image_size", "eval_crop"),
+    "augment": (
+        *("crop", "crop_scale", "crop_ratio", "crop_padding", "rand_augment", "color_jitter", "erasing"),
+        *("erasing_mode", "mixup", "cutmix", "mix_probability", "switch_probability", "label_smoothing"),
+    ),
+}
+
+
+def refuse_settings_of_classification(config: "Config", keys: str) -> None:
+    """Raise ValueError if one is set, for a task that cuts images by its own `keys` and does not mix them."""
+    for name, unused in OF_CLASSIFICATION.items():
+        section = getattr(config, name)
+        for key in unused:
+            if getattr(section, key) != type(section).model_fields[key].default:
+                raise ValueError(
+                    f"{name}.{key} does nothing with task.name={config.task.name}, whose images are cut by {keys} and "
+                    "are not mixed: leave it out"
+                )
 
 
 class ModelConfig(Section):

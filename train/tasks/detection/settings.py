@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.config import Fraction
-from train.config_sections import Positive, TaskConfig
+from train.config_sections import Positive, TaskConfig, refuse_settings_of_classification
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -15,15 +15,6 @@ Sides = tuple[Positive, Positive]
 Divisor = Annotated[int, Field(ge=32, multiple_of=32)]
 
 GROUPS = 32  # of the group norms in FCOS's and ATSS's heads
-
-# Settings of other sections that describe how classification cuts and mixes images.
-UNUSED = {
-    "data": ("image_size", "eval_crop"),
-    "augment": (
-        *("crop", "crop_scale", "crop_ratio", "crop_padding", "rand_augment", "color_jitter", "erasing"),
-        *("erasing_mode", "mixup", "cutmix", "mix_probability", "switch_probability", "label_smoothing"),
-    ),
-}
 
 
 class Settings(TaskConfig):
@@ -133,14 +124,7 @@ class Settings(TaskConfig):
 
 def check_config(config: "Config") -> None:
     """Raise ValueError if a setting of another section does not go with detection."""
-    for name, keys in UNUSED.items():
-        section = getattr(config, name)
-        for key in keys:
-            if getattr(section, key) != type(section).model_fields[key].default:
-                raise ValueError(
-                    f"{name}.{key} does nothing with task.name=detection, whose images are cut by task.scales and "
-                    "task.crop_scales and are not mixed: leave it out"
-                )
+    refuse_settings_of_classification(config, "task.scales and task.crop_scales")
     if config.task.frozen_stages and config.zero.stage == 3:
         raise ValueError(
             "task.frozen_stages needs zero.stage 0, 1 or 2: at stage 3 all weights are divided, to be trained"

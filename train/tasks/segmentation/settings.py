@@ -4,22 +4,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from train.config_sections import Positive, Ratio, TaskConfig
+from train.config_sections import Positive, Ratio, TaskConfig, refuse_settings_of_classification
 
 if TYPE_CHECKING:
     from train.config import Config
 
 # The smallest map of a backbone has 1/32 of an image's sides: two pixels, because batch norm needs more than one value.
 CropSide = Annotated[int, Field(ge=64, multiple_of=32)]
-
-# Settings of other sections that describe how classification cuts and mixes images.
-UNUSED = {
-    "data": ("image_size", "eval_crop"),
-    "augment": (
-        *("crop", "crop_scale", "crop_ratio", "crop_padding", "rand_augment", "color_jitter", "erasing"),
-        *("erasing_mode", "mixup", "cutmix", "mix_probability", "switch_probability", "label_smoothing"),
-    ),
-}
 
 
 class Settings(TaskConfig):
@@ -107,14 +98,7 @@ class Settings(TaskConfig):
 
 def check_config(config: "Config") -> None:
     """Raise ValueError if a setting of another section does not go with segmentation."""
-    for name, keys in UNUSED.items():
-        section = getattr(config, name)
-        for key in keys:
-            if getattr(section, key) != type(section).model_fields[key].default:
-                raise ValueError(
-                    f"{name}.{key} does nothing with task.name=segmentation, whose images are cut by task.scale and "
-                    "task.crop and are not mixed: leave it out"
-                )
+    refuse_settings_of_classification(config, "task.scale and task.crop")
     if config.task.test == "slide" and config.zero.stage == 3:
         raise ValueError(
             "task.test=slide needs zero.stage 0, 1 or 2: at stage 3 all ranks must call the network equally often, and "
