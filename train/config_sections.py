@@ -26,7 +26,7 @@ class TaskConfig(Section):
     evaluation_keys: ClassVar[tuple[str, ...]] = ()
 
     name: str = Field(
-        "classification", description="a folder of train/tasks/, or a name that train.tasks.register has added"
+        "classification", description="a folder of train/tasks/, or a name that train.task_registry.register has added"
     )
 
 

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from operate.report.figures import Picture
 from operate.report.run import Launch, ReportedRun
 from operate.run_folder import quantity
-from train.tasks import UnknownTask, find
+from train.task_registry import UnknownTask, find
 from train.tasks.report import Column, EvaluatedRun, Section, Table, long, numbers, templates, text, weights_name
 from train.telemetry.formatting import clock, duration, rate
 from train.telemetry.goodput import CATEGORIES

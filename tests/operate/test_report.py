@@ -232,7 +232,7 @@ def test_sections_of_a_task_and_of_two(tmp_path, monkeypatch):
     from types import ModuleType
 
     from operate.report import page as module
-    from train.tasks import find
+    from train.task_registry import find
     from train.tasks.report import Section, Table, templates, text
 
     def report_sections(runs):

@@ -10,9 +10,5 @@ Its `__init__.py` is light (no torch) and has
                         in which the split's samples are used; by default one of all samples
     report_sections     optional: what launch/report.py shows of an evaluation (see classification)
 
-`register(name, module)` adds a task whose package is elsewhere.
+`train.task_registry.register(name, module)` adds a task whose package is elsewhere.
 """
-
-from train.task_registry import UnknownTask, find, register
-
-__all__ = ["UnknownTask", "find", "register"]

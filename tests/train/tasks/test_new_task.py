@@ -23,7 +23,7 @@ class KnowDepth:
     """Registers the task in a rank's process."""
 
     def __call__(self, rank: int) -> None:
-        from train.tasks import register
+        from train.task_registry import register
 
         register("depth", "tests.train.tasks.depth")
 
