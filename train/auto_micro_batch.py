@@ -55,7 +55,7 @@ def settle_micro_batch(
         origin = f"was {size} before" if before[0] else f"auto came to {size}"
         raise ConfigError(f"train.micro_batch {origin}: {error}") from error
     config.check_warmup(order.steps_per_epoch)
-    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": size})}), order, [sentence]
+    return config.with_micro_batch(size), order, [sentence]
 
 
 def _before(resume: Resume) -> int | None:

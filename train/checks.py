@@ -10,7 +10,7 @@ from data_pipeline.manifest import FILE_NAME, Manifest, open_manifest
 from data_pipeline.order import Order
 from train.checkpoint.info import CheckpointError, list_checkpoints, read_info
 from train.checkpoint.init_from import check_source
-from train.checkpoint.resume_point import Resume
+from train.checkpoint.resume_point import Resume, settings_of
 from train.config import Config, ConfigError
 
 
@@ -46,7 +46,10 @@ def check_resume(config: Config, resume: Resume) -> None:
         )
     for path in resume.candidates():
         with contextlib.suppress(CheckpointError):
-            resume.check_settings(path, read_info(path), config)
+            info = read_info(path)
+            if config.train.micro_batch == "auto":  # the run takes its checkpoint's
+                config = config.with_micro_batch(settings_of(path, info).train.micro_batch)
+            resume.check_settings(path, info, config)
             return
 
 

@@ -159,6 +159,10 @@ class Config(Section):
         """
         return catmodel.least_images(self.model.name) if self.train.micro_batch == "auto" else self.train.micro_batch
 
+    def with_micro_batch(self, size: int) -> "Config":
+        """The same settings with what "auto" has come to."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch": size})})
+
     @model_validator(mode="after")
     def _pooled_images(self) -> "Config":
         """train.micro_batch is 2 or more for a CoTNet, which normalises pooled images over the batch."""

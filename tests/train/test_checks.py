@@ -46,6 +46,7 @@ def test_a_checkpoint_of_other_settings_is_refused_before_the_start(tiny_config,
         check_start(config, 0, 1, Resume.decide(tmp_path, resume, with_changes))
 
     check(load_config(tiny_config))
+    check(load_config(tiny_config, ["train.micro_batch=auto"]))
     check(changed, with_changes=True)
     with pytest.raises(ConfigError, match=r"step_00000004 was trained with other settings: train.seed \(0 → 1\); set"):
         check(changed)
