@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import catmodel
-from tests.oracle import assert_same_state, ids_by_step, sorted_ids_by_step, state
-from tests.runs import events, losses, metrics, run, start, start_command
+from tests.oracle import assert_same_state, state
+from tests.runs import losses, metrics, run, start
+from tests.train.tasks.dense_runs import check_a_killed_run, check_other_numbers_of_ranks, details, evaluate
 from train.checkpoint.info import checkpoint_path
 from train.checkpoint.trained_model import read_trained
 
@@ -15,36 +16,13 @@ pytestmark = pytest.mark.slow
 METRICS = ("ap", "ap50", "ap75", "aps", "apm", "apl", "ar100", "count")
 
 
-def details(output, weights: str) -> dict:
-    return json.loads((output / "evaluations" / f"{weights}.json").read_text())
-
-
 def test_it_is_killed_and_resumes_bitwise(box_config, whole, tmp_path):
-    job = start(box_config, tmp_path, world=2)
-    job.kill_at(7)
-    run(box_config, tmp_path, world=2)
-    assert len(events(tmp_path, "resume")) == 1
-    assert losses(tmp_path) == losses(whole)
-    assert_same_state(state(tmp_path, 20), state(whole, 20))
-    assert ids_by_step(tmp_path, world=2) == ids_by_step(whole, world=2)
-    for weights in ("ema", "model"):
-        assert details(tmp_path, weights) == details(whole, weights)
+    check_a_killed_run(box_config, whole, tmp_path)
 
 
 def test_one_two_and_four_ranks_take_the_same_steps(box_config, whole, tmp_path):
-    """With images of several scales; from the start, and at another ZeRO stage from the middle."""
-    settings = ["train.evaluate_every=0", "train.evaluate_every_steps=null"]
-    run(box_config, tmp_path / "1", *settings, world=1)
-    run(box_config, tmp_path / "4", *settings, "zero.stage=2", world=4)
-    middle = ["--resume", str(checkpoint_path(whole / "checkpoints", 4)), "train.max_steps=8"]
-    run(box_config, tmp_path / "elastic", *settings, *middle, "zero.stage=2", world=4)
-    expected, ids = losses(whole), sorted_ids_by_step(whole, 2)
-    for world in (1, 4):
-        assert losses(tmp_path / str(world)) == pytest.approx(expected, rel=1e-5, abs=0)
-        assert sorted_ids_by_step(tmp_path / str(world), world) == ids
-    elastic = losses(tmp_path / "elastic")
-    assert sorted(elastic) == [5, 6, 7, 8]
-    assert elastic == pytest.approx({step: expected[step] for step in elastic}, rel=1e-5, abs=0)
+    """With images of several scales."""
+    check_other_numbers_of_ranks(box_config, whole, tmp_path)
 
 
 @pytest.mark.long
@@ -60,12 +38,6 @@ def test_the_other_detectors_take_the_same_steps(box_config, tmp_path, detector)
     assert_same_state(state(tmp_path / "killed", 20), state(tmp_path / "whole", 20))
     assert details(tmp_path / "killed", "ema") == details(tmp_path / "whole", "ema")
     assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5, abs=0)
-
-
-def evaluate(output, target, *arguments: str, world: int = 1, code: int = 0) -> dict | str:
-    job = start_command("evaluate", output, str(target), "--json", *arguments, world=world)
-    assert job.wait() == [code] * world, job.text()
-    return json.loads(job.text().splitlines()[-1]) if code == 0 else job.text()
 
 
 def test_its_evaluation_is_exact_on_any_number_of_ranks(whole, tmp_path):

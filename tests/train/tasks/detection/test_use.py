@@ -7,12 +7,9 @@ import pytest
 from PIL import Image
 
 from tests.runs import start_command
+from tests.train.tasks.dense_runs import details
 
 pytestmark = pytest.mark.slow
-
-
-def details(output, weights: str) -> dict:
-    return json.loads((output / "evaluations" / f"{weights}.json").read_text())
 
 
 def command(name: str, folder, *arguments: object, code: int = 0) -> str:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.oracle import assert_same_state, ids_by_step, sorted_ids_by_step, state
-from tests.runs import events, losses, metrics, run, start, start_command
+from tests.oracle import assert_same_state, ids_by_step, state
+from tests.runs import losses, metrics, run, start_command
+from tests.train.tasks.dense_runs import check_a_killed_run, check_other_numbers_of_ranks, details, evaluate
 from tests.train.test_random_kills import run_with_kills
-from train.checkpoint.info import checkpoint_path
 from train.tasks.drawing import from_base64
 
 pytestmark = pytest.mark.slow
@@ -26,15 +26,7 @@ def whole(segment_config, tmp_path_factory):
 
 
 def test_it_is_killed_and_resumes_bitwise(segment_config, whole, tmp_path):
-    job = start(segment_config, tmp_path, world=2)
-    job.kill_at(7)
-    run(segment_config, tmp_path, world=2)
-    assert len(events(tmp_path, "resume")) == 1
-    assert losses(tmp_path) == losses(whole)
-    assert_same_state(state(tmp_path, 20), state(whole, 20))
-    assert ids_by_step(tmp_path, world=2) == ids_by_step(whole, world=2)
-    for weights in ("ema", "model"):
-        assert details(tmp_path, weights) == details(whole, weights)
+    check_a_killed_run(segment_config, whole, tmp_path)
 
 
 @pytest.mark.long
@@ -55,29 +47,7 @@ def test_it_is_killed_at_random_moments(segment_config, whole, tmp_path):
 
 
 def test_one_two_and_four_ranks_take_the_same_steps(segment_config, whole, tmp_path):
-    """From the start, and at another ZeRO stage from the middle."""
-    settings = ["train.evaluate_every=0", "train.evaluate_every_steps=null"]
-    run(segment_config, tmp_path / "1", *settings, world=1)
-    run(segment_config, tmp_path / "4", *settings, "zero.stage=2", world=4)
-    middle = ["--resume", str(checkpoint_path(whole / "checkpoints", 4)), "train.max_steps=8"]
-    run(segment_config, tmp_path / "elastic", *settings, *middle, "zero.stage=2", world=4)
-    expected, ids = losses(whole), sorted_ids_by_step(whole, 2)
-    for world in (1, 4):
-        assert losses(tmp_path / str(world)) == pytest.approx(expected, rel=1e-5, abs=0)
-        assert sorted_ids_by_step(tmp_path / str(world), world) == ids
-    elastic = losses(tmp_path / "elastic")
-    assert sorted(elastic) == [5, 6, 7, 8]
-    assert elastic == pytest.approx({step: expected[step] for step in elastic}, rel=1e-5, abs=0)
-
-
-def details(output, weights: str) -> dict:
-    return json.loads((output / "evaluations" / f"{weights}.json").read_text())
-
-
-def evaluate(output, target, *arguments: str, world: int = 1, code: int = 0) -> dict | str:
-    job = start_command("evaluate", output, str(target), "--json", *arguments, world=world)
-    assert job.wait() == [code] * world, job.text()
-    return json.loads(job.text().splitlines()[-1]) if code == 0 else job.text()
+    check_other_numbers_of_ranks(segment_config, whole, tmp_path)
 
 
 def test_its_evaluation_is_exact_on_any_number_of_ranks(whole, tmp_path):
