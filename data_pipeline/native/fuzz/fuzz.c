@@ -92,7 +92,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t input_length) {
     if (choice & 2) windows[0][0] %= 64, windows[0][1] %= 64;
     if (choice & 4) windows[0][2] = width, windows[0][3] = height;
     /* Up to the maximal width and beyond, and far away; the height is then small, to keep it fast. */
-    if (choice & 8) windows[0][2] *= parameters[14] * (1 + parameters[15] % 17), windows[0][3] %= 8, windows[0][0] *= 65535;
+    if (choice & 8) {
+        windows[0][2] *= parameters[14] * (1 + parameters[15] % 17);
+        windows[0][3] %= 8, windows[0][0] *= 65535;
+    }
     if (choice & 16) windows[0][3] *= -(parameters[14] & 1), windows[0][1] *= 65535;
     windows[0][4] = choice >> 5 & 1, windows[1][4] = choice >> 6 & 1;
 
