@@ -28,9 +28,9 @@ enum { PADDING = 2 };
 /* Rows that are decoded before they are resampled. With one at a time, decoding and resampling would evict each other's
  * code and data from the caches. */
 enum { ROWS = 8 };
-/* Sides of a window, in pixels. A crop of an image that is 100 times as wide as high can be 100,000 pixels wide. Sums of
- * 4 * LARGEST_WINDOW weights times 255 fit into 32 bits: 2^22 * 255 * 1.09 for a bicubic kernel, and half of 255 for
- * each weight that is rounded. */
+/* Sides of a window, in pixels. A crop of an image that is 100 times as wide as high can be 100,000 pixels wide.
+ * Sums of 4 * LARGEST_WINDOW weights times 255 fit into 32 bits: 2^22 * 255 * 1.09 for a bicubic kernel, and half of
+ * 255 for each weight that is rounded. */
 enum { LARGEST_WINDOW = 1 << 20 };
 /* Limit of the coefficients of a progressive image, which libjpeg holds in memory: 1 GiB. */
 #define LARGEST_COEFFICIENTS ((uint64_t)1 << 30)
