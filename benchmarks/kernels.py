@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch._functorch.config
@@ -12,6 +13,7 @@ from benchmarks.graphs import device_seconds
 from benchmarks.roofline import Roofline
 from catmodel import kernels
 from catmodel.attention import CrossPatchAttention, attend
+from catmodel.dropout import draw_seed
 from catmodel.layers import Mlp
 from catmodel.patches import Patches
 from train.config import ConfigError
@@ -77,6 +79,8 @@ def workloads(
         )
         cross = CrossPatchAttention(SIZE, dropout=0.2).to(device, dtype)
         work = ways(lambda x, m=cross, p=rows: m(x, p), lambda x, m=cross, p=whole: m(x, p))
+        if whole.count <= kernels.IN_PLACE and dtype != torch.float32:
+            work["kernel, packed"] = partial(_packed, cross, side)
         yield Workload(
             "cross-patch attention", number, 2 * bytes_of_x, 3 * bytes_of_x, work, (x,), (x, *cross.parameters())
         )
@@ -93,6 +97,14 @@ def workloads(
                 (x,),
                 (x, *mlp.parameters()),
             )
+
+
+def _packed(attention: CrossPatchAttention, side: int, x_BNC: Tensor) -> Tensor:
+    """The kernel's result as if there were too many patches to read them in place."""
+    weights = [weight for layer in (attention.qkv, attention.proj) for weight in (layer.weight, layer.bias)]
+    x_BCnP = kernels.ops.pack(x_BNC, side, side, SIZE)
+    y_BCnP = kernels.ops.cross_patch_attention(x_BCnP, *weights, side, side, attention.dropout, draw_seed(x_BNC.device))
+    return kernels.ops.unpack(y_BCnP, side, side, SIZE)
 
 
 def bench_kernels(

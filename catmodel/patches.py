@@ -47,6 +47,12 @@ class Patches:
         return padding_to(self.height, self.size), padding_to(self.width, self.size)
 
     @property
+    def count(self) -> int:
+        """Number of patches, n."""
+        rows, columns = self.padding
+        return (self.height + rows) // self.size * ((self.width + columns) // self.size)
+
+    @property
     def by_patch(self) -> bool:
         """Whether tokens are stored patch by patch."""
         return not may_be_nonzero(*self.padding) and not self.by_row

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 ops = SimpleNamespace()  # the operators by name (`launch.operator`), once `usable` or `register` has defined them
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The most patches of which cross-patch attention reads the tokens as they are stored. Its tiles have 64 rows: of 4
+# patches in 16 channels, which are 32 bytes, a sector of the memory. More patches are packed first.
+IN_PLACE = 4
 
 
 @torch.compiler.assume_constant_result
@@ -115,11 +118,16 @@ def cross_patch_attention(
     minutes to compile and far too many registers.
     """
     x_BNC, qkv_weight, qkv_bias, proj_weight, proj_bias = autocast(x_BNC, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    weights = qkv_weight, qkv_bias, proj_weight, proj_bias
     place = patches.height, patches.width, patches.size
+    n, P = patches.count, patches.size**2
+    single = num_heads == 1 and n <= 64 and P <= 49 and x_BNC.dtype != torch.float32
+    if single and n <= IN_PLACE:
+        return ops.cross_patch_attention(x_BNC, *weights, *place[:2], rate, seed)
     x_BCnP = ops.pack(x_BNC, *place)
-    B, C, n, P = x_BCnP.shape
-    if num_heads == 1 and n <= 64 and P <= 49 and x_BNC.dtype != torch.float32:
-        y_BCnP = ops.cross_patch_attention(x_BCnP, qkv_weight, qkv_bias, proj_weight, proj_bias, rate, seed)
+    B, C, _, _ = x_BCnP.shape
+    if single:
+        y_BCnP = ops.cross_patch_attention(x_BCnP, *weights, *place[:2], rate, seed)
     else:
         qkv_Tn3hd = F.linear(x_BCnP, qkv_weight, qkv_bias).view(B * C, n, 3, num_heads, P // num_heads)
         y_Tnhd, _ = ops.flash_attention(qkv_Tn3hd, rate, seed)

@@ -10,15 +10,19 @@ This needs 4 products per tile instead of 6, backward 11 instead of 17, and two 
 enough to stay in registers. Every program computes A and M, with fp32 sums, and rounds them to the dtype of the input,
 as q, k and v are rounded elsewhere. Only the input is saved for the backward pass.
 
-A tile has ROWS rows of the matrix [B * C * n, P]: TOKENS (n, padded to a power of two) of each of ROWS / TOKENS
-channels, which attend to each other under a block-diagonal mask. Features are padded to FEATURES >= P + 2: after the
-column of ones there is one for the bias of the projection.
+A tile has ROWS rows of P features: TOKENS (n, padded to a power of two) of each of ROWS / TOKENS channels, which attend
+to each other under a mask. Features are padded to FEATURES >= P + 2: after the column of ones there is one for the bias
+of the projection.
+
+Tiles are read from a map's tokens as they are stored, or, if it is divided into so many patches that a tile's channels
+would fill only a part of the memory's sectors of 32 bytes, after they were packed (`catmodel.kernels.pack`).
 
 Programs loop over the tiles with a fixed stride. Backward, they sum the gradients of A and M in fp32. PyTorch then adds
 the programs' sums in a fixed order, and a third kernel obtains the gradients of the parameters by the product rule.
 """
 
 import functools
+import math
 
 import torch
 import triton
@@ -64,71 +68,98 @@ def _one(at: tl.constexpr, dtype: tl.constexpr, FEATURES: tl.constexpr):
 
 
 @triton.jit
-def _places(
-    tile,
-    channels,
-    n: tl.constexpr,
-    P: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    FEATURES: tl.constexpr,
-):
-    """A tile's first element, its elements' offsets from there [ROWS, FEATURES], and a mask of those that exist."""
+def _rows(ROWS: tl.constexpr, TOKENS: tl.constexpr, PACKED: tl.constexpr):
+    """The channel of each row of a tile, counted from the tile's first, and its patch."""
     i = tl.arange(0, ROWS)
-    feature = tl.arange(0, FEATURES)
-    first = tile * tl.full((), (ROWS // TOKENS) * n * P, tl.int64)
-    if n == TOKENS:  # rows are consecutive, so the compiler computes one address instead of one per element
-        row = i
-        there = i < (channels - tile * (ROWS // TOKENS)) * n
-    else:
-        row = i // TOKENS * n + i % TOKENS
-        there = (i % TOKENS < n) & (tile * (ROWS // TOKENS) + i // TOKENS < channels)
-    return first, row[:, None] * P + feature[None, :], there[:, None] & (feature < P)[None, :]
+    if PACKED:
+        return i // TOKENS, i % TOKENS
+    return i % (ROWS // TOKENS), i // (ROWS // TOKENS)  # neighbouring channels are neighbours in memory
 
 
 @triton.jit
-def _weights(logits, n: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+def _places(
+    tile,
+    channel,
+    patch,
+    n: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Of a tile's elements the first, offsets from it and a mask [ROWS, FEATURES]; each row's channel of all images."""
+    P: tl.constexpr = SIZE * SIZE
+    CHANNELS: tl.constexpr = ROWS // TOKENS
+    BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    COLUMNS: tl.constexpr = (WIDTH + SIZE - 1) // SIZE
+    feature = tl.arange(0, FEATURES)
+    image, first = tile // BLOCKS, tile % BLOCKS * CHANNELS
+    there = ((patch < n) & (channel < C - first))[:, None] & (feature < P)[None, :]
+    if PACKED:
+        row = channel * n + patch
+        if n == TOKENS:  # rows are consecutive, so the compiler computes one address instead of one per element
+            row = tl.arange(0, ROWS)
+        start = (image * C + first) * tl.full((), n * P, tl.int64)
+        offsets = row[:, None] * P + feature[None, :]
+    else:
+        top, left, y, x = patch // COLUMNS * SIZE, patch % COLUMNS * SIZE, feature // SIZE, feature % SIZE
+        if HEIGHT % SIZE > 0:
+            there &= top[:, None] + y[None, :] < HEIGHT
+        if WIDTH % SIZE > 0:
+            there &= left[:, None] + x[None, :] < WIDTH
+        start = image * tl.full((), HEIGHT * WIDTH * C, tl.int64) + first
+        offsets = ((top * WIDTH + left) * C + channel)[:, None] + ((y * WIDTH + x) * C)[None, :]
+    return start, offsets, there, image * C + first + channel
+
+
+@triton.jit
+def _weights(logits, channel, patch, n: tl.constexpr):
     """The softmax within each channel, fp32 [ROWS, ROWS]. Every row, including padding, has a finite logit."""
-    i = tl.arange(0, ROWS)
-    allowed = ((i // TOKENS)[:, None] == (i // TOKENS)[None, :]) & (i % TOKENS < n)[None, :]
+    allowed = (channel[:, None] == channel[None, :]) & (patch < n)[None, :]
     logits = tl.where(allowed, logits, float("-inf"))
     weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     return weights / tl.sum(weights, axis=1)[:, None]
 
 
 @triton.jit
-def _keep(seed_ptr, tile, n: tl.constexpr, THRESHOLD: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
-    i = tl.arange(0, ROWS)
-    channel = tile * (ROWS // TOKENS) + i // TOKENS
-    return keep_mask(tl.load(seed_ptr), channel * n + i % TOKENS, i % TOKENS, THRESHOLD)
-
-
-@triton.jit
 def _cross_patch_forward(
-    x_ptr,  # [channels, n, P]
+    x_ptr,  # [B, C, n, P] if PACKED, else [B, HEIGHT * WIDTH, C]
     qkv_weight_ptr,
     qkv_bias_ptr,
     proj_weight_ptr,
     proj_bias_ptr,
     seed_ptr,
-    y_ptr,  # [channels, n, P]
-    channels,
-    n: tl.constexpr,
-    P: tl.constexpr,
+    y_ptr,  # as x
+    tiles,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    C: tl.constexpr,
+    PACKED: tl.constexpr,
     RATE: tl.constexpr,
     THRESHOLD: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
+    P: tl.constexpr = SIZE * SIZE
+    n: tl.constexpr = ((HEIGHT + SIZE - 1) // SIZE) * ((WIDTH + SIZE - 1) // SIZE)
+    channel, patch = _rows(ROWS, TOKENS, PACKED)
     a, m = _fold(qkv_weight_ptr, qkv_bias_ptr, proj_weight_ptr, proj_bias_ptr, P, FEATURES)
-    for tile in range(tl.program_id(0), tl.cdiv(channels, ROWS // TOKENS), tl.num_programs(0)):
-        first, offsets, there = _places(tile, channels, n, P, ROWS, TOKENS, FEATURES)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first, offsets, there, sequence = _places(
+            tile, channel, patch, n, HEIGHT, WIDTH, SIZE, C, ROWS, TOKENS, FEATURES, PACKED
+        )
         x = tl.load(x_ptr + first + offsets, mask=there, other=_one(P, a.dtype, FEATURES))
         xa = _dot(x, a).to(x.dtype)
-        weights = _weights(_dot(xa, tl.trans(x)), n, ROWS, TOKENS)
+        weights = _weights(_dot(xa, tl.trans(x)), channel, patch, n)
         if RATE > 0:
-            weights = tl.where(_keep(seed_ptr, tile, n, THRESHOLD, ROWS, TOKENS), weights * (1 / (1 - RATE)), 0.0)
+            keep = keep_mask(tl.load(seed_ptr), sequence * n + patch, patch, THRESHOLD)
+            weights = tl.where(keep, weights * (1 / (1 - RATE)), 0.0)
         mixed = (_dot(weights.to(x.dtype), x) + _one(P + 1, tl.float32, FEATURES)).to(x.dtype)
         y = _dot(mixed, tl.trans(m))
         tl.store(y_ptr + first + offsets, y.to(x.dtype), mask=there)
@@ -145,29 +176,37 @@ def _cross_patch_backward(
     seed_ptr,
     dx_ptr,
     sums_ptr,  # float32 [programs, 2, FEATURES, FEATURES]: gradients of A / sqrt(P) and M
-    channels,
-    n: tl.constexpr,
-    P: tl.constexpr,
+    tiles,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    C: tl.constexpr,
+    PACKED: tl.constexpr,
     RATE: tl.constexpr,
     THRESHOLD: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
+    P: tl.constexpr = SIZE * SIZE
+    n: tl.constexpr = ((HEIGHT + SIZE - 1) // SIZE) * ((WIDTH + SIZE - 1) // SIZE)
+    channel, patch = _rows(ROWS, TOKENS, PACKED)
     a, m = _fold(qkv_weight_ptr, qkv_bias_ptr, proj_weight_ptr, proj_bias_ptr, P, FEATURES)
     d_a = tl.zeros((FEATURES, FEATURES), tl.float32)
     d_m = tl.zeros((FEATURES, FEATURES), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(channels, ROWS // TOKENS), tl.num_programs(0)):
-        first, offsets, there = _places(tile, channels, n, P, ROWS, TOKENS, FEATURES)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first, offsets, there, sequence = _places(
+            tile, channel, patch, n, HEIGHT, WIDTH, SIZE, C, ROWS, TOKENS, FEATURES, PACKED
+        )
         x = tl.load(x_ptr + first + offsets, mask=there, other=_one(P, a.dtype, FEATURES))
         dy = tl.load(dy_ptr + first + offsets, mask=there, other=0.0)  # rows of padding are zero and add nothing
         xa = _dot(x, a).to(x.dtype)
-        weights = _weights(_dot(xa, tl.trans(x)), n, ROWS, TOKENS)
+        weights = _weights(_dot(xa, tl.trans(x)), channel, patch, n)
         dmixed = _dot(dy, m).to(x.dtype)
         dweights = _dot(dmixed, tl.trans(x))
         dropped = weights
         if RATE > 0:
-            keep = _keep(seed_ptr, tile, n, THRESHOLD, ROWS, TOKENS)
+            keep = keep_mask(tl.load(seed_ptr), sequence * n + patch, patch, THRESHOLD)
             dropped = tl.where(keep, weights * (1 / (1 - RATE)), 0.0)
             dweights = tl.where(keep, dweights * (1 / (1 - RATE)), 0.0)
         dlogits = (weights * (dweights - tl.sum(weights * dweights, axis=1)[:, None])).to(x.dtype)
@@ -234,78 +273,82 @@ def _cross_patch_unfold(
 
 @operator("cross_patch_attention", visible=True)
 def cross_patch_attention(
-    x_BCnP: Tensor,
+    x: Tensor,
     qkv_weight: Tensor,
     qkv_bias: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
+    height: int,
+    width: int,
     rate: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """`CrossPatchAttention` with one head, between `pack` and `unpack`: [B, C, n, P] -> [B, C, n, P], n <= 64, P <= 49.
+    """`CrossPatchAttention` with one head, for n <= 64 patches of P <= 49 tokens.
 
-    It is designed for bfloat16 and float16. In float32 it is correct but slow (see `kernels.cross_patch_attention`).
-
+    x: the tokens of a map of height x width, [B, N, C], or packed, [B, C, n, P]. So is the result.
     rate, seed: dropout of the attention weights, whose rows are numbered by image, channel and query
     (`catmodel.dropout`).
+
+    It is designed for bfloat16 and float16. In float32 it is correct but slow (see `kernels.cross_patch_attention`).
     """
-    x_BCnP = x_BCnP.contiguous()
-    B, C, n, P = x_BCnP.shape
-    y_BCnP = torch.empty_like(x_BCnP)
-    constants, options = _plan(n, P, rate, FORWARD_WARPS)
-    grid = _grid(B * C, constants, FORWARD_PROGRAMS, x_BCnP.device)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    tiles, constants = _plan(x.shape, len(proj_bias), height, width, rate)
+    grid = (min(FORWARD_PROGRAMS * programs(x.device), tiles),)
     parameters = (parameter.contiguous() for parameter in (qkv_weight, qkv_bias, proj_weight, proj_bias))
-    launch(_cross_patch_forward, grid, x_BCnP, *parameters, seed, y_BCnP, B * C, **constants, **options)
-    return y_BCnP
+    launch(_cross_patch_forward, grid, x, *parameters, seed, y, tiles, **constants, **FORWARD_OPTIONS)
+    return y
 
 
 @cross_patch_attention.register_fake
-def _(x_BCnP, qkv_weight, qkv_bias, proj_weight, proj_bias, rate, seed):
-    return torch.empty_like(x_BCnP, memory_format=torch.contiguous_format)
+def _(x, qkv_weight, qkv_bias, proj_weight, proj_bias, height, width, rate, seed):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @operator("cross_patch_attention_backward", visible=True)
 def cross_patch_attention_backward(
-    dy_BCnP: Tensor,
-    x_BCnP: Tensor,
+    dy: Tensor,
+    x: Tensor,
     qkv_weight: Tensor,
     qkv_bias: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
+    height: int,
+    width: int,
     rate: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and of the four parameters, each in its dtype."""
-    dy_BCnP, x_BCnP = dy_BCnP.contiguous(), x_BCnP.contiguous()
-    B, C, n, P = x_BCnP.shape
-    dx_BCnP = torch.empty_like(x_BCnP)
-    constants, options = _plan(n, P, rate, BACKWARD_WARPS)
-    grid = _grid(B * C, constants, BACKWARD_PROGRAMS, x_BCnP.device)
-    sums = x_BCnP.new_empty(*grid, 2, constants["FEATURES"], constants["FEATURES"], dtype=torch.float32)
+    dy, x = dy.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    tiles, constants = _plan(x.shape, len(proj_bias), height, width, rate)
+    grid = (min(BACKWARD_PROGRAMS * programs(x.device), tiles),)
+    features = constants["FEATURES"]
+    sums = x.new_empty(*grid, 2, features, features, dtype=torch.float32)
     parameters = tuple(parameter.contiguous() for parameter in (qkv_weight, qkv_bias, proj_weight, proj_bias))
-    launch(
-        _cross_patch_backward, grid, dy_BCnP, x_BCnP, *parameters, seed, dx_BCnP, sums, B * C, **constants, **options
-    )
+    arguments = dy, x, *parameters, seed, dx, sums, tiles
+    launch(_cross_patch_backward, grid, *arguments, **constants, **BACKWARD_OPTIONS)
     gradients = tuple(torch.empty_like(parameter) for parameter in parameters)
-    sizes = dict(P=P, FEATURES=constants["FEATURES"])
+    sizes = dict(P=len(proj_bias), FEATURES=features)
     launch(_cross_patch_unfold, (4,), sums.sum(0), *parameters[:3], *gradients, **sizes, **UNFOLD_OPTIONS)
-    return dx_BCnP, *gradients
+    return dx, *gradients
 
 
 @cross_patch_attention_backward.register_fake
-def _(dy_BCnP, x_BCnP, qkv_weight, qkv_bias, proj_weight, proj_bias, rate, seed):
-    inputs = x_BCnP, qkv_weight, qkv_bias, proj_weight, proj_bias
+def _(dy, x, qkv_weight, qkv_bias, proj_weight, proj_bias, height, width, rate, seed):
+    inputs = x, qkv_weight, qkv_bias, proj_weight, proj_bias
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.rate, seed = inputs
+    *tensors, ctx.height, ctx.width, ctx.rate, seed = inputs
     ctx.save_for_backward(*tensors, seed)
 
 
-def _differentiate(ctx, dy_BCnP):
+def _differentiate(ctx, dy):
     *tensors, seed = ctx.saved_tensors
-    return *cross_patch_attention_backward(dy_BCnP, *tensors, ctx.rate, seed), None, None
+    gradients = cross_patch_attention_backward(dy, *tensors, ctx.height, ctx.width, ctx.rate, seed)
+    return *gradients, None, None, None, None
 
 
 cross_patch_attention.register_autograd(_differentiate, setup_context=_save)
@@ -313,47 +356,45 @@ cross_patch_attention.register_autograd(_differentiate, setup_context=_save)
 
 # ---------------------------------------------------------------------------------------------------- launch parameters
 
-ROWS = 64
-FORWARD_WARPS, BACKWARD_WARPS = 4, 4
-# Four warps, because on Hopper eight warps would compute each product of 64 rows twice. The backward kernel then uses
-# all registers and spills up to 72 bytes per thread (sm_90, P = 49, bfloat16). Separate kernels for the two sums would
-# not spill, but would read x and dy again and repeat 6 of the 11 products; a spilled register costs two instructions
-# per tile.
+ROWS = 64  # of a tile
+# Four warps, because on Hopper eight warps would compute each product of 64 rows twice. Of packed maps, the backward
+# kernel then uses all registers and spills up to 56 bytes per thread (sm_90, P = 49, bfloat16). Separate kernels for
+# the two sums would not spill, but would read x and dy again and repeat 6 of the 11 products; a spilled register costs
+# two instructions per tile.
+FORWARD_OPTIONS = BACKWARD_OPTIONS = dict(num_warps=4, num_stages=1)
 UNFOLD_OPTIONS = dict(num_warps=8, num_stages=1)
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 3, 2  # per multiprocessor: about as many as are resident at once
+# Programs per multiprocessor: about as many as are resident at once. Depends on the device only, as do the sums.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 3, 2
 
 
 @functools.cache
-def _plan(n: int, P: int, rate: float, warps: int) -> tuple[dict, dict]:
-    """Constants and launch options of a kernel."""
-    tokens = triton.next_power_of_2(n)
-    constants = dict(n=n, P=P, RATE=rate, THRESHOLD=threshold(rate), ROWS=ROWS, TOKENS=tokens, FEATURES=padded(P + 2))
-    return constants, dict(num_warps=warps, num_stages=1)
-
-
-def _grid(channels: int, constants: dict, per_multiprocessor: int, device: torch.device) -> tuple[int]:
-    """As many programs as the device holds, at most one per tile. Depends on shapes and device only, as do the sums."""
-    return (min(per_multiprocessor * programs(device), blocks(channels, ROWS // constants["TOKENS"])),)
+def _plan(shape: torch.Size, P: int, height: int, width: int, rate: float) -> tuple[int, dict]:
+    """The number of tiles, and the constants of both kernels, for x of this shape."""
+    packed, size = len(shape) == 4, math.isqrt(P)
+    B, C = shape[0], shape[1 if packed else 2]
+    tokens = triton.next_power_of_2(blocks(height, size) * blocks(width, size))
+    place = dict(HEIGHT=height, WIDTH=width, SIZE=size, C=C, PACKED=packed)
+    sizes = dict(ROWS=ROWS, TOKENS=tokens, FEATURES=padded(P + 2))
+    return B * blocks(C, ROWS // tokens), dict(place, RATE=rate, THRESHOLD=threshold(rate), **sizes)
 
 
 def cases() -> list[dict]:
     """Cases for `benchmarks.kernel_resources`: the four stages of CAT-B at 224 pixels, in bfloat16."""
     parameters = "x_ptr", "qkv_weight_ptr", "qkv_bias_ptr", "proj_weight_ptr", "proj_bias_ptr"
     found = []
-    for n in (64, 16, 4, 1):
-        for name, kernel, tensors, sums, warps in (
-            ("forward", _cross_patch_forward, (*parameters, "y_ptr"), (), FORWARD_WARPS),
-            ("backward", _cross_patch_backward, ("dy_ptr", *parameters, "dx_ptr"), ("sums_ptr",), BACKWARD_WARPS),
+    for side, shape in ((56, (1, 96, 64, 49)), (28, (1, 192, 16, 49)), (14, (1, 196, 384)), (7, (1, 49, 768))):
+        _, constants = _plan(shape, 49, side, side, 0.2)
+        for name, kernel, tensors, sums, options in (
+            ("forward", _cross_patch_forward, (*parameters, "y_ptr"), (), FORWARD_OPTIONS),
+            ("backward", _cross_patch_backward, ("dy_ptr", *parameters, "dx_ptr"), ("sums_ptr",), BACKWARD_OPTIONS),
         ):
-            constants, options = _plan(n, 49, 0.2, warps)
             signature = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(sums, "*fp32")
-            signature |= dict(seed_ptr="*i32", channels="i32") | dict.fromkeys(constants, "constexpr")
-            case = dict(name=f"cross-patch {name}, {n} patches", fn=kernel, signature=signature, constexprs=constants)
-            found.append(case | options)
+            signature |= dict(seed_ptr="*i32", tiles="i32") | dict.fromkeys(constants, "constexpr")
+            name = f"cross-patch {name}, {(side // 7) ** 2} patches"
+            found.append(dict(name=name, fn=kernel, signature=signature, constexprs=constants, **options))
     constants = dict(P=49, FEATURES=64)
-    parameters = "qkv_weight_ptr", "qkv_bias_ptr", "proj_weight_ptr"
     written = "d_qkv_weight_ptr", "d_qkv_bias_ptr", "d_proj_weight_ptr", "d_proj_bias_ptr"
-    signature = dict(sums_ptr="*fp32") | dict.fromkeys((*parameters, *written), "*bf16")
+    signature = dict(sums_ptr="*fp32") | dict.fromkeys((*parameters[1:4], *written), "*bf16")
     signature |= dict.fromkeys(constants, "constexpr")
-    case = dict(name="cross-patch parameters", fn=_cross_patch_unfold, signature=signature, constexprs=constants)
-    return [*found, case | UNFOLD_OPTIONS]
+    case = dict(fn=_cross_patch_unfold, signature=signature, constexprs=constants, **UNFOLD_OPTIONS)
+    return [*found, dict(name="cross-patch parameters", **case)]

@@ -11,12 +11,15 @@ from catmodel.attention import CrossPatchAttention
 from catmodel.patches import Patches
 
 # Patch size, height and width (padded if not a multiple), heads, channels, dropout, dtype; as a comment, the number of
-# patches. The single kernel takes one head and up to 64 patches of at most 7 x 7 in bfloat16 or float16; otherwise
-# flash attention is used.
+# patches. The single kernel takes one head and up to 64 patches of at most 7 x 7 in bfloat16 or float16, more than four
+# of them packed; otherwise flash attention is used.
 CASES = [
     (7, 7, 7, 1, 850, 0.3, torch.float16),  # 1 patch; more tiles than programs, and an incomplete last tile
+    (7, 6, 5, 1, 65, 0.2, torch.bfloat16),  # 1
+    (6, 12, 6, 1, 40, 0.2, torch.bfloat16),  # 2
     (7, 7, 20, 1, 3, 0.0, torch.bfloat16),  # 3
     (7, 14, 13, 1, 20, 0.2, torch.bfloat16),  # 4
+    (4, 5, 20, 1, 9, 0.2, torch.float16),  # 10
     (5, 18, 20, 1, 2, 0.2, torch.float16),  # 16
     (4, 32, 31, 1, 2, 0.2, torch.bfloat16),  # 64
     (4, 28, 39, 1, 1, 0.2, torch.bfloat16),  # 70
@@ -48,7 +51,7 @@ def outcome(
     module = copy.deepcopy(module).to(dtype)
     g = torch.Generator().manual_seed(1)
     # Every dtype represents these numbers exactly, so that only the arithmetic differs.
-    x, dy = (torch.randn(1, height * width, channels, generator=g).bfloat16().to(device, dtype) for _ in range(2))
+    x, dy = (torch.randn(2, height * width, channels, generator=g).bfloat16().to(device, dtype) for _ in range(2))
     x.requires_grad_()
     torch.manual_seed(2)
     y = wrap(module)(x, Patches(height, width, size, by_row=True, kernels=kernels))
@@ -112,6 +115,23 @@ def test_compiled_and_checkpointed_results_are_the_same(heads, dtype, device):
     assert all(torch.equal(a, b) for a, b in zip(eager, checkpointed, strict=True))
 
 
+@pytest.mark.parametrize("height, width", [(7, 14), (12, 9)])
+def test_packed_or_in_place_the_result_is_the_same(height, width, device):
+    module = attention(7, dropout=0.3, dtype=torch.bfloat16, device=device)
+    weights = [weight for layer in (module.qkv, module.proj) for weight in (layer.weight, layer.bias)]
+    x, dy = torch.randn(2, 2, height * width, 36, device=device, dtype=torch.bfloat16).unbind()
+    seed, ops = torch.tensor(5, dtype=torch.int32, device=device), torch.ops.catmodel
+    in_place = ops.cross_patch_attention(x, *weights, height, width, 0.3, seed)
+    dx, *gradients = ops.cross_patch_attention_backward(dy, x, *weights, height, width, 0.3, seed)
+    x, dy = (ops.pack(value, height, width, 7) for value in (x, dy))
+    packed = ops.cross_patch_attention(x, *weights, height, width, 0.3, seed)
+    dx_packed, *others = ops.cross_patch_attention_backward(dy, x, *weights, height, width, 0.3, seed)
+    packed, dx_packed = (ops.unpack(value, height, width, 7) for value in (packed, dx_packed))
+    # A tile's rows have another order, and so do the terms of its sums.
+    for a, b in zip((in_place, dx, *gradients), (packed, dx_packed, *others), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * b.abs().max().item())
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_operators_pass_opcheck(rate, device):
     def number(*shape: int) -> Tensor:
@@ -120,14 +140,15 @@ def test_operators_pass_opcheck(rate, device):
     ops = torch.ops.catmodel
     seed = torch.tensor(5, dtype=torch.int32, device=device) if rate else None
     parameters = number(48, 16), number(48), number(16, 16), number(16)
-    torch.library.opcheck(ops.cross_patch_attention.default, (number(1, 2, 3, 16), *parameters, rate, seed))
+    torch.library.opcheck(ops.cross_patch_attention.default, (number(1, 2, 3, 16), *parameters, 4, 12, rate, seed))
+    torch.library.opcheck(ops.cross_patch_attention.default, (number(1, 48, 2), *parameters, 4, 12, rate, seed))
     torch.library.opcheck(ops.flash_attention.default, (number(1, 5, 3, 2, 8), rate, seed))
     torch.library.opcheck(ops.pack.default, (number(1, 12, 3), 3, 4, 3))
     torch.library.opcheck(ops.unpack.default, (number(1, 3, 2, 9), 3, 4, 3))
     x, dy, qkv, *weights = (
         tensor.detach() for tensor in (number(1, 2, 3, 16), number(1, 2, 3, 16), number(1, 5, 3, 2, 8), *parameters)
     )
-    torch.library.opcheck(ops.cross_patch_attention_backward.default, (dy, x, *weights, rate, seed))
+    torch.library.opcheck(ops.cross_patch_attention_backward.default, (dy, x, *weights, 4, 12, rate, seed))
     y, lse = ops.flash_attention(qkv, rate, seed)
     torch.library.opcheck(ops.flash_attention_backward.default, (torch.ones_like(y), qkv, y, lse, rate, seed))
 
