@@ -34,7 +34,7 @@ DATA = {"data": {"path": "none"}}
 DROPS = dict(drop_path_rate=0.2)
 PATCHES = dict(patch_size=7, img_size=56)
 STEPS = {
-    "CAT": ("cat_tiny", 2, dict(cpsa_drop=0.2, ipsa_drop=0.1, **PATCHES)),
+    "CAT": ("cat_tiny", 2, dict(cpsa_drop=0.2, ipsa_drop=0.1, patch_size=7, img_size=112)),  # 16 and 4 patches
     "CAT, ablations": ("cat_tiny", 2, dict(patch_embed="slice", shifted_windows=True, ape=False, cpsa_num_heads=7)),
     "CAT, many patches": ("cat_tiny", 1, dict(patch_size=2)),
     "CAT, dense": ("cat_tiny", 1, dict(features_only=True)),

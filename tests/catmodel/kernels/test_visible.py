@@ -30,7 +30,7 @@ OPTIONS = {
         "norm_backward": (4, 3),
     },
 }
-LAUNCHES = {"CAT": [20, 22], "CoTNeXt": [1, 1], "PVT": [4, 6]}
+LAUNCHES = {"CAT": [18, 20], "CoTNeXt": [1, 1], "PVT": [4, 6]}
 
 
 @pytest.mark.parametrize(
