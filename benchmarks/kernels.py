@@ -53,7 +53,7 @@ def workloads(
         bias = torch.randn(h, SIZE**2, SIZE**2, device=device, dtype=dtype, requires_grad=True)
 
         def inner(qkv: Tensor, bias: Tensor, side: int = side) -> Tensor:
-            return torch.ops.catmodel.inner_patch_attention(qkv, bias, side, side, SIZE, 0, 0.0, None)
+            return torch.ops.catmodel.inner_patch_attention(qkv, bias, side, side, SIZE, 0, 0.0, None, None)
 
         def inner_plain(qkv: Tensor, bias: Tensor, h: int = h) -> Tensor:
             qkv_BnPF = qkv.unflatten(1, (-1, SIZE**2))
@@ -103,7 +103,8 @@ def _packed(attention: CrossPatchAttention, side: int, x_BNC: Tensor) -> Tensor:
     """The kernel's result as if there were too many patches to read them in place."""
     weights = [weight for layer in (attention.qkv, attention.proj) for weight in (layer.weight, layer.bias)]
     x_BCnP = kernels.ops.pack(x_BNC, side, side, SIZE)
-    y_BCnP = kernels.ops.cross_patch_attention(x_BCnP, *weights, side, side, attention.dropout, draw_seed(x_BNC.device))
+    rate, seed = attention.dropout, draw_seed(x_BNC.device)
+    y_BCnP = kernels.ops.cross_patch_attention(x_BCnP, *weights, side, side, rate, seed, None)
     return kernels.ops.unpack(y_BCnP, side, side, SIZE)
 
 

@@ -49,20 +49,31 @@ class InnerPatchAttention(nn.Module):
         """The bias that `forward` leaves to the caller without `last_bias`."""
         return self.proj.bias
 
-    def forward(self, x_BNC: Tensor, patches: Patches, seed: Tensor | None = None, last_bias: bool = True) -> Tensor:
+    def can_scale(self, patches: Patches, *_: object) -> bool:
+        """Whether `forward` takes drop-path's factors: the kernel multiplies by them."""
+        return patches.kernels and kernels.inner_patch_fits(patches.size, self.proj.in_features // self.num_heads)
+
+    def forward(
+        self,
+        x_BNC: Tensor,
+        patches: Patches,
+        seed: Tensor | None = None,
+        last_bias: bool = True,
+        scale: Tensor | None = None,
+    ) -> Tensor:
         """[B, N, C] -> [B, N, C].
 
         seed: of the dropout (`seed_for`); None: it is drawn here. last_bias: add the last layer's bias; otherwise the
-        caller does.
+        caller does. scale: factors of the images' results [B], but for that bias, if `can_scale`.
         """
         shift = self.shift if self.shift and patches.can_shift else 0
         seed = seed_for(self, x_BNC.device) if seed is None else seed
         rate = 0.0 if seed is None else self.dropout
         bias = self.position_bias()
-        if patches.kernels and kernels.inner_patch_fits(patches.size, x_BNC.shape[-1] // self.num_heads):
+        if self.can_scale(patches):
             whole, x_BNC = patches.pad(x_BNC)
             y_BNC = kernels.ops.inner_patch_attention(
-                self.qkv(x_BNC), bias, whole.height, whole.width, whole.size, shift, rate, seed
+                self.qkv(x_BNC), bias, whole.height, whole.width, whole.size, shift, rate, seed, scale
             )
             return self._project(patches.crop(y_BNC), last_bias)
         x_BnPC = patches.split(x_BNC, shift)
@@ -137,14 +148,24 @@ class CrossPatchAttention(nn.Module):
     def late_bias(self) -> None:
         """Its last bias belongs to the tokens of a patch, not to channels: `forward` adds it."""
 
-    def forward(self, x_BNC: Tensor, patches: Patches, seed: Tensor | None = None) -> Tensor:
-        """[B, N, C] -> [B, N, C]. seed: of the dropout (`seed_for`); None: it is drawn here."""
+    def can_scale(self, patches: Patches, *_: object) -> bool:
+        """Whether `forward` takes drop-path's factors: the kernel multiplies by them."""
+        return patches.kernels and kernels.cross_patch_alone(patches, self.num_heads, self.proj.weight.dtype)
+
+    def forward(
+        self, x_BNC: Tensor, patches: Patches, seed: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """[B, N, C] -> [B, N, C].
+
+        seed: of the dropout (`seed_for`); None: it is drawn here. scale: factors of the images' results [B], if
+        `can_scale`.
+        """
         # No shortcut for a single patch (stage 4): its softmax is 1, but dropout may still zero a channel's v.
         seed = seed_for(self, x_BNC.device) if seed is None else seed
         rate = 0.0 if seed is None else self.dropout
         if patches.kernels and kernels.cross_patch_fits(patches.size):
             weights = self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias
-            return kernels.cross_patch_attention(x_BNC, *weights, patches, self.num_heads, rate, seed)
+            return kernels.cross_patch_attention(x_BNC, *weights, patches, self.num_heads, rate, seed, scale)
         x_BnPC = patches.split(x_BNC)
         B = x_BnPC.shape[0]
         x_BCnP = rearrange(x_BnPC, "B n P C -> B C n P")

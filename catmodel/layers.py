@@ -104,11 +104,11 @@ class Pending(NamedTuple):
         # One pass over memory instead of two.
         return torch.addcmul(self.x, branch, self.scale.view(-1, *(1,) * (branch.ndim - 1)))
 
-    def normed(self, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """The sum, and its norm: in one kernel, if there is a branch."""
+    def normed(self, norm: nn.LayerNorm, scaled: bool = False) -> tuple[Tensor, Tensor]:
+        """The sum, and its norm: in one kernel, if there is a branch. scaled: the branch is, but not the bias."""
         if self.branch is None:
             return self.x, norm(self.x)
-        return kernels.ops.residual_norm(*self, norm.weight, norm.bias, norm.eps)
+        return kernels.ops.residual_norm(*self, norm.weight, norm.bias, norm.eps, scaled)
 
 
 Scales = tuple[Tensor | None, Tensor | None]  # drop-path's factors of a block's two branches
@@ -116,6 +116,8 @@ Scales = tuple[Tensor | None, Tensor | None]  # drop-path's factors of a block's
 
 class Block(nn.Module):
     """Attention (`attn`), then an MLP, each with a norm before it and a residual around it.
+
+    The attention says by `late_bias` and `can_scale` what `chain` may leave to it and what it leaves to `chain`.
 
     It is a function of its inputs: whatever is random is drawn before it, drop-path by `draw_block_scales`.
     """
@@ -153,8 +155,11 @@ class Block(nn.Module):
         x, y = pending.normed(self.norm1)
         # Biases of the channels are added, and their gradients summed, by the kernel of the next norm.
         bias = self.attn.late_bias()
-        branch = self.attn(y, *place) if bias is None else self.attn(y, *place, last_bias=False)
-        x, y = Pending(x, branch, bias, scale).normed(self.norm2)
+        late = {} if bias is None else dict(last_bias=False)
+        # If the attention scales its result, the gradients of x and of the branch are one tensor.
+        scaled = scale is not None and self.attn.can_scale(*place)
+        branch = self.attn(y, *place, **late, **(dict(scale=scale) if scaled else {}))
+        x, y = Pending(x, branch, bias, scale).normed(self.norm2, scaled)
         return x, self.mlp(y, fused=True, last_bias=False)
 
 

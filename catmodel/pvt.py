@@ -47,6 +47,10 @@ class SpatialReductionAttention(nn.Module):
         """The bias that `forward` leaves to the caller without `last_bias`."""
         return self.proj.bias
 
+    def can_scale(self, *_: object) -> bool:
+        """Whether `forward` scales its result by drop-path's factors."""
+        return False
+
     def forward(self, x_BNC: Tensor, height: int, width: int, fused: bool, last_bias: bool = True) -> Tensor:
         """fused: use the Triton kernels, whose gradients are repeatable on a GPU (those of PyTorch's are not)."""
         q_BNC = self.q(x_BNC)

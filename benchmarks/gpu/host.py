@@ -69,7 +69,7 @@ def calls(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], ob
     w2, (hidden, slope) = w1.T.contiguous(), rows.new_empty(2, len(rows), 4 * C)
     scale = torch.ones(B, device=device, dtype=dtype)
     tracked = x.clone().requires_grad_()
-    norm = (other, bias, scale, weight, bias, 1e-5)
+    norm = (other, bias, scale, weight, bias, 1e-5, False)
     return {
         "PyTorch: x + y": lambda: x + other,
         "PyTorch: empty_like": lambda: torch.empty_like(x),
@@ -77,7 +77,7 @@ def calls(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], ob
         "PyTorch: layer_norm": lambda: F.layer_norm(x, (C,), weight, bias),
         "pack, 1 launch": lambda: kernels.ops.pack(x, side, side, 7),
         "inner_patch_attention, 1 launch": lambda: kernels.ops.inner_patch_attention(
-            qkv, position, side, side, 7, 0, 0.0, None
+            qkv, position, side, side, 7, 0, 0.0, None, None
         ),
         "residual_norm, 1 launch": lambda: kernels.ops.residual_norm(x, *norm),
         "residual_norm, recorded by autograd": lambda: kernels.ops.residual_norm(tracked, *norm),

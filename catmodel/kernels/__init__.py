@@ -95,6 +95,15 @@ def cross_patch_fits(size: int) -> bool:
     )
 
 
+def cross_patch_alone(patches: "Patches", num_heads: int, dtype: torch.dtype) -> bool:
+    """Whether a single kernel computes cross-patch attention.
+
+    More patches, several heads, and float32 take flash attention between two linear layers: in float32, without tensor
+    cores, the single kernel needs minutes to compile and far too many registers.
+    """
+    return num_heads == 1 and patches.count <= 64 and patches.size <= 7 and dtype != torch.float32
+
+
 def cross_attention_fits(head_dim: int) -> bool:
     """Whether the kernel of attention to other tokens supports this size of a head."""
     return head_dim <= 256 or _fall_back(f"attention supports heads of up to 256 channels, not {head_dim}")
@@ -110,25 +119,23 @@ def cross_patch_attention(
     num_heads: int,
     rate: float,
     seed: Tensor | None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """`catmodel.attention.CrossPatchAttention` with kernels, for tokens stored row by row: [B, N, C] -> [B, N, C].
 
-    Up to 64 patches (the images that classifiers are trained on) take a single kernel. More patches, several heads, and
-    float32 take flash attention between two linear layers: in float32, without tensor cores, the single kernel needs
-    minutes to compile and far too many registers.
+    scale: factors of the images' results [B], if `cross_patch_alone`.
     """
     x_BNC, qkv_weight, qkv_bias, proj_weight, proj_bias = autocast(x_BNC, qkv_weight, qkv_bias, proj_weight, proj_bias)
     weights = qkv_weight, qkv_bias, proj_weight, proj_bias
     place = patches.height, patches.width, patches.size
-    n, P = patches.count, patches.size**2
-    single = num_heads == 1 and n <= 64 and P <= 49 and x_BNC.dtype != torch.float32
-    if single and n <= IN_PLACE:
-        return ops.cross_patch_attention(x_BNC, *weights, *place[:2], rate, seed)
+    alone = cross_patch_alone(patches, num_heads, x_BNC.dtype)
+    if alone and patches.count <= IN_PLACE:
+        return ops.cross_patch_attention(x_BNC, *weights, *place[:2], rate, seed, scale)
     x_BCnP = ops.pack(x_BNC, *place)
-    B, C, _, _ = x_BCnP.shape
-    if single:
-        y_BCnP = ops.cross_patch_attention(x_BCnP, *weights, *place[:2], rate, seed)
+    if alone:
+        y_BCnP = ops.cross_patch_attention(x_BCnP, *weights, *place[:2], rate, seed, scale)
     else:
+        B, C, n, P = x_BCnP.shape
         qkv_Tn3hd = F.linear(x_BCnP, qkv_weight, qkv_bias).view(B * C, n, 3, num_heads, P // num_heads)
         y_Tnhd, _ = ops.flash_attention(qkv_Tn3hd, rate, seed)
         y_BCnP = F.linear(y_Tnhd.view(B, C, n, P), proj_weight, proj_bias)

@@ -82,6 +82,7 @@ def _inner_patch_forward(
     qkv_ptr,
     bias_ptr,
     seed_ptr,
+    scale_ptr,  # [B]: of each image's output, or None
     y_ptr,
     patches,
     height,
@@ -125,6 +126,8 @@ def _inner_patch_forward(
             keep = keep_mask(seed, (patch * heads + head) * P + query, key, THRESHOLD)
             weights = tl.where(keep, weights * (1 / (1 - RATE)), 0.0)
         y = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        if scale_ptr is not None:
+            y *= tl.load(scale_ptr + image).to(tl.float32)
         tl.store(
             y_ptr + first * C + head * D + query_token[:, None] * C + channel[None, :], y.to(v.dtype), mask=query_mask
         )
@@ -136,6 +139,7 @@ def _inner_patch_backward(
     qkv_ptr,
     bias_ptr,
     seed_ptr,
+    scale_ptr,
     dqkv_ptr,
     dkv_ptr,
     dbias_ptr,
@@ -200,20 +204,22 @@ def _inner_patch_backward(
             keep = keep_mask(seed, (patch * heads + head) * P + query, key, THRESHOLD)
             dropped = tl.where(keep, weights * (1 / (1 - RATE)), 0.0)
             dweights = tl.where(keep, dweights * (1 / (1 - RATE)), 0.0)
+        # All gradients are linear in dy, so an image's factor multiplies them instead.
+        scale = 1.0 if scale_ptr is None else tl.load(scale_ptr + image).to(tl.float32)
         # Each gradient is stored as soon as it is complete, to free its registers.
         to_key = first * DKV * C + head * D
         at_dkey = key_token[:, None] * (DKV * C) + channel[None, :]
-        dv = tl.dot(tl.trans(dropped.to(dy.dtype)), dy, input_precision="ieee")
+        dv = tl.dot(tl.trans(dropped.to(dy.dtype)), dy, input_precision="ieee") * scale
         if ADD:
             dv += tl.load(dv_ptr + to_key + at_dkey, mask=key_mask, other=0.0)
         tl.store(dv_ptr + to_key + at_dkey, dv.to(dv_ptr.dtype.element_ty), mask=key_mask)
 
         dlogits = weights * (dweights - tl.sum(weights * dweights, axis=1)[:, None])
-        dbias += dlogits
+        dbias += dlogits * scale
         dlogits = dlogits.to(q.dtype)
-        dq = tl.dot(dlogits, k, input_precision="ieee") * SCALE
+        dq = tl.dot(dlogits, k, input_precision="ieee") * (scale * SCALE)
         tl.store(dqkv_ptr + first * 3 * C + head * D + at_query, dq.to(q.dtype), mask=query_mask)
-        dk = tl.dot(tl.trans(dlogits), q, input_precision="ieee") * SCALE
+        dk = tl.dot(tl.trans(dlogits), q, input_precision="ieee") * (scale * SCALE)
         if ADD:
             dk += tl.load(dk_ptr + to_key + at_dkey, mask=key_mask, other=0.0)
         tl.store(dk_ptr + to_key + at_dkey, dk.to(dk_ptr.dtype.element_ty), mask=key_mask)
@@ -229,7 +235,15 @@ def _inner_patch_backward(
 
 @operator("inner_patch_attention", visible=True)
 def inner_patch_attention(
-    qkv_BNF: Tensor, bias_hPP: Tensor, height: int, width: int, size: int, shift: int, rate: float, seed: Tensor | None
+    qkv_BNF: Tensor,
+    bias_hPP: Tensor,
+    height: int,
+    width: int,
+    size: int,
+    shift: int,
+    rate: float,
+    seed: Tensor | None,
+    scale: Tensor | None,
 ) -> Tensor:
     """Queries, keys and values [B, N, 3C] of a map's tokens, row by row, and position bias [h, P, P] -> [B, N, C].
 
@@ -238,6 +252,7 @@ def inner_patch_attention(
         neighbours only by the roll do not attend to each other.
     rate, seed: dropout of the attention weights, whose rows are numbered by image, patch, head and query
         (`catmodel.dropout`).
+    scale: factors of the images' results [B]; None: all are 1.
     """
     qkv_BNF = qkv_BNF.contiguous()
     B, N, F = qkv_BNF.shape
@@ -247,13 +262,13 @@ def inner_patch_attention(
     constants, options = _plan(size, F // 3 // h, shift, rate, qkv_BNF.dtype)
     steps = _steps(constants)
     slots = _slots(patches, h * steps, FORWARD_WARPS // options["num_warps"], qkv_BNF.device)
-    arguments = qkv_BNF, bias_hPP.contiguous(), seed, y_BNC, patches, height, width
+    arguments = qkv_BNF, bias_hPP.contiguous(), seed, scale, y_BNC, patches, height, width
     launch(_inner_patch_forward, (h, steps, slots), *arguments, **constants, **options)
     return y_BNC
 
 
 @inner_patch_attention.register_fake
-def _(qkv_BNF, bias_hPP, height, width, size, shift, rate, seed):
+def _(qkv_BNF, bias_hPP, height, width, size, shift, rate, seed, scale):
     B, N, F = qkv_BNF.shape
     return qkv_BNF.new_empty(B, N, F // 3)
 
@@ -269,6 +284,7 @@ def inner_patch_attention_backward(
     shift: int,
     rate: float,
     seed: Tensor | None,
+    scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `qkv_BNF` and `bias_hPP`, each in its dtype."""
     dy_BNC, qkv_BNF = dy_BNC.contiguous(), qkv_BNF.contiguous()
@@ -282,28 +298,39 @@ def inner_patch_attention_backward(
     dqkv_BNF = torch.empty_like(qkv_BNF)
     dbias_shQK = bias_hPP.new_empty(slots, h, steps * constants["QUERIES"], constants["KEYS"], dtype=torch.float32)
     dkv = None if steps == 1 else qkv_BNF.new_empty(B, N, 2 * C, dtype=torch.float32)
-    arguments = dy_BNC, qkv_BNF, bias_hPP.contiguous(), seed, dqkv_BNF, dkv, dbias_shQK, patches, height, width
+    tensors = dy_BNC, qkv_BNF, bias_hPP.contiguous(), seed, scale, dqkv_BNF, dkv, dbias_shQK
     for block in range(steps):
-        launch(_inner_patch_backward, (h, slots), *arguments, block, **constants, ADD=block > 0, **options)
+        launch(
+            _inner_patch_backward,
+            (h, slots),
+            *tensors,
+            patches,
+            height,
+            width,
+            block,
+            **constants,
+            ADD=block > 0,
+            **options,
+        )
     if dkv is not None:
         dqkv_BNF[..., C:] = dkv
     return dqkv_BNF, dbias_shQK[..., :P, :P].sum(0).to(bias_hPP.dtype)
 
 
 @inner_patch_attention_backward.register_fake
-def _(dy_BNC, qkv_BNF, bias_hPP, height, width, size, shift, rate, seed):
+def _(dy_BNC, qkv_BNF, bias_hPP, height, width, size, shift, rate, seed, scale):
     return torch.empty_like(qkv_BNF, memory_format=torch.contiguous_format), torch.empty_like(bias_hPP)
 
 
 def _save(ctx, inputs, output):
-    qkv_BNF, bias_hPP, *ctx.settings, seed = inputs
-    ctx.save_for_backward(qkv_BNF, bias_hPP, seed)
+    qkv_BNF, bias_hPP, *ctx.settings, seed, scale = inputs
+    ctx.save_for_backward(qkv_BNF, bias_hPP, seed, scale)
 
 
 def _differentiate(ctx, dy_BNC):
-    qkv_BNF, bias_hPP, seed = ctx.saved_tensors
-    gradients = inner_patch_attention_backward(dy_BNC, qkv_BNF, bias_hPP, *ctx.settings, seed)
-    return *gradients, None, None, None, None, None, None
+    qkv_BNF, bias_hPP, seed, scale = ctx.saved_tensors
+    gradients = inner_patch_attention_backward(dy_BNC, qkv_BNF, bias_hPP, *ctx.settings, seed, scale)
+    return *gradients, None, None, None, None, None, None, None
 
 
 inner_patch_attention.register_autograd(_differentiate, setup_context=_save)
@@ -351,7 +378,8 @@ def cases() -> list[dict]:
     for what, size, rate in (("", 7, 0.0), (", dropout", 7, 0.1), (", 12 x 12", 12, 0.0)):
         constants, options = _plan(size, 32, 0, rate, torch.bfloat16)
         single = _steps(constants) == 1
-        given = dict(qkv_ptr="*bf16", bias_ptr="*fp32", seed_ptr="*i32", patches="i32", height="i32", width="i32")
+        given = dict(qkv_ptr="*bf16", bias_ptr="*fp32", seed_ptr="*i32", scale_ptr="*bf16")
+        given |= dict(patches="i32", height="i32", width="i32")
         written = dict(dy_ptr="*bf16", dqkv_ptr="*bf16", dkv_ptr="*fp32", dbias_ptr="*fp32", block="i32")
         alone = dict(dkv_ptr=None) if single else {}  # as in a launch by Triton, None is a constant
         for name, kernel, more, constexprs in (

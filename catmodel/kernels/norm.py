@@ -32,11 +32,12 @@ def _norm_forward(
     scale_ptr,  # [B]: drop-path's factor of each sample, or None
     gamma_ptr,  # [C]
     beta_ptr,  # [C]
-    sum_ptr,  # [M, C]: x + scale * (branch + bias)
+    sum_ptr,  # [M, C]: x + scale * (branch + bias), or x + branch + scale * bias if the branch is SCALED
     y_ptr,  # [M, C]: its LayerNorm
     M,
     tokens,  # rows of a sample
     C: tl.constexpr,
+    SCALED: tl.constexpr,
     EPS: tl.constexpr,  # a number given at run time would be fp64 where Inductor launches the kernel
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -48,10 +49,13 @@ def _norm_forward(
     place = first * C + row[:, None] * C + column[None, :]
     x = tl.load(x_ptr + place, inside, 0.0).to(tl.float32)
     branch = tl.load(branch_ptr + place, inside, 0.0).to(tl.float32)
-    if bias_ptr is not None:
-        branch += tl.load(bias_ptr + column, column < C, 0.0).to(tl.float32)[None, :]
+    scale = 1.0
     if scale_ptr is not None:
-        branch *= tl.load(scale_ptr + (first + row) // tokens, row < M - first, 0.0).to(tl.float32)[:, None]
+        scale = tl.load(scale_ptr + (first + row) // tokens, row < M - first, 0.0).to(tl.float32)[:, None]
+        if not SCALED:
+            branch *= scale
+    if bias_ptr is not None:
+        branch += tl.load(bias_ptr + column, column < C, 0.0).to(tl.float32)[None, :] * scale
     total = (x + branch).to(sum_ptr.dtype.element_ty)
     tl.store(sum_ptr + place, total, inside)
     normed, _ = _normed(total.to(tl.float32), column, C, EPS)
@@ -111,6 +115,7 @@ def _norm_backward(
         tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), inside)
         if scale_ptr is not None:
             dx *= tl.load(scale_ptr + (first + row) // tokens, row < M - first, 0.0)[:, None]
+        if dbranch_ptr is not None:
             tl.store(dbranch_ptr + place, dx.to(dbranch_ptr.dtype.element_ty), inside)
         dbias += dx  # 0 in rows beyond M
     sums_ptr += tl.program_id(0) * 3 * C
@@ -127,14 +132,15 @@ def forward(
     gamma: Tensor,
     beta: Tensor,
     eps: float = 1e-5,
+    scaled: bool = False,
     elements: int = 2048,
 ) -> tuple[Tensor, Tensor]:
-    """x + scale (branch + bias), and its norm. Tiles have `elements` elements."""
+    """As `residual_norm`. Tiles have `elements` elements."""
     C = x.shape[-1]
     M, columns = x.numel() // C, padded(C)
     total, y = torch.empty_like(x), torch.empty_like(x)
     rows = max(elements // columns, 1)
-    sizes = dict(C=C, EPS=eps, ROWS=rows, COLUMNS=columns, num_warps=4)
+    sizes = dict(C=C, SCALED=scaled, EPS=eps, ROWS=rows, COLUMNS=columns, num_warps=4)
     place = M, M // len(x)
     launch(_norm_forward, (blocks(M, rows),), x, branch, bias, scale, gamma, beta, total, y, *place, **sizes)
     return total, y
@@ -147,6 +153,7 @@ def backward(
     scale: Tensor | None,
     gamma: Tensor,
     eps: float = 1e-5,
+    scaled: bool = False,
     elements: int = 2048,
     each: int = 3,
     warps: int = 4,
@@ -159,7 +166,7 @@ def backward(
     C = total.shape[-1]
     M, columns = total.numel() // C, padded(C)
     dx = torch.empty_like(total)
-    dbranch = torch.empty_like(total) if scale is not None else None
+    dbranch = None if scale is None or scaled else torch.empty_like(total)
     rows = max(elements // columns, 1)
     grid = min(each * programs(total.device), blocks(M, rows))
     sums = torch.empty(grid, 3, C, dtype=torch.float32, device=total.device)
@@ -171,68 +178,78 @@ def backward(
 
 @operator("residual_norm", visible=True)
 def residual_norm(
-    x: Tensor, branch: Tensor, bias: Tensor | None, scale: Tensor | None, gamma: Tensor, beta: Tensor, eps: float
+    x: Tensor,
+    branch: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    scaled: bool,
 ) -> tuple[Tensor, Tensor]:
     """x, branch [B, ..., C], bias, gamma, beta [C], scale [B] -> z = x + scale (branch + bias), LayerNorm(z).
 
-    All have one dtype; scale may have another.
+    All have one dtype; scale may have another. scaled: the branch is scaled already, and z = x + branch + scale bias.
     """
-    return forward(x.contiguous(), branch.contiguous(), bias, scale, gamma, beta, eps)
+    return forward(x.contiguous(), branch.contiguous(), bias, scale, gamma, beta, eps, scaled)
 
 
 @residual_norm.register_fake
-def _(x, branch, bias, scale, gamma, beta, eps):
+def _(x, branch, bias, scale, gamma, beta, eps, scaled):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @operator("residual_norm_backward", visible=True)
 def residual_norm_backward(
-    dy: Tensor, dsum: Tensor, total: Tensor, scale: Tensor | None, gamma: Tensor, eps: float
+    dy: Tensor, dsum: Tensor, total: Tensor, scale: Tensor | None, gamma: Tensor, eps: float, scaled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of branch (empty without a scale: the same), and of gamma, beta and bias as one [3, C]."""
-    dx, dbranch, sums = backward(dy.contiguous(), dsum.contiguous(), total, scale, gamma, eps)
+    """Gradients of x, of branch (empty if it is the same), and of gamma, beta and bias as one [3, C]."""
+    dx, dbranch, sums = backward(dy.contiguous(), dsum.contiguous(), total, scale, gamma, eps, scaled)
     return dx, dx.new_empty(0) if dbranch is None else dbranch, sums.to(gamma.dtype)
 
 
 @residual_norm_backward.register_fake
-def _(dy, dsum, total, scale, gamma, eps):
-    dbranch = total.new_empty(0 if scale is None else total.shape)
+def _(dy, dsum, total, scale, gamma, eps, scaled):
+    dbranch = total.new_empty(0 if scale is None or scaled else total.shape)
     return total.new_empty(total.shape), dbranch, gamma.new_empty(3, len(gamma))
 
 
 def _keep(ctx, inputs, output) -> None:
-    _, _, bias, scale, gamma, _, eps = inputs
+    _, _, bias, scale, gamma, _, ctx.eps, ctx.scaled = inputs
     ctx.save_for_backward(output[0], scale, gamma)
-    ctx.biased, ctx.eps = bias is not None, eps
+    ctx.biased = bias is not None
 
 
 def _differentiate(ctx, dsum, dy):
     total, scale, gamma = ctx.saved_tensors
-    dx, dbranch, sums = residual_norm_backward(dy, dsum, total, scale, gamma, ctx.eps)
+    dx, dbranch, sums = residual_norm_backward(dy, dsum, total, scale, gamma, ctx.eps, ctx.scaled)
     dgamma, dbeta, dbias = sums.unbind()
-    return dx, dx if scale is None else dbranch, dbias if ctx.biased else None, None, dgamma, dbeta, None
+    same = scale is None or ctx.scaled
+    return dx, dx if same else dbranch, dbias if ctx.biased else None, None, dgamma, dbeta, None, None
 
 
 residual_norm.register_autograd(_differentiate, setup_context=_keep)
 
 
+GRADIENTS = dict.fromkeys(("dy_ptr", "dsum_ptr", "sum_ptr", "gamma_ptr", "dx_ptr", "dbranch_ptr"), "*bf16")
+GRADIENTS |= dict(sums_ptr="*fp32")
+
+
 def cases() -> list[dict]:
     """Cases for `benchmarks.kernel_resources`: the stages of CAT-B, in bfloat16, with drop-path."""
-    found = []
+    found, read = [], ("x_ptr", "branch_ptr", "bias_ptr", "gamma_ptr", "beta_ptr", "sum_ptr", "y_ptr")
     for channels in (96, 192, 384, 768):
         columns = padded(channels)
         sizes = dict(C=channels, EPS=1e-5, ROWS=max(2048 // columns, 1), COLUMNS=columns)
-        numbers = dict(scale_ptr="*fp32", M="i32:16", tokens="i32")
-        tensors = dict.fromkeys(
-            ("x_ptr", "branch_ptr", "bias_ptr", "gamma_ptr", "beta_ptr", "sum_ptr", "y_ptr"), "*bf16"
-        )
-        signature = tensors | numbers | dict.fromkeys(sizes, "constexpr")
+        numbers = dict(scale_ptr="*bf16", M="i32:16", tokens="i32")
         options = dict(num_warps=4, num_stages=3)
-        name = f"residual and norm forward, {channels} channels"
-        found.append(dict(name=name, fn=_norm_forward, signature=signature, constexprs=sizes, **options))
-        tensors = dict.fromkeys(("dy_ptr", "dsum_ptr", "sum_ptr", "gamma_ptr", "dx_ptr", "dbranch_ptr"), "*bf16")
-        sizes = sizes | dict(STAGES=3)
-        signature = tensors | dict(sums_ptr="*fp32") | numbers | dict.fromkeys(sizes, "constexpr")
-        name = f"residual and norm backward, {channels} channels"
-        found.append(dict(name=name, fn=_norm_backward, signature=signature, constexprs=sizes, **options))
+        for kernel, tensors, more, name in (
+            (_norm_forward, dict.fromkeys(read, "*bf16"), dict(SCALED=False), "forward"),
+            (_norm_backward, GRADIENTS, dict(STAGES=3), "backward"),
+            (_norm_backward, GRADIENTS, dict(STAGES=3, dbranch_ptr=None), "backward, of a scaled branch"),
+        ):
+            constants = sizes | more
+            signature = tensors | numbers | dict.fromkeys(constants, "constexpr")
+            case = dict(name=f"residual and norm {name}, {channels} channels", fn=kernel, signature=signature)
+            found.append(dict(case, constexprs=constants, **options))
     return found

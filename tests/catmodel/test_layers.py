@@ -10,7 +10,7 @@ from catmodel.layers import Block, DropPathAdd, Pending, draw_block_scales, draw
 
 
 class Scale(nn.Module):
-    """In place of attention: a linear layer with a bias that can be left to the caller."""
+    """In place of attention: a linear layer with a bias that can be left to the caller, and with drop-path or not."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -19,9 +19,14 @@ class Scale(nn.Module):
     def late_bias(self) -> Tensor:
         return self.proj.bias
 
-    def forward(self, x: Tensor, factor: float, last_bias: bool = True) -> Tensor:
-        y = self.proj(x) if last_bias else nn.functional.linear(x, self.proj.weight)
-        return y * factor
+    def can_scale(self, factor: float, scales: bool) -> bool:
+        return scales
+
+    def forward(
+        self, x: Tensor, factor: float, scales: bool, last_bias: bool = True, scale: Tensor | None = None
+    ) -> Tensor:
+        x = x * factor if scale is None else x * factor * scale[:, None, None]
+        return self.proj(x) if last_bias else nn.functional.linear(x, self.proj.weight)
 
 
 @pytest.fixture
@@ -36,22 +41,22 @@ def blocks(drop_path: float = 0.5) -> nn.ModuleList:
     return nn.ModuleList(Block(16, Scale(16), 4, drop_path) for _ in range(2)).train()
 
 
-def run(made: nn.ModuleList, x: Tensor, **options: bool) -> list[Tensor]:
+def run(made: nn.ModuleList, x: Tensor, scales: bool = False, **options: bool) -> list[Tensor]:
     """The result of the blocks in a row, and the gradients of x and of all parameters."""
     torch.manual_seed(1)
     x = x.clone().requires_grad_()
     pending = Pending(x)
-    for block, scales in zip(made, draw_block_scales(made, x), strict=True):
-        pending = block.chain(pending, scales, 1.0, **options)
+    for block, factors in zip(made, draw_block_scales(made, x), strict=True):
+        pending = block.chain(pending, factors, 2.0, scales, **options)
     y = pending.total()
     inputs = [x, *made.parameters()]
     return [y.detach(), *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), inputs)]
 
 
-@pytest.mark.parametrize("drop_path", [0.0, 0.5])
-def test_blocks_in_a_row_are_the_same_with_kernels(interpreted, drop_path):
+@pytest.mark.parametrize("drop_path, scales", [(0.0, False), (0.0, True), (0.5, False), (0.5, True)])
+def test_blocks_in_a_row_are_the_same_with_kernels(interpreted, drop_path, scales):
     made, x = blocks(drop_path), torch.randn(6, 5, 16)
-    for value, expected in zip(run(made, x, fused=True), run(made, x), strict=True):
+    for value, expected in zip(run(made, x, scales, fused=True), run(made, x), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -67,7 +72,7 @@ def test_without_kernels_a_row_is_the_blocks_one_after_the_other():
     torch.manual_seed(1)
     y = x
     for block, scales in zip(made, draw_block_scales(made, x), strict=True):
-        y = block(y, scales, 1.0)
+        y = block(y, scales, 2.0, False)
     assert torch.equal(run(made, x)[0], y.detach())
 
 

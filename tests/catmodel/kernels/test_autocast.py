@@ -195,7 +195,7 @@ def test_operators_compute_in_the_types_they_are_given(device):
 
     def outcome() -> list[Tensor]:
         y = torch.ops.catmodel.mlp(x, *weights[:4])[0]
-        z = torch.ops.catmodel.cross_patch_attention(x.view(1, 4, 4, 4), *weights[4:], 4, 4, 0.0, None)
+        z = torch.ops.catmodel.cross_patch_attention(x.view(1, 4, 4, 4), *weights[4:], 4, 4, 0.0, None, None)
         return [y.detach(), z.detach(), *torch.autograd.grad(y.square().sum() + z.square().sum(), weights)]
 
     expected = outcome()

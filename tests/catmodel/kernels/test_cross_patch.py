@@ -1,6 +1,7 @@
 """Cross-patch attention with the Triton kernels against PyTorch, and the gradients of the PyTorch path."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,17 +45,23 @@ def attention(
 def outcome(
     module, height: int, width: int, size: int, channels: int, kernels: bool, dtype, device, wrap=lambda f: f
 ) -> list[Tensor]:
-    """The output for an image, and the gradients of the image and of the parameters.
+    """The output for two images, scaled if a single kernel computes it, and the gradients.
 
-    The numbers and the seed of dropout do not depend on dtype.
+    Numbers and the seed of dropout do not depend on dtype.
     """
+    patches = Patches(height, width, size, by_row=True, kernels=kernels)
+    scaled = module.can_scale(replace(patches, kernels=True))
     module = copy.deepcopy(module).to(dtype)
     g = torch.Generator().manual_seed(1)
     # Every dtype represents these numbers exactly, so that only the arithmetic differs.
     x, dy = (torch.randn(2, height * width, channels, generator=g).bfloat16().to(device, dtype) for _ in range(2))
     x.requires_grad_()
+    scale = torch.tensor([1.25, 0.5], device=device, dtype=dtype)
     torch.manual_seed(2)
-    y = wrap(module)(x, Patches(height, width, size, by_row=True, kernels=kernels))
+    if kernels:
+        y = wrap(module)(x, patches, None, scale if scaled else None)
+    else:
+        y = module(x, patches) * (scale[:, None, None] if scaled else 1.0)
     y.backward(dy)
     return [y.detach(), x.grad, *(parameter.grad for parameter in module.parameters())]
 
@@ -108,7 +115,7 @@ def test_compiled_and_checkpointed_results_are_the_same(heads, dtype, device):
         for wrap in (
             lambda module: module,
             lambda module: torch.compile(module, backend="aot_eager", fullgraph=True),
-            lambda module: lambda x, patches: checkpoint(module, x, patches, use_reentrant=False),
+            lambda module: lambda *inputs: checkpoint(module, *inputs, use_reentrant=False),
         )
     )
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
@@ -120,12 +127,13 @@ def test_packed_or_in_place_the_result_is_the_same(height, width, device):
     module = attention(7, dropout=0.3, dtype=torch.bfloat16, device=device)
     weights = [weight for layer in (module.qkv, module.proj) for weight in (layer.weight, layer.bias)]
     x, dy = torch.randn(2, 2, height * width, 36, device=device, dtype=torch.bfloat16).unbind()
-    seed, ops = torch.tensor(5, dtype=torch.int32, device=device), torch.ops.catmodel
-    in_place = ops.cross_patch_attention(x, *weights, height, width, 0.3, seed)
-    dx, *gradients = ops.cross_patch_attention_backward(dy, x, *weights, height, width, 0.3, seed)
+    seed, scale = torch.tensor(5, dtype=torch.int32, device=device), torch.tensor([0.0, 1.5], device=device)
+    rest, ops = (*weights, height, width, 0.3, seed, scale), torch.ops.catmodel
+    in_place = ops.cross_patch_attention(x, *rest)
+    dx, *gradients = ops.cross_patch_attention_backward(dy, x, *rest)
     x, dy = (ops.pack(value, height, width, 7) for value in (x, dy))
-    packed = ops.cross_patch_attention(x, *weights, height, width, 0.3, seed)
-    dx_packed, *others = ops.cross_patch_attention_backward(dy, x, *weights, height, width, 0.3, seed)
+    packed = ops.cross_patch_attention(x, *rest)
+    dx_packed, *others = ops.cross_patch_attention_backward(dy, x, *rest)
     packed, dx_packed = (ops.unpack(value, height, width, 7) for value in (packed, dx_packed))
     # A tile's rows have another order, and so do the terms of its sums.
     for a, b in zip((in_place, dx, *gradients), (packed, dx_packed, *others), strict=True):
@@ -139,16 +147,18 @@ def test_operators_pass_opcheck(rate, device):
 
     ops = torch.ops.catmodel
     seed = torch.tensor(5, dtype=torch.int32, device=device) if rate else None
+    scale = torch.tensor([0.5], device=device) if rate else None
     parameters = number(48, 16), number(48), number(16, 16), number(16)
-    torch.library.opcheck(ops.cross_patch_attention.default, (number(1, 2, 3, 16), *parameters, 4, 12, rate, seed))
-    torch.library.opcheck(ops.cross_patch_attention.default, (number(1, 48, 2), *parameters, 4, 12, rate, seed))
+    rest = 4, 12, rate, seed, scale
+    torch.library.opcheck(ops.cross_patch_attention.default, (number(1, 2, 3, 16), *parameters, *rest))
+    torch.library.opcheck(ops.cross_patch_attention.default, (number(1, 48, 2), *parameters, *rest))
     torch.library.opcheck(ops.flash_attention.default, (number(1, 5, 3, 2, 8), rate, seed))
     torch.library.opcheck(ops.pack.default, (number(1, 12, 3), 3, 4, 3))
     torch.library.opcheck(ops.unpack.default, (number(1, 3, 2, 9), 3, 4, 3))
     x, dy, qkv, *weights = (
         tensor.detach() for tensor in (number(1, 2, 3, 16), number(1, 2, 3, 16), number(1, 5, 3, 2, 8), *parameters)
     )
-    torch.library.opcheck(ops.cross_patch_attention_backward.default, (dy, x, *weights, 4, 12, rate, seed))
+    torch.library.opcheck(ops.cross_patch_attention_backward.default, (dy, x, *weights, *rest))
     y, lse = ops.flash_attention(qkv, rate, seed)
     torch.library.opcheck(ops.flash_attention_backward.default, (torch.ones_like(y), qkv, y, lse, rate, seed))
 

@@ -38,7 +38,7 @@ def attention(
 def outcome(
     module, height: int, width: int, size: int, kernels: bool, dtype, device, wrap=lambda module: module
 ) -> list[Tensor]:
-    """The outputs for two images, and the gradients of the images and of the parameters.
+    """The outputs for two images, scaled, and the gradients of the images and of the parameters.
 
     The numbers and the seed of dropout do not depend on dtype.
     """
@@ -48,9 +48,14 @@ def outcome(
     # Every dtype represents these numbers exactly, so that only the arithmetic differs.
     x, dy = (torch.randn(2, height * width, channels, generator=g).bfloat16().to(device, dtype) for _ in range(2))
     x.requires_grad_()
+    scale = torch.tensor([1.25, 0.5], device=device, dtype=dtype)
+    patches = Patches(height, width, size, by_row=True, kernels=kernels)
     torch.manual_seed(2)
-    y = wrap(module)(x, Patches(height, width, size, by_row=True, kernels=kernels))
-    y.backward(dy)
+    if kernels:
+        y = wrap(module)(x, patches, None, False, scale)
+    else:
+        y = module(x, patches, last_bias=False) * scale[:, None, None]
+    (y + module.proj.bias).backward(dy)
     return [y.detach(), x.grad, *(parameter.grad for parameter in module.parameters())]
 
 
@@ -90,7 +95,8 @@ def test_operators_pass_opcheck(size, shift, rate, device):
     qkv = torch.randn(1, N, 3 * 16, device=device, requires_grad=True)
     bias = torch.randn(2, P, P, device=device, requires_grad=True)
     seed = torch.tensor(5, dtype=torch.int32, device=device) if rate else None
-    rest = size, 2 * size, size, shift, rate, seed
+    scale = torch.tensor([0.5], device=device) if rate else None
+    rest = size, 2 * size, size, shift, rate, seed, scale
     torch.library.opcheck(torch.ops.catmodel.inner_patch_attention.default, (qkv, bias, *rest))
     inputs = torch.randn(1, N, 16, device=device), qkv.detach(), bias.detach()
     torch.library.opcheck(torch.ops.catmodel.inner_patch_attention_backward.default, (*inputs, *rest))
@@ -103,7 +109,7 @@ def test_compiled_and_checkpointed_results_are_the_same(device):
         for wrap in (
             lambda module: module,
             lambda module: torch.compile(module, backend="aot_eager", fullgraph=True),
-            lambda module: lambda x, patches: checkpoint(module, x, patches, use_reentrant=False),
+            lambda module: lambda *inputs: checkpoint(module, *inputs, use_reentrant=False),
         )
     )
     for e, c, r in zip(eager, compiled, checkpointed, strict=True):

@@ -16,11 +16,10 @@ def draw(device, dtype, *shape, dropped=True, biased=True) -> tuple[list, list]:
     return [x, branch, bias if biased else None, scale, gamma + 1, beta], [dsum, dy]
 
 
-def plain(x, branch, bias, scale, gamma, beta, eps):
-    branch = branch if bias is None else branch + bias
-    if scale is not None:
-        branch = branch * scale.to(x.dtype).view(-1, *(1,) * (x.ndim - 1))
-    total = x + branch
+def plain(x, branch, bias, scale, gamma, beta, eps, scaled):
+    scale = 1.0 if scale is None else scale.to(x.dtype).view(-1, *(1,) * (x.ndim - 1))
+    bias = 0.0 if bias is None else bias
+    total = x + (branch + bias * scale if scaled else (branch + bias) * scale)
     return total, F.layer_norm(total, (x.shape[-1],), gamma, beta, eps)
 
 
@@ -28,10 +27,10 @@ def fused(*inputs):
     return torch.ops.catmodel.residual_norm(*inputs)
 
 
-def results(function, inputs, gradients) -> list[torch.Tensor]:
+def results(function, inputs, gradients, scaled=False) -> list[torch.Tensor]:
     """Both results, and the gradients of all inputs but the scale."""
     inputs = [None if z is None else z.detach().clone().requires_grad_(i != 3) for i, z in enumerate(inputs)]
-    found = function(*inputs, EPS)
+    found = function(*inputs, EPS, scaled)
     trained = [z for i, z in enumerate(inputs) if z is not None and i != 3]
     return [*(z.detach() for z in found), *torch.autograd.grad(found, trained, gradients)]
 
@@ -41,24 +40,29 @@ def error(value, reference):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 7, 5, 24), (3, 50, 96), (2, 128), (1, 3, 192)])
-def test_values_and_gradients(device, shape, dtype):
+@pytest.mark.parametrize(
+    "shape, scaled",
+    [((3, 7, 5, 24), False), ((3, 50, 96), True), ((3, 50, 96), False), ((2, 128), True), ((1, 3, 192), False)],
+)
+def test_values_and_gradients(device, shape, scaled, dtype):
     """At most 1.5 times PyTorch's distance from float64, also for incomplete tiles and widths of no power of 2."""
     torch.manual_seed(0)
     inputs, gradients = draw(device, dtype, *shape)
-    exact = results(plain, [z.double() for z in inputs], [z.double() for z in gradients])
-    ours, theirs = results(fused, inputs, gradients), results(plain, inputs, gradients)
+    exact = results(plain, [z.double() for z in inputs], [z.double() for z in gradients], scaled)
+    ours, theirs = (results(way, inputs, gradients, scaled) for way in (fused, plain))
     names = "sum", "norm", "x", "branch", "bias", "gamma", "beta"
     for name, value, plain_value, reference in zip(names, ours, theirs, exact, strict=True):
         assert value.dtype == dtype and value.shape == reference.shape
         assert error(value, reference) <= 1.5 * error(plain_value, reference) + 1e-6, name
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("dropped", "biased"), [(False, True), (True, False), (False, False)])
-def test_without_drop_path_or_bias(device, dropped, biased):
+def test_without_drop_path_or_bias(device, dropped, biased, scaled):
     torch.manual_seed(1)
     inputs, gradients = draw(device, torch.float32, 3, 9, 40, dropped=dropped, biased=biased)
-    for value, expected in zip(results(fused, inputs, gradients), results(plain, inputs, gradients), strict=True):
+    ours, theirs = (results(way, inputs, gradients, scaled) for way in (fused, plain))
+    for value, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(value, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -81,11 +85,11 @@ def test_non_contiguous_inputs(device):
         assert torch.equal(value, expected)
 
 
-@pytest.mark.parametrize("dropped", [True, False])
-def test_operators_pass_opcheck(device, dropped):
+@pytest.mark.parametrize(("dropped", "scaled"), [(True, False), (True, True), (False, False)])
+def test_operators_pass_opcheck(device, dropped, scaled):
     torch.manual_seed(4)
     inputs, (dsum, dy) = draw(device, torch.float32, 2, 9, 16, dropped=dropped)
     trained = [None if z is None else z.clone().requires_grad_(i != 3) for i, z in enumerate(inputs)]
-    opcheck(torch.ops.catmodel.residual_norm, (*trained, EPS))
-    total, _ = fused(*inputs, EPS)
-    opcheck(torch.ops.catmodel.residual_norm_backward, (dy, dsum, total, inputs[3], inputs[4], EPS))
+    opcheck(torch.ops.catmodel.residual_norm, (*trained, EPS, scaled))
+    total, _ = fused(*inputs, EPS, scaled)
+    opcheck(torch.ops.catmodel.residual_norm_backward, (dy, dsum, total, inputs[3], inputs[4], EPS, scaled))
