@@ -53,7 +53,8 @@ def workloads(
         bias = torch.randn(h, SIZE**2, SIZE**2, device=device, dtype=dtype, requires_grad=True)
 
         def inner(qkv: Tensor, bias: Tensor, side: int = side) -> Tensor:
-            return torch.ops.catmodel.inner_patch_attention(qkv, bias, side, side, SIZE, 0, 0.0, None, None)
+            of_qkv = bias.new_empty(qkv.shape[-1])
+            return torch.ops.catmodel.inner_patch_attention(qkv, of_qkv, bias, side, side, SIZE, 0, 0.0, None, None)
 
         def inner_plain(qkv: Tensor, bias: Tensor, h: int = h) -> Tensor:
             qkv_BnPF = qkv.unflatten(1, (-1, SIZE**2))

@@ -72,9 +72,10 @@ class InnerPatchAttention(nn.Module):
         bias = self.position_bias()
         if self.can_scale(patches):
             whole, x_BNC = patches.pad(x_BNC)
-            y_BNC = kernels.ops.inner_patch_attention(
-                self.qkv(x_BNC), bias, whole.height, whole.width, whole.size, shift, rate, seed, scale
-            )
+            # The kernel also sums the gradient of the layer's bias, for which autograd would read that of qkv again.
+            qkv_BNF = F.linear(x_BNC, self.qkv.weight, self.qkv.bias.detach())
+            place = whole.height, whole.width, whole.size, shift
+            y_BNC = kernels.ops.inner_patch_attention(qkv_BNF, self.qkv.bias, bias, *place, rate, seed, scale)
             return self._project(patches.crop(y_BNC), last_bias)
         x_BnPC = patches.split(x_BNC, shift)
         B = x_BnPC.shape[0]

@@ -62,7 +62,7 @@ def calls(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], ob
     B, C, side, heads = 2, 32, 14, 2
     x, other, dy = torch.randn(3, B, side**2, C, device=device, dtype=dtype)
     weight, bias = torch.randn(2, C, device=device, dtype=dtype)
-    qkv = torch.randn(B, side**2, 3 * C, device=device, dtype=dtype)
+    qkv, qkv_bias = (torch.randn(*shape, 3 * C, device=device, dtype=dtype) for shape in ((B, side**2), ()))
     position = torch.randn(heads, 49, 49, device=device, dtype=dtype)
     w1, b1 = torch.randn(4 * C, C, device=device, dtype=dtype), torch.randn(4 * C, device=device, dtype=dtype)
     rows = x.flatten(0, 1)
@@ -77,7 +77,7 @@ def calls(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], ob
         "PyTorch: layer_norm": lambda: F.layer_norm(x, (C,), weight, bias),
         "pack, 1 launch": lambda: kernels.ops.pack(x, side, side, 7),
         "inner_patch_attention, 1 launch": lambda: kernels.ops.inner_patch_attention(
-            qkv, position, side, side, 7, 0, 0.0, None, None
+            qkv, qkv_bias, position, side, side, 7, 0, 0.0, None, None
         ),
         "residual_norm, 1 launch": lambda: kernels.ops.residual_norm(x, *norm),
         "residual_norm, recorded by autograd": lambda: kernels.ops.residual_norm(tracked, *norm),

@@ -2,7 +2,7 @@
 
 The kernels address a patch's tokens in the map as stored, row by row: no map is cut, pasted or rolled. A program
 processes one head. It holds the head's position bias in registers, loops over the patches with a fixed stride, and in
-the backward pass sums the gradient of the bias in fp32; PyTorch then adds the programs' sums in a fixed order. The
+the backward pass sums the gradients of both biases in fp32; PyTorch then adds the programs' sums in a fixed order. The
 attention weights are recomputed in the backward pass.
 
 For the shape letters see `catmodel.attention`. P tokens are padded to QUERIES rows and KEYS columns, D channels of a
@@ -19,62 +19,10 @@ from torch import Tensor
 
 from catmodel.dropout import threshold
 from catmodel.kernels.dropout import keep_mask
+from catmodel.kernels.inner_patch_tiles import add_rows, attention_weights, load_bias, place, token_indices
 from catmodel.kernels.launch import blocks, launch, operator, padded, programs
 
 # -------------------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def _place(patch, height, width, SIZE: tl.constexpr):
-    """The image of a patch, and row and column of its first token on the map (with a shift, on the rolled map)."""
-    columns = width // SIZE
-    in_image = columns * (height // SIZE)
-    image = patch // in_image
-    patch = patch % in_image
-    return image, patch // columns * SIZE, patch % columns * SIZE
-
-
-@triton.jit
-def _tokens(p, top, left, height, width, SIZE: tl.constexpr, SHIFT: tl.constexpr):
-    """The index in its image of each token p of a patch."""
-    y = top + p // SIZE + SHIFT
-    x = left + p % SIZE + SHIFT
-    if SHIFT > 0:
-        y = tl.where(y >= height, y - height, y)
-        x = tl.where(x >= width, x - width, x)
-    return y * width + x
-
-
-@triton.jit
-def _region(p, top, left, height, width, SIZE: tl.constexpr, SHIFT: tl.constexpr):
-    """The regions of `Patches.shift_mask`: only tokens of the same region attend to each other."""
-    y = top + p // SIZE
-    x = left + p % SIZE
-    row = (y >= height - SIZE).to(tl.int32) + (y >= height - SHIFT).to(tl.int32)
-    return row * 3 + (x >= width - SIZE).to(tl.int32) + (x >= width - SHIFT).to(tl.int32)
-
-
-@triton.jit
-def _weights(
-    q, k, bias, query, key, top, left, height, width, SIZE: tl.constexpr, SHIFT: tl.constexpr, D: tl.constexpr
-):
-    """softmax(q k^T / sqrt(D) + bias), fp32 [QUERIES, KEYS]. The bias of padding keys is -inf."""
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (D**-0.5) + bias
-    if SHIFT > 0:
-        of_query = _region(query, top, left, height, width, SIZE, SHIFT)
-        of_key = _region(key, top, left, height, width, SIZE, SHIFT)
-        # Rows of padding attend to all keys, so that every row has a finite logit.
-        allowed = (of_query[:, None] == of_key[None, :]) | (query >= SIZE * SIZE)[:, None]
-        logits = tl.where(allowed, logits, float("-inf"))
-    weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-    return weights * (1 / tl.sum(weights, axis=1))[:, None]
-
-
-@triton.jit
-def _load_bias(bias_ptr, head, query, key, P: tl.constexpr):
-    inside = (query < P)[:, None] & (key < P)[None, :]
-    bias = tl.load(bias_ptr + (head * P + query[:, None]) * P + key[None, :], mask=inside, other=0.0).to(tl.float32)
-    return tl.where((key < P)[None, :], bias, float("-inf"))
 
 
 @triton.jit
@@ -106,22 +54,22 @@ def _inner_patch_forward(
     channel = tl.arange(0, DIM)
     query_mask = (query < P)[:, None] & (channel < D)[None, :]
     key_mask = (key < P)[:, None] & (channel < D)[None, :]
-    bias = _load_bias(bias_ptr, head, query, key, P)
+    bias = load_bias(bias_ptr, head, query, key, P)
     if RATE > 0:
         seed = tl.load(seed_ptr)
 
     for patch in range(tl.program_id(2), patches, tl.num_programs(2)):
-        image, top, left = _place(patch, height, width, SIZE)
+        image, top, left = place(patch, height, width, SIZE)
         first = image.to(tl.int64) * height * width
-        query_token = _tokens(query, top, left, height, width, SIZE, SHIFT)
-        key_token = _tokens(key, top, left, height, width, SIZE, SHIFT)
+        query_token = token_indices(query, top, left, height, width, SIZE, SHIFT)
+        key_token = token_indices(key, top, left, height, width, SIZE, SHIFT)
         head_ptr = qkv_ptr + first * 3 * C + head * D
         at_key = key_token[:, None] * (3 * C) + channel[None, :]
         q = tl.load(head_ptr + query_token[:, None] * (3 * C) + channel[None, :], mask=query_mask, other=0.0)
         k = tl.load(head_ptr + C + at_key, mask=key_mask, other=0.0)
         v = tl.load(head_ptr + 2 * C + at_key, mask=key_mask, other=0.0)
 
-        weights = _weights(q, k, bias, query, key, top, left, height, width, SIZE, SHIFT, D)
+        weights = attention_weights(q, k, bias, query, key, top, left, height, width, SIZE, SHIFT, D)
         if RATE > 0:
             keep = keep_mask(seed, (patch * heads + head) * P + query, key, THRESHOLD)
             weights = tl.where(keep, weights * (1 / (1 - RATE)), 0.0)
@@ -143,6 +91,7 @@ def _inner_patch_backward(
     dqkv_ptr,
     dkv_ptr,
     dbias_ptr,
+    sums_ptr,
     patches,
     height,
     width,
@@ -160,7 +109,8 @@ def _inner_patch_backward(
     """Grid (heads, slots), for one block of queries.
 
     dq is written to dqkv. So are dk and dv with a single block, for which dkv is None; otherwise dkv is an fp32 buffer
-    [B, N, 2C], to which all blocks but the first ADD. dbias: fp32 [slots, h, all queries, KEYS].
+    [B, N, 2C], to which all blocks but the first ADD. dbias: fp32 [slots, h, all queries, KEYS]. sums: fp32 [blocks,
+    slots, 3, h, D], those of dq, dk and dv over a program's tokens.
     """
     P: tl.constexpr = SIZE * SIZE
     SCALE: tl.constexpr = D**-0.5
@@ -178,16 +128,19 @@ def _inner_patch_backward(
     channel = tl.arange(0, DIM)
     query_mask = (query < P)[:, None] & (channel < D)[None, :]
     key_mask = (key < P)[:, None] & (channel < D)[None, :]
-    bias = _load_bias(bias_ptr, head, query, key, P)
+    bias = load_bias(bias_ptr, head, query, key, P)
     dbias = tl.zeros((QUERIES, KEYS), dtype=tl.float32)
+    q_sums = tl.zeros((16, DIM), dtype=tl.float32)
+    k_sums = tl.zeros((16, DIM), dtype=tl.float32)
+    v_sums = tl.zeros((16, DIM), dtype=tl.float32)
     if RATE > 0:
         seed = tl.load(seed_ptr)
 
     for patch in range(tl.program_id(1), patches, tl.num_programs(1)):
-        image, top, left = _place(patch, height, width, SIZE)
+        image, top, left = place(patch, height, width, SIZE)
         first = image.to(tl.int64) * height * width
-        query_token = _tokens(query, top, left, height, width, SIZE, SHIFT)
-        key_token = _tokens(key, top, left, height, width, SIZE, SHIFT)
+        query_token = token_indices(query, top, left, height, width, SIZE, SHIFT)
+        key_token = token_indices(key, top, left, height, width, SIZE, SHIFT)
         head_ptr = qkv_ptr + first * 3 * C + head * D
         at_query = query_token[:, None] * (3 * C) + channel[None, :]
         at_key = key_token[:, None] * (3 * C) + channel[None, :]
@@ -197,7 +150,7 @@ def _inner_patch_backward(
         dy_at = dy_ptr + first * C + head * D + query_token[:, None] * C + channel[None, :]
         dy = tl.load(dy_at, mask=query_mask, other=0.0)
 
-        weights = _weights(q, k, bias, query, key, top, left, height, width, SIZE, SHIFT, D)
+        weights = attention_weights(q, k, bias, query, key, top, left, height, width, SIZE, SHIFT, D)
         dweights = tl.dot(dy, tl.trans(v), input_precision="ieee")
         dropped = weights
         if RATE > 0:
@@ -210,6 +163,7 @@ def _inner_patch_backward(
         to_key = first * DKV * C + head * D
         at_dkey = key_token[:, None] * (DKV * C) + channel[None, :]
         dv = tl.dot(tl.trans(dropped.to(dy.dtype)), dy, input_precision="ieee") * scale
+        v_sums = add_rows(v_sums, dv.to(q.dtype))
         if ADD:
             dv += tl.load(dv_ptr + to_key + at_dkey, mask=key_mask, other=0.0)
         tl.store(dv_ptr + to_key + at_dkey, dv.to(dv_ptr.dtype.element_ty), mask=key_mask)
@@ -217,9 +171,11 @@ def _inner_patch_backward(
         dlogits = weights * (dweights - tl.sum(weights * dweights, axis=1)[:, None])
         dbias += dlogits * scale
         dlogits = dlogits.to(q.dtype)
-        dq = tl.dot(dlogits, k, input_precision="ieee") * (scale * SCALE)
-        tl.store(dqkv_ptr + first * 3 * C + head * D + at_query, dq.to(q.dtype), mask=query_mask)
+        dq = (tl.dot(dlogits, k, input_precision="ieee") * (scale * SCALE)).to(q.dtype)
+        q_sums = add_rows(q_sums, dq)
+        tl.store(dqkv_ptr + first * 3 * C + head * D + at_query, dq, mask=query_mask)
         dk = tl.dot(tl.trans(dlogits), q, input_precision="ieee") * (scale * SCALE)
+        k_sums = add_rows(k_sums, dk.to(q.dtype))
         if ADD:
             dk += tl.load(dk_ptr + to_key + at_dkey, mask=key_mask, other=0.0)
         tl.store(dk_ptr + to_key + at_dkey, dk.to(dk_ptr.dtype.element_ty), mask=key_mask)
@@ -228,6 +184,10 @@ def _inner_patch_backward(
     slot = tl.program_id(1) * heads + head
     row = slot * tl.cdiv(P, QUERIES) * QUERIES + query
     tl.store(dbias_ptr + row[:, None] * KEYS + key[None, :], dbias)
+    sums_ptr += (block * tl.num_programs(1) + tl.program_id(1)) * 3 * C + head * D + channel
+    tl.store(sums_ptr, tl.sum(q_sums, 0) * 0.0625, channel < D)  # all 16 rows are the same
+    tl.store(sums_ptr + C, tl.sum(k_sums, 0) * 0.0625, channel < D)
+    tl.store(sums_ptr + 2 * C, tl.sum(v_sums, 0) * 0.0625, channel < D)
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
@@ -236,6 +196,7 @@ def _inner_patch_backward(
 @operator("inner_patch_attention", visible=True)
 def inner_patch_attention(
     qkv_BNF: Tensor,
+    qkv_bias: Tensor,
     bias_hPP: Tensor,
     height: int,
     width: int,
@@ -247,6 +208,7 @@ def inner_patch_attention(
 ) -> Tensor:
     """Queries, keys and values [B, N, 3C] of a map's tokens, row by row, and position bias [h, P, P] -> [B, N, C].
 
+    qkv_bias: [3C], which qkv includes. The backward pass sums its gradient on the way, so it must be detached before.
     height, width: sides of the map, multiples of `size`, the side of a patch.
     shift: tokens by which the map is rolled up and to the left before it is divided into patches. Tokens that become
         neighbours only by the roll do not attend to each other.
@@ -268,7 +230,7 @@ def inner_patch_attention(
 
 
 @inner_patch_attention.register_fake
-def _(qkv_BNF, bias_hPP, height, width, size, shift, rate, seed, scale):
+def _(qkv_BNF, qkv_bias, bias_hPP, height, width, size, shift, rate, seed, scale):
     B, N, F = qkv_BNF.shape
     return qkv_BNF.new_empty(B, N, F // 3)
 
@@ -277,6 +239,7 @@ def _(qkv_BNF, bias_hPP, height, width, size, shift, rate, seed, scale):
 def inner_patch_attention_backward(
     dy_BNC: Tensor,
     qkv_BNF: Tensor,
+    qkv_bias: Tensor,
     bias_hPP: Tensor,
     height: int,
     width: int,
@@ -285,8 +248,8 @@ def inner_patch_attention_backward(
     rate: float,
     seed: Tensor | None,
     scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `qkv_BNF` and `bias_hPP`, each in its dtype."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `qkv_BNF`, `qkv_bias` and `bias_hPP`, each in its dtype."""
     dy_BNC, qkv_BNF = dy_BNC.contiguous(), qkv_BNF.contiguous()
     B, N, F = qkv_BNF.shape
     C = F // 3
@@ -297,8 +260,9 @@ def inner_patch_attention_backward(
     slots = _slots(patches, h, BACKWARD_WARPS // options["num_warps"], qkv_BNF.device)
     dqkv_BNF = torch.empty_like(qkv_BNF)
     dbias_shQK = bias_hPP.new_empty(slots, h, steps * constants["QUERIES"], constants["KEYS"], dtype=torch.float32)
+    sums = bias_hPP.new_empty(steps * slots, 3 * C, dtype=torch.float32)
     dkv = None if steps == 1 else qkv_BNF.new_empty(B, N, 2 * C, dtype=torch.float32)
-    tensors = dy_BNC, qkv_BNF, bias_hPP.contiguous(), seed, scale, dqkv_BNF, dkv, dbias_shQK
+    tensors = dy_BNC, qkv_BNF, bias_hPP.contiguous(), seed, scale, dqkv_BNF, dkv, dbias_shQK, sums
     for block in range(steps):
         launch(
             _inner_patch_backward,
@@ -314,22 +278,23 @@ def inner_patch_attention_backward(
         )
     if dkv is not None:
         dqkv_BNF[..., C:] = dkv
-    return dqkv_BNF, dbias_shQK[..., :P, :P].sum(0).to(bias_hPP.dtype)
+    return dqkv_BNF, sums.sum(0).to(qkv_bias.dtype), dbias_shQK[..., :P, :P].sum(0).to(bias_hPP.dtype)
 
 
 @inner_patch_attention_backward.register_fake
-def _(dy_BNC, qkv_BNF, bias_hPP, height, width, size, shift, rate, seed, scale):
-    return torch.empty_like(qkv_BNF, memory_format=torch.contiguous_format), torch.empty_like(bias_hPP)
+def _(dy_BNC, qkv_BNF, qkv_bias, bias_hPP, height, width, size, shift, rate, seed, scale):
+    inputs = qkv_BNF, qkv_bias, bias_hPP
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs)
 
 
 def _save(ctx, inputs, output):
-    qkv_BNF, bias_hPP, *ctx.settings, seed, scale = inputs
-    ctx.save_for_backward(qkv_BNF, bias_hPP, seed, scale)
+    qkv_BNF, qkv_bias, bias_hPP, *ctx.settings, seed, scale = inputs
+    ctx.save_for_backward(qkv_BNF, qkv_bias, bias_hPP, seed, scale)
 
 
 def _differentiate(ctx, dy_BNC):
-    qkv_BNF, bias_hPP, seed, scale = ctx.saved_tensors
-    gradients = inner_patch_attention_backward(dy_BNC, qkv_BNF, bias_hPP, *ctx.settings, seed, scale)
+    *tensors, seed, scale = ctx.saved_tensors
+    gradients = inner_patch_attention_backward(dy_BNC, *tensors, *ctx.settings, seed, scale)
     return *gradients, None, None, None, None, None, None, None
 
 
@@ -362,8 +327,7 @@ def _plan(size: int, d: int, shift: int, rate: float, dtype: torch.dtype) -> tup
     return constants, dict(num_warps=min(warps, 8), num_stages=1 if wide else 2)
 
 
-def _steps(constants: dict) -> int:
-    """Number of blocks of queries."""
+def _steps(constants: dict) -> int:  # blocks of queries
     return blocks(constants["SIZE"] ** 2, constants["QUERIES"])
 
 
@@ -374,19 +338,20 @@ def _slots(patches: int, programs_each: int, per_multiprocessor: int, device: to
 
 def cases() -> list[dict]:
     """Cases for `benchmarks.kernel_resources`, in bfloat16: stage 1 of CAT-B, with dropout too; patches of 12 x 12."""
+    types = dict.fromkeys(("dy_ptr", "qkv_ptr", "scale_ptr", "y_ptr", "dqkv_ptr"), "*bf16")
+    types |= dict.fromkeys(("bias_ptr", "dkv_ptr", "dbias_ptr", "sums_ptr"), "*fp32") | dict(seed_ptr="*i32")
+    types |= dict.fromkeys(("patches", "height", "width", "block"), "i32")
     found = []
     for what, size, rate in (("", 7, 0.0), (", dropout", 7, 0.1), (", 12 x 12", 12, 0.0)):
         constants, options = _plan(size, 32, 0, rate, torch.bfloat16)
-        single = _steps(constants) == 1
-        given = dict(qkv_ptr="*bf16", bias_ptr="*fp32", seed_ptr="*i32", scale_ptr="*bf16")
-        given |= dict(patches="i32", height="i32", width="i32")
-        written = dict(dy_ptr="*bf16", dqkv_ptr="*bf16", dkv_ptr="*fp32", dbias_ptr="*fp32", block="i32")
-        alone = dict(dkv_ptr=None) if single else {}  # as in a launch by Triton, None is a constant
-        for name, kernel, more, constexprs in (
-            ("forward", _inner_patch_forward, dict(y_ptr="*bf16"), constants),
-            ("backward", _inner_patch_backward, written, dict(constants, ADD=not single) | alone),
+        # As in a launch by Triton, None is a constant.
+        backward = dict(ADD=False, dkv_ptr=None) if _steps(constants) == 1 else dict(ADD=True)
+        for name, kernel, more in (
+            ("forward", _inner_patch_forward, {}),
+            ("backward", _inner_patch_backward, backward),
         ):
-            signature = given | more | dict.fromkeys(constexprs, "constexpr")
-            case = dict(name=f"inner-patch {name}{what}", fn=kernel, signature=signature, constexprs=constexprs)
-            found.append(case | options)
+            constexprs = constants | more
+            signature = {each: "constexpr" if each in constexprs else types[each] for each in kernel.arg_names}
+            case = dict(fn=kernel, signature=signature, constexprs=constexprs, **options)
+            found.append(dict(name=f"inner-patch {name}{what}", **case))
     return found

@@ -93,12 +93,13 @@ def test_gradients_are_bitwise_the_same_each_time(size, rate, device):
 def test_operators_pass_opcheck(size, shift, rate, device):
     N, P = 2 * size**2, size**2
     qkv = torch.randn(1, N, 3 * 16, device=device, requires_grad=True)
+    of_qkv = torch.randn(3 * 16, device=device, requires_grad=True)
     bias = torch.randn(2, P, P, device=device, requires_grad=True)
     seed = torch.tensor(5, dtype=torch.int32, device=device) if rate else None
     scale = torch.tensor([0.5], device=device) if rate else None
     rest = size, 2 * size, size, shift, rate, seed, scale
-    torch.library.opcheck(torch.ops.catmodel.inner_patch_attention.default, (qkv, bias, *rest))
-    inputs = torch.randn(1, N, 16, device=device), qkv.detach(), bias.detach()
+    torch.library.opcheck(torch.ops.catmodel.inner_patch_attention.default, (qkv, of_qkv, bias, *rest))
+    inputs = torch.randn(1, N, 16, device=device), qkv.detach(), of_qkv.detach(), bias.detach()
     torch.library.opcheck(torch.ops.catmodel.inner_patch_attention_backward.default, (*inputs, *rest))
 
 
