@@ -240,7 +240,8 @@ def cross_patch_attention(
     x = x.contiguous()
     y = torch.empty_like(x)
     tiles, constants = _plan(x.shape, len(proj_bias), height, width, rate)
-    grid = (min(FORWARD_PROGRAMS * programs(x.device), tiles),)
+    each = PACKED_PROGRAMS if constants["PACKED"] else IN_PLACE_PROGRAMS
+    grid = (min(each * programs(x.device), tiles),)
     parameters = (parameter.contiguous() for parameter in (qkv_weight, qkv_bias, proj_weight, proj_bias))
     launch(_cross_patch_forward, grid, x, *parameters, seed, scale, y, tiles, **constants, **FORWARD_OPTIONS)
     return y
@@ -306,8 +307,8 @@ ROWS = 64  # of a tile
 # the two sums would not spill, but would read x and dy again and repeat 6 of the 11 products; a spilled register costs
 # two instructions per tile.
 FORWARD_OPTIONS = BACKWARD_OPTIONS = dict(num_warps=4, num_stages=1)
-# Programs per multiprocessor: about as many as are resident at once. Depends on the device only, as do the sums.
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 3, 2
+# Programs per multiprocessor: as many as its registers hold at once. The order of the sums depends on the device only.
+PACKED_PROGRAMS, IN_PLACE_PROGRAMS, BACKWARD_PROGRAMS = 2, 4, 2
 
 
 @functools.cache
