@@ -131,15 +131,15 @@ def cross_patch_attention(
     alone = cross_patch_alone(patches, num_heads, x_BNC.dtype)
     if alone and patches.count <= IN_PLACE:
         return ops.cross_patch_attention(x_BNC, *weights, *place[:2], rate, seed, scale)
-    x_BCnP = ops.pack(x_BNC, *place)
     if alone:
-        y_BCnP = ops.cross_patch_attention(x_BCnP, *weights, *place[:2], rate, seed, scale)
-    else:
-        B, C, n, P = x_BCnP.shape
-        qkv_Tn3hd = F.linear(x_BCnP, qkv_weight, qkv_bias).view(B * C, n, 3, num_heads, P // num_heads)
-        y_Tnhd, _ = ops.flash_attention(qkv_Tn3hd, rate, seed)
-        y_BCnP = F.linear(y_Tnhd.view(B, C, n, P), proj_weight, proj_bias)
-    return ops.unpack(y_BCnP, *place)
+        x_BCPn = ops.pack_places(x_BNC, *place)
+        y_BCPn = ops.cross_patch_attention(x_BCPn, *weights, *place[:2], rate, seed, scale)
+        return ops.unpack_places(y_BCPn, *place)
+    x_BCnP = ops.pack(x_BNC, *place)
+    B, C, n, P = x_BCnP.shape
+    qkv_Tn3hd = F.linear(x_BCnP, qkv_weight, qkv_bias).view(B * C, n, 3, num_heads, P // num_heads)
+    y_Tnhd, _ = ops.flash_attention(qkv_Tn3hd, rate, seed)
+    return ops.unpack(F.linear(y_Tnhd.view(B, C, n, P), proj_weight, proj_bias), *place)
 
 
 def mlp_pays(channels: int, dtype: torch.dtype = torch.bfloat16, device: torch.device | None = None) -> bool:

@@ -80,11 +80,8 @@ def _places(
     image, first = tile // BLOCKS, tile % BLOCKS * CHANNELS
     there = ((patch < n) & (channel < C - first))[:, None] & (feature < P)[None, :]
     if PACKED:
-        row = channel * n + patch
-        if n == TOKENS:  # rows are consecutive, so the compiler computes one address instead of one per element
-            row = tl.arange(0, ROWS)
-        start = (image * C + first) * tl.full((), n * P, tl.int64)
-        offsets = row[:, None] * P + feature[None, :]
+        start = (image * C + first) * tl.full((), P * n, tl.int64)
+        offsets = (channel * (P * n) + patch)[:, None] + feature[None, :] * n
     else:
         top, left, y, x = patch // COLUMNS * SIZE, patch % COLUMNS * SIZE, feature // SIZE, feature % SIZE
         if HEIGHT % SIZE > 0:
@@ -107,7 +104,7 @@ def _weights(logits, channel, patch, n: tl.constexpr):
 
 @triton.jit
 def _cross_patch_forward(
-    x_ptr,  # [B, C, n, P] if PACKED, else [B, HEIGHT * WIDTH, C]
+    x_ptr,  # [B, C, P, n] if PACKED, else [B, HEIGHT * WIDTH, C]
     qkv_weight_ptr,
     qkv_bias_ptr,
     proj_weight_ptr,
@@ -230,7 +227,7 @@ def cross_patch_attention(
 ) -> Tensor:
     """`CrossPatchAttention` with one head, for n <= 64 patches of P <= 49 tokens.
 
-    x: the tokens of a map of height x width, [B, N, C], or packed, [B, C, n, P]. So is the result.
+    x: the tokens of a map of height x width, [B, N, C], or packed, [B, C, P, n]. So is the result.
     rate, seed: dropout of the attention weights, whose rows are numbered by image, channel and query
     (`catmodel.dropout`).
     scale: factors of the images' results [B]; None: all are 1.
@@ -240,10 +237,9 @@ def cross_patch_attention(
     x = x.contiguous()
     y = torch.empty_like(x)
     tiles, constants = _plan(x.shape, len(proj_bias), height, width, rate)
-    each = PACKED_PROGRAMS if constants["PACKED"] else IN_PLACE_PROGRAMS
-    grid = (min(each * programs(x.device), tiles),)
+    grid = (min(FORWARD_PROGRAMS * programs(x.device), tiles),)
     parameters = (parameter.contiguous() for parameter in (qkv_weight, qkv_bias, proj_weight, proj_bias))
-    launch(_cross_patch_forward, grid, x, *parameters, seed, scale, y, tiles, **constants, **FORWARD_OPTIONS)
+    launch(_cross_patch_forward, grid, x, *parameters, seed, scale, y, tiles, **constants, **OPTIONS)
     return y
 
 
@@ -275,7 +271,7 @@ def cross_patch_attention_backward(
     sums = x.new_empty(*grid, 2, features, features, dtype=torch.float32)
     parameters = tuple(parameter.contiguous() for parameter in (qkv_weight, qkv_bias, proj_weight, proj_bias))
     arguments = dy, x, *parameters, seed, scale, dx, sums, tiles
-    launch(_cross_patch_backward, grid, *arguments, **constants, **BACKWARD_OPTIONS)
+    launch(_cross_patch_backward, grid, *arguments, **constants, **OPTIONS)
     return dx, *unfold(sums.sum(0), *parameters)
 
 
@@ -302,13 +298,10 @@ cross_patch_attention.register_autograd(_differentiate, setup_context=_save)
 # ---------------------------------------------------------------------------------------------------- launch parameters
 
 ROWS = 64  # of a tile
-# Four warps, because on Hopper eight warps would compute each product of 64 rows twice. Of packed maps, the backward
-# kernel then uses all registers and spills up to 56 bytes per thread (sm_90, P = 49, bfloat16). Separate kernels for
-# the two sums would not spill, but would read x and dy again and repeat 6 of the 11 products; a spilled register costs
-# two instructions per tile.
-FORWARD_OPTIONS = BACKWARD_OPTIONS = dict(num_warps=4, num_stages=1)
+# Four warps, because on Hopper eight warps would compute each product of 64 rows twice.
+OPTIONS = dict(num_warps=4, num_stages=1)
 # Programs per multiprocessor: as many as its registers hold at once. The order of the sums depends on the device only.
-PACKED_PROGRAMS, IN_PLACE_PROGRAMS, BACKWARD_PROGRAMS = 2, 4, 2
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 4, 2
 
 
 @functools.cache
@@ -326,14 +319,14 @@ def cases() -> list[dict]:
     """Cases for `benchmarks.kernel_resources`: the four stages of CAT-B at 224 pixels, in bfloat16."""
     parameters = "x_ptr", "qkv_weight_ptr", "qkv_bias_ptr", "proj_weight_ptr", "proj_bias_ptr"
     found = []
-    for side, shape in ((56, (1, 96, 64, 49)), (28, (1, 192, 16, 49)), (14, (1, 196, 384)), (7, (1, 49, 768))):
+    for side, shape in ((56, (1, 96, 49, 64)), (28, (1, 192, 49, 16)), (14, (1, 196, 384)), (7, (1, 49, 768))):
         _, constants = _plan(shape, 49, side, side, 0.2)
-        for name, kernel, tensors, sums, options in (
-            ("forward", _cross_patch_forward, (*parameters, "y_ptr"), (), FORWARD_OPTIONS),
-            ("backward", _cross_patch_backward, ("dy_ptr", *parameters, "dx_ptr"), ("sums_ptr",), BACKWARD_OPTIONS),
+        for name, kernel, tensors, sums in (
+            ("forward", _cross_patch_forward, (*parameters, "y_ptr"), ()),
+            ("backward", _cross_patch_backward, ("dy_ptr", *parameters, "dx_ptr"), ("sums_ptr",)),
         ):
             signature = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(sums, "*fp32")
             signature |= dict(seed_ptr="*i32", scale_ptr="*bf16", tiles="i32") | dict.fromkeys(constants, "constexpr")
             name = f"cross-patch {name}, {(side // 7) ** 2} patches"
-            found.append(dict(name=name, fn=kernel, signature=signature, constexprs=constants, **options))
+            found.append(dict(name=name, fn=kernel, signature=signature, constexprs=constants, **OPTIONS))
     return [*found, *cross_patch_weights.cases()]

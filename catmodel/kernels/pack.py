@@ -1,4 +1,8 @@
-"""Transposition between tokens stored row by row and the rows of cross-patch attention: [B, N, C] <-> [B, C, n, P].
+"""Transposition between tokens stored row by row, [B, N, C], and the layouts of cross-patch attention.
+
+- `pack`: [B, C, n, P], a row for each patch, of whose values linear layers are computed (flash attention).
+- `pack_places`: [B, C, P, n], a row for each place in a patch, for the single kernel. Rows of n = 64 or 16 patches are
+  read 16 bytes at a time, rows of P = 49 values 2 bytes at a time.
 
 PyTorch needs up to four passes over memory for it (pad, cut, transpose; paste, crop), these kernels one. The gradient
 of either direction is the other one, because padding with zeros and cropping are adjoint.
@@ -56,6 +60,44 @@ def _transpose(
         tl.store(at_y, tl.trans(x), mask=(channel < C)[:, None] & (p < P)[None, :])
 
 
+@triton.jit
+def _transpose_places(
+    x_ptr,  # [B, HEIGHT * WIDTH, C]
+    y_ptr,  # [B, C, P, n]
+    C,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    PATCHES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TO_X: tl.constexpr,
+):
+    """One program per image, row of the patches and (fastest) block of channels: that row of all patches.
+
+    Its tile has a row for each of the COLUMNS (SIZE, padded) and channels, in which channels are neighbours.
+    """
+    ACROSS: tl.constexpr = (WIDTH + SIZE - 1) // SIZE
+    n: tl.constexpr = (HEIGHT + SIZE - 1) // SIZE * ACROSS
+    blocks = tl.cdiv(C, CHANNELS)
+    image = (tl.program_id(0) // blocks // SIZE).to(tl.int64)
+    line = tl.program_id(0) // blocks % SIZE
+    i = tl.arange(0, COLUMNS * CHANNELS)
+    place = (i // CHANNELS)[:, None]
+    channel = (tl.program_id(0) % blocks * CHANNELS + i % CHANNELS)[:, None]
+    patch = tl.arange(0, PATCHES)[None, :]
+    row, column = patch // ACROSS * SIZE + line, patch % ACROSS * SIZE + place
+    there = (place < SIZE) & (channel < C) & (patch < n)
+    inside = there & (row < HEIGHT) & (column < WIDTH)
+
+    at_x = x_ptr + image * HEIGHT * WIDTH * C + (row * WIDTH + column) * C + channel
+    at_y = y_ptr + (image * C + channel) * (SIZE * SIZE * n) + (line * SIZE + place) * n + patch
+    if TO_X:
+        tl.store(at_x, tl.load(at_y, mask=there, other=0.0), mask=inside)
+    else:
+        tl.store(at_y, tl.load(at_x, mask=inside, other=0.0), mask=there)
+
+
 def _launch(x_BNC: Tensor, y_BCnP: Tensor, height: int, width: int, size: int, to_x: bool) -> None:
     B, C, n, _ = y_BCnP.shape
     constants, options = _plan(size, to_x)
@@ -68,6 +110,22 @@ def _plan(size: int, to_x: bool) -> tuple[dict, dict]:
     """The constants and the launch options of `_transpose`."""
     tokens = padded(size**2)
     return dict(SIZE=size, TOKENS=tokens, CHANNELS=min(TILE // tokens, 64), TO_X=to_x), dict(num_warps=4, num_stages=1)
+
+
+def _launch_places(x_BNC: Tensor, y_BCPn: Tensor, height: int, width: int, size: int, to_x: bool) -> None:
+    B, C, _, n = y_BCPn.shape
+    constants, options = _plan_places(n, size)
+    grid = (B * size * blocks(C, constants["CHANNELS"]),)
+    place = dict(HEIGHT=height, WIDTH=width, SIZE=size, TO_X=to_x)
+    launch(_transpose_places, grid, x_BNC, y_BCPn, C, **place, **constants, **options)
+
+
+@functools.cache
+def _plan_places(n: int, size: int) -> tuple[dict, dict]:
+    """The constants of `_transpose_places` and its launch options: tiles of 8192 elements, 64 per thread."""
+    patches, columns = triton.next_power_of_2(n), triton.next_power_of_2(size)
+    channels = max(16, min(8192 // (patches * columns), 64))  # 16 channels fill a sector of 32 bytes
+    return dict(PATCHES=patches, COLUMNS=columns, CHANNELS=channels), dict(num_warps=4, num_stages=1)
 
 
 @operator("pack", visible=True)
@@ -91,12 +149,37 @@ def unpack(y_BCnP: Tensor, height: int, width: int, size: int) -> Tensor:
     return x_BNC
 
 
+@operator("pack_places", visible=True)
+def pack_places(x_BNC: Tensor, height: int, width: int, size: int) -> Tensor:
+    """As `pack`, with the patches' values at each place next to each other: [B, C, size * size, n]. n <= 64."""
+    x_BNC = x_BNC.contiguous()
+    y_BCPn = _new_places(x_BNC, height, width, size)
+    _launch_places(x_BNC, y_BCPn, height, width, size, to_x=False)
+    return y_BCPn
+
+
+@operator("unpack_places", visible=True)
+def unpack_places(y_BCPn: Tensor, height: int, width: int, size: int) -> Tensor:
+    """The inverse of `pack_places`."""
+    y_BCPn = y_BCPn.contiguous()
+    x_BNC = y_BCPn.new_empty(y_BCPn.shape[0], height * width, y_BCPn.shape[1])
+    _launch_places(x_BNC, y_BCPn, height, width, size, to_x=True)
+    return x_BNC
+
+
 @pack.register_fake
 def _new_packed(x_BNC, height, width, size):
     n = -(-height // size) * -(-width // size)
     return x_BNC.new_empty(x_BNC.shape[0], x_BNC.shape[2], n, size**2)
 
 
+@pack_places.register_fake
+def _new_places(x_BNC, height, width, size):
+    n = -(-height // size) * -(-width // size)
+    return x_BNC.new_empty(x_BNC.shape[0], x_BNC.shape[2], size**2, n)
+
+
+@unpack_places.register_fake
 @unpack.register_fake
 def _(y_BCnP, height, width, size):
     return y_BCnP.new_empty(y_BCnP.shape[0], height * width, y_BCnP.shape[1])
@@ -106,17 +189,23 @@ def _save(ctx, inputs, output):
     _, *ctx.map = inputs
 
 
-pack.register_autograd(lambda ctx, dy: (unpack(dy, *ctx.map), None, None, None), setup_context=_save)
-unpack.register_autograd(lambda ctx, dx: (pack(dx, *ctx.map), None, None, None), setup_context=_save)
+for there, back in ((pack, unpack), (unpack, pack), (pack_places, unpack_places), (unpack_places, pack_places)):
+    there.register_autograd(
+        lambda ctx, gradient, back=back: (back(gradient, *ctx.map), None, None, None), setup_context=_save
+    )
 
 
 def cases() -> list[dict]:
-    """Cases for `benchmarks.kernel_resources`: patches of CAT-B, in bfloat16."""
-    found = []
+    """Cases for `benchmarks.kernel_resources`: patches of CAT-B, and its first two stages, in bfloat16."""
+    found, tensors = [], dict(x_ptr="*bf16", y_ptr="*bf16")
     for name, to_x in (("pack", False), ("unpack", True)):
         constants, options = _plan(7, to_x)
-        signature = dict(x_ptr="*bf16", y_ptr="*bf16", height="i32", width="i32", C="i32") | dict.fromkeys(
-            constants, "constexpr"
-        )
+        signature = tensors | dict(height="i32", width="i32", C="i32") | dict.fromkeys(constants, "constexpr")
         found.append(dict(name=name, fn=_transpose, signature=signature, constexprs=constants, **options))
+        for side in (56, 28):
+            constants, options = _plan_places((side // 7) ** 2, 7)
+            constants = dict(HEIGHT=side, WIDTH=side, SIZE=7, TO_X=to_x, **constants)
+            signature = tensors | dict(C="i32:16") | dict.fromkeys(constants, "constexpr")
+            title = f"{name} places, {(side // 7) ** 2} patches"
+            found.append(dict(name=title, fn=_transpose_places, signature=signature, constexprs=constants, **options))
     return found

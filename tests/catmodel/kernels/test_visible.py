@@ -19,7 +19,7 @@ OPTIONS = {
         "cross_patch_unfold": (8, 1),
         "norm_forward": (4, 3),
         "norm_backward": (4, 3),
-        "transpose": (4, 1),
+        "transpose_places": (4, 1),
     },
     "CoTNeXt": {"aggregate_forward": (8, 1), "aggregate_backward": (8, 1)},
     "PVT": {
