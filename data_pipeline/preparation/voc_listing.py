@@ -3,6 +3,7 @@ in `ImageSets/Main/<split>.txt`; in a folder or a tar, with or without folders a
 """
 
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 from xml.etree import ElementTree
 
@@ -40,7 +41,10 @@ def find_voc(files: Files) -> list[Annotations] | None:
     if len(found) > 1:
         raise DataError(f"{files.source.path} has several sets of Pascal VOC ({', '.join(sorted(found))}): give one.")
     [(prefix, lists)] = found.items()
-    wanted = {name: _read_list(files, prefix, path) for name, path in lists.items()}
+    folder = f"{prefix}JPEGImages/"
+    names = [name.removeprefix(folder) for name in files.names if name.startswith(folder)]
+    names = {name.rpartition(".")[0]: name for name in names}
+    wanted = {name: _read_list(files, prefix, path, names.keys()) for name, path in lists.items()}
     if "trainval" in wanted and any(_xml(prefix, stem) in files.texts for stem in wanted.get("test", ())):
         chosen = {"train": "trainval", "val": "test"}
     else:
@@ -48,9 +52,6 @@ def find_voc(files: Files) -> list[Annotations] | None:
     chosen = {split: name for split, name in chosen.items() if name in wanted}
     if not chosen:
         raise DataError(f"{files.source.path} has test.txt alone in ImageSets/Main: add train.txt or trainval.txt.")
-    folder = f"{prefix}JPEGImages/"
-    names = [name.removeprefix(folder) for name in files.names if name.startswith(folder)]
-    names = {name.rpartition(".")[0]: name for name in names}
     images = {
         split: [_read_xml(files, _xml(prefix, stem), names.get(stem, f"{stem}.jpg")) for stem in wanted[name]]
         for split, name in chosen.items()
@@ -68,19 +69,20 @@ def _xml(prefix: str, stem: str) -> str:
     return f"{prefix}Annotations/{stem}.xml"
 
 
-def _read_list(files: Files, prefix: str, name: str) -> list[str]:
-    """The names of a list, one a line, without suffix; sorted. A name that is there twice counts once."""
-    lines = lines_of(files.texts[name].decode("utf-8-sig", "replace"))
-    stems = sorted({_stem(files, prefix, line) for line in lines if line})
+def _read_list(files: Files, prefix: str, name: str, images: Collection[str]) -> list[str]:
+    """The names of a list, one a line, without suffix; sorted. A name that is there twice counts once.
+
+    A name may have spaces. If -1, 0 or 1 follows every name, as in the lists of a class, it is not part of them.
+    images: the names of all images.
+    """
+    lines = [line for line in lines_of(files.texts[name].decode("utf-8-sig", "replace")) if line]
+    flagged = [WITH_FLAG.fullmatch(line) for line in lines]
+    if all(flagged) and not any(line in images or _xml(prefix, line) in files.texts for line in lines):
+        lines = [found[1] for found in flagged]
+    stems = sorted(set(lines))
     for stem in stems:
         check_name(name, stem)
     return stems
-
-
-def _stem(files: Files, prefix: str, line: str) -> str:
-    """The name in a line of a list, which may have spaces. -1, 0 or 1 may follow it, as in the lists of a class."""
-    found = WITH_FLAG.fullmatch(line)
-    return line if found is None or _xml(prefix, line) in files.texts else found[1]
 
 
 def _read_xml(files: Files, name: str, file_name: str) -> _Image:

@@ -54,16 +54,30 @@ def test_the_lists_of_pascal_voc(tmp_path, lists, train, val):
     assert {split: items.names for split, items in listing.splits.items()} == {k: v for k, v in expected.items() if v}
 
 
-def test_names_with_spaces_and_lists_with_flags(tmp_path):
-    """Lines that name one image count once."""
-    objects = dict.fromkeys(["IMG 1", "IMG 2", "IMG", "x"], VOC["a"])
-    lists = {"train": ["\ufeffIMG 1\r", "", " IMG 2  1", "x -1", "x\t 0", "IMG 1"], "val": ["IMG"]}
+def test_names_with_spaces(tmp_path):
+    """Lines that name one image count once. A name that ends as a flag does is not cut."""
+    objects = dict.fromkeys(["IMG 1", "IMG", "x"], VOC["a"])
+    lists = {"train": ["\ufeffIMG 1\r", "", " x", "x", "IMG 1"], "val": ["IMG"]}
     root = make_voc(tmp_path / "VOC", lists, objects)
     listing = listing_of(root)
-    assert listing.splits["train"].names == [f"JPEGImages/{name}.jpg" for name in ("IMG 1", "IMG 2", "x")]
+    assert listing.splits["train"].names == [f"JPEGImages/{name}.jpg" for name in ("IMG 1", "x")]
     assert listing.splits["val"].names == ["JPEGImages/IMG.jpg"]
-    (root / "Annotations/IMG 2.xml").unlink()
-    with pytest.raises(DataError, match=r"VOC has no Annotations/IMG 2.xml, though a list in ImageSets/Main names it"):
+    write(root / "ImageSets/Main/train.txt", b"IMG 1")
+    for path in ("Annotations/IMG 1.xml", "JPEGImages/IMG 1.jpg"):
+        assert listing_of(root).splits["train"].names == ["JPEGImages/IMG 1.jpg"]
+        (root / path).rename(tmp_path / "away")
+        with pytest.raises(DataError, match=r"no Annotations/IMG 1.xml, though a l|IMG 1.jpg"):
+            listing_of(root)
+        (tmp_path / "away").rename(root / path)
+
+
+def test_lists_with_flags(tmp_path):
+    root = make_voc(tmp_path / "VOC", {"train": ["a  1", "b -1", "b\t 0"], "val": ["c 1"]}, VOC)
+    listing = listing_of(root)
+    assert listing.splits["train"].names == ["JPEGImages/a.jpg", "JPEGImages/b.jpg"]
+    assert listing.splits["val"].names == ["JPEGImages/c.jpg"]
+    write(root / "ImageSets/Main/train.txt", b"a 1\nb")
+    with pytest.raises(DataError, match=r"VOC has no Annotations/a 1.xml, though a list in ImageSets/Main names it"):
         listing_of(root)
 
 
