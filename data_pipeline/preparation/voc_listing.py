@@ -42,8 +42,10 @@ def find_voc(files: Files) -> list[Annotations] | None:
         raise DataError(f"{files.source.path} has several sets of Pascal VOC ({', '.join(sorted(found))}): give one.")
     [(prefix, lists)] = found.items()
     folder = f"{prefix}JPEGImages/"
-    names = [name.removeprefix(folder) for name in files.names if name.startswith(folder)]
-    names = {name.rpartition(".")[0]: name for name in names}
+    names: dict[str, str] = {}
+    for name in (name.removeprefix(folder) for name in files.names if name.startswith(folder)):
+        if (other := names.setdefault(name.rpartition(".")[0], name)) != name:
+            raise DataError(f"{files.source.path} has two images of one name, {folder}{other} and {name}: remove one.")
     wanted = {name: _read_list(files, prefix, path, names.keys()) for name, path in lists.items()}
     if "trainval" in wanted and any(_xml(prefix, stem) in files.texts for stem in wanted.get("test", ())):
         chosen = {"train": "trainval", "val": "test"}

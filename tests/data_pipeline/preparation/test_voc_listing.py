@@ -81,6 +81,13 @@ def test_lists_with_flags(tmp_path):
         listing_of(root)
 
 
+def test_two_images_of_one_name(tmp_path):
+    root = make_voc(tmp_path / "VOC", {"train": "ab"}, VOC)
+    write(root / "JPEGImages/a.png", b"")
+    with pytest.raises(DataError, match=r"two images of one name, JPEGImages/a.jpg and a.png: remove one"):
+        listing_of(root)
+
+
 def test_faults_of_pascal_voc(tmp_path):
     root = make_voc(tmp_path / "VOC", {"train": "ab", "val": "cd"}, VOC)
     write(root / "Annotations/a.xml", voc_xml((40, 30), [("wolf", 9, 1, 4, 5, 0), ("wolf", "x", 1, 4, 5, 0)]))
