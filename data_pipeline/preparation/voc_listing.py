@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from data_pipeline.formatting import counted
 from data_pipeline.preparation.image_source import Annotations, Files
 from data_pipeline.preparation.labels import lines_of
 from data_pipeline.preparation.tars import check_name
@@ -54,6 +55,11 @@ def find_voc(files: Files) -> list[Annotations] | None:
     chosen = {split: name for split, name in chosen.items() if name in wanted}
     if not chosen:
         raise DataError(f"{files.source.path} has test.txt alone in ImageSets/Main: add train.txt or trainval.txt.")
+    if len(chosen) == 2 and (both := sorted(set(wanted[chosen["train"]]) & set(wanted[chosen["val"]]))):
+        raise DataError(
+            f"{lists[chosen['train']]} and {lists[chosen['val']]} in {files.source.path} have "
+            f"{counted(len(both), 'name')} in common, the first is {both[0]}: take each out of one of them."
+        )
     images = {
         split: [_read_xml(files, _xml(prefix, stem), names.get(stem, f"{stem}.jpg")) for stem in wanted[name]]
         for split, name in chosen.items()

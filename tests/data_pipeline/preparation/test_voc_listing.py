@@ -88,6 +88,12 @@ def test_two_images_of_one_name(tmp_path):
         listing_of(root)
 
 
+def test_an_image_of_train_and_val(tmp_path):
+    root = make_voc(tmp_path / "VOC", {"train": "abc", "val": "bcd"}, VOC)
+    with pytest.raises(DataError, match=r"Main/train.txt and ImageSets/Main/val.txt in .* 2 names in common, .* is b"):
+        listing_of(root)
+
+
 def test_faults_of_pascal_voc(tmp_path):
     root = make_voc(tmp_path / "VOC", {"train": "ab", "val": "cd"}, VOC)
     write(root / "Annotations/a.xml", voc_xml((40, 30), [("wolf", 9, 1, 4, 5, 0), ("wolf", "x", 1, 4, 5, 0)]))
