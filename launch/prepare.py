@@ -121,12 +121,15 @@ def run_index(options: argparse.Namespace) -> int:
 
 
 def _print_report(dest: Path) -> None:
+    """Print the summary, unless the report, which training does not need, has been deleted."""
     import json
 
     from data_pipeline.formatting import counted, first_five
     from data_pipeline.manifest import read_manifest
     from data_pipeline.preparation.finish import LIST_NAME, REPORT_NAME
 
+    if not (dest / REPORT_NAME).exists():
+        return
     report = json.loads((dest / REPORT_NAME).read_text())
     of_images = {
         "reencoded": "encoded again",
@@ -159,9 +162,9 @@ def _print_report(dest: Path) -> None:
         if absent := report.get("absent", {}).get(name):
             parts.append(f"no {'pixel' if segmentation else 'image'} of {first_five(absent)}")
         print(f"  {name}: {'; '.join(parts)}")
-        if excluded := split.get("excluded", 0):
-            print(f"    the first of those that cannot be used: {_first_excluded(dest / LIST_NAME, name)}", flush=True)
-        if excluded > split["samples"]:
+        if first := report.get("first_excluded", {}).get(name):
+            print(f"    the first of those that cannot be used: {first}", flush=True)
+        if (excluded := split.get("excluded", 0)) > split["samples"]:
             total = excluded + split["samples"]
             print(f"warning: {excluded:,} of the {total:,} images of {name} cannot be used", file=sys.stderr)
         listed = listed or bool(split.keys() & {"transcoded", "repaired", "excluded", "empty"})
@@ -185,15 +188,6 @@ def _print_report(dest: Path) -> None:
         print(f"  ignored: {counted(lone, 'label map')} without an image")
     if ignored := report.get("ignored_files"):
         print(f"  ignored: {counted(ignored, 'file')} besides the images of these splits")
-
-
-def _first_excluded(path: Path, split: str) -> str:
-    """The first image in the list `path` that was left out of `split` as it cannot be used, and the reason."""
-    import json
-
-    with open(path) as lines:
-        excluded = (line for line in map(json.loads, lines) if (line["split"], line["outcome"]) == (split, "excluded"))
-        return "{image}: {why}".format_map(next(excluded))
 
 
 def run_verify(options: argparse.Namespace) -> int:

@@ -42,7 +42,7 @@ def finish(
     read: returns the header and tables of a shard (pack.read_done). stale: files of an earlier `index` to remove.
     category_ids: in detection, the source's number of each class. notes: see Listing.
     """
-    made, splits, absent = {}, {}, {}
+    made, splits, absent, first_excluded = {}, {}, {}, {}
     outcomes = {split: Counter(outcome for of, _, outcome, _ in notes if of == split) for split in files}
 
     def temporary(name: str) -> Path:
@@ -64,6 +64,8 @@ def finish(
                     f"{joined.first_excluded}."
                 )
             absent[split] = _absent(split, joined, classes)
+            if joined.first_excluded:
+                first_excluded[split] = joined.first_excluded
             if category_ids:
                 _join_objects(split, joined.arrays)
                 joined.arrays[CATEGORY_IDS] = np.array(category_ids, TABLES[CATEGORY_IDS])
@@ -72,6 +74,8 @@ def finish(
             splits[split] = Split(dest, split, joined.samples, sha256_of(index), shards, annotations=annotations)
     if any(absent.values()):
         report = {**report, "absent": absent}
+    if first_excluded:
+        report = {**report, "first_excluded": first_excluded}
     counts = {split: {"samples": splits[split].samples, **dict(sorted(outcomes[split].items()))} for split in splits}
     temporary(REPORT_NAME).write_text(json.dumps({**report, "splits": counts}, indent=1))
     for name in (FILE_NAME, *stale):  # the manifest of an earlier `index` must never exist beside new files

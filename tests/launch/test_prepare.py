@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data_pipeline.images import contents, without_manifest
+from tests.data_pipeline.images import contents, make_folder, without_manifest
 from tests.launch.prepare_process import (
     SIZE,
     call,
@@ -145,6 +145,17 @@ def test_a_finished_dataset_is_left_as_it_is(source, dataset):
     assert "is already prepared; the source is not read again (if it has changed, give another DEST)" in result.stdout
     assert contents(dataset) == before
     fails_with(78, call(source, dataset, *SIZE, "--val-fraction", 0.5), "val_fraction 0.0 and not 0.5")
+
+
+def test_a_finished_dataset_without_its_reports(tmp_path):
+    source, dest = make_folder(tmp_path / "pictures", train=1, val=1), tmp_path / "set"
+    (source / "train/cat/bad.jpg").write_bytes(b"no")
+    summary = call(source, dest).stdout.splitlines()[1:]
+    assert any("cannot be used: train/cat/bad.jpg: not an image" in line for line in summary)
+    for report, lines in (("report.jsonl", summary), ("report.json", [])):
+        (dest / report).unlink()
+        again = call(source, dest)
+        assert (again.returncode, again.stdout.splitlines()[1:]) == (0, lines) and "already prepared" in again.stdout
 
 
 @pytest.mark.parametrize(
