@@ -189,6 +189,10 @@ def find_images(names: Sequence[str]) -> list[Path]:
 
 def _list_files(source: Source) -> Files:
     """The files of the source. If a tar has a name twice, the last member counts."""
+    return retried(lambda: _list_once(source), str(source.path))
+
+
+def _list_once(source: Source) -> Files:
     names, offsets, sizes, folders = [], array.array("q"), array.array("q"), set()
     others, texts, unread, beside = 0, {}, [], ""
     with Progress("files", "listing") as progress:

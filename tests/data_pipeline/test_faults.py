@@ -11,14 +11,15 @@ import pytest
 from data_pipeline import faults
 from data_pipeline.backends.stored import StoredSamples, stored_in_shards
 from data_pipeline.faults import PassingFault, StorageError, retried
+from data_pipeline.preparation import listing, workers
 from data_pipeline.preparation import verify as verify_module
-from data_pipeline.preparation import workers
 from data_pipeline.preparation.folders import walk
 from data_pipeline.preparation.foreign_shard import IndexTask, index_shard
 from data_pipeline.preparation.image_source import Source
 from data_pipeline.preparation.listing import read_image
 from data_pipeline.preparation.pack import done_path, read_done
 from data_pipeline.split import DataError, Split
+from tests.data_pipeline.images import make_folder, make_tar
 from tests.data_pipeline.shards import jpeg, write_split
 
 
@@ -83,6 +84,16 @@ def test_a_folder_that_cannot_be_listed_for_a_while(tmp_path, monkeypatch):
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     with pytest.raises(DataError, match="cannot read .*/circle: Too many levels of symbolic links"):
         list(walk(tmp_path))
+
+
+def test_a_tar_that_cannot_be_listed_for_a_while(tmp_path, monkeypatch):
+    source = Source("tar", make_tar(make_folder(tmp_path / "pictures"), tmp_path / "pictures.tar"))
+    disk, tar_files = Disk(OSError(errno.EIO, "Input/output error"), 3), listing.tar_files
+    monkeypatch.setattr(listing, "tar_files", lambda *arguments: (disk.read(), tar_files(*arguments))[1])
+    assert len(listing.list_source(source).splits["train"].names) == 15
+    disk.failures = 99
+    with pytest.raises(StorageError, match=r"pictures.tar cannot be read after 4 attempts: Input/output error"):
+        listing.list_source(source)
 
 
 def test_verify_reads_again_what_failed(split, monkeypatch):
