@@ -79,6 +79,12 @@ def index(dest: Path, *, workers: int, split: str | None = None, label_key: str 
                 run_tasks(index_shard, missing, min(workers, len(missing)), len(tasks), progress)
         found = {value: file for file in reversed(files) for value in read_done(done_path(dest, file))[0]["labels"]}
         classes, numbers = _number_classes(dest, found, classes)
+        if found and len(classes) == 1 and beside != "json":
+            or_field = ", or the field of the label with --label-key" if beside == "cls" else ""
+            raise DataError(
+                f"{dest} has one class, {classes[0]!r}, so there is nothing to tell apart: name all classes in "
+                f"{CLASSES_NAME}{or_field}."
+            )
 
         def read(file: str) -> tuple[dict, dict[str, np.ndarray]]:
             header, tables = read_done(done_path(dest, file))

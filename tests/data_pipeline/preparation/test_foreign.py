@@ -61,7 +61,7 @@ def test_cls_and_splits_by_name(tmp_path):
 
 
 def test_the_loader_reads_them(tmp_path):
-    write(tmp_path / "shards/train-0.tar", [sample(i, cls=0) for i in range(4)])
+    write(tmp_path / "shards/train-0.tar", [sample(i, cls=i) for i in range(4)])
     indexed(tmp_path)
     split = open_manifest(tmp_path).split("train")
     windows = np.array([[0, 0, 40, 30, 0]] * 4, np.int32)
@@ -143,8 +143,8 @@ def test_the_same_key_in_two_folders_and_members_in_any_order(tmp_path):
 
 def test_splits(tmp_path):
     for number, name in enumerate(["train/0.tar", "sets/Valid_1/0.tar", "test.tar"]):
-        write(tmp_path / name, [sample(number, cls=0)])
-    assert indexed(tmp_path) == {"train": [(GOOD[0], 0)], "val": [(GOOD[1], 0)], "test": [(GOOD[2], 0)]}
+        write(tmp_path / name, [sample(number, cls=number)])
+    assert indexed(tmp_path) == {"train": [(GOOD[0], 0)], "val": [(GOOD[1], 1)], "test": [(GOOD[2], 2)]}
     write(tmp_path / "00000.tar", [sample(3, cls=0)])
     with pytest.raises(UsageError, match="the name 00000.tar does not contain its split"):
         index(tmp_path, workers=1)
@@ -188,7 +188,7 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
 
 
 def test_indexing_again_includes_changed_shards(tmp_path):
-    write(tmp_path / "train-0.tar", [sample(0, cls=0)])
+    write(tmp_path / "train-0.tar", [sample(0, cls=1)])
     indexed(tmp_path)
     write(tmp_path / "train-0.tar", [sample(1, cls=1)])
     write(tmp_path / "train-1.tar", [sample(2, cls=2)])
@@ -196,7 +196,7 @@ def test_indexing_again_includes_changed_shards(tmp_path):
 
 
 def test_a_bit_flipped_after_indexing_is_found(tmp_path):
-    path = write(tmp_path / "train-0.tar", [sample(i, cls=0) for i in range(3)])
+    path = write(tmp_path / "train-0.tar", [sample(i, cls=i) for i in range(3)])
     indexed(tmp_path)
     offset = int(open_manifest(tmp_path).split("train").records[1]["offset"]) + 500
     data = bytearray(path.read_bytes())
@@ -216,6 +216,7 @@ def test_a_bit_flipped_after_indexing_is_found(tmp_path):
             "cat\ndog",
             "train-0.tar has the label 3, which .*classes.txt does not name .2 classes.",
         ),
+        ([{"cls": 0}, {"cls": 0}], {}, None, "has one class, '0', so there is .* --label-key"),
         ([{"cls": "wolf"}], {}, "cat\ndog", "has the label 'wolf', which"),
         ([{"cls": "cat"}], {}, "cat\ncat", "two classes of one name"),
         (
