@@ -256,5 +256,7 @@ class _Annotated:
         category, box = each["category_id"], each["bbox"]
         if not is_whole(category) or category not in labels:
             return f"there is no category {category!r:.100}"
+        if (crowd := each.get("iscrowd")) not in (None, 0, 1):
+            return f"its iscrowd {crowd!r:.100} is neither 0 nor 1"
         fault = fault_of_box(box, 0, image["width"], image["height"])
         return fault or fault_of_box(box, each.get("area", box[2] * box[3]), image["width"], image["height"])

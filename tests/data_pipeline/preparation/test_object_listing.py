@@ -116,6 +116,7 @@ BAD = {
     "above the image": ({"bbox": [1, -9, 5, 5]}, "[1, -9, 5, 5] lies outside of the image of 40x30 pixels"),
     "area": ({"area": NAN}, "its area nan is not a finite number of pixels"),
     "negative area": ({"area": -4}, "its area -4 is not a finite number of pixels"),
+    "a crowd by text": ({"iscrowd": "0"}, "its iscrowd '0' is neither 0 nor 1"),
     "category": ({"category_id": 4}, "there is no category 4"),
     "category of another type": ({"category_id": [3]}, "there is no category [3]"),
     "image": ({"image_id": 4}, "there is no image 4"),
