@@ -23,6 +23,10 @@ COCO_FILE = re.compile(r"(.*/)?annotations/instances_(train|val)(\d{4})?\.json")
 BOX_FILE = re.compile(r"(.*/)?(annotations/[^/]*|_annotations\.coco)\.json")  # whether or not it has COCO's name
 OTHER_SPLIT = re.compile(r"(.*/)?annotations/instances_(?!test)[^/]*\.json")
 OBJECT_OPTIONS = ("bad_boxes", "empty_images")
+NEEDS = {
+    "category": "an id that is a whole number, and a name",
+    "image": "an id, a width and a height that are whole numbers, no side of 0, and a file_name",
+}
 # Outcomes in the report.
 PARTLY_OUTSIDE, NOT_LEARNT, DROPPED, EMPTY = "partly_outside", "not_learnt", "dropped", "empty"
 
@@ -156,13 +160,13 @@ class _Annotated:
         try:
             for category in document["categories"]:
                 name = category["name"]
-                self._add("category", self.categories, category["id"], name, isinstance(name, str))
+                self._add("category", self.categories, category, name, isinstance(name, str))
             self._check_names()
             for image in document["images"]:
                 size = image["width"], image["height"]
                 sound = isinstance(image["file_name"], str) and all(is_whole(side) and side > 0 for side in size)
                 kept = {name: image[name] for name in ("file_name", "width", "height")}
-                self._add("image", self.images, image["id"], {"image_id": image["id"], **kept}, sound)
+                self._add("image", self.images, image, {"image_id": image["id"], **kept}, sound)
                 check_name(self.where, image["file_name"])
             files = Counter(image["file_name"] for image in self.images.values())
             if twice := [name for name, count in files.items() if count > 1]:
@@ -193,9 +197,10 @@ class _Annotated:
                     "take it out if it has no boxes."
                 )
 
-    def _add(self, what: str, table: dict, number: object, value: object, sound: bool) -> None:
+    def _add(self, what: str, table: dict, entry: dict, value: object, sound: bool) -> None:
+        number = entry["id"]
         if not sound or not is_whole(number):
-            raise DataError(f"{self.where} has a faulty {what}: {shortened(repr({'id': number, what: value}))}.")
+            raise DataError(f"{self.where}: each {what} needs {NEEDS[what]}; one is {shortened(repr(entry))}.")
         if number in table:
             raise DataError(f"{self.where} has two {what} entries with the id {number}: give each an id of its own.")
         table[number] = value

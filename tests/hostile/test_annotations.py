@@ -100,7 +100,7 @@ def entities() -> bytes:
     [
         ("Annotations/a.xml", entities(), "Annotations/a.xml in .* cannot be read"),
         ("Annotations/a.xml", b"\xff\xfe\0", "Annotations/a.xml in .* cannot be read"),
-        ("Annotations/a.xml", voc_xml(("x", "1e999"), []), "has a faulty image: .*nan"),
+        ("Annotations/a.xml", voc_xml(("x", "1e999"), []), "each image needs .* whole numbers, .*nan"),
         ("Annotations/a.xml", voc_xml((40, 30), [("wolf", "1e999", 1, 4, 5, 0)]), "is not four finite numbers"),
         ("Annotations/a.xml", voc_xml((40, 30), [("&#x7f;", 1, 1, 4, 5, 0)]), "has control characters"),
         ("ImageSets/Main/train.txt", b"../../a\n", r"has no Annotations/\.\./\.\./a.xml"),
