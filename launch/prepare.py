@@ -160,7 +160,8 @@ def _print_report(dest: Path) -> None:
             *(counted(split[what], noun) + words for what, (noun, words) in of_objects.items() if what in split),
         ]
         if absent := report.get("absent", {}).get(name):
-            parts.append(f"no {'pixel' if segmentation else 'image'} of {first_five(absent)}")
+            thing = "pixel" if segmentation else "object" if detection else "image"
+            parts.append(f"no {thing} of {first_five(absent)}")
         print(f"  {name}: {'; '.join(parts)}")
         if first := report.get("first_excluded", {}).get(name):
             print(f"    the first of those that cannot be used: {first}", flush=True)

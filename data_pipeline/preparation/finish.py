@@ -14,7 +14,18 @@ from data_pipeline.durable import publish, sha256_of
 from data_pipeline.manifest import FILE_NAME, Manifest, write_manifest
 from data_pipeline.preparation.ownership import WORK
 from data_pipeline.preparation.pack import INDEX
-from data_pipeline.split import CATEGORY_IDS, IMAGES, LABEL_MAP, RECORD, TABLES, Annotation, DataError, Shard, Split
+from data_pipeline.split import (
+    CATEGORY_IDS,
+    IMAGES,
+    LABEL_MAP,
+    OBJECTS,
+    RECORD,
+    TABLES,
+    Annotation,
+    DataError,
+    Shard,
+    Split,
+)
 
 REPORT_NAME = "report.json"  # the arguments, and the number of images with each outcome
 LIST_NAME = "report.jsonl"  # each image that was repaired, transcoded or excluded, with the reason
@@ -139,10 +150,14 @@ def _list(listed: TextIO, split: str, image: str, outcome: str, why: str) -> Non
 
 
 def _absent(split: str, joined: _Joined, classes: tuple[str, ...]) -> list[str]:
-    """The classes of which a split has no pixel, or no image. Raises DataError if it has hardly any class."""
+    """The classes of which a split has no pixel, no object or no image. Raises DataError if it has hardly any class."""
     if LABEL_MAP in joined.arrays and joined.pixels is not None:
         _check_pixels(split, classes, joined.pixels)
         return [name for label, name in enumerate(classes) if not joined.pixels[label]]
+    if OBJECTS in joined.arrays:
+        objects = joined.arrays[OBJECTS]
+        absent = np.setdiff1d(np.arange(len(classes)), objects["label"][objects["crowd"] == 0])
+        return [classes[label] for label in absent]
     return [] if joined.arrays else [classes[label] for label in np.flatnonzero(~joined.has_image)]
 
 

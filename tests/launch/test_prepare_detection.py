@@ -76,7 +76,10 @@ def test_detection_killed_and_resumed(zoo, tmp_path):
 
 def test_bad_boxes_are_named(zoo, tmp_path):
     source = shutil.copytree(zoo, tmp_path / "zoo")
-    document = document_of(source, "val")
+    for split in ("train", "val"):
+        document = document_of(source, split)
+        document["categories"].append({"id": 91, "name": "yak"})
+        change(source, split, document)
     good = document["annotations"][0]
     document["annotations"] += [
         {**good, "id": 2, "bbox": [9, 9, -3, 4]},
@@ -91,8 +94,9 @@ def test_bad_boxes_are_named(zoo, tmp_path):
     result = call(source, tmp_path / "set", "--bad-boxes", "drop", "--empty-images", "keep")
     assert result.returncode == 0
     assert result.stdout.splitlines()[2:] == [
-        "  train: 90 images; 216 objects",
-        "  val: 10 images; 25 objects; 2 boxes left out, which cannot be right; 1 box partly outside of the image",
+        "  train: 90 images; 216 objects; no object of yak",
+        "  val: 10 images; 25 objects; 2 boxes left out, which cannot be right; 1 box partly outside of the image; no "
+        "object of yak",
         f"  {tmp_path / 'set'}/report.jsonl names the boxes left out or reaching outside, with the reason",
     ]
     lines = [json.loads(line) for line in (tmp_path / "set/report.jsonl").read_text().splitlines()]
