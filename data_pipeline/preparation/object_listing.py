@@ -72,7 +72,9 @@ def find_objects(files: Files, options: ObjectOptions) -> Listing | None:
         categories = annotated.categories
         positions = _positions(files, annotated, source.folders)
         splits[source.split] = replace(everything.take(positions), objects=annotated.objects())
-        notes += annotated.notes
+        files_of = [image["file_name"] for image in annotated.images.values()]
+        paths = dict(zip(files_of, splits[source.split].names, strict=True))
+        notes += [(split, paths.get(image, image), *note) for split, image, *note in annotated.notes]
     used = sum(source.files + len(splits[source.split].names) for source in sources)
     ignored = files.others + len(files.names) - used
     ids, names = zip(*sorted(categories.items()), strict=True)

@@ -128,7 +128,9 @@ def test_bad_boxes_stop_or_are_dropped(folder, kind):
     changes, sentence = BAD[kind]
     document = document_of(folder, "train")
     good = document["annotations"]
-    file = "annotations/instances_train.json" if kind == "image" else "000.jpg"
+    file, path = "000.jpg", "train/000.jpg"
+    if kind == "image":
+        file = path = "annotations/instances_train.json"
     bad = {**good[0], "id": 4, "image_id": 1000, "bbox": [1, 2, 5, 5], "category_id": 3, **changes}
     change(folder, "train", {**document, "annotations": [*good[:3], bad, *good[3:]]})
     with pytest.raises(DataError) as error:
@@ -138,7 +140,7 @@ def test_bad_boxes_stop_or_are_dropped(folder, kind):
     assert f"--bad-boxes drop; the first is annotation 4 of {file}: " in said and sentence in said
     listing = listing_of(folder, bad_boxes="drop")
     [(split, name, outcome, why)] = listing.notes
-    assert (split, name, outcome) == ("train", file, "dropped") and why.startswith("annotation 4: ") and sentence in why
+    assert (split, name, outcome) == ("train", path, "dropped") and why.startswith("annotation 4: ") and sentence in why
     change(folder, "train", document)
     assert listing.digest() == listing_of(folder).digest()
 
@@ -151,7 +153,7 @@ def test_boxes_partly_outside_are_kept_and_listed(folder, tmp_path):
     split = open_manifest(tmp_path / "set").split("train")
     [row] = [row for row in ObjectTable(split).objects if row["id"] == 4]
     assert row.tolist()[:4] == (-3.5, 2, 10, 5)
-    outcome, why = listed(tmp_path / "set")["000.jpg"]
+    outcome, why = listed(tmp_path / "set")["train/000.jpg"]
     assert outcome == "partly_outside"
     assert why == "annotation 4: its box [-3.5, 2, 10, 5] lies partly outside of the image: training cuts it off"
     assert json.loads((tmp_path / "set/report.json").read_text())["splits"]["train"]["partly_outside"] == 1
