@@ -20,6 +20,7 @@ from train.guard.signals import stop_signals
 SAME_ON_ALL_RANKS = (exit_codes.FAILED, exit_codes.STOPPED)  # the ranks agreed on it, so rank 0 alone prints it
 OFTEN_THE_SAME = (exit_codes.BAD_CONFIG, exit_codes.BAD_DATA)  # or one rank's alone, such as a folder of its node
 YIELD_SECONDS = 2.0  # within this time the launcher ends ranks whose error is the same as rank 0's
+sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: the name of a file need not be UTF-8
 TRANSIENT_ERRNOS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EROFS}  # the file may work later
 
 

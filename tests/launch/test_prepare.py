@@ -198,6 +198,15 @@ def test_bad_data(tmp_path):
     fails_with(65, call(tmp_path / "empty", tmp_path / "set"), "contains no images")
 
 
+def test_a_name_that_is_not_utf8(tmp_path, monkeypatch):
+    """It is shown in the summary, also where Python's output is strict, as in most locales."""
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    source = make_folder(tmp_path / "pictures", train=1, val=0)
+    Path(os.fsdecode(bytes(source / "train/cat") + b"/caf\xe9.jpg")).write_bytes(b"no")
+    result = call(source, tmp_path / "set")
+    assert result.returncode == 0 and r"train/cat/caf\udce9.jpg: not an image" in result.stdout, result
+
+
 def test_a_full_disk_is_one_sentence(source, tmp_path):
     """A limit on the size of files makes a write fail in a worker, as on a full disk."""
     limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 100; exec "$@"', "-", *command(source, tmp_path / "set", *SIZE)]
