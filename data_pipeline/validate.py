@@ -189,7 +189,7 @@ def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, str]:
                 image = image.copy()  # its size is that of the pixels, where Pillow has swapped the first one's
             return to_pixels(image), kind
     except Image.UnidentifiedImageError as error:
-        raise BadImage("not an image") from error
+        raise BadImage("not an image of a known format") from error
 
 
 # --- JPEG ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,10 @@ from typing import IO, BinaryIO
 
 from data_pipeline.split import DataError, UsageError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"),
+    *(".jp2", ".heic", ".heif"),  # HEIC cannot be decoded here: such images are left out and named, not ignored
+)
 MAX_HEADER = 1 << 16  # bytes of one extended header in a tar: a long name, a pax record
 PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *PAX)

@@ -140,7 +140,7 @@ def test_bad_labels_are_left_out_and_named(folder, tmp_path):
     write(source / "notes.txt", b"not a picture")
     run(source, tmp_path / "set")
     outcomes = listed(tmp_path / "set")
-    assert outcomes.pop("images/train/broken.jpg") == ("excluded", "not an image")
+    assert outcomes.pop("images/train/broken.jpg") == ("excluded", "not an image of a known format")
     assert outcomes.keys() == {f"images/train/{name}.jpg" for name in BAD}
     for name, (_, reason) in BAD.items():
         outcome, why = outcomes[f"images/train/{name}.jpg"]

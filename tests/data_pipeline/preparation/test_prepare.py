@@ -20,6 +20,7 @@ from tests.data_pipeline.images import (
     SAMPLE,
     contents,
     encoded,
+    listed,
     make_folder,
     make_tar,
     originals,
@@ -27,6 +28,7 @@ from tests.data_pipeline.images import (
     run,
     stored,
 )
+from tests.data_pipeline.label_maps import write
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,16 @@ def test_a_split_without_a_good_image_is_an_error(tmp_path):
         (tmp_path / "source" / name / "a.jpg").write_bytes(b"no")
     with pytest.raises(DataError, match=r"no image of train can be used: the first of 2 is .*/a.jpg: not an image"):
         run(tmp_path / "source", tmp_path / "set")
+
+
+def test_rarer_names_of_images(tmp_path):
+    """Images that no decoder here reads are left out and named."""
+    names = ("cat/a.jfif", "cat/b.JPE", "dog/c.HEIC", "dog/d.jpg", "dog/e.txt")
+    for name in names:
+        write(tmp_path / "source" / name, b"\0\0\0\x18ftypheic" if "HEIC" in name else encoded(picture(ord(name[4]))))
+    run(tmp_path / "source", tmp_path / "set")
+    assert open_manifest(tmp_path / "set").split("train").samples == 3
+    assert listed(tmp_path / "set") == {"dog/c.HEIC": ("excluded", "not an image of a known format")}
 
 
 @pytest.mark.parametrize("beside", ["annotations.json", "labels.csv", None])
