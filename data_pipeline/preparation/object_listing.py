@@ -174,7 +174,7 @@ class _Annotated:
             if twice := [name for name, count in files.items() if count > 1]:
                 raise DataError(f"{self.where} has two images with the file_name {twice[0]}: leave one of them.")
             if not self.categories or not self.images:
-                raise DataError(f"{self.where} has {'images' if self.images else 'categories'} only.")
+                raise DataError(f"{self.where} has no {'categories' if self.images else 'images'}: add them.")
             self._read_annotations(document["annotations"])
         except KeyError as error:
             raise DataError(f"{self.where} is not as COCO's: a field {error} is missing.") from error

@@ -237,8 +237,8 @@ FAULTS = {
     "no size": (lambda d: without(d, "images", "width"), "a field 'width' is missing"),
     "no box": (lambda d: without(d, "annotations", "bbox"), "a field 'bbox' is missing"),
     "no category": (lambda d: without(d, "annotations", "category_id"), "a field 'category_id' is missing"),
-    "images only": (lambda d: d.update(categories=[]), "has images only"),
-    "categories only": (lambda d: d.update(images=[]), "has categories only"),
+    "images only": (lambda d: d.update(categories=[]), "has no categories: add them"),
+    "categories only": (lambda d: d.update(images=[]), "has no images: add them"),
     "two images": (lambda d: twice(d, "images"), "has two image entries with the id 1000"),
     "two images of a file": (
         lambda d: d["images"][1].update(file_name=d["images"][0]["file_name"]),
