@@ -14,7 +14,7 @@ from data_pipeline.preparation.tars import check_name
 from data_pipeline.split import DataError
 from data_pipeline.validate import shortened
 
-VOC_FILE = re.compile(r"(.*/)?(?:ImageSets/Main/(train|val|trainval|test)\.txt|Annotations/[^/]+\.xml)")
+VOC_FILE = re.compile(r"(.*/)?(?:ImageSets/Main/(train|val|trainval|test)\.txt|Annotations/.+\.xml)")
 WITH_FLAG = re.compile(r"(.*\S)\s+(-1|0|1)")
 
 

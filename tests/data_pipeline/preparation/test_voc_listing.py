@@ -54,6 +54,11 @@ def test_the_lists_of_pascal_voc(tmp_path, lists, train, val):
     assert {split: items.names for split, items in listing.splits.items()} == {k: v for k, v in expected.items() if v}
 
 
+def test_folders_below_those_of_pascal_voc(tmp_path):
+    listing = listing_of(make_voc(tmp_path / "VOC", {"train": ["more/a"]}, {"more/a": VOC["a"]}))
+    assert listing.splits["train"].names == ["JPEGImages/more/a.jpg"] and listing.classes == ("bear", "wolf")
+
+
 def test_names_with_spaces(tmp_path):
     """Lines that name one image count once. A name that ends as a flag does is not cut."""
     objects = dict.fromkeys(["IMG 1", "IMG", "x"], VOC["a"])
