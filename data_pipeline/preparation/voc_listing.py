@@ -38,6 +38,12 @@ def find_voc(files: Files) -> list[Annotations] | None:
         if (match := VOC_FILE.fullmatch(name)) and match[2]:
             found.setdefault(match[1] or "", {})[match[2]] = name
     if not found:
+        boxes = next((name for name in files.texts if VOC_FILE.fullmatch(name)), None)
+        if boxes and any("JPEGImages/" in name for name in files.names):
+            raise DataError(
+                f"{files.source.path} has boxes, as in {boxes}, and no list of the images: write "
+                "ImageSets/Main/train.txt, with the name of an image, without suffix, on each line."
+            )
         return None
     if len(found) > 1:
         raise DataError(f"{files.source.path} has several sets of Pascal VOC ({', '.join(sorted(found))}): give one.")

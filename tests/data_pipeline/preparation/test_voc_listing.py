@@ -119,5 +119,7 @@ def test_faults_of_pascal_voc(tmp_path):
     make_voc(tmp_path / "other", {"train": "ab"}, VOC)
     with pytest.raises(DataError, match=r"has several sets of Pascal VOC \(VOC/, other/\): give one"):
         listing_of(tmp_path)
+    with pytest.raises(DataError, match=r"has boxes, as in Annotations/a.xml, and no list of the images: write I"):
+        listing_of(make_voc(tmp_path / "lists/other", {}, VOC))
     with pytest.raises(DataError, match="has test.txt alone in ImageSets/Main"):
         listing_of(make_voc(tmp_path / "test", {"test": "a"}, VOC))
