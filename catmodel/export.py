@@ -59,7 +59,7 @@ def check_target(to: str, features_only: bool) -> None:
     if Path(to).suffix == ".onnx" and any(
         importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")
     ):
-        raise CannotExport(f"{to}: needs onnx, onnxscript and onnxruntime: pip install 'cat-training[export]'")
+        raise CannotExport(f"{to}: needs onnx, onnxscript and onnxruntime: pip install -e '.[export]'")
 
 
 def is_hub(to: str) -> bool:

@@ -34,8 +34,7 @@ class DALIBackend:
     def __init__(self, split: Split):
         if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
             raise UsageError(
-                "data.backend=dali needs nvidia-dali: "
-                "pip install 'cat-training[dali]', or train with data.backend=webdataset."
+                "data.backend=dali needs nvidia-dali: pip install -e '.[dali]', or train with data.backend=webdataset."
             )
         self.stored = _stored_jpegs(split)
         self._local = threading.local()

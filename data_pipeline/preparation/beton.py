@@ -53,8 +53,7 @@ def require_ffcv() -> None:
     """Raise UsageError if FFCV is not installed. Does not import it, because that takes seconds."""
     if importlib.util.find_spec("ffcv") is None:
         raise UsageError(
-            "writing FFCV files needs ffcv: apt-get install libopencv-dev libturbojpeg0-dev; "
-            "pip install 'cat-training[ffcv]'."
+            "writing FFCV files needs ffcv: apt-get install libopencv-dev libturbojpeg0-dev; pip install -e '.[ffcv]'."
         )
 
 

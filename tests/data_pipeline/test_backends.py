@@ -289,11 +289,11 @@ def test_dali_and_raw_pixels(split, images):
 
 def test_dali_is_not_installed(split, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # importing it now raises ModuleNotFoundError
-    with pytest.raises(UsageError, match=r"data.backend=dali needs nvidia-dali: pip install 'cat-training\[dali\]'"):
+    with pytest.raises(UsageError, match=r"data.backend=dali needs nvidia-dali: pip install -e '.\[dali\]'"):
         open_backend("dali", split)
 
 
 def test_ffcv_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "ffcv", None)
-    with pytest.raises(UsageError, match=r"needs ffcv: apt-get install .*pip install 'cat-training\[ffcv\]'"):
+    with pytest.raises(UsageError, match=r"needs ffcv: apt-get install .*pip install -e '.\[ffcv\]'"):
         require_ffcv()
