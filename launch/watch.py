@@ -136,7 +136,7 @@ def bar_and_pace(progress: Progress, status: Status, width: int, paint) -> list[
     epoch = f"epoch {progress.train['epoch']:.2f}" if progress.train else "before its first step"
     steps = progress.start.get("steps_per_epoch")
     if progress.train and last and steps:
-        epoch += f" of {last / steps:g}"
+        epoch += f" of {round(last / steps, 2):g}"
     parts = [epoch]
     seconds = progress.seconds_left
     if status.state == "running" and seconds is not None:

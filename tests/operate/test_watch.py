@@ -125,6 +125,15 @@ def test_another_tasks_metric_is_shown_by_its_own_name(alive, monkeypatch):
     assert not any(word in "\n".join(lines) for word in ("top-1", "img/s", "bias"))
 
 
+def test_a_run_that_ends_within_an_epoch(alive):
+    from launch.watch import page
+
+    alive.event("start", world_size=2, last=100, steps_per_epoch=93, startup_seconds=1.0)
+    alive.train(1)
+    watched = Watched(alive.path)
+    assert "epoch 0.10 of 1.08   " in "\n".join(page(watched, watched.look(), colours=False))
+
+
 def test_slow_training_is_not_shown_as_none(alive, monkeypatch):
     from launch.watch import page, summary
 
