@@ -14,11 +14,12 @@ import numpy as np
 
 from data_pipeline.durable import sha256_of
 from data_pipeline.faults import read_fully, retried
+from data_pipeline.formatting import first_five
 from data_pipeline.label_png import check_label, stored_coding
 from data_pipeline.object_json import read_objects
 from data_pipeline.preparation.labels import LONGEST_NAME, fault_of_name
 from data_pipeline.preparation.pack import INDEX, done_path, read_done, tables_of, write_done
-from data_pipeline.preparation.tars import IMAGE_SUFFIXES, tar_files
+from data_pipeline.preparation.tars import IMAGE_SUFFIXES, check_name, tar_files
 from data_pipeline.preparation.workers import count
 from data_pipeline.split import IMAGES, LABEL_MAP, OBJECT, OBJECT_JSON, OBJECTS, Shard
 from data_pipeline.validate import BadImage, check_image, check_size, errors_as_bad_image, shortened
@@ -104,6 +105,7 @@ def samples_of(path: Path, file: BinaryIO) -> dict[str, list[tuple[str, int, int
         folder, slash, base = name.rpartition("/")
         if not base:
             continue
+        check_name(path, name)
         key, _, ending = base.partition(".")
         samples.setdefault(folder + slash + key, []).append((ending.lower(), offset, size))
     return samples
@@ -171,8 +173,10 @@ def _record(data: bytes, offset: int, size: tuple[int, int]) -> tuple:
 def _image_of(members: list[tuple[str, int, int]]) -> tuple[str, int, int]:
     """The one image among the members of a sample. Raises BadImage."""
     images = [member for member in members if f".{member[0]}" in IMAGE_SUFFIXES]
-    if len(images) != 1:
-        raise BadImage("more than one image" if images else "no image")
+    if not images:
+        raise BadImage(f"no image: it has {first_five([ending for ending, *_ in members])}")
+    if len(images) > 1:
+        raise BadImage("more than one image")
     check_size(images[0][2])
     return images[0]
 

@@ -177,6 +177,12 @@ def test_class_names_with_control_characters_are_refused(tmp_path, name):
     assert "\n" not in str(raised.value) and "\x1b" not in str(raised.value)
 
 
+def test_a_shard_with_control_characters_in_a_name_is_refused(tmp_path):
+    (tmp_path / "train-0.tar").write_bytes(IMAGE + member("a/\x1b[2J.cls", b"0") + END)
+    with pytest.raises(DataError, match=r"train-0.tar has a file whose name has control characters: 'a/\\x1b\[2J.cls'"):
+        index(tmp_path, workers=1)
+
+
 def test_a_huge_file_is_left_out_before_it_is_read(tmp_path):
     for name in ("cat/1", "cat/2", "dog/3"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ def test_unusable_samples_are_left_out_and_named(tmp_path):
         "cmyk": ({"jpg": encoded(picture(3, "CMYK"))}, "CMYK JPEG: not done here"),
         "junk": ({"jpg": GOOD[4][:20] + b"junk" + GOOD[4][20:]}, "libjpeg warns about: not done here"),
         "two": ({"jpg": GOOD[5], "jpeg": GOOD[5]}, "more than one image"),
-        "none": ({}, "no image"),
+        "none": ({"1.jpg": GOOD[5]}, "no image: it has 1.jpg, cls"),
         "negative": ({"jpg": GOOD[6], "cls": "-1"}, "no label"),
         "list": ({"jpg": GOOD[6], "cls": None, "json": {"label": [1, 2]}}, r"no label: [1, 2]"),
         "bare": (
