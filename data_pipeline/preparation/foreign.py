@@ -82,8 +82,8 @@ def index(dest: Path, *, workers: int, split: str | None = None, label_key: str 
         if found and len(classes) == 1 and beside != "json":
             or_field = ", or the field of the label with --label-key" if beside == "cls" else ""
             raise DataError(
-                f"{dest} has one class, {classes[0]!r}, so there is nothing to tell apart: name all classes in "
-                f"{CLASSES_NAME}{or_field}."
+                f"all samples of {dest} that can be used are of one class, {classes[0]!r}, so there is nothing to tell "
+                f"apart: name all classes in {CLASSES_NAME}{or_field}."
             )
 
         def read(file: str) -> tuple[dict, dict[str, np.ndarray]]:

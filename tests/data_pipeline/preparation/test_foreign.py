@@ -216,7 +216,7 @@ def test_a_bit_flipped_after_indexing_is_found(tmp_path):
             "cat\ndog",
             "train-0.tar has the label 3, which .*classes.txt does not name .2 classes.",
         ),
-        ([{"cls": 0}, {"cls": 0}], {}, None, "has one class, '0', so there is .* --label-key"),
+        ([{"cls": 0}, {"cls": 0}], {}, None, "that can be used are of one class, '0', so there is .* --label-key"),
         ([{"cls": "wolf"}], {}, "cat\ndog", "has the label 'wolf', which"),
         ([{"cls": "cat"}], {}, "cat\ncat", "two classes of one name"),
         (
