@@ -301,7 +301,7 @@ def test_samples_that_cannot_be_used_as_they_are_are_left_out(foreign):
         ),
         "train-other.tar/alone": ("excluded", "no label (.png)"),
         "train-other.tar/two": ("excluded", "more than one image"),
-        "train-other.tar/unnamed": ("excluded", "no image"),
+        "train-other.tar/unnamed": ("excluded", "no image: it has json"),
     }
     assert report(foreign)["splits"]["train"] == {"samples": 7, "convertible": 1, "excluded": 5, "kept": 7}
     assert (good, png(labels(1))) in stored_pairs(foreign, "train") and verify(foreign) == []
