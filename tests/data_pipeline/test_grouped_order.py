@@ -93,7 +93,9 @@ def test_a_position_takes_no_more_memory_in_a_large_dataset():
 def test_the_order_of_a_seed_never_changes():
     """These values are part of the results of a seed: checkpoints and logs depend on them."""
     assert order_of().ids(0).tolist() == [39, 40, 115, 187, 86, 141, 22, 37, 185, 101, 32, 11]
-    assert order_of(seed=3).ids(250).tolist() == [153, 167, 54, 93, 92, 154, 96, 157, 156, 41, 187, 60]
+    order = order_of(seed=3)
+    assert order.ids(250).tolist() == [153, 167, 54, 93, 92, 154, 96, 157, 156, 41, 187, 60]
+    assert [order.replacement(sample, attempt) for sample in (0, 2) for attempt in (0, 1)] == [147, 179, 129, 48]
 
 
 def test_sizes_that_do_not_fit_are_refused():

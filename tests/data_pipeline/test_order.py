@@ -56,6 +56,8 @@ def test_the_order_of_a_seed_never_changes():
     assert Order(3, 1000, 10, 5).ids(250).tolist() == [200, 641, 233, 538, 444, 789, 935, 650, 229, 370]
     block = Order(0, 100_000, 10, 5, "block").ids(3).tolist()
     assert block == [70698, 58982, 51379, 58949, 40805, 38617, 21928, 29421, 35313, 75466]
+    order = Order(3, 1000, 10, 5)
+    assert [order.replacement(sample, attempt) for sample in (0, 17) for attempt in (0, 1)] == [141, 842, 422, 95]
 
 
 def test_seeds_and_epochs_differ():
@@ -89,6 +91,7 @@ def test_memory_does_not_grow_with_the_dataset(shuffle):
 
 
 def test_sizes_that_do_not_fit_together_are_refused():
+    assert Order(0, 10, 10, 5).steps_per_epoch == 1
     with pytest.raises(ValueError, match="the dataset has 9 samples, fewer than one global_batch of 10"):
         Order(0, 9, 10, 5)
     with pytest.raises(ValueError, match="micro_batch 3 does not divide global_batch 10"):
