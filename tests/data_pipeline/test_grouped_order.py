@@ -2,6 +2,7 @@
 
 import tracemalloc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,7 +99,15 @@ def test_the_order_of_a_seed_never_changes():
     assert [order.replacement(sample, attempt) for sample in (0, 2) for attempt in (0, 1)] == [147, 179, 129, 48]
 
 
+def test_the_order_of_a_split_takes_square_images_for_landscape():
+    records = np.zeros(SAMPLES, [("width", np.uint16), ("height", np.uint16)])
+    records["width"], records["height"] = 4, np.where(PORTRAIT, 5, np.arange(SAMPLES) % 3 + 2)
+    order = GroupedOrder.of(SimpleNamespace(samples=SAMPLES, records=records), 3, 12, 4, "full", 1)
+    assert np.array_equal(order.portrait, PORTRAIT) and np.array_equal(order.ids(250), order_of(seed=3).ids(250))
+
+
 def test_sizes_that_do_not_fit_are_refused():
+    assert order_of(portrait=np.arange(12) < 4).steps_per_epoch == 1
     with pytest.raises(ValueError, match=r"5 landscape and 7 portrait images fill 2 micro-batches of 4 .* 3 of a step"):
         order_of(portrait=np.arange(12) > 4)
     for group, portrait in (("portrait", PORTRAIT), ("landscape", ~PORTRAIT)):
