@@ -1,0 +1,44 @@
+"""The inputs of classification: which part of a micro-batch's place changes what."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.loader import MicroBatch
+from train.config import load_config
+from train.tasks.base import build_task
+
+CPU = torch.device("cpu")
+IMAGES = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+BATCH = MicroBatch(5, 2, torch.arange(8), np.arange(8), IMAGES, torch.ones(8, dtype=torch.bool), torch.arange(8))
+PLACES = {
+    "epoch": (BATCH, 1, 0),
+    "step": (dataclasses.replace(BATCH, step=6), 0, 0),
+    "index": (dataclasses.replace(BATCH, index=3), 0, 0),
+    "copy": (dataclasses.replace(BATCH, draws=np.arange(8) + 100), 0, 0),
+    "seed": (BATCH, 0, 1),
+}
+AUGMENTED = ["augment.mixup=0", "augment.cutmix=0", "augment.erasing=1"]
+MIXED = ["augment.mixup=0.8", "augment.cutmix=0", "augment.erasing=0"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "changing"), [(AUGMENTED, {"epoch", "copy", "seed"}), (MIXED, {"step", "index", "seed"})]
+)
+def test_augmentation_is_of_epoch_and_draw_and_mixing_of_step_and_micro_batch(tiny_config, settings, changing):
+    def inputs(batch: MicroBatch, epoch: int, seed: int) -> torch.Tensor:
+        task = build_task(load_config(tiny_config, [*settings, f"train.seed={seed}"]), [""] * 10)
+        return task.inputs(batch, epoch, CPU)[0]
+
+    reference = inputs(BATCH, 0, 0)
+    assert not torch.equal(reference, inputs(BATCH, 0, 2))
+    assert {name for name, place in PLACES.items() if not torch.equal(inputs(*place), reference)} == changing
+
+
+def test_an_image_is_augmented_in_any_company(tiny_config):
+    task = build_task(load_config(tiny_config, AUGMENTED), [""] * 10)
+    half = {name: getattr(BATCH, name)[4:] for name in ("ids", "draws", "images", "counted", "targets")}
+    found = task.inputs(dataclasses.replace(BATCH, **half), 0, CPU)
+    assert all(torch.equal(part, whole[4:]) for part, whole in zip(found, task.inputs(BATCH, 0, CPU), strict=True))
