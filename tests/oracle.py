@@ -1,13 +1,20 @@
-"""State of a run to compare with another run: the tensors of a checkpoint, and the sample ids of every step."""
+"""State of a run to compare with another run: the tensors of a checkpoint, and the sample ids of every step; and a
+step's loss by hand.
+"""
 
 import json
 from pathlib import Path
 
 import torch
 
+from data_pipeline.order import Order
+from data_pipeline.randomness import Stream, make_key
+from data_pipeline.storage import open_dataset
 from tests.runs import metrics
 from train.checkpoint.info import checkpoint_path, read_info
 from train.checkpoint.pieces import Wanted, fill, pieces_of
+from train.config import load_config
+from train.tasks.base import build_task, training_batches
 
 
 def state(
@@ -54,3 +61,24 @@ def scores(output: Path) -> dict[tuple[int, str], list[float]]:
         (line["step"], line["weights"]): [line[key] for key in ("top1", "top5", "loss", "count")]
         for line in metrics(output, "eval")
     }
+
+
+@torch.no_grad()
+def loss_by_hand(config: Path, settings: list[str], weights: dict[str, torch.Tensor], step: int) -> float:
+    """The loss of the step that follows `step` finished ones, for a model with these weights (the others are as
+    initialised) and on one rank: the micro-batches one after the other, without an engine.
+    """
+    config = load_config(config, settings)
+    manifest = open_dataset(config.data)
+    train, split = config.train, manifest.split("train")
+    order = Order(train.seed, split.samples, train.global_batch, train.micro_batch)
+    task = build_task(config, manifest.classes)
+    model = task.initial_model()
+    model.load_state_dict(model.state_dict() | weights)
+    total = 0.0
+    with training_batches(task, split, order, 0, 1, step) as batches:
+        for index in range(order.micro_batches):
+            inputs = task.inputs(next(batches), step // (split.samples // train.global_batch), torch.device("cpu"))
+            torch.manual_seed(make_key(train.seed, Stream.MODEL, step, index))
+            total += task.loss(model, inputs)["loss"].item()
+    return total / order.micro_batches
