@@ -146,7 +146,7 @@ def test_another_size_and_other_classes_from_a_published_file(tiny_config, relea
         (3, "head.weight"),
     ):
         moved = (after[f"model/{key}"] - published[key]).abs().max().item()
-        assert moved == pytest.approx(task.config.optimizer.lr * 0.25 ** (3 - layer), rel=1e-2), key
+        assert moved == pytest.approx(task.config.optimizer.lr * 0.25 ** (3 - layer), rel=1e-3), key
 
     assert job.text().count("first weights from") == 1
     assert "position tables interpolated: ape 8 x 8 -> 16 x 16" in job.text()

@@ -1,4 +1,5 @@
-"""fp32 state of networks that compute in bf16 or fp16: master weights from the beginning, and sums of gradients.
+"""fp32 state of networks that compute in bf16 or fp16: master weights from the beginning, and sums of gradients; and
+the steps of networks in fp32, which are those of a plain training loop.
 
 Each case is a real engine on one or two ranks over gloo.
 """
@@ -189,6 +190,68 @@ def test_gradients_of_micro_batches_and_ranks_are_summed_in_fp32(tiny_config, wo
     """Within 2e-6 of the fp32 mean. A sum in bf16 would differ by about 4e-3, in fp16 by 5e-4."""
     for far in on_ranks(world, gradients, tiny_config, WAYS, precision):
         assert all(distance < 2e-6 for distance in far.values()), far
+
+
+def steps(path, ways, *settings: str) -> dict:
+    """By way, the largest distances of the norms (relative), and of the weights in this rank's share, from those of a
+    plain training loop; over three steps at different rates.
+    """
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(3, MICRO_BATCHES, IMAGES, 3, 16, 16, generator=generator)
+    labels = torch.randint(10, (3, MICRO_BATCHES, IMAGES), generator=generator)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    far = {}
+    for stage, offload in ways:
+        built = build(path, stage, offload, "fp32", *settings)
+        engine, plain, options = built.engine, built.model, built.config.optimizer
+        bare = {name for name, value in plain.named_parameters() if value.ndim < 2} | plain.no_weight_decay()
+        groups = [
+            {
+                "params": [value for name, value in plain.named_parameters() if (name in bare) == without],
+                "weight_decay": 0.0 if without else options.weight_decay,
+            }
+            for without in (True, False)
+        ]
+        if options.name == "adamw":
+            optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=options.eps)
+        else:
+            optimizer = torch.optim.SGD(groups, momentum=options.momentum, nesterov=options.nesterov)
+        norms = []
+        for lr, of_step, classes in zip((0.01, 0.03, 0.002), images, labels, strict=True):
+            optimizer.zero_grad()
+            for x, y in zip(of_step, classes, strict=True):
+                (torch.nn.functional.cross_entropy(plain(x), y) / MICRO_BATCHES).backward()
+            norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), options.clip_grad)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            for index in range(rank, MICRO_BATCHES, world):
+                engine.accumulate((of_step[index], classes[index]))
+                result = engine.step(lr)
+            norms.append((norm.item(), result.grad_norm.item()))
+        named = dict(plain.named_parameters())
+        distances = [
+            (fragment.master - named[fragment.name].detach().view(-1)[fragment.start :][: fragment.numel]).abs().max()
+            for fragment in engine.fragments(everything=True)
+        ]
+        far[stage, offload] = max(abs(one / other - 1) for one, other in norms), max(distances).item()
+        engine.destroy()
+    return far
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ways", "settings"),
+    [
+        ([(0, False), (1, False), (2, True), (3, False)], ["optimizer.betas=[0.8,0.95]", "optimizer.eps=1e-3"]),
+        ([(0, False)], ["optimizer.name=sgd", "optimizer.momentum=0.8", "optimizer.nesterov=true"]),
+    ],
+)
+def test_steps_are_those_of_a_plain_training_loop(tiny_config, ways, settings):
+    """The gradient's norm is below the limit in the first step, and above it in the others."""
+    settings += ["optimizer.clip_grad=2.2", "optimizer.weight_decay=0.3"]
+    for far in on_ranks(2, steps, tiny_config, ways, *settings):
+        assert all(norm < 1e-5 and distance < 1e-6 for norm, distance in far.values()), far
 
 
 def scale_goes_on(path) -> list[float]:
