@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.augment import sample_keys
 from data_pipeline.loader import MicroBatch
+from data_pipeline.randomness import Stream, make_key
+from data_pipeline.recipe import prepare
 from train.config import load_config
 from train.tasks.base import build_task
 
@@ -35,6 +38,13 @@ def test_augmentation_is_of_epoch_and_draw_and_mixing_of_step_and_micro_batch(ti
     reference = inputs(BATCH, 0, 0)
     assert not torch.equal(reference, inputs(BATCH, 0, 2))
     assert {name for name, place in PLACES.items() if not torch.equal(inputs(*place), reference)} == changing
+
+
+def test_the_keys_of_an_input(tiny_config):
+    task = build_task(load_config(tiny_config, ["train.seed=3"]), [""] * 10)
+    keys = sample_keys(3, 1, BATCH.draws), make_key(3, Stream.MIX, 5, 2)
+    expected = prepare(IMAGES, BATCH.targets, *keys, 10, task.config.augment)
+    assert all(map(torch.equal, task.inputs(BATCH, 1, CPU), expected))
 
 
 def test_an_image_is_augmented_in_any_company(tiny_config):
