@@ -50,9 +50,9 @@ def iou(a, b) -> np.float32:
     return common / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common)
 
 
-def is_valid(places: np.ndarray) -> np.ndarray:
-    """As if the image filled only the left 96 columns of the input."""
-    return (places[:, 0] + places[:, 2]) / 2 < 95.5
+def is_valid(places: np.ndarray, columns: int = 96) -> np.ndarray:
+    """As if the image filled only the left columns of the input."""
+    return (places[:, 0] + places[:, 2]) / 2 < columns - 0.5
 
 
 def tensors(*arrays) -> list[torch.Tensor]:
@@ -119,10 +119,11 @@ def test_the_ranges_of_fcos_are_the_published_ones():
         assert (found == 0).nonzero().flatten().tolist() == levels
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_atss_learns_by_statistics(whole):
+@pytest.mark.parametrize(("whole", "columns"), [(True, 96), (False, 32)])
+def test_atss_learns_by_statistics(whole, columns):
+    """In 32 columns the last level has fewer places than a box has candidates."""
     places = anchors([8], (1.0,))
-    valid = is_valid(places)
+    valid = is_valid(places, columns)
     strides = np.array([stride for *_, stride in corners()])
     centres = (places[:, :2] + places[:, 2:]) / 2
     counts = [int((strides == stride).sum()) for stride in STRIDES]
@@ -150,7 +151,7 @@ def test_atss_learns_by_statistics(whole):
         found = by_statistics(*tensors(boxes, real, places, valid), starts).numpy()
         assert np.array_equal(found, expected)
         taken += int((found >= 0).sum())
-    assert taken > 50
+    assert taken > 30
 
 
 @pytest.mark.parametrize("rule", ["overlap", "range", "statistics"])
