@@ -5,13 +5,17 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from tests.runs import metrics, run, start
 from train.checkpoint.format import read_weights
 from train.checkpoint.info import CheckpointError, first_sound, list_checkpoints, read_info, validate
+from train.checkpoint.saver import snapshot
+from train.engine.deepspeed_engine import Fragment
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,24 @@ def finished(tiny_config, tmp_path_factory):
         world=2,
     )
     return output
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_snapshot_is_a_copy(rank):
+    """Training changes the state while it is written. Rank 0 alone writes what is whole on every rank."""
+    weights, moment, average, buffer, mean = (torch.full((2,), float(number)) for number in range(5))
+    engine = SimpleNamespace(
+        rank=rank,
+        fragments=lambda: [Fragment("layer", 6, weights, {"exp_avg": moment})],
+        whole=lambda: {"running": buffer},
+    )
+    tensors, starts = snapshot(engine, SimpleNamespace(averages=[average, mean], buffers={"running": mean}))
+    for tensor in (weights, moment, average, buffer, mean):
+        tensor.fill_(9)
+    fragments = {"model/layer": [0, 0], "exp_avg/layer": [1, 1], "ema/layer": [2, 2]}
+    whole = {"buffer/running": [3, 3], "ema_buffer/running": [4, 4]} if rank == 0 else {}
+    assert {key: tensor.tolist() for key, tensor in tensors.items()} == fragments | whole
+    assert starts == dict.fromkeys(fragments, 6)
 
 
 @pytest.mark.slow
