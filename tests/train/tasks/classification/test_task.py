@@ -1,4 +1,4 @@
-"""The inputs of classification: which part of a micro-batch's place changes what."""
+"""The inputs of classification (which part of a micro-batch's place changes what), its loss and its network."""
 
 import dataclasses
 
@@ -52,3 +52,18 @@ def test_an_image_is_augmented_in_any_company(tiny_config):
     half = {name: getattr(BATCH, name)[4:] for name in ("ids", "draws", "images", "counted", "targets")}
     found = task.inputs(dataclasses.replace(BATCH, **half), 0, CPU)
     assert all(torch.equal(part, whole[4:]) for part, whole in zip(found, task.inputs(BATCH, 0, CPU), strict=True))
+
+
+def test_the_loss_is_the_mean_cross_entropy_with_soft_targets_in_fp32(tiny_config):
+    torch.manual_seed(0)
+    logits, targets = torch.randn(8, 10).bfloat16(), torch.randn(8, 10).softmax(1)
+    loss = build_task(load_config(tiny_config), [""] * 10).loss(lambda images: logits, (None, targets))["loss"]
+    expected = -(targets.double() * logits.double().log_softmax(1)).sum(1).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_network_is_told_of_activation_checkpointing_and_kernels(tiny_config, on):
+    config = load_config(tiny_config, [f"train.activation_checkpointing={on}", f"train.kernels={on}"])
+    model = build_task(config, [""] * 10).initial_model()
+    assert {(stage.grad_checkpointing, stage.kernels) for stage in model.layers} == {(on, on)}
