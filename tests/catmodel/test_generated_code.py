@@ -168,7 +168,9 @@ def calls(graphs: list[tuple[fx.GraphModule, list]]) -> list[list[str]]:
 @pytest.mark.long
 @pytest.mark.parametrize("name", STEPS)
 def test_the_code_for_a_gpu_adds_nothing_atomically(name, interpreted):
-    for code in code_of(graphs_of(*training_step(name)), compile_settings()["options"]):
+    codes = code_of(graphs_of(*training_step(name)), compile_settings()["options"])
+    assert len(codes) == 2, "forward and backward"
+    for code in codes:
         assert "triton_poi_" in code, "there are kernels in it"
         assert "tl.atomic" not in code and "'atomic_add_found': True" not in code
 

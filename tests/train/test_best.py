@@ -138,3 +138,10 @@ def test_a_value_that_is_no_score_is_not_saved_as_one(value):
     metric = Metric("error", "error", "", "lower")
     assert Evaluation(8, {"model": Scores({"error": value}, 1)}).score(8, metric) is None
     assert Evaluation(8, {"model": Scores({"error": 0.5}, 1)}).score(8, metric) == 0.5
+
+
+@pytest.mark.parametrize(("better", "best"), [("higher", 0.6), ("lower", 0.4)])
+def test_a_score_improves_on_none_and_on_a_worse_one(better, best):
+    metric = Metric("error", "error", "", better)
+    assert metric.improves(0.5, None)
+    assert [metric.improves(value, 0.5) for value in (best, 0.5, 1 - best)] == [True, False, False]

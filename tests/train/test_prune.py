@@ -9,7 +9,7 @@ import pytest
 
 from tests.runs import events, run, start
 from tests.train.test_save_faults import SETTINGS, needs_strace, system_calls, wait_for_event
-from train.checkpoint.info import CheckpointInfo, list_checkpoints, write_manifest
+from train.checkpoint.info import CheckpointInfo, evaluated, list_checkpoints, step_of, write_manifest
 from train.checkpoint.prune import clean_up, prune
 
 
@@ -33,13 +33,14 @@ class CountKeys:
             Saver.finish = counting
 
 
-def checkpoint(folder, step: int, top1: float | None = None):
+def checkpoint(folder, step: int, score: float | None = None, better: str = "higher"):
     """A checkpoint without weights."""
     path = folder / f"step_{step:08d}"
     path.mkdir(parents=True)
     (path / "shard_00000.safetensors").write_bytes(b"")
     shards = {"shard_00000.safetensors": 64 * "0"}
-    write_manifest(path, CheckpointInfo(step, top1, "", [], {"data": {"path": ""}}, step, {}, {}, {}, 1, shards))
+    info = CheckpointInfo(step, score, "", [], {"data": {"path": ""}}, step, {}, {}, {}, 1, shards, better=better)
+    write_manifest(path, info)
     return path
 
 
@@ -47,9 +48,11 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_newest_and_the_best_stay_of_equals_the_earliest(tmp_path):
-    for step, top1 in ((1, 10.0), (2, 70.0), (3, None), (4, 70.0), (5, 60.0), (6, None), (9, 99.0)):
-        checkpoint(tmp_path, step, top1)
+@pytest.mark.parametrize(("better", "sign"), [("higher", 1), ("lower", -1)])
+def test_the_newest_and_the_best_stay_of_equals_the_earliest(tmp_path, better, sign):
+    for step, score in ((1, 10.0), (2, 70.0), (3, None), (4, 70.0), (5, 60.0), (6, None), (9, 99.0)):
+        checkpoint(tmp_path, step, None if score is None else sign * score, better)
+    assert [step_of(path) for path, _ in evaluated(tmp_path, until=6)] == [2, 4, 5, 1]
     assert prune(tmp_path, 6, 2) == []
     assert names(tmp_path) == [f"step_0000000{step}" for step in (2, 5, 6, 9)]  # 9 is not of this run
 
