@@ -58,8 +58,7 @@ def _resized(keys: np.ndarray, widths: np.ndarray, heights: np.ndarray, config: 
     low, high = config.crop_ratio
     area = (widths * heights)[:, None] * (smallest + (largest - smallest) * number[:, 0])
     ratio = np.exp(math.log(low) + (math.log(high) - math.log(low)) * number[:, 1])
-    width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-    height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (width > 0) & (width <= widths[:, None]) & (height > 0) & (height <= heights[:, None])
 
     row = np.arange(len(keys))
@@ -68,8 +67,8 @@ def _resized(keys: np.ndarray, widths: np.ndarray, heights: np.ndarray, config: 
     width, height = width[row, first], height[row, first]
 
     shape = widths / heights
-    fallback_width = np.where(shape > high, np.rint(heights * high), widths).astype(np.int64)
-    fallback_height = np.where(shape < low, np.rint(widths / low), heights).astype(np.int64)
+    fallback_width = np.where(shape > high, np.rint(heights * high), widths)
+    fallback_height = np.where(shape < low, np.rint(widths / low), heights)
     width = np.where(found, width, np.clip(fallback_width, 1, widths))
     height = np.where(found, height, np.clip(fallback_height, 1, heights))
 

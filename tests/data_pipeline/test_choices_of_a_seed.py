@@ -41,6 +41,28 @@ def test_crops_of_classification(crop, expected):
     assert training_windows(CROP_KEYS, WIDTHS, HEIGHTS, AugmentConfig(crop=crop)).tolist() == expected
 
 
+def test_crops_of_images_of_one_to_three_pixels():
+    keys = fold(make_key(0, Stream.CROP, 0), np.arange(12))
+    x, y, width, height, _ = training_windows(
+        keys, np.array([1, 2, 3] * 4), np.array([1, 1, 2, 2] * 3), AugmentConfig()
+    ).T
+    assert x.tolist() == [0, 1, 1, 0, 0, 2, 0, 1, 1, 0, 0, 1] and y.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]
+    assert width.tolist() == [1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 2, 2] and height.tolist() == [
+        1,
+        1,
+        2,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        2,
+    ]
+
+
 def test_crops_of_segmentation():
     views = ScaledCrops((256, 512), (2048, 512), (0.5, 2.0), cat_max_ratio=0.75, flip=0.5, test_scale=(2048, 512))
     shapes = views.shapes(CROP_KEYS, WIDTHS, HEIGHTS)

@@ -18,12 +18,9 @@ def sizes(count: int, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_resized_windows_lie_inside_images_of_all_sizes():
     generator = np.random.default_rng(0)
-    widths = np.concatenate([np.array([1, 1, 65535, 65535, 2, 3]), generator.integers(1, 700, 20_000)]).astype(
-        np.uint16
-    )
-    heights = np.concatenate([np.array([1, 65535, 1, 65535, 3, 2]), generator.integers(1, 700, 20_000)]).astype(
-        np.uint16
-    )
+    small, usual = generator.integers(1, 4, (2, 1000)), generator.integers(1, 700, (2, 20_000))
+    extreme = np.array([[1, 1, 65535, 65535], [1, 65535, 1, 65535]])
+    widths, heights = np.concatenate([extreme, small, usual], axis=1).astype(np.uint16)
     windows = training_windows(keys_of(len(widths)), widths, heights, AugmentConfig())
     assert windows.dtype == np.int32
     x, y, width, height, _ = windows.T
