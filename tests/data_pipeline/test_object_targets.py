@@ -205,6 +205,15 @@ def test_what_cannot_be_learnt_from_is_left_out(tmp_path):
     assert whole["inside"].tolist() == 2 * [[0, 0, 180, 120]]
 
 
+def test_what_cannot_be_learnt_from_chooses_no_place(tmp_path):
+    """Nor does the part of a box outside of its image."""
+    rows = [(70.0, 10.0, 0.5, 20.0, 10.0, 1, 0, 1), (-40.0, 10.0, 60.0, 20.0, 1200.0, 0, 0, 2)]
+    split = add_objects(write_split(tmp_path, [jpeg(picture([], 90, 60))], labels=[0]), [rows])
+    candidates = np.array([[(60, 0, 20, 60, 0), (0, 0, 12, 60, 0), (30, 0, 10, 60, 0)]], np.int32)
+    cut = ObjectTargets(split, training=True).read(np.array([0]), candidates, (60, 20))
+    assert cut.windows.tolist() == [[0, 0, 12, 60, 0]]
+
+
 @pytest.mark.parametrize(("count", "room"), [(0, 8), (8, 8), (9, 16), (16, 16), (40, 64)])
 def test_the_room_for_boxes_is_a_power_of_two(tmp_path, count, room):
     rows = [(10.0, 10.0, 20.0, 20.0, 400.0, 1, 0, number) for number in range(count)]
@@ -222,15 +231,16 @@ def test_the_first_place_that_shows_a_box_s_centre_is_chosen():
     assert choose(np.array([[40.0, 30, 60, 42]]), candidates).tolist() == [90, 0, 20, 20, 0]
     assert choose(np.zeros((0, 4)), candidates).tolist() == [90, 0, 20, 20, 0]
     assert choose(np.concatenate([one, one - [[30, 0, 30, 0]]]), candidates)[0] == 10
+    assert choose(one - [[50, 0, 50, 0]], candidates)[0] == 0  # its centre is the window's first place
 
 
 def test_boxes_are_cut_at_the_window():
-    boxes = np.array([[10.0, 10, 50, 40], [0, 0, 20.5, 12], [70, 20, 90, 60]])
+    boxes = np.array([[10.0, 10, 50, 40], [0, 0, 20.5, 12], [70, 20, 90, 60], [59, 0, 70, 11]])
     window, size = np.array([20, 10, 40, 40, 0]), np.array([90, 60])
     moved, kept = move_boxes(boxes, window, size, (80, 120))
-    assert kept.tolist() == [True, False, False] and moved[0].tolist() == [0, 0, 90, 60]
+    assert kept.tolist() == [True, False, False, True] and moved[0].tolist() == [0, 0, 90, 60]
     mirrored, kept = move_boxes(boxes, np.array([20, 10, 40, 40, 1]), size, (80, 120))
-    assert kept.tolist() == [True, False, False] and mirrored[0].tolist() == [30, 0, 120, 60]
+    assert kept.tolist() == [True, False, False, True] and mirrored[0].tolist() == [30, 0, 120, 60]
     assert mirrored.dtype == np.float32
 
 
