@@ -90,6 +90,28 @@ def test_views_of_detection(crop_scales, expected, windows):
     assert views.training(CROP_KEYS, WIDTHS, HEIGHTS, shapes.repeat(2, axis=0))[:3, -1].tolist() == windows
 
 
+@pytest.mark.parametrize(
+    ("mode", "crop_scales", "shape", "shapes", "windows"),
+    [
+        ("value", (), (800, 1344), [111456, 112480], [-47221, 0, 312553, 307889, 186]),
+        ("value", ((4200, 400), (4200, 600)), (1344, 1344), [101408, 100256], [-14254, 7542, 247077, 248679, 186]),
+        ("range", (), (800, 1344), [115200, 115936], [-45006, 0, 307654, 304255, 186]),
+        ("range", ((4200, 400), (4200, 600)), (1344, 1344), [103232, 100512], [-10864, 7587, 239854, 245054, 186]),
+    ],
+)
+def test_views_of_detection_of_many_images(mode, crop_scales, shape, shapes, windows):
+    """Sums over 100 micro-batches."""
+    random = np.random.default_rng(0)
+    keys = fold(make_key(0, Stream.CROP, 0), np.arange(400)).reshape(100, 4)
+    widths, heights = random.integers(100, 900, (2, 100, 4))
+    scales = ((1000, 480), (1333, 640), (1333, 800))
+    views = ScaledBoxes(scales, (1333, 800), mode=mode, crop_scales=crop_scales)
+    found = views.shapes(keys, widths, heights)
+    places = views.training(keys.ravel(), widths.ravel(), heights.ravel(), found.repeat(4, axis=0))
+    assert views.shape == shape
+    assert found.sum(axis=0).tolist() == shapes and places[:, -1].sum(axis=0).tolist() == windows
+
+
 def test_operations_of_randaugment():
     first, second = choose_rand_augment(KEYS, parse_rand_augment("rand-m9-mstd0.5-inc1-p0.8"))
     assert first.operations.tolist() == [-1, 7, 0, 10, 2, 10] and second.operations.tolist() == [-1, 1, 2, 1, 9, 13]
