@@ -57,6 +57,12 @@ def test_the_newest_and_the_best_stay_of_equals_the_earliest(tmp_path, better, s
     assert names(tmp_path) == [f"step_0000000{step}" for step in (2, 5, 6, 9)]  # 9 is not of this run
 
 
+def test_checkpoints_are_listed_by_their_steps(tmp_path):
+    for step in (3, 100_000_000, 99_999_999):
+        checkpoint(tmp_path, step)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [100_000_000, 99_999_999, 3]
+
+
 def test_nothing_of_a_users_is_removed(tmp_path):
     """Similar names, links, and a foreign file in a checkpoint."""
     elsewhere = checkpoint(tmp_path / "elsewhere", 1)
@@ -95,6 +101,8 @@ def test_a_run_killed_between_two_renames_has_its_checkpoint_again(tmp_path):
     checkpoint(tmp_path, 9)
     assert prune(tmp_path, 7, 1) == []
     assert names(tmp_path) == [".step_00000008.1234abcd.replaced", "step_00000009"]  # 9 has no other copy
+    os.rename(checkpoint(tmp_path / "again", 9), tmp_path / ".step_00000009.1234abcd.replaced")
+    (tmp_path / "again").rmdir()
     assert clean_up(tmp_path) == []
     assert names(tmp_path) == ["step_00000008", "step_00000009"]
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.oracle import assert_same_state, state
 from tests.runs import events, losses, run
-from train.checkpoint.info import checkpoint_path, evaluated, read_info
+from train.checkpoint.info import CheckpointInfo, checkpoint_path, evaluated, read_info, write_manifest
 
 SETTINGS = ["train.epochs=2", "checkpoint.every_steps=8", "zero.stage=1"]
 NEWER = {
@@ -41,3 +41,16 @@ def test_a_run_of_format_1_goes_on_to_the_same_bits(tiny_config, tmp_path):
     )
     assert losses(tmp_path / "old") == losses(tmp_path / "whole")
     assert_same_state(state(tmp_path / "old", 16), state(tmp_path / "whole", 16))
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("https://me:word@host/data", "https://host/data"),
+        ("ssh://user@host/data", "ssh://user@host/data"),
+    ],
+)
+def test_a_secret_in_the_datasets_address_is_not_read(tmp_path, written, read):
+    """Checkpoints from before November 2026 may have one."""
+    write_manifest(tmp_path, CheckpointInfo(1, None, "", [], {"data": {"path": written}}, 1, {}, {}, {}, 1))
+    assert read_info(tmp_path).config["data"]["path"] == read
