@@ -46,7 +46,7 @@ class Piece:
 class Wanted:
     """A request: copy elements [start, start + target.numel()) of the flattened tensor `key` into the 1-D `target`.
 
-    missing: number of elements not copied yet. found: ranges copied, as (first, end).
+    target: contiguous. missing: number of elements not copied yet. found: ranges copied, as (first, end).
     """
 
     key: str
@@ -54,11 +54,11 @@ class Wanted:
     target: Tensor
     missing: int = field(init=False)
     found: list[tuple[int, int]] = field(init=False, default_factory=list)
-    bytes: memoryview | None = field(init=False, default=None)  # the target's memory, if on the CPU and contiguous
+    bytes: memoryview | None = field(init=False, default=None)  # the target's memory, if on the CPU
 
     def __post_init__(self) -> None:
         self.missing = self.target.numel()
-        if self.target.device.type == "cpu" and self.target.is_contiguous():
+        if self.target.device.type == "cpu":
             self.bytes = _bytes_of(self.target)
 
 
@@ -200,8 +200,7 @@ def fill(shards: Iterable[Path], wanted: Iterable[Wanted]) -> None:
 def _take(shard: Shard, piece: Piece, want: Wanted, straight: list[tuple[int, memoryview]]) -> None:
     """Copy the part of `piece` that is wanted.
 
-    If the bytes can be read into the target directly (same type, contiguous, on the CPU), append the read to `straight`
-    instead.
+    If the bytes can be read into the target directly (same type, on the CPU), append the read to `straight` instead.
     """
     low, high = max(piece.start, want.start), min(piece.start + piece.numel, want.start + want.target.numel())
     if low >= high:
