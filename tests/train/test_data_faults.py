@@ -16,6 +16,7 @@ from data_pipeline.order import Order
 from tests.data_pipeline.shards import add_beton
 from tests.oracle import sorted_ids_by_step
 from tests.runs import losses, metrics, run, start, start_command
+from train.telemetry.goodput import read_lines
 
 BAD_TRAIN, BAD_VAL = (3, 77, 200), (5, 100)
 
@@ -83,6 +84,10 @@ def test_bad_samples_are_replaced_alike_on_one_and_two_ranks_and_named_once(tiny
             if event["split"] == "train":
                 assert event["id"] in order.ids(event["step"] - 1)
             assert f"sample {event['id']} of split '{event['split']}'" in event["reason"]
+        lines = list(read_lines(output / "metrics.jsonl"))
+        last = max(place for place, line in enumerate(lines) if line.get("split") == "val")
+        # At the end of the first evaluation, not with the next line of metrics: after the last one there is none.
+        assert max(line["step"] for line in lines[:last] if line["kind"] == "train") == 8
         log = (output / "train.log").read_text()
         assert log.count("sample 5 of split 'val'") == 1
         assert "It is left out of the score." in log and f"Sample {instead[min(met)]} is used instead." in log
