@@ -47,7 +47,7 @@ class Boxes:
         self.split, self.table = split, ObjectTable(split)
         self.encoded, failures = stored_in_shards(split).read(np.arange(split.samples))
         assert not failures, failures
-        self.order = GroupedOrder.of(split, 0, MICRO_BATCH, MICRO_BATCH, "full", 1)
+        self.order = GroupedOrder.of(split, 0, MICRO_BATCH, MICRO_BATCH)
         self.batches = [self.order.ids(step) for step in range(self.order.steps_per_epoch)]
         self.ids = np.concatenate(self.batches).tolist()
 

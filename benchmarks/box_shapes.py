@@ -45,7 +45,7 @@ def shapes_of(views: ScaledBoxes, sizes: np.ndarray, micro_batch: int) -> np.nda
     """(height, width) of each micro-batch of the first epoch: [micro-batches, 2]."""
     portrait = sizes[:, 0] < sizes[:, 1]
     half = len(sizes) // (2 * micro_batch) * micro_batch  # an epoch in a step or two
-    order = GroupedOrder(0, len(sizes), half, micro_batch, "full", 1, portrait=portrait)
+    order = GroupedOrder(0, len(sizes), half, micro_batch, portrait=portrait)
     keys = fold(make_key(0, Stream.CROP, 0), np.arange(len(sizes)))
     draws = [order.draws(step, range(order.micro_batches)) for step in range(order.steps_per_epoch)]
     ids = np.concatenate(draws).reshape(-1, micro_batch)

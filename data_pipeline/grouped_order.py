@@ -24,17 +24,13 @@ class GroupedOrder(Order):
     with `Order`, all is a function of (seed, step), in constant time, and does not depend on the number of ranks; five
     bytes a sample are kept in memory. A sample that cannot be read is replaced by one of its group.
 
-    Raises ValueError, also if `shuffle` is not "full" or `repeats` not 1.
+    `shuffle` and `repeats` are not used. Raises ValueError for sizes that do not fit together.
     """
 
     portrait: np.ndarray = field(kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shuffle != "full" or self.repeats != 1:
-            raise ValueError(
-                "micro-batches of one orientation (task.aspect_groups) need data.shuffle=full and data.repeats=1"
-            )
         landscape, portrait = self.groups
         for name, size in (("landscape", landscape), ("portrait", portrait)):
             if 0 < size < self.micro_batch:
@@ -50,12 +46,10 @@ class GroupedOrder(Order):
             )
 
     @classmethod
-    def of(
-        cls, split: Split, seed: int, global_batch: int, micro_batch: int, shuffle: str, repeats: int
-    ) -> "GroupedOrder":
+    def of(cls, split: Split, seed: int, global_batch: int, micro_batch: int) -> "GroupedOrder":
         """The order of a split's samples, with the sizes of its images in the index."""
         portrait = split.records["width"] < split.records["height"]
-        return cls(seed, split.samples, global_batch, micro_batch, shuffle, repeats, portrait=portrait)
+        return cls(seed, split.samples, global_batch, micro_batch, portrait=portrait)
 
     @property
     def groups(self) -> tuple[int, ...]:

@@ -116,9 +116,6 @@ def test_sizes_that_do_not_fit_are_refused():
             order_of(portrait=few if group == "portrait" else ~few)
     with pytest.raises(ValueError, match="fewer than one global_batch of 12"):
         order_of(portrait=np.ones(11, bool))
-    for options in ({"shuffle": "block"}, {"repeats": 2}):
-        with pytest.raises(ValueError, match="need data.shuffle=full and data.repeats=1"):
-            order_of(**options)
     with pytest.raises(ValueError, match="2 ranks cannot share the 3 micro-batches"):
         order_of().share(0, 2)
 

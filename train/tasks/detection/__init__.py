@@ -39,10 +39,9 @@ def order(config: "Config", split: "Split", seed: int, global_batch: int, micro_
     from data_pipeline.grouped_order import GroupedOrder
     from data_pipeline.order import Order
 
-    data = config.data
     if config.task.aspect_groups:
-        return GroupedOrder.of(split, seed, global_batch, micro_batch, data.shuffle, data.repeats)
-    return Order(seed, split.samples, global_batch, micro_batch, data.shuffle, data.repeats)
+        return GroupedOrder.of(split, seed, global_batch, micro_batch)
+    return Order(seed, split.samples, global_batch, micro_batch, config.data.shuffle, config.data.repeats)
 
 
 def report_sections(runs: Sequence) -> list:

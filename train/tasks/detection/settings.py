@@ -125,6 +125,11 @@ class Settings(TaskConfig):
 def check_config(config: "Config") -> None:
     """Raise ValueError if a setting of another section does not go with detection."""
     refuse_settings_of_classification(config, "task.scales and task.crop_scales")
+    if config.task.aspect_groups and (config.data.shuffle != "full" or config.data.repeats != 1):
+        raise ValueError(
+            "micro-batches of one orientation need data.shuffle=full and data.repeats=1: set them, or "
+            "task.aspect_groups=false"
+        )
     if config.task.frozen_stages and config.zero.stage == 3:
         raise ValueError(
             "task.frozen_stages needs zero.stage 0, 1 or 2: at stage 3 all weights are divided, to be trained"

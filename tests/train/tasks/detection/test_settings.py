@@ -34,6 +34,8 @@ MISTAKES = [
     (["task.scale=[1333,800]"], "unknown key task.scale"),
     (["task.frozen_stages=1"], "task.frozen_stages keeps first weights as they are: name a file of them"),
     (["task.frozen_stages=1", "zero.stage=3"], "task.frozen_stages needs zero.stage 0, 1 or 2"),
+    (["data.repeats=2"], "data.repeats=1: set them, or task.aspect_groups=false"),
+    (["data.shuffle=block"], "micro-batches of one orientation need data.shuffle=full"),
     (["augment.mixup=0.8"], "augment.mixup does nothing with task.name=detection"),
     (["augment.color_jitter=0.4"], "augment.color_jitter does nothing"),
     (["augment.crop=none"], "augment.crop does nothing"),
