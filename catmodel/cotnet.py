@@ -95,7 +95,7 @@ class BlurPool(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         padded = pad_border(x_BCHW, reflect=min(x_BCHW.shape[2:]) > 1)
-        return F.conv2d(padded, self.filter, stride=2, groups=x_BCHW.shape[1])
+        return F.conv2d(padded, self.filter.to(x_BCHW.dtype), stride=2, groups=x_BCHW.shape[1])
 
 
 def conv_norm(

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.catmodel.small import ARCHITECTURES, images, small
 from tests.runs import metrics, run, start_command
 from tests.train.test_families import TINY, statistics, with_model
 from train.engine.batch_norm import RunningStatistics, accept_low_precision
@@ -108,3 +109,13 @@ def test_bf16_weights_keep_fp32_statistics(alone):
     y = low.eval()(batches[0])
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), high.eval()(batches[0].float()), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_runs_with_weights_in_bf16_and_buffers_in_fp32(name):
+    model = small(name)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    accept_low_precision(model)
+    model(images(name).bfloat16()).sum().backward()
+    assert all(parameter.grad.dtype == torch.bfloat16 for parameter in model.parameters())
