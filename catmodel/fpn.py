@@ -35,7 +35,7 @@ class FPN(nn.Module):
         self.fpn_convs = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in channels)
         for i in range(extra):
             count = channels[-1] if extra_on_input and i == 0 else out_channels
-            self.fpn_convs.append(nn.Conv2d(count, out_channels, 3, stride=2, padding=1))
+            self.fpn_convs.append(nn.Conv2d(count, out_channels, 3, stride=2))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
@@ -53,5 +53,8 @@ class FPN(nn.Module):
         results = [conv(total) for conv, total in zip(self.fpn_convs, reversed(sums), strict=False)]
         for i, conv in enumerate(self.fpn_convs[len(sums) :]):
             source = maps[-1] if self.extra_on_input and i == 0 else results[-1]
-            results.append(conv(F.relu(source) if self.extra_relu and i else source))
+            # Padded here: in bf16 on a CPU, torch 2.15 does not write the gradient of weights that meet a convolution's
+            # own padding alone, as on a map of one pixel.
+            padded = F.pad(source, (1, 1, 1, 1))
+            results.append(conv(F.relu(padded) if self.extra_relu and i else padded))
         return results

@@ -10,6 +10,7 @@ from torch import Tensor
 import catmodel
 from catmodel.detection import Detector, create_detector
 from catmodel.detection.kinds import KINDS
+from catmodel.fpn import FPN
 from catmodel.pretrained import DoesNotFit
 from tests.catmodel.detection.small_detector import small_detector
 from tests.catmodel.small import ARCHITECTURES, images, jitter, small
@@ -179,6 +180,19 @@ def test_a_classifiers_weights_fill_the_backbone():
     assert sentences[1] == "fresh: norm0, norm1, norm2, norm3, neck, head"
     with pytest.raises(DoesNotFit, match="does not fit"):
         model.load_classifier(small("cotnet50").state_dict())
+
+
+def test_a_map_of_one_pixel_teaches_nothing_to_weights_that_meet_its_padding_alone():
+    """In bf16, where that gradient was once what an earlier tensor had left in memory: here NaN."""
+    neck = FPN([16], 16, extra=1).bfloat16()
+    for _ in range(5):
+        left = [torch.full((count * 16 * 16 * 9,), torch.nan, dtype=torch.bfloat16) for count in range(1, 9)]
+        del left
+        _, coarser = neck([torch.randn(3, 16, 1, 1).bfloat16()])
+        (gradient,) = torch.autograd.grad(coarser.float().sum(), neck.fpn_convs[1].weight)
+        assert gradient[:, :, 1, 1].abs().sum() > 0
+        gradient[:, :, 1, 1] = 0
+        assert (gradient == 0).all()
 
 
 def test_fcos_predicts_logarithms_in_float32():
