@@ -46,6 +46,8 @@ class Detector(Dense):
             scale = settings.anchor_scale if anchor_scale is None else anchor_scale
             self._sides = anchor_sides(scale, settings.anchor_octaves, settings.anchor_ratios)
         stages = [backbone.feature_info[i] for i in backbone.out_indices[FIRST:]]
+        if not stages:
+            raise ValueError("a detector uses the maps of all stages but the first: give depths two numbers or more")
         self.strides = tuple(stage["reduction"] for stage in stages)
         self.strides += tuple(self.strides[-1] * 2 ** (i + 1) for i in range(EXTRA))
         widths = [stage["num_chs"] for stage in stages]

@@ -216,6 +216,8 @@ def test_a_mistake_is_named():
         catmodel.create_detector("fcos", "cat_tiny", 5, head_channels=48)
     with pytest.raises(ValueError, match="did you mean 'depths'"):
         catmodel.create_detector("atss", "cat_tiny", 5, depth=(1, 1))
+    with pytest.raises(ValueError, match="all stages but the first: give depths two numbers or more"):
+        small_detector("retinanet", "cotnet50", depths=(1,))
 
 
 @every_kind
