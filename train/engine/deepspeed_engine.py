@@ -26,7 +26,7 @@ from train.engine.deepspeed_start import import_deepspeed
 from train.engine.flat_masters import FlatMasters
 from train.engine.gradients import Gradients
 from train.engine.graphs import Replayed, graphs_wanted
-from train.engine.loss_scale import LossScale
+from train.engine.loss_scale import INITIAL, LossScale
 from train.engine.optimizer import build_optimizer, initial_state
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -97,8 +97,9 @@ class Engine:
         self.gradients_here = gradients_here(config, self.world)
         self._losses, self._accumulation, self._accumulated = losses, accumulation, 0
         # Divide losses by the number of micro-batches of all ranks before anything is rounded, so that the result does
-        # not depend on the number of ranks. ZeRO 3 divides by the number of ranks itself.
-        self._divisor = accumulation if self.stage == 3 else accumulation * self.world
+        # not depend on the number of ranks. ZeRO 3 averages over the ranks itself, after the backward pass.
+        self._averaged = self.world if self.stage == 3 else 1
+        self._divisor = accumulation * self.world // self._averaged
         self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.shapes = {name: tuple(parameter.shape) for parameter, name in self.names.items()}
 
@@ -121,6 +122,7 @@ class Engine:
         self._loss_scale = LossScale(device) if fp16 and self.gradients_here else None
         if fp16 and not self.gradients_here:
             internals.keep_minimum_loss_scale(self._optimizer)
+            self.set_loss_scale_state({"cur_scale": INITIAL})
         # Batch size that the network is compiled for (another one would be compiled anew); 0 without compilation.
         self._compiled_for = config.train.micro_batch if config.train.compile else 0
         self._evaluates_as_it_is = False
@@ -318,14 +320,16 @@ class Engine:
         """State of the dynamic loss scale (fp16); empty in other precisions."""
         if self.dtype != torch.float16:
             return {}
-        return self._loss_scale.state() if self._loss_scale else internals.loss_scale_state(self._optimizer)
+        if self._loss_scale:
+            return self._loss_scale.state()
+        return internals.loss_scale_state(self._optimizer, self._averaged)
 
     def set_loss_scale_state(self, state: dict[str, float]) -> None:
         """Restore the state of the dynamic loss scale; no effect if `state` is empty or the precision is not fp16."""
         if self._loss_scale and state:
             self._loss_scale.load(state)
         elif self.dtype == torch.float16:
-            internals.set_loss_scale_state(self._optimizer, state)
+            internals.set_loss_scale_state(self._optimizer, state, self._averaged)
 
     def destroy(self) -> None:
         """Remove DeepSpeed's hooks. The model is unusable afterwards."""

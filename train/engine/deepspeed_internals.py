@@ -125,14 +125,20 @@ def keep_minimum_loss_scale(optimizer: Any) -> None:
     optimizer.loss_scaler.raise_error_at_min_scale = False
 
 
-def loss_scale_state(optimizer: Any) -> dict[str, float]:
-    return {key: getattr(optimizer.loss_scaler, key) for key in LOSS_SCALE}
+def loss_scale_state(optimizer: Any, averaged: int) -> dict[str, float]:
+    """The loss scaler's state. averaged: the number of ranks over whose gradients DeepSpeed averages, or 1.
+
+    The scale is multiplied by it, and divided when it is restored, so that gradients overflow alike on any number of
+    ranks.
+    """
+    state = {key: getattr(optimizer.loss_scaler, key) for key in LOSS_SCALE}
+    return {**state, "cur_scale": state["cur_scale"] * averaged}
 
 
-def set_loss_scale_state(optimizer: Any, state: dict[str, float]) -> None:
+def set_loss_scale_state(optimizer: Any, state: dict[str, float], averaged: int) -> None:
     """Restore the loss scaler's state. Settings among `state`, which older checkpoints contain, are ignored."""
     for key in LOSS_SCALE & state.keys():
-        setattr(optimizer.loss_scaler, key, state[key])
+        setattr(optimizer.loss_scaler, key, state[key] / averaged if key == "cur_scale" else state[key])
 
 
 def skip_shared_memory_extension() -> None:

@@ -158,10 +158,9 @@ def gradients(path, ways, precision: str) -> dict:
             "optimizer.weight_decay=0",
         )
         engine, dtype = built.engine, DTYPES[precision]
-        # The factor of an engine's loss: the loss scale divided by the number of micro-batches (at ZeRO 3, of a rank).
-        scale = engine.loss_scale_state().get("cur_scale", 1.0) / (
-            MICRO_BATCHES // world if stage == 3 else MICRO_BATCHES
-        )
+        # The factor of an engine's loss: the loss scale divided by the number of micro-batches. In bf16, which has no
+        # scale, ZeRO 3 divides by a rank's number of micro-batches.
+        scale = engine.loss_scale_state().get("cur_scale", world if stage == 3 else 1.0) / MICRO_BATCHES
         plain = built.model.to(dtype)
         sums = {name: torch.zeros(parameter.shape) for name, parameter in plain.named_parameters()}
         for x, y in zip(images, labels, strict=True):
