@@ -36,6 +36,11 @@ class ContextualAttention(nn.Module):
     def __init__(self, channels: int, key_groups: int, groups: int):
         super().__init__()
         self.groups, self.kernels, per_pixel = groups, True, channels // SHARE
+        if not per_pixel or channels % per_pixel or per_pixel % groups or channels % key_groups:
+            raise ValueError(
+                f"width gives a stage's CoT {channels} channels: they must be a multiple of {SHARE} * groups, "
+                f"{SHARE * groups}, and of key_groups, {key_groups}"
+            )
         self.key_embed = nn.Sequential(*conv_norm(channels, channels, 3, groups=key_groups), nn.ReLU(inplace=True))
         self.embed = nn.Sequential(
             *conv_norm(2 * channels, channels // 2, groups=groups),

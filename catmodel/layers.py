@@ -127,6 +127,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(channels, eps)
         self.attn = attn
         self.norm2 = nn.LayerNorm(channels, eps)
+        if channels * mlp_ratio < 1:
+            raise ValueError(f"mlp_ratio {mlp_ratio} of {channels} channels gives no hidden ones: give a larger one")
         self.mlp = Mlp(channels, int(channels * mlp_ratio))
         self.add = DropPathAdd(drop_path)
 

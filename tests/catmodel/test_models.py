@@ -7,6 +7,7 @@ Sizes and names are tested with the full models on PyTorch's meta device, everyt
 import functools
 import io
 import math
+import re
 
 import pytest
 import torch
@@ -86,6 +87,25 @@ def test_least_images_train_and_fewer_do_not(name: str):
     if least > 1:
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             model(images(name, least - 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "sentence"),
+    [
+        (
+            "cotnet50",
+            {"width": 0.1},
+            "gives a stage's CoT 6 channels: they must be a multiple of 8 * groups, 8, and of",
+        ),
+        ("cotnet50", {"width": 0.3}, "19 channels: they must be a multiple of 8 * groups, 8, and of key_groups, 4"),
+        ("cotnet50", {"groups": 3}, "16 channels: they must be a multiple of 8 * groups, 24"),
+        ("cotnet50", {"key_groups": 3}, "16 channels: they must be a multiple of 8 * groups, 8, and of key_groups, 3"),
+        ("cat_tiny", {"mlp_ratio": 0.01}, "mlp_ratio 0.01 of 32 channels gives no hidden ones"),
+    ],
+)
+def test_channels_that_cannot_be_divided_are_named(name: str, setting: dict, sentence: str):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        small(name, **setting)
 
 
 @pytest.mark.parametrize("name", RELEASED)

@@ -16,6 +16,7 @@ from data_pipeline.label_maps import LabelMaps, ignored_value
 from data_pipeline.loader import MicroBatch
 from data_pipeline.split import Split
 from data_pipeline.views import ScaledCrops
+from train.config import ConfigError
 from train.tasks.base import Model, Task, build_network, on_device, unnormalised
 from train.tasks.dense import backbone_of, is_classifier, load_classifier, load_whole, other_classes
 from train.tasks.segmentation.colours import lay_over
@@ -38,7 +39,13 @@ class Segmentation(Task):
     evaluation_settings = ()
 
     def build_model(self) -> nn.Module:
-        return build_network(self.config, catmodel.create_segmenter, self._model_settings())
+        model = build_network(self.config, catmodel.create_segmenter, self._model_settings())
+        if any(side % model.stride for side in self.config.task.crop):
+            raise ConfigError(
+                f"task.crop {list(self.config.task.crop)} must be a multiple of {model.stride}, the side of a token "
+                "(model.embed_patch_size)"
+            )
+        return model
 
     def _model_settings(self) -> dict[str, Any]:
         """Arguments of `catmodel.create_segmenter`.

@@ -160,3 +160,8 @@ def test_weights_that_do_not_fit_are_named(segment_config):
     larger = catmodel.create_segmenter("cat_tiny", 6, **{**HEAD, "neck_channels": 64}, **SMALL).state_dict()
     with pytest.raises(ConfigError, match=r"other weights than this cat_tiny with its neck and head: head.scale"):
         task.load_weights(task.initial_model(), larger, {}, "a file")
+
+
+def test_a_crop_that_tokens_do_not_divide_is_named(segment_config):
+    with pytest.raises(ConfigError, match=r"task.crop \[64, 96\] must be a multiple of 3"):
+        task_of(segment_config, "model.embed_patch_size=3").build_model()
