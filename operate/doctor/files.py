@@ -119,7 +119,7 @@ def decoding(data: DataConfig, task: Task, split: Split, rank: int) -> dict:
     views, order = task.views(), task.config.order(split, seed=rank, global_batch=1, micro_batch=1)
     # Where shapes vary, those of a run: a micro-batch has the largest height and width of its images.
     most = 64 if views.most_shapes == 1 else task.config.train.micro_batch
-    batch = min(most, max(order.groups))
+    batch = min(most, *(size for size in order.groups if size))
     order = replace(order, global_batch=batch, micro_batch=batch)
     with build_loader(data, views, split, order, task.targets(split, training=True)) as loader:
         list(islice(loader, data.prefetch + 1))  # start threads, open files

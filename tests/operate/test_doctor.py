@@ -6,8 +6,10 @@ import resource
 import signal
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
+from data_pipeline.grouped_order import GroupedOrder
 from data_pipeline.manifest import open_manifest
 from operate.doctor import files
 from operate.doctor.assess import assess
@@ -17,6 +19,7 @@ from operate.doctor.network import schedule
 from tests.runs import start_command
 from train.checkpoint.resume_point import Resume
 from train.config import ConfigError, load_config
+from train.tasks.base import build_task
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,17 @@ def test_what_a_start_would_accept_is_green(config, tiny_dataset, tmp_path, monk
     assert line in assess(findings(config, ["n1", "n2"], {0: {"config": missing}, 1: {"config": value}}))
     alone = assess(findings(config, ["n1"], {0: {"config": missing}}))
     assert [found.status for found in alone if found.check == "config"] == [YELLOW]
+
+
+def test_decoding_is_measured_where_few_images_are_portraits(tiny_config, tiny_dataset, monkeypatch):
+    """Fewer than the 64 that are decoded at a time, but enough for the run's micro-batches of 8."""
+
+    def order(config, split, *sizes):
+        return GroupedOrder(sizes[0], split.samples, *sizes[1:], portrait=np.arange(split.samples) < 9)
+
+    monkeypatch.setattr("train.tasks.classification.order", order, raising=False)
+    config, split = load_config(tiny_config), open_manifest(tiny_dataset).split("train")
+    assert files.decoding(config.data, build_task(config, [""] * 10), split, 0)["images_per_second"] > 0
 
 
 def rates(hosts: list[str], slow: dict[tuple[int, int], float]) -> dict[int, dict]:
