@@ -27,7 +27,9 @@ from train import exit_codes
 from train.checkpoint.resume_point import Resume
 from train.checks import check_start, checked_order
 from train.config import Config
+from train.engine.deepspeed_config import gradients_here
 from train.engine.estimate import checkpoint_bytes
+from train.engine.graphs import graphs_wanted
 from train.engine.network_interface import choose_interface
 from train.engine.runtime import Runtime, start_runtime
 from train.exit_codes import exit_code_of
@@ -77,7 +79,7 @@ class Checks:
     """The checks, one method each, in the order of LIMITS; each returns a dictionary that can be written as JSON."""
 
     def __init__(self, config: Config, output: Path, resume: Resume, meeting: Meeting):
-        self.settings, self.output, self.meeting = one_micro_batch(config), output, meeting
+        self.given, self.settings, self.output, self.meeting = config, one_micro_batch(config), output, meeting
         self.resume = resume
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.runtime: Runtime | None = None
@@ -106,6 +108,8 @@ class Checks:
         """What training itself checks at its start; without a dataset a part of it, and the result is empty."""
         settings = self.settings
         check_start(settings, self.meeting.rank, self.meeting.world, self.resume)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        graphs_wanted(self.given, device, gradients_here(self.given, self.meeting.world))
         if self.manifest is None:
             return {}
         steps_per_epoch = checked_order(settings, self.manifest).steps_per_epoch

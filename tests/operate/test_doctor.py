@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 
 from data_pipeline.grouped_order import GroupedOrder
 from data_pipeline.manifest import open_manifest
@@ -157,6 +158,10 @@ def config_check(config, folder, hosts: list[str], manifest) -> dict:
         ("schedule.warmup_steps=500", 2, "the warm-up takes 500 of the run's 16 steps: lower schedule.warmup_steps"),
         ("model.init_from=missing", 2, "model.init_from: there is no missing"),
         ("train.seed=1", 3, "3 ranks cannot share the 4 micro-batches"),
+        pytest.param(
+            *("train.cuda_graphs=true", 2, "train.cuda_graphs=true needs a GPU"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_what_a_start_would_refuse_is_red(tiny_config, tiny_dataset, tmp_path, monkeypatch, override, ranks, sentence):
