@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from operate.run_folder import STARTS, MetricsTail, RunLog, hangs, read_config
+from operate.run_folder import STARTS, MetricsTail, RunLog, continues_from, hangs, read_config
 from train import exit_codes
 from train.checkpoint.info import list_checkpoints
 from train.guard.run_lock import WATCH
@@ -111,7 +111,7 @@ class Progress:
     start: dict | None = None
     end: dict | None = None  # the event that ended this start
     train: dict | None = None  # the newest train line of this start
-    first: dict | None = None  # the train line from which the pace is measured
+    first: dict | None = None  # the train line from which the pace is measured; None until one follows a rollback
     step: int = 0
     time: float = 0.0  # of the newest line
     longest: float = 0.0  # seconds between two lines, after this start's first train line
@@ -119,7 +119,7 @@ class Progress:
     failed_save: dict | None = None  # the newest one, until a checkpoint is written
     slow: dict | None = None
     rollback: dict | None = None
-    skipped: list[int] = field(default_factory=list)  # steps, over all starts
+    skipped: list[int] = field(default_factory=list)  # steps, over all starts, but for those taken again
     bad_samples: int = 0  # of this start
     losses: Level = field(default_factory=lambda: Level(min))
     speeds: Level = field(default_factory=lambda: Level(max))  # of this start: another one may have other ranks
@@ -144,10 +144,11 @@ class Progress:
             self.speeds.add(line["images_per_second"])
 
     def _event(self, line: dict, event: str) -> None:
+        if (back := continues_from(line)) is not None:
+            self.skipped = [step for step in self.skipped if step <= back]
         if event in STARTS:
             self.start, self.step, self.end, self.first, self.train = line, line["step"], None, None, None
             self.bad_samples, self.longest, self.slow, self.speeds = 0, 0.0, None, Level(max)
-            self.skipped = [step for step in self.skipped if step <= line["step"]]
         elif event == "rollback":
             self.rollback, self.step, self.first = line, line["to"], None
         elif event == "checkpoint":
@@ -175,7 +176,7 @@ class Progress:
         """The mean of this start, evaluations and saves included."""
         if self.train is None:
             return None
-        steps = self.train["step"] - self.first["step"]
+        steps = self.train["step"] - self.first["step"] if self.first else 0
         return (self.train["time"] - self.first["time"]) / steps if steps > 0 else self.train["step_ms"] / 1000
 
     @property

@@ -240,6 +240,18 @@ def test_trouble_is_an_alarm_which_goes_when_it_is_over(alive, trouble, words):
     assert alarms(alive) == []
 
 
+def test_a_run_that_has_just_gone_back(alive):
+    """Until its next line, the time left is that of its newest step. Steps taken again count as not skipped."""
+    alive.start()
+    alive.train(25, seconds=2.0)
+    alive.event("skipped_step")
+    alive.event("rollback", to=20)
+    watched = Watched(alive.path)
+    assert watched.look().state == "running"
+    assert (watched.progress.step, watched.progress.seconds_left) == (20, 980 * 2.0)
+    assert watched.progress.skipped == []
+
+
 def test_silence_is_an_alarm_if_the_process_lives(alive):
     """The time since the last line is measured by the clock of the run's node alone."""
     alive.start()

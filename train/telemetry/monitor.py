@@ -114,6 +114,7 @@ class Monitor:
         self._write({"kind": "event", "event": name, "step": step, **fields})
         if self.active and name == "rollback":
             self._board.replace_from(fields["to"] + 1)
+            self._bar.update(fields["to"] - self._bar.n)
         self.say(text)
 
     def train(

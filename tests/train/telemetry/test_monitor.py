@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
 import re
 import subprocess
+import sys
 import time
 
 import pytest
@@ -138,6 +140,20 @@ def test_after_a_rollback_a_curve_has_every_step_once(tiny_config, tmp_path):
         train_line(monitor, step)
     monitor.close()
     assert curve(tmp_path) == [1, 2, 3, 4]
+
+
+def test_the_progress_bar_goes_back_too(tiny_config, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monitor = open_monitor(tmp_path, tiny_config)
+    for _ in range(5):
+        monitor.advance()
+    monitor.event("rollback", 5, "back", steps=[4, 5], to=2)
+    monitor.close()
+    assert "2/1000" in sys.stderr.getvalue().split("\r")[-1]
 
 
 def test_slow_training_is_not_shown_as_none(tiny_config, tmp_path, capsys):
