@@ -2,7 +2,9 @@
 """Decide for the batch script of launch/submit.py whether a run may start, and whether to requeue it when it has ended.
 
 A run that stopped or crashed is requeued, until --max-restarts restarts in a row have brought no new checkpoint. The
-count is kept in logs/restarts_<job>.json in the run's folder. Light: without torch.
+count is kept in logs/restarts_<job>.json in the run's folder. Messages go to stderr. stdout is for the answer: the exit
+code with which the script ends, or 0 to begin. The script does not go by the exit code of this program, which may be
+that of a Python that cannot start. Light: without torch.
 """
 
 import argparse
@@ -39,16 +41,16 @@ CAUSES = (
 class Starts:
     """Progress over a job's starts.
 
-    checkpoints: those that the last start found, as from find_checkpoints. idle: restarts in a row, the last one
-    included, that found no new one. A new one may have a smaller step than an old one that is damaged.
+    checkpoints: those that the last start found, as from find_checkpoints. since: the last restart that found a new
+    one, which may have a smaller step than an old one that is damaged.
     """
 
     checkpoints: dict[str, int]
-    idle: int
+    since: int
 
-    def next(self, checkpoints: dict[str, int]) -> "Starts":
-        """The state after one more start, which finds `checkpoints`."""
-        return Starts(checkpoints, 0 if checkpoints.items() - self.checkpoints.items() else self.idle + 1)
+    def next(self, checkpoints: dict[str, int], restart: int) -> "Starts":
+        """The state after `restart`, which finds `checkpoints`."""
+        return Starts(checkpoints, restart if checkpoints.items() - self.checkpoints.items() else self.since)
 
     @property
     def newest(self) -> str:
@@ -108,8 +110,11 @@ def final(verdict: Verdict, restarts: int) -> bool:
     )
 
 
-def decide(verdict: Verdict, after: Starts, max_restarts: int, restarts: int, job: JobState) -> tuple[bool, str]:
-    """Whether to requeue after `verdict` on start `restarts`, and why. after: the state after another start."""
+def decide(verdict: Verdict, after: Starts | None, max_restarts: int, restarts: int, job: JobState) -> tuple[bool, str]:
+    """Whether to requeue after `verdict` on start `restarts`, and why.
+
+    after: the state after another start; None if it cannot be read, and that start has to count.
+    """
     if final(verdict, restarts):
         return False, FINAL[verdict.code]
     if job.restarts != restarts:
@@ -119,7 +124,7 @@ def decide(verdict: Verdict, after: Starts, max_restarts: int, restarts: int, jo
     # end.
     if not (job.state == "RUNNING" or (job.state == "COMPLETING" and job.reason == "TimeLimit")):
         return False, f"SLURM has decided already (the job is {job.state}): it was cancelled, or will be started again"
-    if after.idle > max_restarts:
+    if after and restarts + 1 - after.since > max_restarts:
         return False, f"no newer checkpoint than {after.newest} after {max_restarts} restarts; see the ranks' logs"
     return True, "put back into the queue"
 
@@ -133,15 +138,21 @@ def begin(run: Path, max_restarts: int) -> int:
     """Count this start. Return the job's exit code if there have been too many, else 0."""
     with contextlib.suppress(StorageError, *LASTING):
         retried(_forget_verdicts, os.environ[VERDICT_FILE])
-    starts = _next_starts(run)
+    restart = _restarts()
     try:
-        retried(lambda: _write_starts(run, starts), str(_file(run)))
+        before, starts = _count(run, restart)
     except (StorageError, *LASTING) as error:
-        reason = (error.__cause__ or error).strerror
-        say(f"{_file(run)} cannot be written ({reason}): every restart counts as one without a newer checkpoint")
-        starts = replace(starts, idle=_restarts())
-    say(f"start {_restarts()} of job {_job()} on {os.environ['SLURM_JOB_NODELIST']}, from {starts.newest}")
-    if starts.idle > max_restarts:
+        before = starts = Starts({}, 0)
+        say(f"{run}'s restarts cannot be counted ({_reason(error)}): all count as ones without a newer checkpoint")
+    if starts != before:
+        try:
+            retried(lambda: _write_starts(run, starts), str(_file(run)))
+        except (StorageError, *LASTING) as error:
+            starts = replace(starts, since=before.since if before else 0)
+            rest = f"restarts after number {starts.since} count as ones without a newer checkpoint"
+            say(f"{_file(run)} cannot be written ({_reason(error)}): {rest}")
+    say(f"start {restart} of job {_job()} on {os.environ['SLURM_JOB_NODELIST']}, from {starts.newest}")
+    if restart - starts.since > max_restarts:
         why = f"no newer checkpoint than {starts.newest} after {max_restarts} restarts"
         say(f"not started: {why}; see the ranks' logs")
         return 1
@@ -154,7 +165,13 @@ def end(run: Path, max_restarts: int, code: int) -> int:
     if final(ended, _restarts()):
         say(f"{ended}: {FINAL[ended.code]}")
         return ended.code
-    after, deadline = _next_starts(run), time.monotonic() + CONTROLLER_TIMEOUT
+    after, newest = None, "checkpoints cannot be read"
+    try:
+        _, after = _count(run, _restarts() + 1)
+        newest = after.newest
+    except (StorageError, *LASTING) as error:
+        say(f"{run}'s restarts cannot be counted ({_reason(error)}): the next start counts them")
+    deadline = time.monotonic() + CONTROLLER_TIMEOUT
     while True:
         error = None
         try:
@@ -166,17 +183,18 @@ def end(run: Path, max_restarts: int, code: int) -> int:
         except (OSError, ValueError) as failed:
             error = str(failed)
         if error is None:
-            say(f"{ended}, {after.newest}: {reason}")
+            say(f"{ended}, {newest}: {reason}")
             return ended.code
         if time.monotonic() > deadline:
-            say(f"{ended}, {after.newest}: cannot be put back into the queue ({error}); submit it again")
+            say(f"{ended}, {newest}: cannot be put back into the queue ({error}); submit it again")
             return ended.code
         say(f"slurmctld does not answer, trying again ({error})")
         time.sleep(5)
 
 
 def say(sentence: str) -> None:
-    print(clock(time.time()), sentence, flush=True)
+    with contextlib.suppress(OSError):  # the job's log may be on a full disk
+        print(clock(time.time()), sentence, file=sys.stderr, flush=True)
 
 
 def _ask() -> JobState:
@@ -205,20 +223,19 @@ def _file(run: Path) -> Path:
     return run / "logs" / f"restarts_{os.environ['SLURM_JOB_ID']}.json"
 
 
-def _next_starts(run: Path) -> Starts:
-    """The state after one more start. If the disk does not answer, every restart counts as one without progress."""
-    try:
-        before = retried(lambda: _read_starts(run), str(_file(run)))
-        checkpoints = retried(lambda: find_checkpoints(run), str(run / "checkpoints"))
-    except (StorageError, *LASTING) as error:
-        reason = (error.__cause__ or error).strerror
-        say(f"{run}'s restarts cannot be counted ({reason}): every one counts as one without a newer checkpoint")
-        return Starts({}, _restarts())
-    return before.next(checkpoints) if before else Starts(checkpoints, 0)
+def _count(run: Path, restart: int) -> tuple[Starts | None, Starts]:
+    """The state that was written last, if any, and the one after `restart`. Raises StorageError or LASTING errors."""
+    before = retried(lambda: _read_starts(run), str(_file(run)))
+    checkpoints = retried(lambda: find_checkpoints(run), str(run / "checkpoints"))
+    return before, before.next(checkpoints, restart) if before else Starts(checkpoints, restart)
+
+
+def _reason(error: Exception) -> str:
+    return (error.__cause__ or error).strerror
 
 
 def _read_starts(run: Path) -> Starts | None:
-    """The state at the last start; None if there is none, or its file is not whole or of an older program."""
+    """The state that was written last; None if there is none, or its file is not whole or of an older program."""
     try:
         return Starts(**json.loads(_file(run).read_text()))
     except (FileNotFoundError, ValueError, TypeError):
@@ -251,8 +268,11 @@ def main() -> int:
     # SLURM sends SIGTERM to all processes of a job that is preempted or out of time; the decision must still be made.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if arguments.moment == "begin":
-        return begin(arguments.run, arguments.max_restarts)
-    return end(arguments.run, arguments.max_restarts, arguments.code)
+        answer = begin(arguments.run, arguments.max_restarts)
+    else:
+        answer = end(arguments.run, arguments.max_restarts, arguments.code)
+    print(answer)
+    return answer  # for scripts that were submitted before 2026-11-28
 
 
 if __name__ == "__main__":

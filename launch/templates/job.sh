@@ -21,8 +21,27 @@ export PYTHONUNBUFFERED=1
 # Prefix of the files in which the ranks report their exit codes; srun's exit code may differ from them.
 export CAT_VERDICT_FILE="$run/logs/verdict_$SLURM_JOB_ID"
 {{environment}}
+set +eu  # which the setup commands may have set: a failed command does not end this script
+
+# Return the answer of requeue.py. While it cannot run, because Python's files cannot be read, try again for a minute;
+# then requeue the job, at most $max_restarts times: another node may have them.
+ask() {
+  local answer pause job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
+  job="${job:-$SLURM_JOB_ID}"
+  for pause in 1 2 4 8 16 32 0; do
+    answer=$("$python" "$repository/launch/requeue.py" "$@" "$run" --max-restarts "$max_restarts")
+    [ -n "$answer" ] && return "$answer"
+    sleep $pause
+  done
+  echo "$repository/launch/requeue.py cannot be run by $python on $SLURMD_NODENAME (see above)"
+  if [ "${SLURM_RESTART_COUNT:-0}" -lt "$max_restarts" ] && [ "$(squeue -h -j "$job" -o %T)" = RUNNING ]; then
+    scontrol requeue "$job"
+  fi
+  return 74
+}
+
 # Count the starts. End the job after $max_restarts restarts in a row without a newer checkpoint.
-"$python" "$repository/launch/requeue.py" begin "$run" --max-restarts "$max_restarts" || exit
+ask begin || exit
 
 # With --doctor: check the nodes, until they have been fit once. If they are not fit (78), the job ends. The exit code of
 # the doctor is not reported as the run's.
@@ -32,7 +51,7 @@ if [ "$doctor" = yes ] && [ ! -e "$run/logs/fit_$SLURM_JOB_ID" ]; then
   code=$?
   [ $code -eq 78 ] && exit 78
   if [ $code -ne 0 ]; then
-    "$python" "$repository/launch/requeue.py" end "$run" --max-restarts "$max_restarts" --code "$code"
+    ask end --code "$code"
     exit
   fi
   touch "$run/logs/fit_$SLURM_JOB_ID"
@@ -45,4 +64,4 @@ code=$?
 
 # If all nodes finished, or all report bad data, failed training or bad configuration (0, 65, 70, 78), the job ends.
 # Otherwise it is requeued.
-"$python" "$repository/launch/requeue.py" end "$run" --max-restarts "$max_restarts" --code "$code"
+ask end --code "$code"

@@ -12,11 +12,12 @@ import pytest
 
 from launch.ranks import VERDICT_FILE, verdicts
 from launch.requeue import JobState, Starts, Verdict, conclude, decide, find_checkpoints
+from tests.launch.test_submit import script
 from tests.runs import ROOT
 from train.exit_codes import FAILURES, FINAL
 
 RUNNING = JobState(0, "RUNNING", "None")
-FIRST = Starts({"step_00000100": 1}, 0)
+FIRST = Starts({"step_00000100": 1}, 1)
 
 
 def of_all(code: int) -> Verdict:
@@ -92,7 +93,7 @@ def test_the_words_of_two_nodes(tmp_path):
     assert verdicts(str(path)) == {78: {0, 1}}
     word(1, "65")
     assert verdicts(str(path)) == {65: {1}, 78: {0, 1}}
-    assert begin(tmp_path, 0, 1).returncode == 0
+    assert begin(tmp_path, 0, 1).stdout == "0\n"
     assert verdicts(str(path)) == {}
 
 
@@ -128,16 +129,15 @@ def test_only_what_slurm_would_end_is_requeued(job, requeue):
 
 
 def test_restarts_without_a_newer_checkpoint_are_bounded():
-    starts = Starts({}, 0)
-    for _ in range(3):
-        starts = starts.next({})
-    assert starts.idle == 3
-    assert decide(of_all(1), starts, 3, 0, RUNNING)[0]
-    assert decide(of_all(1), starts.next({}), 3, 0, RUNNING) == (
+    starts = Starts({}, 4)
+    for restart in range(5, 8):
+        starts = starts.next({}, restart)
+    assert decide(of_all(1), starts, 3, 6, JobState(6, "RUNNING", "None"))[0]
+    assert decide(of_all(1), starts, 3, 7, JobState(7, "RUNNING", "None")) == (
         False,
         "no newer checkpoint than the beginning after 3 restarts; see the ranks' logs",
     )
-    assert starts.next({"step_00000010": 1}) == Starts({"step_00000010": 1}, 0)
+    assert starts.next({"step_00000010": 1}, 8) == Starts({"step_00000010": 1}, 8)
 
 
 def test_a_new_checkpoint_is_progress_below_a_damaged_one_too(tmp_path):
@@ -147,22 +147,31 @@ def test_a_new_checkpoint_is_progress_below_a_damaged_one_too(tmp_path):
         (folder / name).mkdir(parents=True)
     starts = Starts(find_checkpoints(tmp_path), 0)
     assert list(starts.checkpoints) == ["step_00000100"]
-    starts = starts.next(find_checkpoints(tmp_path))
-    assert (starts.idle, starts.newest) == (1, "step 100")
+    starts = starts.next(find_checkpoints(tmp_path), 1)
+    assert (starts.since, starts.newest) == (0, "step 100")
     os.utime(folder / "step_00000100", (1, 1))
     for seconds in (2, 3):
         (folder / "step_00000020").mkdir(exist_ok=True)
         os.utime(folder / "step_00000020", (seconds, seconds))
-        starts = starts.next(find_checkpoints(tmp_path))
-        assert (starts.idle, starts.newest) == (0, "step 20")
+        starts = starts.next(find_checkpoints(tmp_path), seconds)
+        assert (starts.since, starts.newest) == (seconds, "step 20")
     (folder / "step_00000100").rmdir()
-    assert starts.next(find_checkpoints(tmp_path)).idle == 1
+    assert starts.next(find_checkpoints(tmp_path), 4).since == 3
 
 
-def requeue(run: Path, restart: int, max_restarts: int, *moment: str, fault: Path | None = None):
+def requeue(
+    run: Path,
+    restart: int,
+    max_restarts: int,
+    *moment: str,
+    fault: Path | None = None,
+    lasts=False,
+    log=subprocess.PIPE,
+):
     """The command that the batch script runs when job 7 starts, and when srun has ended with an exit code.
 
-    SLURM answers that the job is running, but the first answer is empty. fault: opening this fails, once.
+    SLURM answers that the job is running, but the first answer is empty. fault: opening this fails, once, or always if
+    it `lasts`. log: its stderr.
     """
     (run / "logs").mkdir(exist_ok=True)
     commands = {
@@ -183,25 +192,41 @@ def requeue(run: Path, restart: int, max_restarts: int, *moment: str, fault: Pat
     program, count = str(ROOT / "launch" / "requeue.py"), ["--max-restarts", str(max_restarts)]
     command = [sys.executable, program, moment[0], str(run), *count, *moment[1:]]
     if fault:
-        inject = "inject=openat:error=ESTALE:when=1"
+        inject = "inject=openat:error=ESTALE" + ":when=1" * (not lasts)
         command = ["strace", "-qq", "-o", "/dev/null", "-e", "trace=openat", "-e", inject, "-P", str(fault), *command]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    return subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=log, text=True)
 
 
-def begin(run: Path, restart: int, max_restarts: int, fault: Path | None = None) -> subprocess.CompletedProcess:
-    return requeue(run, restart, max_restarts, "begin", fault=fault)
+def begin(run: Path, restart: int, max_restarts: int, **options) -> subprocess.CompletedProcess:
+    return requeue(run, restart, max_restarts, "begin", **options)
+
+
+def count(run: Path) -> dict:
+    return json.loads((run / "logs" / "restarts_7.json").read_text())
 
 
 def test_starts_are_counted(tmp_path):
-    assert [begin(tmp_path, restart, 1).returncode for restart in range(3)] == [0, 0, 1]
-    assert json.loads((tmp_path / "logs" / "restarts_7.json").read_text()) == {"checkpoints": {}, "idle": 2}
+    assert [begin(tmp_path, restart, 1).stdout for restart in range(3)] == ["0\n", "0\n", "1\n"]
+    assert count(tmp_path) == {"checkpoints": {}, "since": 0}
 
 
-def test_where_the_counter_cannot_be_written_every_restart_counts(tmp_path):
+def test_where_the_counter_cannot_be_written_restarts_count_from_what_it_says(tmp_path):
+    """Where it says nothing, from the first one on."""
     (tmp_path / "logs" / "restarts_7.tmp").mkdir(parents=True)
-    assert begin(tmp_path, 3, 3).returncode == 0
+    assert begin(tmp_path, 3, 3).stdout == "0\n"
     result = begin(tmp_path, 3, 2)
-    assert result.returncode == 1 and "cannot be written" in result.stdout and "not started" in result.stdout
+    assert result.stdout == "1\n" and "cannot be written" in result.stderr and "not started" in result.stderr
+    (tmp_path / "logs" / "restarts_7.json").write_text('{"checkpoints": {}, "since": 20}')
+    (tmp_path / "checkpoints" / "step_00000004").mkdir(parents=True)
+    assert [begin(tmp_path, restart, 2).stdout for restart in (21, 22, 23)] == ["0\n", "0\n", "1\n"]
+
+
+def test_a_full_disk_under_the_jobs_log_ends_no_job(tmp_path):
+    with open("/dev/full", "w") as full:
+        assert begin(tmp_path, 0, 1, log=full).stdout == "0\n"
+        (tmp_path / "asked").touch()
+        assert requeue(tmp_path, 0, 1, "end", "--code=74", log=full).stdout == "74\n"
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="making system calls fail needs strace")
@@ -209,13 +234,22 @@ def test_where_the_counter_cannot_be_written_every_restart_counts(tmp_path):
 def test_a_fault_of_the_file_system_that_passes_ends_no_job(tmp_path, name):
     """At the start, and when the job is to be requeued; nor does an empty answer of squeue's."""
     (tmp_path / "checkpoints" / "step_00000004").mkdir(parents=True)
-    assert begin(tmp_path, 0, 1).returncode == 0
+    assert begin(tmp_path, 0, 1).stdout == "0\n"
     result = begin(tmp_path, 1, 1, fault=tmp_path / name)
-    assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "logs" / "restarts_7.json").read_text())["idle"] == 1
+    assert result.stdout == "0\n", result.stderr
+    assert count(tmp_path)["since"] == 0
     (tmp_path / "checkpoints" / "step_00000008").mkdir()
     result = requeue(tmp_path, 1, 1, "end", "--code=137", fault=tmp_path / name)
-    assert result.returncode == 137 and "squeue answered ''" in result.stdout, result.stderr
+    assert result.stdout == "137\n" and "squeue answered ''" in result.stderr, result.stderr
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("strace") is None, reason="making system calls fail needs strace")
+def test_where_nothing_can_be_counted_at_the_end_the_next_start_counts(tmp_path):
+    """A run that has restarted often, as one that is preempted does, survives that its folder cannot be read."""
+    result = requeue(tmp_path, 20, 1, "end", "--code=74", fault=tmp_path / "checkpoints", lasts=True)
+    assert "exit code 74, checkpoints cannot be read: put back into the queue" in result.stderr
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
@@ -224,4 +258,52 @@ def test_a_count_that_cannot_be_read_ends_no_job(tmp_path, text):
     """An empty file, as a node that lost its power may leave it; and a folder in the file's place."""
     path = tmp_path / "logs" / "restarts_7.json"
     path.mkdir(parents=True) if text is None else (path.parent.mkdir(), path.write_text(text))
-    assert begin(tmp_path, 1, 1).returncode == 0
+    assert begin(tmp_path, 1, 1).stdout == "0\n"
+
+
+def batch(config: Path, run: Path, restart: int, fails: str, setup: str = "") -> tuple[int, str, list[str]]:
+    """Run the batch script of submit.py, with a SLURM of which only the job's own state is asked.
+
+    fails: when Python cannot run requeue.py, as a condition of the shell, in which $n is how often it was tried.
+    Returns the exit code, what the script said, and the commands that it gave to SLURM.
+    """
+    folder = run / "bin"
+    folder.mkdir(parents=True)
+    (folder / "setup").write_text(setup)
+    programs = {
+        "python": f'n=$(wc -l < {run}/tries); echo >> {run}/tries; {fails} && exit 1; exec {sys.executable} "$@"',
+        "srun": f"echo srun >> {run}/slurm; exit 137",
+        "scontrol": f'echo "$@" >> {run}/slurm',
+        "squeue": f"case $* in *%T*) echo RUNNING;; *) echo '{restart}|RUNNING|None';; esac",
+        "sleep": "",
+    }
+    for name, command in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{command}\n")
+        (folder / name).chmod(0o755)
+    for name in ("tries", "slurm"):
+        (run / name).touch()
+    text = script(config, "--output", str(run), "--max-restarts=1", "--setup", str(folder / "setup"))
+    (run / "logs").mkdir()
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "SLURMD_NODENAME": "n1"}
+    environment = {**os.environ, **job, "SLURM_RESTART_COUNT": str(restart)}
+    environment["PATH"] = f"{folder}:{os.environ['PATH']}"
+    text = re.sub("(?m)^python=.*$", f"python={folder}/python", text)
+    result = subprocess.run(["bash", "-s"], input=text, env=environment, capture_output=True, text=True)
+    return result.returncode, result.stdout + result.stderr, (run / "slurm").read_text().splitlines()
+
+
+def test_a_python_that_cannot_start_for_a_while_ends_no_job(tiny_config, tmp_path):
+    code, said, slurm = batch(tiny_config, tmp_path, 0, "[ $n -eq 0 -o $n -eq 2 ]")
+    assert (code, slurm) == (137, ["srun", "requeue 7"]), said
+
+
+@pytest.mark.parametrize(("restart", "slurm"), [(0, ["requeue 7"]), (1, [])])
+def test_a_python_that_cannot_start_leads_to_another_start(tiny_config, tmp_path, restart, slurm):
+    """It may get another node. At most --max-restarts times."""
+    code, said, commands = batch(tiny_config, tmp_path, restart, "true")
+    assert (code, commands) == (74, slurm) and "launch/requeue.py cannot be run by " in said
+
+
+def test_strict_setup_commands_do_not_end_the_script(tiny_config, tmp_path):
+    code, said, slurm = batch(tiny_config, tmp_path, 0, "false", setup="set -euo pipefail\n")
+    assert (code, slurm) == (137, ["srun", "requeue 7"]), said
