@@ -24,8 +24,8 @@ def run(
     environment's variables RANK and WORLD_SIZE, as torchrun and deepspeed set them; without them this process is the
     only one. Stop signals (TERM, USR1, INT) end the run with a checkpoint.
 
-    Raises ConfigError, DataError, StorageError, Unavailable, TrainingFailed, NotSaved or Stopped, each with an
-    `exit_code`.
+    Raises ConfigError, DataError, StorageError, Unavailable, TrainingFailed, StateLost, NotSaved or Stopped, each with
+    an `exit_code`.
     """
     from train.guard.signals import stop_signals
 

@@ -23,7 +23,7 @@ from train.engine.prefetch import Prefetcher
 from train.engine.runtime import leave_after, stop_runtime
 from train.engine.schedule import learning_rate
 from train.evaluator import AskedToStop
-from train.guard.errors import REMEDY, NotSaved, Stopped, TrainingFailed
+from train.guard.errors import NotSaved, StateLost, Stopped, TrainingFailed, no_way_back
 from train.guard.guard import Guard, StopRequest
 from train.guard.run_lock import RunLock
 from train.run_parts import RunParts
@@ -34,15 +34,15 @@ from train.telemetry.monitor import Clock
 def train(config: Config, manifest: Manifest, order: Order, output: Path, lock: RunLock | None, resume: Resume) -> None:
     """Train `config` in the folder `output` to the end of the run, or to `train.max_steps`; every rank calls this.
 
-    lock: rank 0's, of `output`. Raises ConfigError, DataError, StorageError, Unavailable, TrainingFailed, NotSaved or
-    Stopped.
+    lock: rank 0's, of `output`. Raises ConfigError, DataError, StorageError, Unavailable, TrainingFailed, StateLost,
+    NotSaved or Stopped.
     """
     guard = Guard(config.guard, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), output / "stacks")
     try:
         run = Run(config, manifest, order, output, lock, guard, resume)
         try:
             run.go()
-        except (DataError, StorageError, TrainingFailed, NotSaved) as error:
+        except (DataError, StorageError, TrainingFailed, StateLost, NotSaved) as error:
             run.saver.wait_and_report(run.monitor)
             run.monitor.event("failed", run.saver.begun, str(error), code=error.exit_code)
             raise
@@ -161,7 +161,7 @@ class Run(RunParts):
         self.saver.finish(self.monitor)
         restored = restore(self.resume.of_own(), self.config, self.manifest, self.order, self.engine, self.ema)
         if restored.path is None:
-            raise TrainingFailed(f"{why}, and there is no checkpoint to go back to; {REMEDY}")
+            raise no_way_back(why, self.saver.state_is_finite())
         self.saver.go_back(restored.step, restored.best)
         self.evaluation = Evaluation()
         self.monitor.event("rollback", reached, f"{why}: back to {restored.path}", steps=steps, to=restored.step)

@@ -141,6 +141,20 @@ def test_fp16_that_does_not_recover_is_the_guards_to_end(tiny_config, tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [("model", "steps 5 to 7 had no finite gradient"), ("ema", "the state after step 8 was not finite")],
+)
+def test_a_state_that_is_lost_before_the_first_checkpoint(tiny_config, tmp_path, what, why):
+    """Another start may help, as after a memory fault: that is no final code."""
+    settings = ["checkpoint.every_steps=8", "guard.max_skipped=3", "train.evaluate_every=0", "train.max_steps=8"]
+    job = start(tiny_config, tmp_path, *settings, world=2, before=FlipBits(1, 3, what))
+    assert job.wait() == [1, 1]
+    assert f"error: {why}, and there is no checkpoint to go back to: start again, from the beginning" in job.text()
+    assert [line["code"] for line in events(tmp_path, "failed")] == [1]
+
+
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_never_saved(tiny_config, tmp_path):
     """A weight becomes NaN after step 7: the save at 10 refuses it, the run goes back to 5 and ends as without it."""
     settings = ["checkpoint.every_steps=5", "guard.max_skipped=4", "train.evaluate_every=0"]

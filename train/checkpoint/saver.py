@@ -107,6 +107,13 @@ class Saver:
         """
         return self._as_rank_0(score is not None and self.metric.improves(score, self.best))
 
+    def state_is_finite(self) -> bool:
+        """Whether every number that a save would write is finite, on all ranks. All ranks call this."""
+        tensors, _ = snapshot(self.engine, self.ema)
+        answer = torch.tensor(_not_finite(tensors) is None, dtype=torch.uint8, device=self.engine.device)
+        dist.all_reduce(answer, dist.ReduceOp.MIN)
+        return bool(answer)
+
     def save(self, step: int, score: float | None, monitor: Monitor) -> None:
         """Take a snapshot of the state after `step` steps, and start writing it. All ranks call this at the same step.
 
@@ -242,9 +249,8 @@ class Saver:
 
     def _write(self, folder: Path, tensors: dict[str, Tensor], starts: dict[str, int]) -> str:
         """Write this rank's shard; returns "ok", its name and its hash. Raises ValueError if a number is not finite."""
-        for key, tensor in tensors.items():
-            if not np.isfinite(tensor.float().numpy()).all():  # much faster than torch's isfinite
-                raise ValueError(f"{key} {NOT_FINITE}")
+        if key := _not_finite(tensors):
+            raise ValueError(f"{key} {NOT_FINITE}")
         folder.mkdir(parents=True, exist_ok=True)
         name = f"shard_{self.engine.rank:05d}.safetensors"
         return f"ok {name} {write_shard(folder / name, tensors, starts)}"
@@ -296,6 +302,12 @@ def snapshot(engine: Engine, ema: Ema | None) -> tuple[dict[str, Tensor], dict[s
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()
     return copies, starts
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The first one with a number that is not finite."""
+    # NumPy's isfinite is much faster than torch's.
+    return next((key for key, tensor in tensors.items() if not np.isfinite(tensor.float().numpy()).all()), None)
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

@@ -11,6 +11,12 @@ class TrainingFailed(Exception):
     exit_code = exit_codes.FAILED
 
 
+class StateLost(Exception):
+    """The state is not finite, as after a memory fault, and there is no checkpoint yet. Another start begins anew."""
+
+    exit_code = exit_codes.CRASHED
+
+
 class NotSaved(Exception):
     """The run is over, but its last checkpoint could not be written."""
 
@@ -24,3 +30,11 @@ class Stopped(Exception):
     """The run was stopped by a signal. Started again, it continues."""
 
     exit_code = exit_codes.STOPPED
+
+
+def no_way_back(why: str, state_is_finite: bool) -> TrainingFailed | StateLost:
+    """The error to raise if the run must go back, and has no checkpoint."""
+    why += ", and there is no checkpoint to go back to"
+    if state_is_finite:
+        return TrainingFailed(f"{why}; {REMEDY}")
+    return StateLost(f"{why}: start again, from the beginning; if it ends like this again, {REMEDY}")
