@@ -181,7 +181,7 @@ def _sbatch_options(arguments: argparse.Namespace, config, cores: int) -> list[s
                 f"--sbatch={option} is not an option of sbatch in its long form, such as --sbatch=--constraint=a100"
             )
         lines.append(_word("--sbatch", option))
-    return [*lines, "--requeue", "--open-mode=append"]
+    return [*lines, "--requeue"]
 
 
 def check_run(config, world: int, job: BatchJob) -> None:
@@ -200,8 +200,8 @@ def check_run(config, world: int, job: BatchJob) -> None:
 def sbatch_command(job: BatchJob, script: Path) -> list[str]:
     """The sbatch command. Values that may need quoting are given here, because lines of the script cannot be quoted."""
     here = _printable("the working directory", os.getcwd())
-    log = f"{job.run}/seed_%a/logs/job_%A_%a.log" if job.seeds else f"{job.run}/logs/job_%j.log"
-    return ["sbatch", "--parsable", f"--job-name={job.name}", f"--chdir={here}", f"--output={log}", str(script)]
+    options = [f"--job-name={job.name}", f"--chdir={here}", "--output=/dev/null"]  # the script opens its log itself
+    return ["sbatch", "--parsable", *options, str(script)]
 
 
 def render(job: BatchJob, command: list[str]) -> str:

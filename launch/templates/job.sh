@@ -15,6 +15,39 @@ arguments=(--config {{config}} --output "$run"{{arguments}})
 max_restarts={{max_restarts}}
 doctor={{doctor}}
 
+job=$SLURM_JOB_ID
+[ -n "$SLURM_ARRAY_JOB_ID" ] && job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+
+# Run a command until it succeeds, for a minute. If it does not, requeue the job, at most $max_restarts times: the files
+# may come back, and another node may have them. The job's comment, which needs none of them, says how often and why.
+insist() {
+  for pause in 1 2 4 8 16 32 0; do
+    "$@" && return
+    sleep $pause
+  done
+  read -r state comment <<< "$(squeue -h -j "$job" -o "%T %k")"
+  [[ $comment =~ ^failed\ starts:\ ([0-9]+) ]]
+  failed=$((BASH_REMATCH[1] + 1))
+  comment="failed starts: $failed, the last on $SLURMD_NODENAME: the log, Python or the repository cannot be used"
+  echo "$comment (see above)"
+  scontrol update JobId="$job" Comment="$comment"
+  [ "$state" = RUNNING ] && [ "$failed" -le "$max_restarts" ] && scontrol requeue "$job"
+  exit 74
+}
+
+# SLURM would end a job for good if it had to open this file itself and could not.
+open_log() {
+  exec >> "$run/logs/job_$job.log" 2>&1
+}
+
+# Run requeue.py. Only a Python that could start gives an answer.
+ask() {
+  answer=$("$python" "$repository/launch/requeue.py" "$1" "$run" --max-restarts "$max_restarts" "${@:2}")
+  [ -n "$answer" ]
+}
+
+insist open_log
+
 # These may be set in the submitting shell; the ranks take their place from SLURM's variables (launch/ranks.py).
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 export PYTHONUNBUFFERED=1
@@ -23,25 +56,9 @@ export CAT_VERDICT_FILE="$run/logs/verdict_$SLURM_JOB_ID"
 {{environment}}
 set +eu  # which the setup commands may have set: a failed command does not end this script
 
-# Return the answer of requeue.py. While it cannot run, because Python's files cannot be read, try again for a minute;
-# then requeue the job, at most $max_restarts times: another node may have them.
-ask() {
-  local answer pause job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
-  job="${job:-$SLURM_JOB_ID}"
-  for pause in 1 2 4 8 16 32 0; do
-    answer=$("$python" "$repository/launch/requeue.py" "$@" "$run" --max-restarts "$max_restarts")
-    [ -n "$answer" ] && return "$answer"
-    sleep $pause
-  done
-  echo "$repository/launch/requeue.py cannot be run by $python on $SLURMD_NODENAME (see above)"
-  if [ "${SLURM_RESTART_COUNT:-0}" -lt "$max_restarts" ] && [ "$(squeue -h -j "$job" -o %T)" = RUNNING ]; then
-    scontrol requeue "$job"
-  fi
-  return 74
-}
-
 # Count the starts. End the job after $max_restarts restarts in a row without a newer checkpoint.
-ask begin || exit
+insist ask begin
+[ "$answer" -eq 0 ] || exit "$answer"
 
 # With --doctor: check the nodes, until they have been fit once. If they are not fit (78), the job ends. The exit code of
 # the doctor is not reported as the run's.
@@ -51,8 +68,8 @@ if [ "$doctor" = yes ] && [ ! -e "$run/logs/fit_$SLURM_JOB_ID" ]; then
   code=$?
   [ $code -eq 78 ] && exit 78
   if [ $code -ne 0 ]; then
-    ask end --code "$code"
-    exit
+    insist ask end --code "$code"
+    exit "$answer"
   fi
   touch "$run/logs/fit_$SLURM_JOB_ID"
 fi
@@ -64,4 +81,5 @@ code=$?
 
 # If all nodes finished, or all report bad data, failed training or bad configuration (0, 65, 70, 78), the job ends.
 # Otherwise it is requeued.
-ask end --code "$code"
+insist ask end --code "$code"
+exit "$answer"

@@ -261,11 +261,14 @@ def test_a_count_that_cannot_be_read_ends_no_job(tmp_path, text):
     assert begin(tmp_path, 1, 1).stdout == "0\n"
 
 
-def batch(config: Path, run: Path, restart: int, fails: str, setup: str = "") -> tuple[int, str, list[str]]:
+def batch(
+    config: Path, run: Path, fails: str, setup: str = "", logs=True, state: str = ""
+) -> tuple[int, str, list[str]]:
     """Run the batch script of submit.py, with a SLURM of which only the job's own state is asked.
 
-    fails: when Python cannot run requeue.py, as a condition of the shell, in which $n is how often it was tried.
-    Returns the exit code, what the script said, and the commands that it gave to SLURM.
+    fails: when Python cannot run requeue.py, as a condition of the shell, in which $n is how often it was tried. logs:
+    whether the run's folder is there. state: the job's, and its comment. Returns the exit code, what the script said,
+    and the commands that SLURM got.
     """
     folder = run / "bin"
     folder.mkdir(parents=True)
@@ -274,7 +277,7 @@ def batch(config: Path, run: Path, restart: int, fails: str, setup: str = "") ->
         "python": f'n=$(wc -l < {run}/tries); echo >> {run}/tries; {fails} && exit 1; exec {sys.executable} "$@"',
         "srun": f"echo srun >> {run}/slurm; exit 137",
         "scontrol": f'echo "$@" >> {run}/slurm',
-        "squeue": f"case $* in *%T*) echo RUNNING;; *) echo '{restart}|RUNNING|None';; esac",
+        "squeue": f"case $* in *%T*) echo '{state}';; *) echo '0|RUNNING|None';; esac",
         "sleep": "",
     }
     for name, command in programs.items():
@@ -283,27 +286,35 @@ def batch(config: Path, run: Path, restart: int, fails: str, setup: str = "") ->
     for name in ("tries", "slurm"):
         (run / name).touch()
     text = script(config, "--output", str(run), "--max-restarts=1", "--setup", str(folder / "setup"))
-    (run / "logs").mkdir()
+    if logs:
+        (run / "logs").mkdir()
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "SLURMD_NODENAME": "n1"}
-    environment = {**os.environ, **job, "SLURM_RESTART_COUNT": str(restart)}
+    environment = {**os.environ, **job, "SLURM_RESTART_COUNT": "0"}
     environment["PATH"] = f"{folder}:{os.environ['PATH']}"
     text = re.sub("(?m)^python=.*$", f"python={folder}/python", text)
     result = subprocess.run(["bash", "-s"], input=text, env=environment, capture_output=True, text=True)
-    return result.returncode, result.stdout + result.stderr, (run / "slurm").read_text().splitlines()
+    log = run / "logs" / "job_7.log"
+    said = log.read_text() if logs else result.stdout + result.stderr
+    return result.returncode, said, (run / "slurm").read_text().splitlines()
 
 
 def test_a_python_that_cannot_start_for_a_while_ends_no_job(tiny_config, tmp_path):
-    code, said, slurm = batch(tiny_config, tmp_path, 0, "[ $n -eq 0 -o $n -eq 2 ]")
+    code, said, slurm = batch(tiny_config, tmp_path, "[ $n -eq 0 -o $n -eq 2 ]")
     assert (code, slurm) == (137, ["srun", "requeue 7"]), said
 
 
-@pytest.mark.parametrize(("restart", "slurm"), [(0, ["requeue 7"]), (1, [])])
-def test_a_python_that_cannot_start_leads_to_another_start(tiny_config, tmp_path, restart, slurm):
-    """It may get another node. At most --max-restarts times."""
-    code, said, commands = batch(tiny_config, tmp_path, restart, "true")
-    assert (code, commands) == (74, slurm) and "launch/requeue.py cannot be run by " in said
+@pytest.mark.parametrize("logs", [True, False])
+@pytest.mark.parametrize(
+    ("state", "failed", "requeued"),
+    [("RUNNING (null)", 1, ["requeue 7"]), ("RUNNING failed starts: 1, …", 2, []), ("COMPLETING (null)", 1, [])],
+)
+def test_a_node_without_the_files_leads_to_another_start(tiny_config, tmp_path, logs, state, failed, requeued):
+    """Those of Python, or the run's folder. At most --max-restarts times, and not if the job was cancelled."""
+    code, said, slurm = batch(tiny_config, tmp_path, "true", logs=logs, state=state)
+    why = f"failed starts: {failed}, the last on n1: the log, Python or the repository cannot be used"
+    assert (code, slurm) == (74, [f"update JobId=7 Comment={why}", *requeued]) and why in said
 
 
 def test_strict_setup_commands_do_not_end_the_script(tiny_config, tmp_path):
-    code, said, slurm = batch(tiny_config, tmp_path, 0, "false", setup="set -euo pipefail\n")
+    code, said, slurm = batch(tiny_config, tmp_path, "false", setup="set -euo pipefail\n")
     assert (code, slurm) == (137, ["srun", "requeue 7"]), said

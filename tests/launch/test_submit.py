@@ -53,7 +53,7 @@ def test_the_options_of_a_job(tiny_config, tmp_path):
             "--time=1-12:00:00",
         ),
         *("--partition=gpu,big", "--account=vision", "--qos=high", "--constraint=a100&nvlink"),
-        *("--signal=USR1@76", "--requeue", "--open-mode=append"),  # 45.5 s of grace, and 30
+        *("--signal=USR1@76", "--requeue"),  # 45.5 s of grace, and 30
     }
     assert "srun --kill-on-bad-exit=1 --open-mode=append" in text and "--cpus-per-task=12 " in text
     assert not (tmp_path / "run").exists()
@@ -107,7 +107,7 @@ def test_the_command_in_the_script_is_the_one_that_submits_it(tiny_config, tmp_p
     text = script(tiny_config, "--output", str(tmp_path / "a run"), "--seeds=0-2%2", "--job-name=my run")
     assert (
         f"sbatch --parsable '--job-name=my run' --chdir={os.getcwd()} "
-        f"'--output={tmp_path}/a run/seed_%a/logs/job_%A_%a.log'" in text
+        f"--output=/dev/null '{tmp_path}/a run/submitted/" in text
     )
     assert "#SBATCH --array=0-2%2" in text and 'train.seed="$SLURM_ARRAY_TASK_ID"' in text
 
