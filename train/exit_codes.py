@@ -28,6 +28,7 @@ FAILURES = (
     Failure("bad data: samples that cannot be read, an incomplete dataset", "every node", (BAD_DATA,), False),
     Failure("a port is in use", "rank 0", (UNAVAILABLE,), True),
     Failure("out of memory", "any rank", (UNAVAILABLE,), True),
+    Failure("a node's GPUs cannot be used", "any rank", (UNAVAILABLE,), True),
     Failure("training failed: gradients that are not finite", "every node", (FAILED,), False),
     Failure("a rank hangs, or ranks do not find each other", "any rank", (HUNG,), True),
     Failure(

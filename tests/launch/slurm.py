@@ -92,7 +92,8 @@ class Cluster:
     def __init__(self, folder: Path, cpus: int = 2):
         self.folder, self.cpus, self.gpus = folder, cpus, min(cpus, 8)
         folder.mkdir(parents=True)
-        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
+        own = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path(), "DS_ACCELERATOR": "cpu"}
+        self.environment = {**os.environ, **own}
         self._unshare = subprocess.Popen(
             [
                 "unshare",

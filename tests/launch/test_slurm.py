@@ -223,6 +223,13 @@ def test_a_cache_folder_that_cannot_be_used(cluster, tiny_config, tmp_path, spoi
         ).read_text() and "exit code 78: bad configuration" in log(output)
 
 
+def test_gpus_that_cannot_be_used(cluster, tiny_config, tmp_path):
+    """Nobody trains on a CPU unnoticed, where SLURM has given the job GPUs."""
+    start = ["env", "-u", "DS_ACCELERATOR", "srun", "--gpus-per-node=1", *TRAIN, "train.max_steps=1"]
+    result = cluster.execute(*start, "--config", str(tiny_config), "--output", str(tmp_path / "run"))
+    assert result.returncode == 69 and "error: SLURM gave this job GPUs of n1, and PyTorch cannot" in result.stderr
+
+
 @pytest.mark.parametrize("program", ["train", pytest.param("doctor", marks=pytest.mark.long)])
 def test_nodes_whose_own_names_lead_to_loopback(cluster, tiny_config, tmp_path, program):
     """Ubuntu's "127.0.1.1 hostname": gloo would choose loopback, where other nodes cannot connect."""

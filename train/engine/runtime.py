@@ -65,7 +65,7 @@ def start_runtime(patience: float = PATIENCE) -> Runtime:
     """Join the process group and choose the device.
 
     Ranks are started by deepspeed, torchrun or srun; without a launcher this process is the only rank. patience:
-    timeout of a collective in seconds. Raises Unavailable if MASTER_PORT is in use.
+    timeout of a collective in seconds. Raises Unavailable if MASTER_PORT is in use, or SLURM's GPUs cannot be used.
     """
     allow_open_files()
     if "RANK" not in os.environ:
@@ -82,6 +82,13 @@ def start_runtime(patience: float = PATIENCE) -> Runtime:
         torch.cuda.set_stream(torch.cuda.Stream(device))
         # Some of cuDNN's convolutions sum gradients in an order that varies; what they cost has not been measured.
         torch.backends.cudnn.deterministic = True
+    elif int(os.environ.get("SLURM_GPUS_ON_NODE", 0)) and os.environ.get("DS_ACCELERATOR") != "cpu":
+        node = socket.gethostname()
+        raise Unavailable(
+            f"SLURM gave this job GPUs of {node}, and PyTorch cannot use them: see nvidia-smi and python -m "
+            f"torch.utils.collect_env there, or leave the node out with --sbatch=--exclude={node}. To train on CPUs, "
+            "set DS_ACCELERATOR=cpu"
+        )
     else:
         device = torch.device("cpu")
     choose_interface()
