@@ -37,10 +37,10 @@ assert signal.getsignal(signal.SIGINT) == before
 SignalIn(0, signal.SIGINT, "step", 2)(0)
 SignalIn(0, signal.SIGINT, "save", 1)(0)
 try:
-    train.run({config!r}, [*settings, "train.max_steps=90", "guard.grace=1"], output={output!r} + "-interrupted")
+    train.run({config!r}, [*settings, "train.max_steps=90", "guard.grace=4"], output={output!r} + "-interrupted")
 except KeyboardInterrupt:
     print("interrupted")
-    time.sleep(3)  # longer than the grace that the first one had
+    time.sleep(6)  # longer than the grace that the first one had
 
 import gc
 import torch
