@@ -8,8 +8,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
 from tests.launch.test_commands import long, run_all
 from tests.runs import ROOT, metrics
 
@@ -56,7 +54,6 @@ def written(folder: Path) -> list[str]:
 
 
 @long
-@pytest.mark.timeout(1200)
 def test_from_drawn_scenes_to_masks(tmp_path):
     names = ("segmentation.md", "segment_quickstart", "segmentation/cat_s_80k")
     assert follow(*names, "datasets/segments-images", "images/val", tmp_path)["miou"] > 90
@@ -66,7 +63,6 @@ def test_from_drawn_scenes_to_masks(tmp_path):
 
 
 @long
-@pytest.mark.timeout(1800)
 def test_from_drawn_scenes_to_boxes(tmp_path):
     names = ("detection.md", "detect_quickstart", "detection/retinanet_cat_s_1x")
     assert follow(*names, "datasets/boxes-images", "val", tmp_path)["ap50"] > 90
