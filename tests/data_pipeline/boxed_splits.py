@@ -90,7 +90,7 @@ def train(
     split: Split, count: int = 20, *, views=SCALES, batch=(4, 2), seed: int = 0, first: int = 0, **options
 ) -> list[MicroBatch]:
     place = {name: options.pop(name) for name in ("rank", "world") if name in options}
-    order = GroupedOrder.of(split, seed, *batch, "full", 1)
+    order = GroupedOrder.of(split, seed, *batch)
     targets = ObjectTargets(split, training=True)
     with build_loader(config_of(split, **options), views, split, order, targets, start_step=first, **place) as loader:
         return list(islice(loader, count))

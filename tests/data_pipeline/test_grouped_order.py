@@ -102,7 +102,7 @@ def test_the_order_of_a_seed_never_changes():
 def test_the_order_of_a_split_takes_square_images_for_landscape():
     records = np.zeros(SAMPLES, [("width", np.uint16), ("height", np.uint16)])
     records["width"], records["height"] = 4, np.where(PORTRAIT, 5, np.arange(SAMPLES) % 3 + 2)
-    order = GroupedOrder.of(SimpleNamespace(samples=SAMPLES, records=records), 3, 12, 4, "full", 1)
+    order = GroupedOrder.of(SimpleNamespace(samples=SAMPLES, records=records), 3, 12, 4)
     assert np.array_equal(order.portrait, PORTRAIT) and np.array_equal(order.ids(250), order_of(seed=3).ids(250))
 
 
