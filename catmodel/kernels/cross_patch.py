@@ -58,15 +58,16 @@ def _places(
     tile,
     channel,
     patch,
+    height,
+    width,
     n: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
     PACKED: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
     """Of a tile's elements the first, offsets from it and a mask [ROWS, FEATURES].
 
@@ -75,7 +76,6 @@ def _places(
     P: tl.constexpr = SIZE * SIZE
     CHANNELS: tl.constexpr = ROWS // TOKENS
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
-    COLUMNS: tl.constexpr = (WIDTH + SIZE - 1) // SIZE
     feature = tl.arange(0, FEATURES)
     image, first = tile // BLOCKS, tile % BLOCKS * CHANNELS
     there = ((patch < n) & (channel < C - first))[:, None] & (feature < P)[None, :]
@@ -83,13 +83,12 @@ def _places(
         start = (image * C + first) * tl.full((), P * n, tl.int64)
         offsets = (channel * (P * n) + patch)[:, None] + feature[None, :] * n
     else:
-        top, left, y, x = patch // COLUMNS * SIZE, patch % COLUMNS * SIZE, feature // SIZE, feature % SIZE
-        if HEIGHT % SIZE > 0:
-            there &= top[:, None] + y[None, :] < HEIGHT
-        if WIDTH % SIZE > 0:
-            there &= left[:, None] + x[None, :] < WIDTH
-        start = image * tl.full((), HEIGHT * WIDTH * C, tl.int64) + first
-        offsets = ((top * WIDTH + left) * C + channel)[:, None] + ((y * WIDTH + x) * C)[None, :]
+        columns = tl.cdiv(width, SIZE)
+        top, left, y, x = patch // columns * SIZE, patch % columns * SIZE, feature // SIZE, feature % SIZE
+        if RAGGED:
+            there &= (top[:, None] + y[None, :] < height) & (left[:, None] + x[None, :] < width)
+        start = tl.full((), C, tl.int64) * image * height * width + first
+        offsets = ((top * width + left) * C + channel)[:, None] + ((y * width + x) * C)[None, :]
     return start, offsets, there, image, image * C + first + channel
 
 
@@ -104,7 +103,7 @@ def _weights(logits, channel, patch, n: tl.constexpr):
 
 @triton.jit
 def _cross_patch_forward(
-    x_ptr,  # [B, C, P, n] if PACKED, else [B, HEIGHT * WIDTH, C]
+    x_ptr,  # [B, C, P, n] if PACKED, else [B, height * width, C]
     qkv_weight_ptr,
     qkv_bias_ptr,
     proj_weight_ptr,
@@ -113,11 +112,13 @@ def _cross_patch_forward(
     scale_ptr,  # [B]: of each image's output, or None
     y_ptr,  # as x
     tiles,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    height,
+    width,
+    n: tl.constexpr,
     SIZE: tl.constexpr,
     C: tl.constexpr,
     PACKED: tl.constexpr,
+    RAGGED: tl.constexpr,  # the map is not divided into whole patches; only if not PACKED
     RATE: tl.constexpr,
     THRESHOLD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -125,12 +126,11 @@ def _cross_patch_forward(
     FEATURES: tl.constexpr,
 ):
     P: tl.constexpr = SIZE * SIZE
-    n: tl.constexpr = ((HEIGHT + SIZE - 1) // SIZE) * ((WIDTH + SIZE - 1) // SIZE)
     channel, patch = _rows(ROWS, TOKENS, PACKED)
     a, m = fold(qkv_weight_ptr, qkv_bias_ptr, proj_weight_ptr, proj_bias_ptr, P, FEATURES)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first, offsets, there, image, sequence = _places(
-            tile, channel, patch, n, HEIGHT, WIDTH, SIZE, C, ROWS, TOKENS, FEATURES, PACKED
+            tile, channel, patch, height, width, n, SIZE, C, ROWS, TOKENS, FEATURES, PACKED, RAGGED
         )
         x = tl.load(x_ptr + first + offsets, mask=there, other=_one(P, a.dtype, FEATURES))
         xa = dot(x, a).to(x.dtype)
@@ -158,11 +158,13 @@ def _cross_patch_backward(
     dx_ptr,
     sums_ptr,  # float32 [programs, 2, FEATURES, FEATURES]: gradients of A / sqrt(P) and M
     tiles,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    height,
+    width,
+    n: tl.constexpr,
     SIZE: tl.constexpr,
     C: tl.constexpr,
     PACKED: tl.constexpr,
+    RAGGED: tl.constexpr,  # the map is not divided into whole patches; only if not PACKED
     RATE: tl.constexpr,
     THRESHOLD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -170,14 +172,13 @@ def _cross_patch_backward(
     FEATURES: tl.constexpr,
 ):
     P: tl.constexpr = SIZE * SIZE
-    n: tl.constexpr = ((HEIGHT + SIZE - 1) // SIZE) * ((WIDTH + SIZE - 1) // SIZE)
     channel, patch = _rows(ROWS, TOKENS, PACKED)
     a, m = fold(qkv_weight_ptr, qkv_bias_ptr, proj_weight_ptr, proj_bias_ptr, P, FEATURES)
     d_a = tl.zeros((FEATURES, FEATURES), tl.float32)
     d_m = tl.zeros((FEATURES, FEATURES), tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first, offsets, there, image, sequence = _places(
-            tile, channel, patch, n, HEIGHT, WIDTH, SIZE, C, ROWS, TOKENS, FEATURES, PACKED
+            tile, channel, patch, height, width, n, SIZE, C, ROWS, TOKENS, FEATURES, PACKED, RAGGED
         )
         x = tl.load(x_ptr + first + offsets, mask=there, other=_one(P, a.dtype, FEATURES))
         dy = tl.load(dy_ptr + first + offsets, mask=there, other=0.0)  # rows of padding are zero and add nothing
@@ -239,7 +240,8 @@ def cross_patch_attention(
     tiles, constants = _plan(x.shape, len(proj_bias), height, width, rate)
     grid = (min(FORWARD_PROGRAMS * programs(x.device), tiles),)
     parameters = (parameter.contiguous() for parameter in (qkv_weight, qkv_bias, proj_weight, proj_bias))
-    launch(_cross_patch_forward, grid, x, *parameters, seed, scale, y, tiles, **constants, **OPTIONS)
+    arguments = x, *parameters, seed, scale, y, tiles, height, width
+    launch(_cross_patch_forward, grid, *arguments, **constants, **OPTIONS)
     return y
 
 
@@ -270,7 +272,7 @@ def cross_patch_attention_backward(
     features = constants["FEATURES"]
     sums = x.new_empty(*grid, 2, features, features, dtype=torch.float32)
     parameters = tuple(parameter.contiguous() for parameter in (qkv_weight, qkv_bias, proj_weight, proj_bias))
-    arguments = dy, x, *parameters, seed, scale, dx, sums, tiles
+    arguments = dy, x, *parameters, seed, scale, dx, sums, tiles, height, width
     launch(_cross_patch_backward, grid, *arguments, **constants, **OPTIONS)
     return dx, *unfold(sums.sum(0), *parameters)
 
@@ -306,11 +308,16 @@ FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 4, 2
 
 @functools.cache
 def _plan(shape: torch.Size, P: int, height: int, width: int, rate: float) -> tuple[int, dict]:
-    """The number of tiles, and the constants of both kernels, for x of this shape."""
+    """The number of tiles, and the constants of both kernels, for x of this shape.
+
+    The sides of the map are no constants: dense images have many sizes, and would each take seconds to compile.
+    """
     packed, size = len(shape) == 4, math.isqrt(P)
     B, C = shape[0], shape[1 if packed else 2]
-    tokens = triton.next_power_of_2(blocks(height, size) * blocks(width, size))
-    place = dict(HEIGHT=height, WIDTH=width, SIZE=size, C=C, PACKED=packed)
+    n = blocks(height, size) * blocks(width, size)
+    tokens = triton.next_power_of_2(n)
+    ragged = not packed and (height % size > 0 or width % size > 0)
+    place = dict(n=n, SIZE=size, C=C, PACKED=packed, RAGGED=ragged)
     sizes = dict(ROWS=ROWS, TOKENS=tokens, FEATURES=padded(P + 2))
     return B * blocks(C, ROWS // tokens), dict(place, RATE=rate, THRESHOLD=threshold(rate), **sizes)
 
@@ -326,7 +333,8 @@ def cases() -> list[dict]:
             ("backward", _cross_patch_backward, ("dy_ptr", *parameters, "dx_ptr"), ("sums_ptr",)),
         ):
             signature = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(sums, "*fp32")
-            signature |= dict(seed_ptr="*i32", scale_ptr="*bf16", tiles="i32") | dict.fromkeys(constants, "constexpr")
+            signature |= dict(seed_ptr="*i32", scale_ptr="*bf16") | dict.fromkeys(("tiles", "height", "width"), "i32")
+            signature |= dict.fromkeys(constants, "constexpr")
             name = f"cross-patch {name}, {(side // 7) ** 2} patches"
             found.append(dict(name=name, fn=kernel, signature=signature, constexprs=constants, **OPTIONS))
     return [*found, *cross_patch_weights.cases()]

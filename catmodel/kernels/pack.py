@@ -62,11 +62,12 @@ def _transpose(
 
 @triton.jit
 def _transpose_places(
-    x_ptr,  # [B, HEIGHT * WIDTH, C]
+    x_ptr,  # [B, height * width, C]
     y_ptr,  # [B, C, P, n]
+    height,
+    width,
     C,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    n: tl.constexpr,
     SIZE: tl.constexpr,
     PATCHES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -77,8 +78,7 @@ def _transpose_places(
 
     Its tile has a row for each of the COLUMNS (SIZE, padded) and channels, in which channels are neighbours.
     """
-    ACROSS: tl.constexpr = (WIDTH + SIZE - 1) // SIZE
-    n: tl.constexpr = (HEIGHT + SIZE - 1) // SIZE * ACROSS
+    across = tl.cdiv(width, SIZE)
     blocks = tl.cdiv(C, CHANNELS)
     image = (tl.program_id(0) // blocks // SIZE).to(tl.int64)
     line = tl.program_id(0) // blocks % SIZE
@@ -86,11 +86,11 @@ def _transpose_places(
     place = (i // CHANNELS)[:, None]
     channel = (tl.program_id(0) % blocks * CHANNELS + i % CHANNELS)[:, None]
     patch = tl.arange(0, PATCHES)[None, :]
-    row, column = patch // ACROSS * SIZE + line, patch % ACROSS * SIZE + place
+    row, column = patch // across * SIZE + line, patch % across * SIZE + place
     there = (place < SIZE) & (channel < C) & (patch < n)
-    inside = there & (row < HEIGHT) & (column < WIDTH)
+    inside = there & (row < height) & (column < width)
 
-    at_x = x_ptr + image * HEIGHT * WIDTH * C + (row * WIDTH + column) * C + channel
+    at_x = x_ptr + image * height * width * C + (row * width + column) * C + channel
     at_y = y_ptr + (image * C + channel) * (SIZE * SIZE * n) + (line * SIZE + place) * n + patch
     if TO_X:
         tl.store(at_x, tl.load(at_y, mask=there, other=0.0), mask=inside)
@@ -116,8 +116,7 @@ def _launch_places(x_BNC: Tensor, y_BCPn: Tensor, height: int, width: int, size:
     B, C, _, n = y_BCPn.shape
     constants, options = _plan_places(n, size)
     grid = (B * size * blocks(C, constants["CHANNELS"]),)
-    place = dict(HEIGHT=height, WIDTH=width, SIZE=size, TO_X=to_x)
-    launch(_transpose_places, grid, x_BNC, y_BCPn, C, **place, **constants, **options)
+    launch(_transpose_places, grid, x_BNC, y_BCPn, height, width, C, TO_X=to_x, **constants, **options)
 
 
 @functools.cache
@@ -125,7 +124,8 @@ def _plan_places(n: int, size: int) -> tuple[dict, dict]:
     """The constants of `_transpose_places` and its launch options: tiles of 8192 elements, 64 per thread."""
     patches, columns = triton.next_power_of_2(n), triton.next_power_of_2(size)
     channels = max(16, min(8192 // (patches * columns), 64))  # 16 channels fill a sector of 32 bytes
-    return dict(PATCHES=patches, COLUMNS=columns, CHANNELS=channels), dict(num_warps=4, num_stages=1)
+    constants = dict(n=n, SIZE=size, PATCHES=patches, COLUMNS=columns, CHANNELS=channels)
+    return constants, dict(num_warps=4, num_stages=1)
 
 
 @operator("pack", visible=True)
@@ -204,8 +204,9 @@ def cases() -> list[dict]:
         found.append(dict(name=name, fn=_transpose, signature=signature, constexprs=constants, **options))
         for side in (56, 28):
             constants, options = _plan_places((side // 7) ** 2, 7)
-            constants = dict(HEIGHT=side, WIDTH=side, SIZE=7, TO_X=to_x, **constants)
-            signature = tensors | dict(C="i32:16") | dict.fromkeys(constants, "constexpr")
+            constants = dict(TO_X=to_x, **constants)
+            numbers = dict(height="i32", width="i32", C="i32:16")
+            signature = tensors | numbers | dict.fromkeys(constants, "constexpr")
             title = f"{name} places, {(side // 7) ** 2} patches"
             found.append(dict(name=title, fn=_transpose_places, signature=signature, constexprs=constants, **options))
     return found

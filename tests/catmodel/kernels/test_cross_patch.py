@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from catmodel.attention import CrossPatchAttention
+from catmodel.kernels import cross_patch
 from catmodel.patches import Patches
 
 # Patch size, height and width (padded if not a multiple), heads, channels, dropout, dtype; as a comment, the number of
@@ -123,6 +124,13 @@ def test_compiled_and_checkpointed_results_are_the_same(heads, dtype, device):
     )
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(eager, checkpointed, strict=True))
+
+
+@pytest.mark.parametrize("shape, maps", [((2, 96, 49, 24), [(25, 42), (28, 36)]), ((2, 182, 96), [(14, 13), (9, 12)])])
+def test_maps_of_many_sizes_share_a_kernel(shape, maps):
+    """As far as they have as many patches: dense images have many sizes, and a kernel takes seconds to compile."""
+    first, second = (cross_patch._plan(torch.Size(shape), 49, *sides, 0.2) for sides in maps)
+    assert first == second
 
 
 @pytest.mark.parametrize("height, width", [(7, 14), (12, 9)])
