@@ -75,4 +75,6 @@ def deepspeed_config(config: Config, accumulation: int, device: torch.device) ->
         return {**settings, "fp16": {"enabled": False, "loss_scale": 1}}
     if precision != "fp32":
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return {**settings, "bf16": {"enabled": precision == "bf16"}, "fp16": {"enabled": precision == "fp16"}}
+    # hysteresis 1: every overflow halves the loss scale, as in LossScale, so that all stages skip the same steps.
+    fp16 = {"enabled": precision == "fp16", "hysteresis": 1}
+    return {**settings, "bf16": {"enabled": precision == "bf16"}, "fp16": fp16}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from train.engine.flat import FlatGroup
 
 # The state of DeepSpeed's dynamic loss scaler. Its other attributes are settings.
-LOSS_SCALE = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
+LOSS_SCALE = {"cur_scale", "cur_iter", "last_overflow_iter"}
 
 
 class Place(NamedTuple):
