@@ -264,18 +264,8 @@ def inner_patch_attention_backward(
     dkv = None if steps == 1 else qkv_BNF.new_empty(B, N, 2 * C, dtype=torch.float32)
     tensors = dy_BNC, qkv_BNF, bias_hPP.contiguous(), seed, scale, dqkv_BNF, dkv, dbias_shQK, sums
     for block in range(steps):
-        launch(
-            _inner_patch_backward,
-            (h, slots),
-            *tensors,
-            patches,
-            height,
-            width,
-            block,
-            **constants,
-            ADD=block > 0,
-            **options,
-        )
+        numbers = patches, height, width, block
+        launch(_inner_patch_backward, (h, slots), *tensors, *numbers, **constants, ADD=block > 0, **options)
     if dkv is not None:
         dqkv_BNF[..., C:] = dkv
     return dqkv_BNF, sums.sum(0).to(qkv_bias.dtype), dbias_shQK[..., :P, :P].sum(0).to(bias_hPP.dtype)

@@ -128,8 +128,8 @@ def keep_minimum_loss_scale(optimizer: Any) -> None:
 def loss_scale_state(optimizer: Any, averaged: int) -> dict[str, float]:
     """The loss scaler's state. averaged: the number of ranks over whose gradients DeepSpeed averages, or 1.
 
-    The scale is multiplied by it, and divided when it is restored, so that gradients overflow alike on any number of
-    ranks.
+    The state holds the scale times `averaged`, and restoring it divides by `averaged`. Gradients then overflow in the
+    same steps on any number of ranks.
     """
     state = {key: getattr(optimizer.loss_scaler, key) for key in LOSS_SCALE}
     return {**state, "cur_scale": state["cur_scale"] * averaged}
