@@ -104,9 +104,9 @@ def _packed(attention: CrossPatchAttention, side: int, x_BNC: Tensor) -> Tensor:
     """The kernel's result as if there were too many patches to read them in place."""
     weights = [weight for layer in (attention.qkv, attention.proj) for weight in (layer.weight, layer.bias)]
     rate, seed = attention.dropout, draw_seed(x_BNC.device)
-    x_BCPn = kernels.ops.pack_places(x_BNC, side, side, SIZE)
+    x_BCPn = kernels.ops.pack(x_BNC, side, side, SIZE, True)
     y_BCPn = kernels.ops.cross_patch_attention(x_BCPn, *weights, side, side, rate, seed, None)
-    return kernels.ops.unpack_places(y_BCPn, side, side, SIZE)
+    return kernels.ops.unpack(y_BCPn, side, side, SIZE, True)
 
 
 def bench_kernels(

@@ -75,7 +75,7 @@ def calls(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], ob
         "PyTorch: empty_like": lambda: torch.empty_like(x),
         "PyTorch: linear": lambda: F.linear(x, w1, b1),
         "PyTorch: layer_norm": lambda: F.layer_norm(x, (C,), weight, bias),
-        "pack, 1 launch": lambda: kernels.ops.pack(x, side, side, 7),
+        "pack, 1 launch": lambda: kernels.ops.pack(x, side, side, 7, True),
         "inner_patch_attention, 1 launch": lambda: kernels.ops.inner_patch_attention(
             qkv, qkv_bias, position, side, side, 7, 0, 0.0, None, None
         ),

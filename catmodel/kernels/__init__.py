@@ -132,14 +132,14 @@ def cross_patch_attention(
     if alone and patches.count <= IN_PLACE:
         return ops.cross_patch_attention(x_BNC, *weights, *place[:2], rate, seed, scale)
     if alone:
-        x_BCPn = ops.pack_places(x_BNC, *place)
+        x_BCPn = ops.pack(x_BNC, *place, True)
         y_BCPn = ops.cross_patch_attention(x_BCPn, *weights, *place[:2], rate, seed, scale)
-        return ops.unpack_places(y_BCPn, *place)
-    x_BCnP = ops.pack(x_BNC, *place)
+        return ops.unpack(y_BCPn, *place, True)
+    x_BCnP = ops.pack(x_BNC, *place, False)
     B, C, n, P = x_BCnP.shape
     qkv_Tn3hd = F.linear(x_BCnP, qkv_weight, qkv_bias).view(B * C, n, 3, num_heads, P // num_heads)
     y_Tnhd, _ = ops.flash_attention(qkv_Tn3hd, rate, seed)
-    return ops.unpack(F.linear(y_Tnhd.view(B, C, n, P), proj_weight, proj_bias), *place)
+    return ops.unpack(F.linear(y_Tnhd.view(B, C, n, P), proj_weight, proj_bias), *place, False)
 
 
 def mlp_pays(channels: int, dtype: torch.dtype = torch.bfloat16, device: torch.device | None = None) -> bool:

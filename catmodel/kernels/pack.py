@@ -1,7 +1,7 @@
 """Transposition between tokens stored row by row, [B, N, C], and the layouts of cross-patch attention.
 
-- `pack`: [B, C, n, P], a row for each patch, of whose values linear layers are computed (flash attention).
-- `pack_places`: [B, C, P, n], a row for each place in a patch, for the single kernel. Rows of n = 64 or 16 patches are
+- [B, C, n, P], a row for each patch, of whose values linear layers are computed (flash attention);
+- with `places`, [B, C, P, n], a row for each place in a patch, for the single kernel. Rows of n = 64 or 16 patches are
   read 16 bytes at a time, rows of P = 49 values 2 bytes at a time.
 
 PyTorch needs up to four passes over memory for it (pad, cut, transpose; paste, crop), these kernels one. The gradient
@@ -98,25 +98,19 @@ def _transpose_places(
         tl.store(at_y, tl.load(at_x, mask=inside, other=0.0), mask=there)
 
 
-def _launch(x_BNC: Tensor, y_BCnP: Tensor, height: int, width: int, size: int, to_x: bool) -> None:
-    B, C, n, _ = y_BCnP.shape
-    constants, options = _plan(size, to_x)
-    grid = (B * blocks(C, constants["CHANNELS"]) * n,)
-    launch(_transpose, grid, x_BNC, y_BCnP, height, width, C, **constants, **options)
+def _launch(x_BNC: Tensor, y: Tensor, height: int, width: int, size: int, places: bool, to_x: bool) -> None:
+    B, C, n = *y.shape[:2], y.shape[3 if places else 2]
+    kernel = _transpose_places if places else _transpose
+    constants, options = _plan_places(n, size) if places else _plan(size)
+    grid = (B * blocks(C, constants["CHANNELS"]) * (size if places else n),)
+    launch(kernel, grid, x_BNC, y, height, width, C, TO_X=to_x, **constants, **options)
 
 
 @functools.cache
-def _plan(size: int, to_x: bool) -> tuple[dict, dict]:
-    """The constants and the launch options of `_transpose`."""
+def _plan(size: int) -> tuple[dict, dict]:
+    """The constants of `_transpose` and its launch options."""
     tokens = padded(size**2)
-    return dict(SIZE=size, TOKENS=tokens, CHANNELS=min(TILE // tokens, 64), TO_X=to_x), dict(num_warps=4, num_stages=1)
-
-
-def _launch_places(x_BNC: Tensor, y_BCPn: Tensor, height: int, width: int, size: int, to_x: bool) -> None:
-    B, C, _, n = y_BCPn.shape
-    constants, options = _plan_places(n, size)
-    grid = (B * size * blocks(C, constants["CHANNELS"]),)
-    launch(_transpose_places, grid, x_BNC, y_BCPn, height, width, C, TO_X=to_x, **constants, **options)
+    return dict(SIZE=size, TOKENS=tokens, CHANNELS=min(TILE // tokens, 64)), dict(num_warps=4, num_stages=1)
 
 
 @functools.cache
@@ -129,77 +123,52 @@ def _plan_places(n: int, size: int) -> tuple[dict, dict]:
 
 
 @operator("pack", visible=True)
-def pack(x_BNC: Tensor, height: int, width: int, size: int) -> Tensor:
+def pack(x_BNC: Tensor, height: int, width: int, size: int, places: bool) -> Tensor:
     """Tokens [B, height * width, C], row by row -> for each channel the values of each patch, [B, C, n, size * size].
 
     Patches that extend beyond the map on the right or at the bottom are padded with zeros.
+    places: the values of all patches at each place instead, [B, C, size * size, n], for n <= 64.
     """
     x_BNC = x_BNC.contiguous()
-    y_BCnP = _new_packed(x_BNC, height, width, size)
-    _launch(x_BNC, y_BCnP, height, width, size, to_x=False)
-    return y_BCnP
+    y = _new_packed(x_BNC, height, width, size, places)
+    _launch(x_BNC, y, height, width, size, places, to_x=False)
+    return y
 
 
 @operator("unpack", visible=True)
-def unpack(y_BCnP: Tensor, height: int, width: int, size: int) -> Tensor:
-    """The inverse of `pack`: [B, C, n, P] -> [B, height * width, C]. Values outside the map are dropped."""
-    y_BCnP = y_BCnP.contiguous()
-    x_BNC = y_BCnP.new_empty(y_BCnP.shape[0], height * width, y_BCnP.shape[1])
-    _launch(x_BNC, y_BCnP, height, width, size, to_x=True)
-    return x_BNC
-
-
-@operator("pack_places", visible=True)
-def pack_places(x_BNC: Tensor, height: int, width: int, size: int) -> Tensor:
-    """As `pack`, with the patches' values at each place next to each other: [B, C, size * size, n]. n <= 64."""
-    x_BNC = x_BNC.contiguous()
-    y_BCPn = _new_places(x_BNC, height, width, size)
-    _launch_places(x_BNC, y_BCPn, height, width, size, to_x=False)
-    return y_BCPn
-
-
-@operator("unpack_places", visible=True)
-def unpack_places(y_BCPn: Tensor, height: int, width: int, size: int) -> Tensor:
-    """The inverse of `pack_places`."""
-    y_BCPn = y_BCPn.contiguous()
-    x_BNC = y_BCPn.new_empty(y_BCPn.shape[0], height * width, y_BCPn.shape[1])
-    _launch_places(x_BNC, y_BCPn, height, width, size, to_x=True)
+def unpack(y: Tensor, height: int, width: int, size: int, places: bool) -> Tensor:
+    """The inverse of `pack`: [B, C, n, P] or [B, C, P, n] -> [B, N, C]. Values outside the map are dropped."""
+    y = y.contiguous()
+    x_BNC = y.new_empty(y.shape[0], height * width, y.shape[1])
+    _launch(x_BNC, y, height, width, size, places, to_x=True)
     return x_BNC
 
 
 @pack.register_fake
-def _new_packed(x_BNC, height, width, size):
-    n = -(-height // size) * -(-width // size)
-    return x_BNC.new_empty(x_BNC.shape[0], x_BNC.shape[2], n, size**2)
+def _new_packed(x_BNC, height, width, size, places):
+    n, P = -(-height // size) * -(-width // size), size**2
+    return x_BNC.new_empty(x_BNC.shape[0], x_BNC.shape[2], *((P, n) if places else (n, P)))
 
 
-@pack_places.register_fake
-def _new_places(x_BNC, height, width, size):
-    n = -(-height // size) * -(-width // size)
-    return x_BNC.new_empty(x_BNC.shape[0], x_BNC.shape[2], size**2, n)
-
-
-@unpack_places.register_fake
 @unpack.register_fake
-def _(y_BCnP, height, width, size):
-    return y_BCnP.new_empty(y_BCnP.shape[0], height * width, y_BCnP.shape[1])
+def _(y, height, width, size, places):
+    return y.new_empty(y.shape[0], height * width, y.shape[1])
 
 
 def _save(ctx, inputs, output):
     _, *ctx.map = inputs
 
 
-for there, back in ((pack, unpack), (unpack, pack), (pack_places, unpack_places), (unpack_places, pack_places)):
-    there.register_autograd(
-        lambda ctx, gradient, back=back: (back(gradient, *ctx.map), None, None, None), setup_context=_save
-    )
+pack.register_autograd(lambda ctx, dy: (unpack(dy, *ctx.map), None, None, None, None), setup_context=_save)
+unpack.register_autograd(lambda ctx, dx: (pack(dx, *ctx.map), None, None, None, None), setup_context=_save)
 
 
 def cases() -> list[dict]:
     """Cases for `benchmarks.kernel_resources`: patches of CAT-B, and its first two stages, in bfloat16."""
     found, tensors = [], dict(x_ptr="*bf16", y_ptr="*bf16")
     for name, to_x in (("pack", False), ("unpack", True)):
-        constants, options = _plan(7, to_x)
+        constants, options = _plan(7)
+        constants = dict(TO_X=to_x, **constants)
         signature = tensors | dict(height="i32", width="i32", C="i32") | dict.fromkeys(constants, "constexpr")
         found.append(dict(name=name, fn=_transpose, signature=signature, constexprs=constants, **options))
         for side in (56, 28):

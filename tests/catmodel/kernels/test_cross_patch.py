@@ -85,12 +85,12 @@ def test_agrees_with_pytorch_in_float64(size, height, width, heads, channels, ra
 def test_tokens_are_packed_as_patches_are_split(height, width, dtype, device):
     x_BNC = torch.randn(2, height * width, 70, device=device, dtype=dtype)
     split_BnPC = Patches(height, width, 7, by_row=True).split(x_BNC)
-    packed_BCnP = torch.ops.catmodel.pack(x_BNC, height, width, 7)
+    packed_BCnP = torch.ops.catmodel.pack(x_BNC, height, width, 7, False)
     assert torch.equal(packed_BCnP, split_BnPC.permute(0, 3, 1, 2))
-    assert torch.equal(torch.ops.catmodel.unpack(packed_BCnP, height, width, 7), x_BNC)
-    places_BCPn = torch.ops.catmodel.pack_places(x_BNC, height, width, 7)
+    assert torch.equal(torch.ops.catmodel.unpack(packed_BCnP, height, width, 7, False), x_BNC)
+    places_BCPn = torch.ops.catmodel.pack(x_BNC, height, width, 7, True)
     assert torch.equal(places_BCPn, packed_BCnP.transpose(2, 3))
-    assert torch.equal(torch.ops.catmodel.unpack_places(places_BCPn, height, width, 7), x_BNC)
+    assert torch.equal(torch.ops.catmodel.unpack(places_BCPn, height, width, 7, True), x_BNC)
 
 
 @pytest.mark.parametrize("heads, dtype", [(1, torch.bfloat16), (2, torch.float32)])
@@ -142,10 +142,10 @@ def test_packed_or_in_place_the_result_is_the_same(height, width, device):
     rest, ops = (*weights, height, width, 0.3, seed, scale), torch.ops.catmodel
     in_place = ops.cross_patch_attention(x, *rest)
     dx, *gradients = ops.cross_patch_attention_backward(dy, x, *rest)
-    x, dy = (ops.pack_places(value, height, width, 7) for value in (x, dy))
+    x, dy = (ops.pack(value, height, width, 7, True) for value in (x, dy))
     packed = ops.cross_patch_attention(x, *rest)
     dx_packed, *others = ops.cross_patch_attention_backward(dy, x, *rest)
-    packed, dx_packed = (ops.unpack_places(value, height, width, 7) for value in (packed, dx_packed))
+    packed, dx_packed = (ops.unpack(value, height, width, 7, True) for value in (packed, dx_packed))
     # A tile's rows have another order, and so do the terms of its sums.
     for a, b in zip((in_place, dx, *gradients), (packed, dx_packed, *others), strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * b.abs().max().item())
@@ -164,10 +164,10 @@ def test_operators_pass_opcheck(rate, device):
     torch.library.opcheck(ops.cross_patch_attention.default, (number(1, 2, 16, 3), *parameters, *rest))
     torch.library.opcheck(ops.cross_patch_attention.default, (number(1, 48, 2), *parameters, *rest))
     torch.library.opcheck(ops.flash_attention.default, (number(1, 5, 3, 2, 8), rate, seed))
-    torch.library.opcheck(ops.pack.default, (number(1, 12, 3), 3, 4, 3))
-    torch.library.opcheck(ops.unpack.default, (number(1, 3, 2, 9), 3, 4, 3))
-    torch.library.opcheck(ops.pack_places.default, (number(1, 12, 3), 3, 4, 3))
-    torch.library.opcheck(ops.unpack_places.default, (number(1, 3, 9, 2), 3, 4, 3))
+    torch.library.opcheck(ops.pack.default, (number(1, 12, 3), 3, 4, 3, False))
+    torch.library.opcheck(ops.unpack.default, (number(1, 3, 2, 9), 3, 4, 3, False))
+    torch.library.opcheck(ops.pack.default, (number(1, 12, 3), 3, 4, 3, True))
+    torch.library.opcheck(ops.unpack.default, (number(1, 3, 9, 2), 3, 4, 3, True))
     x, dy, qkv, *weights = (
         tensor.detach() for tensor in (number(1, 2, 16, 3), number(1, 2, 16, 3), number(1, 5, 3, 2, 8), *parameters)
     )
