@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from tests.runs import _forkserver
 from train.config import load_config
-from train.engine.loss_scale import LossScale
+from train.engine.loss_scale import INITIAL, LossScale
 
 MICRO_BATCHES = 6  # per step; not a power of two per rank, on one rank and on two
 IMAGES = 4
@@ -286,16 +286,26 @@ def test_a_loss_scale_goes_on_at_another_stage_and_from_older_checkpoints(tiny_c
     assert on_ranks(1, scale_goes_on, tiny_config) == [[2.0**8, 2.0**7, 2.0**6, 2.0**5]]
 
 
-def test_a_loss_scale_is_halved_by_an_overflow_down_to_1_and_doubled_after_1000_steps():
-    scale, overflowed, fine = LossScale(torch.device("cpu")), torch.tensor(1.0), torch.tensor(0.0)
-    for expected in [*(2.0**power for power in range(15, -1, -1)), 1.0]:
-        scale.update(overflowed)
-        assert scale.value == expected
-    for _ in range(999):
-        scale.update(fine)
-    again = LossScale(torch.device("cpu"))
-    again.load(scale.state())
-    for one in (scale, again):
-        assert one.value == 1.0
-        one.update(fine)
-        assert one.value == 2.0
+def scales_beside_deepspeed(overflows: set[int], steps: int) -> list[tuple[float, float, float]]:
+    """After each step the scale of DeepSpeed's scaler, of LossScale, and of a LossScale that took over before it."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    theirs = DynamicLossScaler(INITIAL, 1000, 1.0, delayed_shift=1, consecutive_hysteresis=False)
+    theirs.raise_error_at_min_scale = False
+    ours, scales = LossScale(torch.device("cpu")), []
+    for step in range(steps):
+        again = LossScale(torch.device("cpu"))
+        again.load({key: getattr(theirs, key) for key in ours.state()})
+        theirs.update_scale(step in overflows)
+        for scale in (ours, again):
+            scale.update(torch.tensor(float(step in overflows)))
+        scales.append((theirs.cur_scale, float(ours.value), float(again.value)))
+    return scales
+
+
+@pytest.mark.slow
+def test_a_loss_scale_is_that_of_deepspeed():
+    """Halved down to 1 by overflows, doubled after steps without one, and passed on after any step."""
+    [scales] = on_ranks(1, scales_beside_deepspeed, {*range(18), 1500, 2600, 2601, 3602, 3603, 4603}, 7000)
+    assert all(len(set(of_step)) == 1 for of_step in scales)
+    assert scales[17][0] == 1.0 and scales[-1][0] == 4.0
