@@ -1,4 +1,4 @@
-"""In CI a skipped test fails the session unless its reason is in ALLOWED_SKIPS of tests/conftest.py."""
+"""tests/skips.py, in sessions of their own."""
 
 import os
 import subprocess
@@ -35,8 +35,8 @@ pytest.skip("no such folder", allow_module_level=True)
 
 
 def run(folder: Path, ci: str, *options: str) -> subprocess.CompletedProcess:
-    """Runs the tests in `folder` with the hooks of tests/conftest.py."""
-    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", f"--rootdir={folder}", *options, str(folder)]
+    """Runs the tests in `folder` with the plugin."""
+    command = [sys.executable, "-m", "pytest", "-p", "tests.skips", f"--rootdir={folder}", *options, str(folder)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "CI": ci}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
@@ -56,7 +56,7 @@ def test_an_unexpected_skip_fails_the_session_and_is_named(tmp_path, options):
     (tmp_path / "test_module.py").write_text(MODULE)
     refused = run(tmp_path, "true", *options)
     assert refused.returncode == 1 and "1 passed, 3 skipped, 1 xfailed" in refused.stdout, refused.stdout
-    named = [line.partition("tests/conftest.py): ")[2] for line in refused.stdout.splitlines() if "NOT ALLOWED" in line]
+    named = [line.partition("tests/skips.py): ")[2] for line in refused.stdout.splitlines() if "NOT ALLOWED" in line]
     assert sorted(line.partition(": ")[0] for line in named) == ["test_module.py", "test_some.py::test_of_a_library"]
     assert any("no such folder" in line for line in named) and any("no_such_library" in line for line in named)
 
