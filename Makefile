@@ -51,7 +51,7 @@ bench: .venv/backends
 	$(BIN)/python launch/bench.py train
 
 # Measurements on a GPU, in 7 minutes: speed, or PARTS=bits. Without .venv: make gpu PYTHON=python3 GPU_WHEELS=folder
-# (docs/performance.md).
+# (docs/gpu.md).
 PARTS ?= speed
 gpu: $(if $(filter $(BIN)/%,$(PYTHON)),setup)
 	$(PYTHON) launch/gpu.py --parts $(PARTS)

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md that only a GPU can fill: one function each."""
+"""The tables of docs/gpu.md and docs/performance.md that only a GPU can fill: one function each."""
 
 import json
 from collections.abc import Callable

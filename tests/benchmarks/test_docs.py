@@ -76,7 +76,7 @@ def test_a_new_result_makes_its_page_stale_until_it_is_made_anew(checkout, name)
         result = json.loads(path.read_text())
         result["counts"][1]["parameters"] = 123_456_789
     else:
-        page, line = "docs/performance.md", "| gradients | passed | 3 | 0 of 7 differ | a new GPU | 2030-01-02 |"
+        page, line = "docs/gpu.md", "| gradients | passed | 3 | 0 of 7 differ | a new GPU | 2030-01-02 |"
         result = {"passed": True, "says": "0 of 7 differ", "seconds": 3.0, "machine": "a new GPU", "date": "2030-01-02"}
     path.write_text(json.dumps(result))
     assert_stale_until_made(checkout, page, line)

@@ -1,4 +1,4 @@
-"""What the tables of docs/performance.md make of the files in docs/results."""
+"""What the tables of docs/gpu.md make of the files in docs/results."""
 
 import json
 
