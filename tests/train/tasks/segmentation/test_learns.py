@@ -18,6 +18,6 @@ def test_the_quickstart_learns_the_shapes(tmp_path):
     draw_dataset(tmp_path / "scenes", train=1000, val=40, seed=0)
     prepare(str(tmp_path / "scenes"), tmp_path / "data", workers=2, shard_bytes=10**8, val_fraction=0.0, seed=0)
     config = ROOT / "configs/segment_quickstart.yaml"
-    run(config, tmp_path / "run", f"data.path={tmp_path / 'data'}", "train.epochs=3", world=2)
+    run(config, tmp_path / "run", f"data.path={tmp_path / 'data'}", "train.epochs=3", world=2, timeout=600)
     first, *_, last = (line["miou"] for line in metrics(tmp_path / "run", "eval") if line["weights"] == "ema")
     assert last > first and last > 50
