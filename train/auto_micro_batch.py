@@ -12,15 +12,13 @@ from train.checkpoint.info import read_info
 from train.checkpoint.resume_point import Resume, settings_of
 from train.config import Config, ConfigError
 from train.engine.deepspeed_engine import DTYPES
-from train.engine.estimate import optimizer_bytes
+from train.engine.estimate import gradient_bytes, optimizer_bytes
 from train.engine.memory import at_most, free_memory, out_of_memory
 from train.engine.runtime import Runtime
 from train.tasks.base import Task, build_task
 
 HEADROOM = 0.1  # share of the free memory left for fragmentation, communication and batches on their way
-ON_GPU = (
-    2**30
-)  # bytes left on a GPU for NCCL's buffers, compilation and CUDA graphs, which a trial of the plain network lacks
+ON_GPU = 2**30  # bytes left on a GPU for NCCL's buffers and compilation, which a trial of the plain network lacks
 
 
 def settle_micro_batch(
@@ -90,6 +88,8 @@ def _largest(task: Task, runtime: Runtime) -> tuple[int, str]:
     # the weights are partitioned, which these trials of a whole model do not show: more would fit than is found.
     if fits(sizes[0]):
         beside = optimizer_bytes(model, config, runtime) + ON_GPU * (runtime.device.type == "cuda")
+        tried = sum(parameter.nbytes for parameter in model.parameters())  # gradients without their copies
+        beside += max(0, gradient_bytes(model, config, runtime, task.views().most_shapes) - tried)
         free = (1 - HEADROOM) * free_memory(runtime.device) - beside
         with at_most(free, runtime.device):
             while too_large - fitting > 1:

@@ -79,7 +79,7 @@ class Checks:
     """The checks, one method each, in the order of LIMITS; each returns a dictionary that can be written as JSON."""
 
     def __init__(self, config: Config, output: Path, resume: Resume, meeting: Meeting):
-        self.given, self.settings, self.output, self.meeting = config, one_micro_batch(config), output, meeting
+        self.settings, self.output, self.meeting = one_micro_batch(config), output, meeting
         self.resume = resume
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.runtime: Runtime | None = None
@@ -109,7 +109,7 @@ class Checks:
         settings = self.settings
         check_start(settings, self.meeting.rank, self.meeting.world, self.resume)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        graphs_wanted(self.given, device, gradients_here(self.given, self.meeting.world))
+        graphs_wanted(settings, device, gradients_here(settings, self.meeting.world))
         if self.manifest is None:
             return {}
         steps_per_epoch = checked_order(settings, self.manifest).steps_per_epoch

@@ -68,6 +68,5 @@ class Findings:
 
 
 def one_micro_batch(config: Config) -> Config:
-    """`config` with a number for train.micro_batch, and without compilation, which takes minutes."""
-    settings = {"micro_batch": config.smallest_micro_batch, "compile": False, "cuda_graphs": False}
-    return config.model_copy(update={"train": config.train.model_copy(update=settings)})
+    """`config` with a number for train.micro_batch."""
+    return config.with_micro_batch(config.smallest_micro_batch)

@@ -26,14 +26,9 @@ def measure_step(task: Task, runtime: Runtime) -> dict:
     of a micro-batch's forward and backward pass without other ranks), "step" (seconds), "peak" (bytes) and "skipped",
     or "failed" with the reason.
     """
-    config, model = task.config, meta_model(task)
-    example = task.example(config.train.micro_batch, torch.device("meta"), DTYPES[config.train.precision])
-    needed = {
-        **resident_bytes(model, config, runtime),
-        "activations": activation_bytes(model, example, task.example_loss),
-    }
+    needed = needed_bytes(task, runtime)
     total, free = sum(needed.values()), free_memory(runtime.device)
-    gradient = 4 * sum(parameter.numel() for parameter in model.parameters())
+    gradient = 4 * sum(parameter.numel() for parameter in meta_model(task).parameters())
     found = {
         "needed": needed,
         "estimated": total,
@@ -55,7 +50,18 @@ def measure_step(task: Task, runtime: Runtime) -> dict:
         return {**found, "taken": True, "failed": str(error).splitlines()[0]}
 
 
+def needed_bytes(task: Task, runtime: Runtime) -> dict[str, int]:
+    """Estimated bytes of a rank in the run, by part."""
+    config, model = task.config, meta_model(task)
+    example = task.example(config.train.micro_batch, torch.device("meta"), DTYPES[config.train.precision])
+    return {
+        **resident_bytes(model, config, runtime, task.views().most_shapes),
+        "activations": activation_bytes(model, example, task.example_loss),
+    }
+
+
 def _measure(task: Task, device: torch.device) -> dict:
+    """Take steps without compilation, which would take minutes."""
     config = task.config
     before = _begin_peak(device)
     model = task.build_model()
@@ -68,7 +74,8 @@ def _measure(task: Task, device: torch.device) -> dict:
         finish(device)
         compute = time.perf_counter() - began
     del model
-    engine = Engine(task.build_model(), example_losses(task), config, accumulation=1, device=device)
+    eager = {"train": config.train.model_copy(update={"compile": False, "cuda_graphs": False})}
+    engine = Engine(task.build_model(), example_losses(task), config.model_copy(update=eager), 1, device)
     for _ in range(2):
         finish(device)
         began = time.perf_counter()

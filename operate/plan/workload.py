@@ -147,6 +147,6 @@ def memory_by_stage(task: Task, world: int) -> dict[int, dict[str, int]]:
     activations, sizes = activation_bytes(model, example, task.example_loss), {}
     for stage in range(4):
         zero = config.zero.model_copy(update={"stage": stage, "offload": config.zero.offload and stage > 0})
-        resident = resident_bytes(model, config.model_copy(update={"zero": zero}), rank)
+        resident = resident_bytes(model, config.model_copy(update={"zero": zero}), rank, task.views().most_shapes)
         sizes[stage] = {**resident, "activations": activations}
     return sizes

@@ -14,12 +14,15 @@ from data_pipeline.grouped_order import GroupedOrder
 from data_pipeline.manifest import open_manifest
 from operate.doctor import files
 from operate.doctor.assess import assess
-from operate.doctor.findings import GREEN, RED, YELLOW, Findings, Line
+from operate.doctor.findings import GREEN, RED, YELLOW, Findings, Line, one_micro_batch
 from operate.doctor.meeting import Meeting
 from operate.doctor.network import schedule
+from operate.doctor.training_step import needed_bytes
+from operate.task_model import task_of
 from tests.runs import start_command
 from train.checkpoint.resume_point import Resume
 from train.config import ConfigError, load_config
+from train.engine.runtime import Runtime
 from train.tasks.base import build_task
 
 
@@ -183,6 +186,17 @@ def test_what_a_start_would_accept_is_green(config, tiny_dataset, tmp_path, monk
     assert line in assess(findings(config, ["n1", "n2"], {0: {"config": missing}, 1: {"config": value}}))
     alone = assess(findings(config, ["n1"], {0: {"config": missing}}))
     assert [found.status for found in alone if found.check == "config"] == [YELLOW]
+
+
+def test_the_estimate_of_memory_counts_what_graphs_keep(tiny_config):
+    """Another copy of the gradients, although the doctor's own step is neither compiled nor replayed."""
+    found = []
+    for graphs in ("auto", "false"):
+        settings = ["train.compile=true", f"train.cuda_graphs={graphs}", "train.precision=bf16"]
+        task = task_of(one_micro_batch(load_config(tiny_config, settings)))
+        found.append(needed_bytes(task, Runtime(0, 1, 0, torch.device("cuda"))))
+    with_graphs, without = found
+    assert with_graphs == {**without, "gradients": without["gradients"] + without["weights"]}
 
 
 def test_decoding_is_measured_where_few_images_are_portraits(tiny_config, tiny_dataset, monkeypatch):

@@ -12,26 +12,32 @@ from train.engine.graphs import graphs_wanted
 from train.engine.runtime import Runtime
 
 
-def resident_bytes(model: nn.Module, config: Config, runtime: Runtime) -> dict[str, int]:
-    """Bytes that a rank holds during the whole run: "weights", "gradients" and "optimizer" (see `optimizer_bytes`)."""
+def resident_bytes(model: nn.Module, config: Config, runtime: Runtime, shapes: int = 1) -> dict[str, int]:
+    """Bytes that a rank holds during the whole run: "weights", "gradients" and "optimizer" (see `optimizer_bytes`).
+
+    shapes: how many shapes the inputs of training may have.
+    """
     weights = sum(parameter.nbytes for parameter in model.parameters())
     stage, world = zero_stage(config, runtime.world), runtime.world
     return {
         "weights": weights // (world if stage == 3 else 1),
-        "gradients": _gradient_bytes(model, config, runtime),
+        "gradients": gradient_bytes(model, config, runtime, shapes),
         "optimizer": optimizer_bytes(model, config, runtime),
     }
 
 
-def _gradient_bytes(model: nn.Module, config: Config, runtime: Runtime) -> int:
-    """Bytes of a micro-batch's gradients, in the precision of the weights."""
+def gradient_bytes(model: nn.Module, config: Config, runtime: Runtime, shapes: int) -> int:
+    """Bytes of a micro-batch's gradients, in the precision of the weights, and of their copies."""
     weights = sum(parameter.nbytes for parameter in model.parameters())
     here = gradients_here(config, runtime.world)
     if not here:
         return weights // (runtime.world if zero_stage(config, runtime.world) >= 2 else 1)
-    # Each parameter's, and all of them in flat tensors, which in fp32 are the sums. A graph's results are copied.
+    # Each parameter's, and all of them in flat tensors, which in fp32 are the sums. The results of a graph are copied,
+    # and there is one for each shape.
     flat = 0 if config.train.precision == "fp32" else weights
-    return weights + flat + (weights if graphs_wanted(config, runtime.device, here)[0] else 0)
+    on_gpu = runtime.device.type == "cuda"
+    graphs = shapes if on_gpu and graphs_wanted(config, runtime.device, here, shapes)[0] else 0
+    return weights + flat + weights * graphs
 
 
 def optimizer_bytes(model: nn.Module, config: Config, runtime: Runtime) -> int:

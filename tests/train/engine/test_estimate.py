@@ -33,6 +33,8 @@ def test_graphs_keep_another_copy_of_the_gradients(tiny_config):
     for settings, copies in ((["train.compile=true"], 3), (["train.compile=true", "train.cuda_graphs=false"], 2)):
         config = load_config(tiny_config, ["train.precision=bf16", *settings])
         assert resident_bytes(layers().bfloat16(), config, gpu)["gradients"] == copies * 424
+    config = load_config(tiny_config, ["train.precision=bf16", "train.compile=true", "train.cuda_graphs=true"])
+    assert resident_bytes(layers().bfloat16(), config, gpu, shapes=3)["gradients"] == 5 * 424  # a graph for each shape
 
 
 def test_bytes_of_a_checkpoint(tiny_config):

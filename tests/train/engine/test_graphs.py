@@ -85,10 +85,13 @@ def test_replays_with_accumulation_dropout_clipping_and_evaluations_in_between(t
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "stage"), [("cat", 1), ("pvt", 0), ("cotnet", 2)])
 def test_replays_with_recomputed_activations(tiny_config, tmp_path, family, stage):
-    """With accumulation, dropout and drop-path: equal to replays and to plain steps that keep all activations."""
+    """With dropout, drop-path and accumulation (PVT: with the largest micro-batch that fits): equal to replays and to
+    plain steps that keep all activations.
+    """
     config = with_model(tiny_config, tmp_path, TINY[family]) if family in TINY else tiny_config
     rates = ["model.drop_path_rate=0.3"] + (["model.cpsa_drop=0.2", "model.ipsa_drop=0.1"] if family == "cat" else [])
     settings = [*rates, f"zero.stage={stage}", "train.max_steps=5"]
+    settings += ["train.micro_batch=auto"] * (family == "pvt")
     both_ways(config, tmp_path, *settings, "train.activation_checkpointing=true")
     run(config, tmp_path / "kept", *settings, world=2)
     assert losses(tmp_path / "kept") == losses(tmp_path / "replayed")
