@@ -98,7 +98,7 @@ def count_bytes(run: Callable[[], object], fused: bool = True) -> Counter:
 
     The count is analytic, of tensors on the meta device. Views are free. PyTorch's fused attention counts as one
     operator, which stores no attention weights. With `fused`, as on a GPU, the model's Triton kernels also count as one
-    operator each. Caches are ignored: data that one operator leaves in a GPU's L2 need not be read again by the next,
+    operator each; of the MLP, what its kernel and the products after it hand to each other is added. Caches are ignored: data that one operator leaves in a GPU's L2 need not be read again by the next,
     so an operator can be faster than its bytes suggest.
     """
     if fused:
@@ -139,6 +139,7 @@ class _Traffic(TorchDispatchMode):
         results = function(*arguments, **(options or {}))
         if not _moves_nothing(function):
             self.add(function.name(), arguments, options, results)
+            self.bytes[function.name()] += _between_products(function.name(), arguments)
         return results
 
     def add(self, name: str, *tensors: object) -> None:
@@ -146,6 +147,21 @@ class _Traffic(TorchDispatchMode):
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 self.bytes[name] += min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
+
+
+def _between_products(name: str, arguments: tuple) -> int:
+    """Bytes inside an operator of the MLP, beside its inputs and outputs: the table of catmodel/kernels/mlp.py."""
+    if name == "catmodel::mlp":  # (x, w1, b1, w2, b2, train=True): the hidden layer is written, and read again
+        x, w1, *_, train = arguments if len(arguments) == 6 else (*arguments, True)
+        return _hidden_bytes(x, w1) * (1 if train else 2)  # in training it is an output, and counted already
+    if name == "catmodel::mlp_backward":  # (dy, x, w1, ...): so is its gradient, twice; two products read dy
+        dy, x, w1, *_ = arguments
+        return _hidden_bytes(x, w1) * 3 + dy.nbytes
+    return 0
+
+
+def _hidden_bytes(x: Tensor, w1: Tensor) -> int:
+    return x.nbytes // x.shape[-1] * len(w1)
 
 
 def _moves_nothing(function) -> bool:
