@@ -4,13 +4,13 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.cli import Parser, add_local_rank, add_overrides, check_output, leave, run
+from launch.cli import Parser, add_local_rank, add_overrides, check_output, leave, number, run
 
 if TYPE_CHECKING:
     import torch
@@ -76,9 +76,11 @@ def bench_model(arguments: argparse.Namespace) -> dict:
     from benchmarks import model
 
     ways = choose("--ways", arguments.ways.split(",") if arguments.ways else model.WAYS, model.WAYS + model.OTHERS)
+    modes = model.MODES if arguments.mode == "both" else (arguments.mode,)
+    if "training" in modes:
+        check_batch(arguments.batch, names)
     device, precision, roofline = assumed_device(arguments) if arguments.count_only else this_device(arguments)
     batch, steps, rounds = arguments.batch or (8 if device.type == "cpu" else 128), arguments.steps, arguments.rounds
-    modes = model.MODES if arguments.mode == "both" else (arguments.mode,)
     rows = model.run(names, modes, ways, device, precision, roofline, batch, steps, rounds, arguments.profile)
     settings = {"batch": batch, "precision": precision, "rounds": rounds, "steps": steps}
     return {**settings, "models": rows, **describe(roofline)}
@@ -87,9 +89,11 @@ def bench_model(arguments: argparse.Namespace) -> dict:
 def bench_models(arguments: argparse.Namespace) -> dict:
     from importlib.metadata import version
 
-    from benchmarks.families import count_models, time_models
+    from benchmarks.families import PEERS, count_models, time_models
     from benchmarks.tables import count_table, speed_table
 
+    if arguments.speed:
+        check_batch(arguments.batch, PEERS)
     results: dict = {"torch": version("torch"), "timm": version("timm"), "counts": count_models()}
     print(count_table(results["counts"]), flush=True)
     if arguments.speed:
@@ -103,23 +107,27 @@ def bench_models(arguments: argparse.Namespace) -> dict:
 
 
 def bench_segmenters(arguments: argparse.Namespace) -> dict:
-    from benchmarks.segmenters import compare_steps, count_segmenters
+    from benchmarks.segmenters import TIMED, compare_steps, count_segmenters
     from benchmarks.tables import segmenter_table
 
-    return bench_dense(arguments, count_segmenters, segmenter_table, compare_steps)
+    return bench_dense(arguments, count_segmenters, segmenter_table, TIMED, compare_steps)
 
 
 def bench_detectors(arguments: argparse.Namespace) -> dict:
-    from benchmarks.detectors import compare_steps, count_detectors
+    from benchmarks.detectors import TIMED, compare_steps, count_detectors
     from benchmarks.tables import detector_table
 
-    return bench_dense(arguments, count_detectors, detector_table, compare_steps)
+    return bench_dense(arguments, count_detectors, detector_table, TIMED, compare_steps)
 
 
-def bench_dense(arguments: argparse.Namespace, count: Callable, table: Callable, compare_steps: Callable) -> dict:
-    """Networks for a dense task, by its functions of benchmarks/."""
+def bench_dense(
+    arguments: argparse.Namespace, count: Callable, table: Callable, timed: Sequence[str], compare_steps: Callable
+) -> dict:
+    """Networks for a dense task, by its functions of benchmarks/; `compare_steps` trains the models `timed`."""
     from benchmarks.tables import dense_steps_table
 
+    if arguments.speed:
+        check_batch(arguments.batch, timed)
     results: dict = {"counts": count()}
     print(table(results["counts"]), flush=True)
     if arguments.speed:
@@ -168,6 +176,16 @@ def read_config(arguments: argparse.Namespace) -> "tuple[Config, Manifest]":
     if config.train.micro_batch == "auto":
         raise ConfigError("bench.py needs a number of images: give train.micro_batch=N train.global_batch=N")
     return config, open_manifest(config.data.path)
+
+
+def check_batch(batch: int | None, models: Iterable[str]) -> None:
+    """Raise ConfigError if one of `models` cannot be trained on `batch` images. None: the default, which is enough."""
+    import catmodel
+    from train.config import ConfigError
+
+    for name in models:
+        if batch is not None and batch < (least := catmodel.least_images(name)):
+            raise ConfigError(f"--batch {batch} is too small to train {name}: its batch norms need {least} images")
 
 
 def choose(option: str, given: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
@@ -226,17 +244,18 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="data, train, guard: the recipe with model, dataset and sizes (default: %(default)s)",
     )
-    parser.add_argument("--images", type=int, default=512, help="data: images per round (default: %(default)s)")
+    count = number(int, 1)
+    parser.add_argument("--images", type=count, default=512, help="data: images per round (default: %(default)s)")
     parser.add_argument(
         "--gpu-rate",
-        type=float,
+        type=number(float, 1),
         default=2000,
         help="data: images/s of a GPU, to compute the cores that it needs (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps", type=int, default=5, help="train, model: steps per round; guard: steps (default: %(default)s)"
+        "--steps", type=count, default=5, help="train, model: steps per round; guard: steps (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=5, help="interleaved rounds (default: %(default)s)")
     parser.add_argument(
         "--models", default="cat_base", metavar="NAME,…", help="model: names of models (default: %(default)s)"
     )
@@ -251,7 +270,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--batch",
-        type=int,
+        type=count,
         metavar="N",
         help="model, models, segmenters, detectors, kernels: images (default: 128 on a GPU, 8 on a CPU)",
     )

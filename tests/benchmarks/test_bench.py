@@ -77,10 +77,28 @@ def test_what_a_model_of_each_family_moves_on_a_gpu_is_counted(tmp_path):
         assert rows["ours"]["megabytes"] < rows["plain"]["megabytes"]
 
 
-def test_mistakes_are_one_sentence():
-    done = command("launch/bench.py", "model", "--models", "cat_huge")
+TOO_SMALL = "--batch 1 is too small to train cotnet50: its batch norms need 2 images"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("model --models cat_huge", "--models cat_huge: known are cat_base, cat_nano"),
+        ("model --models cat_nano,cotnet50 --batch 1", TOO_SMALL),
+        ("models --speed --batch 1", TOO_SMALL),
+        ("segmenters --speed --batch 1", TOO_SMALL),
+        ("detectors --speed --batch 1", TOO_SMALL),
+        ("model --batch -1", "'-1' is not a whole number of at least 1"),
+        ("model --steps 0", "'0' is not a whole number of at least 1"),
+        ("model --rounds 0", "'0' is not a whole number of at least 1"),
+        ("data --images 0", "'0' is not a whole number of at least 1"),
+        ("data --gpu-rate 0", "'0' is not a number of at least 1"),
+    ],
+)
+def test_mistakes_are_one_sentence_before_anything_is_measured(arguments: str, sentence: str):
+    done = command("launch/bench.py", *arguments.split())
     assert (done.returncode, done.stdout) == (78, "")
-    assert "cat_huge" in done.stderr and "cat_tiny" in done.stderr and done.stderr.count("\n") == 1
+    assert sentence in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
