@@ -1,10 +1,12 @@
 """Argument parsing, exit codes and error messages shared by the commands."""
 
 import argparse
+import atexit
 import contextlib
 import errno
 import math
 import os
+import select
 import sys
 import tempfile
 import time
@@ -96,12 +98,32 @@ def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Names
     try:
         command(arguments)
     except Exception as error:
+        if reader_left(error):
+            return exit_codes.CLOSED
         if (code := exit_code_of(error)) is not None:
             return fail(code, error, everywhere=getattr(error, "everywhere", False))
         sys.excepthook(type(error), error, error.__traceback__)  # torch replaces it: each line then names the rank
         return fail(*_classify(error))
     report_verdict(0)
     return 0
+
+
+def reader_left(error: Exception) -> bool:
+    """Whether `error` is that nobody reads what this command prints any more, as `head` does after its last line."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    closed = select.poll()
+    closed.register(sys.stdout, 0)  # errors are reported without being asked for
+    return bool(closed.poll(0))  # else another pipe's, or a socket's
+
+
+@atexit.register
+def drop_what_nobody_reads() -> None:
+    """Python itself would report it when the process ends, and change the exit code."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def leave(code: int) -> NoReturn:

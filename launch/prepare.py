@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.cli import Parser, fail, number
+from launch.cli import Parser, fail, number, reader_left
 from train import exit_codes
 
 DESCRIPTION = """\
@@ -74,6 +74,8 @@ def main(arguments: list[str]) -> int:
             "a worker process was killed (out of memory?): start the same command again, finished shards are kept.",
         )
     except OSError as error:
+        if reader_left(error):
+            return exit_codes.CLOSED
         code = exit_codes.FAILED if error.errno == errno.ENOMEM else exit_codes.IO_ERROR
         return fail(code, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
     except KeyboardInterrupt:

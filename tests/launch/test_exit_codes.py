@@ -1,5 +1,6 @@
 """Messages and exit codes of failing ranks: the table in docs/failures.md. Under SLURM: test_slurm.py."""
 
+import json
 import os
 import signal
 import socket
@@ -51,6 +52,47 @@ leave(run(fail, None))
             [sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=full, env=buffered, timeout=60
         )
     assert done.returncode == 69
+
+
+@pytest.mark.parametrize(
+    ("command", "at_the_end"),
+    [("watch --once", 13), ("watch", 141), ("goodput", 0), ("prepare verify", 0), ("train --help", 0)],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_whose_reader_has_left_ends_quietly(command, at_the_end, unbuffered, tiny_dataset, tmp_path):
+    """As `watch RUN | head -1`. at_the_end: the code if Python prints nothing before the process ends."""
+    name, *options = command.split()
+    target = tiny_dataset if name == "prepare" else tmp_path
+    start = {"kind": "event", "event": "start", "step": 0, "time": 1e9, "last": 9, "world_size": 1}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(start) + "\n")
+    (tmp_path / "config.yaml").write_text("guard: {bad_samples: 10, max_skipped: 20}\n")
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, f"launch/{name}.py", *options, str(target)],
+        cwd=ROOT,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        timeout=60,
+    )
+    os.close(writing)
+    code = 141 if unbuffered and name != "train" else at_the_end  # argparse ignores what it cannot print
+    assert (done.returncode, done.stderr) == (code, b"")
+
+
+def test_another_pipe_that_breaks_is_a_crash():
+    program = """
+import os
+from launch.cli import run
+def write(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.write(writing, b"to another process")
+raise SystemExit(run(write, None))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.endswith("BrokenPipeError: [Errno 32] Broken pipe\n")
 
 
 @pytest.mark.parametrize("code", [65, 78])
