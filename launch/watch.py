@@ -199,8 +199,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="Watch a run in a terminal, from any node that sees its folder: progress, speed, scores, alarms. "
         "Ends with the run.",
-        epilog="exit codes: 10 running, 11 running with alarms, 12 not started, 13 died (killed, crashed, node lost); "
-        "a run that has ended gives its own: 0 finished, 65, 70, 74 failed, 71 hung, 75 stopped; 78 bad arguments",
+        epilog="exit codes: 10 running, 11 running with alarms, 12 not started, 13 silent (killed, suspended, node "
+        "lost) or died (crashed); a run that has ended gives its own: 0 finished, 65, 70, 74 failed, 71 hung, 75 "
+        "stopped; 78 bad arguments",
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, e.g. runs/cat_b")
     parser.add_argument("--once", action="store_true", help="print the page once; the exit code gives the state")

@@ -33,7 +33,7 @@ ROOM = 2  # checkpoints that the disk should have room for
 LEAST_ROOM = 1e9  # bytes
 
 # Exit codes of `launch/watch.py --once`. A run that has ended gives its own: "failed" that of its event.
-RUNNING, ALARMED, NOT_STARTED, DIED = 10, 11, 12, 13
+RUNNING, ALARMED, NOT_STARTED, GONE = 10, 11, 12, 13
 CODES = {
     "not started": NOT_STARTED,
     "starting": RUNNING,
@@ -41,7 +41,8 @@ CODES = {
     "finished": 0,
     "stopped": exit_codes.STOPPED,
     "hung": exit_codes.HUNG,
-    "died": DIED,
+    "silent": GONE,
+    "died": GONE,
 }
 FINAL = ("finished", "failed")  # states that another start would not change
 AGAIN = "failed for now"
@@ -252,8 +253,10 @@ class Watched:
         if record and record["started"] > progress.time:  # a start that has no line yet
             if alive:
                 return "starting", f"since {clock(record['started'])}, on {record['host']}"
-            start = f"the start of {clock(record['started'])}"
-            return "died", f"{start} ended before its first step: {self._output()} shows why"
+            if record["ended"]:
+                start = f"the start of {clock(record['started'])}"
+                return "died", f"{start} ended before its first step: {self._output()} shows why"
+            return "silent", self._silence()
         if progress.end:
             state = ENDED[progress.end["event"]]
             again = state == "failed" and progress.end["code"] not in exit_codes.FINAL
@@ -263,11 +266,16 @@ class Watched:
         hang = self._hang()
         if hang:
             return "hung", hang
-        when = "there is no sign of life"
+        if record and record["ended"]:
+            return "died", f"{self._output()} shows why; started again, it goes on"
+        return "silent", f"{self._silence()}; started again, it goes on"
+
+    def _silence(self) -> str:
+        """Why there is no sign of life, as far as it can be told from the folder."""
+        record, when = self._pulse.record, "there is no sign of life"
         if record:
             when = f"last sign of life {clock(record['beat'])} on {record['host']}"
-        why = f"killed, crashed, or its node is lost ({when}): {self._output()} may show why"
-        return "died", f"{why}; started again, it goes on"
+        return f"killed, suspended, or its node is lost ({when}): {self._output()} may show why"
 
     def _hang(self) -> str | None:
         """The watchdog's first sentence in `stacks/` since this start; its times are whole seconds."""

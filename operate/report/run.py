@@ -120,7 +120,7 @@ def read_reported_run(folder: Path) -> ReportedRun:
         raise DataError(f"{problem}: the run was made by an older program, and must be run anew")
     ends = log.endings(folder)
     state = _state(folder, ends[-1])
-    ends[-1] = ends[-1] or ("" if state == "running" else "killed")
+    ends[-1] = ends[-1] or ("" if state == "running" else state)
     seconds = ledger.split(last_beat(folder))
     began = ledger.starts[0].began
     until = began + sum(seconds.values())
@@ -153,8 +153,9 @@ def names(runs: Iterable[ReportedRun]) -> list[str]:
 
 
 def _state(folder: Path, end: str | None) -> str:
-    """The run's state now: running, finished, stopped, failed, hung or killed."""
+    """The run's state now: running, finished, stopped, failed, hung, killed, or silent: killed or suspended."""
     lock = read_lock(folder) or {}
-    if not lock.get("ended", True) and time.time() - lock["beat"] < SILENT:
+    alive = not lock.get("ended", True)
+    if alive and time.time() - lock["beat"] < SILENT:
         return "running"
-    return end or "killed"
+    return end or ("silent" if alive else "killed")

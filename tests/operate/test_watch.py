@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,10 +11,10 @@ import pytest
 
 from operate.watch import Watched
 from tests.runs import ROOT
-from train.guard.run_lock import RunLock
+from train.guard.run_lock import BEAT, RunLock
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from train.guard.run_lock import RunLock; "
+    "import sys, time; from pathlib import Path; from train.guard.run_lock import BEAT, RunLock; "
     "RunLock(Path(sys.argv[1])).acquire(); time.sleep(600)"
 )
 
@@ -268,7 +269,7 @@ def test_states_of_a_run_without_a_lock(folder):
     folder.start()
     folder.train(3)
     status = Watched(folder.path).look()
-    assert (status.state, status.code) == ("died", 13)
+    assert (status.state, status.code) == ("silent", 13)
     for name, fields, state, code in (
         ("preempted", {}, "stopped", 75),
         ("failed", {"code": 65}, "failed", 65),
@@ -291,8 +292,11 @@ def test_states_of_a_run_without_a_lock(folder):
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_found_dead_and_a_young_record_alive(folder):
-    """The record of a killed process no longer changes. Its clock may be another node's: only watching shows that."""
+def test_a_suspended_process_is_silent_and_a_young_record_alive(folder):
+    """The record of a process that is killed or suspended no longer changes, and nothing more is claimed.
+
+    Its clock may be another node's: only watching shows that.
+    """
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder.path)], cwd=ROOT)
     try:
         while not (folder.path / ".lock").exists() or not (folder.path / ".lock").read_bytes():
@@ -302,16 +306,27 @@ def test_a_killed_process_is_found_dead_and_a_young_record_alive(folder):
         folder.now = time.time()
         folder.start()
         assert watched.look().state == "running"
+        holder.send_signal(signal.SIGSTOP)
+        seen_silent = Watched(folder.path)
+        check_silent(folder, seen_silent)
+        holder.send_signal(signal.SIGCONT)
+        time.sleep(BEAT + 1)
+        assert seen_silent.look().state == "running"
     finally:
         holder.kill()
         holder.wait()
+    check_silent(folder, Watched(folder.path))
+
+
+def check_silent(folder, watched):
     record = json.loads((folder.path / ".lock").read_text())
     (folder.path / ".lock").write_text(
         json.dumps({**record, "beat": record["beat"] + 7200})
     )  # a clock that is two hours ahead
     began = time.monotonic()
-    status = Watched(folder.path).look(patient=True)
-    assert status.state == "died" and record["host"] in status.why and time.monotonic() - began > 9
+    status = watched.look(patient=True)
+    assert (status.state, status.code) == ("silent", 13)
+    assert "killed, suspended" in status.why and record["host"] in status.why and time.monotonic() - began > 9
 
 
 def test_a_start_that_ended_before_its_first_line(folder):
@@ -324,6 +339,17 @@ def test_a_start_that_ended_before_its_first_line(folder):
     lock.release()
     status = Watched(folder.path).look()
     assert status.state == "died" and "ended before its first step" in status.why
+
+
+def test_a_start_that_crashed_after_its_first_line(folder):
+    """Its lock is released, but no event says why it ended."""
+    lock = RunLock(folder.path)
+    lock.acquire()
+    folder.now = time.time() + 1
+    folder.start()
+    lock.release()
+    status = Watched(folder.path).look()
+    assert (status.state, status.code) == ("died", 13) and "shows why; started again" in status.why
 
 
 def test_another_run_in_the_same_folder_is_begun_anew(alive):
