@@ -80,7 +80,7 @@ class RunLog:
         self.ledger.add(line)
         if not self.ledger.starts or line.get("time") is None:
             return False
-        placed = Line(line, (line["time"] - self.ledger.starts[0].began) / 3600)
+        placed = Line(line, (self.ledger.now - self.ledger.starts[0].began) / 3600)
         if line["kind"] == "event":
             self.events.append(placed)
             if line["event"] in STARTS:
@@ -213,7 +213,8 @@ def ending(start: Start, after: Start | None, hung: list[float]) -> str | None:
     after: the next start. hung: times of the run's hangs, in whole seconds.
     """
     end = "stopped" if start.end == "preempted" else start.end or (after and "killed")
-    if end != "finished" and any(start.last - 1 < hang and (after is None or hang <= after.began) for hang in hung):
+    until = after.began if after else float("inf")
+    if end != "finished" and any(start.last - 1 < hang + start.shift <= until for hang in hung):
         return "hung"
     return end
 

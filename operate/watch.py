@@ -112,7 +112,7 @@ class Progress:
     start: dict | None = None
     end: dict | None = None  # the event that ended this start
     train: dict | None = None  # the newest train line of this start
-    first: dict | None = None  # the train line from which the pace is measured; None until one follows a rollback
+    first: dict | None = None  # the train line from which the pace is measured; None after a rollback or clock_set
     step: int = 0
     time: float = 0.0  # of the newest line
     longest: float = 0.0  # seconds between two lines, after this start's first train line
@@ -128,8 +128,10 @@ class Progress:
     def add(self, line: dict) -> None:
         if not self.log.add(line):
             return
+        if jump := line.get("clock_set", 0.0):
+            self.first = None
         if self.train and line["kind"] != "goodput":
-            self.longest = max(self.longest, line["time"] - self.time)
+            self.longest = max(self.longest, line["time"] - jump - self.time)
         self.time = line["time"]
         if line["kind"] == "train":
             self._train(line)

@@ -38,13 +38,13 @@ class Folder:
     def start(self, name="start"):
         self.event(name, world_size=2, last=1000, steps_per_epoch=10, startup_seconds=1.0)
 
-    def train(self, count, loss=1.0, speed=100.0, seconds=1.0, lr=0.1):
+    def train(self, count, loss=1.0, speed=100.0, seconds=1.0, lr=0.1, **more):
         for _ in range(count):
             self.step += 1
             pace = {"images_per_second": speed, "data_wait": 0.1, "step_ms": 1000 * seconds, "mfu": None}
             noise = 0.01 * (self.step % 5)
             loss_now = None if loss is None else loss + noise
-            fields = {"loss": loss_now, "lr": lr, "grad_norm": 1.0, **pace}
+            fields = {"loss": loss_now, "lr": lr, "grad_norm": 1.0, **pace, **more}
             self.write(kind="train", step=self.step, epoch=self.step / 10, after=seconds, **fields)
 
     def finish(self, name, text, **fields):
@@ -262,6 +262,17 @@ def test_silence_is_an_alarm_if_the_process_lives(alive):
     assert any(alarm.startswith("no line for 1 h") and "the process lives" in alarm for alarm in status.alarms)
     alive.train(1, seconds=time.time() - alive.now - 30)  # an evaluation, say: lines were as far apart before
     assert not Watched(alive.path).look().alarms
+
+
+def test_a_clock_that_is_set_changes_no_pace_and_excuses_no_silence(alive):
+    alive.start()
+    alive.train(20)
+    alive.now += 3600
+    alive.train(1, clock_set=3600.0)
+    alive.train(5)
+    watched = Watched(alive.path)
+    assert any(alarm.startswith("no line for") for alarm in watched.look().alarms)
+    assert watched.progress.seconds_per_step == pytest.approx(1.0) and watched.progress.longest == pytest.approx(1.0)
 
 
 def test_states_of_a_run_without_a_lock(folder):

@@ -18,9 +18,12 @@ count, because a later line or a resumed checkpoint proves that they were taken,
 there is time.
 
 Measured times are kept even if the step around them was lost: an evaluation stays an evaluation. Categories overlap
-only by errors of measurement (clocks that were set, clocks of other nodes). If a start's categories exceed its wall
-time, all are scaled down to it; a start that began before the previous one's last sign of life cuts that one short. So
-`other` is never negative.
+only by errors of measurement. If a start's categories exceed its wall time, all are scaled down to it, so `other` is
+never negative.
+
+Clocks may be wrong. A line's `clock_set` takes out a jump during a start. A start whose line is older than the previous
+one's last sign of life has another clock: it counts as begun right after that. A clock that is ahead cannot be told
+from a longer wait.
 """
 
 import json
@@ -46,8 +49,13 @@ ENDS = ("finished", "preempted")
 
 @dataclass
 class Start:
-    """One start of the run; times in Unix seconds, durations in seconds."""
+    """One start of the run; times in Unix seconds, durations in seconds.
 
+    shift: what is added to the times of its lines, so that they follow those of the start before it.
+    """
+
+    shift: float
+    host: str | None
     began: float
     step: int
     world_size: int | None
@@ -92,6 +100,7 @@ class Ledger:
         self.starts: list[Start] = []
         self.lost_steps = 0
         self.left_out = 0  # lines without a time, or before the first start that has one
+        self.now = 0.0  # of the newest line, shifted
         self._taken: list[Steps] = []  # what counts so far, in the order of steps
 
     def add(self, line: dict) -> None:
@@ -104,6 +113,8 @@ class Ledger:
             self._begin(line, now, step)
             return
         start = self.starts[-1]
+        start.shift -= line.get("clock_set", 0.0)
+        self.now = now = now + start.shift
         start.last = max(start.last, now)
         if event == "rollback":
             self._go_back(line["to"], now, crashed=True)
@@ -132,7 +143,7 @@ class Ledger:
         total = dict.fromkeys(CATEGORIES, 0.0)
         for index, start in enumerate(self.starts):
             if start.ended is None:
-                ended = max(start.last, end or 0.0)
+                ended = max(start.last, (end or 0.0) + start.shift)
             else:
                 ended = start.ended
                 total["waiting"] += self.starts[index + 1].began - ended
@@ -166,20 +177,23 @@ class Ledger:
         return {"kind": "goodput", "step": self.starts[-1].last_step, **share}
 
     def _begin(self, line: dict, now: float, step: int) -> None:
-        began = now - (line.get("startup_seconds") or 0.0)
+        startup, host, shift = line.get("startup_seconds") or 0.0, line.get("host"), 0.0
+        began = now - startup
         if self.starts:
             before = self.starts[-1]
-            began = max(began, before.began)
-            down = line.get("down_seconds")
-            if (line.get("previous_started") or 0.0) > before.last:
+            down, previous = line.get("down_seconds"), line.get("previous_started")
+            if previous is not None and previous + before.shift > before.last:
                 down = None  # measured from a start in between, which died before it wrote a line
-            before.ended = min(began, before.last if down is None else max(before.last, began - down))
+            before.ended = before.last if down is None else max(before.last, began - down + before.shift)
+            shift = before.shift if host == before.host else 0.0
+            if now + shift < before.ended:
+                shift = before.ended - began
+            began = max(began + shift, before.ended)  # the process may have begun while the one before it was ending
             self._go_back(step, before.ended, crashed=before.end not in ENDS)
             lost = line.get("lost_steps")
             self.lost_steps += max(0, before.last_step - step) if lost is None else lost
-        self.starts.append(
-            Start(began, step, line.get("world_size"), max(0.0, now - began), max(now, began), step, now, step)
-        )
+        self.now = now = now + shift
+        self.starts.append(Start(shift, host, began, step, line.get("world_size"), now - began, now, step, now, step))
 
     def _train(self, start: Start, line: dict, now: float, step: int) -> None:
         count = step - start.reported_step

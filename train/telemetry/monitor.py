@@ -34,6 +34,9 @@ COUNTED = {
 }
 
 
+CLOCK_SET = 1.0  # seconds by which the machine's clock may differ from one that nobody sets
+
+
 class Clock:
     """Time since the last reading, split into waiting for data and the rest; paused for evaluation and checkpoints."""
 
@@ -89,7 +92,7 @@ class Monitor:
             return
         from train.telemetry.tensorboard import Board
 
-        self._ledger, self._goodput_due = Ledger(), False
+        self._ledger, self._goodput_due, self._booted = Ledger(), False, booted()
         self._counts = dict.fromkeys(COUNTED.values(), 0)
         if (output / "metrics.jsonl").exists():
             for line in read_lines(output / "metrics.jsonl"):
@@ -229,6 +232,9 @@ class Monitor:
 
     def _append(self, line: dict) -> None:
         line = {**line, "time": round(time.time(), 3)}
+        if abs(jump := booted() - self._booted) > CLOCK_SET:
+            line["clock_set"] = round(jump, 3)
+            self._booted += jump
         self._count(line)
         self._metrics.write(_strict_json(line))
 
@@ -244,6 +250,11 @@ class Monitor:
         total = sum(line[category] for category in CATEGORIES) or 1.0  # in the first millisecond
         for category in CATEGORIES:
             self._board.scalar(f"goodput/{category}", line[category] / total, line["step"])
+
+
+def booted() -> float:
+    """When this machine was booted, by its clock now, in Unix seconds: it changes if somebody sets the clock."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def progress_bar(total: int, unit: str, first: int = 0, *, shown: bool = True) -> tqdm:

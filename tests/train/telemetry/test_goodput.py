@@ -2,9 +2,11 @@
 
 import random
 import time
+from pathlib import Path
 
 import pytest
 
+from operate.run_folder import RunLog
 from tests.runs import run, start
 from train.telemetry.goodput import CATEGORIES, Ledger, goodput, read_lines
 
@@ -147,6 +149,47 @@ def test_a_start_that_died_before_its_first_line_is_waiting():
     ]
     split = ledger_of(lines).split()
     assert split["waiting"] == pytest.approx(899.0) and split["lost"] == pytest.approx(1.0)
+
+
+def moved(lines, seconds):
+    return [{**line, "time": line["time"] + seconds} for line in lines]
+
+
+@pytest.mark.parametrize("hour", [-3600.0, -20.0])
+def test_a_start_on_a_node_whose_clock_is_behind(hour):
+    """Nothing but the wait, which cannot be known, differs: not before, within or after that start."""
+    first, second = KILLED_ONCE[:7], moved(KILLED_ONCE[7:], hour)
+    second[0] = {**second[0], "down_seconds": 10.0 + hour, "host": "b"}
+    third = [event(1060.0, "resume", 6, startup_seconds=5.0, down_seconds=1055.0 - (1050.0 + hour), lost_steps=0)]
+    split = ledger_of(first + second + third).split()
+    assert split == pytest.approx({**KILLED_ONCE_SECONDS, "waiting": 5.0 + 10.0, "startup": 18.0 + 5.0})
+    log = RunLog()
+    for line in first + second:
+        log.add(line)
+    hours = [line.hours for line in (*log.train, log.events[-1])]
+    assert hours == sorted(hours) and log.endings(Path("/nowhere")) == ["killed", "finished"]
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+def test_a_clock_that_is_set_during_a_start(jump):
+    """The next start on that machine has the corrected clock, too."""
+    after = [{**KILLED_ONCE[3], "clock_set": jump}, *KILLED_ONCE[4:]]
+    split = ledger_of(KILLED_ONCE[:3] + moved(after, jump)).split(1053.0 + jump)
+    assert split == pytest.approx({**KILLED_ONCE_SECONDS, "other": 4.0})
+
+
+def test_a_process_that_began_while_the_one_before_it_was_ending():
+    """Its time until then is the other one's. So it is if one Python process trains twice."""
+    lines = [
+        event(100.0, "start", 0, startup_seconds=0.0),
+        steps(101.0, 1, 1000, 0.0),
+        steps(110.0, 10, 1000, 0.0),
+        event(110.0, "preempted", 10),
+        event(112.0, "resume", 10, startup_seconds=12.0, down_seconds=-10.0, lost_steps=0),
+    ]
+    assert ledger_of(lines).split() == pytest.approx(
+        {**dict.fromkeys(CATEGORIES, 0.0), "productive": 10.0, "startup": 2.0}
+    )
 
 
 def test_lines_without_a_time_are_left_out_and_counted():

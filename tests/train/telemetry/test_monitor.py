@@ -131,6 +131,17 @@ def test_every_line_ends_with_its_time_and_what_is_not_finite_is_null(tiny_confi
         assert before - 0.001 <= line["time"] <= after + 0.001 and line["time"] == round(line["time"], 3)
 
 
+def test_a_clock_that_is_set_is_written_down_once(tiny_config, tmp_path, monkeypatch):
+    monitor, real = open_monitor(tmp_path, tiny_config), time.time
+    train_line(monitor, 1)
+    monkeypatch.setattr(time, "time", lambda: real() - 3600.0)
+    train_line(monitor, 2)
+    train_line(monitor, 3)
+    monitor.close()
+    lines = read(tmp_path / "metrics.jsonl")
+    assert [line.get("clock_set") for line in lines] == [None, pytest.approx(-3600.0, abs=0.1), None]
+
+
 def test_after_a_rollback_a_curve_has_every_step_once(tiny_config, tmp_path):
     monitor = open_monitor(tmp_path, tiny_config)
     for step in (1, 2, 3, 4, 5):
