@@ -191,9 +191,13 @@ def check_run(config, world: int, job: BatchJob) -> None:
 
     for folder in job.folders():
         check_start(config, 0, world, Resume.decide(Path(folder), job.resume or "auto", job.with_changes))
-    if manifest := visible_dataset(config):
+    manifest = visible_dataset(config)
+    if manifest:
         checked_order(config, manifest)
-    else:
+    from operate.task_model import meta_model, task_of  # last, because it imports torch
+
+    meta_model(task_of(config, manifest))
+    if not manifest:
         print(f"data.path {config.data.path} is not on this machine: not checked here", file=sys.stderr)
 
 

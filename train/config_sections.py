@@ -59,7 +59,9 @@ class ModelConfig(Section):
     init_from: str | None = Field(
         None, description="first weights: a published file, a .safetensors file, a run's folder or a checkpoint's"
     )
-    depths: tuple[Positive, ...] | None = Field(None, description="blocks per stage; of CAT cross attention blocks")
+    depths: tuple[Positive, ...] | None = Field(
+        None, min_length=1, description="blocks per stage; of CAT cross attention blocks"
+    )
     drop_path_rate: Fraction | None = Field(None, description="stochastic depth at the deepest block")
     num_heads: tuple[Positive, ...] | None = Field(
         None, description="CAT, PVT: heads of (inner-patch) attention per stage"

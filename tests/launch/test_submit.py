@@ -120,6 +120,8 @@ def test_the_command_in_the_script_is_the_one_that_submits_it(tiny_config, tmp_p
         (["train.global_batch=512"], "has 260 samples, fewer than one global_batch of 512: set a smaller train.global"),
         (["schedule.warmup_steps=500"], "the warm-up takes 500 of the run's 16 steps: lower schedule.warmup_steps"),
         (["model.init_from=missing"], "or a checkpoint's, or set model.init_from=null for fresh weights"),
+        (["model.num_heads=[3,6]"], "model: num_heads 3 does not divide the"),
+        (["data.image_size=40", "data.path=gone"], "model: img_size (40, 40) cannot be cut into whole patches"),
         (["--nodes=0"], "'0' is not a whole number of at least 1"),
         (["--time=1"], "--time 1 leaves no time to train: ranks are asked to stop 90 s before its end"),
         (["--time=tomorrow"], "--time tomorrow is not a time"),

@@ -64,6 +64,7 @@ def test_resolved_config_reads_back_the_same(write):
         ("schedule.warmup_epochs=300", "schedule.warmup_epochs 300 leaves nothing of train.epochs 300"),
         ("model.name=cat_nono", "there is no model 'cat_nono'; did you mean cat_nano?"),
         ("model.embed_dims=[16]", "model.embed_dims is no setting of cat_nano; did you mean model.embed_dim?"),
+        ("model.depths=[]", "model.depths: "),
         ("model.blur=true", "model.blur is no setting of cat_nano; it takes depths, drop_path_rate"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1: input should be less than 1, not 1.0"),
         ("optimizer={name: sgd, nesterov: true, momentum: 0}", "optimizer.nesterov needs optimizer.momentum above 0"),
