@@ -45,7 +45,7 @@ def settle_micro_batch(
     if before[0]:
         size, sentence = before[0], f"train.micro_batch: {before[0]}, as this run has had it before"
     else:
-        size, sentence = _largest(build_task(config, classes), runtime)
+        size, sentence = _largest(build_task(config, classes), order, runtime)
     try:
         order = replace(order, micro_batch=size)
         order.share(runtime.rank, runtime.world)
@@ -71,11 +71,19 @@ def _before(resume: Resume) -> int | None:
     return None
 
 
-def _largest(task: Task, runtime: Runtime) -> tuple[int, str]:
-    """Find it by bisection among the sizes that give every rank the same number of micro-batches."""
-    config = task.config
+def _largest(task: Task, order: Order, runtime: Runtime) -> tuple[int, str]:
+    """Find it by bisection among the sizes that give every rank the same number of micro-batches, and that the order
+    of the samples allows.
+    """
+    config, sizes, above = task.config, [], ""
     share = config.train.global_batch // runtime.world
-    sizes = [size for size in range(config.smallest_micro_batch, share + 1) if share % size == 0]
+    for size in range(config.smallest_micro_batch, share + 1):
+        if share % size == 0:
+            try:
+                replace(order, micro_batch=size)
+                sizes.append(size)
+            except ValueError as error:
+                above = above or f" ({size} does not: {error})"
     fitting, too_large = -1, len(sizes)
     model = task.build_model().to(runtime.device, DTYPES[config.train.precision])
 
@@ -101,7 +109,8 @@ def _largest(task: Task, runtime: Runtime) -> tuple[int, str]:
             "a higher zero.stage, "
             "or a smaller model"
         )
-    above = f" ({sizes[too_large]} does not)" if too_large < len(sizes) else ""
+    if too_large < len(sizes):
+        above = f" ({sizes[too_large]} does not)"
     return sizes[fitting], f"train.micro_batch: {sizes[fitting]} is the largest that fits{above}"
 
 

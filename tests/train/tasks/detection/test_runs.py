@@ -76,3 +76,13 @@ def test_weights_that_are_not_trained_are_kept(box_config, tmp_path):
         assert torch.equal(weights[f"backbone.{name}"], first[name].bfloat16().float())
     trained = "layers.1.pre_ipsa_blocks.0.attn.qkv.weight"
     assert not torch.equal(weights[f"backbone.{trained}"], first[trained])
+
+
+def test_a_micro_batch_that_is_found_can_be_of_one_orientation(box_config, tmp_path):
+    """There are nine portrait images."""
+    job = run(
+        box_config,
+        tmp_path,
+        *("train.micro_batch=auto", "train.global_batch=16", "train.max_steps=1", "train.evaluate_every=0"),
+    )
+    assert "train.micro_batch: 8 is the largest that fits (16 does not: the dataset's 9 portrait images" in job.text()
