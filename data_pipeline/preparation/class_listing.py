@@ -91,6 +91,7 @@ def _check_folders_have_images(
 
 def check_same_classes(what: str | Path, train: Iterable[str], val: Iterable[str]) -> None:
     only = {"train": set(train) - set(val), "val": set(val) - set(train)}
+    check_names(what, only["train"] | only["val"])
     if any(only.values()):
         odd = " and ".join(f"only {split} has {first_five(sorted(names))}" for split, names in only.items() if names)
         raise DataError(f"{what}: train and val must have the same classes, but {odd}.")

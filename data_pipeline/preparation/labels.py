@@ -29,10 +29,16 @@ def fault_of_name(name: str) -> str | None:
 
 
 def check_names(where: str | Path, names: Iterable[str]) -> None:
-    """Raise DataError if a class name is not allowed."""
+    """Raise DataError if a class name is not allowed, or two are different and look the same."""
+    found: dict[str, str] = {}
     for name in names:
         if fault := fault_of_name(name):
             raise DataError(f"{where}: the class name {name[:LONGEST_NAME]!r} {fault}: rename the class.")
+        if found.setdefault(unicodedata.normalize("NFC", name), name) != name:
+            raise DataError(
+                f"{where}: the class name {name!r} is there twice, in Unicode's two forms of the same letters (NFC, "
+                "and NFD as macOS writes it): give it one form everywhere."
+            )
 
 
 def class_names(where: str | Path, lines: list[str]) -> tuple[str, ...]:
@@ -85,6 +91,7 @@ def read_labels(path: Path, files: list[str], classes: tuple[str, ...]) -> np.nd
         )
     separator = next((separator for separator in (",", "\t", " ") if separator in lines[0]), None)
     if separator is None:
+        check_names(path, [*classes, lines[0]])
         raise DataError(f"{path}, line 1: there is no class {lines[0]!r} in train. A label file has {FORMS}.")
     pairs = [tuple(part.strip() for part in line.partition(separator)[::2]) for line in lines]
     return _by_name(path, files, pairs, {str(number): number for number in numbers.values()} | numbers)
@@ -97,6 +104,7 @@ def _in_order(path: Path, files: list[str], lines: list[str], numbers: dict[str,
         )
     for row, name in enumerate(lines, start=1):
         if name not in numbers:
+            check_names(path, [*numbers, name])
             raise DataError(f"{path}, line {row}: there is no class {name!r} in train.")
     return np.array([numbers[name] for name in lines], np.int32)
 
@@ -106,6 +114,7 @@ def _by_name(path: Path, files: list[str], pairs: list[tuple[str, str]], numbers
     labels = {}
     for name, class_name in pairs:
         if class_name not in numbers:
+            check_names(path, [*numbers, class_name])
             raise DataError(f"{path}: {name} has the class {class_name!r}, which train does not have.")
         if labels.setdefault(name, numbers[class_name]) != numbers[class_name]:
             raise DataError(f"{path} has two labels for {name}.")

@@ -239,6 +239,32 @@ def test_a_class_tar_without_images_is_an_error(imagenet, tmp_path):
         run(tmp_path / "a.tar", tmp_path / "set")
 
 
+LINUX, MACOS = "caf\u00e9", "cafe\u0301"  # look the same
+
+
+@pytest.mark.parametrize(
+    ("folders", "labels"),
+    [
+        ((f"{LINUX}/1.jpg", f"{MACOS}/2.jpg"), None),
+        ((f"train/{LINUX}/1.jpg", "train/tea/1.jpg", f"val/{MACOS}/2.jpg", "val/tea/2.jpg"), None),
+        ((f"{MACOS}/1.jpg", "tea/1.jpg"), f"{LINUX}\n"),
+        ((f"{MACOS}/1.jpg", "tea/1.jpg"), f"tea\n{LINUX}\n"),
+        ((f"{MACOS}/1.jpg", "tea/1.jpg"), f"1.jpg {LINUX}\n"),
+    ],
+)
+def test_a_class_in_two_forms_of_unicode(tmp_path, folders, labels):
+    for name in folders:
+        write(tmp_path / "source" / name, encoded(picture(1)))
+    with pytest.raises(
+        DataError, match="the class name 'caf.{1,2}' is there twice, in Unicode's two forms of the same"
+    ):
+        listing = list_source(Source("folder", tmp_path / "source"))
+        for name in "12"[: labels.count("\n")]:
+            write(tmp_path / "val" / f"{name}.jpg", encoded(picture(1)))
+        (tmp_path / "labels.txt").write_text(labels)
+        add_val(listing, Source("folder", tmp_path / "val"), tmp_path / "labels.txt")
+
+
 def test_a_class_may_be_called_train(tmp_path):
     for name in ("bus/1.jpg", "train/1.jpg", "train/express/2.jpg"):
         write(tmp_path / "photographs" / name, encoded(picture(1)))
