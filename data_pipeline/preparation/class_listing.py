@@ -11,7 +11,8 @@ from data_pipeline.preparation.image_source import SPLIT_NAMES, SPLITS, Files, I
 from data_pipeline.preparation.label_map_listing import OTHER_FOLDERS, check_no_label_maps
 from data_pipeline.preparation.labels import check_names
 from data_pipeline.preparation.object_listing import misnamed
-from data_pipeline.split import DataError
+from data_pipeline.preparation.ownership import MARK
+from data_pipeline.split import DataError, UsageError
 
 FEW_CLASSES = 8  # up to which their folders are compared; a layout that is not understood gives few
 NAMES_OF_SPLITS = {*SPLIT_NAMES, *OTHER_FOLDERS}
@@ -74,7 +75,9 @@ def sort_into_splits(files: Files) -> Listing:
 def _check_folders_have_images(
     files: Files, skip: int, split_of_folder: dict[str, str], found: dict[str, dict[str, int]]
 ) -> None:
-    """Raise DataError for a class folder without images: without its class, those behind it would get other labels."""
+    """Raise DataError for a class folder without images: without its class, those behind it would get other labels.
+    Raise UsageError if it is the folder of the dataset that is being made.
+    """
     around = files.names[0][:skip]
     for folder in files.folders:
         split, rest = "train", folder[skip:]
@@ -83,6 +86,11 @@ def _check_folders_have_images(
             split = split_of_folder.get(top)
         class_name, slash, _ = rest.partition("/")
         if folder.startswith(around) and split and slash and class_name not in found[split]:
+            if mark := next(Path(files.source.path, folder).rglob(MARK), None):
+                raise UsageError(
+                    f"DEST {mark.parents[1]} lies in SOURCE {files.source.path}, where its folder would be a class: "
+                    "give a DEST outside of SOURCE."
+                )
             raise DataError(
                 f"{files.source.path}/{folder.rstrip('/')} has no images, but lies where a class does: "
                 "add some, or move it away."

@@ -28,12 +28,13 @@ DOWNLOAD = "download"  # folder in `.work` for downloads of torchvision
 
 @contextlib.contextmanager
 def work_folder(dest: Path) -> Iterator[Path]:
-    """Create and lock `dest/.work`, and remove the half-written files of a killed run from it and from `dest`.
+    """Create and lock `dest/.work`, and remove the half-written files of a killed run from it and from `dest`. Without
+    work, no new folder is left.
 
     dest: a resolved path. The lock ends with the process. Raises UsageError if another process holds it, or if the
     folder was not made by this program.
     """
-    work = dest / WORK
+    work, new = dest / WORK, [path for path in (dest, *dest.parents) if not path.exists()]
     work.mkdir(parents=True, exist_ok=True)
     marked = (work / MARK).is_file() and (work / MARK).read_bytes() == os.fsencode(dest)
     if not marked:
@@ -56,6 +57,8 @@ def work_folder(dest: Path) -> Iterator[Path]:
         finally:
             if work.is_dir() and set(os.listdir(work)) == {MARK, "lock"}:  # no work was done
                 remove_work_folder(dest)
+                for path in new:
+                    path.rmdir()
 
 
 def claim(dest: Path, names: Iterable[str], earlier: Iterable[str] = ()) -> list[str]:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data_pipeline.images import contents, make_folder, without_manifest
+from tests.data_pipeline.images import contents, encoded, make_folder, picture, without_manifest
+from tests.data_pipeline.label_maps import write
 from tests.launch.prepare_process import (
     SIZE,
     call,
@@ -191,6 +192,17 @@ def test_a_finished_dataset_without_its_reports(tmp_path):
 def test_bad_arguments(source, tmp_path, arguments, words):
     arguments = [argument.format(source=source, dest=tmp_path / "set") for argument in arguments]
     fails_with(78, call(*arguments, cwd=tmp_path), words)
+
+
+@pytest.mark.parametrize("dest", ["out", "new/out"])
+def test_a_destination_among_the_classes(tmp_path, dest):
+    """It is named, and not left there: a further try would take it for a class."""
+    for name in ("a", "b"):
+        write(tmp_path / "source" / name / "1.jpg", encoded(picture(1)))
+    folder = tmp_path / "source" / dest
+    fails_with(78, call(tmp_path / "source", folder), f"DEST {folder} lies in SOURCE {tmp_path}/source, where its")
+    assert sorted(path.name for path in (tmp_path / "source").iterdir()) == ["a", "b"]
+    assert call(tmp_path / "source", tmp_path / "out").returncode == 0
 
 
 def test_bad_data(tmp_path):

@@ -162,11 +162,15 @@ def test_foreign_files_in_the_work_folder_are_kept(pictures, tmp_path):
     assert verify(dest) == [] and [path.name for path in (dest / ".work").iterdir()] == ["thesis.txt"]
 
 
-def test_a_run_without_results_leaves_no_files(tmp_path):
+def test_a_run_without_results_leaves_nothing(tmp_path):
+    """A folder that was there stays."""
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="contains no images"):
-        run(tmp_path / "empty", tmp_path / "set")
-    assert not list((tmp_path / "set").iterdir())
+    (tmp_path / "there").mkdir()
+    for dest in ("new/set", "there"):
+        with pytest.raises(DataError, match="contains no images"):
+            run(tmp_path / "empty", tmp_path / dest)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "there"]
+    assert not list((tmp_path / "there").iterdir())
 
 
 @pytest.mark.slow
