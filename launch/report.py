@@ -26,7 +26,7 @@ def main(arguments: argparse.Namespace) -> None:
     try:
         for plot in plots.values():
             output.with_name(f"{output.stem}-{plot.name}.png").write_bytes(plot.png)
-        output.write_text(page(runs, called, plots, time.time()))
+        output.write_text(page(runs, called, plots, time.time()), "utf-8")
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be written ({error.strerror}): choose another --output") from error
     print(f"{output} ({', '.join(called)}); its plots: {output.stem}-*.png beside it")

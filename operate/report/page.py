@@ -44,7 +44,7 @@ def page(runs: Sequence[ReportedRun], names: Sequence[str], plots: dict[str, Pic
         .get_template("page.html.j2")
         .render(
             title=names[0] if len(runs) == 1 else f"{len(runs)} runs: {', '.join(names)}",
-            style=Markup((here / "style.css").read_text()),
+            style=Markup((here / "style.css").read_text("utf-8")),
             folders=", ".join(str(run.folder) for run in runs),
             now=clock(now),
             plots={name: (data_uri(plot.svg), plot.caption) for name, plot in plots.items()},

@@ -71,6 +71,15 @@ def rows(page, section) -> list[list[str]]:
 
 
 @pytest.mark.slow
+def test_the_page_is_utf8_in_any_locale(killed, tmp_path, monkeypatch):
+    """A cluster's may be Latin-1 or ASCII: only plain C is taken for UTF-8 (PEP 538, PEP 540)."""
+    for name, value in (("LC_ALL", "C"), ("PYTHONUTF8", "0"), ("PYTHONCOERCECLOCALE", "0")):
+        monkeypatch.setenv(name, value)
+    report(tmp_path / "report.html", killed)
+    assert "×" in (tmp_path / "report.html").read_text("utf-8")
+
+
+@pytest.mark.slow
 def test_numbers_of_a_run_that_was_killed_twice(killed, page):
     lines = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     resumed = [line for line in lines if line.get("event") == "resume"]
