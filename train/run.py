@@ -22,7 +22,7 @@ def run(
     output: that folder, by default runs/<config name>. resume: "auto", "never" or a checkpoint's path.
     resume_with_changes: go on although settings changed that alter what a step computes. The ranks are those of the
     environment's variables RANK and WORLD_SIZE, as torchrun and deepspeed set them; without them this process is the
-    only one. Stop signals (TERM, USR1, INT) end the run with a checkpoint.
+    only one. Stop signals (TERM, USR1, INT, HUP) end the run with a checkpoint.
 
     Raises ConfigError, DataError, StorageError, Unavailable, TrainingFailed, StateLost, NotSaved or Stopped, each with
     an `exit_code`.

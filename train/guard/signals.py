@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """Remembers in `received` the first SIGTERM, SIGUSR1 or SIGINT since `install`.
+    """Remembers in `received` the first SIGTERM, SIGUSR1, SIGINT or SIGHUP since `install`.
 
-    A second SIGINT raises KeyboardInterrupt.
+    A second SIGINT raises KeyboardInterrupt. SIGHUP, which a terminal sends when it is closed, stays ignored under
+    nohup.
 
     Python runs signal handlers only between two bytecode instructions of the main thread, that is not while it waits in
     a collective. Therefore a thread reads the pipe into which Python's C handler writes the signal's number
@@ -36,7 +37,10 @@ class StopSignals:
             os.set_blocking(self._pipe, False)
             threading.Thread(target=self._listen, args=[read], name="signals", daemon=True).start()
         signal.set_wakeup_fd(self._pipe)  # before the handlers are set, so that no signal goes unwritten
-        self._before = {number: signal.signal(number, self._handle) for number in STOP}
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._before = {
+            number: signal.signal(number, self._handle) for number in STOP if not (nohup and number == signal.SIGHUP)
+        }
         return True
 
     def uninstall(self) -> None:

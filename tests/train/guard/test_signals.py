@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from tests.runs import ROOT, handles
 
 LISTEN = """
@@ -27,6 +29,16 @@ def test_a_signal_at_the_very_moment_of_installing_is_heard():
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=30)[0] == "SIGTERM\n"
+
+
+@pytest.mark.parametrize(("before", "said"), [([], "SIGHUP\n"), (["nohup"], "lost\n")])
+def test_a_closed_terminal_is_a_request_to_stop_unless_it_was_to_be_ignored(before, said):
+    command = [*before, sys.executable, "-S", "-c", LISTEN]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not handles(process.pid, signal.SIGTERM):
+        assert process.poll() is None
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate(timeout=30)[0] == said
 
 
 def test_a_second_interrupt_ends_it_at_once():
