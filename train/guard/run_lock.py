@@ -76,6 +76,7 @@ class RunLock:
                 self._refuse()
             self._write(ended=False)
         except OSError as error:
+            self._let_go()  # this process may try again
             raise cannot_write(self._path, error) from error
         os.register_at_fork(after_in_child=self._let_go)
         self._thread.start()
