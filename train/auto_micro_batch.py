@@ -58,8 +58,6 @@ def settle_micro_batch(
 
 def _before(resume: Resume) -> int | None:
     """The size of the checkpoint that the run goes on from; None if it begins."""
-    if resume.never:
-        return None
     damaged = None
     for path in resume.candidates():
         try:

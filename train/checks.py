@@ -33,12 +33,10 @@ def check_resume(config: Config, resume: Resume) -> None:
 
     The dataset is not compared, and no shard is read: `restore` does so.
     """
-    if resume.never:
-        if list_checkpoints(resume.checkpoints):
-            raise ConfigError(
-                f"{resume.checkpoints} already has checkpoints; resume them (--resume auto) or choose another --output"
-            )
-        return
+    if resume.never and list_checkpoints(resume.checkpoints):
+        raise ConfigError(
+            f"{resume.checkpoints} already has checkpoints; resume them (--resume auto) or choose another --output"
+        )
     if resume.checkpoint and (resume.checkpoint / "checkpoints").is_dir():
         raise ConfigError(
             f"--resume {resume.checkpoint} is a run's folder: name one of its checkpoints: "

@@ -150,7 +150,7 @@ def nearest_first(path: Path, info: CheckpointInfo, rank: int = 0, world: int = 
     First the shard at the rank's relative position, then shard 0, which has the buffers, then the others by distance.
     With unchanged world size a rank finds its share in the first two, and opens no others.
     """
-    names = sorted(info.shards, key=lambda name: (len(name), name))
+    names = sorted(info.shards)
     own = rank * len(names) // world
     order = sorted(range(len(names)), key=lambda index: (index != own, index != 0, abs(index - own)))
     return [path / names[index] for index in order]

@@ -65,8 +65,6 @@ def restore(
 
 def _choose(resume: Resume, config: Config, manifest: Manifest, order: Order) -> Restored:
     checkpoints = resume.checkpoints
-    if resume.never:
-        return Restored()
     possible = resume.candidates()
     path, info, skipped = first_sound(possible)
     if path is None:

@@ -20,10 +20,10 @@ class Resume:
     """
 
     checkpoints: Path
-    checkpoint: Path | None = None
-    never: bool = False
-    begins: bool = False
-    with_changes: bool = False
+    checkpoint: Path | None
+    never: bool
+    begins: bool
+    with_changes: bool
 
     @staticmethod
     def decide(output: Path, resume: str, with_changes: bool) -> "Resume":
@@ -35,7 +35,7 @@ class Resume:
 
     def of_own(self) -> "Resume":
         """For going back during a run: the newest of its own checkpoints, whatever the run began from."""
-        return replace(self, checkpoint=None, never=False, begins=False, with_changes=True)
+        return replace(self, checkpoint=None, with_changes=True)
 
     def candidates(self) -> list[Path]:
         """The checkpoints to go on from, the preferred one first.
