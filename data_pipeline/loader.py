@@ -218,7 +218,6 @@ class Loader(AbstractContextManager):
 
     def __next__(self) -> MicroBatch:
         if not self._pending:
-            self.close()
             raise StopIteration
         batch, chunks = self._pending.popleft()
         try:
