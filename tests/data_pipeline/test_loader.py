@@ -29,9 +29,14 @@ AUGMENT = AugmentConfig(crop="resized")
 SAMPLES = 101
 
 
+def sides(number: int) -> tuple[int, int]:
+    """Width and height of an image."""
+    return 40 + number % 13, 36 + number % 7
+
+
 @pytest.fixture(scope="module")
 def images() -> list[bytes]:
-    return [jpeg(number, 40 + number % 13, 36 + number % 7) for number in range(SAMPLES)]
+    return [jpeg(number, *sides(number)) for number in range(SAMPLES)]
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +169,7 @@ def test_copies_of_a_sample_are_cropped_differently(split, images):
 
 def damaged(folder: Path, *numbers: int, samples: int = 40) -> Split:
     """A split in which some samples differ from their checksums."""
-    write_split(folder, [jpeg(n, 40, 40) for n in range(samples)])
+    write_split(folder, [jpeg(n, *sides(n)) for n in range(samples)])
     split = open_manifest(folder).split("train")
     for record in split.records[list(numbers)]:
         with open(split.folder / split.shards[record["shard"]].file, "r+b") as file:
@@ -190,9 +195,10 @@ def test_a_bad_sample_is_replaced_and_named_on_any_rank(tmp_path, repeats):
         assert np.array_equal(batch.draws, used)
         assert batch.ids.tolist() == (used % 40).tolist()
         assert batch.targets.tolist() == (used % 40 % 10).tolist() and batch.counted.all()
-        windows = training_windows(fold(make_key(0, Stream.CROP, 0), used), np.full(4, 40), np.full(4, 40), AUGMENT)
+        widths, heights = (split.records[name][used % 40] for name in ("width", "height"))
+        windows = training_windows(fold(make_key(0, Stream.CROP, 0), used), widths, heights, AUGMENT)
         for number, window, pixels in zip(used % 40, windows, batch.images, strict=True):
-            assert torch.equal(pixels, expected_pixels(jpeg(int(number), 40, 40), window))
+            assert torch.equal(pixels, expected_pixels(jpeg(int(number), *sides(int(number))), window))
         if 17 in planned % 40:
             met += 1
             assert {(sample.id, sample.replaced_by) for sample in batch.bad} >= {(17, second), (first, second)}
@@ -364,13 +370,16 @@ def test_evaluation_counts_every_sample_once_and_keeps_ranks_in_step(split, batc
     assert repeats == -total % world
 
 
-def test_a_rank_without_a_batch_repeats_its_previous_one(split):
-    def found(rank: int, size: int) -> list[tuple[int, bool]]:
-        batches = evaluation_of(split, size, rank=rank, world=3)
-        return [(k, batch.counted[0].item()) for k, batch in batches]
+def test_a_rank_without_a_batch_repeats_its_previous_one(tmp_path):
+    """Whose bad samples have been reported."""
+    split = damaged(tmp_path, 19)
 
-    assert found(1, 30) == [(1, True), (1, False)]  # 4 batches: rank 0 has two, ranks 1 and 2 have one
-    assert found(2, 60) == [(0, False)]
+    def found(rank: int, size: int) -> list[tuple[int, bool, list[int]]]:
+        batches = evaluation_of(split, size, rank=rank, world=3)
+        return [(k, batch.counted[0].item(), [sample.id for sample in batch.bad]) for k, batch in batches]
+
+    assert found(1, 12) == [(1, True, [19]), (1, False, [])]  # 4 batches: rank 0 has two, ranks 1 and 2 have one
+    assert found(2, 24) == [(0, False, [])]
 
 
 def test_evaluation_uses_the_centre_crop(split, images):
