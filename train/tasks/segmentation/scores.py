@@ -46,7 +46,7 @@ def confusion(labels: Tensor, found: Tensor, classes: int) -> Tensor:
     """Count pixels by (label, found class), int64 [classes, classes]. Labels that are no class are left out."""
     nowhere = classes * classes
     places = torch.where(labels < classes, labels * classes + found, nowhere)
-    return torch.bincount(places.flatten(), minlength=nowhere + 1)[:nowhere].view(classes, classes)
+    return torch.bincount(places.flatten(), minlength=nowhere)[:nowhere].view(classes, classes)
 
 
 def scores_of(matrix: np.ndarray) -> dict[str, float]:

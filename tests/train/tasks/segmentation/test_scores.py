@@ -33,20 +33,21 @@ def test_pixels_are_counted_by_label_and_prediction(classes, ignored):
 
 
 def test_scores_by_the_sets_of_pixels():
-    """IoU from sets, as it is defined. Class 3 occurs nowhere, class 2 only in the prediction."""
+    """IoU from sets, as it is defined. Class 4 occurs nowhere, 2 and 3 in one pixel of the prediction and the labels."""
     random = np.random.default_rng(1)
-    labels, found = random.integers(0, 2, 500), random.integers(0, 3, 500)
+    labels, found = random.integers(0, 2, 500), random.integers(0, 2, 500)
+    found[7], labels[8] = 2, 3
     iou, accuracy = [], []
-    for number in range(4):
+    for number in range(5):
         labelled, predicted = ({*np.flatnonzero(values == number)} for values in (labels, found))
         if labelled | predicted:
             iou.append(len(labelled & predicted) / len(labelled | predicted))
         if labelled:
             accuracy.append(len(labelled & predicted) / len(labelled))
-    assert len(iou) == 3 and iou[2] == 0.0 and len(accuracy) == 2
-    found_scores = scores_of(confusion(torch.from_numpy(labels), torch.from_numpy(found), 4).numpy())
-    assert found_scores["miou"] == pytest.approx(100 * sum(iou) / 3, rel=1e-12)
-    assert found_scores["macc"] == pytest.approx(100 * sum(accuracy) / 2, rel=1e-12)
+    assert len(iou) == 4 and iou[2:] == [0.0, 0.0] and len(accuracy) == 3
+    found_scores = scores_of(confusion(torch.from_numpy(labels), torch.from_numpy(found), 5).numpy())
+    assert found_scores["miou"] == pytest.approx(100 * sum(iou) / 4, rel=1e-12)
+    assert found_scores["macc"] == pytest.approx(100 * sum(accuracy) / 3, rel=1e-12)
     assert found_scores["aacc"] == pytest.approx(100 * (labels == found).mean(), rel=1e-12)
 
 
@@ -105,9 +106,9 @@ def test_a_perfect_network_is_found_perfect(segment_config):
 def test_the_same_pictures_are_kept_in_whatever_batches_they_come(segment_config):
     labels, ids = blocks(20), list(range(20))
     kept = []
-    for size in (1, 7, 20):
+    for size, starts in ((1, range(19, -1, -1)), (7, (14, 0, 7)), (20, (0,))):
         tally = tally_of(segment_config)
-        for start in range(0, 20, size):
+        for start in starts:
             part = slice(start, start + size)
             tally.add(Given(), batch(ids[part], labels[part], [True] * len(ids[part])))
         kept.append(tally.finish([20.0])[1]["pictures"])
@@ -116,6 +117,13 @@ def test_the_same_pictures_are_kept_in_whatever_batches_they_come(segment_config
     assert max(shown["id"] for shown in kept[0]) > 9 > min(shown["id"] for shown in kept[0])
     for shown in kept[0]:
         assert np.array_equal(from_base64(shown["labels"]), paint(labels[shown["id"]].numpy(), 3))
+
+
+def test_pictures_are_reduced_and_keep_their_aspect(segment_config):
+    tally = tally_of(segment_config)
+    tally.add(Given(), batch([0], torch.zeros(1, 200, 768, dtype=torch.uint8), [True]))
+    (shown,) = tally.finish([1.0])[1]["pictures"]
+    assert {from_base64(shown[part]).shape for part in ("image", "labels", "prediction")} == {(100, 384, 3)}
 
 
 def test_a_split_without_a_labelled_pixel_is_named(segment_config):
