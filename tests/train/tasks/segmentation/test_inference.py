@@ -134,6 +134,7 @@ def test_windows_cover_a_side_and_end_at_its_border(size, side, stride):
 def test_many_classes_are_compared_in_parts():
     torch.manual_seed(0)
     logits = torch.randn(1, 100, 5, 6)
+    logits[0, 3] += 3
     logits[0, 70] = logits[0, 3]  # equal ones: the first
-    whole = F.interpolate(logits, size=(13, 17), mode="bilinear")
-    assert torch.equal(_best(logits, (13, 17)), whole.argmax(1))
+    whole, found = F.interpolate(logits, size=(13, 17), mode="bilinear"), _best(logits, (13, 17))
+    assert torch.equal(found, whole.argmax(1)) and (found == 3).any()

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 
 import catmodel
+from data_pipeline.augment import normalise
 from data_pipeline.manifest import open_manifest
 from data_pipeline.order import Order
 from train.config import ConfigError, load_config
-from train.tasks.base import build_task, training_batches
+from train.tasks.base import build_task, training_batches, unnormalised
 from train.tasks.segmentation.task import Segmentation, clear_outside, pixel_loss
 
 CLASSES = ("background", "disk", "square", "triangle", "ring", "cross")
@@ -84,9 +85,17 @@ def test_images_and_labels_are_the_same_on_any_number_of_ranks(segment_config):
             assert torch.equal(inputs["labels"], expected["labels"])
 
 
+def test_an_evaluation_reads_images_at_the_largest_ratio(segment_config):
+    task = task_of(segment_config, "task.test_scale=[96,64]", "task.test_ratios=[0.5,1.5,1.0]")
+    _, shapes = task.views().evaluation(np.array([96]), np.array([64]))
+    assert shapes.tolist() == [[96, 144]]
+
+
 def test_distortion_changes_pixels_and_not_labels(segment_config):
     (_, distorted), *_ = batches(segment_config)
-    (_, plain), *_ = batches(segment_config, "task.distortion=false")
+    (batch, plain), *_ = batches(segment_config, "task.distortion=false")
+    stored = normalise(batch.images, load_config(segment_config).augment)
+    assert torch.equal(plain["images"], clear_outside(stored, batch.targets["inside"]))
     assert torch.equal(distorted["labels"], plain["labels"])
     assert not torch.equal(distorted["images"], plain["images"])
 
@@ -98,6 +107,9 @@ def test_a_preview_shows_labels_over_the_images(segment_config):
     assert shown.shape == (2, 3, 64, 96) and shown.min() >= 0 and shown.max() <= 1
     unlabelled = {**inputs, "labels": torch.full_like(inputs["labels"], 255)}
     plain = task.preview(unlabelled, 8)
+    images = unnormalised(inputs["images"], task.config.augment)
+    assert torch.allclose(plain, images, rtol=0, atol=0.6 / 255)
+    assert torch.equal(task.preview(inputs, 1), shown[:1])
     changed = (shown != plain).any(1)
     assert torch.equal(changed & (inputs["labels"] == 255), torch.zeros_like(changed))
     assert changed[inputs["labels"] != 255].float().mean() > 0.9
