@@ -146,11 +146,8 @@ class RunLock:
 
     def _write(self, *, ended: bool) -> None:
         record = json.dumps({**self._record, "beat": time.time(), "ended": ended}).encode()
-        file = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.pwrite(file, record.ljust(SIZE - 1) + b"\n", 0)
-        finally:
-            os.close(file)
+        with open(self._path, "r+b", buffering=0) as file:
+            file.write(record.ljust(SIZE - 1) + b"\n")
 
     def _refuse(self) -> NoReturn:
         who, holder = "another run", _parse(self._read())
