@@ -1,5 +1,6 @@
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -207,6 +208,17 @@ def test_a_damaged_shard_is_named_and_not_kept(copied, tmp_path):
 def test_a_damaged_index_is_named(copied, tmp_path):
     flip_a_bit(copied / "train.index")
     with pytest.raises(DataError, match=r"train\.index is damaged"):
+        open_dataset(config(copied, tmp_path / "cache"))
+
+
+def test_what_is_wrong_with_a_staged_folder_is_named_at_the_start(copied, tmp_path):
+    text = (copied / "manifest.json").read_text()
+    (copied / "manifest.json").write_text(json.dumps({**json.loads(text), "classes": ["one"]}))
+    with pytest.raises(DataError, match=r"train\.index cannot be right: of sample 1 it says that its class is none of"):
+        open_dataset(config(copied, tmp_path / "cache"))
+    (copied / "manifest.json").write_text(text)
+    (copied / "train-00007.tar").unlink()
+    with pytest.raises(DataError, match=r"copy/train-00007\.tar is missing, though the manifest names it"):
         open_dataset(config(copied, tmp_path / "cache"))
 
 

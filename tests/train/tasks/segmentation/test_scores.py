@@ -33,7 +33,7 @@ def test_pixels_are_counted_by_label_and_prediction(classes, ignored):
 
 
 def test_scores_by_the_sets_of_pixels():
-    """IoU from sets, as it is defined. Class 4 occurs nowhere, 2 and 3 in one pixel of the prediction and the labels."""
+    """IoU from sets, as it is defined. 4 occurs nowhere, 2 in a pixel of the prediction, 3 in one of the labels."""
     random = np.random.default_rng(1)
     labels, found = random.integers(0, 2, 500), random.integers(0, 2, 500)
     found[7], labels[8] = 2, 3
