@@ -82,23 +82,23 @@ def _choose(resume: Resume, config: Config, manifest: Manifest, order: Order) ->
         others = [f"data.path ({info.config['data']['path']} → {config.data.path}: other images or labels)"]
     changes = resume.check_settings(path, info, config, *others)
     notes += [f"changed since the checkpoint: {item}" for item in changes]
-    begins = resume.checkpoint is not None and path == possible[-1]  # not at a later one of this run
-    step = _converted(path, info, manifest, order, elsewhere=begins and not resume.is_own(path))
+    elsewhere = not resume.is_own(path)
+    step = _converted(path, info, manifest, order, elsewhere=elsewhere)
     if step != info.step:
         notes.append(f"step {info.step}, the end of epoch {step // order.steps_per_epoch}, is step {step} from here on")
     began = info.began
-    if begins:
+    if resume.checkpoint is not None and path == possible[-1]:  # not a later one of this run
         began = resume.name_of(path)
         # The next start must not mistake the remaining checkpoints for this run's newest.
         own = list_checkpoints(checkpoints)
-        notes += _set_aside(own if not resume.is_own(path) else [other for other in own if step_of(other) > info.step])
+        notes += _set_aside(own if elsewhere else [other for other in own if step_of(other) > info.step])
     elif resume.checkpoint is not None:
         notes.append(
             f"this run began at {resume.checkpoint} before: it goes on from {path}. To begin there again, take "
             "another --output"
         )
     best = next((score for _, score in evaluated(checkpoints, until=step)), None)
-    return Restored(step, path, info, notes, best, began, elsewhere=not resume.is_own(path))
+    return Restored(step, path, info, notes, best, began, elsewhere)
 
 
 def _converted(path: Path, info: CheckpointInfo, manifest: Manifest, order: Order, *, elsewhere: bool) -> int:
