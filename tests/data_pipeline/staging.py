@@ -62,6 +62,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         if self.path.endswith(".tar") and self.server.cut > 0:
             self.server.cut -= 1
             data = data[: len(data) // 2]
+        if self.path.endswith(".tar") and self.server.damaged > 0:
+            self.server.damaged -= 1
+            data = bytes(len(data))
         if not self.path.endswith(".tar") or not self.server.slow:
             output.write(data)
             return
@@ -77,13 +80,13 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     """A web server on the loopback interface.
 
-    slow: seconds per kilobyte of a shard. cut: number of shards of which only half will be sent. requests: names of the
-    files that were sent.
+    slow: seconds per kilobyte of a shard. cut, damaged: number of shards of which only half, or zeros, will be sent.
+    requests: names of the files that were sent.
     """
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-        self.slow, self.cut, self.stopping, self.requests = 0.0, 0, False, []
+        self.slow, self.cut, self.damaged, self.stopping, self.requests = 0.0, 0, 0, False, []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, *_: object) -> None:

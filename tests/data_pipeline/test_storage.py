@@ -176,6 +176,15 @@ def test_a_broken_connection_is_retried(server, tmp_path):
     assert server.requests.count("train-00004.tar") == 2
 
 
+def test_a_file_that_is_damaged_on_its_way_is_fetched_again(server, tmp_path):
+    server.damaged = 1
+    split, notes = open_dataset(config(server.url, tmp_path / "cache")).split("train"), []
+    os.close(split.open_file(split.folder / "train-00004.tar", threading.Event(), lambda *fault: notes.append(fault)))
+    assert hashlib.sha256(read_one(split, 4)).hexdigest() == split.shards[4].sha256
+    assert server.requests.count("train-00004.tar") == 2
+    assert notes == [(f"{server.url}/train-00004.tar", "damaged on its way, and fetched again")]
+
+
 def test_closing_a_loader_ends_its_fetches(server, tmp_path):
     server.slow = 0.5
     data = config(server.url, tmp_path / "cache")
