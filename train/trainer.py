@@ -159,7 +159,7 @@ class Run(RunParts):
         reached = max(reached, steps[-1])
         self.guard.enter("save", reached)
         self.saver.finish(self.monitor)
-        restored = restore(self.resume.of_own(), self.config, self.manifest, self.order, self.engine, self.ema)
+        restored = restore(self.resume, self.config, self.manifest, self.order, self.engine, self.ema)
         if restored.path is None:
             raise no_way_back(why, self.saver.state_is_finite())
         self.saver.go_back(restored.step, restored.best)

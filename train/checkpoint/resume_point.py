@@ -1,7 +1,7 @@
 """The meaning of `--resume`, decided once, before torch is imported."""
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from train.checkpoint.info import CheckpointError, CheckpointInfo, list_checkpoints, read_info
@@ -32,10 +32,6 @@ class Resume:
         checkpoint = None if resume in ("auto", "never") else Path(resume)
         begins = checkpoint is None and not list_checkpoints(checkpoints)
         return Resume(checkpoints, checkpoint, resume == "never", begins, with_changes)
-
-    def of_own(self) -> "Resume":
-        """For going back during a run: the newest of its own checkpoints, whatever the run began from."""
-        return replace(self, checkpoint=None, with_changes=True)
 
     def candidates(self) -> list[Path]:
         """The checkpoints to go on from, the preferred one first.

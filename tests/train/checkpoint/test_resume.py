@@ -8,6 +8,7 @@ import pytest
 
 from data_pipeline.order import Order
 from train.checkpoint.info import CheckpointInfo, checkpoint_path, write_manifest
+from train.checkpoint.init_from import check_source
 from train.checkpoint.resume import Restored, _choose, lost_steps
 from train.checkpoint.resume_point import Resume
 from train.config import Config, ConfigError, load_config
@@ -51,11 +52,16 @@ def test_a_checkpoint_that_cannot_be_used_is_not_the_best(config, tmp_path):
     save(tmp_path, 16, config, score=90.0, steps_per_epoch=8, shards=MISSING)
     found = choose(tmp_path, config)
     assert (found.path, found.step, found.best) == (path, 8, 50.0)
+    assert [note.partition(":")[0] for note in found.notes] == [
+        "skipped a damaged checkpoint",
+        f"going back to {path} instead costs 8 steps",
+    ]
 
 
 def test_a_checkpoint_that_does_not_say_how_many_steps_an_epoch_had(config, tmp_path):
     path = save(tmp_path / "old", 8, config)
-    assert choose(tmp_path / "old", config).step == 8
+    found = choose(tmp_path / "old", config)
+    assert (found.step, found.notes) == (8, [])
     found = choose(tmp_path / "new", config, path, batch=64)
     assert found.step == 4 and found.notes == ["step 8, the end of epoch 1, is step 4 from here on"]
     path = save(tmp_path / "others", 8, config, dataset="others")
@@ -79,11 +85,16 @@ def test_the_runs_own_checkpoint_may_be_named_by_any_path(config, tmp_path, monk
     assert (found.step, found.began) == (16, "step_00000008") and len(names(run)) == 4
 
 
-def test_another_runs_checkpoint_is_remembered_by_its_whole_path(config, tmp_path, monkeypatch):
+def test_another_runs_checkpoint_is_remembered_by_its_whole_path(tiny_config, config, tmp_path, monkeypatch):
     other = save(tmp_path / "other", 8, config, steps_per_epoch=8)
     monkeypatch.chdir(tmp_path)
     found = choose(tmp_path / "run", config, "other/checkpoints/step_00000008")
     assert (found.began, found.elsewhere) == (str(other), True)
+    config = load_config(tiny_config, ["model.init_from=missing"])  # the run does not read it
+    check_source(config, Resume.decide(tmp_path / "run", str(other), False))
+    check_source(config, Resume.decide(tmp_path / "other", "auto", False))
+    with pytest.raises(ConfigError, match="model.init_from: there is no missing"):
+        check_source(config, Resume.decide(tmp_path / "run", "auto", False))
 
 
 def test_lost_steps_are_those_of_the_last_whole_line(tmp_path):
