@@ -63,17 +63,17 @@ class Store:
         return [self.get(key) for key in keys]
 
     def wait_for(self, key: str, seconds: float) -> str | None:
-        """Poll for a value, ever more rarely. Returns None after `seconds`, or if rank 0 is dead."""
+        """Poll for a value, ever more rarely. Returns None if it is not there after `seconds`, or if rank 0 is dead."""
         began = time.monotonic()
-        while (waited := time.monotonic() - began) < seconds:
+        while True:
+            waited = time.monotonic() - began
             try:
                 value = self.get(key)
             except ConnectionError:
                 return None
-            if value is not None:
+            if value is not None or waited >= seconds:
                 return value
             time.sleep(min(max(POLL, waited / 8), LONGEST_POLL, seconds - waited))
-        return None
 
     def delete(self, key: str) -> None:
         """Delete a key, if it exists. Without this, rank 0 keeps all values until the run's end."""

@@ -131,3 +131,5 @@ def test_alone(start):
     (only,) = start(1)
     only.call("set", "key", "value")
     assert only.call("wait_for", "key", 60, thread="b") == "value"
+    assert only.call("wait_for", "key", 0) == "value"  # it is there, however long a save has taken
+    assert only.call("wait_for", "never", 0) is None
