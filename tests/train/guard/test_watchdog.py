@@ -280,7 +280,7 @@ def beat(count, section="step", step=7, *, place="all_reduce (c.py:1)", waiting=
         (
             [beat(1), beat(1), beat(1)],
             [beat(4), beat(1), None],
-            "at all_reduce (c.py:1), step 6 complete); rank 2 (no heartbeat",
+            "at all_reduce (c.py:1), step 6 complete); rank 2 (no heartbeat so far).",
         ),
         ([beat(1), None], [beat(4), beat(1)], "All ranks live; furthest behind: rank 0"),
         ([beat(1), beat(1)], [beat(4), beat(4, step=6)], "furthest behind: rank 1 (5 s in step of step 6"),
@@ -295,7 +295,11 @@ def beat(count, section="step", step=7, *, place="all_reduce (c.py:1)", waiting=
             "behind: rank 1 (5 s in step of step 7, at next",
         ),
         ([beat(1)] * 3, [beat(4), beat(4, place="wait (g.py:2)"), beat(4)], "furthest behind: rank 1 ("),
-        ([beat(1)] * 9, [beat(4)] * 9, "and 5 more."),
+        (
+            [beat(1)] * 9,
+            [beat(4)] * 9,
+            "; rank 3 (5 s in step of step 7, at all_reduce (c.py:1), step 6 complete) and 5 more.",
+        ),
         # All hosts wait for their devices, of which one is behind.
         (
             [beat(1)] * 3,
@@ -318,9 +322,11 @@ def test_one_judges_and_the_next_where_no_sentence_comes():
     shelf, place = Shelf(), _Place("step", 7, 0.0, 4.0)
     first, second, third = (_Judge(shelf, name) for name in "123")
     assert [judge.is_me(place, 10) for judge in (first, second, third)] == [True, False, False]
-    assert first.is_me(place, 11) and not second.is_me(place, 10 + JUDGING)
+    assert first.is_me(place, 11) and not any(second.is_me(place, now) for now in (11, 12, 10 + JUDGING))
     assert second.is_me(place, 10.5 + JUDGING) and not third.is_me(place, 11 + JUDGING)  # the first has not reported
-    assert third.is_me(_Place("evaluation", 7, 90.0, 4.0), 100)  # another section, another judge
+    assert third.is_me(place, 12 + 2 * JUDGING)  # nor has the second
+    other = _Place("evaluation", 7, 90.0, 4.0)
+    assert third.is_me(other, 100) and not _Judge(shelf, "4").is_me(other, 100)  # another section, another judge
     # Entered again, while the previous judge lives but does not report.
     later = _Place("evaluation", 7, 200.0, 4.0)
     assert not second.is_me(later, 300) and second.is_me(later, 301 + JUDGING)
