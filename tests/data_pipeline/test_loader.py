@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -49,11 +50,15 @@ def split(images, tmp_path_factory) -> Split:
 @pytest.fixture(autouse=True)
 def no_thread_remains():
     yield
-    assert decoders() == []
+    assert decoders() == threads_of("advise") == []
 
 
 def decoders() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+    return threads_of("decode")
+
+
+def threads_of(name: str) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(name)]
 
 
 def config_of(split: Split, **changes) -> DataConfig:
@@ -324,6 +329,8 @@ def test_the_callers_number_of_torch_threads_is_kept(split):
         with loader_of(split, Order(0, SAMPLES, 24, 4)) as loader:
             next(loader)
             assert torch.get_num_threads() == 2
+            with ThreadPoolExecutor(1) as later:
+                assert later.submit(torch.get_num_threads).result() == 2
             assert loader._executor.submit(torch.get_num_threads).result() == 1
     finally:
         torch.set_num_threads(before)

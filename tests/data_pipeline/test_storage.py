@@ -61,7 +61,9 @@ def parts(cache: Path) -> list[Path]:
 
 
 def test_a_staged_folder_gives_the_same_batches(dataset, tmp_path):
-    assert every_batch(config(dataset, tmp_path / "cache")) == every_batch(config(dataset))
+    """Also of samples that are used twice in a row."""
+    copies = {"repeats": 2}
+    assert every_batch(config(dataset, tmp_path / "cache"), **copies) == every_batch(config(dataset), **copies)
     assert staged(tmp_path / "cache") == {path.name for path in dataset.iterdir()} - {"manifest.json"}
     assert parts(tmp_path / "cache") == []
 
