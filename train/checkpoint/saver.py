@@ -262,7 +262,7 @@ class Saver:
         """
         shards, failures = {}, []
         for rank in range(self.engine.world):
-            answer = self.store.wait_for(f"{key}/{rank}", max(0.0, began + self.timeout - time.monotonic()))
+            answer = self.store.wait_for(f"{key}/{rank}", began + self.timeout - time.monotonic())
             if answer is None:
                 raise TimeoutError(f"rank {rank} has not written its share after {self.timeout:g} s")
             if answer.startswith("ok "):
