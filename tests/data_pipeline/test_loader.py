@@ -50,15 +50,11 @@ def split(images, tmp_path_factory) -> Split:
 @pytest.fixture(autouse=True)
 def no_thread_remains():
     yield
-    assert decoders() == threads_of("advise") == []
+    assert decoders() == []
 
 
 def decoders() -> list[threading.Thread]:
-    return threads_of("decode")
-
-
-def threads_of(name: str) -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith(name)]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
 
 
 def config_of(split: Split, **changes) -> DataConfig:
