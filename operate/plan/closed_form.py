@@ -55,9 +55,9 @@ def slowdown(timeline: Timeline) -> float:
 
 
 def per_step(timeline: Timeline) -> float:
-    """Seconds of work per step: the step, its share of an evaluation, and the delay by stragglers."""
-    share = timeline.evaluation / timeline.evaluate_every if timeline.evaluate_every else 0.0
-    return (timeline.step + share) * slowdown(timeline)
+    """Seconds of work per step: the step, its share of the run's evaluations, and the delay by stragglers."""
+    evaluations = timeline.steps // timeline.evaluate_every if timeline.evaluate_every else 0
+    return (timeline.step + timeline.evaluation * evaluations / timeline.steps) * slowdown(timeline)
 
 
 def expected(timeline: Timeline) -> Outcome:

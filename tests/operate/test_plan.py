@@ -1,7 +1,7 @@
 """The planner's arithmetic, against published figures, by hand, and closed form against simulation."""
 
 import json
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 from math import exp
 from pathlib import Path
 
@@ -88,6 +88,8 @@ def test_closed_form_and_simulation_agree_within_2_percent(changes):
     assert error < 0.008 * mean.wall  # or the comparison would say little
     assert closed.wall == pytest.approx(mean.wall, rel=0.02)
     assert closed.failures == pytest.approx(mean.failures, rel=0.05, abs=0.1)
+    for name, seconds in list(asdict(mean).items())[:-1]:
+        assert getattr(closed, name) == pytest.approx(seconds, rel=0.06, abs=0.003 * mean.wall), name
     assert sum(astuple(closed)[:-1]) == pytest.approx(closed.wall) and min(astuple(closed)) >= 0
 
 
