@@ -1,4 +1,4 @@
-"""Saves of rank 0 of two; the other rank's answers stand in a real store. Real ranks: test_save_faults.py, a folder above."""
+"""Saves of rank 0 of two, whose other rank's answers are in a real store. Of both: ../test_save_faults.py."""
 
 from types import SimpleNamespace
 
