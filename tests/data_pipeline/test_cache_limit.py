@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from data_pipeline.backends.stored import stored_in_shards
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.fetch import ignore_fault
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.split import UsageError
-from data_pipeline.storage import open_dataset
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import POOL, Order
+from data_pipeline.split import LABEL_MAP, Annotation, Beton, Shard, Split, UsageError
+from data_pipeline.storage import _check_room, open_dataset
 from data_pipeline.views import Crops
 from tests.data_pipeline.shards import jpeg, write_split
 from tests.data_pipeline.staging import PER_SHARD, SAMPLES, config, fork, open_files, read_one, staged, start
@@ -106,6 +109,41 @@ def test_a_limit_below_what_training_keeps_in_use_is_refused(dataset, tmp_path):
     ):
         open_dataset(limited(dataset, tmp_path, 11))
     open_dataset(limited(dataset, tmp_path, 11), training=False)
+
+
+def large(**more) -> Manifest:
+    """A dataset of 4 million samples in 4,000 shards of 0.1 GB, of which there are no files."""
+    shards = tuple(Shard(f"{number}.tar", 1000, 10**8, "") for number in range(4000))
+    split = Split(Path("nowhere"), "train", 4_000_000, "", shards, **more)
+    return Manifest(Path("nowhere"), ("a",), {"train": split})
+
+
+def fits(manifest: Manifest, gigabytes: float, **settings: str) -> bool:
+    """Whether training may begin with a cache of this size."""
+    try:
+        _check_room(manifest, DataConfig(path="nowhere", cache_dir="cache", cache_gb=gigabytes, **settings))
+    except UsageError:
+        return False
+    return True
+
+
+def test_shuffled_in_blocks_training_keeps_the_shards_of_three_pools_in_use():
+    order = Order(0, 4_000_000, POOL, 256, "block")
+    used = len(np.unique(np.concatenate([order.draws(step, range(64)) for step in (3, 4, 5)]) // 1000)) / 10  # in GB
+    assert fits(large(), 1.1 * used, shuffle="block") and not fits(large(), 0.9 * used, shuffle="block")
+    assert fits(large(), 401) and not fits(large(), 399) and not fits(large(), 1.1 * used)
+
+
+def test_training_from_an_ffcv_file_keeps_that_in_use():
+    """And the shards, if they have the label maps."""
+    beton = Beton("train.beton", 50 * 10**9, "", "jpeg", "")
+    both, alone = large(beton=beton), replace(large(beton=beton).split("train"), shards=())
+    for shuffle in ("full", "block"):
+        assert fits(both, 51, backend="ffcv", shuffle=shuffle) and not fits(both, 49, backend="ffcv", shuffle=shuffle)
+    assert fits(replace(both, splits={"train": alone}), 51) and not fits(replace(both, splits={"train": alone}), 49)
+    assert fits(both, 401) and not fits(both, 399)
+    labelled = large(beton=beton, annotations={LABEL_MAP: Annotation("maps.npy", 1, "")})
+    assert fits(labelled, 451, backend="ffcv") and not fits(labelled, 449, backend="ffcv")
 
 
 def test_a_file_that_is_larger_than_the_limit_is_refused(dataset, tmp_path):
