@@ -20,13 +20,12 @@ class RunningStatistics:
     The statistics stay in fp32 on the device.
 
     In each step call `begin()`, then `add()` after the backward pass of each micro-batch, then `finish(skipped)`. Norms
-    without running statistics, and those in evaluation mode when this object is created (frozen norms), are ignored.
-    `enabled` is False if no norms remain; the methods then do nothing.
+    in evaluation mode when this object is created (frozen norms) are ignored. `enabled` is False if no norms remain;
+    the methods then do nothing.
     """
 
     def __init__(self, model: nn.Module):
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
-        norms = [norm for norm in norms if norm.track_running_stats]
         self.enabled = bool(norms)
         if not self.enabled:
             return
@@ -74,11 +73,8 @@ class LowPrecisionBatchNorm2d(nn.BatchNorm2d):
     """Batch norm with bf16 or fp16 weights and activations, computed in fp32, the type of its running statistics."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        training = self.training or not self.track_running_stats
-        statistics = self.running_mean, self.running_var
-        return F.batch_norm(
-            x_BCHW, *statistics, self.weight.float(), self.bias.float(), training, self.momentum, self.eps
-        )
+        statistics, weights = (self.running_mean, self.running_var), (self.weight.float(), self.bias.float())
+        return F.batch_norm(x_BCHW, *statistics, *weights, self.training, self.momentum, self.eps)
 
 
 def accept_low_precision(model: nn.Module) -> None:
