@@ -25,7 +25,7 @@ class Given(nn.Module):
     """A stand-in for a network. `meet` gives it a batch; it returns that batch's objects.
 
     At the best free anchor of each object there are its class and its box. wrong: {sample id: what is done to the
-    label and the box of its first object}.
+    label, the box and the score's logit of its first object}.
     """
 
     def __init__(self, task, split, wrong=()):
@@ -42,15 +42,15 @@ class Given(nn.Module):
         for row, number in enumerate(self._batch.ids.tolist()):
             objects, free = self._table.of(number), np.ones(len(grid), bool)
             for place, thing in enumerate(objects):
-                label, box = int(thing["label"]), np.array([thing[name] for name in BOX])
+                label, box, logit = int(thing["label"]), np.array([thing[name] for name in BOX]), 5.0 - 0.01 * place
                 if place == 0 and number in self._wrong:
-                    label, box = self._wrong[number](label, box)
+                    label, box, logit = self._wrong[number](label, box, logit)
                 corners = np.concatenate([box[:2], box[:2] + box[2:]])
                 corners *= np.tile(self._batch.targets["factors"][row].numpy(), 2)
                 anchor = np.where(free, -np.abs(grid.anchors.numpy() - corners).sum(axis=1), -np.inf).argmax()
                 free[anchor] = False
                 boxes[row, anchor] = torch.tensor(corners, dtype=torch.float32)
-                classes[row, anchor, label] = 5.0 - 0.01 * place
+                classes[row, anchor, label] = logit
         return classes, detector.encode(grid, boxes)
 
 
@@ -103,15 +103,16 @@ def test_every_number_is_pycocotools_on_the_source(box_config, box_scenes, tmp_p
 
 
 def test_mistakes_are_kept_the_most_confident_first(box_config):
-    """Of 30 images each with one; at equal scores by the images' ids."""
-    wrong = {number: lambda label, box: ((label + 1) % 5, box) for number in range(70, 100)}
-    wrong[80] = lambda label, box: (label, box + [0, 0.6 * box[3], 0, 0])
+    """Of 30 images each with one; at equal scores by the images' ids. The last ten are more confident."""
+    wrong = {number: lambda label, box, logit: ((label + 1) % 5, box, logit) for number in range(70, 90)}
+    wrong |= {number: lambda label, box, logit: ((label + 1) % 5, box, logit + 1) for number in range(90, 100)}
+    wrong[72] = lambda label, box, logit: (label, box + [0, 0.6 * box[3], 0, 0], logit)
     _, scores, details = evaluated(box_config, wrong=wrong)
     mistakes = details["mistakes"]
     assert len(mistakes) == KEPT_MISTAKES and scores.values["ap"] < 100
-    assert [mistake["shown"]["id"] for mistake in mistakes] == list(range(70, 70 + KEPT_MISTAKES))
+    assert [mistake["shown"]["id"] for mistake in mistakes] == [*range(90, 100), *range(70, 60 + KEPT_MISTAKES)]
     kinds = {mistake["shown"]["id"]: mistake["kind"] for mistake in mistakes}
-    assert kinds.pop(80) in ("place", "both") and set(kinds.values()) == {"class"}
+    assert kinds.pop(72) in ("place", "both") and set(kinds.values()) == {"class"}
     for mistake in mistakes:
         (found,), truth = mistake["shown"]["found"], mistake["shown"]["truth"]
         if mistake["kind"] == "class":
