@@ -162,6 +162,12 @@ def test_the_same_seed_is_the_same_run():
     assert simulate(DAYS, 3) == simulate(DAYS, 3) != simulate(DAYS, 4)
 
 
+def test_four_times_the_runs_halve_the_error_of_their_mean():
+    timeline = replace(DAYS, steps=2000)
+    few, many = (simulate_mean(timeline, 1, runs)[1] for runs in (100, 400))
+    assert few / many == pytest.approx(2, rel=0.2) and simulate_mean(timeline, 1, 1)[1] == float("inf")
+
+
 def test_stragglers_by_hand():
     timeline = replace(DAYS, straggler_rate=1 / 600)  # one slow episode at a time, on average
     assert slowdown(timeline) == pytest.approx(1 / (exp(-1) + (1 - exp(-1)) / 1.5))
