@@ -222,7 +222,8 @@ class Watchdog:
         if self._send:
             with suppress(ConnectionError):
                 self._send("hung", sentence)  # for a frozen rank 0, when it wakes up
-        print(f"error: hung: {sentence} Stacks: {path}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # stderr may be a file on a full disk, or a terminal that was closed
+            print(f"error: hung: {sentence} Stacks: {path}", file=sys.stderr, flush=True)
         try:
             self._stacks.mkdir(parents=True, exist_ok=True)
             with open(path, "a") as file:

@@ -3,6 +3,7 @@
 All scenarios run at once, as they mostly wait.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -350,3 +351,17 @@ def test_time_stopped_is_left_out():
     assert watch.read(100, 1001, 1) == 2
     assert watch.read(999, 2000, 999) == pytest.approx(2, abs=2)  # entered at the end of one stop, before the next
     assert watch.read(2990, 3000, 1000) == 0  # entered just after waking, before this thread looked
+
+
+def test_the_stacks_are_written_though_nothing_can_be_printed(tmp_path, monkeypatch):
+    """The disk of the log is full, or the terminal is closed."""
+    watchdog = Watchdog(0, 1, {"startup": 60.0}, tmp_path / "stacks", grace=1.0)
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        watchdog._report_hang("rank 0 has been 5 s in step of step 9.")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    watchdog.close()
+    stacks = (tmp_path / "stacks" / "rank_0.txt").read_text()
+    assert "rank 0 has been 5 s" in stacks and "test_the_stacks_are_written" in stacks
