@@ -98,8 +98,9 @@ def count_bytes(run: Callable[[], object], fused: bool = True) -> Counter:
 
     The count is analytic, of tensors on the meta device. Views are free. PyTorch's fused attention counts as one
     operator, which stores no attention weights. With `fused`, as on a GPU, the model's Triton kernels also count as one
-    operator each; of the MLP, what its kernel and the products after it hand to each other is added. Caches are ignored: data that one operator leaves in a GPU's L2 need not be read again by the next,
-    so an operator can be faster than its bytes suggest.
+    operator each; of the MLP, what its kernel and the products after it hand to each other is added. Caches are
+    ignored: data that one operator leaves in a GPU's L2 need not be read again by the next, so an operator can be
+    faster than its bytes suggest.
     """
     if fused:
         kernels.register()
