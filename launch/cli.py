@@ -104,6 +104,8 @@ def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Names
             return fail(code, error, everywhere=getattr(error, "everywhere", False))
         sys.excepthook(type(error), error, error.__traceback__)  # torch replaces it: each line then names the rank
         return fail(*_classify(error))
+    except KeyboardInterrupt:
+        return fail(exit_codes.INTERRUPTED, None)
     report_verdict(0)
     return 0
 

@@ -38,6 +38,19 @@ leave(run(crash, None))
     assert done.stderr.startswith("Traceback ") and done.stderr.endswith("an illegal memory access was encountered\n")
 
 
+def test_control_c_ends_a_command_without_a_traceback():
+    program = """
+import os, signal, time
+from launch.cli import run
+def wait(arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+raise SystemExit(run(wait, None))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_a_log_on_a_full_disk_changes_no_exit_code():
     program = """
 from launch.cli import leave, run
