@@ -158,7 +158,8 @@ class Monitor:
                 f"  {pace_text}  data wait {data_wait:.0%}"
             )
         else:
-            self._log.write(f"step {step}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  {pace_text}\n".encode())
+            words = f"step {step}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  {pace_text}"
+            self._log.write(f"{clock(time.time())} {words}\n".encode())
 
     def advance(self) -> None:
         if self.active:

@@ -153,11 +153,22 @@ def test_after_a_rollback_a_curve_has_every_step_once(tiny_config, tmp_path):
     assert curve(tmp_path) == [1, 2, 3, 4]
 
 
-def test_the_progress_bar_goes_back_too(tiny_config, tmp_path, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def test_every_line_of_the_log_begins_with_its_time_on_a_terminal_too(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monitor = open_monitor(tmp_path, tiny_config)
+    monitor.say("said")
+    train_line(monitor, 1)
+    monitor.close()
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert len(lines) == 2 and all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (said|step 1 )", line) for line in lines)
+
+
+def test_the_progress_bar_goes_back_too(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monitor = open_monitor(tmp_path, tiny_config)
     for _ in range(5):
