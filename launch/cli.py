@@ -147,7 +147,7 @@ def fail(code: int, error: Exception | str | None, *, everywhere: bool = False) 
     """
     report_verdict(code, everywhere=everywhere)
     before = stop_signals.received
-    rank, prefix = os.environ.get("RANK", "0"), "" if code == exit_codes.STOPPED else "error: "
+    rank, prefix = os.environ.get("RANK", "0"), "error: "
 
     def ended() -> bool:
         """Whether the launcher has asked this rank to end because another one failed."""
@@ -160,7 +160,7 @@ def fail(code: int, error: Exception | str | None, *, everywhere: bool = False) 
             while time.monotonic() < deadline and not ended():
                 time.sleep(0.05)
             error = None if code in SAME_ON_ALL_RANKS or ended() else error
-    if error is not None:
+    if error is not None and code != exit_codes.STOPPED:  # which the log has said
         with contextlib.suppress(OSError):
             print(f"{prefix}{error}", file=sys.stderr, flush=True)
     if code in FINAL:

@@ -121,6 +121,11 @@ def test_an_error_that_rank_0_has_too_is_said_once(code, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_stop_is_said_once_which_the_run_has_done(capsys):
+    assert cli.fail(75, "stopped after step 5") == 75
+    assert capsys.readouterr().err == ""
+
+
 def test_what_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
     """Of a file, of a folder that is made, and of a file whose folders are made. Nothing is left or changed."""
     file, new = tmp_path / "file", tmp_path / "new"

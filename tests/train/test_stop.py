@@ -44,7 +44,7 @@ def test_in_start_up(tiny_config, whole, tmp_path, rank, number):
         time.sleep(0.01)
     os.kill(job.processes[rank].pid, number)
     assert job.wait() == [75, 75]
-    assert "Traceback" not in job.text() + job.text(1)
+    assert "Traceback" not in job.text() + job.text(1) and job.text().count("stopped after step 0") == 1
     assert_nothing_lost(tiny_config, tmp_path, whole, 0)
 
 
