@@ -57,8 +57,9 @@ def work_folder(dest: Path) -> Iterator[Path]:
         finally:
             if work.is_dir() and set(os.listdir(work)) == {MARK, "lock"}:  # no work was done
                 remove_work_folder(dest)
-                for path in new:
-                    path.rmdir()
+                with contextlib.suppress(OSError):  # another process may have put something beside it
+                    for path in new:
+                        path.rmdir()
 
 
 def claim(dest: Path, names: Iterable[str], earlier: Iterable[str] = ()) -> list[str]:

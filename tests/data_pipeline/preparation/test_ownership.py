@@ -162,6 +162,12 @@ def test_foreign_files_in_the_work_folder_are_kept(pictures, tmp_path):
     assert verify(dest) == [] and [path.name for path in (dest / ".work").iterdir()] == ["thesis.txt"]
 
 
+def test_what_another_process_put_beside_it_is_no_error(tmp_path):
+    with work_folder(tmp_path / "new" / "set"):
+        (tmp_path / "new" / "other").mkdir()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["other"]
+
+
 def test_a_run_without_results_leaves_nothing(tmp_path):
     """A folder that was there stays."""
     (tmp_path / "empty").mkdir()
