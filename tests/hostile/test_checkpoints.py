@@ -255,6 +255,18 @@ def test_control_characters_in_class_names_are_escaped(tiny_config, tiny_images,
     assert r"\x1b[2J\u202e" in done.stdout
 
 
+def test_weights_that_are_not_the_models_are_named(forged):
+    """One that the model lacks, and one of a layer that the checkpoint lacks."""
+    shapes, config = forged.manifest()["shapes"], forged.manifest()["config"]
+    forged.tensors["model/extra"] = torch.zeros(2)
+    forged.write()
+    forged.change(shapes=shapes | {"extra": [2]})
+    assert refused(forged).endswith("its weights are not those of its model.name cat_nano: extra")
+    config["model"]["depths"] = [1, 2]
+    forged.change(shapes=shapes, config=config)
+    assert ": layers.1." in refused(forged)
+
+
 def test_what_is_not_there_is_said(forged, tmp_path):
     """Averages of a run without any, and a run's folder before its first checkpoint."""
     with pytest.raises(ConfigError, match=r"has no EMA, because its run had ema.decay=0: give --weights model$"):
@@ -271,6 +283,8 @@ def test_what_is_not_there_is_said(forged, tmp_path):
 def test_reading_returns_the_written_tensors(forged):
     state = read_trained(forged.path).state
     assert all(torch.equal(tensor.flatten(), forged.tensors[f"model/{name}"]) for name, tensor in state.items())
+    model = read_trained(forged.path).model()
+    assert not model.training and all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 def test_an_error_of_a_checkpoint_is_one_line():
