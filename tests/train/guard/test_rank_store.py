@@ -125,6 +125,7 @@ def test_dead_rank_0_is_an_error(start):
         second.call("get", "key") == gone == second.call("set_once", "key", "value") == second.call("get_all", ["key"])
     )
     assert second.call("wait_for", "key", 60) is None
+    assert second.call("set", "key", "value") == gone == second.call("delete", "key")
 
 
 def test_alone(start):
