@@ -149,6 +149,10 @@ def test_an_evaluation_is_saved_by_hand():
     timeline = Timeline(steps=50, step=1, every=20, evaluate_every=25, evaluation=3, startup=10, stall=2, write=5)
     assert timeline.saves() == [20, 25, 40, 50]
     assert simulate(timeline, 0).wall == 10 + 50 + 2 * 3 + 4 * 2 + 3
+    slower = replace(timeline, step=3)
+    found = simulate(slower, 0)
+    assert (found.productive, found.evaluation, found.lost) == (50 * 3, 2 * 3, 0)
+    assert astuple(expected(slower)) == pytest.approx(astuple(found))
     # Step 25's checkpoint, begun at 40 s, is whole at 45 s.
     assert simulate(timeline, 0, [44]).lost == 7 and simulate(timeline, 0, [46]).lost == 4
 
