@@ -47,9 +47,9 @@ except ConfigError as error:
 print("held", "torch" in sys.modules, flush=True)
 if sys.stdin.readline() == "fork\\n":
     if os.fork() == 0:
+        print("forked", flush=True)
         sys.stdin.readline()
         os._exit(0)
-    print("forked", flush=True)
     sys.stdin.readline()
 lock.release()
 """
