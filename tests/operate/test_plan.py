@@ -11,7 +11,7 @@ import pytest
 from operate.plan.calibrate import calibrate, read_run
 from operate.plan.closed_form import best_every, daly, expected, per_step, slowdown, young
 from operate.plan.cluster import Cluster
-from operate.plan.plan import scale
+from operate.plan.plan import make_plan, scale
 from operate.plan.simulate import simulate, simulate_mean
 from operate.plan.step_time import STAGES, all_gather, all_reduce, step_time
 from operate.plan.text import beside, three_digits
@@ -213,6 +213,25 @@ def test_from_1_to_10_000_gpus():
         1250 * plans[0].timeline.failure_rate
     )
     assert {plan.workload.global_batch for plan in plans[:6]} == {512} and plans[6].workload.global_batch == 1024
+
+
+def test_a_timeline_by_hand():
+    """Two nodes, each of which fails every 100 hours and has a slow episode every 50; 195 steps of 512 in an epoch."""
+    cluster = replace(CLUSTER, node_mtbf=100, requeue=12, straggler_every=50, straggler_lasts=40, straggler_factor=1.25)
+    cluster = replace(cluster, startup=11, checkpoint_stall=1.5, checkpoint_write=13, evaluation=30)
+    workload = replace(WORKLOAD, checkpoint_every=70)
+    plan = make_plan(workload, cluster, 2, 0)
+    times = dict(steps=1950, every=70, evaluate_every=195, evaluation=30, startup=11, stall=1.5, write=13, requeue=12)
+    slow = dict(straggler_rate=2 / 180_000, straggler_lasts=40, straggler_factor=1.25)
+    assert plan.timeline == Timeline(step=plan.step.seconds, failure_rate=2 / 360_000, **times, **slow)
+    assert (plan.simulated, plan.error) == simulate_mean(plan.timeline, 0, 2) and plan.expected == expected(
+        plan.timeline
+    )
+    best = make_plan(workload, cluster, 2, 0, best=True).timeline.every
+    assert best == best_every(plan.timeline) != 70
+    unknown = [make_plan(workload, replace(cluster, evaluation=None, nodes=nodes), 2, 0) for nodes in (2, 4)]
+    forward = 2 * 1000 / (8 * 100)  # seconds of training on the images that are evaluated, for both kinds of weights
+    assert forward / 4 < unknown[0].timeline.evaluation == 2 * unknown[1].timeline.evaluation < forward / 2
 
 
 def test_memory_falls_with_the_zero_stage_and_activations_grow_with_the_micro_batch(tiny_config):
