@@ -66,8 +66,25 @@ def operators() -> str:
 def resources() -> str:
     """Results of `bench.py kernels --compile-only`."""
     result = load("performance-kernels")
-    rows = result["resources"]
-    return f"{source(result)}\n\n{markdown([*rows[0]], [[str(value) for value in row.values()] for row in rows])}"
+    keys = ["registers", "spilled", "shared", "warps_per_sm", "limit"]
+    names = {row["name"]: row["warps"] for row in result["resources"]}
+    found = {(row["name"], row["capability"]): [str(row[key]) for key in keys] for row in result["resources"]}
+    titles = ["kernel", "warps", *(f"sm_90: {keys[0]}", *keys[1:]), *(f"sm_80: {keys[0]}", *keys[1:])]
+    nothing = ["–"] * len(keys)
+    rows = [[name, str(warps), *found[name, 90], *found.get((name, 80), nothing)] for name, warps in names.items()]
+    return f"{source(result)}\n\n{markdown(titles, rows)}"
+
+
+def spills() -> str:
+    """Results of `bench.py kernels --compile-only`: the kernels that spill registers."""
+    rows = []
+    for row in load("performance-kernels")["resources"]:
+        inside, of = row["spills_in_loops"], row["instructions_in_loops"]
+        if row["spilled"]:
+            share = f"{inside / of:.1%}" if inside else "–"
+            rows.append([row["name"], f"sm_{row['capability']}", str(row["spilled"]), str(inside), str(of), share])
+    titles = ["kernel", "GPU", "bytes a thread", "loads and stores in the loop", "instructions of the loop", "share"]
+    return markdown(titles, rows)
 
 
 def overhead() -> str:
@@ -184,6 +201,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "predicted": predictions,
     "operators": operators,
     "resources": resources,
+    "spills": spills,
     **GPU_TABLES,
     "gpu-model": lambda: model_speeds("gpu-model-training", UNMEASURED),
     "counts": lambda: f"{source(load('models'))}\n\n{count_table(load('models')['counts'])}",

@@ -142,10 +142,10 @@ def bench_dense(
 
 def bench_kernels(arguments: argparse.Namespace) -> dict:
     if arguments.compile_only:
-        from benchmarks.kernel_resources import resources
+        from benchmarks.kernel_resources import SHARED, resources
         from train.telemetry.formatting import table
 
-        rows = resources()
+        rows = [row for capability in SHARED for row in resources(capability)]
         print(table([list(rows[0]), *(list(map(str, row.values())) for row in rows)]))
         return {"resources": rows}
     import torch
@@ -155,7 +155,7 @@ def bench_kernels(arguments: argparse.Namespace) -> dict:
     if not torch.cuda.is_available():
         raise ConfigError(
             "bench.py kernels needs a GPU; without one, --compile-only shows the resources that the kernels need on an "
-            "H100 or H200"
+            "A100, H100 or H200"
         )
     from benchmarks.kernels import bench_kernels, kernel_table
     from train.engine.deepspeed_engine import DTYPES
@@ -290,7 +290,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--compile-only",
         action="store_true",
-        help="kernels: registers, shared memory and spills on an H100 or H200; needs no GPU",
+        help="kernels: registers, shared memory and spills on an A100, H100 or H200; needs no GPU",
     )
     parser.add_argument(
         "--speed",

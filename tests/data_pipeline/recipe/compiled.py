@@ -49,7 +49,7 @@ def resources(name: str, layout: str, capability: int) -> dict:
         warnings.simplefilter("ignore")  # Triton warns of settings that will change
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.OPTIONS)
     used = usage(triton.knobs.nvidia.cuobjdump.path, compiled.asm["cubin"])
-    blocks, _ = occupancy(used["registers"], compiled.metadata.shared, compiled.metadata.num_warps)
+    blocks, _ = occupancy(used["registers"], compiled.metadata.shared, compiled.metadata.num_warps, capability)
     resident = blocks * compiled.metadata.num_warps
     return dict(name=f"{name}, {layout}", capability=capability, **used, warps_per_sm=resident)
 
