@@ -65,6 +65,11 @@ def code_of(graphs: list[tuple[fx.GraphModule, list]], options: dict) -> list[st
     return codes
 
 
+def adds_atomically(code: str) -> bool:
+    """Whether a kernel in Inductor's code, its own or one of ours, uses an atomic operation."""
+    return "tl.atomic" in code or "'atomic_add_found': True" in code
+
+
 def _on_gpu(graph: fx.GraphModule, arguments: list) -> list:
     """Move the graph, and return its fake inputs on the GPU."""
     mode = detect_fake_mode(arguments)

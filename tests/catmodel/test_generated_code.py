@@ -13,7 +13,7 @@ from catmodel.detection import Detector
 from catmodel.detection.kinds import KINDS
 from catmodel.fixed_order import upsample
 from catmodel.semantic_fpn import SemanticFPN
-from tests.catmodel.generated_code import code_of, graphs_of
+from tests.catmodel.generated_code import adds_atomically, code_of, graphs_of
 from tests.catmodel.small import images, small
 from train.config import parse_config
 from train.engine.deepspeed_engine import compile_settings
@@ -49,13 +49,18 @@ STEPS = {
     "CAT, fcos": ("cat_tiny", 2, dict(features_only=True, **PATCHES)),
     "PVT, retinanet": ("pvt_tiny", 2, dict(features_only=True)),
     "CoTNet, atss": ("cotnet50", 2, dict(features_only=True)),
+    "CAT, plain": ("cat_tiny", 2, dict(cpsa_drop=0.2, ipsa_drop=0.1, patch_size=7, img_size=112)),
+    "PVT, plain": ("pvt_tiny", 2, {}),
+    "CoTNet, plain": ("cotnet50", 2, {}),
 }
+# The only varying operators of a step. On a GPU PyTorch's fused attention has other names, and its gradient varies.
+ADMITTED = {"PVT, plain": {"aten::_scaled_dot_product_flash_attention_for_cpu_backward"}}
 
 
 def training_step(
     name: str, dtype: torch.dtype = torch.bfloat16, recompute: bool = False
 ) -> tuple[Callable[..., Tensor] | Tensor, ...]:
-    """A step and its inputs. A dense model's images are larger than its positions' grid.
+    """A step and its inputs. A dense model's images are larger than its positions' grid. "plain": without kernels.
 
     recompute: with activation checkpointing.
     """
@@ -65,6 +70,7 @@ def training_step(
         settings.update(PATCHES)
     model = small(architecture, stages, **DROPS, **settings)
     model.set_grad_checkpointing(recompute)
+    model.set_kernels(not name.endswith("plain"))
     if name.endswith("segmentation"):
         return segmentation_step(model, dtype)
     if (kind := name.split(", ")[-1]) in KINDS:
@@ -147,7 +153,7 @@ def test_a_compiled_step_has_no_varying_operator(name, interpreted):
         for node in graph.graph.nodes
         if isinstance(node.target, torch._ops.OpOverload) and varying(node.target, node.args)
     }
-    assert not used
+    assert used == ADMITTED.get(name, set())
 
 
 @pytest.mark.slow
@@ -172,7 +178,7 @@ def test_the_code_for_a_gpu_adds_nothing_atomically(name, interpreted):
     assert len(codes) == 2, "forward and backward"
     for code in codes:
         assert "triton_poi_" in code, "there are kernels in it"
-        assert "tl.atomic" not in code and "'atomic_add_found': True" not in code
+        assert not adds_atomically(code)
 
 
 def test_an_atomic_addition_would_be_found():
@@ -187,7 +193,8 @@ def test_an_atomic_addition_would_be_found():
         isinstance(node.target, torch._ops.OpOverload) and varying(node.target, node.args)
         for node in graphs[1][0].graph.nodes
     )
-    assert "tl.atomic_add" in code_of(graphs, compile_settings()["options"])[1]
+    forward, backward = code_of(graphs, compile_settings()["options"])
+    assert adds_atomically(backward) and not adds_atomically(forward)
     with Varying() as found:
         step(torch.randn(3, 2)).backward()
     assert found.names
@@ -201,4 +208,4 @@ def test_an_eager_step_calls_no_varying_operator(name, interpreted):
     step, *inputs = training_step(name)
     with Varying() as found:
         step(*inputs).backward()
-    assert not found.names
+    assert found.names == ADMITTED.get(name, set())

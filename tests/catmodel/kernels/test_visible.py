@@ -48,8 +48,15 @@ def test_compiled_steps_launch_the_kernels_themselves(name):
     found = json.loads(run.stdout.splitlines()[-1])
     assert [operator for operator in found["opaque"] if "mlp" not in operator] == []
     assert found["launches"] == LAUNCHES[name]
+    assert found["atomic"] == [False, False]
     assert found["copied"] == 0
     assert set().union(*found["compiled"]) == {f"_{kernel}" for kernel in OPTIONS[name]}
     # Several options of a kernel would be timed at run time, and others might win after a restart.
     chosen = {kernel: [tuple(each.values()) for each in options] for kernel, options in found["options"].items()}
     assert chosen == {kernel: [options] for kernel, options in OPTIONS[name].items()}
+
+
+def test_no_kernel_adds_atomically():
+    """Those of the MLP are not visible in the code above."""
+    for path in (ROOT / "catmodel/kernels").glob("*.py"):
+        assert "tl.atomic" not in path.read_text(), path.name

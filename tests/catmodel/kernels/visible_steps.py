@@ -5,8 +5,9 @@ A program, because the tests' process has defined the kernels for Triton's inter
     python -m tests.catmodel.kernels.visible_steps STEP...
 
 opaque: operators that stay whole. options: of each kernel, those that Inductor chooses from by timing if there are
-several. launches: of our kernels, forward and backward. copied: results that are written to a copy of their tensor.
-compiled: our kernels, compiled with the types of arguments in Inductor's code.
+several. launches: of our kernels, forward and backward. atomic: whether a kernel adds atomically, ours or Inductor's,
+forward and backward. copied: results that are written to a copy of their tensor. compiled: our kernels, compiled with
+the types of arguments in Inductor's code.
 """
 
 import ast
@@ -19,7 +20,7 @@ from pathlib import Path
 from torch._dynamo.utils import ReinplaceCounters
 
 import catmodel.kernels
-from tests.catmodel.generated_code import code_of, graphs_of
+from tests.catmodel.generated_code import adds_atomically, code_of, graphs_of
 from tests.catmodel.kernels.compile_generated import compile_kernels
 from tests.catmodel.test_generated_code import training_step
 from train.engine.deepspeed_engine import compile_settings
@@ -43,6 +44,7 @@ if __name__ == "__main__":
                     opaque=sorted(operator for operator in operators if operator.startswith("catmodel")),
                     options={kernel: ast.literal_eval(configs) for configs, kernel in kernels},
                     launches=[len(re.findall(r"^ +_\w+\.run\(", code, re.M)) for code in codes],
+                    atomic=[adds_atomically(code) for code in codes],
                     copied=ReinplaceCounters.get_total_missed(),
                     compiled=compiled,
                 )
