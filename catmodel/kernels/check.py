@@ -8,6 +8,7 @@ from itertools import product
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -15,18 +16,21 @@ from catmodel import kernels
 from catmodel.aggregation import aggregate
 from catmodel.attention import CrossPatchAttention, InnerPatchAttention
 from catmodel.cotnet import SHARE
-from catmodel.layers import Mlp
+from catmodel.layers import Mlp, Pending
 from catmodel.patches import Patches
+from catmodel.pvt import SpatialReductionAttention
 
 
 @dataclass(frozen=True)
 class Case:
     """A module and its input [batch, height * width, channels].
 
-    size: side of a patch. rate: attention dropout. channels_last: memory format of the aggregated map.
+    size: side of a patch, or the reduction of keys and values in cross-attention. rate: attention dropout.
+    channels_last: memory format of the aggregated map. drop_path: which kernel multiplies by its factors of the images.
+    biased: whether the norm's kernel adds a bias.
     """
 
-    module: Literal["inner_patch", "cross_patch", "mlp", "aggregate"]
+    module: Literal["inner_patch", "cross_patch", "cross_attention", "residual_norm", "mlp", "aggregate"]
     batch: int
     height: int
     width: int
@@ -37,6 +41,8 @@ class Case:
     shifted: bool = False
     rate: float = 0.0
     channels_last: bool = False
+    drop_path: Literal["", "attention", "norm"] = ""
+    biased: bool = True
 
     def build(self) -> nn.Module:
         """The module in training mode, with weights from torch's default generator."""
@@ -44,11 +50,39 @@ class Case:
             return Mlp(self.channels, 4 * self.channels)
         if self.module == "aggregate":
             return Aggregation(self.channels, self.channels_last)
+        if self.module == "residual_norm":
+            return ResidualNorm(self.channels, self.biased, scaled=self.drop_path == "attention")
+        if self.module == "cross_attention":
+            return SpatialReductionAttention(self.channels, self.heads, self.size)
         if self.module == "cross_patch":
             return CrossPatchAttention(self.size, self.heads, self.rate)
         attention = InnerPatchAttention(self.channels, self.heads, self.size, self.shifted, self.rate)
         nn.init.normal_(attention.relative_position_bias_table, std=0.5)
         return attention
+
+
+class ResidualNorm(nn.Module):
+    """A linear layer's residual sum and its norm, both added, as the norm's kernel makes them after attention.
+
+    scaled: the branch is multiplied by drop-path's factors before the kernel.
+    """
+
+    def __init__(self, channels: int, biased: bool, scaled: bool):
+        super().__init__()
+        self.scaled = scaled
+        self.branch, self.norm = nn.Linear(channels, channels, bias=biased), nn.LayerNorm(channels)
+        for weight in self.norm.parameters():
+            nn.init.normal_(weight)
+
+    def forward(self, x_BNC: Tensor, scale: Tensor | None, fused: bool) -> Tensor:
+        branch = F.linear(x_BNC, self.branch.weight)
+        if fused:
+            branch = branch * scale.view(-1, 1, 1) if self.scaled else branch
+            total, y_BNC = Pending(x_BNC, branch, self.branch.bias, scale).normed(self.norm, self.scaled)
+        else:
+            total = Pending(x_BNC, branch, self.branch.bias, scale).total()
+            y_BNC = self.norm(total)
+        return y_BNC + total.flip(1)  # the order of tokens is reversed, so that the gradients of the two differ
 
 
 class Aggregation(nn.Module):
@@ -109,12 +143,31 @@ def _run(case: Case, module: nn.Module, x_BNC: Tensor, dy_BNC: Tensor, fused: bo
     """The output and all gradients. The seed determines the dropout mask, which is the same for every dtype."""
     x_BNC = x_BNC.detach().requires_grad_()
     torch.manual_seed(seed)
-    patches = Patches(case.height, case.width, case.size, by_row=True, kernels=fused)
-    y_BNC = module(x_BNC, fused if case.module == "mlp" else patches)
+    y_BNC = _forward(case, module, x_BNC, fused)
     y_BNC.backward(dy_BNC)
     return {"output": y_BNC.detach(), "input": x_BNC.grad} | {
         name: weight.grad for name, weight in module.named_parameters()
     }
+
+
+def _forward(case: Case, module: nn.Module, x_BNC: Tensor, fused: bool) -> Tensor:
+    # Every second image is dropped. All dtypes represent the factor of the others.
+    scale = 1.25 * (1 - torch.arange(case.batch) % 2).to(x_BNC) if case.drop_path else None
+    if case.module == "mlp":
+        return module(x_BNC, fused)
+    if case.module == "residual_norm":
+        return module(x_BNC, scale, fused)
+    if case.module == "cross_attention":
+        return module(x_BNC, case.height, case.width, fused)
+    patches = Patches(case.height, case.width, case.size, by_row=True, kernels=fused)
+    if scale is None:
+        return module(x_BNC, patches)
+    if fused:
+        return module(x_BNC, patches, scale=scale)
+    scale, bias = scale.view(-1, 1, 1), module.late_bias()
+    if bias is None:
+        return module(x_BNC, patches) * scale
+    return module(x_BNC, patches, last_bias=False) * scale + bias  # a later kernel multiplies the bias
 
 
 def _error(value: Tensor, reference: Tensor) -> float:
@@ -126,8 +179,16 @@ FEW = (
     Case("inner_patch", 2, 8, 4, 8, size=4, heads=2),
     Case("inner_patch", 1, 9, 14, 8, heads=1, shifted=True, rate=0.2),
     Case("inner_patch", 1, 8, 8, 8, "float16", size=4, heads=2, shifted=True, rate=0.2),
+    Case("inner_patch", 2, 8, 8, 8, "float16", size=4, drop_path="attention"),
     Case("cross_patch", 1, 14, 14, 8, rate=0.2),
     Case("cross_patch", 2, 9, 8, 8, "float16", size=4),
+    Case("cross_patch", 1, 9, 8, 8, "float16", size=4, heads=2, rate=0.2),
+    Case("cross_patch", 2, 8, 12, 8, "float16", size=4, drop_path="attention"),
+    Case("cross_attention", 2, 6, 9, 16, size=2, heads=2),
+    Case("cross_attention", 1, 9, 8, 8, "float16", size=1),
+    Case("residual_norm", 3, 5, 7, 24, drop_path="norm"),
+    Case("residual_norm", 2, 5, 7, 16, "float16", drop_path="attention"),
+    Case("residual_norm", 2, 5, 7, 16, "float16", biased=False),
     Case("mlp", 1, 14, 7, 16),
     Case("mlp", 2, 5, 3, 16, "float16"),
     Case("aggregate", 2, 5, 7, 16),
@@ -136,7 +197,8 @@ FEW = (
 
 
 def many() -> Iterable[Case]:
-    """Cases for a GPU: stages of CAT-B at 224 pixels, a dense 800 x 1280 image, all patch sizes, padding; CoTNet."""
+    """Cases for a GPU: stages of CAT-B and PVT at 224 pixels, a dense 800 x 1280 image, all patch sizes, padding;
+    CoTNet."""
     stages = ((56, 96, 3), (28, 192, 6), (14, 384, 12), (7, 768, 24))
     for (side, channels, heads), dtype in product(stages, ("bfloat16", "float16", "float32")):
         yield Case("inner_patch", 8, side, side, channels, dtype, heads=heads)
@@ -151,6 +213,21 @@ def many() -> Iterable[Case]:
     yield Case("cross_patch", 1, 200, 320, 96, "bfloat16")
     yield Case("cross_patch", 1, 200, 320, 96, "bfloat16", rate=0.2)
     yield Case("cross_patch", 1, 200, 320, 96, "float32")
+    for dtype in ("bfloat16", "float16", "float32"):
+        yield Case("cross_patch", 2, 27, 31, 48, dtype, heads=7, rate=0.2)
+        yield Case("inner_patch", 4, 27, 31, 48, dtype, heads=3, rate=0.1, drop_path="attention")
+        yield Case("residual_norm", 4, 27, 31, 48, dtype)
+        yield Case("residual_norm", 4, 27, 31, 48, dtype, drop_path="norm", biased=False)
+        yield Case("cross_attention", 2, 27, 31, 48, dtype, size=2, heads=3)
+        for side, channels, _ in stages:
+            yield Case("residual_norm", 8, side, side, channels, dtype, drop_path="attention")
+        for side, channels, heads, reduction in ((56, 64, 1, 8), (28, 128, 2, 4), (14, 320, 5, 2), (7, 512, 8, 1)):
+            yield Case("cross_attention", 8, side, side, channels, dtype, reduction, heads)
+    for side, channels, _ in stages:
+        yield Case("cross_patch", 8, side, side, channels, "bfloat16", rate=0.2, drop_path="attention")
+        yield Case("residual_norm", 8, side, side, channels, "bfloat16", drop_path="norm")
+    yield Case("cross_patch", 4, 27, 31, 48, "float16", drop_path="attention")
+    yield Case("cross_attention", 1, 200, 320, 64, "bfloat16", size=8)
     for channels, dtype in product((64, 96, 128, 192, 384, 768), ("bfloat16", "float16", "float32")):
         yield Case("mlp", 8, 55, 57, channels, dtype)
     maps = ((56, 64), (14, 256), (7, 512))
