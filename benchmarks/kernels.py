@@ -7,14 +7,14 @@ from functools import partial
 import torch
 import torch._functorch.config
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.graphs import device_seconds
 from benchmarks.roofline import Roofline
 from catmodel import kernels
 from catmodel.attention import CrossPatchAttention, attend
 from catmodel.dropout import draw_seed
-from catmodel.layers import Mlp
+from catmodel.layers import Mlp, Pending
 from catmodel.patches import Patches
 from train.config import ConfigError
 from train.telemetry.formatting import table
@@ -29,15 +29,19 @@ SIZE = 7
 class Workload:
     """The inputs of a kernel and the ways to compute it.
 
-    forward, backward: the fewest bytes that must be moved, those of inputs and outputs. ways: functions of `tensors`.
-    trained: the tensors whose gradients the backward pass computes.
+    forward, backward: the fewest bytes that must be moved, those of inputs and outputs. trained: the tensors whose
+    gradients the backward pass computes. ways: functions of `tensors`. Besides "kernel" and "plain":
+
+    kernel, drop-path    the kernel multiplies by drop-path's factors: in a model either attention's or the next norm's
+    kernel, bias apart   PyTorch sums the gradient of the bias of q, k and v
+    kernel, packed       the map is packed, although it has few patches
     """
 
     name: str
     stage: int
     forward: int
     backward: int
-    ways: dict[str, Callable[..., Tensor]]
+    ways: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]]
     tensors: tuple[Tensor, ...]
     trained: tuple[Tensor, ...]
 
@@ -50,14 +54,12 @@ def workloads(
         rows, whole = Patches(side, side, SIZE, by_row=True, kernels=True), Patches(side, side, SIZE)
         x = torch.randn(batch, side * side, C, device=device, dtype=dtype, requires_grad=True)
         qkv = torch.randn(batch, side * side, 3 * C, device=device, dtype=dtype, requires_grad=True)
+        of_qkv, last = (torch.randn(n * C, device=device, dtype=dtype, requires_grad=True) for n in (3, 1))
         bias = torch.randn(h, SIZE**2, SIZE**2, device=device, dtype=dtype, requires_grad=True)
+        scale = torch.ones(batch, device=device, dtype=dtype)  # drop-path's factors
 
-        def inner(qkv: Tensor, bias: Tensor, side: int = side) -> Tensor:
-            of_qkv = bias.new_empty(qkv.shape[-1])
-            return torch.ops.catmodel.inner_patch_attention(qkv, of_qkv, bias, side, side, SIZE, 0, 0.0, None, None)
-
-        def inner_plain(qkv: Tensor, bias: Tensor, h: int = h) -> Tensor:
-            qkv_BnPF = qkv.unflatten(1, (-1, SIZE**2))
+        def inner_plain(qkv: Tensor, of_qkv: Tensor, bias: Tensor, h: int = h) -> Tensor:
+            qkv_BnPF = _BiasApart.apply(qkv, of_qkv).unflatten(1, (-1, SIZE**2))
             q, k, v = rearrange(qkv_BnPF, "B n P (three h d) -> three (B n) h P d", three=3, h=h)
             return rearrange(attend(q, k, v, bias), "(B n) h P d -> B (n P) (h d)", B=len(qkv))
 
@@ -68,22 +70,27 @@ def workloads(
             return {"kernel": kernel, "plain": plain, **more}
 
         bytes_of_x = x.nbytes
+        work = ways(partial(_inner, side, None), inner_plain)
+        work |= {"kernel, bias apart": partial(_inner_apart, side), "kernel, drop-path": partial(_inner, side, scale)}
+        inputs = qkv, of_qkv, bias
         # Inner-patch: q, k, v and the result; in the backward pass those and both gradients.
-        yield Workload(
-            "inner-patch attention",
-            number,
-            4 * bytes_of_x,
-            7 * bytes_of_x,
-            ways(inner, inner_plain),
-            (qkv, bias),
-            (qkv, bias),
-        )
+        yield Workload("inner-patch attention", number, 4 * bytes_of_x, 7 * bytes_of_x, work, inputs, inputs)
         cross = CrossPatchAttention(SIZE, dropout=0.2).to(device, dtype)
         work = ways(lambda x, m=cross, p=rows: m(x, p), lambda x, m=cross, p=whole: m(x, p))
-        if whole.count <= kernels.IN_PLACE and dtype != torch.float32:
-            work["kernel, packed"] = partial(_packed, cross, side)
+        if cross.can_scale(rows):
+            work["kernel, drop-path"] = partial(cross, patches=rows, scale=scale)
+            if whole.count <= kernels.IN_PLACE:
+                work["kernel, packed"] = partial(_packed, cross, side)
         yield Workload(
             "cross-patch attention", number, 2 * bytes_of_x, 3 * bytes_of_x, work, (x,), (x, *cross.parameters())
+        )
+        norm = nn.LayerNorm(C, device=device, dtype=dtype)
+        inputs = x, torch.randn_like(x, requires_grad=True), last
+        work = ways(partial(_norm, norm, scale, True), lambda *z, n=norm, f=scale: _norm_plain(n, f, *z))
+        work["kernel, drop-path"] = partial(_norm, norm, scale, False)
+        # Both inputs and both results; in the backward pass their gradients, of which two are the same, and the sum.
+        yield Workload(
+            "residual and norm", number, 4 * bytes_of_x, 4 * bytes_of_x, work, inputs, (*inputs, *norm.parameters())
         )
         if kernels.mlp_pays(C):
             mlp = Mlp(C, 4 * C).to(device, dtype)
@@ -98,6 +105,37 @@ def workloads(
                 (x,),
                 (x, *mlp.parameters()),
             )
+
+
+class _BiasApart(torch.autograd.Function):
+    """qkv [B, N, 3C], which includes its bias already, whose gradient the backward pass sums on its own."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, of_qkv: Tensor) -> Tensor:
+        return qkv.view_as(qkv)
+
+    @staticmethod
+    def backward(ctx, dqkv: Tensor) -> tuple[Tensor, Tensor]:
+        return dqkv, dqkv.sum((0, 1))
+
+
+def _inner(side: int, scale: Tensor | None, qkv: Tensor, of_qkv: Tensor | None, bias: Tensor) -> Tensor:
+    """The kernel of inner-patch attention, which sums the gradient of the layer's bias too, and multiplies by scale."""
+    return kernels.ops.inner_patch_attention(qkv, of_qkv, bias, side, side, SIZE, 0, 0.0, None, scale)
+
+
+def _inner_apart(side: int, qkv: Tensor, of_qkv: Tensor, bias: Tensor) -> Tensor:
+    return _inner(side, None, _BiasApart.apply(qkv, of_qkv), None, bias)
+
+
+def _norm(norm: nn.LayerNorm, scale: Tensor, scaled: bool, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel of the residual sum and the norm after attention. scaled: attention has multiplied the branch."""
+    return Pending(*inputs, scale).normed(norm, scaled)
+
+
+def _norm_plain(norm: nn.LayerNorm, scale: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    total = Pending(*inputs, scale).total()
+    return total, norm(total)
 
 
 def _packed(attention: CrossPatchAttention, side: int, x_BNC: Tensor) -> Tensor:
@@ -139,17 +177,18 @@ def bench_kernels(
                     yield {**place, **speed, "megabytes": moved / 1e6, "bandwidth": moved / taken / roofline.bandwidth}
 
 
-def _seconds(function: Callable[..., Tensor], workload: Workload, direction: str, device: torch.device) -> float:
+def _seconds(function: Callable, workload: Workload, direction: str, device: torch.device) -> float:
     """The device's time of one call; that of a backward pass is forward and backward together less the forward pass."""
 
-    def forward() -> Tensor:
-        return function(*workload.tensors)
+    def forward() -> tuple[Tensor, ...]:
+        results = function(*workload.tensors)
+        return results if isinstance(results, tuple) else (results,)
 
     with torch.no_grad():  # a graph of autograd kept from here would tie the recording below to this stream
-        gradient = torch.randn_like(forward())
+        gradients = [torch.randn_like(result) for result in forward()]
 
     def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(forward(), workload.trained, gradient)
+        return torch.autograd.grad(forward(), workload.trained, gradients)
 
     alone = device_seconds(forward, device)
     return alone if direction == "forward" else device_seconds(both, device) - alone

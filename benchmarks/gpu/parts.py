@@ -46,7 +46,7 @@ PARTS: dict[str, Part] = {
         Part("host", {"host": Later("host.host")}, Later("host.judge"), limit=150),
         Part("recipe", {"recipe": Later("small.recipe")}, Later("small.judge_recipe"), limit=60),
         Part("check", {"check": Later("small.check")}, Later("small.judge_check"), limit=200, alone=False),
-        Part("kernels", {"kernels": Later("small.kernels")}, Later("small.judge_kernels"), limit=60),
+        Part("kernels", {"kernels": Later("small.kernels")}, Later("small.judge_kernels"), limit=120),
         Part("loader", {"loader": Later("small.loader")}, Later("small.judge_loader"), limit=60),
         Part(
             "inference",

@@ -219,12 +219,12 @@ def kernels() -> str:
     rows = []
     for (name, stage, direction), group in groupby(result["rows"], itemgetter("name", "stage", "direction")):
         ways = {row["way"]: row for row in group}
-        timed = ("kernel", "kernel, packed", "plain", "plain, compiled")
+        timed = ("kernel", "kernel, packed", "kernel, bias apart", "kernel, drop-path", "plain", "plain, compiled")
         times = [number(ways[way]["microseconds"]) if way in ways else "–" for way in timed]
         kernel = ways["kernel"]
         rows.append([name, str(stage), direction, *times, f"{kernel['speedup']:.2f}", f"{kernel['bandwidth']:.0%}"])
-    titles = ["", "stage", "", "kernel, µs", "packed, µs", "plain, µs", "plain compiled, µs", "plain / kernel"]
-    titles.append("of the bandwidth")
+    titles = ["", "stage", "", "kernel, µs", "packed, µs", "bias apart, µs", "drop-path, µs", "plain, µs"]
+    titles += ["plain compiled, µs", "plain / kernel", "of the bandwidth"]
     about = {**result["rows"][0], **result}
     return f"{source(result)} {about['precision']}, batch {about['batch']}.\n\n{markdown(titles, rows)}"
 

@@ -110,7 +110,7 @@ def _inner_patch_backward(
 
     dq is written to dqkv. So are dk and dv with a single block, for which dkv is None; otherwise dkv is an fp32 buffer
     [B, N, 2C], to which all blocks but the first ADD. dbias: fp32 [slots, h, all queries, KEYS]. sums: fp32 [blocks,
-    slots, 3, h, D], those of dq, dk and dv over a program's tokens.
+    slots, 3, h, D], those of dq, dk and dv over a program's tokens, or None.
     """
     P: tl.constexpr = SIZE * SIZE
     SCALE: tl.constexpr = D**-0.5
@@ -163,7 +163,8 @@ def _inner_patch_backward(
         to_key = first * DKV * C + head * D
         at_dkey = key_token[:, None] * (DKV * C) + channel[None, :]
         dv = tl.dot(tl.trans(dropped.to(dy.dtype)), dy, input_precision="ieee") * scale
-        v_sums = add_rows(v_sums, dv.to(q.dtype))
+        if sums_ptr is not None:
+            v_sums = add_rows(v_sums, dv.to(q.dtype))
         if ADD:
             dv += tl.load(dv_ptr + to_key + at_dkey, mask=key_mask, other=0.0)
         tl.store(dv_ptr + to_key + at_dkey, dv.to(dv_ptr.dtype.element_ty), mask=key_mask)
@@ -172,10 +173,12 @@ def _inner_patch_backward(
         dbias += dlogits * scale
         dlogits = dlogits.to(q.dtype)
         dq = (tl.dot(dlogits, k, input_precision="ieee") * (scale * SCALE)).to(q.dtype)
-        q_sums = add_rows(q_sums, dq)
+        if sums_ptr is not None:
+            q_sums = add_rows(q_sums, dq)
         tl.store(dqkv_ptr + first * 3 * C + head * D + at_query, dq, mask=query_mask)
         dk = tl.dot(tl.trans(dlogits), q, input_precision="ieee") * (scale * SCALE)
-        k_sums = add_rows(k_sums, dk.to(q.dtype))
+        if sums_ptr is not None:
+            k_sums = add_rows(k_sums, dk.to(q.dtype))
         if ADD:
             dk += tl.load(dk_ptr + to_key + at_dkey, mask=key_mask, other=0.0)
         tl.store(dk_ptr + to_key + at_dkey, dk.to(dk_ptr.dtype.element_ty), mask=key_mask)
@@ -184,10 +187,11 @@ def _inner_patch_backward(
     slot = tl.program_id(1) * heads + head
     row = slot * tl.cdiv(P, QUERIES) * QUERIES + query
     tl.store(dbias_ptr + row[:, None] * KEYS + key[None, :], dbias)
-    sums_ptr += (block * tl.num_programs(1) + tl.program_id(1)) * 3 * C + head * D + channel
-    tl.store(sums_ptr, tl.sum(q_sums, 0) * 0.0625, channel < D)  # all 16 rows are the same
-    tl.store(sums_ptr + C, tl.sum(k_sums, 0) * 0.0625, channel < D)
-    tl.store(sums_ptr + 2 * C, tl.sum(v_sums, 0) * 0.0625, channel < D)
+    if sums_ptr is not None:
+        sums_ptr += (block * tl.num_programs(1) + tl.program_id(1)) * 3 * C + head * D + channel
+        tl.store(sums_ptr, tl.sum(q_sums, 0) * 0.0625, channel < D)  # all 16 rows are the same
+        tl.store(sums_ptr + C, tl.sum(k_sums, 0) * 0.0625, channel < D)
+        tl.store(sums_ptr + 2 * C, tl.sum(v_sums, 0) * 0.0625, channel < D)
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
@@ -196,7 +200,7 @@ def _inner_patch_backward(
 @operator("inner_patch_attention", visible=True)
 def inner_patch_attention(
     qkv_BNF: Tensor,
-    qkv_bias: Tensor,
+    qkv_bias: Tensor | None,
     bias_hPP: Tensor,
     height: int,
     width: int,
@@ -208,7 +212,8 @@ def inner_patch_attention(
 ) -> Tensor:
     """Queries, keys and values [B, N, 3C] of a map's tokens, row by row, and position bias [h, P, P] -> [B, N, C].
 
-    qkv_bias: [3C], which qkv includes. The backward pass sums its gradient on the way, so it must be detached before.
+    qkv_bias: [3C], which qkv includes. The backward pass sums its gradient on the way, so it must be detached before;
+        None: whoever added it does.
     height, width: sides of the map, multiples of `size`, the side of a patch.
     shift: tokens by which the map is rolled up and to the left before it is divided into patches. Tokens that become
         neighbours only by the roll do not attend to each other.
@@ -239,7 +244,7 @@ def _(qkv_BNF, qkv_bias, bias_hPP, height, width, size, shift, rate, seed, scale
 def inner_patch_attention_backward(
     dy_BNC: Tensor,
     qkv_BNF: Tensor,
-    qkv_bias: Tensor,
+    qkv_bias: Tensor | None,
     bias_hPP: Tensor,
     height: int,
     width: int,
@@ -249,7 +254,7 @@ def inner_patch_attention_backward(
     seed: Tensor | None,
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `qkv_BNF`, `qkv_bias` and `bias_hPP`, each in its dtype."""
+    """Gradients of `qkv_BNF`, `qkv_bias` (empty if it is None) and `bias_hPP`, each in its dtype."""
     dy_BNC, qkv_BNF = dy_BNC.contiguous(), qkv_BNF.contiguous()
     B, N, F = qkv_BNF.shape
     C = F // 3
@@ -260,7 +265,7 @@ def inner_patch_attention_backward(
     slots = _slots(patches, h, BACKWARD_WARPS // options["num_warps"], qkv_BNF.device)
     dqkv_BNF = torch.empty_like(qkv_BNF)
     dbias_shQK = bias_hPP.new_empty(slots, h, steps * constants["QUERIES"], constants["KEYS"], dtype=torch.float32)
-    sums = bias_hPP.new_empty(steps * slots, 3 * C, dtype=torch.float32)
+    sums = None if qkv_bias is None else bias_hPP.new_empty(steps * slots, 3 * C, dtype=torch.float32)
     dkv = None if steps == 1 else qkv_BNF.new_empty(B, N, 2 * C, dtype=torch.float32)
     tensors = dy_BNC, qkv_BNF, bias_hPP.contiguous(), seed, scale, dqkv_BNF, dkv, dbias_shQK, sums
     for block in range(steps):
@@ -268,12 +273,13 @@ def inner_patch_attention_backward(
         launch(_inner_patch_backward, (h, slots), *tensors, *numbers, **constants, ADD=block > 0, **options)
     if dkv is not None:
         dqkv_BNF[..., C:] = dkv
-    return dqkv_BNF, sums.sum(0).to(qkv_bias.dtype), dbias_shQK[..., :P, :P].sum(0).to(bias_hPP.dtype)
+    of_qkv = dqkv_BNF.new_empty(0) if sums is None else sums.sum(0).to(qkv_bias.dtype)
+    return dqkv_BNF, of_qkv, dbias_shQK[..., :P, :P].sum(0).to(bias_hPP.dtype)
 
 
 @inner_patch_attention_backward.register_fake
 def _(dy_BNC, qkv_BNF, qkv_bias, bias_hPP, height, width, size, shift, rate, seed, scale):
-    inputs = qkv_BNF, qkv_bias, bias_hPP
+    inputs = qkv_BNF, qkv_BNF.new_empty(0) if qkv_bias is None else qkv_bias, bias_hPP
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs)
 
 
@@ -284,8 +290,9 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dy_BNC):
     *tensors, seed, scale = ctx.saved_tensors
-    gradients = inner_patch_attention_backward(dy_BNC, *tensors, *ctx.settings, seed, scale)
-    return *gradients, None, None, None, None, None, None, None
+    dqkv_BNF, of_qkv, dbias_hPP = inner_patch_attention_backward(dy_BNC, *tensors, *ctx.settings, seed, scale)
+    of_qkv = None if tensors[1] is None else of_qkv
+    return dqkv_BNF, of_qkv, dbias_hPP, None, None, None, None, None, None, None
 
 
 inner_patch_attention.register_autograd(_differentiate, setup_context=_save)

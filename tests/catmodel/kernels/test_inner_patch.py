@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from catmodel import kernels
 from catmodel.attention import InnerPatchAttention
 from catmodel.patches import Patches
 
@@ -93,13 +94,14 @@ def test_gradients_are_bitwise_the_same_each_time(size, rate, device):
 def test_operators_pass_opcheck(size, shift, rate, device):
     N, P = 2 * size**2, size**2
     qkv = torch.randn(1, N, 3 * 16, device=device, requires_grad=True)
-    of_qkv = torch.randn(3 * 16, device=device, requires_grad=True)
+    of_qkv = torch.randn(3 * 16, device=device, requires_grad=True) if rate else None
     bias = torch.randn(2, P, P, device=device, requires_grad=True)
     seed = torch.tensor(5, dtype=torch.int32, device=device) if rate else None
     scale = torch.tensor([0.5], device=device) if rate else None
     rest = size, 2 * size, size, shift, rate, seed, scale
     torch.library.opcheck(torch.ops.catmodel.inner_patch_attention.default, (qkv, of_qkv, bias, *rest))
-    inputs = torch.randn(1, N, 16, device=device), qkv.detach(), of_qkv.detach(), bias.detach()
+    dy = torch.randn(1, N, 16, device=device)
+    inputs = dy, *(z if z is None else z.detach() for z in (qkv, of_qkv, bias))
     torch.library.opcheck(torch.ops.catmodel.inner_patch_attention_backward.default, (*inputs, *rest))
 
 
@@ -116,6 +118,21 @@ def test_compiled_and_checkpointed_results_are_the_same(device):
     for e, c, r in zip(eager, compiled, checkpointed, strict=True):
         assert torch.equal(e, r)
         torch.testing.assert_close(c, e)
+
+
+@pytest.mark.parametrize("size", [4, 9])
+def test_without_the_bias_of_queries_keys_and_values_the_other_gradients_are_the_same(size, device):
+    torch.manual_seed(4)
+    qkv = torch.randn(2, 2 * size**2, 3 * 16, device=device, requires_grad=True)
+    of_qkv = torch.randn(3 * 16, device=device, requires_grad=True)
+    bias = torch.randn(2, size**2, size**2, device=device, requires_grad=True)
+    place = size, 2 * size, size, 0, 0.0, None, None
+    y, without = (kernels.ops.inner_patch_attention(qkv, given, bias, *place) for given in (of_qkv, None))
+    assert torch.equal(y, without)
+    dqkv, summed, dbias = torch.autograd.grad(y.square().sum(), (qkv, of_qkv, bias))
+    others = torch.autograd.grad(without.square().sum(), (qkv, bias))
+    assert all(torch.equal(a, b) for a, b in zip((dqkv, dbias), others, strict=True))
+    torch.testing.assert_close(summed, dqkv.sum((0, 1)), rtol=1e-4, atol=1e-4)
 
 
 def test_the_bias_may_be_of_another_type(device):
