@@ -23,7 +23,7 @@ PARTS: dict[str, Part] = {
                 "ours 128": _training(OURS, 128, "engine"),
                 "bare 256": _training(OURS, 256, "graphs", "compiled"),
                 "swin eager": _training(SWIN, 128, "eager"),
-                "plain": _training(OURS, 256, "plain graphs"),
+                "plain": _training(OURS, 256, "plain graphs", "plain compiled"),
             },
             Later("model.judge"),
             limit=200,

@@ -117,9 +117,11 @@ def test_the_models_speed_is_said_beside_the_aims():
 
     rows = [row(OURS, "engine", 256, 5300.0), row(OURS, "graphs", 256, 5400.0), row(SWIN, "graphs", 256, 2700.0)]
     rows += [row(OURS, "eager", 128, 1800.0), row(OURS, "plain", 128, 1500.0)]
+    rows += [row(OURS, "compiled", 256, 3300.0), row(OURS, "plain compiled", 256, 3000.0)]
     assert model.judge(rows) == (
         True,
-        "cat_base, batch 256: 5,400 images/s (aim 5,200), 2.00 x Swin-S, eager 1.20 x plain eager (aim 1.3)",
+        "cat_base, batch 256: 5,400 images/s (aim 5,200), 2.00 x Swin-S, eager 1.20 x plain eager (aim 1.3), "
+        "compiled 1.10 x plain compiled (aim 1)",
     )
     assert model.judge(rows[2:3])[0] is False
 
