@@ -8,6 +8,7 @@ process starts while something is measured.
 import contextlib
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from benchmarks.gpu.record import ROOT, Part, Record, Session, cores, locked
 
 TURN = 90  # seconds that a job may take for what is timed
 TAIL = 2500  # characters of a failed job's output that are printed
+BARRIER = re.compile(r".*UserWarning: barrier.*")  # torch warns so if a process group does not know its device
 
 
 def record(session: Session, part: Part) -> Record:
@@ -86,9 +88,10 @@ class Job:
     def report(self, session: Session) -> None:
         """After its end: note in the part's record that it has finished, or what went wrong."""
         code = self.process.wait()
-        why = "not done in time" if self.cut_off else f"ended with {code}" if code else ""
+        text = self.log.read_text(errors="replace")  # with what the runs that the job has started say
+        warned = BARRIER.search(text)
+        why = "not done in time" if self.cut_off else f"ended with {code}" if code else warned[0] if warned else ""
         print(f"  {self.part.name} / {self.name}{f': {why}' if why else ''}", flush=True)
-        text = self.log.read_text(errors="replace")
         if why or '"failed"' in text:
             (session.output / f"gpu-{self.log.name}").write_text(text[-200_000:])
             print(text[-TAIL:], flush=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.jobs import Job, in_order, run_jobs, take_turns
+from benchmarks.gpu.jobs import Job, in_order, record, run_jobs, take_turns
 from benchmarks.gpu.record import Later, Part, Session
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -101,6 +101,18 @@ def test_a_job_that_is_ready_does_not_wait_for_those_that_compile(started):
     run_jobs(session, {}, [part("slow", 1, alone=True), part("timed", 1, alone=True)], time.monotonic() + 12, places=4)
     assert lines(session).count(["timed0", "is timed"]) == 10
     assert "slow0: not done in time" in json.loads((session.output / "gpu-slow.json").read_text())["says"]
+
+
+def test_a_warning_of_torch_about_barriers_fails_the_part(tmp_path):
+    session, job = Session(tmp_path, tmp_path, tmp_path), Job(part("train", 1, alone=False), "train0")
+    job.log = tmp_path / "log"
+    record(session, job.part).begin(["train0"])
+    code = "import warnings; warnings.warn('barrier(): using the device under current context.')"
+    with open(job.log, "w") as log:
+        job.process = subprocess.Popen([sys.executable, "-c", code], stderr=log)
+    job.report(session)
+    found = record(session, job.part).read()
+    assert not found["passed"] and "UserWarning: barrier(): using the device" in found["says"]
 
 
 def test_every_part_has_something_early():
