@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.gpu.parts import CALLS, KNOWN
+from benchmarks.gpu.parts import CALLS, CIFAR, PARTS
 from benchmarks.gpu.record import Session
 from benchmarks.gpu.run import CannotMeasure, run_job, run_parts
 from launch.cli import Parser, leave, run
@@ -19,10 +19,11 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.work:  # a process that another one of this command has started
         work(arguments, Path(arguments.work))
         return
-    names = CALLS.get(arguments.parts) or arguments.parts.split(",")
-    if unknown := set(names) - set(KNOWN):
-        raise CannotMeasure(f"--parts {','.join(sorted(unknown))}: known are {', '.join(KNOWN)}")
-    names = ["cifar"] * bool(arguments.cifar) + names
+    names = [part for name in arguments.parts.split(",") for part in CALLS.get(name, [name])]
+    if unknown := set(names) - set(PARTS):
+        raise CannotMeasure(f"--parts {','.join(sorted(unknown))}: known are {', '.join(PARTS)}")
+    if set(names) & set(CIFAR) and not arguments.cifar:
+        raise CannotMeasure(f"--parts {arguments.parts}: add --cifar DATASET, CIFAR-10 prepared by launch/prepare.py")
     wheels = Path(arguments.wheels) if arguments.wheels else None
     with tempfile.TemporaryDirectory() as folder:
         passed = run_parts(session_of(arguments, Path(folder)), names, arguments.seconds, wheels)
@@ -52,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
         epilog="parts: "
         + "; ".join(f"{call}: {', '.join(names)}" for call, names in CALLS.items())
         + "; and those given by name alone: "
-        + ", ".join(name for name in KNOWN if name not in sum(CALLS.values(), []))
+        + ", ".join(name for name in PARTS if name not in sum(CALLS.values(), []))
         + ". Exit codes: 0 all parts passed, 70 a part failed, 78 bad "
         "arguments or no GPU. A part passes if it ran to its end and its results are correct; speeds are "
         "reported beside the project's aims.",
@@ -61,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
         "--output", default="docs/results", metavar="DIR", help="folder of the gpu-<part>.json (default: %(default)s)"
     )
     parser.add_argument(
-        "--parts", default="speed", metavar="A,B", help="speed, bits, or the names of parts (default: %(default)s)"
+        "--parts", default="speed", metavar="A,B", help="speed, bits, and names of parts (default: %(default)s)"
     )
     parser.add_argument("--seconds", type=float, default=420, help="time limit for all parts (default: %(default)s)")
     parser.add_argument(
@@ -70,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cifar",
         metavar="DATASET",
-        help="also train configs/cifar10_300.yaml, beside the other parts, on CIFAR-10 prepared by launch/prepare.py",
+        help=f"CIFAR-10, prepared by launch/prepare.py, for parts {' and '.join(CIFAR)}: whole runs of these configs",
     )
     parser.add_argument(
         "--cache",

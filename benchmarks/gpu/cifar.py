@@ -1,4 +1,4 @@
-"""configs/cifar10_300.yaml as a whole run: part `cifar` of `make gpu`, with --cifar, beside the other parts."""
+"""Whole runs on CIFAR-10: parts `cifar10_300` and `cifar10_100` of `make gpu`, beside the other parts."""
 
 import shutil
 import subprocess
@@ -15,11 +15,11 @@ SMALL = (  # an epoch of 260 images
 )
 
 
-def whole(session: Session, record: Record) -> None:
+def whole(session: Session, record: Record, config: str) -> None:
     """A row per evaluation, as soon as it is there, with the seconds since the start, pauses included."""
-    output, began = session.work / "cifar", time.monotonic()
+    output, began = session.work / config, time.monotonic()
     settings = [f"data.path={session.cifar}", *session.size((), SMALL)]
-    command = [sys.executable, "launch/train.py", "--config", "configs/cifar10_300.yaml", "--output", str(output)]
+    command = [sys.executable, "launch/train.py", "--config", f"configs/{config}.yaml", "--output", str(output)]
     process, known, going = subprocess.Popen([*command, *settings], cwd=ROOT), 0, True
     while going:
         going = process.poll() is None  # asked before the file is read, so that nothing is missed
@@ -29,7 +29,7 @@ def whole(session: Session, record: Record) -> None:
             name = f"step {line['step']}, {line['weights']}"
             record.add(name=name, step=line["step"], top1=line["top1"], seconds=round(time.monotonic() - began, 1))
         if len(found) > known:
-            shutil.copy(output / "metrics.jsonl", session.output / "train-cifar10_300-metrics.jsonl")
+            shutil.copy(output / "metrics.jsonl", session.output / f"train-{config}-metrics.jsonl")
         known = len(found)
         time.sleep(0.2)
     if process.returncode:

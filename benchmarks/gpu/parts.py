@@ -4,6 +4,7 @@ from benchmarks.gpu.record import Later, Part
 
 OURS = "cat_base"
 SWIN = "swin_small_patch4_window7_224"
+CIFAR = ("cifar10_300", "cifar10_100")  # parts, each a config of this name; they need --cifar
 
 
 def _training(model: str, batch: int, *ways: str) -> Later:
@@ -13,7 +14,10 @@ def _training(model: str, batch: int, *ways: str) -> Later:
 PARTS: dict[str, Part] = {
     part.name: part
     for part in (
-        Part("cifar", {"cifar": Later("cifar.whole")}, Later("cifar.judge"), limit=600, alone=False),
+        *(
+            Part(config, {config: Later("cifar.whole", config=config)}, Later("cifar.judge"), limit=600, alone=False)
+            for config in CIFAR
+        ),
         Part(
             "model",  # also writes gpu-profile.json, the kernels of a step
             {
@@ -67,7 +71,6 @@ PARTS: dict[str, Part] = {
     )
 }
 NEED_IMAGES = ("train", "whole", "loader")
-KNOWN = [name for name in PARTS if name != "cifar"]  # which needs --cifar
 # What ends within a call of 7 minutes, by a simulation with measured and estimated durations.
 CALLS = {
     "speed": ["model", "whole", "host", "loader"],

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import launch.gpu
 from benchmarks.gpu import cifar, exact, host, model, runs, small
 from benchmarks.gpu.parts import CALLS, NEED_IMAGES, OURS, PARTS, SWIN
 from benchmarks.gpu.record import Record, Session
+from benchmarks.gpu.run import CannotMeasure
 from benchmarks.graphs import device_seconds
 from benchmarks.graphs import record as record_graph
 from benchmarks.photographs import draw_photographs, repeat
@@ -184,15 +186,21 @@ def test_all_parts_rehearsed(tmp_path):
     assert len(json.loads((tmp_path / "gpu-profile.json").read_text())["rows"]) > 10
 
 
+def test_runs_on_cifar_need_their_dataset(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--parts", "cifar10_100,bits"])
+    with pytest.raises(CannotMeasure, match="^--parts cifar10_100,bits: add --cifar DATASET"):
+        launch.gpu.main(launch.gpu.parse_arguments())
+
+
 @pytest.mark.long
 def test_cifar_rehearsed(tiny_dataset, tmp_path):
-    command = [sys.executable, "launch/gpu.py", "--rehearse", "--parts", "recipe", "--output", str(tmp_path)]
+    command = [sys.executable, "launch/gpu.py", "--rehearse", "--parts", "cifar10_100", "--output", str(tmp_path)]
     command += ["--cifar", str(tiny_dataset), "--cache", str(tmp_path / "cache")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "gpu-cifar.json").read_text())
+    found = json.loads((tmp_path / "gpu-cifar10_100.json").read_text())
     assert found["passed"] and [row["step"] for row in found["rows"]] == [13, 13]
-    assert (tmp_path / "train-cifar10_300-metrics.jsonl").exists()
+    assert (tmp_path / "train-cifar10_100-metrics.jsonl").exists()
 
 
 def test_functions_of_a_forward_pass_by_their_own_time():
