@@ -7,33 +7,35 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from statistics import median
+from typing import TYPE_CHECKING
 
 from benchmarks.gpu.record import ROOT, Record, Session, cores
 from benchmarks.photographs import draw_photographs, repeat
+
+if TYPE_CHECKING:
+    from catmodel.kernels.check import Case
 
 CHECKERS = 8  # processes; most of their time is spent compiling with Triton
 
 
 def check(session: Session, record: Record) -> None:
     """Every kernel, forward and backward, compared with float64 on new random numbers."""
-    seed, processes = random.SystemRandom().randrange(2**31), session.size(CHECKERS, 1)
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        shares = [(seed, number, processes) for number in range(processes)]
-        for rows in pool.imap_unordered(check_share, shares):
-            for row in rows:
-                record.add(seed=seed, **row)
+    from catmodel.kernels.check import FEW, many
+
+    seed = random.SystemRandom().randrange(2**31)
+    with multiprocessing.get_context("spawn").Pool(session.size(CHECKERS, 1)) as pool:
+        for row in pool.imap_unordered(partial(check_case, session, seed), session.size(many(), FEW)):
+            record.add(seed=seed, **row)
 
 
-def check_share(share: tuple[int, int, int]) -> list[dict]:
+def check_case(session: Session, seed: int, case: "Case") -> dict:
     import torch
 
-    from catmodel.kernels.check import FEW, check, many
+    from catmodel.kernels.check import check
 
-    seed, number, processes = share
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = list(many()) if device.type == "cuda" else FEW
-    return check(device, seed, cases[number::processes])
+    return check(torch.device(session.size("cuda", "cpu")), seed, [case])[0]
 
 
 def judge_check(rows: list[dict]) -> tuple[bool, str]:
@@ -51,7 +53,7 @@ def kernels(session: Session, record: Record) -> None:
 
     device, dtype = torch.device(session.size("cuda", "cpu")), session.size(torch.bfloat16, torch.float32)
     roofline = measure_roofline(device, dtype, 1)
-    stages = session.size(STAGES, ((14, 32, 1, False),))
+    stages = session.size(STAGES, ((7, 16, 1, False),))
     for _ in bench_kernels(device, dtype, session.size(16, 1), roofline, compiled=False, stages=stages):
         pass  # compiles the kernels: sizes that 16 divides, as below, which Triton compiles apart from others
     session.turn()
