@@ -36,6 +36,7 @@ FETCHES = "pip "
 ELSEWHERE = {
     "make (demo|test) ": "make test by .ci/run; make demo by a person, in a fresh clone",
     "source .venv/bin/activate": "by a person, in a fresh clone",
+    "python train.py ": "timm's script, which is not installed",
     "tensorboard ": "by a person; test_guide.py starts one on another folder",
 }
 
