@@ -23,9 +23,9 @@ SHARED_RESERVED = 1024  # by the system, in each block
 def resources(capability: int) -> list[dict]:
     """A dict for each kernel, compiled for a compute capability in SHARED.
 
-    name, capability; registers per thread; spilled, the bytes of a thread's registers that are kept in memory;
-    spills_in_loops, the instructions within loops that load or store these, of instructions_in_loops; shared, in bytes
-    per block; warps per block; blocks_per_sm and warps_per_sm, resident at once; limit, the resource that prevents
+    name, capability; registers per thread; spilled, the bytes of a thread's registers that are kept in memory; if there
+    are any, spills_in_loops, the instructions within loops that load or store these, of instructions_in_loops; shared,
+    in bytes per block; warps per block; blocks_per_sm and warps_per_sm, resident at once; limit, the resource that prevents
     more.
     """
     modules = [name for name in MODULES if capability >= 90 or name not in HOPPER_ONLY]
@@ -56,15 +56,15 @@ def _resources(case: dict, capability: int) -> dict:
         )
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     cuobjdump, cubin = triton.knobs.nvidia.cuobjdump.path, compiled.asm["cubin"]
-    used, (spills, instructions) = usage(cuobjdump, cubin), spills_in_loops(cuobjdump, cubin)
+    used = usage(cuobjdump, cubin)
+    spilled = used["stack"] + used["local"]
     blocks, limit = occupancy(used["registers"], shared, warps, capability)
     return dict(
         name=case["name"],
         capability=capability,
         registers=used["registers"],
-        spilled=used["stack"] + used["local"],
-        spills_in_loops=spills,
-        instructions_in_loops=instructions,
+        spilled=spilled,
+        **(spills_in_loops(cuobjdump, cubin) if spilled else {}),
         shared=shared,
         warps=warps,
         blocks_per_sm=blocks,
@@ -82,14 +82,15 @@ def usage(cuobjdump: str, cubin: bytes) -> dict[str, int]:
     }
 
 
-def spills_in_loops(cuobjdump: str, cubin: bytes) -> tuple[int, int]:
+def spills_in_loops(cuobjdump: str, cubin: bytes) -> dict[str, int]:
     """Of a compiled kernel's instructions within loops, those that load or store local memory, and all."""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;\n]*);", _dumped(cuobjdump, "--dump-sass", cubin))
     code = {int(address, 16): instruction for address, instruction in found}
     branches = [(re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", instruction), last) for last, instruction in code.items()]
     loops = [range(int(branch[1], 16), last + 1) for branch, last in branches if branch and int(branch[1], 16) < last]
     inside = [instruction for address, instruction in code.items() if any(address in loop for loop in loops)]
-    return sum(re.search(r"\b(LDL|STL)\b", instruction) is not None for instruction in inside), len(inside)
+    spills = [instruction for instruction in inside if re.search(r"\b(LDL|STL)\b", instruction)]
+    return dict(spills_in_loops=len(spills), instructions_in_loops=len(inside))
 
 
 def _dumped(cuobjdump: str, option: str, cubin: bytes) -> str:

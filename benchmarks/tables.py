@@ -79,8 +79,8 @@ def spills() -> str:
     """Results of `bench.py kernels --compile-only`: the kernels that spill registers."""
     rows = []
     for row in load("performance-kernels")["resources"]:
-        inside, of = row["spills_in_loops"], row["instructions_in_loops"]
         if row["spilled"]:
+            inside, of = row["spills_in_loops"], row["instructions_in_loops"]
             share = f"{inside / of:.1%}" if inside else "–"
             rows.append([row["name"], f"sm_{row['capability']}", str(row["spilled"]), str(inside), str(of), share])
     titles = ["kernel", "GPU", "bytes a thread", "loads and stores in the loop", "instructions of the loop", "share"]
