@@ -25,8 +25,8 @@ def resources(capability: int) -> list[dict]:
 
     name, capability; registers per thread; spilled, the bytes of a thread's registers that are kept in memory; if there
     are any, spills_in_loops, the instructions within loops that load or store these, of instructions_in_loops; shared,
-    in bytes per block; warps per block; blocks_per_sm and warps_per_sm, resident at once; limit, the resource that prevents
-    more.
+    in bytes per block; warps per block; blocks_per_sm and warps_per_sm, resident at once; limit, the resource that
+    prevents more.
     """
     modules = [name for name in MODULES if capability >= 90 or name not in HOPPER_ONLY]
     cases = [case for name in modules for case in importlib.import_module(f"catmodel.kernels.{name}").cases()]

@@ -91,7 +91,7 @@ def test_numbers_of_a_run_that_was_killed_twice(killed, page):
     assert summary["steps lost"] == str(sum(line["lost_steps"] for line in resumed)) != "0"
     starts = [(row[3], row[-1]) for row in rows(page, "starts")[1:]]
     assert starts == [("2", "killed"), ("1", "killed"), ("1", "finished")]
-    # A save that is still being written when the next one is due is an incident, too: on a busy machine there may be some.
+    # On a busy machine a save may still be written when the next one is due, which is an incident, too.
     (incident,) = (row for row in rows(page, "incidents")[1:] if row[2] != "slow save")
     assert incident[2] == "bad sample" and "train-000000.tar" in incident[3]
     assert [row[0] for row in rows(page, "versions")[1:]] == ["1", "2, 3"]
