@@ -34,7 +34,14 @@ def test_a_signal_at_the_very_moment_of_installing_is_heard():
 @pytest.mark.parametrize(("before", "said"), [([], "SIGHUP\n"), (["nohup"], "lost\n")])
 def test_a_closed_terminal_is_a_request_to_stop_unless_it_was_to_be_ignored(before, said):
     command = [*before, sys.executable, "-S", "-c", LISTEN]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
+    )
     while not handles(process.pid, signal.SIGTERM):
         assert process.poll() is None
     process.send_signal(signal.SIGHUP)
