@@ -47,6 +47,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.json:
         about = {
             "command": f"python benchmarks/host_time.py {arguments.commit} --rounds {arguments.rounds}",
+            "here": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
             "date": date.today().isoformat(),
         }
         Path(arguments.json).write_text(json.dumps({**about, "model": MODEL, "rows": found}, indent=1) + "\n")
