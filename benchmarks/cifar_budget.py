@@ -44,12 +44,12 @@ def extract(archive: Path, folder: Path) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    result = {"command": " ".join(["python", "benchmarks/cifar_budget.py", "cifar10.tar.xz"]), "epochs": EPOCHS}
+    result = {"command": "python benchmarks/cifar_budget.py cifar10.tar.xz", "epochs": EPOCHS}
     result |= {"images": IMAGES, "date": date.today().isoformat(), "machine": machine(), "versions": versions()}
     with tempfile.TemporaryDirectory() as scratch:
         images, dataset = Path(scratch, "images"), Path(scratch, "dataset")
         extract(arguments.archive, images)
-        python = [sys.executable, *("-W", "ignore")]
+        python = [sys.executable, "-W", "ignore"]
         subprocess.run([*python, str(ROOT / "launch/prepare.py"), str(images), str(dataset)], check=True)
         result["networks"] = {}
         for number, (name, overrides) in enumerate(NETWORKS.items()):

@@ -111,7 +111,7 @@ def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Names
 
 
 def reader_left(error: Exception) -> bool:
-    """Whether `error` is that nobody reads what this command prints any more, as `head` does after its last line."""
+    """Whether `error` means that the reader of stdout has closed its pipe, as `head` does after its last line."""
     if not isinstance(error, BrokenPipeError):
         return False
     closed = select.poll()

@@ -12,7 +12,7 @@ IO_ERROR = os.EX_IOERR  # 74
 STOPPED = os.EX_TEMPFAIL  # 75
 BAD_CONFIG = os.EX_CONFIG  # 78
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-CLOSED = 141  # 128 + SIGPIPE: nobody reads a command's output any more
+CLOSED = 141  # 128 + SIGPIPE: the reader of a command's output has closed its pipe
 
 
 class Failure(NamedTuple):

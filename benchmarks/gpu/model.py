@@ -133,7 +133,7 @@ def training(session: Session, record: Record, model: str, batch: int, ways: tup
                 profile(bench, kernels)
                 kernels.finish("engine")
         else:
-            keep = way == str(last).replace("graphs", "compiled")
+            keep = (last, way) in (("graphs", "compiled"), ("plain graphs", "plain compiled"))  # what is compiled
             bench.way(f"{model}, {way}", lambda way=way: bare_step(bench, model, way), keep, **about)
     stop_runtime()
 

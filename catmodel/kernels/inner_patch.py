@@ -213,7 +213,7 @@ def inner_patch_attention(
     """Queries, keys and values [B, N, 3C] of a map's tokens, row by row, and position bias [h, P, P] -> [B, N, C].
 
     qkv_bias: [3C], which qkv includes. The backward pass sums its gradient on the way, so it must be detached before;
-        None: whoever added it does.
+        None: the backward pass leaves that sum to the operator that added the bias.
     height, width: sides of the map, multiples of `size`, the side of a patch.
     shift: tokens by which the map is rolled up and to the left before it is divided into patches. Tokens that become
         neighbours only by the roll do not attend to each other.

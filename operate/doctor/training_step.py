@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from operate.task_model import meta_model
 from train.checkpoint.saver import snapshot
@@ -26,9 +26,10 @@ def measure_step(task: Task, runtime: Runtime) -> dict:
     of a micro-batch's forward and backward pass without other ranks), "step" (seconds), "peak" (bytes) and "skipped",
     or "failed" with the reason.
     """
-    needed = needed_bytes(task, runtime)
+    model = meta_model(task)
+    needed = needed_bytes(task, model, runtime)
     total, free = sum(needed.values()), free_memory(runtime.device)
-    gradient = 4 * sum(parameter.numel() for parameter in meta_model(task).parameters())
+    gradient = 4 * sum(parameter.numel() for parameter in model.parameters())
     found = {
         "needed": needed,
         "estimated": total,
@@ -50,9 +51,9 @@ def measure_step(task: Task, runtime: Runtime) -> dict:
         return {**found, "taken": True, "failed": str(error).splitlines()[0]}
 
 
-def needed_bytes(task: Task, runtime: Runtime) -> dict[str, int]:
-    """Estimated bytes of a rank in the run, by part."""
-    config, model = task.config, meta_model(task)
+def needed_bytes(task: Task, model: nn.Module, runtime: Runtime) -> dict[str, int]:
+    """Estimated bytes of a rank in the run, by part. model: the task's, on the meta device."""
+    config = task.config
     example = task.example(config.train.micro_batch, torch.device("meta"), DTYPES[config.train.precision])
     return {
         **resident_bytes(model, config, runtime, task.views().most_shapes),

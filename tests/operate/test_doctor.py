@@ -18,7 +18,7 @@ from operate.doctor.findings import GREEN, RED, YELLOW, Findings, Line, one_micr
 from operate.doctor.meeting import Meeting
 from operate.doctor.network import schedule
 from operate.doctor.training_step import needed_bytes
-from operate.task_model import task_of
+from operate.task_model import meta_model, task_of
 from tests.runs import start_command
 from train.checkpoint.resume_point import Resume
 from train.config import ConfigError, load_config
@@ -194,7 +194,7 @@ def test_the_estimate_of_memory_counts_what_graphs_keep(tiny_config):
     for graphs in ("auto", "false"):
         settings = ["train.compile=true", f"train.cuda_graphs={graphs}", "train.precision=bf16"]
         task = task_of(one_micro_batch(load_config(tiny_config, settings)))
-        found.append(needed_bytes(task, Runtime(0, 1, 0, torch.device("cuda"))))
+        found.append(needed_bytes(task, meta_model(task), Runtime(0, 1, 0, torch.device("cuda"))))
     with_graphs, without = found
     assert with_graphs == {**without, "gradients": without["gradients"] + without["weights"]}
 

@@ -34,7 +34,7 @@ COUNTED = {
 }
 
 
-CLOCK_SET = 1.0  # seconds by which the machine's clock may differ from one that nobody sets
+CLOCK_SET = 1.0  # seconds: a larger change of `booted()` means that the machine's clock was set
 
 
 class Clock:
@@ -254,7 +254,7 @@ class Monitor:
 
 
 def booted() -> float:
-    """When this machine was booted, by its clock now, in Unix seconds: it changes if somebody sets the clock."""
+    """The time at which this machine was booted, in Unix seconds. Setting the machine's clock changes it."""
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
